@@ -1,0 +1,41 @@
+"""The four typed, versioned JSON files that the stages hand to one another.
+
+model + text -> `SinkMap` -> `Plan` -> checkpoint -> `Report`. Nothing here imports torch.
+"""
+
+from sinkquant.artifacts.base import Artifact
+from sinkquant.artifacts.plan import Calibration, ModuleDecision, Plan, SinkSelector
+from sinkquant.artifacts.report import Measure, Paired, Report, Row
+from sinkquant.artifacts.shapes import LinearShape, ModelShape
+from sinkquant.artifacts.sinkmap import (
+    Channel,
+    Head,
+    ModelFacts,
+    ModuleStatistics,
+    SinkMap,
+    SinkToken,
+    SuperWeight,
+    TokenizationFacts,
+)
+
+__all__ = [
+    "Artifact",
+    "Calibration",
+    "Channel",
+    "Head",
+    "LinearShape",
+    "Measure",
+    "ModelFacts",
+    "ModelShape",
+    "ModuleDecision",
+    "ModuleStatistics",
+    "Paired",
+    "Plan",
+    "Report",
+    "Row",
+    "SinkMap",
+    "SinkSelector",
+    "SinkToken",
+    "SuperWeight",
+    "TokenizationFacts",
+]

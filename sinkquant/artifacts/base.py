@@ -1,0 +1,77 @@
+"""What every artifact can do: be written as JSON that a person can diff, and be read back or refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sinkquant.errors import RequestError
+
+
+class Strict(BaseModel):
+    """A part of an artifact: unknown fields are errors, numbers are finite or null."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class Artifact(Strict):
+    """A versioned JSON file. Subclasses name their `SCHEMA` and carry it in the field `schema_`."""
+
+    SCHEMA: ClassVar[str]
+
+    def to_json(self) -> str:
+        """The artifact as indented JSON, `schema` first, floats at full precision."""
+        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False) + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the artifact to `path`, through a temporary file so that no half-written one is ever seen."""
+        return write_atomically(Path(path), self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read an artifact.
+
+        Raises:
+            RequestError: the file is missing, is not JSON, or is of another schema.
+        """
+        path = Path(path)
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RequestError(f"cannot read {path}: {error.strerror or error}.") from error
+        except ValueError as error:
+            raise RequestError(f"{path} is not JSON ({error}); make it again with the command that wrote it.") from error
+        return cls.parse(data, str(path))
+
+    @classmethod
+    def parse(cls, data: object, where: str) -> Self:
+        """Validate already decoded JSON; `where` names its origin in the error message."""
+        found = data.get("schema") if isinstance(data, dict) else None
+        if found != cls.SCHEMA:
+            raise RequestError(f"{where} has the schema {found!r} where {cls.SCHEMA!r} is needed.")
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise RequestError(f"{where} is not a valid {cls.SCHEMA}: {place}: {first['msg']}.") from error
+
+
+def write_atomically(path: Path, text: str) -> Path:
+    """Write `text` to a temporary file beside `path` and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path

@@ -1,0 +1,86 @@
+"""Report: what quantization cost, beside the unquantized model and the control of the same size."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from sinkquant.artifacts.base import Artifact, Strict
+
+
+class Measure(Strict):
+    """A metric's value and its standard error (null where the harness gives none)."""
+
+    value: float
+    stderr: float | None = None
+
+
+class Row(Strict):
+    """One evaluated model. `kv_bits` is 16 where the cache is not quantized."""
+
+    name: str
+    path: str
+    weight_bytes: int
+    bits_per_weight: float
+    kv_bits: float = 16.0
+    tasks: dict[str, dict[str, Measure]]
+
+
+class Paired(Strict):
+    """A difference a - b of two rows on the same documents, with its 95 % bootstrap interval."""
+
+    task: str
+    metric: str
+    a: str
+    b: str
+    difference: float
+    low: float
+    high: float
+    higher_is_better: bool = False
+
+
+class Fidelity(Strict):
+    """What quantization did to the sinks: sink rates and the largest massive activation, per row."""
+
+    sink_rate: dict[str, dict[str, float]]
+    massive_peak: dict[str, float]
+    massive_ratio: dict[str, float]
+
+
+class Verdict(Strict):
+    """Does protection pay? `answer` is "pays", "does not pay" or "no difference shown"; `sentence` says by how much.
+
+    `gate` is null where the recipe has no quality gate; `failures` says which of its bounds were broken."""
+
+    answer: Literal["pays", "does not pay", "no difference shown", "not measured"]
+    sentence: str
+    gate: Literal["passed", "failed"] | None = None
+    failures: list[str] = Field(default_factory=list)
+
+
+class Report(Artifact):
+    """What it cost. `recovery` is quantized / unquantized by row, task and metric, 1.0 is lossless; for metrics
+    where lower is better it is unquantized / quantized. `plots` maps a plot's name to its alternative text."""
+
+    SCHEMA: ClassVar[str] = "sinkquant/report@1"
+
+    schema_: Literal["sinkquant/report@1"] = Field(default="sinkquant/report@1", alias="schema")
+    model: str
+    recipe: str
+    rows: list[Row]
+    paired: list[Paired]
+    recovery: dict[str, dict[str, dict[str, float]]]
+    fidelity: Fidelity | None
+    verdict: Verdict
+    plots: dict[str, str] = Field(default_factory=dict)
+    evaluation: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
+    resources: dict[str, float] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+
+    def row(self, name: str) -> Row:
+        """The row of that name; KeyError where there is none."""
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(name)

@@ -1,0 +1,41 @@
+"""ModelShape: the names, shapes and sizes of a model, all that a plan needs to know of it."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from sinkquant.artifacts.base import Strict
+
+
+class LinearShape(Strict):
+    """One weight matrix of a block.
+
+    `fused_with` lists the modules (itself included) that an inference engine fuses into one and that therefore must
+    share a format; `fixed` says why the module has to stay in 16 bits, or is null.
+    """
+
+    rows: int
+    columns: int
+    block: int
+    fused_with: list[str] = Field(default_factory=list)
+    fixed: str | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, without the bias."""
+        return self.rows * self.columns
+
+
+class ModelShape(Strict):
+    """Everything that decides the size of a checkpoint.
+
+    `linears` are the weight matrices inside the blocks by module name; `tensors` every tensor as it stands in the
+    unquantized checkpoint: name -> (dtype, shape), tied weights once.
+    """
+
+    name: str
+    architecture: str
+    blocks: int
+    dtype: str
+    linears: dict[str, LinearShape]
+    tensors: dict[str, tuple[str, list[int]]]

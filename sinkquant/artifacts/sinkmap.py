@@ -1,0 +1,117 @@
+"""SinkMap: what detection found in a model, and on which text."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from sinkquant.artifacts.base import Artifact, Strict
+
+SinkKind = Literal["bos", "first_position", "delimiter", "token", "learned"]
+
+
+class ModelFacts(Strict):
+    """What was looked at."""
+
+    name: str
+    architecture: str
+    layers: int
+    heads: int
+    kv_heads: int
+    hidden_size: int
+    parameters: int
+    dtype: str
+
+
+class TokenizationFacts(Strict):
+    """Whether `<bos>` stands where the model expects it: in the tokenizer, and in the rows of this run."""
+
+    bos_token_id: int | None
+    bos_token: str | None = None
+    adds_bos: Literal["none", "once", "twice"]
+    rows_start_with_bos: bool
+    rows: int
+    length: int
+
+
+class SinkToken(Strict):
+    """A token that attention sinks into.
+
+    `attention` is the mean mass that it receives over heads, layers and the queries that see it; `heads` is the
+    share of heads whose score is over the threshold. `position` is null where the sink is not bound to one.
+    """
+
+    token_id: int | None
+    text: str | None
+    position: int | None
+    kind: SinkKind
+    attention: float
+    heads: float
+    massive: bool
+
+
+class Head(Strict):
+    """One query head. `sink_score`: mean attention mass on the sinks; `value_drain`: norm of the sink's value over
+    the median norm; `output_norm`: mean norm of the head's output over the mean of its layer."""
+
+    sink_score: float
+    value_drain: float | None
+    output_norm: float
+    no_op: bool
+
+
+class Channel(Strict):
+    """A massive-activation channel of the residual stream.
+
+    `peak` is the largest |h|, `ratio` the largest peak / median |h| of one layer, `born` and `ended` the sub-blocks
+    ("embedding", "layers.3.attention", "layers.3.mlp", "layers.3") with the largest rise and fall of the channel's
+    maximum; `tokens` the labels of the tokens that carry it, `profile` its maximum after every sub-block.
+    """
+
+    channel: int
+    peak: float
+    ratio: float
+    born: str
+    ended: str | None
+    tokens: list[str]
+    profile: list[float] = Field(default_factory=list)
+
+
+class SuperWeight(Strict):
+    """One scalar of a down projection whose removal costs `loss_increase` nats per token."""
+
+    module: str
+    row: int
+    column: int
+    value: float
+    loss_increase: float
+
+
+class ModuleStatistics(Strict):
+    """The input of one linear. `sink_energy` is the share of trace(H) that sink tokens contribute."""
+
+    input_max: float
+    input_max_without_sinks: float
+    sink_energy: float
+    sink_columns: list[int]
+
+
+class SinkMap(Artifact):
+    """What is there: tokens, heads, channels, super weights, and what they do to the input of every linear."""
+
+    SCHEMA: ClassVar[str] = "sinkquant/sinkmap@1"
+
+    schema_: Literal["sinkquant/sinkmap@1"] = Field(default="sinkquant/sinkmap@1", alias="schema")
+    model: ModelFacts
+    tokenization: TokenizationFacts
+    sink_rate: dict[str, float]
+    sink_rate_repeated_token: dict[str, float]
+    thresholds: dict[str, float]
+    tokens: list[SinkToken]
+    heads: list[list[Head]]
+    channels: list[Channel]
+    depth: list[str] = Field(default_factory=list)
+    super_weights: list[SuperWeight]
+    modules: dict[str, ModuleStatistics]
+    notes: list[str] = Field(default_factory=list)

@@ -1,0 +1,38 @@
+"""What a decoder is, and how its blocks, its attention and its text are looked at."""
+
+from sinkquant.models.attention import AttentionObserver, AttentionRecord, observed_attention
+from sinkquant.models.decoder import Decoder, checkpoint_tensors, weight_matrix
+from sinkquant.models.loading import check_finite, load_model, load_tokenizer, pick_device, resolve
+from sinkquant.models.text import (
+    adds_bos,
+    documents,
+    encode,
+    read_text,
+    starts_with_bos,
+    token_rows,
+    tokenization_facts,
+)
+from sinkquant.models.walk import Step, Walk
+
+__all__ = [
+    "AttentionObserver",
+    "AttentionRecord",
+    "Decoder",
+    "Step",
+    "Walk",
+    "adds_bos",
+    "check_finite",
+    "checkpoint_tensors",
+    "documents",
+    "encode",
+    "load_model",
+    "load_tokenizer",
+    "observed_attention",
+    "pick_device",
+    "read_text",
+    "resolve",
+    "starts_with_bos",
+    "token_rows",
+    "tokenization_facts",
+    "weight_matrix",
+]

@@ -1,0 +1,146 @@
+"""What a decoder is: its blocks, the linears in them, what engines fuse, and the size of everything."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.pytorch_utils import Conv1D
+
+from sinkquant.artifacts import LinearShape, ModelFacts, ModelShape
+from sinkquant.errors import RequestError
+from sinkquant.models.attention import require_attention_interface
+
+FUSED_BY_ENGINES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")
+EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
+CONV1D_REASON = "Conv1D: compressed-tensors checkpoints hold nn.Linear only"
+EXPERTS_REASON = "fused experts stay in 16 bits: this version quantizes nn.Linear only"
+ROUTER_REASON = "router: its few weights decide which expert is read"
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A causal language model seen as a list of blocks.
+
+    Attributes:
+        model: the model itself.
+        block_names: module name of every block, in order.
+        blocks: the blocks.
+        linears: module name -> `nn.Linear` or `Conv1D`, for every one inside the blocks, in order.
+    """
+
+    model: PreTrainedModel
+    block_names: tuple[str, ...]
+    blocks: tuple[nn.Module, ...]
+    linears: dict[str, nn.Module]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Decoder:
+        """Find the blocks of a model.
+
+        Raises:
+            RequestError: the architecture is not a decoder whose attention can be observed.
+        """
+        require_attention_interface(model)
+        config = model.config.get_text_config(decoder=True)
+        layers = config.num_hidden_layers
+        lists = [(name, module) for name, module in model.named_modules()
+                 if isinstance(module, nn.ModuleList) and len(module) == layers
+                 and len({type(block) for block in module}) == 1 and _has_attention(module[0])]
+        if len(lists) != 1:
+            raise RequestError(f"{type(model).__name__} is not supported: it does not hold one list of "
+                               f"{layers} alike decoder blocks with attention.")
+        name, blocks = lists[0]
+        names = tuple(f"{name}.{i}" for i in range(layers))
+        linears = {f"{name}.{path}": module for path, module in blocks.named_modules()
+                   if isinstance(module, nn.Linear | Conv1D)}
+        return cls(model, names, tuple(blocks), linears)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return int(self.model.config.get_text_config(decoder=True).hidden_size)
+
+    @property
+    def max_length(self) -> int:
+        """Longest row that the model has positions for."""
+        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return int(limit) if limit else 1 << 20
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of rows of the input embedding."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    def block_of(self, name: str) -> int:
+        """Index of the block that a module name lies in."""
+        for index, block in enumerate(self.block_names):
+            if name.startswith(block + "."):
+                return index
+        raise KeyError(name)
+
+    def facts(self, name: str) -> ModelFacts:
+        """The model in a few numbers."""
+        config = self.model.config.get_text_config(decoder=True)
+        heads = int(config.num_attention_heads)
+        return ModelFacts(
+            name=name, architecture=type(self.model).__name__, layers=len(self.blocks), heads=heads,
+            kv_heads=int(getattr(config, "num_key_value_heads", None) or heads), hidden_size=self.hidden_size,
+            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            dtype=str(self.model.dtype).removeprefix("torch."))
+
+    def shape(self, name: str) -> ModelShape:
+        """Names and shapes of everything that a checkpoint of this model holds."""
+        linears = {path: _linear_shape(self, path, module) for path, module in self.linears.items()}
+        for path, parameter in self.model.named_parameters():
+            if parameter.dim() == 3 and EXPERTS.search(path) and any(path.startswith(b + ".") for b in self.block_names):
+                linears[path] = LinearShape(rows=parameter.shape[0] * parameter.shape[1], columns=parameter.shape[2],
+                                            block=self.block_of(path), fused_with=[], fixed=EXPERTS_REASON)
+        for path, linear in list(linears.items()):
+            linears[path] = linear.model_copy(update={"fused_with": _fused_with(path, linears)})
+        tensors = {key: (str(value.dtype).removeprefix("torch."), list(value.shape))
+                   for key, value in checkpoint_tensors(self.model, self.model.state_dict()).items()}
+        return ModelShape(name=name, architecture=type(self.model).__name__, blocks=len(self.blocks),
+                          dtype=str(self.model.dtype).removeprefix("torch."), linears=linears, tensors=tensors)
+
+
+def checkpoint_tensors(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict as transformers writes them: tied weights once, fused experts one by one."""
+    state = {key: value for key, value in state.items() if key not in (model._keys_to_ignore_on_save or ())}
+    return dict(revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model)))
+
+
+def weight_matrix(module: nn.Module) -> torch.Tensor:
+    """The weight of a linear as [out_features, in_features], whichever way the module stores it."""
+    weight = module.weight.data
+    assert isinstance(weight, torch.Tensor)
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def _linear_shape(decoder: Decoder, path: str, module: nn.Module) -> LinearShape:
+    rows, columns = weight_matrix(module).shape
+    fixed = None
+    if isinstance(module, Conv1D):
+        fixed = CONV1D_REASON
+    elif ROUTER.search(path):
+        fixed = ROUTER_REASON
+    return LinearShape(rows=rows, columns=columns, block=decoder.block_of(path), fixed=fixed)
+
+
+def _fused_with(path: str, linears: dict[str, LinearShape]) -> list[str]:
+    parent, _, leaf = path.rpartition(".")
+    for group in FUSED_BY_ENGINES:
+        if leaf in group:
+            members = [f"{parent}.{name}" for name in group if f"{parent}.{name}" in linears]
+            return members if len(members) > 1 else [path]
+    return [path]
+
+
+def _has_attention(block: nn.Module) -> bool:
+    return any("attention" in type(module).__name__.lower() for module in block.modules())

@@ -1,0 +1,122 @@
+"""Text -> rows of tokens in which `<bos>` stands exactly where the model expects it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from sinkquant.artifacts import TokenizationFacts
+from sinkquant.errors import RequestError
+from sinkquant.resources import demo_text
+
+BosPolicy = Literal["auto", "always", "never"]
+DOCUMENT_SEPARATOR = "<|doc|>"
+
+
+def read_text(path: str | os.PathLike[str] | None, split: Literal["calibration", "evaluation"]) -> str:
+    """The user's text, or the packaged text of that split.
+
+    Raises:
+        RequestError: the file cannot be read, is not UTF-8, or is empty.
+    """
+    source = Path(path) if path is not None else demo_text(split)
+    try:
+        text = source.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RequestError(f"cannot read the {split} text {source}: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the {split} text {source} is not UTF-8; convert it first.") from error
+    if not text.strip():
+        raise RequestError(f"the {split} text {source} is empty; give a file with some prose.")
+    return text
+
+
+def documents(text: str) -> list[str]:
+    """The documents of a text: lines that are exactly `<|doc|>` separate them and are not part of them."""
+    parts: list[list[str]] = [[]]
+    for line in text.splitlines(keepends=True):
+        if line.strip() == DOCUMENT_SEPARATOR:
+            parts.append([])
+        else:
+            parts[-1].append(line)
+    return [joined for part in parts if (joined := "".join(part).strip())]
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> Literal["none", "once", "twice"]:
+    """How often the tokenizer itself puts `<bos>` in front of a plain text."""
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return "none"
+    ids = tokenizer("a")["input_ids"]
+    count = 0
+    while count < len(ids) and ids[count] == bos:
+        count += 1
+    return "none" if count == 0 else "once" if count == 1 else "twice"
+
+
+def starts_with_bos(tokenizer: PreTrainedTokenizerBase, bos: BosPolicy) -> bool:
+    """Whether rows start with `<bos>`: "auto" follows the tokenizer, and never puts it there twice.
+
+    Raises:
+        RequestError: "always" with a tokenizer that has no `<bos>`.
+    """
+    if bos == "never":
+        return False
+    if bos == "always":
+        if tokenizer.bos_token_id is None:
+            raise RequestError("calibration.bos is 'always', but the tokenizer has no <bos> token; use 'auto'.")
+        return True
+    return adds_bos(tokenizer) != "none"
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text without any special token that the tokenizer would add."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def token_rows(tokenizer: PreTrainedTokenizerBase, text: str, rows: int, length: int, bos: BosPolicy = "auto",
+               vocabulary: int | None = None, what: str = "calibration text") -> torch.Tensor:
+    """Cut a text into rows of `length` tokens, `<bos>` counted, and take `rows` of them spread evenly over it.
+
+    Rows do not cross documents. Fewer rows come back where the text holds fewer.
+
+    Args:
+        vocabulary: number of rows of the model's embedding; ids beyond it are refused.
+
+    Returns:
+        int64 [at most rows, length].
+
+    Raises:
+        RequestError: the text is shorter than one row, or the tokenizer does not belong to the model.
+    """
+    front = [int(tokenizer.bos_token_id)] if starts_with_bos(tokenizer, bos) else []
+    room = length - len(front)
+    windows: list[list[int]] = []
+    total = 0
+    for document in documents(text):
+        ids = encode(tokenizer, document)
+        total += len(ids)
+        windows += [ids[start:start + room] for start in range(0, len(ids) - room + 1, room)]
+    if not windows:
+        raise RequestError(f"the {what} is shorter than one row: it has {total} tokens and a row needs {room}; "
+                           "give more text or a smaller calibration.length.")
+    if len(windows) > rows:
+        windows = [windows[i * len(windows) // rows] for i in range(rows)]
+    table = torch.tensor([front + window for window in windows], dtype=torch.long)
+    if vocabulary is not None and int(table.max()) >= vocabulary:
+        raise RequestError(f"the tokenizer gives the token id {int(table.max())}, but the model's embedding has only "
+                           f"{vocabulary} rows; this tokenizer belongs to another model.")
+    return table
+
+
+def tokenization_facts(tokenizer: PreTrainedTokenizerBase, rows: torch.Tensor) -> TokenizationFacts:
+    """What the tokenizer does about `<bos>`, and what the rows of this run look like. `rows` is int64 [n, length]."""
+    bos = tokenizer.bos_token_id
+    return TokenizationFacts(
+        bos_token_id=bos, bos_token=tokenizer.bos_token, adds_bos=adds_bos(tokenizer),
+        rows_start_with_bos=bos is not None and bool((rows[:, 0] == bos).all()),
+        rows=rows.shape[0], length=rows.shape[1])

@@ -1,0 +1,241 @@
+"""Recipe: what the user asks for. Strict, typed, YAML <-> Python without loss."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sinkquant.errors import RequestError
+from sinkquant.resources import recipe_folder
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class Compute(Section):
+    """Where and in which precision statistics, Hessians and evaluation are computed."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class CalibrationText(Section):
+    """The rows that the quantizer sees: `rows` x `length` tokens of `text` (null: the packaged prose).
+
+    `bos` "auto" puts `<bos>` in front exactly once where the tokenizer adds it at all.
+    """
+
+    text: str | None = None
+    rows: int = Field(default=64, ge=1)
+    length: int = Field(default=512, ge=2)
+    bos: Literal["auto", "always", "never"] = "auto"
+    batch_size: int = Field(default=8, ge=1)
+
+
+class Detection(Section):
+    """Thresholds of detection, each set against models and texts that hold no sink.
+
+    `rows` x `length` tokens for the published sink rate, `long_rows` x `long_length` for sinks further back.
+    """
+
+    rows: int = Field(default=100, ge=1)
+    length: int = Field(default=64, ge=32)
+    long_rows: int = Field(default=8, ge=0)
+    long_length: int = Field(default=512, ge=64)
+    batch_size: int = Field(default=20, ge=1)
+    threshold: float = Field(default=0.3, gt=0, lt=1)
+    occurrence_share: float = Field(default=0.5, gt=0, le=1)
+    min_occurrences: int = Field(default=4, ge=1)
+    min_head_share: float = Field(default=0.01, ge=0, le=1)
+    massive_ratio: float = Field(default=50.0, gt=1)
+    massive_token_share: float = Field(default=0.1, gt=0, le=1)
+    column_ratio: float = Field(default=2.0, gt=1)
+    no_op_sink_score: float = Field(default=0.8, gt=0, le=1)
+    no_op_output_norm: float = Field(default=0.5, gt=0)
+    super_weights: bool = True
+    super_weight_loss: float = Field(default=0.02, gt=0)
+
+
+class ModuleOverride(Section):
+    """A format of its own for the modules that match `pattern` (a glob, or a regular expression after "re:")."""
+
+    pattern: str
+    bits: int = Field(ge=2, le=16)
+    group_size: int | None = None
+    method: Literal["rtn", "gptq"] | None = None
+
+
+class Weights(Section):
+    """How weights are quantized where nothing is protected. `group_size` -1 is one scale per output channel."""
+
+    method: Literal["rtn", "gptq"] = "gptq"
+    bits: int = Field(default=4, ge=2, le=8)
+    group_size: int = Field(default=64, ge=-1)
+    symmetric: Literal[True] = True
+    damping: float = Field(default=0.01, gt=0, lt=1)
+    act_order: bool = True
+    ignore: list[str] = Field(default_factory=list)
+    overrides: list[ModuleOverride] = Field(default_factory=list)
+
+
+class Protect(Section):
+    """What is kept exact for the sinks.
+
+    `tokens`: sink tokens weigh `sink_weight` in every Hessian. `channels` "module": linears whose input ranges the
+    sinks set, or where a massive activation is born, get `bits`. `modules`: patterns protected in any case.
+    """
+
+    tokens: bool = True
+    sink_weight: float = Field(default=16.0, gt=0)
+    channels: Literal["none", "module"] = "module"
+    bits: int = Field(default=8, ge=3, le=16)
+    max_share: float = Field(default=0.1, ge=0, le=1)
+    modules: list[str] = Field(default_factory=list)
+
+
+class Budget(Section):
+    """An average number of bits per weight of the blocks' linears, scales counted; null: no budget."""
+
+    bits: float | None = Field(default=None, gt=2, le=16)
+
+
+class Evaluation(Section):
+    """How the result is measured. `tasks` are names of packaged lm-eval tasks or of any task lm-eval can reach."""
+
+    text: str | None = None
+    tasks: list[str] = Field(default_factory=lambda: ["sink_perplexity", "sink_cloze", "sink_recall"])
+    limit: int | None = Field(default=None, ge=1)
+    control: bool = True
+    divergence_rows: int = Field(default=64, ge=2)
+    divergence_length: int = Field(default=512, ge=16)
+    bootstrap: int = Field(default=2000, ge=100)
+    batch_size: int = Field(default=8, ge=1)
+
+
+class Gate(Section):
+    """Bounds on the sink-aware row; breaking one ends the run with exit code 3. Null: not checked."""
+
+    max_divergence: float | None = Field(default=None, gt=0)
+    min_recovery: float | None = Field(default=None, gt=0)
+    max_sink_rate_change: float | None = Field(default=None, gt=0)
+
+
+class Recipe(Section):
+    """The whole request. `Recipe()` is the default recipe; `Recipe.load` reads a file or a packaged name."""
+
+    name: str = "custom"
+    description: str = ""
+    seed: int = Field(default=0, ge=0)
+    compute: Compute = Field(default_factory=Compute)
+    calibration: CalibrationText = Field(default_factory=CalibrationText)
+    detect: Detection = Field(default_factory=Detection)
+    weights: Weights = Field(default_factory=Weights)
+    protect: Protect = Field(default_factory=Protect)
+    budget: Budget = Field(default_factory=Budget)
+    kv_cache: None = None
+    evaluate: Evaluation = Field(default_factory=Evaluation)
+    gate: Gate = Field(default_factory=Gate)
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str]) -> Self:
+        """Read a YAML file, or the packaged recipe of that name (with or without ".yaml").
+
+        Raises:
+            RequestError: no such recipe, not YAML, an unknown key or a value out of range.
+        """
+        path = Path(source)
+        if not path.is_file():
+            packaged = recipe_folder() / f"{Path(source).name.removesuffix('.yaml')}.yaml"
+            if not packaged.is_file() or path.parent != Path("."):
+                names = recipe_names()
+                raise RequestError(f"there is no recipe {str(source)!r}{near_miss(path.stem, names)}; "
+                                   f"the packaged ones are {', '.join(names)}.")
+            path = packaged
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RequestError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+        return cls.parse({} if data is None else data, str(path))
+
+    @classmethod
+    def parse(cls, data: Any, where: str = "the recipe") -> Self:
+        """Validate a decoded recipe; errors name the key, and the near miss of an unknown one."""
+        if not isinstance(data, dict):
+            raise RequestError(f"{where} must be a mapping of keys to values.")
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise RequestError(f"{where}: {_explain(cls, error)}.") from error
+
+    def to_yaml(self) -> str:
+        """The whole recipe as YAML, defaults written out; `Recipe.parse(yaml.safe_load(text))` gives it back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def replace(self, assignments: Iterable[str]) -> Self:
+        """A copy with `key.path=value` assignments applied; values are read as YAML.
+
+        Raises:
+            RequestError: an assignment without "=", an unknown key, a value out of range.
+        """
+        data = self.model_dump(mode="json")
+        for assignment in assignments:
+            key, equals, value = assignment.partition("=")
+            if not equals:
+                raise RequestError(f"--set {assignment!r} has no '='; write --set weights.bits=3.")
+            try:
+                parsed = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise RequestError(f"--set {key}: the value {value!r} is not YAML.") from error
+            *sections, leaf = key.strip().split(".")
+            target = data
+            for depth, part in enumerate(sections):
+                inner = target.get(part)
+                if part == "kv_cache" and inner is None:
+                    raise RequestError(_NO_KV_CACHE)
+                if not isinstance(inner, dict):
+                    raise RequestError(f"--set: {'.'.join(sections[: depth + 1])!r} is not a section of the recipe"
+                                       f"{near_miss(part, [k for k, v in target.items() if isinstance(v, dict)])}.")
+                target = inner
+            target[leaf] = parsed
+        return type(self).parse(data, "--set")
+
+
+_NO_KV_CACHE = ("kv_cache: this version of sinkquant does not quantize the KV cache; "
+                "remove the section to keep the cache in 16 bits.")
+
+
+def recipe_names() -> list[str]:
+    """Names of the packaged recipes, sorted."""
+    return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
+
+
+def near_miss(name: str, known: Iterable[str]) -> str:
+    """", did you mean 'x'?" where a known name is close, else an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _explain(recipe: type[BaseModel], error: ValidationError) -> str:
+    """The first problem of a validation error as one sentence."""
+    first = error.errors()[0]
+    place = [part for part in first["loc"]]
+    name = ".".join(str(part) for part in place)
+    if place and place[0] == "kv_cache":
+        return _NO_KV_CACHE.removesuffix(".")
+    if first["type"] == "extra_forbidden":
+        section: Any = recipe
+        for part in place[:-1]:
+            if isinstance(part, str):
+                annotation = section.model_fields[part].annotation
+                section = annotation if hasattr(annotation, "model_fields") else ModuleOverride
+        return f"unknown key {name!r}{near_miss(str(place[-1]), section.model_fields)}"
+    return f"{name}: {first['msg']} (got {first['input']!r})"
