@@ -107,6 +107,7 @@ class SinkMap(Artifact):
     tokenization: TokenizationFacts
     sink_rate: dict[str, float]
     sink_rate_repeated_token: dict[str, float]
+    sink_rate_without_bos: dict[str, float] | None = None
     thresholds: dict[str, float]
     tokens: list[SinkToken]
     heads: list[list[Head]]

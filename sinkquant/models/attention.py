@@ -34,6 +34,7 @@ class AttentionRecord:
         received: [batch, heads, length] float32, the sum over queries of the softmax column of every position.
         learned: [batch, heads] float32, the same sum for the learned sink column, zeros where there is none.
         visible: [length] number of queries that may see each position.
+        uniform: [length] float32, what `received` would be if every query spread its attention evenly: the null.
         output: [batch, heads, length, head_dim], attention-weighted values before the output projection.
     """
 
@@ -44,6 +45,7 @@ class AttentionRecord:
     received: torch.Tensor
     learned: torch.Tensor
     visible: torch.Tensor
+    uniform: torch.Tensor
     output: torch.Tensor
     has_learned_sink: bool
 
@@ -117,6 +119,7 @@ def _attend(observers: Sequence[AttentionObserver], module: nn.Module, query: to
     received = torch.zeros(batch, heads, length, dtype=torch.float32, device=query.device)
     learned = torch.zeros(batch, heads, dtype=torch.float32, device=query.device)
     visible = torch.zeros(length, dtype=torch.long, device=query.device)
+    uniform = torch.zeros(length, dtype=torch.float32, device=query.device)
     output = torch.empty(batch, heads, length, values.shape[-1], dtype=query.dtype, device=query.device)
     column = torch.arange(length, device=query.device)
     for start in range(0, length, QUERY_CHUNK):
@@ -137,11 +140,12 @@ def _attend(observers: Sequence[AttentionObserver], module: nn.Module, query: to
             probabilities = torch.softmax(logits, dim=-1)
         received += probabilities.sum(dim=2)
         visible += allowed[0, 0].sum(0)
+        uniform += (allowed[0, 0] / allowed[0, 0].sum(-1, keepdim=True).clamp(min=1)).sum(0)
         output[:, :, start:stop] = (probabilities.to(values.dtype) @ values).to(output.dtype)
     for observer in observers:
         observer.attention(AttentionRecord(
             layer=int(getattr(module, "layer_idx", 0) or 0), query=query, key=key, value=value, received=received,
-            learned=learned, visible=visible, output=output, has_learned_sink=s_aux is not None))
+            learned=learned, visible=visible, uniform=uniform, output=output, has_learned_sink=s_aux is not None))
     return output.transpose(1, 2).contiguous()
 
 

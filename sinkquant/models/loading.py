@@ -7,10 +7,16 @@ import re
 from pathlib import Path
 
 import torch
-import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sinkquant.errors import RequestError
 from sinkquant.resources import demo_model
@@ -134,7 +140,7 @@ def load_model(folder: Path, dtype: torch.dtype | str = "auto", device: str = "c
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if getattr(config, "is_encoder_decoder", False):
             raise RequestError(f"{type(config).__name__} is not supported: it is an encoder-decoder, not a decoder.")
-        if not trust_remote_code and config.model_type not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if not trust_remote_code and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise RequestError(f"the architecture {config.model_type!r} is not supported: "
                                "transformers has no causal language model of it.")
         model, info = AutoModelForCausalLM.from_pretrained(

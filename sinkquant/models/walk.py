@@ -67,7 +67,7 @@ class Walk:
         self.batch_size = batch_size
         self.device = device
         self.dtype = dtype
-        self.observers = observers
+        self.observers = list(observers)
         self.hidden = torch.empty(0)
         self.arguments: list[dict[str, Any]] = []
 

@@ -1,0 +1,5 @@
+"""model + text -> SinkMap: which tokens, heads, channels and weights are the attention sink of a model."""
+
+from sinkquant.detect.detect import detect
+
+__all__ = ["detect"]

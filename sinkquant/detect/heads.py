@@ -1,0 +1,51 @@
+"""Heads: how much of their attention sinks, what the sink's value weighs, and which of them do nothing."""
+
+from __future__ import annotations
+
+import torch
+
+from sinkquant.artifacts import Head
+from sinkquant.detect.table import AttentionTable
+from sinkquant.recipe import Detection
+
+
+def describe_heads(table: AttentionTable, sinks: torch.Tensor, settings: Detection) -> list[list[Head]]:
+    """Every query head, [layer][head].
+
+    `sink_score` is the mean attention mass on the sink tokens (and the learned column) by the queries from the first
+    sink on; where the model has no sink, on the first position, so that a null can be compared. `value_drain` is
+    ||v_sink|| / median ||v_t|| (Barbero et al. 2504.02732, section 5; null without a sink token), `output_norm` the
+    head's mean output norm over the mean of its layer (2504.03889). A no-op head sinks nearly all of its attention
+    and writes little.
+
+    Args:
+        sinks: bool [rows, length], the positions that hold a sink token.
+    """
+    described = []
+    marked = sinks.clone()
+    if not marked.any() and not table.has_learned_sink:
+        marked[:, 0] = True
+    length = sinks.shape[1]
+    has = marked.any(dim=1)
+    queries = (length - marked.float().argmax(dim=1)).float()
+    for received, learned, values, outputs in zip(
+            table.received, table.learned, table.value_norms, table.output_norms, strict=True):
+        mass = (received * marked[:, None]).sum(-1) / queries[:, None]
+        score = (torch.where(has[:, None], mass, torch.zeros_like(mass)) + learned).mean(0)
+        groups = received.shape[1] // values.shape[1]
+        drain = _value_drain(values, sinks)
+        norm = outputs / outputs.mean().clamp(min=1e-30)
+        described.append([
+            Head(sink_score=float(score[h]), value_drain=None if drain is None else float(drain[h // groups]),
+                 output_norm=float(norm[h]),
+                 no_op=bool(score[h] >= settings.no_op_sink_score and norm[h] <= settings.no_op_output_norm))
+            for h in range(received.shape[1])])
+    return described
+
+
+def _value_drain(values: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor | None:
+    """[kv_heads], or None where no token is a sink. `values`: [rows, kv_heads, length] norms."""
+    if not sinks.any() or sinks.all():
+        return None
+    per_head = values.transpose(0, 1)
+    return per_head[:, sinks].mean(1) / per_head[:, ~sinks].median(dim=1).values.clamp(min=1e-30)

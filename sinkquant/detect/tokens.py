@@ -1,0 +1,135 @@
+"""Which tokens are sinks, wherever they stand: from the attention that positions and token ids receive.
+
+A candidate is a position (the first one, or any other whatever stands there) or a token id (all its occurrences in a
+row together, since several copies share the mass). Its score in a head is the mean mass that it receives from the
+queries that come after it, in excess of what even attention would give it: (mass - even) / (1 - even). It is a sink
+of a head that scores over the threshold in most of its occurrences, and a sink of the model if it has enough heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sinkquant.detect.table import AttentionTable
+from sinkquant.recipe import Detection
+
+MIN_QUERIES = 16
+"""A column seen by fewer queries says nothing: the last position of a row receives all of its own attention."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A sink before it has a name. `attention`: mean mass over heads, layers and occurrences; `heads`: share of
+    (occurrence, head) pairs with mass over the threshold."""
+
+    token_id: int | None
+    position: int | None
+    attention: float
+    heads: float
+
+
+def find_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detection) -> list[Candidate]:
+    """The sinks of these rows, strongest first.
+
+    Args:
+        rows: int64 [rows, length], the rows that `table` was made from.
+    """
+    positions = _position_sinks(table, rows, settings)
+    taken = {candidate.position for candidate in positions if candidate.position is not None}
+    found = positions + _token_sinks(table, rows, settings, taken)
+    return sorted(found, key=lambda candidate: -candidate.attention)
+
+
+def group_mass(received: torch.Tensor, visible: torch.Tensor, uniform: torch.Tensor,
+               first: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mass received by all copies of a token together, written at the place of its first copy.
+
+    Args:
+        received: [rows, heads, length]; visible, uniform: [length].
+        first: int64 [rows, length], for every position the first position of the same group in its row, or -1.
+
+    Returns:
+        mass [rows, heads, length] and even mass [rows, length]: means over the queries that see the group, 0 where
+        no group starts.
+    """
+    rows, heads, length = received.shape
+    inside = first >= 0
+    index = first.clamp(min=0)
+    mass = torch.zeros_like(received).scatter_add_(
+        2, index[:, None].expand(rows, heads, length), received * inside[:, None])
+    even = torch.zeros(rows, length).scatter_add_(1, index, uniform.expand(rows, length) * inside)
+    seen = torch.zeros(rows, length).scatter_add_(1, index, visible.float().expand(rows, length) * inside)
+    queries = torch.minimum(seen, float(length) - torch.arange(length).float()).clamp(min=1)
+    return mass / queries[:, None], even / queries
+
+
+def first_occurrences(rows: torch.Tensor, taken: set[int]) -> torch.Tensor:
+    """For every position the first position in its row with the same id; -1 at position 0 and at taken positions."""
+    length = rows.shape[1]
+    usable = torch.tensor([p != 0 and p not in taken for p in range(length)])
+    same = (rows[:, :, None] == rows[:, None, :]) & usable[None, None, :]
+    first = same.float().argmax(dim=-1)
+    return torch.where(usable[None, :], first, torch.full_like(first, -1))
+
+
+def _excess(mass: torch.Tensor, even: torch.Tensor) -> torch.Tensor:
+    """(mass - even) / (1 - even); where even attention already gives everything, nothing is in excess."""
+    room = 1 - even
+    return torch.where(room > 1e-3, (mass - even) / room.clamp(min=1e-3), torch.zeros_like(mass))
+
+
+def _enough(share: torch.Tensor, settings: Detection) -> torch.Tensor:
+    """Which candidates are sinks of enough heads. `share`: [layers, heads, candidates] of occurrences over."""
+    count = (share >= settings.occurrence_share).float().flatten(0, 1)
+    return (count.mean(0) >= settings.min_head_share) & (count.sum(0) >= 1)
+
+
+def _position_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detection) -> list[Candidate]:
+    length = rows.shape[1]
+    last = max(length - MIN_QUERIES, 1)
+    share, score, over = [], [], []
+    for received, visible, uniform in zip(table.received, table.visible, table.uniform, strict=True):
+        mass = received / visible.clamp(min=1)
+        event = _excess(mass, uniform / visible.clamp(min=1)) > settings.threshold
+        share.append(event.float().mean(0)[:, :last])
+        score.append(mass.mean(dim=(0, 1))[:last])
+        over.append((mass > settings.threshold).float().mean(dim=(0, 1))[:last])
+    sinks = _enough(torch.stack(share), settings)
+    attention, heads = torch.stack(score).mean(0), torch.stack(over).mean(0)
+    found = []
+    for position in torch.nonzero(sinks).flatten().tolist():
+        ids, counts = rows[:, position].unique(return_counts=True)
+        always_one_id = len(ids) == 1
+        # A position other than the first must hold different ids, else the id may be what attracts.
+        if position > 0 and (len(rows) < 2 or float(counts.max()) / len(rows) > 0.5):
+            continue
+        found.append(Candidate(int(ids[0]) if always_one_id else None, position,
+                               float(attention[position]), float(heads[position])))
+    return found
+
+
+def _token_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detection, taken: set[int]) -> list[Candidate]:
+    length = rows.shape[1]
+    first = first_occurrences(rows, taken)
+    place = torch.arange(length)
+    starts = (first == place) & (place <= length - MIN_QUERIES)
+    ids, inverse = rows[starts].unique(return_inverse=True)
+    if len(ids) == 0:
+        return []
+    counts = torch.bincount(inverse, minlength=len(ids)).float()
+    share, score, over = [], [], []
+    for received, visible, uniform in zip(table.received, table.visible, table.uniform, strict=True):
+        mass, even = group_mass(received, visible, uniform, first)
+        event = _excess(mass, even[:, None]) > settings.threshold
+        at_starts = [tensor.transpose(1, 2)[starts].float() for tensor in (event, mass, mass > settings.threshold)]
+        means = [torch.zeros(len(ids), values.shape[1]).index_add_(0, inverse, values) / counts[:, None]
+                 for values in at_starts]
+        share.append(means[0].T)
+        score.append(means[1].mean(1))
+        over.append(means[2].mean(1))
+    sinks = _enough(torch.stack(share), settings) & (counts >= min(settings.min_occurrences, len(rows)))
+    attention, heads = torch.stack(score).mean(0), torch.stack(over).mean(0)
+    return [Candidate(int(ids[i]), None, float(attention[i]), float(heads[i]))
+            for i in torch.nonzero(sinks).flatten().tolist()]
