@@ -227,7 +227,7 @@ def near_miss(name: str, known: Iterable[str]) -> str:
 def _explain(recipe: type[BaseModel], error: ValidationError) -> str:
     """The first problem of a validation error as one sentence."""
     first = error.errors()[0]
-    place = [part for part in first["loc"]]
+    place = list(first["loc"])
     name = ".".join(str(part) for part in place)
     if place and place[0] == "kv_cache":
         return _NO_KV_CACHE.removesuffix(".")

@@ -45,7 +45,7 @@ class Artifact(Strict):
         except OSError as error:
             raise RequestError(f"cannot read {path}: {error.strerror or error}.") from error
         except ValueError as error:
-            raise RequestError(f"{path} is not JSON ({error}); make it again with the command that wrote it.") from error
+            raise RequestError(f"{path} is not JSON ({error}); make it again.") from error
         return cls.parse(data, str(path))
 
     @classmethod

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinkquant.artifacts import Channel, SinkMap, SinkToken
+from sinkquant.artifacts import Channel, SinkKind, SinkMap, SinkToken
 from sinkquant.detect.heads import describe_heads
 from sinkquant.detect.modules import module_statistics
 from sinkquant.detect.residual import MassiveChannel, ResidualStream, massive_channels
@@ -21,14 +22,14 @@ from sinkquant.models import (
     check_finite,
     pick_device,
     read_text,
-    starts_with_bos,
     token_rows,
     tokenization_facts,
 )
-from sinkquant.recipe import Recipe
+from sinkquant.recipe import Detection, Recipe
 
 PUBLISHED_THRESHOLDS = ("0.1", "0.3", "0.8")
 REPEATED_ROWS = 20
+CARRIERS_SHOWN = 10
 
 Progress = Callable[[int, int, str], None]
 
@@ -52,46 +53,39 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
     settings = recipe.detect
     decoder = Decoder.of(model)
     check_finite(model)
-    survey = _Surveyor(decoder, recipe, progress)
+    surveyor = _Surveyor(decoder, recipe, progress)
     content = read_text(text or recipe.calibration.text, "calibration")
-    rows = survey.rows(tokenizer, content, settings.rows, settings.length)
-    table, stream, spikes = survey.run(rows, "reading attention")
-    found, channels = find_sinks(table, rows, settings), massive_channels(stream, settings)
-    carriers = {c.channel: _carriers(c, rows) for c in channels}
+    rows = surveyor.rows(tokenizer, content, settings.rows, settings.length)
+    surveys = [surveyor.run(rows, "reading attention")]
+    long_rows = surveyor.long_rows(tokenizer, content)
     notes = []
-
-    long_rows = survey.long_rows(tokenizer, content)
     if long_rows is None:
         notes.append(f"the text holds no row of {settings.long_length} tokens: sinks were looked for in rows of "
                      f"{rows.shape[1]} tokens only")
     else:
-        long_table, long_stream, long_spikes = survey.run(long_rows, "reading long rows")
-        known = {(c.token_id, c.position) for c in found}
-        found += [c for c in find_sinks(long_table, long_rows, settings) if (c.token_id, c.position) not in known
-                  and (None, c.position) not in known]
-        for channel in massive_channels(long_stream, settings):
-            if channel.channel not in carriers:
-                channels.append(channel)
-            carriers.setdefault(channel.channel, set()).update(_carriers(channel, long_rows))
-        for module, spike in long_spikes.spikes.items():
-            spikes.spikes.setdefault(module, spike)
+        surveys.append(surveyor.run(long_rows, "reading long rows"))
+    found, massive = _sinks(surveys, settings)
+    channels = _channels(surveys, settings, found, tokenizer)
+    table, spikes = surveys[0].table, surveys[0].spikes
+    for other in surveys[1:]:
+        spikes.spikes = other.spikes.spikes | spikes.spikes
 
     repeated = _repeated_rows(rows, recipe.seed)
-    repeated_table, _, _ = survey.run(repeated, "reading repeated tokens")
+    repeated_table = surveyor.run(repeated, "reading repeated tokens").table
     without_bos = None
     facts = tokenization_facts(tokenizer, rows)
     if facts.rows_start_with_bos:
         bare = token_rows(tokenizer, content, settings.rows, rows.shape[1], "never", decoder.vocabulary)
-        without_bos = survey.run(bare, "reading without <bos>")[0]
+        without_bos = surveyor.run(bare, "reading without <bos>").table
 
     statistics_rows = rows if long_rows is None else long_rows
     modules = module_statistics(decoder, statistics_rows, sink_positions(statistics_rows, found), settings,
-                                survey.device, survey.dtype)
+                                surveyor.device, surveyor.dtype)
     super_weights = []
     if settings.super_weights:
-        super_weights = confirm(decoder, spikes, rows, settings, survey.device, survey.dtype, recipe.seed)
+        super_weights = confirm(decoder, spikes, rows, settings, surveyor.device, surveyor.dtype, recipe.seed)
 
-    tokens = [_named(candidate, tokenizer, carriers) for candidate in found]
+    tokens = [_named(candidate, tokenizer, candidate in massive) for candidate in found]
     learned = _learned_sink(table, settings.threshold)
     if learned is not None:
         tokens.append(learned)
@@ -105,9 +99,7 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
                     "column_ratio": settings.column_ratio, "no_op_sink_score": settings.no_op_sink_score,
                     "no_op_output_norm": settings.no_op_output_norm, "super_weight_loss": settings.super_weight_loss},
         tokens=tokens, heads=describe_heads(table, sink_positions(rows, found), settings),
-        channels=[Channel(channel=c.channel, peak=c.peak, ratio=c.ratio, born=c.born, ended=c.ended,
-                          tokens=_labels(carriers[c.channel], tokenizer), profile=c.profile) for c in channels],
-        depth=stream.names, super_weights=super_weights, modules=modules, notes=notes)
+        channels=channels, depth=surveys[0].stream.names, super_weights=super_weights, modules=modules, notes=notes)
 
 
 def sink_positions(rows: torch.Tensor, sinks: list[Candidate]) -> torch.Tensor:
@@ -122,6 +114,16 @@ def sink_positions(rows: torch.Tensor, sinks: list[Candidate]) -> torch.Tensor:
             here &= place
         marked |= here
     return marked
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What one set of rows showed."""
+
+    rows: torch.Tensor
+    table: AttentionTable
+    stream: ResidualStream
+    spikes: SpikeWatcher
 
 
 class _Surveyor:
@@ -150,7 +152,7 @@ class _Surveyor:
         except RequestError:
             return None
 
-    def run(self, rows: torch.Tensor, label: str) -> tuple[AttentionTable, ResidualStream, SpikeWatcher]:
+    def run(self, rows: torch.Tensor, label: str) -> _Survey:
         table, stream = AttentionTable(), ResidualStream()
         spikes = SpikeWatcher(self.decoder, self.recipe.detect.massive_ratio)
         batch = max(1, self.recipe.detect.batch_size * 64 // rows.shape[1])
@@ -165,7 +167,7 @@ class _Surveyor:
             table.close_layer()
             if self.progress:
                 self.progress(step.index + 1, len(self.decoder.blocks), label)
-        return table, stream, spikes
+        return _Survey(rows, table, stream, spikes)
 
 
 def _repeated_rows(rows: torch.Tensor, seed: int) -> torch.Tensor:
@@ -176,41 +178,67 @@ def _repeated_rows(rows: torch.Tensor, seed: int) -> torch.Tensor:
     return picked[:, None].expand(-1, rows.shape[1]).clone()
 
 
-def _carriers(channel: MassiveChannel, rows: torch.Tensor) -> set[tuple[int | None, int | None]]:
-    """(token id, position) of the tokens that carry a channel: position 0 apart, other tokens by id."""
-    carried: set[tuple[int | None, int | None]] = set()
-    if channel.carriers[:, 0].any():
-        ids = rows[channel.carriers[:, 0], 0].unique()
-        carried.add((int(ids[0]) if len(ids) == 1 else None, 0))
-    later = channel.carriers.clone()
-    later[:, 0] = False
-    carried.update((int(i), None) for i in rows[later].unique())
-    return carried
+def _sinks(surveys: list[_Survey], settings: Detection) -> tuple[list[Candidate], set[Candidate]]:
+    """The sinks of all surveys, each once, with the figures of the first that shows it; and those among them of which
+    most occurrences carry a massive activation."""
+    found: list[Candidate] = []
+    massive: set[Candidate] = set()
+    for survey in surveys:
+        known = {(c.token_id, c.position) for c in found}
+        known |= {(None, c.position) for c in found if c.position is not None}
+        new = [c for c in find_sinks(survey.table, survey.rows, settings) if (c.token_id, c.position) not in known]
+        found += new
+        carriers = torch.zeros_like(survey.rows, dtype=torch.bool)
+        for channel in massive_channels(survey.stream, settings):
+            carriers |= channel.carriers
+        for candidate in new:
+            here = sink_positions(survey.rows, [candidate])
+            if here.any() and carriers[here].float().mean() >= 0.5:
+                massive.add(candidate)
+    return found, massive
 
 
-def _labels(carried: set[tuple[int | None, int | None]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Carriers as a person reads them: "<s>", "first position", "'.'"; at most ten."""
-    ordered = sorted(carried, key=lambda c: (c[1] is None, -1 if c[0] is None else c[0]))
-    return [_text(i, tokenizer) or "first position" for i, _ in ordered[:10]]
+def _channels(surveys: list[_Survey], settings: Detection, sinks: list[Candidate],
+              tokenizer: PreTrainedTokenizerBase) -> list[Channel]:
+    """The massive channels of all surveys, each once, with the labels of the tokens that carry it."""
+    channels: dict[int, MassiveChannel] = {}
+    labels: dict[int, list[str]] = {}
+    for survey in surveys:
+        for channel in massive_channels(survey.stream, settings):
+            channels.setdefault(channel.channel, channel)
+            known = labels.setdefault(channel.channel, [])
+            known += [label for label in _labels(channel, survey.rows, sinks, tokenizer) if label not in known]
+    return [Channel(channel=c.channel, peak=c.peak, ratio=c.ratio, born=c.born, ended=c.ended,
+                    tokens=labels[c.channel][:CARRIERS_SHOWN], profile=c.profile) for c in channels.values()]
 
 
-def _named(candidate: Candidate, tokenizer: PreTrainedTokenizerBase,
-           carriers: dict[int, set[tuple[int | None, int | None]]]) -> SinkToken:
-    """Give a candidate its kind and say whether it carries a massive activation."""
-    identity, position = candidate.token_id, candidate.position
-    text = _text(identity, tokenizer)
-    if identity is not None and identity == tokenizer.bos_token_id:
+def _labels(channel: MassiveChannel, rows: torch.Tensor, sinks: list[Candidate],
+            tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The tokens that carry a channel: sinks first, the first position whatever stands there, then ids."""
+    rest, labels = channel.carriers.clone(), []
+    for sink in sinks:
+        here = sink_positions(rows, [sink])
+        if (rest & here).any():
+            labels.append(_text(sink.token_id, tokenizer) or f"position {sink.position}")
+            rest &= ~here
+    if rest[:, 0].any():
+        labels.append("position 0")
+        rest[:, 0] = False
+    ids, counts = rows[rest].unique(return_counts=True)
+    return labels + [str(_text(int(ids[i]), tokenizer)) for i in counts.argsort(descending=True, stable=True)]
+
+
+def _named(candidate: Candidate, tokenizer: PreTrainedTokenizerBase, massive: bool) -> SinkToken:
+    """Give a candidate its kind."""
+    text = _text(candidate.token_id, tokenizer)
+    kind: SinkKind = "token"
+    if candidate.token_id is not None and candidate.token_id == tokenizer.bos_token_id:
         kind = "bos"
-    elif position == 0:
+    elif candidate.position == 0:
         kind = "first_position"
     elif text is not None and not any(character.isalnum() for character in text):
         kind = "delimiter"
-    else:
-        kind = "token"
-    carried = set().union(*carriers.values()) if carriers else set()
-    massive = (identity, position) in carried or (position == 0 and any(p == 0 for _, p in carried)) or (
-        position is None and (identity, None) in carried)
-    return SinkToken(token_id=identity, text=text, position=position, kind=kind,
+    return SinkToken(token_id=candidate.token_id, text=text, position=candidate.position, kind=kind,
                      attention=candidate.attention, heads=candidate.heads, massive=massive)
 
 

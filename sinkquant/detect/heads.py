@@ -12,11 +12,11 @@ from sinkquant.recipe import Detection
 def describe_heads(table: AttentionTable, sinks: torch.Tensor, settings: Detection) -> list[list[Head]]:
     """Every query head, [layer][head].
 
-    `sink_score` is the mean attention mass on the sink tokens (and the learned column) by the queries from the first
-    sink on; where the model has no sink, on the first position, so that a null can be compared. `value_drain` is
-    ||v_sink|| / median ||v_t|| (Barbero et al. 2504.02732, section 5; null without a sink token), `output_norm` the
-    head's mean output norm over the mean of its layer (2504.03889). A no-op head sinks nearly all of its attention
-    and writes little.
+    `sink_score` is the mean attention mass on the sink tokens (and the learned column) by the queries from the row's
+    first sink on, over the rows that hold one; where the model has no sink, on the first position, so that a null can
+    be compared. `value_drain` is ||v_sink|| / median ||v_t|| (Barbero et al. 2504.02732, section 5; null without a
+    sink token), `output_norm` the head's mean output norm over the mean of its layer (2504.03889). A no-op head sinks
+    nearly all of its attention and writes little.
 
     Args:
         sinks: bool [rows, length], the positions that hold a sink token.
@@ -31,7 +31,7 @@ def describe_heads(table: AttentionTable, sinks: torch.Tensor, settings: Detecti
     for received, learned, values, outputs in zip(
             table.received, table.learned, table.value_norms, table.output_norms, strict=True):
         mass = (received * marked[:, None]).sum(-1) / queries[:, None]
-        score = (torch.where(has[:, None], mass, torch.zeros_like(mass)) + learned).mean(0)
+        score = (mass[has].mean(0) if has.any() else 0) + learned.mean(0)
         groups = received.shape[1] // values.shape[1]
         drain = _value_drain(values, sinks)
         norm = outputs / outputs.mean().clamp(min=1e-30)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sinkquant.artifacts import ModuleStatistics
-from sinkquant.models import Decoder, Walk
+from sinkquant.models import Decoder, Step, Walk
 from sinkquant.recipe import Detection
 
 
@@ -55,21 +55,21 @@ def module_statistics(decoder: Decoder, rows: torch.Tensor, sinks: torch.Tensor,
                   if name in decoder.linears and (columns := linear.columns)}
     seen: set[str] = set()
     for step in walk.steps():
-        handles = []
-        for name in statistics:
-            if not name.startswith(step.name + "."):
-                continue
-
-            def hook(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                inputs, mask = args[0], sinks[step.batch]
-                if inputs.shape[:-1].numel() == mask.numel():
-                    statistics[name].add(inputs.reshape(mask.numel(), -1).float(), mask.flatten().to(inputs.device))
-                    seen.add(name)
-
-            handles.append(decoder.linears[name].register_forward_pre_hook(hook))
+        handles = [decoder.linears[name].register_forward_pre_hook(_hook(item, step, sinks, seen, name))
+                   for name, item in statistics.items() if name.startswith(step.name + ".")]
         try:
             step.run()
         finally:
             for handle in handles:
                 handle.remove()
     return {name: item.summary(settings.column_ratio) for name, item in statistics.items() if name in seen}
+
+
+def _hook(statistics: _InputStatistics, step: Step, sinks: torch.Tensor, seen: set[str], name: str) -> Any:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs, mask = args[0], sinks[step.batch]
+        if inputs.shape[:-1].numel() == mask.numel():
+            statistics.add(inputs.reshape(mask.numel(), -1).float(), mask.flatten().to(inputs.device))
+            seen.add(name)
+
+    return hook

@@ -51,8 +51,10 @@ class ResidualStream:
         if step.index == 0:
             self.add("embedding", [step.walk.hidden])
         middle = find_middle(step)
-        with recorded_input(middle) as states:
+        with recorded_input(middle) as recorded:
             outputs = step.run()
+        # Some blocks flatten rows and positions between their sub-blocks (OPT).
+        states = [state.reshape(-1, *outputs.shape[1:]) for state in recorded]
         if states:
             self.add(f"layers.{step.index}.attention", states)
         self.add(f"layers.{step.index}.mlp" if states else f"layers.{step.index}", [outputs])
@@ -75,8 +77,9 @@ class MassiveChannel:
         boundary = int(profile.argmax())
         change = torch.diff(profile, prepend=torch.zeros(1))
         self.born = stream.names[int(change.argmax())]
-        fall = int(change.argmin())
-        self.ended = stream.names[fall] if change[fall] < 0 and profile[fall] < 0.5 * self.peak else None
+        later = change[boundary + 1:]
+        fall = boundary + 1 + int(later.argmin()) if len(later) else boundary
+        self.ended = stream.names[fall] if profile[-1] < 0.5 * self.peak else None
         mine = (stream.top_channels[boundary] == channel) & (stream.top_values[boundary] >= 0.5 * self.peak)
         self.carriers = mine.any(dim=-1)
 
@@ -116,11 +119,12 @@ def find_middle(step: Step) -> nn.Module | None:
         for handle in handles:
             handle.remove()
     for i, (module, given, _) in enumerate(seen):
-        if given is None or given.shape != probe.shape or torch.equal(given, probe):
+        if given is None or given.numel() != probe.numel() or torch.equal(given.reshape(probe.shape), probe):
             continue
         for _, _, output in seen[:i]:
-            if output is not None and output.shape == probe.shape and torch.allclose(
-                    given, probe + output, rtol=1e-5, atol=1e-6 * float(given.abs().max())):
+            if output is not None and output.numel() == probe.numel() and torch.allclose(
+                    given.reshape(probe.shape), probe + output.reshape(probe.shape),
+                    rtol=1e-5, atol=1e-6 * float(given.abs().max())):
                 return module
     return None
 

@@ -98,8 +98,9 @@ class Decoder:
     def shape(self, name: str) -> ModelShape:
         """Names and shapes of everything that a checkpoint of this model holds."""
         linears = {path: _linear_shape(self, path, module) for path, module in self.linears.items()}
+        prefixes = tuple(f"{block}." for block in self.block_names)
         for path, parameter in self.model.named_parameters():
-            if parameter.dim() == 3 and EXPERTS.search(path) and any(path.startswith(b + ".") for b in self.block_names):
+            if parameter.dim() == 3 and EXPERTS.search(path) and path.startswith(prefixes):
                 linears[path] = LinearShape(rows=parameter.shape[0] * parameter.shape[1], columns=parameter.shape[2],
                                             block=self.block_of(path), fused_with=[], fixed=EXPERTS_REASON)
         for path, linear in list(linears.items()):

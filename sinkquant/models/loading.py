@@ -42,7 +42,7 @@ def resolve(model: str) -> Path:
             folder = Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise RequestError(f"{model!r} is no local folder and could not be fetched from the hub: {reason}") from error
+            raise RequestError(f"{model!r} is no local folder, and the hub did not give it: {reason}") from error
     check_folder(folder)
     return folder
 
@@ -112,7 +112,7 @@ def check_shard(path: Path) -> None:
     needed = start + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)  # type: ignore[index]
     found = path.stat().st_size
     if found < needed:
-        raise RequestError(f"{path} is truncated: it has {found} bytes and its header promises {needed}; copy it again.")
+        raise RequestError(f"{path} is truncated: it has {found} of {needed} bytes; copy it again.")
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
