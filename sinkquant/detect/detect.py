@@ -29,6 +29,7 @@ from sinkquant.recipe import Detection, Recipe
 
 PUBLISHED_THRESHOLDS = ("0.1", "0.3", "0.8")
 REPEATED_ROWS = 20
+REPEATS_ONE_TOKEN = 0.95
 CARRIERS_SHOWN = 10
 
 Progress = Callable[[int, int, str], None]
@@ -56,9 +57,14 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
     surveyor = _Surveyor(decoder, recipe, progress)
     content = read_text(text or recipe.calibration.text, "calibration")
     rows = surveyor.rows(tokenizer, content, settings.rows, settings.length)
-    surveys = [surveyor.run(rows, "reading attention")]
     long_rows = surveyor.long_rows(tokenizer, content)
     notes = []
+    ids, counts = rows[:, 1:].unique(return_counts=True)
+    if float(counts.max()) / rows[:, 1:].numel() > REPEATS_ONE_TOKEN:
+        # Gu et al.'s negative control repeats the token from the first position on; a <bos> would be its sink.
+        rows, long_rows = ids[counts.argmax()].expand(len(rows), rows.shape[1]).clone(), None
+        notes.append("the text repeats one token: its rows are the published negative control, without <bos>")
+    surveys = [surveyor.run(rows, "reading attention")]
     if long_rows is None:
         notes.append(f"the text holds no row of {settings.long_length} tokens: sinks were looked for in rows of "
                      f"{rows.shape[1]} tokens only")

@@ -4,6 +4,8 @@ A candidate is a position (the first one, or any other whatever stands there) or
 row together, since several copies share the mass). Its score in a head is the mean mass that it receives from the
 queries that come after it, in excess of what even attention would give it: (mass - even) / (1 - even). It is a sink
 of a head that scores over the threshold in most of its occurrences, and a sink of the model if it has enough heads.
+A token that makes up most of a row cannot be told from the rest of it and is never a sink: a prompt that repeats one
+token has none.
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ from sinkquant.recipe import Detection
 
 MIN_QUERIES = 16
 """A column seen by fewer queries says nothing: the last position of a row receives all of its own attention."""
+
+MAX_EVEN_MASS = 0.25
+"""A token id that even attention would give more than this is no exception in its row."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,8 @@ def first_occurrences(rows: torch.Tensor, taken: set[int]) -> torch.Tensor:
 
 
 def _excess(mass: torch.Tensor, even: torch.Tensor) -> torch.Tensor:
-    """(mass - even) / (1 - even); where even attention already gives everything, nothing is in excess."""
-    room = 1 - even
-    return torch.where(room > 1e-3, (mass - even) / room.clamp(min=1e-3), torch.zeros_like(mass))
+    """(mass - even) / (1 - even), 0 where even attention already gives much."""
+    return torch.where(even <= MAX_EVEN_MASS, (mass - even) / (1 - even).clamp(min=0.5), torch.zeros_like(mass))
 
 
 def _enough(share: torch.Tensor, settings: Detection) -> torch.Tensor:
