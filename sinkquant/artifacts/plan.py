@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from sinkquant.artifacts.base import Artifact, Strict
+from sinkquant.artifacts.sinkmap import SinkMap
 
 Method = Literal["rtn", "gptq", "none"]
 
@@ -31,16 +32,18 @@ class ModuleDecision(Strict):
 
 
 class SinkSelector(Strict):
-    """Which positions of a row hold a sink: a fixed position, a token id, or a token id at that position only."""
+    """Which positions of a row hold a sink: a fixed position, a token id, or a token id at that position only; and
+    what such a token weighs in the statistics (1: as any other)."""
 
     token_id: int | None
     position: int | None
+    weight: float = 1.0
 
 
 class Calibration(Strict):
-    """The rows that the quantizer runs on, and what sink tokens weigh in its statistics.
+    """The rows that the quantizer runs on, and the sink tokens that weigh more in its statistics.
 
-    `text` is null for the packaged text; `sink_weight` multiplies a sink token's part of the Hessian, 1 is plain.
+    `text` is null for the packaged text. Without `sinks` every token weighs the same.
     """
 
     text: str | None
@@ -49,7 +52,6 @@ class Calibration(Strict):
     bos: Literal["auto", "always", "never"]
     batch_size: int
     sinks: list[SinkSelector]
-    sink_weight: float
     damping: float
     act_order: bool
 
@@ -76,3 +78,15 @@ class Plan(Artifact):
     predicted: dict[str, float]
     loads_in: list[str]
     notes: list[str] = Field(default_factory=list)
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    _sink_map: SinkMap | None = PrivateAttr(default=None)
+
+    @property
+    def sink_map(self) -> SinkMap | None:
+        """The sink map that this plan was made from, where it was made in this process; it is not written."""
+        return self._sink_map
+
+    def made_from(self, sink_map: SinkMap) -> Plan:
+        """Remember the sink map, so that a checkpoint can carry it. Returns the plan itself."""
+        self._sink_map = sink_map
+        return self

@@ -39,7 +39,8 @@ class SinkToken(Strict):
     """A token that attention sinks into.
 
     `attention` is the mean mass that it receives over heads, layers and the queries that see it; `heads` is the
-    share of heads whose score is over the threshold. `position` is null where the sink is not bound to one.
+    share of heads whose score is over the threshold; `share`: the share of all positions that hold it. `position` is
+    null where the sink is not bound to one.
     """
 
     token_id: int | None
@@ -48,6 +49,7 @@ class SinkToken(Strict):
     kind: SinkKind
     attention: float
     heads: float
+    share: float
     massive: bool
 
 

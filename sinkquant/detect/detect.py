@@ -245,7 +245,7 @@ def _named(candidate: Candidate, tokenizer: PreTrainedTokenizerBase, massive: bo
     elif text is not None and not any(character.isalnum() for character in text):
         kind = "delimiter"
     return SinkToken(token_id=candidate.token_id, text=text, position=candidate.position, kind=kind,
-                     attention=candidate.attention, heads=candidate.heads, massive=massive)
+                     attention=candidate.attention, heads=candidate.heads, share=candidate.share, massive=massive)
 
 
 def _text(identity: int | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -260,4 +260,4 @@ def _learned_sink(table: AttentionTable, threshold: float) -> SinkToken | None:
     if not bool((mass.mean(1) > threshold).any()):
         return None
     return SinkToken(token_id=None, text=None, position=None, kind="learned", attention=float(mass.mean()),
-                     heads=float((mass > threshold).float().mean()), massive=False)
+                     heads=float((mass > threshold).float().mean()), share=0.0, massive=False)

@@ -27,12 +27,13 @@ MAX_EVEN_MASS = 0.25
 @dataclass(frozen=True)
 class Candidate:
     """A sink before it has a name. `attention`: mean mass over heads, layers and occurrences; `heads`: share of
-    (occurrence, head) pairs with mass over the threshold."""
+    (occurrence, head) pairs with mass over the threshold; `share`: share of all positions that hold it."""
 
     token_id: int | None
     position: int | None
     attention: float
     heads: float
+    share: float
 
 
 def find_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detection) -> list[Candidate]:
@@ -110,7 +111,7 @@ def _position_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detecti
         if position > 0 and (len(rows) < 2 or float(counts.max()) / len(rows) > 0.5):
             continue
         found.append(Candidate(int(ids[0]) if always_one_id else None, position,
-                               float(attention[position]), float(heads[position])))
+                               float(attention[position]), float(heads[position]), 1 / length))
     return found
 
 
@@ -135,5 +136,5 @@ def _token_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detection,
         over.append(means[2].mean(1))
     sinks = _enough(torch.stack(share), settings) & (counts >= min(settings.min_occurrences, len(rows)))
     attention, heads = torch.stack(score).mean(0), torch.stack(over).mean(0)
-    return [Candidate(int(ids[i]), None, float(attention[i]), float(heads[i]))
+    return [Candidate(int(ids[i]), None, float(attention[i]), float(heads[i]), float((rows == ids[i]).float().mean()))
             for i in torch.nonzero(sinks).flatten().tolist()]

@@ -1,0 +1,5 @@
+"""SinkMap + Recipe -> Plan: rules, budget, and the control of the same size. Imports no torch."""
+
+from sinkquant.policy.plan import make_control, make_plan
+
+__all__ = ["make_control", "make_plan"]

@@ -1,0 +1,87 @@
+"""Spending bytes: raise formats until a size is reached, in a given order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from sinkquant.artifacts import ModelShape
+from sinkquant.artifacts.sizes import module_bytes
+from sinkquant.policy.rules import Choice
+
+SMALLEST_GROUP = 32
+
+
+def linear_bytes(shape: ModelShape, choices: dict[str, Choice]) -> int:
+    """Bytes of all linears of the blocks, scales counted."""
+    return sum(choice_bytes(shape, name, choice) for name, choice in choices.items())
+
+
+def choice_bytes(shape: ModelShape, name: str, choice: Choice) -> int:
+    """Bytes of one linear, scales counted."""
+    linear = shape.linears[name]
+    return module_bytes(linear.rows, linear.columns, choice.bits, choice.group_size)
+
+
+def fill(choices: dict[str, Choice], shape: ModelShape, spare: int, order: Sequence[str],
+         why: str) -> dict[str, Choice]:
+    """Spend at most `spare` bytes: one more bit wherever it fits, in `order`, again and again; what is left on groups
+    of half the size. Modules that engines fuse are raised together; pinned ones and those in 16 bits are not touched.
+
+    Args:
+        order: module names, first served first.
+        why: ends the reason of every raised module.
+    """
+    chosen = dict(choices)
+    for raise_format in (_one_more_bit, _half_the_group):
+        progress = True
+        while progress:
+            progress = False
+            for name in order:
+                raised = _raise_together(name, chosen, shape, raise_format)
+                cost = sum(choice_bytes(shape, m, c) - choice_bytes(shape, m, chosen[m]) for m, c in raised.items())
+                if 0 < cost <= spare:
+                    spare -= cost
+                    progress = True
+                    chosen |= {m: replace(c, reason=f"{c.bits} bits in groups of {c.group_size}: {why}")
+                               for m, c in raised.items()}
+    return chosen
+
+
+def _raise_together(name: str, choices: dict[str, Choice], shape: ModelShape,
+                    raise_format: Callable[[Choice, int], Choice | None]) -> dict[str, Choice]:
+    """The raised formats of a module and those fused with it; empty where one of them cannot be raised, or where
+    another member of the group speaks for it."""
+    members = shape.linears[name].fused_with or [name]
+    if members[0] != name:
+        return {}
+    raised: dict[str, Choice] = {}
+    for member in members:
+        choice = choices[member]
+        higher = None if choice.pinned or not choice.quantized else raise_format(choice, shape.linears[member].columns)
+        if higher is None:
+            return {}
+        raised[member] = higher
+    return raised
+
+
+def evenly_spread(names: Sequence[str]) -> list[str]:
+    """An order that knows nothing of sinks and favours no depth: van der Corput's sequence over the positions."""
+    def radical_inverse(index: int) -> float:
+        value, base = 0.0, 0.5
+        while index:
+            value, index, base = value + base * (index & 1), index >> 1, base / 2
+        return value
+
+    return [names[i] for i in sorted(range(len(names)), key=radical_inverse)]
+
+
+def _one_more_bit(choice: Choice, columns: int) -> Choice | None:
+    return replace(choice, bits=choice.bits + 1) if choice.bits < 8 else None
+
+
+def _half_the_group(choice: Choice, columns: int) -> Choice | None:
+    size = columns if choice.group_size == -1 else choice.group_size
+    if size is None or size % 2 or size // 2 < SMALLEST_GROUP or columns % (size // 2):
+        return None
+    return replace(choice, group_size=size // 2)

@@ -1,0 +1,129 @@
+"""SinkMap + Recipe -> Plan, and the plan of its control: a sink-unaware twin of the same size."""
+
+from __future__ import annotations
+
+from sinkquant.artifacts import Calibration, ModelShape, ModuleDecision, Plan, SinkMap, SinkSelector
+from sinkquant.artifacts.sizes import checkpoint_bytes
+from sinkquant.errors import RequestError
+from sinkquant.policy.budget import choice_bytes, evenly_spread, fill, linear_bytes
+from sinkquant.policy.rules import Choice, affected, base_choices, check_group_sizes, protect, share_formats
+from sinkquant.recipe import Recipe
+
+VLLM_BITS = frozenset({4, 8})
+VLLM_GROUPS = frozenset({-1, 32, 64, 128})
+
+
+def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> Plan:
+    """Decide on every linear, with a reason in words. Costs no quantization.
+
+    Raises:
+        RequestError: the sink map is of another model, a pattern matches nothing, a group size does not fit, nothing
+            can be quantized, or the budget cannot be met.
+    """
+    _check_same_model(shape, sink_map)
+    base = share_formats(base_choices(shape, recipe), shape)
+    check_group_sizes(base, shape)
+    choices = share_formats(protect(base, shape, sink_map, recipe), shape)
+    if recipe.budget.bits is not None:
+        order = [name for name, _ in affected(shape, sink_map)]
+        order += [name for name in evenly_spread(list(shape.linears)) if name not in order]
+        choices = _within_budget(base, choices, shape, recipe.budget.bits, order)
+    check_group_sizes(choices, shape)
+    sinks = _selectors(sink_map, recipe) if recipe.protect.tokens else []
+    return _finish("sink_aware", choices, shape, recipe, sinks).made_from(sink_map)
+
+
+def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Plan) -> Plan:
+    """The same recipe with every protection off; the bytes that protection cost are spent on more bits or smaller
+    groups, spread evenly over the model, so that both have one size.
+
+    Args:
+        aware: the plan to be matched.
+    """
+    choices = share_formats(base_choices(shape, recipe), shape)
+    spare = sum(decision.bytes for decision in aware.modules.values()) - linear_bytes(shape, choices)
+    choices = fill(choices, shape, spare, evenly_spread(list(shape.linears)),
+                   "the control spends evenly what protection costs")
+    plan = _finish("control", choices, shape, recipe, [])
+    gap = abs(plan.weight_bytes - aware.weight_bytes) / aware.weight_bytes
+    if gap > 0.01:
+        plan.notes.append(f"the control's size differs by {gap:.1%}: no even raise fits the bytes that are left")
+    return plan.made_from(sink_map)
+
+
+def _finish(name: str, choices: dict[str, Choice], shape: ModelShape, recipe: Recipe,
+            sinks: list[SinkSelector]) -> Plan:
+    formats = {module: (c.bits, c.group_size) for module, c in choices.items() if c.quantized}
+    total = checkpoint_bytes(shape, formats)
+    unquantized = checkpoint_bytes(shape, {})
+    weights = sum(linear.parameters for linear in shape.linears.values())
+    modules = {
+        module: ModuleDecision(bits=c.bits, group_size=c.group_size, method=c.method, keep=c.keep,  # type: ignore[arg-type]
+                               columns=list(c.columns), bytes=choice_bytes(shape, module, c), reason=c.reason)
+        for module, c in choices.items()}
+    settings = recipe.calibration
+    return Plan(
+        name=name, bits_per_weight=8 * linear_bytes(shape, choices) / weights,
+        bits_per_parameter=8 * total / _parameters(shape), weight_bytes=total, unquantized_bytes=unquantized,
+        modules=modules, seed=recipe.seed, recipe=recipe.model_dump(mode="json"),
+        calibration=Calibration(
+            text=settings.text, rows=settings.rows, length=settings.length, bos=settings.bos,
+            batch_size=settings.batch_size, sinks=sinks, damping=recipe.weights.damping,
+            act_order=recipe.weights.act_order),
+        predicted={"weight_bytes": float(total), "size_ratio": total / unquantized},
+        loads_in=_engines(choices))
+
+
+def _selectors(sink_map: SinkMap, recipe: Recipe) -> list[SinkSelector]:
+    """What every sink token weighs in the statistics: as often as it is read, over as often as it stands there, and at
+    most `protect.sink_weight`. A delimiter in every sentence is read by the few tokens after it; `<bos>` stands in a
+    row once and is read by all of it."""
+    selectors = []
+    for token in sink_map.tokens:
+        if token.kind == "learned":
+            continue
+        share = 1 / recipe.calibration.length if token.position is not None else token.share
+        weight = min(recipe.protect.sink_weight, max(1.0, token.attention / max(share, 1e-9)))
+        selectors.append(SinkSelector(token_id=token.token_id, position=token.position, weight=weight))
+    return selectors
+
+
+def _within_budget(base: dict[str, Choice], choices: dict[str, Choice], shape: ModelShape, bits: float,
+                   order: list[str]) -> dict[str, Choice]:
+    weights = sum(linear.parameters for linear in shape.linears.values())
+    allowed = int(bits * weights / 8)
+    least = linear_bytes(shape, base)
+    if least > allowed:
+        raise RequestError(f"budget.bits {bits} is not feasible: weights.bits and weights.group_size alone take "
+                           f"{8 * least / weights:.3f} bits per weight; lower them or raise the budget.")
+    # Protections that the budget cannot pay are given up from the least affected on.
+    protected = [name for name in reversed(order) if choices[name].keep]
+    while linear_bytes(shape, choices) > allowed and protected:
+        name = protected.pop(0)
+        choices = choices | {member: base[member] for member in shape.linears[name].fused_with or [name]}
+    if linear_bytes(shape, choices) > allowed:
+        choices = base
+    return fill(choices, shape, allowed - linear_bytes(shape, choices), order, f"the budget of {bits} bits allows it")
+
+
+def _engines(choices: dict[str, Choice]) -> list[str]:
+    formats = {(c.bits, c.group_size) for c in choices.values() if c.quantized}
+    vllm = all(bits in VLLM_BITS and size in VLLM_GROUPS for bits, size in formats)
+    return ["transformers", "vllm"] if vllm else ["transformers"]
+
+
+def _parameters(shape: ModelShape) -> int:
+    count = 0
+    for _, size in shape.tensors.values():
+        product = 1
+        for dimension in size:
+            product *= dimension
+        count += product
+    return count
+
+
+def _check_same_model(shape: ModelShape, sink_map: SinkMap) -> None:
+    foreign = [name for name in sink_map.modules if name not in shape.linears]
+    if foreign or sink_map.model.layers != shape.blocks or sink_map.model.architecture != shape.architecture:
+        raise RequestError(f"the sink map is of another model ({sink_map.model.name}, {sink_map.model.architecture}, "
+                           f"{sink_map.model.layers} layers); run detect on this one.")

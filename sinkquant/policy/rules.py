@@ -1,0 +1,169 @@
+"""The rules that turn what was found into what to do: a format and a reason for every linear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from sinkquant.artifacts import ModelShape, SinkMap
+from sinkquant.artifacts.plan import Method
+from sinkquant.errors import RequestError
+from sinkquant.policy.patterns import match
+from sinkquant.recipe import Recipe
+
+MIN_SINK_ENERGY = 0.05
+"""A linear in which sink tokens give less of trace(H) is not theirs."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The format of one linear while a plan is being made. `bits` 16: left alone."""
+
+    bits: int
+    group_size: int | None
+    method: Method
+    reason: str
+    keep: str | None = None
+    columns: tuple[int, ...] = field(default_factory=tuple)
+    pinned: bool = False
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the linear is packed at all."""
+        return self.bits < 16
+
+
+def base_choices(shape: ModelShape, recipe: Recipe) -> dict[str, Choice]:
+    """The recipe's format for every linear, before anything is protected.
+
+    Raises:
+        RequestError: a pattern without a match, or nothing left to quantize.
+    """
+    weights = recipe.weights
+    names = list(shape.linears)
+    plain = Choice(weights.bits, weights.group_size, weights.method,
+                   f"{weights.bits} bits: nothing here depends on a sink more than elsewhere")
+    choices = dict.fromkeys(names, plain)
+    for index, override in enumerate(weights.overrides):
+        for name in match(override.pattern, names, f"weights.overrides[{index}]"):
+            if override.bits > 8:
+                choices[name] = Choice(16, None, "none", f"left in 16 bits by the override {override.pattern!r}",
+                                       pinned=True)
+            else:
+                choices[name] = Choice(override.bits, override.group_size or weights.group_size,
+                                       override.method or weights.method,
+                                       f"{override.bits} bits by the override {override.pattern!r}", pinned=True)
+    for pattern in weights.ignore:
+        for name in match(pattern, names, "weights.ignore"):
+            choices[name] = Choice(16, None, "none", f"left in 16 bits by weights.ignore {pattern!r}", pinned=True)
+    for name, linear in shape.linears.items():
+        if linear.fixed:
+            choices[name] = Choice(16, None, "none", f"left in 16 bits, {linear.fixed}", pinned=True)
+    if not any(choice.quantized for choice in choices.values()):
+        reasons = sorted({linear.fixed for linear in shape.linears.values() if linear.fixed})
+        why = reasons[0] if reasons else "weights.ignore and weights.overrides leave nothing"
+        raise RequestError(f"{shape.architecture} has nothing that can be quantized: {why}.")
+    return choices
+
+
+def protect(choices: dict[str, Choice], shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> dict[str, Choice]:
+    """Raise the linears that the sinks dominate to `protect.bits`, the most affected first, up to `max_share` of all
+    weights of the linears; modules named by `protect.modules` in any case.
+
+    Raises:
+        RequestError: a pattern of `protect.modules` without a match.
+    """
+    chosen = dict(choices)
+    total = sum(linear.parameters for linear in shape.linears.values())
+    room = recipe.protect.max_share * total
+    for pattern in recipe.protect.modules:
+        for name in match(pattern, list(shape.linears), "protect.modules"):
+            if not shape.linears[name].fixed:
+                chosen[name] = _raised(chosen[name], recipe, f"named by protect.modules {pattern!r}", ())
+                room -= shape.linears[name].parameters
+    if recipe.protect.channels == "module":
+        for name, why in affected(shape, sink_map):
+            members = shape.linears[name].fused_with or [name]
+            cost = sum(shape.linears[member].parameters for member in members)
+            if chosen[name].pinned or chosen[name].keep or cost > room:
+                continue
+            room -= cost
+            for member in members:
+                chosen[member] = _raised(chosen[member], recipe, why if member == name else f"fused with {name}",
+                                         tuple(sink_map.modules[name].sink_columns))
+    return chosen
+
+
+def affected(shape: ModelShape, sink_map: SinkMap) -> list[tuple[str, str]]:
+    """The linears that sinks dominate, most affected first, each with the reason in words."""
+    ranked = []
+    sinks = " and ".join(repr(token.text) for token in sink_map.tokens[:2] if token.text) or "the sink position"
+    for name, statistics in sink_map.modules.items():
+        if name not in shape.linears or shape.linears[name].fixed:
+            continue
+        supers = [weight for weight in sink_map.super_weights if weight.module == name]
+        if not supers and (not statistics.sink_columns or statistics.sink_energy < MIN_SINK_ENERGY):
+            continue
+        parts = []
+        born = _born_here(name, shape, sink_map)
+        if born:
+            parts.append(f"the massive activation in channel {born} is born here")
+        if statistics.sink_columns:
+            parts.append(f"{sinks} sets its input range ({statistics.input_max:.3g} against "
+                         f"{statistics.input_max_without_sinks:.3g} elsewhere) and gives "
+                         f"{statistics.sink_energy:.0%} of trace(H)")
+        if supers:
+            parts.append(f"it holds a super weight (+{supers[0].loss_increase:.3g} nats without it)")
+        loss = sum(weight.loss_increase for weight in supers)
+        ranked.append((loss + statistics.sink_energy, name, "; ".join(parts)))
+    return [(name, why) for _, name, why in sorted(ranked, key=lambda item: (-item[0], item[1]))]
+
+
+def share_formats(choices: dict[str, Choice], shape: ModelShape) -> dict[str, Choice]:
+    """Give modules that engines fuse one format: that of their most precise member."""
+    shared = dict(choices)
+    for name, linear in shape.linears.items():
+        group = [member for member in linear.fused_with if not shape.linears[member].fixed]
+        if len(group) < 2 or name != group[0]:
+            continue
+        best = max(group, key=lambda member: (shared[member].bits, -(shared[member].group_size or 0)))
+        for member in group:
+            same = (shared[member].bits, shared[member].group_size) == (shared[best].bits, shared[best].group_size)
+            if not same:
+                shared[member] = replace(
+                    shared[best], reason=f"{shared[best].bits} bits: engines fuse it with {best}", columns=())
+    return shared
+
+
+def check_group_sizes(choices: dict[str, Choice], shape: ModelShape) -> None:
+    """Refuse groups that do not divide the input columns.
+
+    Raises:
+        RequestError: naming the first such module and the sizes that fit.
+    """
+    for name, choice in choices.items():
+        columns = shape.linears[name].columns
+        if choice.quantized and choice.group_size != -1 and (
+                not choice.group_size or choice.group_size < 1 or columns % choice.group_size):
+            fitting = [size for size in (16, 32, 64, 128, 256) if columns % size == 0]
+            raise RequestError(
+                f"weights.group_size {choice.group_size} does not divide the {columns} input columns of {name}; "
+                f"use {' or '.join(map(str, [*fitting, -1]))}.")
+
+
+def _raised(choice: Choice, recipe: Recipe, why: str, columns: tuple[int, ...]) -> Choice:
+    bits = max(recipe.protect.bits, choice.bits)
+    if bits > 8:
+        return Choice(16, None, "none", f"left in 16 bits: {why}", "module", columns)
+    return Choice(bits, choice.group_size or recipe.weights.group_size,
+                  choice.method if choice.method != "none" else recipe.weights.method,
+                  f"{bits} bits: {why}", "module", columns)
+
+
+def _born_here(name: str, shape: ModelShape, sink_map: SinkMap) -> str:
+    """Channels whose birth sub-block ends with this linear, as text."""
+    block = f"layers.{shape.linears[name].block}"
+    writes = shape.linears[name].rows == sink_map.model.hidden_size
+    is_attention = any(part in name for part in ("attn", "attention"))
+    here = [str(c.channel) for c in sink_map.channels if writes and (
+        c.born == block or c.born == f"{block}.{'attention' if is_attention else 'mlp'}")]
+    return ", ".join(here)
