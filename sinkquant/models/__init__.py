@@ -1,7 +1,7 @@
 """What a decoder is, and how its blocks, its attention and its text are looked at."""
 
 from sinkquant.models.attention import AttentionObserver, AttentionRecord, observed_attention
-from sinkquant.models.decoder import Decoder, checkpoint_tensors, weight_matrix
+from sinkquant.models.decoder import Decoder, weight_matrix
 from sinkquant.models.loading import check_finite, load_model, load_tokenizer, pick_device, resolve
 from sinkquant.models.text import (
     adds_bos,
@@ -22,7 +22,6 @@ __all__ = [
     "Walk",
     "adds_bos",
     "check_finite",
-    "checkpoint_tensors",
     "documents",
     "encode",
     "load_model",

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.pytorch_utils import Conv1D
 
@@ -105,16 +104,12 @@ class Decoder:
                                             block=self.block_of(path), fused_with=[], fixed=EXPERTS_REASON)
         for path, linear in list(linears.items()):
             linears[path] = linear.model_copy(update={"fused_with": _fused_with(path, linears)})
+        ignored = self.model._keys_to_ignore_on_save or ()
+        state = {key: value for key, value in self.model.state_dict().items() if key not in ignored}
         tensors = {key: (str(value.dtype).removeprefix("torch."), list(value.shape))
-                   for key, value in checkpoint_tensors(self.model, self.model.state_dict()).items()}
+                   for key, value in remove_tied_weights_from_state_dict(state, self.model).items()}
         return ModelShape(name=name, architecture=type(self.model).__name__, blocks=len(self.blocks),
                           dtype=str(self.model.dtype).removeprefix("torch."), linears=linears, tensors=tensors)
-
-
-def checkpoint_tensors(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a state dict as transformers writes them: tied weights once, fused experts one by one."""
-    state = {key: value for key, value in state.items() if key not in (model._keys_to_ignore_on_save or ())}
-    return dict(revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model)))
 
 
 def weight_matrix(module: nn.Module) -> torch.Tensor:

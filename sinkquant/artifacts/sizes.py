@@ -1,0 +1,67 @@
+"""How many bytes a checkpoint will have, to the byte, from shapes alone."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from sinkquant.artifacts.shapes import ModelShape
+
+DTYPES = {"int64": ("I64", 8), "float64": ("F64", 8), "float32": ("F32", 4), "int32": ("I32", 4),
+          "bfloat16": ("BF16", 2), "float16": ("F16", 2), "int16": ("I16", 2), "int8": ("I8", 1), "uint8": ("U8", 1),
+          "bool": ("BOOL", 1)}
+"""torch's name of a dtype -> its name in safetensors and its bytes, in the order in which safetensors writes them."""
+
+
+def scale_dtype(dtype: str) -> str:
+    """Scales take 16 bits: float16 in a float16 model, bfloat16 in any other."""
+    return "float16" if dtype == "float16" else "bfloat16"
+
+
+def packed_tensors(name: str, rows: int, columns: int, bits: int, group_size: int | None,
+                   dtype: str) -> dict[str, tuple[str, list[int]]]:
+    """The three tensors that a packed linear becomes: dense int32 words, scales, and its shape."""
+    groups = 1 if group_size in (None, -1) else columns // int(group_size or 1)
+    return {f"{name}.weight_packed": ("int32", [rows, math.ceil(columns * bits / 32)]),
+            f"{name}.weight_scale": (scale_dtype(dtype), [rows, groups]),
+            f"{name}.weight_shape": ("int64", [2])}
+
+
+def module_bytes(rows: int, columns: int, bits: int, group_size: int | None) -> int:
+    """Bytes of one linear without its bias: codes, 16-bit scales and shape; two bytes per weight where it is left
+    in 16 bits."""
+    if bits >= 16:
+        return 2 * rows * columns
+    return sum(_bytes(*tensor) for tensor in packed_tensors("", rows, columns, bits, group_size, "bfloat16").values())
+
+
+def checkpoint_bytes(shape: ModelShape, formats: dict[str, tuple[int, int | None]]) -> int:
+    """Bytes of the safetensors file of a checkpoint, its header included.
+
+    Args:
+        formats: module name -> (bits, group_size) of every packed linear; the rest stays as it is.
+    """
+    tensors = {name: tensor for name, tensor in shape.tensors.items()
+               if not (name.endswith(".weight") and name.removesuffix(".weight") in formats)}
+    for name, (bits, group_size) in formats.items():
+        linear = shape.linears[name]
+        tensors |= packed_tensors(name, linear.rows, linear.columns, bits, group_size, shape.dtype)
+    return sum(_bytes(*tensor) for tensor in tensors.values()) + _header_bytes(tensors)
+
+
+def _bytes(dtype: str, size: list[int]) -> int:
+    return DTYPES[dtype][1] * math.prod(size)
+
+
+def _header_bytes(tensors: dict[str, tuple[str, list[int]]]) -> int:
+    """safetensors writes tensors by dtype, then by name, and pads its JSON to eight bytes."""
+    rank = list(DTYPES)
+    ordered = sorted(tensors.items(), key=lambda item: (rank.index(item[1][0]), item[0]))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, size) in ordered:
+        end = offset + _bytes(dtype, size)
+        header[name] = {"dtype": DTYPES[dtype][0], "shape": size, "data_offsets": [offset, end]}
+        offset = end
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + math.ceil(length / 8) * 8

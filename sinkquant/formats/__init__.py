@@ -1,0 +1,6 @@
+"""Checkpoints in and out."""
+
+from sinkquant.formats.load import load, load_dense, read_checkpoint
+from sinkquant.formats.save import require_free, save, versions, written_aside
+
+__all__ = ["load", "load_dense", "read_checkpoint", "require_free", "save", "versions", "written_aside"]

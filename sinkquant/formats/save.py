@@ -1,0 +1,123 @@
+"""A quantized model -> a checkpoint that plain transformers loads; written aside, checked, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sinkquant.artifacts import SinkMap
+from sinkquant.errors import RequestError, SinkquantError
+from sinkquant.formats.compressed import packed_state, quantization_config
+from sinkquant.formats.load import load_dense
+from sinkquant.quantize import QuantizedState, state_of
+from sinkquant.recipe import Recipe
+
+CHECKPOINT_SCHEMA = "sinkquant/checkpoint@1"
+PACKAGES = ("sinkquant", "torch", "transformers", "compressed-tensors", "safetensors")
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike[str],
+         sink_map: SinkMap | None = None, recipe: Recipe | None = None) -> Path:
+    """Write a model that `quantize` has worked on, with its tokenizer and `sinkquant.json`.
+
+    The checkpoint is loaded back from the temporary folder and its logits compared with the model's, bit by bit.
+
+    Raises:
+        RequestError: the folder exists and is not empty, or the model was not quantized.
+        SinkquantError: the disk is full, or the checkpoint does not give the model's logits.
+    """
+    state = state_of(model)
+    target = Path(folder)
+    require_free(target)
+    with written_aside(target) as temporary:
+        _write(model, tokenizer, state, temporary, sink_map or state.plan.sink_map, recipe)
+        check_reload(model, temporary)
+    return target
+
+
+def require_free(folder: Path) -> None:
+    """Raises RequestError if something stands where the folder is to be written."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise RequestError(f"the output folder {folder} exists and is not empty; name another or remove it.")
+
+
+@contextlib.contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that is renamed to it if all goes well, and removed if not.
+
+    Raises:
+        SinkquantError: the disk is full or not writable.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    except OSError as error:
+        raise SinkquantError(f"cannot write beside {target}: {error.strerror or error}.") from error
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if target.is_dir():
+            target.rmdir()
+        temporary.rename(target)
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        reason = "the disk is full; free some space and run again" if full else str(error)
+        raise SinkquantError(f"cannot write {target}: {reason}.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide what a checkpoint holds."""
+    return {package: importlib.metadata.version(package) for package in PACKAGES}
+
+
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: QuantizedState, folder: Path,
+           sink_map: SinkMap | None, recipe: Recipe | None) -> None:
+    if state.weights:
+        model.config.quantization_config = quantization_config(model, state.plan)
+    try:
+        # transformers does not fuse experts while it loads compressed-tensors, so they are stored as it holds them.
+        model.save_pretrained(folder, state_dict=packed_state(model, state.weights),
+                              save_original_format=not state.weights)
+    finally:
+        if state.weights:
+            del model.config.quantization_config
+    tokenizer.save_pretrained(folder)
+    content: dict[str, Any] = {
+        "schema": CHECKPOINT_SCHEMA, "versions": versions(), "seed": state.plan.seed,
+        "recipe": recipe.model_dump(mode="json") if recipe else state.plan.recipe,
+        "plan": state.plan.model_dump(mode="json", by_alias=True),
+        "sink_map": sink_map.model_dump(mode="json", by_alias=True) if sink_map else None}
+    (folder / "sinkquant.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_reload(model: PreTrainedModel, folder: Path) -> None:
+    """Load a checkpoint as any user would and compare logits on one row.
+
+    Raises:
+        SinkquantError: they differ.
+    """
+    again = load_dense(folder, dtype=model.dtype)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    row = torch.randint(vocabulary, (1, 16), generator=generator)
+    with torch.no_grad():
+        expected = model(row.to(model.device), use_cache=False).logits.cpu()
+        found = again(row, use_cache=False).logits
+    if not torch.equal(expected, found):
+        worst = float((expected.float() - found.float()).abs().max())
+        raise SinkquantError(f"the checkpoint does not give the model's logits when loaded back (off by {worst:.3g}); "
+                             "nothing was written.")

@@ -1,0 +1,9 @@
+"""Plan -> weights."""
+
+from sinkquant.quantize.apply import quantize
+from sinkquant.quantize.gptq import GPTQ
+from sinkquant.quantize.packed import PackedWeight
+from sinkquant.quantize.rtn import RTN
+from sinkquant.quantize.state import QuantizedState, state_of
+
+__all__ = ["GPTQ", "RTN", "PackedWeight", "QuantizedState", "quantize", "state_of"]

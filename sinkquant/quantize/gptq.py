@@ -1,0 +1,92 @@
+"""GPTQ (Frantar et al. 2210.17323): round column by column and let the columns to come make up for the error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sinkquant.errors import SinkquantError
+from sinkquant.quantize.packed import PackedWeight, group_scales, to_codes
+
+BLOCK = 128
+MAX_DAMPING = 1.0
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """Symmetric GPTQ with act-order by group.
+
+    Groups keep their place in the matrix, so that no index is stored: with `act_order` whole groups are visited in the
+    order of their share of the Hessian's diagonal, and the columns of a group likewise. A group's scale is taken when
+    the group is entered, from weights that already make up for earlier errors.
+    """
+
+    bits: int
+    group_size: int
+    damping: float = 0.01
+    act_order: bool = True
+    scale_dtype: torch.dtype = torch.bfloat16
+
+    def quantize(self, weight: torch.Tensor, hessian: torch.Tensor, name: str = "weight") -> PackedWeight:
+        """Quantize one matrix.
+
+        Args:
+            weight: float [rows, columns]. hessian: [columns, columns], symmetric, any scale.
+
+        Raises:
+            SinkquantError: the Hessian is not finite, or not positive definite even with the largest damping.
+        """
+        rows, columns = weight.shape
+        size = columns if self.group_size == -1 else self.group_size
+        order = self._order(hessian.diagonal(), size)
+        inverse = self._inverse_factor(hessian[order][:, order].double(), name)
+        work = weight[:, order].float().clone()
+        codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
+        scale = torch.empty(rows, columns // size, dtype=self.scale_dtype, device=weight.device)
+        step = BLOCK if size == columns else size * max(1, BLOCK // size)
+        current = scale[:, 0]
+        for start in range(0, columns, step):
+            stop = min(start + step, columns)
+            errors = torch.zeros(rows, stop - start, device=weight.device)
+            for i in range(start, stop):
+                if i % size == 0:
+                    current = group_scales(work[:, i:i + size], self.bits, -1, self.scale_dtype)[:, 0]
+                    scale[:, int(order[i]) // size] = current
+                column = work[:, i:i + 1]
+                code = to_codes(column, current[:, None], self.bits)
+                codes[:, order[i]] = code[:, 0]
+                error = (column - code.float() * current[:, None].float()) / inverse[i, i]
+                work[:, i + 1:stop] -= error * inverse[i, i + 1:stop]
+                errors[:, i - start] = error[:, 0]
+            work[:, stop:] -= errors @ inverse[start:stop, stop:]
+        return PackedWeight(codes, scale, self.bits)
+
+    def _order(self, diagonal: torch.Tensor, size: int) -> torch.Tensor:
+        columns = torch.arange(len(diagonal), device=diagonal.device)
+        if not self.act_order:
+            return columns
+        grouped = diagonal.reshape(-1, size)
+        groups = grouped.sum(1).argsort(descending=True, stable=True)
+        inside = grouped.argsort(dim=1, descending=True, stable=True)
+        return (groups[:, None] * size + inside[groups]).flatten()
+
+    def _inverse_factor(self, hessian: torch.Tensor, name: str) -> torch.Tensor:
+        """The upper Cholesky factor of the damped inverse, float32 [columns, columns]."""
+        if not torch.isfinite(hessian).all():
+            raise SinkquantError(f"the Hessian of {name} is not finite; check the calibration text and the weights.")
+        diagonal = hessian.diagonal()
+        mean = float(diagonal.mean())
+        if mean <= 0:  # No token reached this input: every rounding is as good as any other.
+            return torch.eye(len(hessian), device=hessian.device)
+        damping = self.damping
+        while damping <= MAX_DAMPING:
+            damped = hessian + damping * mean * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+            factor, failed = torch.linalg.cholesky_ex(damped)
+            if not failed:
+                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+                if not failed:
+                    return upper.float()
+            damping *= 10
+        raise SinkquantError(f"the Hessian of {name} is singular even with damping {MAX_DAMPING}; "
+                             "give more calibration rows or raise weights.damping.")

@@ -1,0 +1,53 @@
+"""A quantized weight: integer codes and their scales, on the symmetric grid of compressed-tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.utils import calculate_qparams
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """codes: int8 [rows, columns] in -2^(bits-1) .. 2^(bits-1) - 1; scale: 16-bit float [rows, groups]."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    bits: int
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """code * scale, [rows, columns]: in every dtype what compressed-tensors gives for a model of that dtype.
+
+        The product of an 8-bit code and a 16-bit scale is exact in float32, so that one rounding remains.
+        """
+        return dequantize(self.codes, self.scale).to(dtype)
+
+
+def group_scales(weight: torch.Tensor, bits: int, group_size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Scales that reach the largest |weight| of every group, rounded to the 16-bit `dtype` that stores them.
+
+    Args:
+        weight: float [rows, columns]; group_size divides columns, or is -1 for one group per row.
+
+    Returns:
+        [rows, groups] in `dtype`, never zero.
+    """
+    rows, columns = weight.shape
+    grouped = weight.reshape(rows, -1, columns if group_size == -1 else group_size).float()
+    args = QuantizationArgs(num_bits=bits, symmetric=True)
+    scales, _ = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args)
+    info = torch.finfo(dtype)
+    return scales.clamp(info.tiny, info.max).to(dtype)
+
+
+def to_codes(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Round to the nearest code, int8 [rows, columns]. scale: [rows, groups]."""
+    spread = scale.float().repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
+    return torch.clamp(torch.round(weight.float() / spread), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1).to(torch.int8)
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """code * scale in float32, [rows, columns]."""
+    return codes.float() * scale.float().repeat_interleave(codes.shape[1] // scale.shape[1], dim=1)

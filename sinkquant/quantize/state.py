@@ -1,0 +1,34 @@
+"""What a quantized model remembers, so that it can be saved as packed bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from sinkquant.artifacts import Plan
+from sinkquant.errors import RequestError
+from sinkquant.quantize.packed import PackedWeight
+
+ATTRIBUTE = "sinkquant_state"
+
+
+@dataclass
+class QuantizedState:
+    """The plan that was carried out, the packed weights, and the relative error that every module was left with."""
+
+    plan: Plan
+    weights: dict[str, PackedWeight] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+def state_of(model: nn.Module) -> QuantizedState:
+    """The state of a model that `quantize` has worked on.
+
+    Raises:
+        RequestError: it has not.
+    """
+    state = getattr(model, ATTRIBUTE, None)
+    if not isinstance(state, QuantizedState):
+        raise RequestError("this model was not quantized by sinkquant; call sinkquant.quantize(model, plan) first.")
+    return state
