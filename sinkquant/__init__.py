@@ -1,0 +1,28 @@
+"""sinkquant: find the attention sinks, decide what to keep exact, quantize the rest, prove it."""
+
+from sinkquant.artifacts import Plan, Report, SinkMap
+from sinkquant.detect import detect
+from sinkquant.errors import RequestError, SinkquantError
+from sinkquant.evaluate import evaluate
+from sinkquant.formats import load, save
+from sinkquant.pipeline import plan, run
+from sinkquant.quantize import quantize
+from sinkquant.recipe import Recipe
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Plan",
+    "Recipe",
+    "Report",
+    "RequestError",
+    "SinkMap",
+    "SinkquantError",
+    "detect",
+    "evaluate",
+    "load",
+    "plan",
+    "quantize",
+    "run",
+    "save",
+]
