@@ -1,0 +1,294 @@
+"""quantize-model: the command line."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sinkquant.artifacts import Plan, Report, SinkMap
+from sinkquant.artifacts.base import write_atomically
+from sinkquant.errors import RequestError, SinkquantError
+from sinkquant.recipe import Recipe, recipe_names
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Find the attention sinks of a language model, keep them exact, quantize the rest, prove it.")
+out, err = Console(), Console(stderr=True)
+
+ModelArgument = Annotated[str, typer.Argument(help="A model folder, a hub id, or 'demo'.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Set a recipe key.")]
+TextOption = Annotated[str | None, typer.Option("--text", help="A file of your own text; default: packaged prose.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the artifact as JSON.")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model folder carries.")]
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong request, 3 below the quality gate."""
+    try:
+        code = app(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        code = stop.exit_code
+    except click.exceptions.Abort:
+        code = _fail("stopped by Ctrl-C; nothing half-written was left.", 1)
+    except click.ClickException as error:
+        code = _fail(error.format_message(), 2)
+    except SinkquantError as error:
+        code = _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        code = _fail("stopped by Ctrl-C; nothing half-written was left.", 1)
+    except MemoryError:
+        code = _fail("out of memory; use a smaller calibration.batch_size or a larger machine.", 1)
+    except OSError as error:
+        code = _fail(f"{error.filename or 'input or output'}: {error.strerror or error}.", 1)
+    sys.exit(code or 0)
+
+
+@app.command()
+def run(recipe: Annotated[str, typer.Argument(help="A recipe file or the name of a packaged one.")] = "w4a16-sink",
+        model: Annotated[str, typer.Option(help="A model folder, a hub id, or 'demo'.")] = "demo",
+        output: Annotated[Path, typer.Option(help="The run's folder; must not exist yet.")] = Path("out"),
+        assignments: SetOption = None,
+        resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run, and keep this one if it "
+                                                              "is interrupted.")] = False,
+        plan_only: Annotated[bool, typer.Option("--plan-only", help="Stop before anything is quantized.")] = False,
+        trust_remote_code: TrustOption = False) -> None:
+    """Detect, plan, quantize, save, evaluate, report."""
+    chosen = Recipe.load(recipe).replace(assignments or [])
+    from sinkquant.pipeline import run as run_pipeline
+
+    with _progress() as progress:
+        report = run_pipeline(chosen, model, output, plan_only=plan_only, resume=resume,
+                              trust_remote_code=trust_remote_code, progress=progress)
+    if report is None:
+        _show_plan(Plan.load(output / "plan.json"))
+        return
+    _show_report(report)
+    out.print(f"Report: {output / 'report.html'}", soft_wrap=True)
+    if report.verdict.gate == "failed":
+        raise typer.Exit(3)
+
+
+@app.command()
+def detect(model: ModelArgument, text: TextOption = None, assignments: SetOption = None, json: JsonOption = False,
+           output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the sink map here.")] = None,
+           trust_remote_code: TrustOption = False) -> None:
+    """Find sink tokens, heads, channels and super weights."""
+    sink_map = _detect(model, text, Recipe().replace(assignments or []), trust_remote_code)
+    if output:
+        sink_map.save(output)
+    if json:
+        print(sink_map.to_json(), end="")
+    else:
+        _show_sink_map(sink_map)
+
+
+@app.command()
+def plan(model: ModelArgument,
+         recipe: Annotated[str, typer.Option("-r", "--recipe", help="A recipe file or name.")] = "w4a16-sink",
+         assignments: SetOption = None, text: TextOption = None, json: JsonOption = False,
+         sink_map: Annotated[Path | None, typer.Option(help="A sink map made before; default: detect now.")] = None,
+         output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan here.")] = None,
+         trust_remote_code: TrustOption = False) -> None:
+    """Decide bits per module, with reasons and exact bytes; quantizes nothing."""
+    chosen = Recipe.load(recipe).replace(assignments or [])
+    from sinkquant.models import Decoder, load_model, resolve
+    from sinkquant.policy import make_plan
+
+    found = SinkMap.load(sink_map) if sink_map else _detect(model, text, chosen, trust_remote_code)
+    loaded = load_model(resolve(model), trust_remote_code=trust_remote_code)
+    made = make_plan(Decoder.of(loaded).shape(model), found, chosen)
+    if output:
+        made.save(output)
+    if json:
+        print(made.to_json(), end="")
+    else:
+        _show_plan(made)
+
+
+@app.command(name="eval")
+def evaluate(folder: Annotated[Path, typer.Argument(help="A run's folder or a checkpoint.")],
+             baseline: Annotated[str | None, typer.Option(help="The unquantized model.")] = None,
+             text: TextOption = None, tasks: Annotated[str | None, typer.Option(help="Task names, by commas.")] = None,
+             assignments: SetOption = None, json: JsonOption = False,
+             output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the report here.")] = None) -> None:
+    """Measure a checkpoint with lm-eval, beside its baseline and its control."""
+    extra = [f"evaluate.text={text}"] if text else []
+    extra += [f"evaluate.tasks=[{tasks}]"] if tasks else []
+    recipe = Recipe().replace([*extra, *(assignments or [])])
+    if not folder.is_dir():
+        raise RequestError(f"{folder} is no folder; give a run's folder or a checkpoint.")
+    from sinkquant.evaluate import require_tasks_possible
+    from sinkquant.pipeline import evaluate_folder
+
+    require_tasks_possible(recipe)
+    with _progress() as progress:
+        report, _, _ = evaluate_folder(folder, recipe, baseline, progress)
+    if output:
+        report.save(output)
+    if json:
+        print(report.to_json(), end="")
+    else:
+        _show_report(report)
+
+
+@app.command()
+def report(folders: Annotated[list[Path], typer.Argument(help="One run's folder, or several to compare.")],
+           output: Annotated[Path | None, typer.Option("-o", "--output", help="Where the page goes.")] = None) -> None:
+    """Write a run's report again, or a page that compares several runs."""
+    from sinkquant.report import comparison, write
+
+    reports = [(str(folder), Report.load(folder / "report.json")) for folder in folders]
+    if len(folders) == 1:
+        folder = folders[0]
+        write(output or folder, reports[0][1], SinkMap.load(folder / "sinkmap.json"), Plan.load(folder / "plan.json"))
+        out.print(f"Report: {(output or folder) / 'report.html'}", soft_wrap=True)
+        return
+    page = write_atomically(output or Path("comparison.html"), comparison(reports))
+    out.print(f"Comparison: {page}", soft_wrap=True)
+
+
+@app.command()
+def doctor(model: ModelArgument, text: TextOption = None, trust_remote_code: TrustOption = False) -> None:
+    """Audit the tokenization, and say what of a model is supported."""
+    from sinkquant.doctor import examine
+    from sinkquant.models import load_model, load_tokenizer, resolve
+
+    folder = resolve(model)
+    audit = examine(load_model(folder, trust_remote_code=trust_remote_code),
+                    load_tokenizer(folder, trust_remote_code), text)
+    for title, facts in (("Tokenization", audit.tokenization), ("Support", audit.support)):
+        table = Table(title=title, show_header=False, title_justify="left")
+        for key, value in facts.items():
+            table.add_row(escape(key), escape(value))
+        out.print(table)
+    for warning in audit.warnings:
+        out.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
+    if not audit.warnings:
+        out.print("Nothing to complain about.")
+
+
+@app.command()
+def recipes(action: Annotated[str | None, typer.Argument(help="'show' to print one.")] = None,
+            name: Annotated[str | None, typer.Argument(help="The recipe to show.")] = None) -> None:
+    """List the packaged recipes, or show one with all its defaults."""
+    if action is None:
+        for each in recipe_names():
+            out.print(f"{each}: {Recipe.load(each).description}", soft_wrap=True, highlight=False)
+    elif action == "show" and name:
+        print(Recipe.load(name).to_yaml(), end="")
+    else:
+        raise RequestError("write 'quantize-model recipes' or 'quantize-model recipes show NAME'.")
+
+
+def _detect(model: str, text: str | None, recipe: Recipe, trust_remote_code: bool) -> SinkMap:
+    from sinkquant.detect import detect as find
+    from sinkquant.models import load_model, load_tokenizer, read_text, resolve
+
+    folder = resolve(model)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    read_text(text or recipe.calibration.text, "calibration")
+    with _progress() as progress:
+        loaded = load_model(folder, trust_remote_code=trust_remote_code)
+        return find(loaded, tokenizer, text, recipe, model, progress)
+
+
+class _Bars:
+    """One progress bar per label, with the time left."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.tasks: dict[str, TaskID] = {}
+
+    def __call__(self, done: int, total: int, label: str) -> None:
+        if label not in self.tasks:
+            self.tasks[label] = self.progress.add_task(label, total=total)
+        self.progress.update(self.tasks[label], completed=done, total=total)
+
+
+@contextmanager
+def _progress() -> Iterator[_Bars]:
+    """Bars on a terminal, silence elsewhere; the libraries' own chatter is turned off."""
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    disable_progress_bar()
+    logging.getLogger("compressed_tensors").setLevel(logging.ERROR)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
+        yield _Bars(progress)
+
+
+def _show_sink_map(sink_map: SinkMap) -> None:
+    facts = sink_map.tokenization
+    rate = ", ".join(f"{value:.3f} at {threshold}" for threshold, value in sink_map.sink_rate.items())
+    repeated = ", ".join(f"{value:.3f}" for value in sink_map.sink_rate_repeated_token.values())
+    out.print(f"{escape(sink_map.model.name)}: {sink_map.model.architecture}, {sink_map.model.layers} layers of "
+              f"{sink_map.model.heads} heads", soft_wrap=True)
+    out.print(f"Tokenizer adds <bos> {facts.adds_bos}; rows start with it: {facts.rows_start_with_bos}", soft_wrap=True)
+    out.print(f"Sink rate at T = {facts.length}: {rate}; one token repeated: {repeated}", soft_wrap=True)
+    table = Table("token", "id", "position", "kind", "attention", "heads", "massive", title="Sink tokens",
+                  title_justify="left")
+    for token in sink_map.tokens:
+        table.add_row(escape(repr(token.text)), str(token.token_id), str(token.position), token.kind,
+                      f"{token.attention:.3f}", f"{token.heads:.3f}", "yes" if token.massive else "no")
+    out.print(table if sink_map.tokens else "No sink token was found.")
+    for channel in sink_map.channels:
+        out.print(f"Channel {channel.channel}: peak {channel.peak:.1f}, {channel.ratio:.1f} x the median, born in "
+                  f"{channel.born}, ended {channel.ended or 'never'}, carried by "
+                  f"{escape(', '.join(map(repr, channel.tokens)))}", soft_wrap=True)
+    for weight in sink_map.super_weights:
+        out.print(f"Super weight {weight.module}[{weight.row}, {weight.column}] = {weight.value:.4g}: "
+                  f"+{weight.loss_increase:.3g} nats without it", soft_wrap=True, markup=False)
+    no_ops = sum(head.no_op for layer in sink_map.heads for head in layer)
+    out.print(f"{no_ops} no-op heads, {len(sink_map.super_weights)} super weights")
+    for note in sink_map.notes:
+        out.print(f"Note: {escape(note)}", soft_wrap=True)
+
+
+def _show_plan(made: Plan) -> None:
+    table = Table("module", "bits", "group", "method", "reason", title="Plan", title_justify="left")
+    for name, decision in made.modules.items():
+        table.add_row(name, str(decision.bits), str(decision.group_size or ""), decision.method,
+                      escape(decision.reason))
+    out.print(table)
+    out.print(f"{made.bits_per_weight:.3f} bits per weight, {made.weight_bytes:,} bytes of "
+              f"{made.unquantized_bytes:,}; loads in {', '.join(made.loads_in)}", soft_wrap=True)
+
+
+def _show_report(made: Report) -> None:
+    table = Table("row", "bytes", "bits", title="Result", title_justify="left")
+    columns = list(dict.fromkeys((task, metric) for row in made.rows for task, metrics in row.tasks.items()
+                                 for metric in metrics if metric in ("kl", "word_perplexity", "acc")))
+    for task, metric in columns:
+        table.add_column(f"{task} {metric}")
+    for row in made.rows:
+        cells = []
+        for task, metric in columns:
+            measure = row.tasks.get(task, {}).get(metric)
+            cells.append("" if measure is None else f"{measure.value:.4g}")
+        table.add_row(row.name, f"{row.weight_bytes:,}", f"{row.bits_per_weight:.3f}", *cells)
+    out.print(table)
+    out.print(escape(made.verdict.sentence), soft_wrap=True)
+    for failure in made.verdict.failures:
+        out.print(f"[red]gate:[/red] {escape(failure)}", soft_wrap=True)
+
+
+def _fail(message: str, code: int) -> int:
+    err.print(f"quantize-model: {message}", markup=False, highlight=False, soft_wrap=True)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""doctor: where `<bos>` stands in every path that text takes to a model, and what of the model is supported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sinkquant.errors import RequestError
+from sinkquant.models import Decoder, Walk, adds_bos, read_text, starts_with_bos, token_rows
+
+SAMPLE = "The attention sink."
+MESSAGES = [{"role": "user", "content": SAMPLE}]
+LOSS_MATTERS = 0.05
+ROWS, LENGTH = 16, 64
+
+
+@dataclass
+class Audit:
+    """What the doctor found: `tokenization` path -> what stands in front; `support` fact -> value; `warnings`."""
+
+    tokenization: dict[str, str] = field(default_factory=dict)
+    support: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def examine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | None = None) -> Audit:
+    """Audit the tokenization of calibration, evaluation, chat and serving, and measure what `<bos>` is worth.
+
+    Args:
+        text: a file of natural text; None for the packaged one.
+    """
+    audit = Audit()
+    _tokenization(model, tokenizer, audit)
+    try:
+        decoder = Decoder.of(model)
+    except RequestError as error:
+        audit.support["detection"] = "no"
+        audit.warnings.append(str(error))
+        return audit
+    _support(decoder, audit)
+    _loss_with_and_without(decoder, tokenizer, text, audit)
+    return audit
+
+
+def _tokenization(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, audit: Audit) -> None:
+    bos = tokenizer.bos_token_id
+    found = audit.tokenization
+    found["tokenizer"] = f"<bos> is {tokenizer.bos_token!r}, id {bos}" if bos is not None else "has no <bos>"
+    configured = model.config.get_text_config(decoder=True).bos_token_id
+    if bos is not None and configured is not None and configured != bos:
+        audit.warnings.append(f"config.json says bos_token_id {configured}, the tokenizer {bos}; make them agree.")
+    added = adds_bos(tokenizer)
+    front = "once" if starts_with_bos(tokenizer, "auto") else "none"
+    found["calibration"] = f"<bos> in front: {front}"
+    found["evaluation"] = f"<bos> in front of every window: {front}"
+    found["serving (plain text)"] = f"<bos> in front: {added}"
+    if added == "twice":
+        audit.warnings.append("the tokenizer puts two <bos> in front of plain text; serving will see both.")
+    if tokenizer.chat_template is None:
+        found["chat template"] = "there is none"
+        return
+    rendered = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
+    direct = _leading(_ids(tokenizer.apply_chat_template(MESSAGES, tokenize=True)), bos)
+    again = _leading(list(tokenizer(rendered)["input_ids"]), bos)
+    found["chat template"] = f"<bos> in front: {direct}; rendered to text and tokenized again: {again}"
+    if again > 1:
+        audit.warnings.append("a chat rendered to text and tokenized again has two <bos>; "
+                              "tokenize it with add_special_tokens=False.")
+
+
+def _ids(encoded: Any) -> list[int]:
+    return list(encoded["input_ids"] if hasattr(encoded, "keys") else encoded)
+
+
+def _leading(ids: list[int], bos: int | None) -> int:
+    count = 0
+    while bos is not None and count < len(ids) and ids[count] == bos:
+        count += 1
+    return count
+
+
+def _support(decoder: Decoder, audit: Audit) -> None:
+    shape = decoder.shape("")
+    free = [linear for linear in shape.linears.values() if not linear.fixed]
+    audit.support["detection"] = f"yes: {len(decoder.blocks)} blocks of {shape.architecture}"
+    audit.support["quantization"] = (f"{len(free)} of {len(shape.linears)} weight matrices of the blocks"
+                                     if free else "no")
+    for reason in sorted({linear.fixed for linear in shape.linears.values() if linear.fixed}):
+        audit.support[f"left in 16 bits ({sum(x.fixed == reason for x in shape.linears.values())})"] = reason
+    sizes = [size for size in (32, 64, 128) if all(linear.columns % size == 0 for linear in free)]
+    audit.support["group sizes that fit all"] = ", ".join(map(str, [*sizes, "-1 (per output channel)"]))
+
+
+def _loss_with_and_without(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, text: str | None,
+                           audit: Audit) -> None:
+    """The measured worth of `<bos>`: next-token loss of the same text with it in front, and without."""
+    if tokenizer.bos_token_id is None:
+        return
+    content = read_text(text, "evaluation")
+    length = min(LENGTH, decoder.max_length)
+    losses = {}
+    for policy in ("always", "never"):
+        rows = token_rows(tokenizer, content, ROWS, length, policy, decoder.vocabulary)  # type: ignore[arg-type]
+        walk = Walk(decoder, rows, ROWS)
+        for _ in walk.steps():
+            pass
+        losses[policy] = float(walk.losses().double()[:, 1:].mean())
+    worth = losses["never"] - losses["always"]
+    audit.tokenization["measured"] = (f"loss {losses['always']:.3f} with <bos> in front, {losses['never']:.3f} "
+                                      "without it (nats per token)")
+    if worth > LOSS_MATTERS and adds_bos(tokenizer) == "none":
+        audit.warnings.append(f"the model is {worth:.2f} nats better with <bos> in front, but the tokenizer adds none; "
+                              "set calibration.bos=always and check how it is served.")
+    if not torch.isfinite(torch.tensor(worth)):
+        audit.warnings.append("the loss is not finite.")
