@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -23,6 +22,8 @@ from sinkquant.recipe import Recipe, recipe_names
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Find the attention sinks of a language model, keep them exact, quantize the rest, prove it.")
+# typer carries its own copy of click or uses the installed one, by version; this names the right class in both.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 out, err = Console(), Console(stderr=True)
 
 ModelArgument = Annotated[str, typer.Argument(help="A model folder, a hub id, or 'demo'.")]
@@ -36,15 +37,13 @@ def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong request, 3 below the quality gate."""
     try:
         code = app(standalone_mode=False)
-    except click.exceptions.Exit as stop:
+    except typer.Exit as stop:
         code = stop.exit_code
-    except click.exceptions.Abort:
-        code = _fail("stopped by Ctrl-C; nothing half-written was left.", 1)
-    except click.ClickException as error:
-        code = _fail(error.format_message(), 2)
+    except UsageError as error:
+        code = _fail(f"{error.format_message()} See quantize-model --help.", 2)  # type: ignore[attr-defined]
     except SinkquantError as error:
         code = _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         code = _fail("stopped by Ctrl-C; nothing half-written was left.", 1)
     except MemoryError:
         code = _fail("out of memory; use a smaller calibration.batch_size or a larger machine.", 1)

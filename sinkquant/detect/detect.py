@@ -193,14 +193,15 @@ def _sinks(surveys: list[_Survey], settings: Detection) -> tuple[list[Candidate]
         known = {(c.token_id, c.position) for c in found}
         known |= {(None, c.position) for c in found if c.position is not None}
         new = [c for c in find_sinks(survey.table, survey.rows, settings) if (c.token_id, c.position) not in known]
-        found += new
         carriers = torch.zeros_like(survey.rows, dtype=torch.bool)
         for channel in massive_channels(survey.stream, settings):
             carriers |= channel.carriers
         for candidate in new:
-            here = sink_positions(survey.rows, [candidate])
-            if here.any() and carriers[here].float().mean() >= 0.5:
+            carries = float(carriers[sink_positions(survey.rows, [candidate])].float().mean()) >= 0.5
+            if carries:
                 massive.add(candidate)
+            if carries or candidate.sink_heads >= settings.min_head_share:
+                found.append(candidate)
     return found, massive
 
 

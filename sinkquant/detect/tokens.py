@@ -3,7 +3,8 @@
 A candidate is a position (the first one, or any other whatever stands there) or a token id (all its occurrences in a
 row together, since several copies share the mass). Its score in a head is the mean mass that it receives from the
 queries that come after it, in excess of what even attention would give it: (mass - even) / (1 - even). It is a sink
-of a head that scores over the threshold in most of its occurrences, and a sink of the model if it has enough heads.
+of a head that scores over the threshold in most of its occurrences. The caller asks for enough such heads, or for a
+massive activation: a single head that looks at closing quotes is no sink of the model.
 A token that makes up most of a row cannot be told from the rest of it and is never a sink: a prompt that repeats one
 token has none.
 """
@@ -27,13 +28,15 @@ MAX_EVEN_MASS = 0.25
 @dataclass(frozen=True)
 class Candidate:
     """A sink before it has a name. `attention`: mean mass over heads, layers and occurrences; `heads`: share of
-    (occurrence, head) pairs with mass over the threshold; `share`: share of all positions that hold it."""
+    (occurrence, head) pairs with mass over the threshold; `share`: share of all positions that hold it; `sink_heads`:
+    share of heads that it is a sink of."""
 
     token_id: int | None
     position: int | None
     attention: float
     heads: float
     share: float
+    sink_heads: float
 
 
 def find_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detection) -> list[Candidate]:
@@ -85,10 +88,9 @@ def _excess(mass: torch.Tensor, even: torch.Tensor) -> torch.Tensor:
     return torch.where(even <= MAX_EVEN_MASS, (mass - even) / (1 - even).clamp(min=0.5), torch.zeros_like(mass))
 
 
-def _enough(share: torch.Tensor, settings: Detection) -> torch.Tensor:
-    """Which candidates are sinks of enough heads. `share`: [layers, heads, candidates] of occurrences over."""
-    count = (share >= settings.occurrence_share).float().flatten(0, 1)
-    return (count.mean(0) >= settings.min_head_share) & (count.sum(0) >= 1)
+def _sink_heads(share: torch.Tensor, settings: Detection) -> torch.Tensor:
+    """Share of heads that every candidate is a sink of. `share`: [layers, heads, candidates] of occurrences over."""
+    return (share >= settings.occurrence_share).float().flatten(0, 1).mean(0)
 
 
 def _position_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detection) -> list[Candidate]:
@@ -101,17 +103,18 @@ def _position_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detecti
         share.append(event.float().mean(0)[:, :last])
         score.append(mass.mean(dim=(0, 1))[:last])
         over.append((mass > settings.threshold).float().mean(dim=(0, 1))[:last])
-    sinks = _enough(torch.stack(share), settings)
+    sink_heads = _sink_heads(torch.stack(share), settings)
     attention, heads = torch.stack(score).mean(0), torch.stack(over).mean(0)
     found = []
-    for position in torch.nonzero(sinks).flatten().tolist():
+    for position in torch.nonzero(sink_heads).flatten().tolist():
         ids, counts = rows[:, position].unique(return_counts=True)
         always_one_id = len(ids) == 1
         # A position other than the first must hold different ids, else the id may be what attracts.
         if position > 0 and (len(rows) < 2 or float(counts.max()) / len(rows) > 0.5):
             continue
         found.append(Candidate(int(ids[0]) if always_one_id else None, position,
-                               float(attention[position]), float(heads[position]), 1 / length))
+                               float(attention[position]), float(heads[position]), 1 / length,
+                               float(sink_heads[position])))
     return found
 
 
@@ -134,7 +137,9 @@ def _token_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detection,
         share.append(means[0].T)
         score.append(means[1].mean(1))
         over.append(means[2].mean(1))
-    sinks = _enough(torch.stack(share), settings) & (counts >= min(settings.min_occurrences, len(rows)))
+    sink_heads = _sink_heads(torch.stack(share), settings)
+    sinks = (sink_heads > 0) & (counts >= min(settings.min_occurrences, len(rows)))
     attention, heads = torch.stack(score).mean(0), torch.stack(over).mean(0)
-    return [Candidate(int(ids[i]), None, float(attention[i]), float(heads[i]), float((rows == ids[i]).float().mean()))
+    return [Candidate(int(ids[i]), None, float(attention[i]), float(heads[i]), float((rows == ids[i]).float().mean()),
+                      float(sink_heads[i]))
             for i in torch.nonzero(sinks).flatten().tolist()]
