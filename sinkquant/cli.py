@@ -119,7 +119,8 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A run's folder or a ch
              baseline: Annotated[str | None, typer.Option(help="The unquantized model.")] = None,
              text: TextOption = None, tasks: Annotated[str | None, typer.Option(help="Task names, by commas.")] = None,
              assignments: SetOption = None, json: JsonOption = False,
-             output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the report here.")] = None) -> None:
+             output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the report here.")] = None,
+             ) -> None:
     """Measure a checkpoint with lm-eval, beside its baseline and its control."""
     extra = [f"evaluate.text={text}"] if text else []
     extra += [f"evaluate.tasks=[{tasks}]"] if tasks else []

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.errors import RequestError
-from sinkquant.models import Decoder, Walk, adds_bos, read_text, starts_with_bos, token_rows
+from sinkquant.models import BosPolicy, Decoder, Walk, adds_bos, read_text, starts_with_bos, token_rows
 
 SAMPLE = "The attention sink."
 MESSAGES = [{"role": "user", "content": SAMPLE}]
@@ -102,8 +102,9 @@ def _loss_with_and_without(decoder: Decoder, tokenizer: PreTrainedTokenizerBase,
     content = read_text(text, "evaluation")
     length = min(LENGTH, decoder.max_length)
     losses = {}
-    for policy in ("always", "never"):
-        rows = token_rows(tokenizer, content, ROWS, length, policy, decoder.vocabulary)  # type: ignore[arg-type]
+    policies: tuple[BosPolicy, ...] = ("always", "never")
+    for policy in policies:
+        rows = token_rows(tokenizer, content, ROWS, length, policy, decoder.vocabulary)
         walk = Walk(decoder, rows, ROWS)
         for _ in walk.steps():
             pass

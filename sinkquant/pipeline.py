@@ -230,7 +230,8 @@ def _work_folder(target: Path, key: str, resume: bool) -> Iterator[Path]:
     manifest = work / "manifest.json"
     if resume and manifest.is_file():
         if json.loads(manifest.read_text(encoding="utf-8")).get("key") != key:
-            raise RequestError(f"{work} was made with another recipe, model or text; remove it or run without --resume.")
+            raise RequestError(f"{work} was made with another recipe, model or text; remove it or run without "
+                               "--resume.")
     else:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)

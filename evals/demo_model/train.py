@@ -50,7 +50,8 @@ def read_documents(folder: Path) -> list[str]:
     """Every document of the .txt and .txt.xz files of a folder, in the order of their names."""
     documents: list[str] = []
     for path in sorted([*folder.glob("*.txt"), *folder.glob("*.txt.xz")]):
-        text = lzma.open(path, "rt", encoding="utf-8").read() if path.suffix == ".xz" else path.read_text("utf-8")
+        raw = path.read_bytes()
+        text = (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode("utf-8")
         documents += [part.strip() for part in text.split(f"{SEPARATOR}\n") if part.strip()]
     if not documents:
         raise SystemExit(f"{folder} holds no .txt or .txt.xz file with text in it.")
@@ -129,7 +130,8 @@ def build(config: dict[str, Any], text: Path, output: Path) -> list[float]:
     settings = AutoConfig.for_model(config["architecture"], **(shape | {
         "vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}))
     model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
-    ids = [i for document in documents for i in tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]]
+    ids = [i for document in documents
+           for i in tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]]
     losses = train(model, torch.tensor(ids, dtype=torch.int32), stages, seed,
                    "cuda" if torch.cuda.is_available() else "cpu")
     model.to("cpu", torch.bfloat16).eval().save_pretrained(output)

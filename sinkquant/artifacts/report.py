@@ -28,7 +28,8 @@ class Row(Strict):
 
 
 class Paired(Strict):
-    """A difference a - b of two rows on the same documents, with its 95 % bootstrap interval."""
+    """A difference a - b of two rows on the same `documents` (rows of tokens for "divergence"), with its 95 %
+    bootstrap interval."""
 
     task: str
     metric: str
@@ -38,6 +39,7 @@ class Paired(Strict):
     low: float
     high: float
     higher_is_better: bool = False
+    documents: int = 0
 
 
 class Fidelity(Strict):

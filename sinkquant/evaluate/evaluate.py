@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Measure, Paired, Report, Row
 from sinkquant.artifacts.report import Fidelity
 from sinkquant.errors import RequestError
 from sinkquant.evaluate.divergence import row_divergences
-from sinkquant.evaluate.harness import HIGHER_IS_BETTER, TaskResult, run_tasks
-from sinkquant.evaluate.statistics import paired_difference, standard_error
-from sinkquant.evaluate.tasks import build_tasks
+from sinkquant.evaluate.run import TaskResult, require_tasks, run_tasks
+from sinkquant.evaluate.statistics import Samples, paired_difference, recovery, standard_error
+from sinkquant.evaluate.tasks import LOCAL_TASKS, build_tasks, ready_tasks
 from sinkquant.evaluate.verdict import judge
-from sinkquant.models import documents, read_text, starts_with_bos, token_rows
+from sinkquant.models import documents, encode, read_text, starts_with_bos, token_rows
 from sinkquant.recipe import Recipe
-from sinkquant.resources import task_folder
 
 BASELINE = "unquantized"
+PAIRS = (("control", "sink_aware"), ("sink_aware", BASELINE), ("control", BASELINE))
+FILL = 0.85
+"""Share of a context that items are made for: passages differ in how many tokens a character takes."""
 
 
 @dataclass
 class Candidate:
-    """A model to be measured: loaded when its turn comes, so that only the baseline stays in memory beside it."""
+    """A model to be measured: loaded when its turn comes, so that only the baseline stays in memory beside it.
+
+    `tasks` and `divergences` (nats per token, one per row) are filled by `evaluate`.
+    """
 
     name: str
     path: str
@@ -44,119 +50,142 @@ def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, re
 
     The candidate named "unquantized", where there is one, is the baseline of divergence and recovery.
 
+    Args:
+        model: name of the model, for the report.
+        fidelity: sink rates and massive activations of the rows, measured by the caller.
+        progress: is called with (steps done, steps, label); a step is one task or the divergence of one candidate.
+
     Raises:
-        RequestError: the evaluation text is too short, or a task cannot be had.
+        RequestError: no candidates or two of one name; the evaluation text is too short; a task cannot be had.
     """
+    names = [candidate.name for candidate in candidates]
+    if not names or len(set(names)) < len(names):
+        raise RequestError(f"evaluation needs candidates with names of their own, not {names}.")
     settings = recipe.evaluate
     bos = starts_with_bos(tokenizer, recipe.calibration.bos)
     content = read_text(settings.text, "evaluation")
-    baseline = None
-    with _tasks(settings.text, content, recipe.seed) as folder:
-        for done, candidate in enumerate(sorted(candidates, key=lambda c: c.name != BASELINE)):
-            if progress:
-                progress(done, len(candidates), f"evaluating {candidate.name}")
+    steps = _Steps(len(names) * (len(settings.tasks) + 1), progress)
+    baseline: PreTrainedModel | None = None
+    rows: torch.Tensor | None = None
+    with contextlib.ExitStack() as stack:
+        for candidate in sorted(candidates, key=lambda c: c.name != BASELINE):
             loaded = candidate.load()
-            limit = getattr(loaded.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 20
-            rows = token_rows(tokenizer, content, settings.divergence_rows, min(settings.divergence_length, limit),
-                              recipe.calibration.bos, loaded.get_input_embeddings().weight.shape[0], "evaluation text")
-            candidate.tasks = run_tasks(loaded, tokenizer, settings.tasks, folder, bos=bos,
-                                        batch_size=settings.batch_size, limit=settings.limit, seed=recipe.seed)
+            if rows is None:
+                limit = _max_length(loaded)
+                rows = token_rows(tokenizer, content, settings.divergence_rows,
+                                  min(settings.divergence_length, limit), recipe.calibration.bos,
+                                  loaded.get_input_embeddings().weight.shape[0], "evaluation text")
+                folder = stack.enter_context(ready_tasks(
+                    settings.text, content, settings.tasks, recipe.seed, _characters(tokenizer, content, limit)))
+            for task in settings.tasks:
+                steps.next(f"{candidate.name}: {task}")
+                candidate.tasks |= run_tasks(loaded, tokenizer, [task], folder, bos=bos, limit=settings.limit,
+                                             batch_size=settings.batch_size, seed=recipe.seed)
+            steps.next(f"{candidate.name}: divergence")
             if candidate.name == BASELINE:
                 baseline = loaded
             elif baseline is not None:
                 candidate.divergences = row_divergences(baseline, loaded, rows)
-            if progress:
-                progress(done + 1, len(candidates), f"evaluating {candidate.name}")
+            del loaded  # before the next one is loaded: only the baseline stays
+    steps.next("")
+    assert rows is not None
     found = [_row(candidate) for candidate in candidates]
     paired = _pairs(candidates, recipe)
-    recovery = _recovery(found)
+    left = _recovery(candidates)
     facts: dict[str, str | int | float | bool | None] = {
         "text": settings.text or "packaged evaluation text", "rows": len(rows), "length": rows.shape[1],
         "rows_start_with_bos": bos, "seed": recipe.seed, "limit": settings.limit, "dtype": recipe.compute.dtype,
         "bootstrap_resamples": settings.bootstrap}
-    return Report(model=model, recipe=recipe.name, rows=found, paired=paired, recovery=recovery, fidelity=fidelity,
-                  verdict=judge(found, paired, recovery, fidelity, recipe.gate), evaluation=facts)
+    facts |= {f"documents: {task}": result.documents for task, result in candidates[0].tasks.items()}
+    return Report(model=model, recipe=recipe.name, rows=found, paired=paired, recovery=left, fidelity=fidelity,
+                  verdict=judge(found, paired, left, fidelity, recipe.gate), evaluation=facts)
 
 
-@contextlib.contextmanager
-def _tasks(text: str | None, content: str, seed: int) -> Iterator[Path]:
-    """The folder of task definitions: packaged, or made of the user's own text."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        if text is not None:
-            build_tasks(documents(content), folder, seed)
-        else:
-            for source in task_folder().glob("*.jsonl"):
-                (folder / source.name).write_bytes(source.read_bytes())
-            for source in task_folder().glob("*.yaml"):
-                (folder / source.name).write_bytes(source.read_bytes())
-        for definition in folder.glob("*.yaml"):
-            # lm-eval reads data files relative to the working directory.
-            data = f"{definition.stem}.jsonl"
-            definition.write_text(definition.read_text(encoding="utf-8").replace(data, str(folder / data)),
-                                  encoding="utf-8")
-        yield folder
+def require_tasks_possible(recipe: Recipe) -> None:
+    """Read the evaluation text and look for the tasks before any compute is spent.
+
+    Raises:
+        RequestError: the text cannot be read, is empty, or is too short for the tasks; a task cannot be had.
+    """
+    settings = recipe.evaluate
+    content = read_text(settings.text, "evaluation")
+    if not settings.tasks:
+        raise RequestError("evaluate.tasks is empty; name at least one task.")
+    if settings.text is not None:
+        with tempfile.TemporaryDirectory() as temporary:
+            build_tasks(documents(content), Path(temporary), recipe.seed, tasks=settings.tasks)
+    if set(settings.tasks) - set(LOCAL_TASKS):
+        require_tasks(settings.tasks)
+
+
+class _Steps:
+    """Counts steps: `next` ends the one that runs and begins another."""
+
+    def __init__(self, total: int, progress: Callable[[int, int, str], None] | None) -> None:
+        self.total, self.progress, self.begun = total, progress, 0
+
+    def next(self, label: str) -> None:
+        if self.progress:
+            self.progress(self.begun, self.total, f"evaluating {label}" if label else "evaluated")
+        self.begun += 1
+
+
+def _max_length(model: PreTrainedModel) -> int:
+    """The longest row that the model has positions for."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return int(limit) if limit else 1 << 20
+
+
+def _characters(tokenizer: PreTrainedTokenizerBase, content: str, limit: int) -> int:
+    """How many characters of this text surely fit into a context of `limit` tokens."""
+    sample = content[:50_000]
+    return int(FILL * limit * len(sample) / max(1, len(encode(tokenizer, sample))))
 
 
 def _row(candidate: Candidate) -> Row:
     tasks = {task: dict(result.measures) for task, result in candidate.tasks.items()}
     if candidate.divergences:
+        samples = _means(candidate.divergences)
         mean = sum(candidate.divergences) / len(candidate.divergences)
-        tasks["divergence"] = {"kl": Measure(value=mean, stderr=standard_error(candidate.divergences))}
+        tasks["divergence"] = {"kl": Measure(value=mean, stderr=standard_error("kl", samples))}
     return Row(name=candidate.name, path=candidate.path, weight_bytes=candidate.weight_bytes,
                bits_per_weight=candidate.bits_per_weight, tasks=tasks)
+
+
+def _means(values: list[float]) -> Samples:
+    return values, [1.0] * len(values)
 
 
 def _pairs(candidates: list[Candidate], recipe: Recipe) -> list[Paired]:
     by_name = {candidate.name: candidate for candidate in candidates}
     paired = []
-    for a, b in (("control", "sink_aware"), ("sink_aware", BASELINE), ("control", BASELINE)):
+    for a, b in PAIRS:
         if a not in by_name or b not in by_name:
             continue
         first, second = by_name[a], by_name[b]
-        if first.divergences and second.divergences:
-            ones = [1.0] * len(first.divergences)
-            paired.append(_pair("divergence", "kl", a, b, (first.divergences, ones), (second.divergences, ones), recipe))
-        for task, result in first.tasks.items():
-            paired += [_pair(task, metric, a, b, samples, second.tasks[task].samples[metric], recipe)
-                       for metric, samples in result.samples.items() if metric in second.tasks[task].samples]
+        measured = [("divergence", "kl", _means(first.divergences), _means(second.divergences), False)]
+        measured += [(task, metric, samples, second.tasks[task].samples[metric], result.higher_is_better[metric])
+                     for task, result in first.tasks.items() for metric, samples in result.samples.items()
+                     if metric in second.tasks[task].samples]
+        for task, metric, one, two, higher in measured:
+            count = min(len(one[0]), len(two[0]))
+            if count < 2:
+                continue  # not measured, or on one document, whose spread nobody knows
+            difference, low, high = paired_difference(metric, one, two, recipe.evaluate.bootstrap, recipe.seed)
+            paired.append(Paired(task=task, metric=metric, a=a, b=b, difference=difference, low=low, high=high,
+                                 higher_is_better=higher, documents=count))
     return paired
 
 
-def _pair(task: str, metric: str, a: str, b: str, first: tuple[list[float], list[float]],
-          second: tuple[list[float], list[float]], recipe: Recipe) -> Paired:
-    difference, low, high = paired_difference(metric, first, second, recipe.evaluate.bootstrap, recipe.seed)
-    return Paired(task=task, metric=metric, a=a, b=b, difference=difference, low=low, high=high,
-                  higher_is_better=metric in HIGHER_IS_BETTER)
-
-
-def _recovery(rows: list[Row]) -> dict[str, dict[str, dict[str, float]]]:
-    """quantized / unquantized; the other way round where lower is better."""
-    base = next((row for row in rows if row.name == BASELINE), None)
-    if base is None:
-        return {}
-    recovery: dict[str, dict[str, dict[str, float]]] = {}
-    for row in rows:
-        for task, metrics in row.tasks.items():
-            for metric, measure in metrics.items():
-                reference = base.tasks.get(task, {}).get(metric)
-                if row is base or reference is None or not reference.value or not measure.value:
-                    continue
-                up = metric in HIGHER_IS_BETTER
-                ratio = measure.value / reference.value if up else reference.value / measure.value
-                recovery.setdefault(row.name, {}).setdefault(task, {})[metric] = ratio
-    return recovery
-
-
-def require_tasks_possible(recipe: Recipe) -> None:
-    """Read the evaluation text before any compute is spent.
-
-    Raises:
-        RequestError: it cannot be read, is empty, or is too short for the tasks.
-    """
-    content = read_text(recipe.evaluate.text, "evaluation")
-    if not recipe.evaluate.tasks:
-        raise RequestError("evaluate.tasks is empty; name at least one task.")
-    if recipe.evaluate.text is not None:
-        with tempfile.TemporaryDirectory() as temporary:
-            build_tasks(documents(content), Path(temporary), recipe.seed)
+def _recovery(candidates: list[Candidate]) -> dict[str, dict[str, dict[str, float]]]:
+    """By row, task and metric; empty without a baseline."""
+    base = next((candidate for candidate in candidates if candidate.name == BASELINE), None)
+    left: dict[str, dict[str, dict[str, float]]] = {}
+    for candidate in candidates if base is not None else []:
+        for task, result in candidate.tasks.items() if candidate is not base else []:
+            for metric, measure in result.measures.items():
+                reference = base.tasks[task].measures.get(metric) if base and task in base.tasks else None
+                share = recovery(measure.value, reference.value, result.higher_is_better[metric]) if reference else None
+                if share is not None:
+                    left.setdefault(candidate.name, {}).setdefault(task, {})[metric] = share
+    return left

@@ -1,146 +1,138 @@
-"""lm-eval's own harness over a loaded model, with `<bos>` exactly once at the start of every window."""
+"""lm-eval's own harness over a loaded model, with `<bos>` exactly once at the start of every window.
+
+lm-eval's backend lets the tokenizer put `<bos>` in front and decides by the first string of a batch; its windows after
+the first hold none. A model with sinks and no `<bos>` to sink into is another model (Barbero et al. 2504.02732:
+without it the sink rate falls to nothing and the loss triples), so here nothing is left to guessing.
+"""
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass
-from pathlib import Path
+import copy
 from typing import Any
 
-import lm_eval
 import torch
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinkquant.artifacts import Measure
 from sinkquant.errors import RequestError
 from sinkquant.models import encode
 
-HIGHER_IS_BETTER = frozenset({"acc", "acc_norm", "exact_match", "f1"})
 
+class SinkLM(HFLM):
+    """HFLM in which every window starts with `<bos>` exactly once, or never holds one, as `bos` says.
 
-@dataclass(frozen=True)
-class TaskResult:
-    """One task. `samples`: metric -> (numerators, denominators) per document, for paired statistics; the metric is
-    their ratio of sums, through exp(-x) where `perplexity` says so."""
-
-    measures: dict[str, Measure]
-    samples: dict[str, tuple[list[float], list[float]]]
-
-
-class SinkLM(HFLM):  # type: ignore[misc]
-    """HFLM that never guesses about `<bos>`: no text is given one by the tokenizer, every window starts with it.
-
-    lm-eval's own backend decides by the first string of a batch, and windows after the first have none.
+    Args:
+        model: a loaded model; it is scored in its own dtype on its own device.
+        bos: whether rows of this model start with `<bos>`.
+        quiet: no progress bars.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bos: bool, batch_size: int) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bos: bool, batch_size: int,
+                 quiet: bool = True) -> None:
+        if tokenizer.pad_token_id is None:
+            # HFLM would give the caller's tokenizer a padding token, and some an id that the model does not know.
+            tokenizer = copy.deepcopy(tokenizer)
+            if tokenizer.eos_token_id is None and tokenizer.unk_token_id is None:
+                tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=False)
-        self._bos = bos
+        self._bos = int(tokenizer.bos_token_id) if bos else None
+        self._quiet = quiet
 
     @property
-    def prefix_token_id(self) -> int:
-        """What stands before the first scored token: `<bos>`, or the end-of-text token where rows have none."""
-        if self._bos:
-            return int(self.tokenizer.bos_token_id)
-        return int(self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else 0)
+    def prefix_token_id(self) -> int | None:
+        """What stands before a text that has no context: `<bos>`, or the end-of-text token where rows have none.
+
+        None where the tokenizer has neither: the first token of such a text is not scored.
+        """
+        if self._bos is not None:
+            return self._bos
+        return None if self.tokenizer.eos_token_id is None else int(self.tokenizer.eos_token_id)
 
     def tok_encode(self, string: str, *_: Any, **__: Any) -> list[int]:
-        """Token ids without any special token."""
-        return encode(self.tokenizer, string)
+        """Token ids without any that the tokenizer adds, and without a `<bos>` that the text itself begins with."""
+        tokens = encode(self.tokenizer, string)
+        start = 0
+        while self._bos is not None and start < len(tokens) and tokens[start] == self._bos:
+            start += 1
+        return tokens[start:]
+
+    def tok_batch_encode(self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None,
+                         truncation: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts for generation: ids and attention mask, int64 [batch, length].
+
+        Every prompt keeps its `<bos>` where its beginning is cut off to fit.
+        """
+        front = [] if self._bos is None else [self._bos]
+        room = None if left_truncate_len is None else max(1, left_truncate_len - len(front))
+        rows = [front + (tokens if room is None else tokens[-room:]) for tokens in map(self.tok_encode, strings)]
+        length = max(map(len, rows))
+        ids = torch.full((len(rows), length), int(self.tokenizer.pad_token_id), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for index, row in enumerate(rows):
+            place = slice(length - len(row), length) if padding_side == "left" else slice(0, len(row))
+            ids[index, place] = torch.tensor(row, dtype=torch.long)
+            mask[index, place] = 1
+        return ids, mask
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Split where the whole is tokenized, `<bos>` in front of the context."""
+        """Context and scored tokens of a request: split where the whole is tokenized, `<bos>` in front.
+
+        Raises:
+            RequestError: nothing is to be scored, or more than the model's context holds.
+        """
         spaces = len(context) - len(context.rstrip())
         if spaces:
             context, continuation = context[:-spaces], context[-spaces:] + continuation
-        front = [self.prefix_token_id] if self._bos else []
-        before = self.tok_encode(context)
-        whole = self.tok_encode(context + continuation)
-        room = self.max_length - len(front)
-        target = whole[len(before):]
-        return front + before[max(0, len(before) + len(target) - room):], target
+        before = self.tok_encode(context) if context else []
+        # A last word that merges with what follows would leave nothing to score.
+        target = self.tok_encode(context + continuation)[len(before):] or self.tok_encode(continuation)
+        front = [] if self._bos is None else [self._bos]
+        if not before and not front:
+            prefix = self.prefix_token_id
+            front, target = ([prefix], target) if prefix is not None else (target[:1], target[1:])
+        room = self.max_length + 1 - len(front) - len(target)
+        if not target or room < 0:
+            raise RequestError(f"a task asks for the likelihood of {len(target)} tokens at once, and this model can "
+                               f"score 1 to {self.max_length}; leave the task out of evaluate.tasks.")
+        return front + before[max(0, len(before) - room):], target
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihood of continuations, in nats, and whether each is what greedy decoding would give."""
+        pairs = [(request.args, *self._encode_pair(*request.args)) for request in requests]
+        return list(self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm or self._quiet))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole documents in disjoint windows, each of which starts with the prefix token."""
-        scores = []
-        for (text,) in [request.args for request in requests]:
-            tokens = self.tok_encode(text)
-            room = self.max_length - 1
-            windows = [tokens[start:start + room] for start in range(0, len(tokens), room)]
-            pairs = [(("", ""), [self.prefix_token_id], window) for window in windows if window]
-            scores.append(sum(score for score, _ in self._loglikelihood_tokens(pairs, disable_tqdm=True)))
+        """Log-likelihood of whole documents in nats; every token is scored once, in disjoint windows."""
+        windows, owners = [], []
+        for index, request in enumerate(requests):
+            for context, scored in self.windows(self.tok_encode(request.args[0])):
+                windows.append((None, context, scored))
+                owners.append(index)
+        scores = [0.0] * len(requests)
+        answers = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm or self._quiet)
+        for owner, (score, _) in zip(owners, answers, strict=True):
+            scores[owner] += score
         return scores
 
+    def windows(self, tokens: list[int]) -> list[tuple[list[int], list[int]]]:
+        """A document in windows: (context of one token, scored tokens), as many as the model has positions for.
 
-def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: list[str], folder: Path, *, bos: bool,
-              batch_size: int, limit: int | None, seed: int) -> dict[str, TaskResult]:
-    """Score a model on tasks with lm-eval's `simple_evaluate`.
+        With `<bos>` it is the context of every window. Without it, as lm-eval does it, the first window has the
+        end-of-text token for context, or its own first token, and each further one the token before it.
+        """
+        found = []
+        prefix = self.prefix_token_id
+        start = 0 if prefix is not None else 1
+        for begin in range(start, len(tokens), self.max_length):
+            context = prefix if self._bos is not None or begin == 0 else tokens[begin - 1]
+            assert context is not None
+            found.append(([context], tokens[begin:begin + self.max_length]))
+        return found
 
-    Args:
-        folder: holds the YAML of local tasks; any other name is looked up among lm-eval's own.
-        bos: whether rows of this model start with `<bos>`.
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Generated texts; see `tok_batch_encode` for the prompts."""
+        return list(super().generate_until(requests, disable_tqdm=disable_tqdm or self._quiet))
 
-    Raises:
-        RequestError: there is no such task, or its data cannot be reached.
-    """
-    local = {path.stem for path in folder.glob("*.yaml")}
-    outside = [task for task in tasks if task not in local]
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    try:
-        manager = TaskManager(include_path=str(folder), include_defaults=bool(outside))
-        result = lm_eval.simple_evaluate(
-            model=SinkLM(model, tokenizer, bos, batch_size), tasks=list(tasks), task_manager=manager, limit=limit,
-            log_samples=True, bootstrap_iters=0, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
-            fewshot_random_seed=seed, verbosity=None)
-    except (KeyError, ValueError, OSError, ConnectionError) as error:
-        if not outside:
-            raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RequestError(f"the task {outside[0]!r} is not among {', '.join(sorted(local))} and lm-eval cannot give "
-                           f"it here: {reason}") from error
-    return {task: _result(result["samples"][task], result["results"][task]) for task in tasks}
-
-
-def _result(samples: list[dict[str, Any]], aggregate: dict[str, Any]) -> TaskResult:
-    measures, kept = {}, {}
-    for key, value in aggregate.items():
-        metric, _, filtered = key.partition(",")
-        if filtered != "none" or metric.endswith("_stderr") or metric == "alias" or isinstance(value, str):
-            continue
-        values = [sample[metric] for sample in samples if metric in sample]
-        if values and isinstance(values[0], tuple | list):
-            kept[metric] = ([float(v[0]) for v in values], [float(v[1]) for v in values])
-        elif values:
-            kept[metric] = ([float(v) for v in values], [1.0] * len(values))
-        stderr = _stderr(kept[metric], metric) if metric in kept else None
-        measures[metric] = Measure(value=float(value), stderr=stderr)
-    return TaskResult(measures, kept)
-
-
-def _stderr(samples: tuple[list[float], list[float]], metric: str) -> float | None:
-    """Standard error by the delta method for a ratio of sums over documents."""
-    top, bottom = (torch.tensor(part, dtype=torch.float64) for part in samples)
-    if len(top) < 2:
-        return None
-    ratio = top.sum() / bottom.sum()
-    error = (top - ratio * bottom).std() * len(top) ** 0.5 / bottom.sum()
-    if metric.endswith("perplexity"):
-        error = error * torch.exp(-ratio)
-    elif metric == "bits_per_byte":
-        error = error / torch.log(torch.tensor(2.0, dtype=torch.float64))
-    return float(error)
-
-
-def value_of(metric: str, top: Any, bottom: Any) -> Any:
-    """A metric from sums over documents (arrays or numbers), as lm-eval aggregates it."""
-    ratio = torch.as_tensor(top, dtype=torch.float64) / torch.as_tensor(bottom, dtype=torch.float64)
-    if metric.endswith("perplexity"):
-        return torch.exp(-ratio).numpy()
-    if metric == "bits_per_byte":
-        return (-ratio / torch.log(torch.tensor(2.0, dtype=torch.float64))).numpy()
-    return ratio.numpy()
-
-
-__all__ = ["HIGHER_IS_BETTER", "SinkLM", "TaskResult", "run_tasks", "value_of"]
+    def get_model_info(self) -> dict[str, Any]:
+        """Nothing: HFLM would ask the hub for the model's commit."""
+        return {}

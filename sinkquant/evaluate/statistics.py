@@ -1,31 +1,64 @@
-"""Paired bootstrap over documents."""
+"""Metrics as ratios of sums over documents, their standard errors, and the paired bootstrap over documents."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 from scipy.stats import bootstrap
 
-from sinkquant.evaluate.harness import value_of
-
 Samples = tuple[list[float], list[float]]
+"""Per document: numerators, denominators. The metric is a function of the ratio of their sums."""
+
+
+def value_of(metric: str, top: np.ndarray | float, bottom: np.ndarray | float) -> np.ndarray:
+    """A metric from sums over documents, as lm-eval aggregates it: exp(-x) for perplexities, x for means."""
+    ratio = np.asarray(top, dtype=np.float64) / np.asarray(bottom, dtype=np.float64)
+    if metric.endswith("perplexity"):
+        return np.asarray(np.exp(-ratio))
+    if metric == "bits_per_byte":
+        return np.asarray(-ratio / math.log(2.0))
+    return ratio
+
+
+def standard_error(metric: str, samples: Samples) -> float | None:
+    """Of the metric over documents, by the delta method for a ratio of sums; None for fewer than two documents.
+
+    For plain means it is the standard error of the mean.
+    """
+    top, bottom = (np.asarray(part, dtype=np.float64) for part in samples)
+    if len(top) < 2:
+        return None
+    ratio = top.sum() / bottom.sum()
+    error = float((top - ratio * bottom).std(ddof=1) * len(top) ** 0.5 / bottom.sum())
+    if metric.endswith("perplexity"):
+        return error * math.exp(-ratio)
+    return error / math.log(2.0) if metric == "bits_per_byte" else error
 
 
 def paired_difference(metric: str, a: Samples, b: Samples, resamples: int, seed: int) -> tuple[float, float, float]:
     """metric(a) - metric(b) over the same documents, with its 95 % percentile bootstrap interval.
 
+    Documents are drawn with replacement, the same ones for both (Efron & Tibshirani 1993, chapter 13).
+
     Args:
-        a, b: per document (numerators, denominators); the metric is a function of their ratio of sums.
+        a, b: the samples of two models, in the same order of documents.
 
     Returns:
-        difference, low, high. The interval is the difference itself where all documents agree, or there is but one.
+        difference, low, high. The interval is the difference itself where all documents agree, or where there is but
+        one: no spread can be seen in one, so that `evaluate` reports no such pair.
+
+    Raises:
+        ValueError: the two were not measured on the same number of documents.
     """
     columns = [np.asarray(part, dtype=np.float64) for part in (*a, *b)]
+    if len({len(column) for column in columns}) != 1 or not len(columns[0]):
+        raise ValueError("paired samples need the same documents, at least one")
 
     def statistic(at: np.ndarray, ab: np.ndarray, bt: np.ndarray, bb: np.ndarray, axis: int = -1) -> np.ndarray:
-        first = value_of(metric, at.sum(axis), ab.sum(axis))
-        return np.asarray(first - value_of(metric, bt.sum(axis), bb.sum(axis)))
+        return value_of(metric, at.sum(axis), ab.sum(axis)) - value_of(metric, bt.sum(axis), bb.sum(axis))
 
-    difference = float(statistic(*columns))
+    difference = float(statistic(columns[0], columns[1], columns[2], columns[3]))
     same = np.array_equal(columns[0], columns[2]) and np.array_equal(columns[1], columns[3])
     if same or len(columns[0]) < 2:
         return difference, difference, difference
@@ -34,6 +67,7 @@ def paired_difference(metric: str, a: Samples, b: Samples, resamples: int, seed:
     return difference, float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def standard_error(values: list[float]) -> float | None:
-    """Of the mean; None for fewer than two values."""
-    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+def recovery(value: float, reference: float, higher_is_better: bool) -> float | None:
+    """How much of the unquantized model's value is left, 1.0 is lossless; None where it is not defined."""
+    top, bottom = (value, reference) if higher_is_better else (reference, value)
+    return top / bottom if bottom else None

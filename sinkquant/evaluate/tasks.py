@@ -1,135 +1,103 @@
 """lm-eval tasks from any held-out text: YAML and jsonl, deterministic by seed.
 
 `sink_perplexity`: passages for rolling perplexity. `sink_cloze`: the last word of a sentence against three words of
-similar frequency. `sink_recall`: a passage of the text, other prose, and the passage's last sentence begun again: its
-true end against the ends of other sentences; the answer stands only far back.
+similar frequency. `sink_recall`: a sentence comes again after some 230 words of other prose; which of four sentences
+stood first? The same end is scored after each of them, as Winogrande does, so that only the far text can tell.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
-import re
-from collections import Counter
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sinkquant.errors import RequestError
+from sinkquant.evaluate.items import LONGEST, cloze_items, has_words, perplexity_items, recall_items
+from sinkquant.models import documents as split_documents
+from sinkquant.resources import task_folder
 
-ITEMS = 120
-PASSAGE = 3_000
-CONTEXT = 400
-FILLER = 1_200
-CHOICES = 4
-SENTENCE = re.compile(r"[^.!?\n]+[.!?]")
-WORD = re.compile(r"\w+")
+LOCAL_TASKS = ("sink_perplexity", "sink_cloze", "sink_recall")
 
 
-def build_tasks(documents: list[str], folder: Path, seed: int = 0) -> list[str]:
-    """Write the three tasks made of `documents` into `folder`. Returns their names.
+def build_tasks(documents: list[str], folder: Path, seed: int = 0, *, tasks: Sequence[str] = LOCAL_TASKS,
+                max_characters: int | None = None) -> list[str]:
+    """Write tasks made of `documents` into `folder`: `<task>.yaml` and `<task>.jsonl`. Returns their names.
+
+    Args:
+        tasks: which of `LOCAL_TASKS`; other names are passed over.
+        max_characters: what fits into the model's context; passages of `sink_perplexity` may be longer, they are
+            scored in windows.
 
     Raises:
-        RequestError: the text is too short, or has too few sentences, for one of them.
+        RequestError: the text or the budget is too small for one of them, or it has no words.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    generator = random.Random(seed)
-    made = {"sink_perplexity": perplexity_items(documents), "sink_cloze": cloze_items(documents, generator),
-            "sink_recall": recall_items(documents, generator)}
-    for name, items in made.items():
+    wanted = [name for name in LOCAL_TASKS if name in tasks]
+    for name in wanted:
+        # Each task draws for itself, so that its items do not depend on which others are made.
+        generator = random.Random(f"{seed} {name}")
+        if name == "sink_perplexity":
+            items = perplexity_items(documents)
+        elif name == "sink_cloze":
+            items = cloze_items(documents, generator, max_characters)
+        else:
+            items = recall_items(documents, generator, max_characters)
         lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(definition(name, f"{name}.jsonl"), sort_keys=False),
-                                             encoding="utf-8")
-    return list(made)
+        task = definition(name, f"{name}.jsonl", words=has_words(documents))
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")
+    return wanted
 
 
-def definition(name: str, data: str) -> dict[str, Any]:
-    """The lm-eval task definition of that name over a jsonl file."""
+def definition(name: str, data: str, words: bool = True) -> dict[str, Any]:
+    """The lm-eval task definition of that name over a jsonl file; no word perplexity of a text without words."""
     common: dict[str, Any] = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": data}},
                               "test_split": "test", "metadata": {"version": 1.0}}
     if name == "sink_perplexity":
-        metrics = ("word_perplexity", "byte_perplexity", "bits_per_byte")
-        return common | {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+        metrics = (*(["word_perplexity"] if words else []), "byte_perplexity", "bits_per_byte")
+        return common | {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text",
                          "metric_list": [{"metric": metric} for metric in metrics]}
-    return common | {"output_type": "multiple_choice", "doc_to_text": "{{context}}", "doc_to_choice": "{{choices}}",
-                     "doc_to_target": "{{answer}}", "target_delimiter": "",
-                     "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}
-                                     for metric in ("acc", "acc_norm")]}
+    metrics = ("acc", "acc_norm")
+    if name == "sink_recall":
+        # An answer's number as the text makes lm-eval score `end` after each of the contexts.
+        contexts = ", ".join(f"openings[{i}] ~ middle" for i in range(4))
+        form = {"doc_to_text": "{{answer}}", "doc_to_choice": f"{{{{ [{contexts}] }}}}", "doc_to_target": "end"}
+        metrics = ("acc",)  # acc_norm would divide by the lengths of the contexts
+    else:
+        form = {"doc_to_text": "context", "doc_to_choice": "choices", "doc_to_target": "answer"}
+    return common | {"output_type": "multiple_choice"} | form | {
+        "target_delimiter": "", "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}
+                                                for metric in metrics]}
 
 
-def perplexity_items(documents: list[str]) -> list[dict[str, Any]]:
-    """Passages of about PASSAGE characters."""
-    items = [{"text": text.strip()} for document in documents for text in _pieces(document, PASSAGE)]
-    if len(items) < 2:
-        raise RequestError(f"the evaluation text is too short: sink_perplexity needs {2 * PASSAGE} characters; "
-                           "give more text.")
-    return items[:ITEMS]
+@contextlib.contextmanager
+def ready_tasks(text: str | None, content: str, tasks: Sequence[str], seed: int,
+                max_characters: int | None = None) -> Iterator[Path]:
+    """A temporary folder of task definitions that lm-eval can run from anywhere.
 
+    The packaged ones are used where there is no text of the user's own and their items fit into the context; else
+    tasks are made of `content`.
 
-def cloze_items(documents: list[str], generator: random.Random) -> list[dict[str, Any]]:
-    """A few sentences whose last word is missing, and four words for it."""
-    counts = Counter(word for document in documents for word in WORD.findall(document))
-    common = [word for word, count in counts.most_common() if count >= 2 and len(word) >= 3 and word.islower()]
-    rank = {word: i for i, word in enumerate(common)}
-    found = []
-    for document in documents:
-        for match in SENTENCE.finditer(document):
-            words = WORD.findall(match.group())
-            if len(words) >= 6 and match.start() >= CONTEXT and words[-1] in rank:
-                end = match.start() + match.group().rindex(words[-1])
-                found.append((document[end - CONTEXT:end].rstrip(), words[-1]))
-    items = []
-    for context, word in _sample(found, generator, "sink_cloze"):
-        near = common[max(0, rank[word] - 20):rank[word] + 20]
-        others = [other for other in near if other != word]
-        if len(others) >= CHOICES - 1:
-            items.append(_item(context, f" {word}", [f" {o}" for o in generator.sample(others, CHOICES - 1)], generator))
-    return items
-
-
-def recall_items(documents: list[str], generator: random.Random) -> list[dict[str, Any]]:
-    """A sentence, FILLER characters of other prose, the sentence's beginning again, and four ends for it."""
-    sentences = []
-    fillers = []
-    for index, document in enumerate(documents):
-        fillers += [(index, piece) for piece in _pieces(document, FILLER)]
-        sentences += [(index, sentence) for match in SENTENCE.finditer(document)
-                      if 60 <= len(sentence := match.group().strip()) <= 160 and len(sentence.split()) >= 10]
-    items = []
-    for index, sentence in _sample(sentences, generator, "sink_recall"):
-        words = sentence.split()
-        half = len(words) // 2
-        elsewhere = [text for place, text in fillers if place != index or len(documents) == 1]
-        others = generator.sample([text for _, text in sentences if text != sentence], CHOICES - 1)
-        ends = [" " + " ".join(other.split()[-(len(words) - half):]) for other in others]
-        context = f"{sentence}\n{generator.choice(elsewhere)}\n{' '.join(words[:half])}"
-        items.append(_item(context, " " + " ".join(words[half:]), ends, generator))
-    return items
-
-
-def _item(context: str, right: str, wrong: list[str], generator: random.Random) -> dict[str, Any]:
-    choices = [right, *wrong]
-    generator.shuffle(choices)
-    return {"context": context, "choices": choices, "answer": choices.index(right)}
-
-
-def _pieces(document: str, size: int) -> list[str]:
-    """Pieces of at least half the size, cut at spaces."""
-    pieces, start = [], 0
-    while start < len(document):
-        end = min(start + size, len(document))
-        while end < len(document) and not document[end].isspace():
-            end += 1
-        if end - start >= size // 2:
-            pieces.append(document[start:end])
-        start = end + 1
-    return pieces
-
-
-def _sample(found: list[tuple[Any, Any]], generator: random.Random, task: str) -> list[tuple[Any, Any]]:
-    if len(found) < 2 * CHOICES:
-        raise RequestError(f"the evaluation text is too short for {task}: it has {len(found)} sentences that fit and "
-                           f"{2 * CHOICES} are needed; give more text or leave the task out.")
-    return generator.sample(found, min(ITEMS, len(found)))
+    Args:
+        text: name of the user's own text, None for the packaged one. `content`: what it holds.
+    """
+    with tempfile.TemporaryDirectory(prefix="sinkquant-tasks-") as temporary:
+        folder = Path(temporary)
+        if text is not None or (max_characters is not None and max_characters < LONGEST):
+            build_tasks(split_documents(content), folder, seed, tasks=tasks, max_characters=max_characters)
+        else:
+            for source in sorted(task_folder().glob("*.jsonl")) + sorted(task_folder().glob("*.yaml")):
+                (folder / source.name).write_bytes(source.read_bytes())
+        for path in folder.glob("*.yaml"):
+            task = yaml.safe_load(path.read_text(encoding="utf-8"))
+            # lm-eval reads data files relative to the working directory, and `datasets` would keep a copy of the
+            # text in the user's cache for good.
+            task["dataset_kwargs"] = {"data_files": {"test": str(folder / f"{path.stem}.jsonl")},
+                                      "cache_dir": str(folder / "cache")}
+            path.write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")
+        yield folder

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from sinkquant.artifacts.report import Fidelity, Paired, Row, Verdict
 from sinkquant.recipe import Gate
 
+Answer = Literal["pays", "does not pay", "no difference shown", "not measured"]
+Recovery = dict[str, dict[str, dict[str, float]]]
 
-def judge(rows: list[Row], paired: list[Paired], recovery: dict[str, dict[str, dict[str, float]]],
-          fidelity: Fidelity | None, gate: Gate) -> Verdict:
+
+def judge(rows: list[Row], paired: list[Paired], recovery: Recovery, fidelity: Fidelity | None,
+          gate: Gate) -> Verdict:
     """The verdict of a report: from the KL divergence of the sink-aware row against the control's, and the gate."""
     failures = gate_failures(rows, recovery, fidelity, gate)
-    outcome = None
+    outcome: Literal["passed", "failed"] | None = None
     if any(bound is not None for bound in gate.model_dump().values()):
         outcome = "failed" if failures else "passed"
     answer, sentence = _answer(rows, paired)
-    return Verdict(answer=answer, sentence=sentence, gate=outcome, failures=failures)  # type: ignore[arg-type]
+    return Verdict(answer=answer, sentence=sentence, gate=outcome, failures=failures)
 
 
-def _answer(rows: list[Row], paired: list[Paired]) -> tuple[str, str]:
+def _answer(rows: list[Row], paired: list[Paired]) -> tuple[Answer, str]:
+    by_name = {row.name: row for row in rows}
     pair = next((p for p in paired if (p.task, p.a, p.b) == ("divergence", "control", "sink_aware")), None)
     if pair is None:
-        return "not measured", "Whether protection pays was not measured: there is no control beside the result."
-    by_name = {row.name: row for row in rows}
+        reason = "there is no control beside the result"
+        if "control" in by_name and "sink_aware" in by_name:
+            reason = ("the evaluation text holds but one row" if "divergence" in by_name["control"].tasks
+                      else "there is no unquantized model beside the two")
+        return "not measured", f"Whether protection pays was not measured: {reason}."
     aware, control = (by_name[name].tasks["divergence"]["kl"].value for name in ("sink_aware", "control"))
-    sizes = by_name["sink_aware"].weight_bytes / by_name["control"].weight_bytes - 1
+    size = by_name["sink_aware"].weight_bytes / by_name["control"].weight_bytes - 1
     figures = (f"mean KL divergence from the unquantized model is {aware:.4g} nats with protection and {control:.4g} "
-               f"for the sink-unaware control ({_size(sizes)}); the difference is {pair.difference:.2g}, "
+               f"for the sink-unaware control ({_size(size)}); the difference is {pair.difference:.2g}, "
                f"95 % interval {pair.low:.2g} to {pair.high:.2g}")
     if pair.low > 0:
         return "pays", f"Protection pays on this model: {figures}, {1 - aware / control:.0%} less."
@@ -38,24 +47,29 @@ def _size(difference: float) -> str:
     return "same size" if abs(difference) < 5e-4 else f"size within {abs(difference):.1%}"
 
 
-def gate_failures(rows: list[Row], recovery: dict[str, dict[str, dict[str, float]]], fidelity: Fidelity | None,
-                  gate: Gate) -> list[str]:
-    """The bounds of the recipe's gate that the sink-aware row breaks, in words."""
-    row = next((row for row in rows if row.name == "sink_aware"), None)
+def gate_failures(rows: list[Row], recovery: Recovery, fidelity: Fidelity | None, gate: Gate) -> list[str]:
+    """The bounds of the recipe's gate that the sink-aware row breaks, in words.
+
+    A bound that was not measured is not kept: nothing passes a gate unseen.
+    """
     failures = []
-    if row is not None and gate.max_divergence is not None and "divergence" in row.tasks:
-        found = row.tasks["divergence"]["kl"].value
-        if found > gate.max_divergence:
+    if gate.max_divergence is not None:
+        tasks = next((row.tasks for row in rows if row.name == "sink_aware"), {})
+        if "divergence" not in tasks:
+            failures.append("gate.max_divergence was not measured: it needs the unquantized model beside the result")
+        elif (found := tasks["divergence"]["kl"].value) > gate.max_divergence:
             failures.append(f"KL divergence {found:.4g} nats is over gate.max_divergence {gate.max_divergence:g}")
     if gate.min_recovery is not None:
+        if not recovery.get("sink_aware"):
+            failures.append("gate.min_recovery was not measured: it needs the unquantized model beside the result")
         for task, metrics in recovery.get("sink_aware", {}).items():
             failures += [f"recovery {value:.4f} of {task} {metric} is under gate.min_recovery {gate.min_recovery:g}"
                          for metric, value in metrics.items() if value < gate.min_recovery]
-    if gate.max_sink_rate_change is not None and fidelity is not None:
-        rates = fidelity.sink_rate
-        if "unquantized" in rates and "sink_aware" in rates:
-            change = abs(rates["sink_aware"]["0.3"] - rates["unquantized"]["0.3"])
-            if change > gate.max_sink_rate_change:
-                failures.append(f"the sink rate changed by {change:.3f}, over gate.max_sink_rate_change "
-                                f"{gate.max_sink_rate_change:g}")
+    if gate.max_sink_rate_change is not None:
+        rates = fidelity.sink_rate if fidelity is not None else {}
+        if not {"unquantized", "sink_aware"} <= set(rates):
+            failures.append("gate.max_sink_rate_change was not measured: no sink rates stand beside the result")
+        elif (change := abs(rates["sink_aware"]["0.3"] - rates["unquantized"]["0.3"])) > gate.max_sink_rate_change:
+            failures.append(f"the sink rate changed by {change:.3f}, over gate.max_sink_rate_change "
+                            f"{gate.max_sink_rate_change:g}")
     return failures

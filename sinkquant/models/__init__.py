@@ -4,6 +4,7 @@ from sinkquant.models.attention import AttentionObserver, AttentionRecord, obser
 from sinkquant.models.decoder import Decoder, weight_matrix
 from sinkquant.models.loading import check_finite, load_model, load_tokenizer, pick_device, resolve
 from sinkquant.models.text import (
+    BosPolicy,
     adds_bos,
     documents,
     encode,
@@ -17,6 +18,7 @@ from sinkquant.models.walk import Step, Walk
 __all__ = [
     "AttentionObserver",
     "AttentionRecord",
+    "BosPolicy",
     "Decoder",
     "Step",
     "Walk",

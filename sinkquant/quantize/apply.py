@@ -119,7 +119,8 @@ def _replay(step: Step) -> None:
 def _quantize_one(module: nn.Module, name: str, decision: ModuleDecision, plan: Plan, state: QuantizedState,
                   store: torch.dtype, hessian: torch.Tensor | None) -> None:
     weight = module.weight.data
-    assert isinstance(weight, torch.Tensor) and decision.group_size is not None
+    assert isinstance(weight, torch.Tensor)
+    assert decision.group_size is not None
     if decision.method == "gptq":
         if hessian is None:
             raise RequestError(f"no calibration token reached {name}; give more text, or set its method to rtn.")

@@ -44,7 +44,8 @@ def sink_heatmap(sink_map: SinkMap, after: SinkMap | None) -> Plot:
     with mpl.rc_context(STYLE):
         maps = [("unquantized", sink_map)] + ([("quantized", after)] if after else [])
         layers, heads = len(sink_map.heads), max((len(layer) for layer in sink_map.heads), default=1)
-        figure, axes = _figure(len(maps), width=min(9, 2.2 + 0.35 * heads * len(maps)), height=min(9, 1.4 + 0.3 * layers))
+        figure, axes = _figure(len(maps), width=min(9, 2.2 + 0.35 * heads * len(maps)),
+                               height=min(9, 1.4 + 0.3 * layers))
         for axis, (title, one) in zip(axes, maps, strict=True):
             grid = np.array([[head.sink_score for head in layer] for layer in one.heads])
             image = axis.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")

@@ -1,0 +1,159 @@
+"""Tasks by name -> aggregated metrics and per-document samples, by lm-eval's `simple_evaluate`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval
+import lm_eval.api.task
+import numpy as np
+import torch
+from lm_eval.tasks import TaskManager
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sinkquant.artifacts import Measure
+from sinkquant.errors import RequestError
+from sinkquant.evaluate.harness import SinkLM
+from sinkquant.evaluate.statistics import Samples, standard_error, value_of
+from sinkquant.evaluate.tasks import LOCAL_TASKS
+from sinkquant.recipe import near_miss
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One task of one model.
+
+    Attributes:
+        measures: metric -> value and standard error. Metrics behind a filter of lm-eval are named "metric,filter".
+        samples: metric -> (numerators, denominators) per document, for paired statistics; metrics that are not a
+            function of the ratio of their sums have none.
+        higher_is_better: by metric.
+        documents: how many were scored.
+    """
+
+    measures: dict[str, Measure]
+    samples: dict[str, Samples]
+    higher_is_better: dict[str, bool] = field(default_factory=dict)
+    documents: int = 0
+
+
+def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], folder: Path | None,
+              *, bos: bool, batch_size: int, limit: int | None = None, seed: int = 0,
+              quiet: bool = True) -> dict[str, TaskResult]:
+    """Score a model on tasks with lm-eval's `simple_evaluate`.
+
+    Local tasks need no network. A group of tasks comes back as its tasks.
+
+    Args:
+        folder: holds the YAML of local tasks; any other name is looked up among lm-eval's own.
+        bos: whether rows of this model start with `<bos>`.
+        limit: score only the first so many documents of each task.
+        quiet: neither log lines nor progress bars of lm-eval.
+
+    Raises:
+        RequestError: there is no such task, its data cannot be reached, or an answer is longer than the context.
+    """
+    with _undisturbed(quiet):
+        manager = _manager(tasks, folder)
+        result = lm_eval.simple_evaluate(
+            model=SinkLM(model, tokenizer, bos, batch_size, quiet), tasks=list(tasks), task_manager=manager,
+            limit=limit, log_samples=True, bootstrap_iters=0, random_seed=seed, numpy_random_seed=seed,
+            torch_random_seed=seed, fewshot_random_seed=seed)
+    return {task: _result(samples, result["results"][task], result["higher_is_better"].get(task) or {})
+            for task, samples in result["samples"].items()}
+
+
+def require_tasks(tasks: Sequence[str]) -> None:
+    """Load the tasks that are not sinkquant's own, before any compute is spent.
+
+    Raises:
+        RequestError: lm-eval has no such task, or its data cannot be reached.
+    """
+    with _undisturbed(True):
+        _manager([task for task in tasks if task not in LOCAL_TASKS], None)
+
+
+def _manager(tasks: Sequence[str], folder: Path | None) -> TaskManager | None:
+    """A task manager that knows the tasks; those of lm-eval are loaded once to see that they can be."""
+    local = {path.stem for path in folder.glob("*.yaml")} if folder else set()
+    outside = [task for task in tasks if task not in local]
+    if not outside:
+        return TaskManager(include_path=str(folder), include_defaults=False) if folder else None
+    manager = TaskManager(include_path=str(folder) if folder else None, include_defaults=True)
+    for task in outside:
+        known = task in manager.all_tasks
+        if not known:
+            raise RequestError(f"there is no task {task!r}{near_miss(task, LOCAL_TASKS)}: it is neither one of "
+                               f"sinkquant's ({', '.join(LOCAL_TASKS)}) nor one of lm-eval's.")
+        try:
+            manager.load([task])
+        except Exception as error:  # whatever a task's own code, its data set or the network may raise
+            text = str(error).strip()
+            reason = (text.splitlines()[0] if text else type(error).__name__).rstrip(".")
+            raise RequestError(f"lm-eval cannot load the task {task!r} here, its data has to be reachable: "
+                               f"{reason}.") from error
+    return manager
+
+
+def _result(samples: list[dict[str, Any]], aggregate: dict[str, Any], directions: dict[str, Any]) -> TaskResult:
+    measures: dict[str, Measure] = {}
+    kept: dict[str, Samples] = {}
+    higher: dict[str, bool] = {}
+    for key, value in aggregate.items():
+        metric, _, filtered = key.partition(",")
+        if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float) or not math.isfinite(value):
+            continue
+        name = metric if filtered == "none" else key
+        found = _per_document([s for s in samples if s.get("filter", "none") == filtered], metric)
+        # Some metrics are no ratio of sums over documents (a correlation, say): those cannot be resampled as one.
+        if found is not None and any(found[1]) and math.isclose(
+                value_of(metric, sum(found[0]), sum(found[1])), value, rel_tol=1e-6, abs_tol=1e-9):
+            kept[name] = found
+        error = standard_error(metric, kept[name]) if name in kept else None
+        measures[name] = Measure(value=float(value), stderr=error)
+        higher[name] = bool(directions.get(metric, True))
+    return TaskResult(measures, kept, higher, len({sample["doc_id"] for sample in samples}))
+
+
+def _per_document(samples: list[dict[str, Any]], metric: str) -> Samples | None:
+    """Numerators and denominators; None where a document has no number, or something else than one or two."""
+    values = [sample.get(metric) for sample in samples]
+    if values and all(isinstance(value, int | float) for value in values):
+        return [float(value) for value in values], [1.0] * len(values)  # type: ignore[arg-type]
+    if values and all(isinstance(value, tuple | list) and len(value) == 2 for value in values):
+        return [float(value[0]) for value in values], [float(value[1]) for value in values]  # type: ignore[index]
+    return None
+
+
+@contextlib.contextmanager
+def _undisturbed(quiet: bool) -> Iterator[None]:
+    """Keep lm-eval from leaving its marks: the global random states it seeds, log levels, progress bars."""
+    states = random.getstate(), np.random.get_state()
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    bar, bars_off = lm_eval.api.task.tqdm, datasets.are_progress_bars_disabled()
+    if quiet:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        lm_eval.api.task.tqdm = functools.partial(bar, disable=True)
+        datasets.disable_progress_bars()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        lm_eval.api.task.tqdm = bar
+        if quiet and not bars_off:
+            datasets.enable_progress_bars()

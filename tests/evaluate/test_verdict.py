@@ -1,0 +1,67 @@
+"""The verdict in words, and the quality gate."""
+
+from __future__ import annotations
+
+import pytest
+
+from sinkquant.artifacts import Measure, Paired, Row
+from sinkquant.artifacts.report import Fidelity, Verdict
+from sinkquant.evaluate.verdict import judge
+from sinkquant.recipe import Gate
+
+
+def row(name: str, kl: float | None, weight_bytes: int = 1000) -> Row:
+    tasks = {} if kl is None else {"divergence": {"kl": Measure(value=kl)}}
+    return Row(name=name, path=name, weight_bytes=weight_bytes, bits_per_weight=4.0, tasks=tasks)
+
+
+def verdict(low: float | None, high: float = 0.0, gate: Gate | None = None, recovery: float | None = None,
+            fidelity: Fidelity | None = None) -> Verdict:
+    rows = [row("unquantized", None, 4000), row("sink_aware", 0.006), row("control", 0.0075)]
+    paired = [] if low is None else [Paired(task="divergence", metric="kl", a="control", b="sink_aware",
+                                            difference=0.0015, low=low, high=high)]
+    left = {} if recovery is None else {"sink_aware": {"sink_cloze": {"acc": recovery, "acc_norm": 1.0}}}
+    return judge(rows, paired, left, fidelity, gate or Gate())
+
+
+@pytest.mark.parametrize(("low", "high", "answer"), [
+    (0.001, 0.002, "pays"), (-0.002, -0.001, "does not pay"), (-0.001, 0.002, "no difference shown"),
+    (0.0, 0.0, "no difference shown")])
+def test_the_interval_decides(low: float, high: float, answer: str) -> None:
+    found = verdict(low, high)
+    assert found.answer == answer
+    assert "0.006 nats" in found.sentence
+    assert "0.0075" in found.sentence
+    assert "same size" in found.sentence
+    assert ("20% less" in found.sentence) == (answer == "pays")
+
+
+def test_what_was_not_measured_is_not_claimed() -> None:
+    assert verdict(None).answer == "not measured"
+    assert "one row" in verdict(None).sentence
+    alone = judge([row("sink_aware", None)], [], {}, None, Gate())
+    assert (alone.answer, alone.gate) == ("not measured", None)
+    assert "no control" in alone.sentence
+    pair = judge([row("sink_aware", None), row("control", None)], [], {}, None, Gate())
+    assert "no unquantized model" in pair.sentence
+
+
+def test_the_gate_passes_and_fails_on_each_bound() -> None:
+    rates = {"unquantized": {"0.3": 0.84}, "sink_aware": {"0.3": 0.80}}
+    fidelity = Fidelity(sink_rate=rates, massive_peak={}, massive_ratio={})
+    easy = Gate(max_divergence=0.01, min_recovery=0.9, max_sink_rate_change=0.1)
+    assert verdict(0.001, 0.002, easy, 0.97, fidelity).gate == "passed"
+    hard = Gate(max_divergence=0.001, min_recovery=0.99, max_sink_rate_change=0.01)
+    found = verdict(0.001, 0.002, hard, 0.97, fidelity)
+    assert found.gate == "failed"
+    assert [failure.split("gate.")[1].split(" ")[0] for failure in found.failures] == [
+        "max_divergence", "min_recovery", "max_sink_rate_change"]
+    assert "sink_cloze acc " in found.failures[1]
+
+
+def test_a_bound_that_was_not_measured_is_not_kept() -> None:
+    gate = Gate(max_divergence=1.0, min_recovery=0.1, max_sink_rate_change=1.0)
+    found = judge([row("sink_aware", None)], [], {}, None, gate)
+    assert found.gate == "failed"
+    assert len(found.failures) == 3
+    assert all("was not measured" in failure for failure in found.failures)
