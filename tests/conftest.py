@@ -1,0 +1,40 @@
+"""Shared by all tests: one tiny model, its tokenizer, its folder, and a text that it has tokens for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from families import tiny_model
+from tiny_tokenizer import random_text, tiny_tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+@pytest.fixture(scope="session")
+def tiny() -> PreTrainedModel:
+    """A random Llama in float32: 3 layers, 4 heads, width 64, 256 positions. Read it, never change it."""
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Word-level, 128 ids, `<s>` (id 1) in front once."""
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny: PreTrainedModel, tokenizer: PreTrainedTokenizerFast,
+                tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny` and `tokenizer` as a model folder. Read it, never change it; copy it first."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tiny.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of words that the tiny tokenizer knows, some 90,000 characters."""
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(random_text(20_000), encoding="utf-8")
+    return path
