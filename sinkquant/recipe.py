@@ -6,10 +6,10 @@ import difflib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from sinkquant.errors import RequestError
 from sinkquant.resources import recipe_folder
@@ -19,6 +19,22 @@ class Section(BaseModel):
     """A part of a recipe: unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+def _stored_bits(bits: int) -> int:
+    if bits > 8 and bits != 16:
+        raise ValueError("weights take 2 to 8 bits, or 16 to be left alone")
+    return bits
+
+
+def _fits_a_group(size: int) -> int:
+    if size == 0:
+        raise ValueError("a group holds at least one column; -1 makes one group of the whole row")
+    return size
+
+
+Bits = Annotated[int, AfterValidator(_stored_bits)]
+GroupSize = Annotated[int, Field(ge=-1), AfterValidator(_fits_a_group)]
 
 
 class Compute(Section):
@@ -69,8 +85,8 @@ class ModuleOverride(Section):
     """A format of its own for the modules that match `pattern` (a glob, or a regular expression after "re:")."""
 
     pattern: str
-    bits: int = Field(ge=2, le=16)
-    group_size: int | None = None
+    bits: Bits = Field(ge=2, le=16)
+    group_size: GroupSize | None = None
     method: Literal["rtn", "gptq"] | None = None
 
 
@@ -79,7 +95,7 @@ class Weights(Section):
 
     method: Literal["rtn", "gptq"] = "gptq"
     bits: int = Field(default=4, ge=2, le=8)
-    group_size: int = Field(default=64, ge=-1)
+    group_size: GroupSize = 64
     symmetric: Literal[True] = True
     damping: float = Field(default=0.01, gt=0, lt=1)
     act_order: bool = True
@@ -90,15 +106,15 @@ class Weights(Section):
 class Protect(Section):
     """What is kept exact for the sinks.
 
-    `tokens`: sink tokens weigh up to `sink_weight` in every Hessian, which costs no bytes. `channels` "module": linears
-    whose input ranges the sinks set get `bits`, at most `max_share` of all weights. `modules`: patterns protected in
-    any case. The defaults are what measured best beside controls of the same size.
+    `tokens`: sink tokens weigh up to `sink_weight` (1: as any other) in every Hessian, which costs no bytes.
+    `channels` "module": linears whose input ranges the sinks set get `bits`, at most `max_share` of all weights.
+    `modules`: patterns protected in any case. The defaults are what measured best beside controls of the same size.
     """
 
     tokens: bool = True
-    sink_weight: float = Field(default=16.0, gt=0)
+    sink_weight: float = Field(default=16.0, ge=1)
     channels: Literal["none", "module"] = "none"
-    bits: int = Field(default=8, ge=3, le=16)
+    bits: Bits = Field(default=8, ge=3, le=16)
     max_share: float = Field(default=0.1, ge=0, le=1)
     modules: list[str] = Field(default_factory=list)
 
@@ -163,8 +179,10 @@ class Recipe(Section):
             path = packaged
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RequestError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+        except OSError as error:
+            raise RequestError(f"cannot read {path}: {error.strerror or error}.") from error
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise RequestError(f"{path} is not YAML: {' '.join(str(error).split()).rstrip('.')}.") from error
         return cls.parse({} if data is None else data, str(path))
 
     @classmethod
@@ -194,7 +212,7 @@ class Recipe(Section):
                 raise RequestError(f"--set {assignment!r} has no '='; write --set weights.bits=3.")
             try:
                 parsed = yaml.safe_load(value)
-            except yaml.YAMLError as error:
+            except (yaml.YAMLError, ValueError, RecursionError) as error:
                 raise RequestError(f"--set {key}: the value {value!r} is not YAML.") from error
             *sections, leaf = key.strip().split(".")
             target = data
@@ -220,14 +238,14 @@ def recipe_names() -> list[str]:
 
 
 def near_miss(name: str, known: Iterable[str]) -> str:
-    """", did you mean 'x'?" where a known name is close, else an empty string."""
+    """", did you mean 'x'" where a known name is close, else an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
+    return f", did you mean {close[0]!r}" if close else ""
 
 
 def _explain(recipe: type[BaseModel], error: ValidationError) -> str:
-    """The first problem of a validation error as one sentence."""
-    first = error.errors()[0]
+    """The first problem of a validation error as one sentence; an unknown key explains a missing one."""
+    first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     place = list(first["loc"])
     name = ".".join(str(part) for part in place)
     if place and place[0] == "kv_cache":
@@ -239,4 +257,4 @@ def _explain(recipe: type[BaseModel], error: ValidationError) -> str:
                 annotation = section.model_fields[part].annotation
                 section = annotation if hasattr(annotation, "model_fields") else ModuleOverride
         return f"unknown key {name!r}{near_miss(str(place[-1]), section.model_fields)}"
-    return f"{name}: {first['msg']} (got {first['input']!r})"
+    return f"{name}: {first['msg'].removeprefix('Value error, ')} (got {first['input']!r})"

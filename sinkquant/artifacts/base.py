@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import tempfile
+import uuid
 from pathlib import Path
 from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sinkquant.errors import RequestError
+from sinkquant.errors import RequestError, SinkquantError
 
 
 class Strict(BaseModel):
@@ -44,7 +45,7 @@ class Artifact(Strict):
             data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise RequestError(f"cannot read {path}: {error.strerror or error}.") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RequestError(f"{path} is not JSON ({error}); make it again.") from error
         return cls.parse(data, str(path))
 
@@ -63,15 +64,22 @@ class Artifact(Strict):
 
 
 def write_atomically(path: Path, text: str) -> Path:
-    """Write `text` to a temporary file beside `path` and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write `text` to a temporary file beside `path` and rename it.
+
+    Raises:
+        SinkquantError: the disk is full or not writable.
+    """
+    # Not tempfile's names, which only the owner may read: an artifact follows the umask.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise SinkquantError(f"cannot write {path}: {error.strerror or error}.") from error
         raise
     return path

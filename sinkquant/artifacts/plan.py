@@ -21,7 +21,7 @@ class ModuleDecision(Strict):
     of the inputs (16 bits in this version).
     """
 
-    bits: int
+    bits: Literal[2, 3, 4, 5, 6, 7, 8, 16]
     group_size: int | None
     method: Method
     keep: Literal["module"] | None = None

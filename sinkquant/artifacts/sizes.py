@@ -27,12 +27,15 @@ def packed_tensors(name: str, rows: int, columns: int, bits: int, group_size: in
             f"{name}.weight_shape": ("int64", [2])}
 
 
-def module_bytes(rows: int, columns: int, bits: int, group_size: int | None) -> int:
-    """Bytes of one linear without its bias: codes, 16-bit scales and shape; two bytes per weight where it is left
-    in 16 bits."""
+def module_bytes(shape: ModelShape, name: str, bits: int, group_size: int | None) -> int:
+    """Bytes of one linear without its bias: codes, 16-bit scales and shape, or the weight as it stands in the
+    unquantized checkpoint where it is left alone (`bits` 16)."""
+    linear = shape.linears[name]
     if bits >= 16:
-        return 2 * rows * columns
-    return sum(_bytes(*tensor) for tensor in packed_tensors("", rows, columns, bits, group_size, "bfloat16").values())
+        dtype, _ = shape.tensors.get(f"{name}.weight") or shape.tensors.get(name) or (shape.dtype, [])
+        return DTYPES[dtype][1] * linear.parameters
+    packed = packed_tensors(name, linear.rows, linear.columns, bits, group_size, shape.dtype)
+    return sum(_bytes(*tensor) for tensor in packed.values())
 
 
 def checkpoint_bytes(shape: ModelShape, formats: dict[str, tuple[int, int | None]]) -> int:

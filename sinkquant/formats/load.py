@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from sinkquant.artifacts import Plan, SinkMap
 from sinkquant.errors import RequestError
-from sinkquant.models import load_model, load_tokenizer, resolve
+from sinkquant.formats.bars import no_bars
+from sinkquant.models import check_finite, load_model, load_tokenizer, resolve
+from sinkquant.quantize import UNPACKED
 
 
 def load(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto",
@@ -22,7 +24,8 @@ def load(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto",
     Packed weights are made dense at once, so that the model can be observed, evaluated and generated from.
 
     Raises:
-        RequestError: the folder is not a complete checkpoint, or has no tokenizer.
+        RequestError: the folder is not a complete checkpoint, has no tokenizer, or is quantized in a way that dense
+            weights cannot show.
     """
     path = resolve(str(folder))
     tokenizer = load_tokenizer(path)
@@ -30,21 +33,52 @@ def load(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto",
 
 
 def load_dense(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> PreTrainedModel:
-    """The model of a folder in evaluation mode, packed weights made dense."""
+    """The model of a folder in evaluation mode, packed weights made dense.
+
+    Raises:
+        RequestError: it is quantized in another format than compressed-tensors, quantizes more than weights, lacks
+            tensors or cannot be unpacked.
+    """
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     if "quantization_config" not in config:
         return load_model(path, dtype, device)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
-    row = torch.zeros(1, 1, dtype=torch.long, device=device)
-    with torch.no_grad():
-        # compressed-tensors unpacks every weight in a hook of the first forward pass.
-        model(row, use_cache=False)
+    _check_weights_only(path, config["quantization_config"])
+    try:
+        with no_bars():
+            model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+            if info.get("missing_keys"):
+                raise RequestError(f"{path} lacks the tensor {sorted(info['missing_keys'])[0]}; "
+                                   "its weights do not belong to its config.json.")
+            model = model.to(device).eval()
+            with torch.no_grad():
+                # compressed-tensors unpacks every weight in a hook of the first forward pass.
+                model(torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise RequestError(f"{path} is a compressed-tensors checkpoint that cannot be loaded: {reason}.") from error
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             _plain(module, name)
+    check_finite(model)
     del model.config.quantization_config
     model.hf_quantizer = None
+    setattr(model, UNPACKED, True)
     return model
+
+
+def _check_weights_only(path: Path, settings: dict[str, Any]) -> None:
+    """Dense weights show neither quantized inputs nor a quantized cache, so such checkpoints are refused."""
+    method = settings.get("quant_method")
+    if method != "compressed-tensors":
+        raise RequestError(f"{path} is quantized in the {method} format, which is not read here; "
+                           "give a compressed-tensors checkpoint or the unquantized model.")
+    for name, group in (settings.get("config_groups") or {}).items():
+        if group.get("input_activations") or group.get("output_activations"):
+            raise RequestError(f"{path} quantizes activations too (its {name}), which dense weights cannot show; "
+                               "load it with transformers.")
+    if settings.get("kv_cache_scheme"):
+        raise RequestError(f"{path} quantizes its KV cache, which dense weights cannot show; "
+                           "load it with transformers.")
 
 
 def _plain(module: torch.nn.Linear, name: str) -> None:

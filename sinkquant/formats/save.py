@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import SinkMap
 from sinkquant.errors import RequestError, SinkquantError
+from sinkquant.formats.bars import no_bars
 from sinkquant.formats.compressed import packed_state, quantization_config
 from sinkquant.formats.load import load_dense
 from sinkquant.quantize import QuantizedState, state_of
@@ -60,14 +61,16 @@ def written_aside(target: Path) -> Iterator[Path]:
     Raises:
         SinkquantError: the disk is full or not writable.
     """
+    target = Path(os.path.abspath(target))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        # Not tempfile's names, which only the owner may read: a checkpoint follows the umask.
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        temporary.mkdir()
     except OSError as error:
         raise SinkquantError(f"cannot write beside {target}: {error.strerror or error}.") from error
     try:
         yield temporary
-        temporary.chmod(0o755)
         if target.is_dir():
             target.rmdir()
         temporary.rename(target)
@@ -90,8 +93,9 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: Qu
         model.config.quantization_config = quantization_config(model, state.plan)
     try:
         # transformers does not fuse experts while it loads compressed-tensors, so they are stored as it holds them.
-        model.save_pretrained(folder, state_dict=packed_state(model, state.weights),
-                              save_original_format=not state.weights)
+        with no_bars():
+            model.save_pretrained(folder, state_dict=packed_state(model, state.weights),
+                                  save_original_format=not state.weights)
     finally:
         if state.weights:
             del model.config.quantization_config
@@ -101,7 +105,10 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: Qu
         "recipe": recipe.model_dump(mode="json") if recipe else state.plan.recipe,
         "plan": state.plan.model_dump(mode="json", by_alias=True),
         "sink_map": sink_map.model_dump(mode="json", by_alias=True) if sink_map else None}
-    (folder / "sinkquant.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    ours = folder / "sinkquant.json"
+    ours.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for path in folder.iterdir():  # safetensors makes files that only their owner may read.
+        path.chmod(ours.stat().st_mode)
 
 
 def check_reload(model: PreTrainedModel, folder: Path) -> None:

@@ -19,21 +19,21 @@ def linear_bytes(shape: ModelShape, choices: dict[str, Choice]) -> int:
 
 def choice_bytes(shape: ModelShape, name: str, choice: Choice) -> int:
     """Bytes of one linear, scales counted."""
-    linear = shape.linears[name]
-    return module_bytes(linear.rows, linear.columns, choice.bits, choice.group_size)
+    return module_bytes(shape, name, choice.bits, choice.group_size)
 
 
 def fill(choices: dict[str, Choice], shape: ModelShape, spare: int, order: Sequence[str],
          why: str) -> dict[str, Choice]:
     """Spend at most `spare` bytes: one more bit wherever it fits, in `order`, again and again; what is left on groups
-    of half the size. Modules that engines fuse are raised together; pinned ones and those in 16 bits are not touched.
+    of half the size, and then on 16 bits instead of 8. Modules that engines fuse are raised together; pinned ones are
+    not touched.
 
     Args:
         order: module names, first served first.
         why: ends the reason of every raised module.
     """
     chosen = dict(choices)
-    for raise_format in (_one_more_bit, _half_the_group):
+    for raise_format in (_one_more_bit, _half_the_group, _left_alone):
         progress = True
         while progress:
             progress = False
@@ -43,9 +43,14 @@ def fill(choices: dict[str, Choice], shape: ModelShape, spare: int, order: Seque
                 if 0 < cost <= spare:
                     spare -= cost
                     progress = True
-                    chosen |= {m: replace(c, reason=f"{c.bits} bits in groups of {c.group_size}: {why}")
-                               for m, c in raised.items()}
+                    chosen |= {m: replace(c, reason=_reason(c, why)) for m, c in raised.items()}
     return chosen
+
+
+def _reason(choice: Choice, why: str) -> str:
+    grain = "one scale per channel" if choice.group_size == -1 else f"groups of {choice.group_size}"
+    reason = f"{choice.bits} bits, {grain}: {why}" if choice.quantized else f"left in 16 bits: {why}"
+    return f"{reason}; {choice.why}" if choice.keep else reason
 
 
 def _raise_together(name: str, choices: dict[str, Choice], shape: ModelShape,
@@ -85,3 +90,7 @@ def _half_the_group(choice: Choice, columns: int) -> Choice | None:
     if size is None or size % 2 or size // 2 < SMALLEST_GROUP or columns % (size // 2):
         return None
     return replace(choice, group_size=size // 2)
+
+
+def _left_alone(choice: Choice, columns: int) -> Choice | None:
+    return replace(choice, bits=16, group_size=None, method="none") if choice.bits == 8 else None

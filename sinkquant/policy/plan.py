@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 from sinkquant.artifacts import Calibration, ModelShape, ModuleDecision, Plan, SinkMap, SinkSelector
 from sinkquant.artifacts.sizes import checkpoint_bytes
 from sinkquant.errors import RequestError
@@ -92,17 +95,24 @@ def _within_budget(base: dict[str, Choice], choices: dict[str, Choice], shape: M
                    order: list[str]) -> dict[str, Choice]:
     weights = sum(linear.parameters for linear in shape.linears.values())
     allowed = int(bits * weights / 8)
-    least = linear_bytes(shape, base)
+    named = {name: choice for name, choice in choices.items() if choice.keep and choice.pinned}
+    floor = share_formats(base | named, shape)
+    least = linear_bytes(shape, floor)
     if least > allowed:
-        raise RequestError(f"budget.bits {bits} is not feasible: weights.bits and weights.group_size alone take "
-                           f"{8 * least / weights:.3f} bits per weight; lower them or raise the budget.")
+        # Rounded up, so that the number in the message is itself feasible.
+        nearest = math.ceil(8000 * least / weights) / 1000
+        raise RequestError(f"budget.bits {bits} is not feasible: what the recipe asks for without any rule takes "
+                           f"{nearest:.3f} bits per weight; raise budget.bits to that, or lower weights.bits or "
+                           "enlarge weights.group_size.")
     # Protections that the budget cannot pay are given up from the least affected on.
-    protected = [name for name in reversed(order) if choices[name].keep]
-    while linear_bytes(shape, choices) > allowed and protected:
-        name = protected.pop(0)
-        choices = choices | {member: base[member] for member in shape.linears[name].fused_with or [name]}
-    if linear_bytes(shape, choices) > allowed:
-        choices = base
+    for name in reversed(order):
+        if linear_bytes(shape, choices) <= allowed:
+            break
+        if choices[name].keep and not choices[name].pinned:
+            choices = choices | {
+                member: replace(floor[member], reason=f"{floor[member].bits} bits: the budget of {bits} bits does not "
+                                                      f"pay for its protection ({choices[member].why})")
+                for member in shape.linears[name].fused_with or [name]}
     return fill(choices, shape, allowed - linear_bytes(shape, choices), order, f"the budget of {bits} bits allows it")
 
 
@@ -123,7 +133,10 @@ def _parameters(shape: ModelShape) -> int:
 
 
 def _check_same_model(shape: ModelShape, sink_map: SinkMap) -> None:
-    foreign = [name for name in sink_map.modules if name not in shape.linears]
-    if foreign or sink_map.model.layers != shape.blocks or sink_map.model.architecture != shape.architecture:
-        raise RequestError(f"the sink map is of another model ({sink_map.model.name}, {sink_map.model.architecture}, "
-                           f"{sink_map.model.layers} layers); run detect on this one.")
+    facts = sink_map.model
+    foreign = any(name not in shape.linears for name in sink_map.modules)
+    # Persistent buffers count in the shape alone, so that the two numbers may differ a little.
+    other_size = not math.isclose(facts.parameters, _parameters(shape), rel_tol=0.01)
+    if foreign or other_size or facts.layers != shape.blocks or facts.architecture != shape.architecture:
+        raise RequestError(f"the sink map is of another model ({facts.name}, {facts.architecture}, {facts.layers} "
+                           f"layers, {facts.parameters} parameters); run detect on this one.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from sinkquant.artifacts import ModelShape, SinkMap
+from sinkquant.artifacts import LinearShape, ModelShape, SinkMap
 from sinkquant.artifacts.plan import Method
 from sinkquant.errors import RequestError
 from sinkquant.policy.patterns import match
@@ -16,7 +16,8 @@ MIN_SINK_ENERGY = 0.05
 
 @dataclass(frozen=True)
 class Choice:
-    """The format of one linear while a plan is being made. `bits` 16: left alone."""
+    """The format of one linear while a plan is being made. `bits` 16: left alone; `pinned`: the recipe names it, so
+    that neither a rule nor a budget changes it; `why`: what it is kept for."""
 
     bits: int
     group_size: int | None
@@ -25,6 +26,7 @@ class Choice:
     keep: str | None = None
     columns: tuple[int, ...] = field(default_factory=tuple)
     pinned: bool = False
+    why: str = ""
 
     @property
     def quantized(self) -> bool:
@@ -78,7 +80,8 @@ def protect(choices: dict[str, Choice], shape: ModelShape, sink_map: SinkMap, re
     for pattern in recipe.protect.modules:
         for name in match(pattern, list(shape.linears), "protect.modules"):
             if not shape.linears[name].fixed:
-                chosen[name] = _raised(chosen[name], recipe, f"named by protect.modules {pattern!r}", ())
+                why = f"named by protect.modules {pattern!r}"
+                chosen[name] = replace(_raised(chosen[name], recipe, why, ()), pinned=True)
                 room -= shape.linears[name].parameters
     if recipe.protect.channels == "module":
         for name, why in affected(shape, sink_map):
@@ -125,13 +128,17 @@ def share_formats(choices: dict[str, Choice], shape: ModelShape) -> dict[str, Ch
         group = [member for member in linear.fused_with if not shape.linears[member].fixed]
         if len(group) < 2 or name != group[0]:
             continue
-        best = max(group, key=lambda member: (shared[member].bits, -(shared[member].group_size or 0)))
+        best = max(group, key=lambda member: (shared[member].bits, -_columns_per_scale(shared[member], linear)))
         for member in group:
             same = (shared[member].bits, shared[member].group_size) == (shared[best].bits, shared[best].group_size)
             if not same:
                 shared[member] = replace(
                     shared[best], reason=f"{shared[best].bits} bits: engines fuse it with {best}", columns=())
     return shared
+
+
+def _columns_per_scale(choice: Choice, linear: LinearShape) -> int:
+    return linear.columns if choice.group_size in (None, -1) else int(choice.group_size or 0)
 
 
 def check_group_sizes(choices: dict[str, Choice], shape: ModelShape) -> None:
@@ -146,17 +153,15 @@ def check_group_sizes(choices: dict[str, Choice], shape: ModelShape) -> None:
                 not choice.group_size or choice.group_size < 1 or columns % choice.group_size):
             fitting = [size for size in (16, 32, 64, 128, 256) if columns % size == 0]
             raise RequestError(
-                f"weights.group_size {choice.group_size} does not divide the {columns} input columns of {name}; "
-                f"use {' or '.join(map(str, [*fitting, -1]))}.")
+                f"the group size {choice.group_size} does not divide the {columns} input columns of {name}; "
+                f"use {' or '.join(map(str, [*fitting, -1]))} (weights.group_size, or its override).")
 
 
 def _raised(choice: Choice, recipe: Recipe, why: str, columns: tuple[int, ...]) -> Choice:
     bits = max(recipe.protect.bits, choice.bits)
     if bits > 8:
-        return Choice(16, None, "none", f"left in 16 bits: {why}", "module", columns)
-    return Choice(bits, choice.group_size or recipe.weights.group_size,
-                  choice.method if choice.method != "none" else recipe.weights.method,
-                  f"{bits} bits: {why}", "module", columns)
+        return Choice(16, None, "none", f"left in 16 bits: {why}", "module", columns, why=why)
+    return Choice(bits, choice.group_size, choice.method, f"{bits} bits: {why}", "module", columns, why=why)
 
 
 def _born_here(name: str, shape: ModelShape, sink_map: SinkMap) -> str:

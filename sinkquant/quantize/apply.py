@@ -9,14 +9,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import ModuleDecision, Plan
-from sinkquant.artifacts.sizes import scale_dtype
+from sinkquant.artifacts.sizes import module_bytes, scale_dtype
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, Step, Walk, check_finite, pick_device, read_text, token_rows
 from sinkquant.quantize.gptq import GPTQ
 from sinkquant.quantize.hessian import collected, token_weights
 from sinkquant.quantize.packed import PackedWeight
 from sinkquant.quantize.rtn import RTN
-from sinkquant.quantize.state import ATTRIBUTE, QuantizedState
+from sinkquant.quantize.state import ATTRIBUTE, QuantizedState, is_quantized
 
 Progress = Callable[[int, int, str], None]
 
@@ -57,13 +57,15 @@ def check(decoder: Decoder, plan: Plan) -> None:
     """Refuse a plan that does not fit a model, before anything is computed.
 
     Raises:
-        RequestError: a module that is missing or no nn.Linear, a group size that does not divide, fused modules
-            in several formats, a model that is quantized already.
+        RequestError: modules or sizes of another model, a module that is no nn.Linear, a group size that does not
+            divide, fused modules in several formats, a model that is quantized already.
     """
-    if getattr(decoder.model, ATTRIBUTE, None) is not None or getattr(
-            decoder.model.config, "quantization_config", None) is not None:
+    if is_quantized(decoder.model):
         raise RequestError("this model is quantized already; start from the unquantized one.")
     shape = decoder.shape("")
+    missing = [name for name in shape.linears if name not in plan.modules]
+    if missing:
+        raise RequestError(f"the plan is of another model: it says nothing of {missing[0]}; make one for this model.")
     for name, decision in plan.modules.items():
         if decision.bits >= 16:
             continue
@@ -73,6 +75,8 @@ def check(decoder: Decoder, plan: Plan) -> None:
         if decision.group_size is None or (decision.group_size != -1 and module.in_features % decision.group_size):
             raise RequestError(f"group size {decision.group_size} does not divide the {module.in_features} input "
                                f"columns of {name}.")
+        if decision.bytes != module_bytes(shape, name, decision.bits, decision.group_size):
+            raise RequestError(f"the plan was made for another size of {name}; make a plan for this model.")
         for other in shape.linears[name].fused_with:
             twin = plan.modules.get(other)
             if twin is None or (twin.bits, twin.group_size) != (decision.bits, decision.group_size):
@@ -138,5 +142,6 @@ def relative_error(weight: torch.Tensor, new: torch.Tensor, hessian: torch.Tenso
     """trace(dW H dW^T) / trace(W H W^T); H is the identity where none was taken."""
     difference = (new - weight).double()
     original = weight.double()
-    metric = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device) if hessian is None else hessian
-    return float(((difference @ metric) * difference).sum() / ((original @ metric) * original).sum().clamp(min=1e-30))
+    if hessian is None:
+        return float(difference.square().sum() / original.square().sum().clamp(min=1e-30))
+    return float(((difference @ hessian) * difference).sum() / ((original @ hessian) * original).sum().clamp(min=1e-30))

@@ -10,7 +10,6 @@ from sinkquant.errors import SinkquantError
 from sinkquant.quantize.packed import PackedWeight, group_scales, to_codes
 
 BLOCK = 128
-MAX_DAMPING = 1.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class GPTQ:
             weight: float [rows, columns]. hessian: [columns, columns], symmetric, any scale.
 
         Raises:
-            SinkquantError: the Hessian is not finite, or not positive definite even with the largest damping.
+            SinkquantError: the Hessian is not finite, or not positive definite with this damping.
         """
         rows, columns = weight.shape
         size = columns if self.group_size == -1 else self.group_size
@@ -79,14 +78,12 @@ class GPTQ:
         mean = float(diagonal.mean())
         if mean <= 0:  # No token reached this input: every rounding is as good as any other.
             return torch.eye(len(hessian), device=hessian.device)
-        damping = self.damping
-        while damping <= MAX_DAMPING:
-            damped = hessian + damping * mean * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-            factor, failed = torch.linalg.cholesky_ex(damped)
-            if not failed:
-                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-                if not failed:
-                    return upper.float()
-            damping *= 10
-        raise SinkquantError(f"the Hessian of {name} is singular even with damping {MAX_DAMPING}; "
-                             "give more calibration rows or raise weights.damping.")
+        # GPTQ does not depend on the Hessian's scale: a mean of 1 keeps the factor inside float32's range.
+        damped = hessian / mean + self.damping * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+        if failed:
+            raise SinkquantError(f"the Hessian of {name} is singular with weights.damping {self.damping}; "
+                                 "raise it or give more calibration rows.")
+        return upper.float()

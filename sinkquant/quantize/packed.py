@@ -32,14 +32,16 @@ def group_scales(weight: torch.Tensor, bits: int, group_size: int, dtype: torch.
         weight: float [rows, columns]; group_size divides columns, or is -1 for one group per row.
 
     Returns:
-        [rows, groups] in `dtype`, never zero.
+        [rows, groups] in `dtype`, never zero, and never so large that a code times it overflows `dtype`.
     """
     rows, columns = weight.shape
     grouped = weight.reshape(rows, -1, columns if group_size == -1 else group_size).float()
     args = QuantizationArgs(num_bits=bits, symmetric=True)
     scales, _ = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args)
     info = torch.finfo(dtype)
-    return scales.clamp(info.tiny, info.max).to(dtype)
+    # tiny * eps is the smallest subnormal number: float16 needs them for weights under 0.008.
+    smallest = max(info.tiny * info.eps, torch.finfo(torch.float32).tiny)
+    return scales.clamp(smallest, info.max / 2 ** (bits - 1)).to(dtype)
 
 
 def to_codes(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:

@@ -11,6 +11,8 @@ from sinkquant.errors import RequestError
 from sinkquant.quantize.packed import PackedWeight
 
 ATTRIBUTE = "sinkquant_state"
+UNPACKED = "sinkquant_unpacked"
+"""Marks a model whose dense weights came out of a quantized checkpoint."""
 
 
 @dataclass
@@ -32,3 +34,10 @@ def state_of(model: nn.Module) -> QuantizedState:
     if not isinstance(state, QuantizedState):
         raise RequestError("this model was not quantized by sinkquant; call sinkquant.quantize(model, plan) first.")
     return state
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether the weights went through any quantization: by `quantize`, or before they were loaded."""
+    config = getattr(model, "config", None)
+    return (getattr(model, ATTRIBUTE, None) is not None or getattr(model, UNPACKED, False)
+            or getattr(config, "quantization_config", None) is not None)

@@ -1,0 +1,175 @@
+"""Recipes: strict, and the same in YAML and in Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from sinkquant.errors import RequestError
+from sinkquant.recipe import ModuleOverride, Recipe, Section, recipe_names
+
+
+def sections(model: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, type[BaseModel]]:
+    """Dotted name -> class of every section of the recipe, "" the recipe itself."""
+    found = {prefix: model}
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            found |= sections(field.annotation, f"{prefix}.{name}".strip("."))
+    return found
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    for part in reversed(path.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+BITS = st.integers(2, 8)
+GROUP = st.sampled_from([-1, 1, 16, 32, 64, 128])
+OVERRIDE = st.builds(ModuleOverride, pattern=TEXT, bits=st.one_of(BITS, st.just(16)),
+                     group_size=st.one_of(st.none(), GROUP), method=st.sampled_from([None, "rtn", "gptq"]))
+SHARE = st.floats(0, 1, exclude_min=True, exclude_max=True)
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    data = Recipe().model_dump()
+    data |= {"name": draw(TEXT), "description": draw(TEXT), "seed": draw(st.integers(0, 2**63))}
+    data["calibration"] |= {"text": draw(st.one_of(st.none(), TEXT)), "rows": draw(st.integers(1, 10**6)),
+                            "bos": draw(st.sampled_from(["auto", "always", "never"]))}
+    data["detect"] |= {"threshold": draw(SHARE), "massive_ratio": draw(st.floats(1, 1e300, exclude_min=True))}
+    data["weights"] |= {"bits": draw(BITS), "group_size": draw(GROUP), "damping": draw(SHARE),
+                        "ignore": draw(st.lists(TEXT, max_size=3)),
+                        "overrides": [one.model_dump() for one in draw(st.lists(OVERRIDE, max_size=3))]}
+    data["protect"] |= {"sink_weight": draw(st.floats(1, 1e30)), "max_share": draw(SHARE)}
+    data["budget"] = {"bits": draw(st.one_of(st.none(), st.floats(2, 16, exclude_min=True)))}
+    data["gate"] |= {"min_recovery": draw(st.one_of(st.none(), SHARE))}
+    return Recipe.parse(data)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(recipes())
+def test_yaml_and_back_loses_nothing(recipe: Recipe) -> None:
+    text = recipe.to_yaml()
+    assert Recipe.parse(yaml.safe_load(text)) == recipe
+    assert Recipe.parse(yaml.safe_load(text)).to_yaml() == text
+
+
+def test_a_file_gives_the_same_recipe_back(tmp_path: Path) -> None:
+    recipe = Recipe().replace(["name=mine", "weights.bits=3", "description='two\nlines: é'"])
+    (tmp_path / "mine.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    assert Recipe.load(tmp_path / "mine.yaml") == recipe
+
+
+def test_an_empty_file_is_the_default_recipe(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("# nothing\n", encoding="utf-8")
+    assert Recipe.load(tmp_path / "empty.yaml") == Recipe()
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_packaged_recipes_are_valid_described_and_lossless(name: str) -> None:
+    recipe = Recipe.load(name)
+    assert recipe == Recipe.load(f"{name}.yaml")
+    assert recipe.name == name
+    assert recipe.description
+    assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize("section", sections())
+def test_an_unknown_key_is_refused_with_the_near_miss_in_every_section(section: str) -> None:
+    known = next(iter(sections()[section].model_fields))
+    wrong = f"{section}.{known}x".strip(".")
+    for attempt in (lambda: Recipe.parse(nested(wrong, 1)), lambda: Recipe().replace([f"{wrong}=1"])):
+        with pytest.raises(RequestError) as error:
+            attempt()
+        assert f"unknown key {wrong!r}" in str(error.value)
+        assert f"did you mean {known!r}" in str(error.value)
+
+
+def test_an_unknown_key_inside_a_list_is_refused_with_the_near_miss() -> None:
+    with pytest.raises(RequestError, match=r"unknown key 'weights.overrides.0.patern', did you mean 'pattern'"):
+        Recipe.parse({"weights": {"overrides": [{"patern": "*", "bits": 4}]}})
+
+
+@pytest.mark.parametrize(("data", "message"), [
+    ([1], "mapping"), ({1: 2}, "1: Keys should be strings"), ({"weights": None}, "weights"),
+    ({"weights": 3}, "weights"), ({"seed": "many"}, "seed")])
+def test_what_is_no_recipe_is_refused(data: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        Recipe.parse(data)
+
+
+@pytest.mark.parametrize(("assignment", "section", "key", "value"), [
+    ("weights.bits=3", "weights", "bits", 3),
+    ("weights.group_size=-1", "weights", "group_size", -1),
+    ("weights.damping=1e-3", "weights", "damping", 1e-3),
+    ("weights.act_order=false", "weights", "act_order", False),
+    ("weights.ignore=['*.down_proj', 're:0$']", "weights", "ignore", ["*.down_proj", "re:0$"]),
+    ("weights.overrides=[{pattern: '*.q_proj', bits: 16}]", "weights", "overrides",
+     [ModuleOverride(pattern="*.q_proj", bits=16)]),
+    ("budget.bits=4.5", "budget", "bits", 4.5),
+    ("budget.bits=null", "budget", "bits", None),
+    ("calibration.text=a=b.txt", "calibration", "text", "a=b.txt"),
+    ("calibration.text=", "calibration", "text", None),
+    ("evaluate.tasks=[]", "evaluate", "tasks", []),
+])
+def test_assignments_reach_their_key(assignment: str, section: str, key: str, value: Any) -> None:
+    start = Recipe.load("w4a16-sink-rtn")
+    changed = start.replace([assignment])
+    assert getattr(getattr(changed, section), key) == value
+    kept = changed.model_dump() | {section: None}
+    assert kept == start.model_dump() | {section: None}
+
+
+def test_later_assignments_win_and_the_recipe_itself_never_changes() -> None:
+    recipe = Recipe()
+    assert recipe.replace(["weights.bits=3", "weights.bits=2"]).weights.bits == 2
+    assert recipe == Recipe()
+
+
+@pytest.mark.parametrize(("assignment", "message"), [
+    ("weights.bits", "no '='"), ("wieghts.bits=3", "'wieghts' is not a section of the recipe, did you mean 'weights'"),
+    ("weights.bits.more=3", "'weights.bits' is not a section"), ("weights.bits=[", "not YAML"),
+    ("weights.bits=nine", "weights.bits"), ("evaluate.tasks=a", "evaluate.tasks"), ("=3", "unknown key ''"),
+    ("weights.bits=1", "weights.bits"), ("weights.bits=9", "weights.bits"), ("weights.bits=2.5", "weights.bits"),
+    ("weights.bits=null", "weights.bits"), ("weights.group_size=0", "weights.group_size"),
+    ("weights.group_size=-2", "weights.group_size"), ("weights.damping=0", "weights.damping"),
+    ("weights.damping=.nan", "weights.damping"), ("weights.damping=.inf", "weights.damping"),
+    ("weights.symmetric=false", "weights.symmetric"), ("weights.method=awk", "weights.method"),
+    ("weights.overrides=[{pattern: a, bits: 12}]", "2 to 8 bits, or 16"),
+    ("weights.overrides=[{pattern: a, bits: 4, group_size: 0}]", "group_size"),
+    ("protect.bits=12", "2 to 8 bits, or 16"), ("protect.sink_weight=0.5", "protect.sink_weight"),
+    ("protect.max_share=1.1", "protect.max_share"), ("protect.channels=modules", "protect.channels"),
+    ("budget.bits=2", "budget.bits"), ("seed=-1", "seed"), ("calibration.rows=0", "calibration.rows"),
+    ("calibration.bos=sometimes", "calibration.bos")])
+def test_wrong_assignments_are_refused_in_one_sentence(assignment: str, message: str) -> None:
+    with pytest.raises(RequestError) as error:
+        Recipe().replace([assignment])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_recipe_names_the_near_miss() -> None:
+    with pytest.raises(RequestError, match=r"did you mean 'w4a16-sink'.*w8a16-sink-rtn"):
+        Recipe.load("w4a16-snik")
+
+
+@pytest.mark.parametrize("text", ["weights: [", "weights: 'a", "\x07", "a: b: c", "!!python/object:os.system {}",
+                                  "a: 2024-99-99"])
+def test_a_file_that_is_not_yaml_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "broken.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(RequestError, match=r"broken.yaml is not YAML"):
+        Recipe.load(tmp_path / "broken.yaml")
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_bytes(b"\xff\xfe\x00name")
+    with pytest.raises(RequestError, match=r"broken.yaml is not YAML"):
+        Recipe.load(tmp_path / "broken.yaml")
