@@ -69,7 +69,7 @@ def weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RequestError(f"{index} is broken; copy the model folder again.") from error
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:

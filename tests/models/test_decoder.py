@@ -1,0 +1,73 @@
+"""What a decoder is: blocks, linears, what engines fuse, sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, tiny_model
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from sinkquant.errors import RequestError
+from sinkquant.models import Decoder, weight_matrix
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_and_linears_of_every_family(family: str) -> None:
+    model = tiny_model(family)
+    decoder = Decoder.of(model)
+    assert len(decoder.blocks) == 3
+    modules = dict(model.named_modules())
+    assert all(modules[name] is block for name, block in zip(decoder.block_names, decoder.blocks, strict=True))
+    for name, linear in decoder.linears.items():
+        assert modules[name] is linear
+        assert decoder.block_names[decoder.block_of(name)] in name
+    facts = decoder.facts("x")
+    assert (facts.layers, facts.heads, facts.hidden_size) == (3, 4, 64)
+    assert facts.parameters == sum(p.numel() for p in model.parameters())
+    assert decoder.vocabulary == 128
+    assert decoder.max_length == 256
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_the_shape_lists_what_a_checkpoint_holds(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    shape = Decoder.of(model).shape("x")
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        stored = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    assert {key: size for key, (_, size) in shape.tensors.items()} == stored
+    assert {dtype for dtype, _ in shape.tensors.values()} == {"bfloat16"}
+
+
+def test_shapes_of_a_llama(tiny: AutoModelForCausalLM) -> None:
+    linears = Decoder.of(tiny).shape("x").linears
+    q, down = linears["model.layers.1.self_attn.q_proj"], linears["model.layers.2.mlp.down_proj"]
+    assert (q.rows, q.columns, q.block) == (64, 64, 1)
+    assert q.fused_with == [f"model.layers.1.self_attn.{x}_proj" for x in "qkv"]
+    assert (down.rows, down.columns, down.block) == (64, 128, 2)
+    assert down.fused_with == ["model.layers.2.mlp.down_proj"]
+    assert not any(linear.fixed for linear in linears.values())
+
+
+def test_what_cannot_be_quantized_says_why() -> None:
+    gpt2 = Decoder.of(tiny_model("gpt2"))
+    assert all("Conv1D" in str(linear.fixed) for linear in gpt2.shape("x").linears.values())
+    conv = gpt2.linears["transformer.h.0.mlp.c_fc"]
+    assert weight_matrix(conv).shape == (256, 64)
+    moe = Decoder.of(tiny_model("qwen3_moe")).shape("x").linears
+    assert "fused experts" in str(moe["model.layers.0.mlp.experts.down_proj"].fixed)
+
+
+def test_models_without_observable_attention_are_refused_by_name() -> None:
+    model = tiny_model("llama")
+    model._supports_attention_backend = False
+    with pytest.raises(RequestError, match="LlamaForCausalLM is not supported"):
+        Decoder.of(model)
+
+
+def test_an_unknown_block_is_a_key_error(tiny: AutoModelForCausalLM) -> None:
+    with pytest.raises(KeyError):
+        Decoder.of(tiny).block_of("lm_head")

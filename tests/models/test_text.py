@@ -1,0 +1,117 @@
+"""Text to rows: `<bos>` stands exactly where the model expects it, whatever the tokenizer does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_tokenizer import WORDS, random_text, tiny_tokenizer
+
+from sinkquant.errors import RequestError
+from sinkquant.models import (
+    BosPolicy,
+    adds_bos,
+    documents,
+    encode,
+    read_text,
+    starts_with_bos,
+    token_rows,
+    tokenization_facts,
+)
+
+TEXT = random_text(600)
+
+
+@pytest.mark.parametrize("added", ["none", "once", "twice"])
+def test_how_often_the_tokenizer_adds_bos(added: Literal["none", "once", "twice"]) -> None:
+    assert adds_bos(tiny_tokenizer(added)) == added
+
+
+def test_a_tokenizer_without_bos_adds_none() -> None:
+    tokenizer = tiny_tokenizer("none", has_bos=False)
+    assert adds_bos(tokenizer) == "none"
+    assert starts_with_bos(tokenizer, "auto") is False
+    with pytest.raises(RequestError, match="no <bos> token"):
+        starts_with_bos(tokenizer, "always")
+
+
+@pytest.mark.parametrize(("added", "policy", "count"), [
+    ("none", "auto", 0), ("once", "auto", 1), ("twice", "auto", 1),
+    ("none", "always", 1), ("once", "always", 1), ("twice", "always", 1),
+    ("none", "never", 0), ("once", "never", 0), ("twice", "never", 0)])
+def test_rows_hold_bos_in_front_once_or_not_at_all(added: Literal["none", "once", "twice"], policy: BosPolicy,
+                                                   count: int) -> None:
+    tokenizer = tiny_tokenizer(added)
+    rows = token_rows(tokenizer, TEXT, 5, 20, policy)
+    assert rows.shape == (5, 20)
+    assert (rows == 1).sum(1).tolist() == [count] * 5
+    if count:
+        assert (rows[:, 0] == 1).all()
+    facts = tokenization_facts(tokenizer, rows)
+    assert (facts.bos_token_id, facts.bos_token, facts.adds_bos) == (1, "<s>", added)
+    assert (facts.rows_start_with_bos, facts.rows, facts.length) == (count == 1, 5, 20)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=40), min_size=1, max_size=5),
+       st.integers(1, 6), st.integers(2, 12))
+def test_rows_are_windows_of_one_document_in_order(texts: list[list[str]], count: int, length: int) -> None:
+    tokenizer = tiny_tokenizer()
+    text = "\n<|doc|>\n".join(" ".join(words) for words in texts)
+    room = length - 1
+    windows = [ids[i:i + room] for words in texts for ids in [encode(tokenizer, " ".join(words))]
+               for i in range(0, len(ids) - room + 1, room)]
+    if not windows:
+        with pytest.raises(RequestError, match="shorter than one row"):
+            token_rows(tokenizer, text, count, length)
+        return
+    rows = token_rows(tokenizer, text, count, length)
+    assert rows.shape == (min(count, len(windows)), length)
+    places = [windows.index(row[1:].tolist()) for row in rows]
+    assert rows[0, 1:].tolist() == windows[0]
+    assert all(row[1:].tolist() in windows for row in rows)
+    assert places == sorted(places) or len(set(map(tuple, windows))) < len(windows)
+
+
+def test_documents_are_split_at_their_separator_only() -> None:
+    assert documents("one\n<|doc|>\n\ntwo <|doc|> three\n  <|doc|>  \n\n") == ["one", "two <|doc|> three"]
+
+
+def test_a_text_shorter_than_one_row_says_how_much_is_needed() -> None:
+    with pytest.raises(RequestError, match=r"calibration text is shorter than one row: it has 3 tokens .* needs 19"):
+        token_rows(tiny_tokenizer(), "w8 w9 w10", 5, 20)
+
+
+def test_ids_beyond_the_embedding_are_refused() -> None:
+    with pytest.raises(RequestError, match=r"token id 9\d, but the model's embedding has only 64 rows"):
+        token_rows(tiny_tokenizer(), "w8 w99 " * 20, 5, 20, vocabulary=64)
+
+
+def test_texts_that_cannot_be_used(tmp_path: Path) -> None:
+    empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
+    empty.write_text(" \n\n", encoding="utf-8")
+    binary.write_bytes(b"\xff\xfe\x00broken")
+    with pytest.raises(RequestError, match=r"empty\.txt is empty"):
+        read_text(empty, "calibration")
+    with pytest.raises(RequestError, match="is not UTF-8"):
+        read_text(binary, "calibration")
+    with pytest.raises(RequestError, match=r"cannot read the evaluation text .*none\.txt"):
+        read_text(tmp_path / "none.txt", "evaluation")
+    with pytest.raises(RequestError, match="cannot read the calibration text"):
+        read_text(tmp_path, "calibration")
+
+
+def test_the_packaged_texts_differ_by_split() -> None:
+    calibration, evaluation = read_text(None, "calibration"), read_text(None, "evaluation")
+    assert min(len(calibration), len(evaluation)) > 200_000
+    assert calibration[:1000] not in evaluation
+
+
+def test_rows_are_deterministic_integers() -> None:
+    first, second = (token_rows(tiny_tokenizer(), TEXT, 7, 16) for _ in range(2))
+    assert first.dtype == torch.int64
+    assert torch.equal(first, second)

@@ -1,0 +1,98 @@
+"""The walk block by block against a plain forward pass of the same model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, VOCABULARY, tiny_model
+from torch import nn
+
+from sinkquant.errors import SinkquantError
+from sinkquant.models import Decoder, Walk
+
+
+def rows(count: int = 5, length: int = 80) -> torch.Tensor:
+    return torch.randint(8, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(3))
+
+
+def plain_outputs(decoder: Decoder, batch: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """What every block hands on in a plain forward pass, and the losses."""
+    outputs: list[torch.Tensor] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [block.register_forward_hook(hook) for block in decoder.blocks]
+    with torch.no_grad():
+        logits = decoder.model(batch, use_cache=False).logits.float()
+    for handle in handles:
+        handle.remove()
+    return outputs, nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), batch[:, 1:], reduction="none")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_walk_equals_a_plain_forward(family: str) -> None:
+    decoder = Decoder.of(tiny_model(family, initializer_range=0.2))
+    batch = rows()
+    expected, losses = plain_outputs(decoder, batch)
+    walk = Walk(decoder, batch, batch_size=2)
+    for step in walk.steps():
+        assert torch.allclose(step.run(), expected[step.index], rtol=1e-4, atol=1e-4)
+    assert torch.allclose(walk.losses(), losses, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_that_is_not_run_is_run_when_the_walk_goes_on(tiny: Any) -> None:
+    decoder, batch = Decoder.of(tiny), rows()
+    walk = Walk(decoder, batch, batch_size=3)
+    for _ in walk.steps():
+        pass
+    assert torch.allclose(walk.losses(), plain_outputs(decoder, batch)[1], atol=1e-4)
+
+
+def test_a_change_to_a_block_shows_in_what_follows() -> None:
+    decoder, batch = Decoder.of(tiny_model("llama", initializer_range=0.2)), rows()
+    walk = Walk(decoder, batch, batch_size=2)
+    for step in walk.steps():
+        if step.index == 1:
+            before = step.run().clone()
+            step.block.mlp.down_proj.weight.data.zero_()
+            assert not torch.allclose(step.run(), before)
+    assert not decoder.blocks[1].mlp.down_proj.weight.any()
+    assert torch.allclose(walk.losses(), plain_outputs(decoder, batch)[1], atol=1e-4)
+
+
+def test_compute_dtype_is_float32_and_the_models_own_comes_back() -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    walk = Walk(Decoder.of(model), rows(), batch_size=2)
+    for step in walk.steps():
+        assert step.run().dtype == torch.float32
+        assert {parameter.dtype for parameter in step.block.parameters()} == {torch.float32}
+    assert torch.isfinite(walk.losses()).all()
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == before[name].dtype
+        assert torch.equal(tensor, before[name])
+    assert model.training
+
+
+def test_hooks_know_which_rows_are_replayed(tiny: Any) -> None:
+    walk = Walk(Decoder.of(tiny), rows(5), batch_size=2)
+    batches: list[slice] = []
+    for step in walk.steps():
+        handle = step.block.register_forward_pre_hook(
+            lambda *_, step=step: batches.append(step.batch))
+        step.run()
+        handle.remove()
+        break
+    assert batches == [slice(0, 2), slice(2, 4), slice(4, 5)]
+
+
+def test_outputs_that_are_not_finite_are_an_error_that_names_the_block() -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.down_proj.weight.data.fill_(1e38)
+    model.model.layers[1].mlp.up_proj.weight.data.fill_(1e30)
+    walk = Walk(Decoder.of(model), rows(), batch_size=2)
+    with pytest.raises(SinkquantError, match=r"model\.layers\.1 are not finite"):
+        list(walk.steps())
