@@ -1,8 +1,10 @@
 """What a decoder is, and how its blocks, its attention and its text are looked at."""
 
+from sinkquant.models.activations import ActivationStore
 from sinkquant.models.attention import AttentionObserver, AttentionRecord, observed_attention
 from sinkquant.models.decoder import Decoder, weight_matrix
 from sinkquant.models.loading import check_finite, load_model, load_tokenizer, pick_device, resolve
+from sinkquant.models.source import open_model, source_of
 from sinkquant.models.text import (
     BosPolicy,
     adds_bos,
@@ -13,9 +15,10 @@ from sinkquant.models.text import (
     token_rows,
     tokenization_facts,
 )
-from sinkquant.models.walk import Step, Walk
+from sinkquant.models.walk import Step, Walk, together
 
 __all__ = [
+    "ActivationStore",
     "AttentionObserver",
     "AttentionRecord",
     "BosPolicy",
@@ -29,10 +32,13 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "observed_attention",
+    "open_model",
     "pick_device",
     "read_text",
     "resolve",
+    "source_of",
     "starts_with_bos",
+    "together",
     "token_rows",
     "tokenization_facts",
     "weight_matrix",

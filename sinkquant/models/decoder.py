@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from sinkquant.artifacts import LinearShape, ModelFacts, ModelShape
 from sinkquant.errors import RequestError
 from sinkquant.models.attention import require_attention_interface
+from sinkquant.models.source import WeightSource, source_of
 
 FUSED_BY_ENGINES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")
@@ -60,6 +63,18 @@ class Decoder:
         linears = {f"{name}.{path}": module for path, module in blocks.named_modules()
                    if isinstance(module, nn.Linear | Conv1D)}
         return cls(model, names, tuple(blocks), linears)
+
+    @property
+    def source(self) -> WeightSource | None:
+        """Where the weights are read while they are needed; None where the model holds them all."""
+        return source_of(self.model)
+
+    @contextlib.contextmanager
+    def present(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """Hold the weights of some modules in memory while the context is open; a model that holds its own always
+        does."""
+        with self.source.present(modules) if self.source else contextlib.nullcontext():
+            yield
 
     @property
     def hidden_size(self) -> int:

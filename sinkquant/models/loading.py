@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -136,17 +139,10 @@ def load_model(folder: Path, dtype: torch.dtype | str = "auto", device: str = "c
     Raises:
         RequestError: no causal decoder of that architecture, missing tensors, NaN or Inf among the weights.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        if getattr(config, "is_encoder_decoder", False):
-            raise RequestError(f"{type(config).__name__} is not supported: it is an encoder-decoder, not a decoder.")
-        if not trust_remote_code and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            raise RequestError(f"the architecture {config.model_type!r} is not supported: "
-                               "transformers has no causal language model of it.")
+    config = read_config(folder, trust_remote_code)
+    with loading_errors(folder):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
-        raise RequestError(f"{folder} cannot be loaded: {_first_line(error)}") from error
     if info.get("missing_keys"):
         raise RequestError(f"{folder} lacks the tensor {sorted(info['missing_keys'])[0]}; "
                            "the checkpoint does not belong to its config.json.")
@@ -154,14 +150,39 @@ def load_model(folder: Path, dtype: torch.dtype | str = "auto", device: str = "c
     return model.to(device).eval()
 
 
+def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The folder's configuration.
+
+    Raises:
+        RequestError: it is not one of a causal decoder.
+    """
+    with loading_errors(folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if getattr(config, "is_encoder_decoder", False):
+        raise RequestError(f"{type(config).__name__} is not supported: it is an encoder-decoder, not a decoder.")
+    if not trust_remote_code and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise RequestError(f"the architecture {config.model_type!r} is not supported: "
+                           "transformers has no causal language model of it.")
+    return config
+
+
+@contextlib.contextmanager
+def loading_errors(folder: Path) -> Iterator[None]:
+    """What transformers raises about a folder becomes one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
+        raise RequestError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+
+
 def check_finite(model: torch.nn.Module) -> None:
-    """Refuse NaN and Inf among the parameters.
+    """Refuse NaN and Inf among the parameters that are in memory.
 
     Raises:
         RequestError: naming the first tensor that holds one.
     """
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+        if parameter.is_floating_point() and not parameter.is_meta and not torch.isfinite(parameter).all():
             raise RequestError(f"the weight {name} holds NaN or Inf; the checkpoint is broken, get it again.")
 
 

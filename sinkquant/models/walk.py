@@ -1,14 +1,15 @@
 """The walk: rows of tokens run through a decoder block by block.
 
 Detection, calibration and quantization share it. A block's inputs are replayed for all rows, its outputs become the
-next block's inputs. Only the block at hand is computed with, in the compute dtype and on the compute device; whatever
-it was before is restored when the walk leaves it.
+next block's inputs. Only the block at hand is in memory and computed with, in the compute dtype and on the compute
+device; a model from `open_model` has no other, and gets its weights from disk. Several sets of rows walk together and
+share one reading of the weights.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +17,11 @@ import torch
 from torch import nn
 
 from sinkquant.errors import RequestError, SinkquantError
+from sinkquant.models.activations import ActivationStore
 from sinkquant.models.attention import AttentionObserver, observed_attention
 from sinkquant.models.decoder import Decoder
+from sinkquant.models.ends import next_token_losses, outside_modules, token_table
+from sinkquant.models.placement import compute_in
 
 
 @dataclass
@@ -28,6 +32,7 @@ class Step:
         index: index of the block.
         block: the block, in the compute dtype.
         batch: the rows that are being replayed right now, for hooks that need to know.
+        outputs: the block's outputs once it was run; a caller may set them instead of running it.
     """
 
     index: int
@@ -40,14 +45,16 @@ class Step:
     def run(self) -> torch.Tensor:
         """Replay all rows. Returns the block's outputs, [rows, length, hidden_size] in the compute dtype."""
         inputs = self.walk.hidden
-        outputs = torch.empty_like(inputs)
-        for start in range(0, len(inputs), self.walk.batch_size):
-            self.batch = slice(start, min(start + self.walk.batch_size, len(inputs)))
-            result = self.block(inputs[self.batch].to(self.walk.device), **self.walk.arguments[self.index])
-            outputs[self.batch] = (result[0] if isinstance(result, tuple) else result).to(outputs.device)
-        if not torch.isfinite(outputs).all():
-            raise SinkquantError(f"the outputs of {self.name} are not finite in {self.walk.dtype}; "
-                                 "run with compute.dtype=float32 or check the model's weights.")
+        outputs = self.walk.store.empty(tuple(inputs.shape), inputs.dtype)
+        with self.walk.watched():
+            for start in range(0, len(inputs), self.walk.batch_size):
+                self.batch = slice(start, min(start + self.walk.batch_size, len(inputs)))
+                result = self.block(inputs[self.batch].to(self.walk.device), **self.walk.arguments[self.index])
+                given = result[0] if isinstance(result, tuple) else result
+                if not torch.isfinite(given).all():
+                    raise SinkquantError(f"the outputs of {self.name} are not finite in {self.walk.dtype}; "
+                                         "run with compute.dtype=float32 or check the model's weights.")
+                outputs[self.batch] = given.to(outputs.device)
         self.outputs = outputs
         return outputs
 
@@ -58,18 +65,22 @@ class Walk:
     Args:
         rows: int64 [rows, length], all of one length, without padding.
         observers: see the attention of every layer while the walk goes on.
+        store: where the hidden states of all rows live; RAM by default.
     """
 
     def __init__(self, decoder: Decoder, rows: torch.Tensor, batch_size: int, device: str = "cpu",
-                 dtype: torch.dtype = torch.float32, observers: Sequence[AttentionObserver] = ()) -> None:
+                 dtype: torch.dtype = torch.float32, observers: Sequence[AttentionObserver] = (),
+                 store: ActivationStore | None = None) -> None:
         self.decoder = decoder
         self.rows = rows
         self.batch_size = batch_size
         self.device = device
         self.dtype = dtype
         self.observers = list(observers)
+        self.store = store or ActivationStore()
         self.hidden = torch.empty(0)
         self.arguments: list[dict[str, Any]] = []
+        self._watching: list[AttentionObserver] = []
 
     def steps(self) -> Iterator[Step]:
         """Every block in order. A step that the caller does not `run` is run when the walk goes on.
@@ -77,40 +88,37 @@ class Walk:
         Raises:
             RequestError: the model hands its blocks something that depends on the text beside hidden states.
         """
-        was_training = self.decoder.model.training
-        self.decoder.model.eval()
-        try:
-            with torch.no_grad(), observed_attention(self.decoder.model, self.observers):
-                with compute_in(self._outside_modules(), self.device, self.dtype):
-                    self._enter()
-                for index, (name, block) in enumerate(zip(self.decoder.block_names, self.decoder.blocks, strict=True)):
-                    with compute_in([block], self.device, self.dtype):
-                        step = Step(index, name, block, self)
-                        yield step
-                        self.hidden = step.outputs if step.outputs is not None else step.run()
-        finally:
-            self.decoder.model.train(was_training)
+        with contextlib.closing(together([self])) as walking:
+            for (step,) in walking:
+                yield step
 
     def losses(self) -> torch.Tensor:
         """Cross-entropy of the next token after a finished walk, float32 [rows, length - 1], in nats."""
-        model, hidden = self.decoder.model, self.hidden
         losses = []
-        with torch.no_grad(), compute_in(self._outside_modules(heads=True), self.device, self.dtype):
-            for start in range(0, len(hidden), self.batch_size):
-                batch = slice(start, start + self.batch_size)
-                rows = self.rows[batch].to(self.device)
-                with _stubbed(self.decoder, hidden[batch].to(self.device)):
-                    logits = model(rows, use_cache=False).logits.float()
-                losses.append(nn.functional.cross_entropy(
-                    logits[:, :-1].transpose(1, 2), rows[:, 1:], reduction="none").cpu())
+        for start in range(0, len(self.hidden), self.batch_size):
+            batch = slice(start, start + self.batch_size)
+
+            def logits(rows: torch.Tensor, hidden: torch.Tensor = self.hidden[batch]) -> torch.Tensor:
+                with _stubbed(self.decoder, hidden.to(self.device)):
+                    return torch.as_tensor(self.decoder.model(rows, use_cache=False).logits)
+
+            losses.append(next_token_losses(self.decoder, self.rows[batch], logits, self.device, self.dtype))
         return torch.cat(losses)
 
-    def _enter(self) -> None:
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Let this walk's observers see attention while the context is open."""
+        self._watching[:] = self.observers
+        try:
+            yield
+        finally:
+            self._watching.clear()
+
+    def _enter(self, watching: list[AttentionObserver]) -> None:
         """Embed all rows, and record the other arguments that the model hands to each of its blocks."""
-        hidden = []
+        self._watching = watching
         recorded: list[list[dict[str, Any]]] = []
-        probes = [self.rows[:1], self.rows[-1:]]
-        for probe in probes:
+        for probe in (self.rows[:1], self.rows[-1:]):
             with _recorded(self.decoder) as (_, arguments):
                 self.decoder.model.base_model(probe.to(self.device), use_cache=False)
             recorded.append(list(arguments))
@@ -123,35 +131,42 @@ class Walk:
                     raise RequestError(f"{type(self.decoder.model).__name__} is not supported: it hands its blocks "
                                        f"{key!r}, which depends on the text.")
         self.arguments = recorded[0]
+        self.hidden = self.store.empty((*self.rows.shape, self.decoder.hidden_size), self.dtype)
         for start in range(0, len(self.rows), self.batch_size):
+            batch = slice(start, start + self.batch_size)
             with _recorded(self.decoder) as (inputs, _):
-                self.decoder.model.base_model(
-                    self.rows[start:start + self.batch_size].to(self.device), use_cache=False)
-            hidden.append(inputs[0].to("cpu", self.dtype))
-        self.hidden = torch.cat(hidden)
-
-    def _outside_modules(self, heads: bool = False) -> list[nn.Module]:
-        """Everything that is not inside a block; the output head only where it is asked for."""
-        inside = {id(module) for block in self.decoder.blocks for module in block.modules()}
-        head = self.decoder.model.get_output_embeddings()
-        return [module for module in self.decoder.model.modules()
-                if id(module) not in inside and (heads or module is not head)
-                and not any(id(child) in inside for child in module.modules())
-                and not any(True for _ in module.children())]
+                self.decoder.model.base_model(self.rows[batch].to(self.device), use_cache=False)
+            self.hidden[batch] = inputs[0].to("cpu", self.dtype)
 
 
-@contextlib.contextmanager
-def compute_in(modules: Sequence[nn.Module], device: str, dtype: torch.dtype) -> Iterator[None]:
-    """Cast the floating-point parameters and buffers of modules, and give every one its own dtype back afterwards."""
-    tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
-    before = [(t, t.dtype, t.device) for t in tensors.values()]
+def together(walks: Sequence[Walk]) -> Generator[tuple[Step, ...], None, None]:
+    """Let several walks over one decoder go on side by side: one step of each, block by block, in one reading.
+
+    Steps that the caller does not `run` are run, in order, when the walks go on.
+
+    Raises:
+        RequestError: the model hands its blocks something that depends on the text beside hidden states.
+    """
+    decoder, device, dtype = walks[0].decoder, walks[0].device, walks[0].dtype
+    watching: list[AttentionObserver] = []
+    was_training = decoder.model.training
+    decoder.model.eval()
     try:
-        for tensor, _, _ in before:
-            tensor.data = tensor.data.to(device, dtype) if tensor.is_floating_point() else tensor.data.to(device)
-        yield
+        with torch.no_grad(), observed_attention(decoder.model, watching):
+            rows = torch.cat([walk.rows.flatten() for walk in walks])
+            outside = outside_modules(decoder)
+            with (token_table(decoder, rows, device, dtype), decoder.present(outside),
+                  compute_in(outside, device, dtype)):
+                for walk in walks:
+                    walk._enter(watching)
+            for index, (name, block) in enumerate(zip(decoder.block_names, decoder.blocks, strict=True)):
+                with decoder.present([block]), compute_in([block], device, dtype):
+                    steps = tuple(Step(index, name, block, walk) for walk in walks)
+                    yield steps
+                    for walk, step in zip(walks, steps, strict=True):
+                        walk.hidden = step.outputs if step.outputs is not None else step.run()
     finally:
-        for tensor, old_dtype, old_device in before:
-            tensor.data = tensor.data.to(old_device, old_dtype)
+        decoder.model.train(was_training)
 
 
 @contextlib.contextmanager

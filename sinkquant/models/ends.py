@@ -1,0 +1,106 @@
+"""What stands before and after the blocks: embeddings and output head, without a second copy of either in memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from sinkquant.models.decoder import Decoder
+from sinkquant.models.placement import compute_in
+
+HEAD_ROWS = 1 << 15
+"""Rows of the output head that are computed with at a time."""
+
+
+def outside_modules(decoder: Decoder) -> list[nn.Module]:
+    """Every leaf module outside the blocks but the token embedding and the output head."""
+    inside = {id(module) for block in decoder.blocks for module in block.modules()}
+    ends = (decoder.model.get_input_embeddings(), decoder.model.get_output_embeddings())
+    return [module for module in decoder.model.modules()
+            if id(module) not in inside and not any(module is end for end in ends)
+            and not any(id(child) in inside for child in module.modules())
+            and not any(True for _ in module.children())]
+
+
+@contextlib.contextmanager
+def token_table(decoder: Decoder, rows: torch.Tensor, device: str, dtype: torch.dtype) -> Iterator[None]:
+    """Give the token embedding a table in the compute dtype that holds the ids of these rows, while the context is
+    open. The rest of it are zeros that nobody touches, which take no memory on the CPU.
+
+    Args:
+        rows: int64, of any shape.
+    """
+    embedding = decoder.model.get_input_embeddings()
+    weight = embedding.weight
+    ids = rows.unique()
+    table = torch.zeros(weight.shape, dtype=dtype, device=device)
+    table[ids.to(device)] = _rows_of(decoder, weight, ids).to(device, dtype)
+    embedding._parameters["weight"] = nn.Parameter(table, requires_grad=False)
+    try:
+        yield
+    finally:
+        embedding._parameters["weight"] = weight
+
+
+def next_token_losses(decoder: Decoder, rows: torch.Tensor, logits: Callable[[torch.Tensor], torch.Tensor],
+                      device: str, dtype: torch.dtype) -> torch.Tensor:
+    """Cross-entropy of the next token, float32 [rows, length - 1] on the CPU. The head is read piece by piece.
+
+    Args:
+        rows: int64 [rows, length]. logits: runs the model from its last block's outputs on; called once per piece.
+    """
+    outside = outside_modules(decoder)
+    rows = rows.to(device)
+    targets = rows[:, 1:]
+    with (torch.no_grad(), token_table(decoder, rows, device, dtype), decoder.present(outside),
+          compute_in(outside, device, dtype)):
+        total, wanted = None, torch.zeros(targets.shape, device=device)
+        for start, stop in _head_pieces(decoder, device, dtype):
+            piece = logits(rows).float()[:, :-1]
+            if stop is None:
+                return nn.functional.cross_entropy(piece.transpose(1, 2), targets, reduction="none").cpu()
+            part = piece.logsumexp(-1)
+            total = part if total is None else torch.logaddexp(total, part)
+            here = (targets >= start) & (targets < stop)
+            wanted[here] = piece.gather(-1, (targets - start).clamp(0, stop - start - 1)[..., None])[..., 0][here]
+        assert total is not None
+        return (total - wanted).cpu()
+
+
+def _head_pieces(decoder: Decoder, device: str, dtype: torch.dtype) -> Iterator[tuple[int, int | None]]:
+    """Put one piece of the output head after the other into its place: the rows start..stop; stop is None where the
+    head is small enough to be one piece, or is no linear."""
+    head = decoder.model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or len(head.weight) <= HEAD_ROWS:
+        heads = [] if head is None else [head]
+        with decoder.present(heads), compute_in(heads, device, dtype):
+            yield 0, None
+        return
+    before = dict(head._parameters)
+    try:
+        for start in range(0, len(head.weight), HEAD_ROWS):
+            stop = min(start + HEAD_ROWS, len(before["weight"]))  # type: ignore[arg-type]
+            for leaf, parameter in before.items():
+                if parameter is not None:
+                    part = _rows_of(decoder, parameter, torch.arange(start, stop)).to(device, dtype)
+                    head._parameters[leaf] = nn.Parameter(part, requires_grad=False)
+            yield start, stop
+            head._parameters.update(before)
+    finally:
+        head._parameters.update(before)
+
+
+def _rows_of(decoder: Decoder, parameter: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Some rows of a parameter, in its own dtype, from memory or from disk. ids: int64, ascending."""
+    if decoder.source is None or not parameter.is_meta:
+        return parameter.data[ids.to(parameter.device)]
+    name = decoder.source.name_of(parameter)
+    stored = decoder.source.stored(name)
+    if stored is not None:
+        return stored.pick(ids).to(parameter.dtype)
+    owner = decoder.model.get_submodule(name.rpartition(".")[0])
+    with decoder.present([owner]):
+        return decoder.model.get_parameter(name).data[ids]

@@ -1,0 +1,128 @@
+"""The tensors of a safetensors checkpoint, read one at a time and never mapped into memory.
+
+A tensor is read with plain file reads, so that what is resident is what is being used. Weights that sinkquant packed
+look like the dense weights that they stand for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from compressed_tensors.compressors.pack_quantized import unpack_from_int32
+
+from sinkquant.models.loading import read_header, weight_files
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+          "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+
+
+class Stored(Protocol):
+    """A tensor on disk. `stored[...]` reads it, as transformers' loader expects of a safetensors slice."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As it is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As it is read."""
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        """Read all of it."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as it lies in a file, `offset` bytes from its start."""
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        return self.rows(0, self.shape[0]) if self.shape else self._read(0, 1).reshape(())
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """The rows start..stop along the first dimension."""
+        row = math.prod(self.shape[1:])
+        return self._read(start * row, (stop - start) * row).reshape(stop - start, *self.shape[1:])
+
+    def pick(self, ids: torch.Tensor) -> torch.Tensor:
+        """Some rows, [len(ids), ...]. ids: int64, ascending; rows beside one another are read at once."""
+        picked = torch.empty(len(ids), *self.shape[1:], dtype=self.dtype)
+        breaks = (torch.nonzero(ids.diff() != 1).flatten() + 1).tolist()
+        for first, last in zip([0, *breaks], [*breaks, len(ids)], strict=True):
+            if last > first:
+                picked[first:last] = self.rows(int(ids[first]), int(ids[last - 1]) + 1)
+        return picked
+
+    def _read(self, start: int, count: int) -> torch.Tensor:
+        values = torch.empty(count, dtype=self.dtype)
+        if count:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.offset + start * self.dtype.itemsize)
+                view, done = values.view(torch.uint8).numpy().data, 0
+                while done < len(view):
+                    read = file.readinto(view[done:])
+                    if not read:
+                        raise OSError(f"{self.path} ended early")
+                    done += read
+        return values
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """The dense weight that packed int32 words and scales stand for, [rows, columns] in `dtype`."""
+
+    words: StoredTensor
+    scale: StoredTensor
+    bits: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        codes = unpack_from_int32(self.words[...], self.bits, torch.Size(self.shape))
+        scale = self.scale[...].float()
+        dense = codes.float().reshape(*scale.shape, -1) * scale[..., None]
+        return dense.reshape(self.shape).to(self.dtype)
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint by the name that it has on disk.
+
+    Raises:
+        RequestError: a file of the checkpoint is missing or broken.
+    """
+    found = {}
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+        for name, entry in read_header(path).items():
+            offsets, shape = entry["data_offsets"], entry["shape"]
+            found[name] = StoredTensor(path, start + int(offsets[0]), DTYPES[str(entry["dtype"])],  # type: ignore[index]
+                                       tuple(shape))  # type: ignore[arg-type]
+    return found
+
+
+def dense_tensors(tensors: Mapping[str, StoredTensor], bits: Mapping[str, int],
+                  dtype: torch.dtype) -> dict[str, Stored]:
+    """Replace the three tensors of every packed linear by the dense weight that they stand for.
+
+    Args:
+        bits: module name -> bits of every packed linear. dtype: of the dense weights.
+    """
+    dense: dict[str, Stored] = {
+        name: tensor for name, tensor in tensors.items()
+        if not (name.rpartition(".")[0] in bits and name.rpartition(".")[2].startswith("weight_"))}
+    for name, width in bits.items():
+        shape = tuple(int(size) for size in tensors[f"{name}.weight_shape"][...])
+        dense[f"{name}.weight"] = PackedTensor(tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"],
+                                               width, shape, dtype)
+    return dense

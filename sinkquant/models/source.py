@@ -1,0 +1,238 @@
+"""A model whose weights stay on disk: a transformers model on the meta device, filled module by module.
+
+transformers' own loader puts a checkpoint's tensors into the modules that are asked for, so that renamed and fused
+tensors (experts) come out as `from_pretrained` gives them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+from transformers.utils.loading_report import LoadStateDictInfo
+
+from sinkquant.errors import RequestError, SinkquantError
+from sinkquant.models.loading import loading_errors, read_config
+from sinkquant.models.shards import Stored, StoredTensor, dense_tensors, stored_tensors
+
+ATTRIBUTE = "sinkquant_source"
+COMPARED = 1 << 24
+"""Values of two tensors that are compared at a time."""
+
+
+def open_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The folder's causal language model in evaluation mode, with no weight read yet.
+
+    `Decoder` and `Walk` read its weights block by block; anything else finds tensors on the meta device.
+
+    Raises:
+        RequestError: no causal decoder of that architecture, missing tensors or wrong shapes, or a quantization format
+            other than sinkquant's.
+    """
+    config = read_config(folder, trust_remote_code)
+    stored = stored_tensors(folder)
+    dtype = getattr(config, "dtype", None) or next(
+        (tensor.dtype for tensor in stored.values() if tensor.dtype.is_floating_point), torch.float32)
+    with loading_errors(folder), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    quantization = getattr(config, "quantization_config", None)
+    tensors: dict[str, Stored] = dict(stored)
+    if quantization is not None:
+        tensors = dense_tensors(stored, _packed_bits(folder, quantization, stored), dtype)
+    setattr(model, ATTRIBUTE, WeightSource(folder, model, tensors, dtype))
+    return model.eval()
+
+
+def source_of(model: PreTrainedModel) -> WeightSource | None:
+    """Where the weights of a model from `open_model` are read; None for a model that holds its own."""
+    source = getattr(model, ATTRIBUTE, None)
+    return source if isinstance(source, WeightSource) else None
+
+
+class WeightSource:
+    """Fills modules of a meta model from a checkpoint.
+
+    Attributes:
+        folder: the checkpoint.
+        keys: parameter name -> the names on disk of the tensors that it is made of.
+    """
+
+    def __init__(self, folder: Path, model: PreTrainedModel, tensors: dict[str, Stored], dtype: torch.dtype) -> None:
+        self.folder, self.model, self.tensors = folder, model, tensors
+        self.config = LoadStateDictConfig(
+            dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=get_model_conversion_mapping(model),
+            device_map={"": "meta"})
+        self.keys: dict[str, list[str]] = {}
+        self.converted: set[str] = set()
+        missing = self._match()
+        self._tie(missing)
+        self.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.config = dataclasses.replace(self.config, device_map={"": "cpu"})
+        self._fill({name for name, _ in model.named_buffers()} & set(self.keys))  # small, and they stay
+
+    @contextlib.contextmanager
+    def present(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Hold the parameters of some modules in memory, in their own dtype on the CPU, while the context is open.
+
+        Changes that are made to them are lost at its end.
+
+        Raises:
+            RequestError: a weight holds NaN or Inf.
+        """
+        wanted = {id(module): module for top in modules for module in top.modules()}
+        before = [(module, dict(module._parameters)) for module in self.model.modules()]
+        slots = [(module, leaf, self.names[id(parameter)]) for module in wanted.values()
+                 for leaf, parameter in module._parameters.items() if parameter is not None and parameter.is_meta]
+        try:
+            self._fill({name for _, _, name in slots})
+            filled = {name: self.model.get_parameter(name) for _, _, name in slots}
+            for module, leaf, name in slots:  # a tied parameter was filled where its name is
+                module._parameters[leaf] = filled[name]
+            yield
+        finally:
+            for module, parameters in before:
+                module._parameters.update(parameters)
+
+    def name_of(self, parameter: torch.Tensor) -> str:
+        """The name of a parameter of the meta model; parameters that are tied have one."""
+        return self.names[id(parameter)]
+
+    def stored(self, name: str) -> StoredTensor | None:
+        """The tensor on disk that is this parameter as it stands, or None where it has to be converted."""
+        tensor = self.tensors[self.keys[name][0]] if name in self.keys and name not in self.converted else None
+        return tensor if isinstance(tensor, StoredTensor) else None
+
+    def _match(self) -> set[str]:
+        """Find out what every parameter is made of: transformers loads the checkpoint without its data.
+
+        Returns:
+            the names of the parameters and buffers that nothing on disk gives.
+        """
+        renamings = [entry for entry in self.config.weight_mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self.config.weight_mapping if isinstance(entry, WeightConverter)]
+        state = self.model.state_dict()
+        direct: dict[str, str] = {}
+        groups: dict[str, list[str]] = {}
+        for key in self.tensors:
+            name, pattern = rename_source_key(key, renamings, converters, self.model.base_model_prefix, state)
+            if pattern is not None and name in state:
+                groups.setdefault(name, []).append(key)
+            else:
+                direct[key] = name if name in state else key
+        missing = set(state)
+        for keys in (list(direct), *groups.values()):
+            info = self._load({key: torch.empty(self.tensors[key].shape, dtype=self.tensors[key].dtype, device="meta")
+                               for key in keys})
+            if info.mismatched_keys:
+                name, found, needed = sorted(info.mismatched_keys)[0]
+                raise RequestError(f"{self.folder} holds {name} with the shape {list(found)} where {list(needed)} is "
+                                   "needed; the checkpoint does not belong to its config.json.")
+            made = set(state) - info.missing_keys
+            missing -= made
+            if keys and keys[0] not in direct:
+                self.keys |= dict.fromkeys(made, keys)
+                self.converted |= made
+        self.keys |= {name: [key] for key, name in direct.items() if name in state}
+        return missing
+
+    def _tie(self, missing: set[str]) -> None:
+        """Tie what the configuration ties, as `from_pretrained` does.
+
+        Raises:
+            RequestError: something is missing after that.
+        """
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        for target, source in list(tied.items()):
+            if target not in missing and source not in missing:
+                if self._equal(target, source):
+                    missing.add(target)
+                else:
+                    tied.pop(target)
+        info = LoadStateDictInfo(missing_keys=missing, unexpected_keys=set(), mismatched_keys=set(), error_msgs=[],
+                                 conversion_errors={}, skipped_pp_keys=set())
+        self.model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+        self.model._adjust_missing_and_unexpected_keys(info)
+        if info.missing_keys:
+            raise RequestError(f"{self.folder} lacks the tensor {sorted(info.missing_keys)[0]}; "
+                               "the checkpoint does not belong to its config.json.")
+
+    def _equal(self, first: str, second: str) -> bool:
+        """Whether two parameters hold the same values on disk."""
+        a, b = self.stored(first), self.stored(second)
+        if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
+            return False
+        step = max(1, COMPARED * a.shape[0] // max(1, math.prod(a.shape)))
+        spans = [(start, min(start + step, a.shape[0])) for start in range(0, a.shape[0], step)]
+        return all(torch.equal(a.rows(*span), b.rows(*span)) for span in spans)
+
+    def _fill(self, names: set[str]) -> None:
+        """Read the named parameters, and whatever else is made of the same tensors, into the model."""
+        keys = {key: self.tensors[key] for name in sorted(names) for key in self.keys[name]}
+        if not keys:
+            return
+        info = self._load(keys)
+        if info.conversion_errors:
+            raise SinkquantError(f"{self.folder}: {next(iter(info.conversion_errors.values()))}")
+        for name in names:
+            tensor = self.model.get_parameter_or_buffer(name)
+            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and not _finite(tensor.data):
+                raise RequestError(f"the weight {name} holds NaN or Inf; the checkpoint is broken, get it again.")
+
+    def _load(self, tensors: dict[str, Any]) -> LoadStateDictInfo:
+        bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+        try:
+            with loading_errors(self.folder):
+                info, _ = convert_and_load_state_dict_in_model(self.model, tensors, self.config)
+        finally:
+            if bars:
+                transformers_logging.enable_progress_bar()
+        return info
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """NaN and Inf show in the minimum and the maximum: no mask of the tensor's size is needed."""
+    return tensor.numel() == 0 or all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor))
+
+
+def _packed_bits(folder: Path, quantization: Any, stored: dict[str, StoredTensor]) -> dict[str, int]:
+    """Module name -> bits of every linear that is packed in compressed-tensors' symmetric `pack-quantized` format."""
+    settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    settings = settings.get("quantization_config", settings)
+    if settings.get("quant_method") != "compressed-tensors" or settings.get("format") != "pack-quantized":
+        raise RequestError(f"{folder} is quantized as {settings.get('quant_method')!r}; start from the unquantized "
+                           "model.")
+    packed = {}
+    for name in stored:
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight_packed":
+            groups = [group for group in settings["config_groups"].values()
+                      if any(_matches(target, module) for target in group["targets"])]
+            if not groups or f"{module}.weight_zero_point" in stored:
+                raise RequestError(f"{folder} packs {module} in a way that sinkquant does not read; start from the "
+                                   "unquantized model.")
+            packed[module] = int(groups[0]["weights"]["num_bits"])
+    return packed
+
+
+def _matches(target: str, module: str) -> bool:
+    return re.match(target[3:], module) is not None if target.startswith("re:") else target in ("Linear", module)
