@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Channel, SinkKind, SinkMap, SinkToken
 from sinkquant.detect.heads import describe_heads
-from sinkquant.detect.modules import module_statistics
+from sinkquant.detect.modules import InputRecorder
 from sinkquant.detect.residual import MassiveChannel, ResidualStream, massive_channels
 from sinkquant.detect.super_weights import SpikeWatcher, confirm
 from sinkquant.detect.table import AttentionTable
@@ -22,6 +23,7 @@ from sinkquant.models import (
     check_finite,
     pick_device,
     read_text,
+    together,
     token_rows,
     tokenization_facts,
 )
@@ -64,32 +66,28 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
         # Gu et al.'s negative control repeats the token from the first position on; a <bos> would be its sink.
         rows, long_rows = ids[counts.argmax()].expand(len(rows), rows.shape[1]).clone(), None
         notes.append("the text repeats one token: its rows are the published negative control, without <bos>")
-    surveys = [surveyor.run(rows, "reading attention")]
     if long_rows is None:
         notes.append(f"the text holds no row of {settings.long_length} tokens: sinks were looked for in rows of "
                      f"{rows.shape[1]} tokens only")
-    else:
-        surveys.append(surveyor.run(long_rows, "reading long rows"))
+    facts = tokenization_facts(tokenizer, rows)
+    bare = None
+    if facts.rows_start_with_bos:
+        bare = token_rows(tokenizer, content, settings.rows, rows.shape[1], "never", decoder.vocabulary)
+    first, long, repeated, without_bos = surveyor.run(
+        [rows, long_rows, _repeated_rows(rows, recipe.seed), bare], recorded=0 if long_rows is None else 1)
+    assert first is not None
+    assert repeated is not None
+    surveys = [survey for survey in (first, long) if survey is not None]
     found, massive = _sinks(surveys, settings)
     channels = _channels(surveys, settings, found, tokenizer)
     table, spikes = surveys[0].table, surveys[0].spikes
     for other in surveys[1:]:
         spikes.spikes = other.spikes.spikes | spikes.spikes
 
-    repeated = _repeated_rows(rows, recipe.seed)
-    repeated_table = surveyor.run(repeated, "reading repeated tokens").table
-    without_bos = None
-    facts = tokenization_facts(tokenizer, rows)
-    if facts.rows_start_with_bos:
-        bare = token_rows(tokenizer, content, settings.rows, rows.shape[1], "never", decoder.vocabulary)
-        without_bos = surveyor.run(bare, "reading without <bos>").table
-
-    statistics_rows = rows if long_rows is None else long_rows
-    modules = module_statistics(decoder, statistics_rows, sink_positions(statistics_rows, found), settings,
-                                surveyor.device, surveyor.dtype)
+    modules = surveyor.inputs.summary(sink_positions(surveys[-1].rows, found))
     super_weights = []
     if settings.super_weights:
-        super_weights = confirm(decoder, spikes, rows, settings, surveyor.device, surveyor.dtype, recipe.seed)
+        super_weights = confirm(decoder, spikes, rows, settings, surveyor.device, surveyor.dtype, recipe.seed, progress)
 
     tokens = [_named(candidate, tokenizer, candidate in massive) for candidate in found]
     learned = _learned_sink(table, settings.threshold)
@@ -98,9 +96,9 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
     return SinkMap(
         model=decoder.facts(name or model.config.name_or_path or type(model).__name__), tokenization=facts,
         sink_rate={t: table.sink_rate(float(t)) for t in PUBLISHED_THRESHOLDS},
-        sink_rate_repeated_token={t: repeated_table.sink_rate(float(t)) for t in PUBLISHED_THRESHOLDS},
+        sink_rate_repeated_token={t: repeated.table.sink_rate(float(t)) for t in PUBLISHED_THRESHOLDS},
         sink_rate_without_bos=None if without_bos is None else {
-            t: without_bos.sink_rate(float(t)) for t in PUBLISHED_THRESHOLDS},
+            t: without_bos.table.sink_rate(float(t)) for t in PUBLISHED_THRESHOLDS},
         thresholds={"sink_score": settings.threshold, "massive_ratio": settings.massive_ratio,
                     "column_ratio": settings.column_ratio, "no_op_sink_score": settings.no_op_sink_score,
                     "no_op_output_norm": settings.no_op_output_norm, "super_weight_loss": settings.super_weight_loss},
@@ -133,12 +131,16 @@ class _Survey:
 
 
 class _Surveyor:
-    """Runs rows through the decoder with everything watching that detection needs."""
+    """Walks sets of rows through the decoder with everything watching that detection needs.
+
+    `inputs` records the inputs of all linears for one of the sets.
+    """
 
     def __init__(self, decoder: Decoder, recipe: Recipe, progress: Progress | None) -> None:
         self.decoder, self.recipe, self.progress = decoder, recipe, progress
         self.device = pick_device(recipe.compute.device)
         self.dtype = getattr(torch, recipe.compute.dtype)
+        self.inputs = InputRecorder(decoder, recipe.detect.column_ratio)
 
     def rows(self, tokenizer: PreTrainedTokenizerBase, content: str, count: int, length: int) -> torch.Tensor:
         if length > self.decoder.max_length:
@@ -158,22 +160,23 @@ class _Surveyor:
         except RequestError:
             return None
 
-    def run(self, rows: torch.Tensor, label: str) -> _Survey:
-        table, stream = AttentionTable(), ResidualStream()
-        spikes = SpikeWatcher(self.decoder, self.recipe.detect.massive_ratio)
-        batch = max(1, self.recipe.detect.batch_size * 64 // rows.shape[1])
-        walk = Walk(self.decoder, rows, batch, self.device, self.dtype, [table])
-        for step in walk.steps():
-            handles = spikes.handles(step.index)
-            try:
-                stream.run(step)
-            finally:
-                for handle in handles:
-                    handle.remove()
-            table.close_layer()
+    def run(self, sets: list[torch.Tensor | None], recorded: int) -> list[_Survey | None]:
+        """Survey several sets of rows in one reading of the weights. recorded: index of the set whose inputs count."""
+        surveys = [None if rows is None else _Survey(
+            rows, AttentionTable(), ResidualStream(), SpikeWatcher(self.decoder, self.recipe.detect.massive_ratio))
+            for rows in sets]
+        there = [survey for survey in surveys if survey is not None]
+        walks = [Walk(self.decoder, survey.rows, max(1, self.recipe.detect.batch_size * 64 // survey.rows.shape[1]),
+                      self.device, self.dtype, [survey.table]) for survey in there]
+        for steps in together(walks):
+            for survey, step in zip(there, steps, strict=True):
+                watched = self.inputs.watching(step) if survey is surveys[recorded] else contextlib.nullcontext()
+                with watched, survey.spikes.watching(step.index):
+                    survey.stream.run(step)
+                survey.table.close_layer()
             if self.progress:
-                self.progress(step.index + 1, len(self.decoder.blocks), label)
-        return _Survey(rows, table, stream, spikes)
+                self.progress(steps[0].index + 1, len(self.decoder.blocks), "reading attention")
+        return surveys
 
 
 def _repeated_rows(rows: torch.Tensor, seed: int) -> torch.Tensor:

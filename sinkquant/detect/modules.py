@@ -1,75 +1,88 @@
-"""The input of every linear, with and without sink tokens."""
+"""The input of every linear, with and without sink tokens.
+
+Which tokens are sinks is known only when the walk is over. So every token's largest input and energy are kept, and
+the few entries that could set a range: enough to tell sinks apart afterwards without walking again.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from sinkquant.artifacts import ModuleStatistics
-from sinkquant.models import Decoder, Step, Walk
-from sinkquant.recipe import Detection
+from sinkquant.models import Decoder, Step
 
 
-class _InputStatistics:
-    """Running maxima and energies of a linear's input, sink positions apart."""
+class InputRecorder:
+    """Records the input of every linear of a block while `watching` is open.
 
-    def __init__(self, columns: int) -> None:
-        self.sink_maximum = torch.zeros(columns)
-        self.other_maximum = torch.zeros(columns)
-        self.sink_energy = 0.0
-        self.energy = 0.0
-
-    def add(self, inputs: torch.Tensor, sinks: torch.Tensor) -> None:
-        """inputs: [tokens, columns]; sinks: bool [tokens]."""
-        for part, maximum in ((inputs[sinks], self.sink_maximum), (inputs[~sinks], self.other_maximum)):
-            if len(part):
-                torch.maximum(maximum, part.abs().amax(0).cpu(), out=maximum)
-        self.sink_energy += float(inputs[sinks].double().square().sum())
-        self.energy += float(inputs.double().square().sum())
-
-    def summary(self, column_ratio: float) -> ModuleStatistics:
-        others = float(self.other_maximum.max())
-        columns = torch.nonzero(self.sink_maximum > column_ratio * others).flatten() if others > 0 else torch.empty(0)
-        return ModuleStatistics(
-            input_max=max(float(self.sink_maximum.max()), others), input_max_without_sinks=others,
-            sink_energy=self.sink_energy / self.energy if self.energy > 0 else 0.0,
-            sink_columns=[int(c) for c in columns])
-
-
-def module_statistics(decoder: Decoder, rows: torch.Tensor, sinks: torch.Tensor, settings: Detection, device: str,
-                      dtype: torch.dtype) -> dict[str, ModuleStatistics]:
-    """Statistics of the input of every linear inside the blocks.
-
-    `sink_columns` are the input columns in which a sink token exceeds `column_ratio` times the largest input of any
-    other token: these columns alone set the range of the whole input. Linears that see only some of the tokens
-    (experts that are linears of their own) are left out.
-
-    Args:
-        rows: int64 [rows, length]; sinks: bool [rows, length].
+    Linears that see only some of the tokens (experts that are linears of their own) are left out.
     """
-    walk = Walk(decoder, rows, settings.batch_size, device, dtype)
-    statistics = {name: _InputStatistics(columns)
-                  for name, linear in decoder.shape("").linears.items()
-                  if name in decoder.linears and (columns := linear.columns)}
-    seen: set[str] = set()
-    for step in walk.steps():
-        handles = [decoder.linears[name].register_forward_pre_hook(_hook(item, step, sinks, seen, name))
-                   for name, item in statistics.items() if name.startswith(step.name + ".")]
+
+    def __init__(self, decoder: Decoder, column_ratio: float) -> None:
+        self.decoder, self.column_ratio = decoder, column_ratio
+        self.inputs: dict[str, _Inputs] = {}
+
+    @contextlib.contextmanager
+    def watching(self, step: Step) -> Iterator[None]:
+        """Record all rows that are replayed."""
+        handles = [linear.register_forward_pre_hook(self._hook(name, step))
+                   for name, linear in self.decoder.linears.items() if name.startswith(step.name + ".")]
         try:
-            step.run()
+            yield
         finally:
             for handle in handles:
                 handle.remove()
-    return {name: item.summary(settings.column_ratio) for name, item in statistics.items() if name in seen}
+
+    def summary(self, sinks: torch.Tensor) -> dict[str, ModuleStatistics]:
+        """What the sinks do to every input. sinks: bool [rows, length], of the recorded rows."""
+        return {name: inputs.summary(sinks.flatten(), self.column_ratio) for name, inputs in self.inputs.items()}
+
+    def _hook(self, name: str, step: Step) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            length = step.walk.rows.shape[1]
+            tokens = (step.batch.stop - step.batch.start) * length
+            if args[0].shape[:-1].numel() == tokens:
+                self.inputs.setdefault(name, _Inputs()).add(
+                    args[0].reshape(tokens, -1), step.batch.start * length, self.column_ratio)
+
+        return hook
 
 
-def _hook(statistics: _InputStatistics, step: Step, sinks: torch.Tensor, seen: set[str], name: str) -> Any:
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs, mask = args[0], sinks[step.batch]
-        if inputs.shape[:-1].numel() == mask.numel():
-            statistics.add(inputs.reshape(mask.numel(), -1).float(), mask.flatten().to(inputs.device))
-            seen.add(name)
+class _Inputs:
+    """The input of one linear, token by token in the order of the rows."""
 
-    return hook
+    def __init__(self) -> None:
+        self.largest: list[torch.Tensor] = []
+        self.energy: list[torch.Tensor] = []
+        self.entries: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self.floor = 0.0
+
+    def add(self, inputs: torch.Tensor, start: int, column_ratio: float) -> None:
+        """inputs: [tokens, columns]; start: index of the first token."""
+        magnitudes = inputs.float().abs()
+        largest = magnitudes.amax(dim=1)
+        # The largest input of the tokens that are no sinks is no less than the median token's: sinks are few.
+        median = float(largest.median())
+        self.floor = max(self.floor, median)
+        token, column = torch.nonzero(magnitudes > column_ratio * median, as_tuple=True)
+        self.entries.append((token.cpu() + start, column.cpu(), magnitudes[token, column].cpu()))
+        self.largest.append(largest.cpu())
+        self.energy.append(torch.linalg.vector_norm(inputs, dim=1, dtype=torch.float64).square().cpu())
+
+    def summary(self, sinks: torch.Tensor, column_ratio: float) -> ModuleStatistics:
+        """sinks: bool [tokens]. `sink_columns` are the columns in which a sink token exceeds `column_ratio` times the
+        largest input of any other token, and of the median token: these columns alone set the range of the input."""
+        largest, energy = torch.cat(self.largest), torch.cat(self.energy)
+        others = float(largest[~sinks].max()) if not sinks.all() else 0.0
+        token, column, value = (torch.cat(part) for part in zip(*self.entries, strict=True))
+        alone = sinks[token] & (value > column_ratio * max(others, self.floor))
+        total = float(energy.sum())
+        return ModuleStatistics(
+            input_max=float(largest.max()), input_max_without_sinks=others,
+            sink_energy=float(energy[sinks].sum()) / total if total > 0 else 0.0,
+            sink_columns=column[alone].unique().tolist() if others > 0 else [])

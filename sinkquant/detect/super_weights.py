@@ -6,18 +6,25 @@ null of other large weights of the same matrix.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from sinkquant.artifacts import SuperWeight
-from sinkquant.models import Decoder, Walk, weight_matrix
+from sinkquant.models import Decoder, Step, Walk, weight_matrix
 from sinkquant.recipe import Detection
 
 NULL_WEIGHTS = 3
 PER_MODULE = 3
 ABLATION_ROWS = 16
+PER_WALK = 8
+"""Modules whose ablations share a walk: each keeps NULL_WEIGHTS + PER_MODULE sets of hidden states."""
+
+Progress = Callable[[int, int, str], None]
 
 
 class SpikeWatcher:
@@ -29,11 +36,13 @@ class SpikeWatcher:
         self.modules = [down_projection(decoder, i) for i in range(len(decoder.blocks))]
         self.spikes: dict[str, tuple[float, int, int]] = {}
 
-    def handles(self, index: int) -> list[Any]:
-        """Hooks on the down projection of one block; the caller removes them."""
+    @contextlib.contextmanager
+    def watching(self, index: int) -> Iterator[None]:
+        """Look at the down projection of one block while the context is open."""
         name = self.modules[index]
         if name is None:
-            return []
+            yield
+            return
 
         def hook(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
             inputs, outputs = args[0].abs().float(), output.abs().float()
@@ -42,7 +51,11 @@ class SpikeWatcher:
                 column = int(inputs.flatten(0, -2).amax(0).argmax())
                 self.spikes[name] = (peak, int(outputs.flatten(0, -2).amax(0).argmax()), column)
 
-        return [self.decoder.linears[name].register_forward_hook(hook)]
+        handle = self.decoder.linears[name].register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def down_projection(decoder: Decoder, index: int) -> str | None:
@@ -58,31 +71,77 @@ def down_projection(decoder: Decoder, index: int) -> str | None:
 
 
 def confirm(decoder: Decoder, watcher: SpikeWatcher, rows: torch.Tensor, settings: Detection, device: str,
-            dtype: torch.dtype, seed: int) -> list[SuperWeight]:
+            dtype: torch.dtype, seed: int, progress: Progress | None = None) -> list[SuperWeight]:
     """Zero every candidate and keep those that cost more loss than the threshold and than three times the null.
+
+    The ablations of several modules share one walk: each starts from the unharmed inputs of its block.
 
     Args:
         rows: int64 [rows, length] of natural text.
     """
-    if not watcher.spikes:
-        return []
-    rows = rows[:ABLATION_ROWS]
-    base = _loss(decoder, rows, settings, device, dtype)
     found = []
-    for name, (_, row, column) in watcher.spikes.items():
-        module = decoder.linears[name]
-        weight = weight_matrix(module).clone()
-        null = max(_ablated(decoder, module, r, c, rows, settings, device, dtype) - base
-                   for r, c in _null_weights(weight, row, column, seed))
-        needed = max(settings.super_weight_loss, 3 * null)
-        # The paper's loop: zero the super weight, look for the next largest contribution to the same spike.
-        for other in _largest_in_row(weight, row, column):
-            increase = _ablated(decoder, module, row, other, rows, settings, device, dtype) - base
-            if increase <= needed:
-                break
-            found.append(SuperWeight(module=name, row=row, column=other, value=float(weight[row, other]),
-                                     loss_increase=increase))
+    names = list(watcher.spikes)
+    for start in range(0, len(names), PER_WALK):
+        walk = Walk(decoder, rows[:ABLATION_ROWS], settings.batch_size, device, dtype)
+        trials: list[_Trial] = []
+        for step in walk.steps():
+            for trial in trials:
+                trial.hidden = step.replay(trial.hidden)
+            for name in names[start:start + PER_WALK]:
+                if decoder.block_of(name) == step.index:
+                    trials += _ablations(step, decoder.linears[name], name, watcher.spikes[name], seed)
+            if progress:
+                progress(step.index + 1, len(decoder.blocks), "zeroing large weights")
+        base = float(walk.losses().double().mean())
+        for trial in trials:
+            trial.increase = float(walk.losses(trial.hidden).double().mean()) - base
+        for name in names[start:start + PER_WALK]:
+            found += _judged(name, [trial for trial in trials if trial.module == name], settings)
     return sorted(found, key=lambda s: -s.loss_increase)
+
+
+@dataclass
+class _Trial:
+    """One zeroed weight. `hidden`: the hidden states that it leads to so far, [rows, length, hidden_size]."""
+
+    module: str
+    row: int
+    column: int
+    value: float
+    is_null: bool
+    hidden: torch.Tensor
+    increase: float = 0.0
+
+
+def _ablations(step: Step, module: nn.Module, name: str, spike: tuple[float, int, int], seed: int) -> list[_Trial]:
+    """Zero the null weights, then the candidate and the next largest of its row, one at a time."""
+    _, row, column = spike
+    weight = weight_matrix(module)
+    places = [(r, c, True) for r, c in _null_weights(weight, row, column, seed)]
+    places += [(row, c, False) for c in _largest_in_row(weight, row, column)]
+    trials = []
+    for r, c, is_null in places:
+        before = weight[r, c].clone()
+        weight[r, c] = 0
+        try:
+            hidden = step.replay(step.walk.hidden)
+        finally:
+            weight[r, c] = before
+        trials.append(_Trial(name, r, c, float(before), is_null, hidden))
+    return trials
+
+
+def _judged(name: str, trials: list[_Trial], settings: Detection) -> list[SuperWeight]:
+    """The paper's loop: zero the super weight, look for the next largest contribution to the same spike."""
+    needed = max(settings.super_weight_loss, 3 * max(trial.increase for trial in trials if trial.is_null))
+    found = []
+    for trial in trials:
+        if not trial.is_null:
+            if trial.increase <= needed:
+                break
+            found.append(SuperWeight(module=name, row=trial.row, column=trial.column, value=trial.value,
+                                     loss_increase=trial.increase))
+    return found
 
 
 def _largest_in_row(weight: torch.Tensor, row: int, column: int) -> list[int]:
@@ -99,21 +158,3 @@ def _null_weights(weight: torch.Tensor, row: int, column: int, seed: int) -> lis
     places = [(int(i) // weight.shape[1], int(i) % weight.shape[1])
               for i in top[torch.randperm(len(top), generator=generator)]]
     return [place for place in places if place != (row, column)][:NULL_WEIGHTS]
-
-
-def _ablated(decoder: Decoder, module: nn.Module, row: int, column: int, rows: torch.Tensor, settings: Detection,
-             device: str, dtype: torch.dtype) -> float:
-    # The walk gives a module new storage when it casts it, so the matrix is fetched again before it is mended.
-    before = weight_matrix(module)[row, column].clone()
-    weight_matrix(module)[row, column] = 0
-    try:
-        return _loss(decoder, rows, settings, device, dtype)
-    finally:
-        weight_matrix(module)[row, column] = before
-
-
-def _loss(decoder: Decoder, rows: torch.Tensor, settings: Detection, device: str, dtype: torch.dtype) -> float:
-    walk = Walk(decoder, rows, settings.batch_size, device, dtype)
-    for _ in walk.steps():
-        pass
-    return float(walk.losses().double().mean())

@@ -5,6 +5,8 @@ Bounded: one number per layer, head and token, never a length x length matrix.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from sinkquant.models import AttentionRecord
@@ -29,23 +31,26 @@ class AttentionTable:
         self.value_norms: list[torch.Tensor] = []
         self.output_norms: list[torch.Tensor] = []
         self.has_learned_sink = False
-        self._open: list[AttentionRecord] = []
+        self._open: list[_Batch] = []
 
     def attention(self, record: AttentionRecord) -> None:
         """Called by the walk for every batch; the caller closes a layer with `close_layer`."""
-        self._open.append(record)
+        self.has_learned_sink |= record.has_learned_sink
+        self._open.append(_Batch(
+            received=record.received.cpu(), learned=(record.learned / record.query.shape[2]).cpu(),
+            visible=record.visible.cpu(), uniform=record.uniform.cpu(),
+            value_norms=record.value.float().norm(dim=-1).cpu(),
+            output_norms=record.output.float().norm(dim=-1).double().sum(dim=(0, 2)).cpu()))
 
     def close_layer(self) -> None:
-        """All batches of a layer were seen: keep what is needed and forget the rest."""
-        records, self._open = self._open, []
-        self.received.append(torch.cat([r.received for r in records]).cpu())
-        self.learned.append(torch.cat([r.learned / r.query.shape[2] for r in records]).cpu())
-        self.visible.append(records[0].visible.cpu())
-        self.uniform.append(records[0].uniform.cpu())
-        self.value_norms.append(torch.cat([r.value.float().norm(dim=-1) for r in records]).cpu())
-        self.output_norms.append(torch.stack(
-            [r.output.float().norm(dim=-1).double().sum(dim=(0, 2)) for r in records]).sum(0).cpu())
-        self.has_learned_sink |= any(r.has_learned_sink for r in records)
+        """All batches of a layer were seen: put them together."""
+        batches, self._open = self._open, []
+        self.received.append(torch.cat([batch.received for batch in batches]))
+        self.learned.append(torch.cat([batch.learned for batch in batches]))
+        self.visible.append(batches[0].visible)
+        self.uniform.append(batches[0].uniform)
+        self.value_norms.append(torch.cat([batch.value_norms for batch in batches]))
+        self.output_norms.append(torch.stack([batch.output_norms for batch in batches]).sum(0))
 
     def sink_rate(self, threshold: float, position: int = 0) -> float:
         """Sink rate by Gu et al. (2410.10781, section 3): the share of samples, layers and heads in which the
@@ -53,3 +58,15 @@ class AttentionTable:
         over = [(received[:, :, position] / visible[position].clamp(min=1) > threshold).float().mean()
                 for received, visible in zip(self.received, self.visible, strict=True)]
         return float(torch.stack(over).mean())
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What is kept of one batch of one layer; names and shapes as in the table."""
+
+    received: torch.Tensor
+    learned: torch.Tensor
+    visible: torch.Tensor
+    uniform: torch.Tensor
+    value_norms: torch.Tensor
+    output_norms: torch.Tensor

@@ -44,7 +44,15 @@ class Step:
 
     def run(self) -> torch.Tensor:
         """Replay all rows. Returns the block's outputs, [rows, length, hidden_size] in the compute dtype."""
-        inputs = self.walk.hidden
+        self.outputs = self.replay(self.walk.hidden)
+        return self.outputs
+
+    def replay(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What the block makes of other inputs than the walk's, without any effect on the walk. Same shapes as `run`.
+
+        Raises:
+            SinkquantError: it is not finite.
+        """
         outputs = self.walk.store.empty(tuple(inputs.shape), inputs.dtype)
         with self.walk.watched():
             for start in range(0, len(inputs), self.walk.batch_size):
@@ -55,7 +63,6 @@ class Step:
                     raise SinkquantError(f"the outputs of {self.name} are not finite in {self.walk.dtype}; "
                                          "run with compute.dtype=float32 or check the model's weights.")
                 outputs[self.batch] = given.to(outputs.device)
-        self.outputs = outputs
         return outputs
 
 
@@ -92,13 +99,18 @@ class Walk:
             for (step,) in walking:
                 yield step
 
-    def losses(self) -> torch.Tensor:
-        """Cross-entropy of the next token after a finished walk, float32 [rows, length - 1], in nats."""
+    def losses(self, outputs: torch.Tensor | None = None) -> torch.Tensor:
+        """Cross-entropy of the next token after a finished walk, float32 [rows, length - 1], in nats.
+
+        Args:
+            outputs: the last block's outputs, [rows, length, hidden_size], where they are others than the walk's.
+        """
+        ended = self.hidden if outputs is None else outputs
         losses = []
-        for start in range(0, len(self.hidden), self.batch_size):
+        for start in range(0, len(ended), self.batch_size):
             batch = slice(start, start + self.batch_size)
 
-            def logits(rows: torch.Tensor, hidden: torch.Tensor = self.hidden[batch]) -> torch.Tensor:
+            def logits(rows: torch.Tensor, hidden: torch.Tensor = ended[batch]) -> torch.Tensor:
                 with _stubbed(self.decoder, hidden.to(self.device)):
                     return torch.as_tensor(self.decoder.model(rows, use_cache=False).logits)
 
