@@ -12,6 +12,12 @@ DTYPES = {"int64": ("I64", 8), "float64": ("F64", 8), "float32": ("F32", 4), "in
           "bool": ("BOOL", 1)}
 """torch's name of a dtype -> its name in safetensors and its bytes, in the order in which safetensors writes them."""
 
+FILE_BYTES = 5 * 10**9
+"""A checkpoint with more bytes of tensors is written as several files."""
+
+Tensor = tuple[str, list[int]]
+"""dtype and shape."""
+
 
 def scale_dtype(dtype: str) -> str:
     """Scales take 16 bits: float16 in a float16 model, bfloat16 in any other."""
@@ -35,36 +41,62 @@ def module_bytes(shape: ModelShape, name: str, bits: int, group_size: int | None
         dtype, _ = shape.tensors.get(f"{name}.weight") or shape.tensors.get(name) or (shape.dtype, [])
         return DTYPES[dtype][1] * linear.parameters
     packed = packed_tensors(name, linear.rows, linear.columns, bits, group_size, shape.dtype)
-    return sum(_bytes(*tensor) for tensor in packed.values())
+    return sum(tensor_bytes(*tensor) for tensor in packed.values())
 
 
-def checkpoint_bytes(shape: ModelShape, formats: dict[str, tuple[int, int | None]]) -> int:
-    """Bytes of the safetensors file of a checkpoint, its header included.
+def checkpoint_tensors(shape: ModelShape, formats: dict[str, tuple[int, int | None]]) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, name -> (dtype, shape), in the order of the model.
 
     Args:
         formats: module name -> (bits, group_size) of every packed linear; the rest stays as it is.
     """
-    tensors = {name: tensor for name, tensor in shape.tensors.items()
-               if not (name.endswith(".weight") and name.removesuffix(".weight") in formats)}
-    for name, (bits, group_size) in formats.items():
-        linear = shape.linears[name]
-        tensors |= packed_tensors(name, linear.rows, linear.columns, bits, group_size, shape.dtype)
-    return sum(_bytes(*tensor) for tensor in tensors.values()) + _header_bytes(tensors)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in shape.tensors.items():
+        module = name.removesuffix(".weight")
+        if name.endswith(".weight") and module in formats:
+            linear = shape.linears[module]
+            tensors |= packed_tensors(module, linear.rows, linear.columns, *formats[module], shape.dtype)
+        else:
+            tensors[name] = tensor
+    return tensors
 
 
-def _bytes(dtype: str, size: list[int]) -> int:
+def checkpoint_files(tensors: dict[str, Tensor], limit: int = FILE_BYTES) -> list[dict[str, Tensor]]:
+    """Which tensors go into which safetensors file: in order, a new one where `limit` bytes would be passed."""
+    files: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        size = tensor_bytes(*tensor)
+        if files[-1] and filled + size > limit:
+            files.append({})
+            filled = 0
+        files[-1][name] = tensor
+        filled += size
+    return files
+
+
+def checkpoint_bytes(shape: ModelShape, formats: dict[str, tuple[int, int | None]]) -> int:
+    """Bytes of the safetensors files of a checkpoint, their headers included. `formats` as in `checkpoint_tensors`."""
+    files = checkpoint_files(checkpoint_tensors(shape, formats))
+    return sum(len(file_header(file)) + sum(tensor_bytes(*tensor) for tensor in file.values()) for file in files)
+
+
+def tensor_bytes(dtype: str, size: list[int]) -> int:
+    """Bytes of one tensor."""
     return DTYPES[dtype][1] * math.prod(size)
 
 
-def _header_bytes(tensors: dict[str, tuple[str, list[int]]]) -> int:
-    """safetensors writes tensors by dtype, then by name, and pads its JSON to eight bytes."""
+def file_header(tensors: dict[str, Tensor]) -> bytes:
+    """What stands before the data of a safetensors file: the length of its JSON, and the JSON with the place of every
+    tensor. safetensors writes tensors by dtype, then by name, and pads the JSON to eight bytes."""
     rank = list(DTYPES)
     ordered = sorted(tensors.items(), key=lambda item: (rank.index(item[1][0]), item[0]))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (dtype, size) in ordered:
-        end = offset + _bytes(dtype, size)
+        end = offset + tensor_bytes(dtype, size)
         header[name] = {"dtype": DTYPES[dtype][0], "shape": size, "data_offsets": [offset, end]}
         offset = end
-    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + math.ceil(length / 8) * 8
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -10,7 +10,7 @@ from compressed_tensors.compressors.pack_quantized import pack_to_int32
 from transformers import PreTrainedModel
 
 from sinkquant.artifacts import Plan
-from sinkquant.quantize import PackedWeight
+from sinkquant.quantize import PackedWeight, row_chunks
 
 
 def quantization_config(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
@@ -34,12 +34,26 @@ def quantization_config(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
             "config_groups": groups, "ignore": ignore, "kv_cache_scheme": None}
 
 
-def packed_state(model: PreTrainedModel, weights: dict[str, PackedWeight]) -> dict[str, torch.Tensor]:
-    """The model's state dict with the weight of every packed linear replaced by its packed tensors."""
-    state = dict(model.state_dict())
-    for name, weight in weights.items():
-        del state[f"{name}.weight"]
-        state[f"{name}.weight_packed"] = pack_to_int32(weight.codes, weight.bits)
-        state[f"{name}.weight_scale"] = weight.scale
-        state[f"{name}.weight_shape"] = torch.tensor(weight.codes.shape, dtype=torch.int64)
-    return state
+def packed_linear(name: str, weight: PackedWeight) -> dict[str, torch.Tensor]:
+    """The three tensors that a packed linear becomes."""
+    return {f"{name}.weight_packed": pack(weight.codes, weight.bits), f"{name}.weight_scale": weight.scale,
+            f"{name}.weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64)}
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """What `pack_to_int32` of compressed-tensors gives, int32 [rows, words], several times as fast where a word holds
+    whole codes. codes: int8 [rows, columns]."""
+    rows, columns = codes.shape
+    if bits not in (2, 4, 8) or columns % 16:
+        return torch.cat([pack_to_int32(codes[part], bits) for part in row_chunks(codes)])
+    words = torch.empty(rows, columns * bits // 32, dtype=torch.int32)
+    short = {2: torch.int16, 4: torch.int32, 8: torch.int64}[bits]
+    for part in row_chunks(codes):
+        eight = (codes[part].contiguous().view(torch.uint8) + 2 ** (bits - 1)).view(torch.int64)
+        field, used = 8, bits
+        while used < field < 64:  # close the gap between two fields: they become one of twice the width
+            kept = sum(((1 << 2 * used) - 1) << start for start in range(0, 64, 2 * field))
+            eight = (eight | eight >> (field - used)) & kept
+            field, used = 2 * field, 2 * used
+        words[part] = eight.view(short)[:, ::64 // (8 * bits)].contiguous().view(torch.int32)
+    return words

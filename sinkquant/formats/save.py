@@ -17,15 +17,18 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinkquant.artifacts import SinkMap
+from sinkquant.artifacts import Plan, SinkMap
+from sinkquant.artifacts.sizes import checkpoint_tensors
 from sinkquant.errors import RequestError, SinkquantError
-from sinkquant.formats.bars import no_bars
-from sinkquant.formats.compressed import packed_state, quantization_config
+from sinkquant.formats.compressed import packed_linear, quantization_config
 from sinkquant.formats.load import load_dense
-from sinkquant.quantize import QuantizedState, state_of
+from sinkquant.formats.writer import CheckpointWriter
+from sinkquant.models import Decoder, pieces
+from sinkquant.quantize import PackedWeight, state_of
 from sinkquant.recipe import Recipe
 
 CHECKPOINT_SCHEMA = "sinkquant/checkpoint@1"
+PACKED = (".weight_packed", ".weight_scale", ".weight_shape")
 PACKAGES = ("sinkquant", "torch", "transformers", "compressed-tensors", "safetensors")
 
 
@@ -43,9 +46,34 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
     target = Path(folder)
     require_free(target)
     with written_aside(target) as temporary:
-        _write(model, tokenizer, state, temporary, sink_map or state.plan.sink_map, recipe)
+        writer = open_writer(temporary, model, state.plan)
+        copy_dense(writer, Decoder.of(model))
+        for name, weight in state.weights.items():
+            write_packed(writer, name, weight)
+        write_files(temporary, model, tokenizer, state.plan, sink_map or state.plan.sink_map, recipe)
         check_reload(model, temporary)
     return target
+
+
+def open_writer(folder: Path, model: PreTrainedModel, plan: Plan) -> CheckpointWriter:
+    """The weight files of a plan's checkpoint, ready to be written."""
+    formats: dict[str, tuple[int, int | None]] = {
+        name: (decision.bits, decision.group_size) for name, decision in plan.modules.items() if decision.bits < 16}
+    return CheckpointWriter(folder, checkpoint_tensors(Decoder.of(model).shape(""), formats))
+
+
+def copy_dense(writer: CheckpointWriter, decoder: Decoder) -> None:
+    """Write every tensor that the plan leaves as it is."""
+    for name in writer.tensors:
+        if not name.endswith(PACKED):
+            for start, rows in pieces(decoder, name):
+                writer.write(name, rows, start)
+
+
+def write_packed(writer: CheckpointWriter, name: str, weight: PackedWeight) -> None:
+    """Write the three tensors of a packed linear."""
+    for key, tensor in packed_linear(name, weight).items():
+        writer.write(key, tensor)
 
 
 def require_free(folder: Path) -> None:
@@ -70,16 +98,24 @@ def written_aside(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise SinkquantError(f"cannot write beside {target}: {error.strerror or error}.") from error
     try:
-        yield temporary
-        if target.is_dir():
-            target.rmdir()
-        temporary.rename(target)
+        with disk_errors(target):
+            yield temporary
+            if target.is_dir():
+                target.rmdir()
+            temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """What the file system raises while `target` is written becomes one sentence."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         reason = "the disk is full; free some space and run again" if full else str(error)
         raise SinkquantError(f"cannot write {target}: {reason}.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def versions() -> dict[str, str]:
@@ -87,23 +123,26 @@ def versions() -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in PACKAGES}
 
 
-def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: QuantizedState, folder: Path,
-           sink_map: SinkMap | None, recipe: Recipe | None) -> None:
-    if state.weights:
-        model.config.quantization_config = quantization_config(model, state.plan)
+def write_files(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan,
+                sink_map: SinkMap | None, recipe: Recipe | None) -> None:
+    """Everything of a checkpoint but its weights: config.json, the tokenizer, sinkquant.json."""
+    packed = any(decision.bits < 16 for decision in plan.modules.values())
+    if packed:
+        model.config.quantization_config = quantization_config(model, plan)
     try:
-        # transformers does not fuse experts while it loads compressed-tensors, so they are stored as it holds them.
-        with no_bars():
-            model.save_pretrained(folder, state_dict=packed_state(model, state.weights),
-                                  save_original_format=not state.weights)
+        model.config.dtype = str(model.dtype).removeprefix("torch.")
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
     finally:
-        if state.weights:
+        if packed:
             del model.config.quantization_config
     tokenizer.save_pretrained(folder)
     content: dict[str, Any] = {
-        "schema": CHECKPOINT_SCHEMA, "versions": versions(), "seed": state.plan.seed,
-        "recipe": recipe.model_dump(mode="json") if recipe else state.plan.recipe,
-        "plan": state.plan.model_dump(mode="json", by_alias=True),
+        "schema": CHECKPOINT_SCHEMA, "versions": versions(), "seed": plan.seed,
+        "recipe": recipe.model_dump(mode="json") if recipe else plan.recipe,
+        "plan": plan.model_dump(mode="json", by_alias=True),
         "sink_map": sink_map.model_dump(mode="json", by_alias=True) if sink_map else None}
     ours = folder / "sinkquant.json"
     ours.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ from sinkquant.models.attention import AttentionObserver, AttentionRecord, obser
 from sinkquant.models.decoder import Decoder, weight_matrix
 from sinkquant.models.loading import check_finite, load_model, load_tokenizer, pick_device, resolve
 from sinkquant.models.source import open_model, source_of
+from sinkquant.models.tensors import pieces
 from sinkquant.models.text import (
     BosPolicy,
     adds_bos,
@@ -34,6 +35,7 @@ __all__ = [
     "observed_attention",
     "open_model",
     "pick_device",
+    "pieces",
     "read_text",
     "resolve",
     "source_of",

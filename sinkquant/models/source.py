@@ -83,9 +83,12 @@ class WeightSource:
             device_map={"": "meta"})
         self.keys: dict[str, list[str]] = {}
         self.converted: set[str] = set()
+        self.aliases: dict[str, str] = {}
         missing = self._match()
         self._tie(missing)
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.aliases = {name: self.names[id(parameter)]
+                        for name, parameter in model.named_parameters(remove_duplicate=False)}
         self.config = dataclasses.replace(self.config, device_map={"": "cpu"})
         self._fill({name for name, _ in model.named_buffers()} & set(self.keys))  # small, and they stay
 
@@ -118,8 +121,18 @@ class WeightSource:
 
     def stored(self, name: str) -> StoredTensor | None:
         """The tensor on disk that is this parameter as it stands, or None where it has to be converted."""
+        name = self.aliases.get(name, name)
         tensor = self.tensors[self.keys[name][0]] if name in self.keys and name not in self.converted else None
         return tensor if isinstance(tensor, StoredTensor) else None
+
+    def replace(self, name: str, tensor: Stored) -> None:
+        """Read a parameter from somewhere else from now on.
+
+        Args:
+            tensor: of the same shape.
+        """
+        (key,) = self.keys[name]
+        self.tensors[key] = tensor
 
     def _match(self) -> set[str]:
         """Find out what every parameter is made of: transformers loads the checkpoint without its data.

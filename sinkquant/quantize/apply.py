@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -11,14 +12,28 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.artifacts import ModuleDecision, Plan
 from sinkquant.artifacts.sizes import module_bytes, scale_dtype
 from sinkquant.errors import RequestError
-from sinkquant.models import Decoder, Step, Walk, check_finite, pick_device, read_text, token_rows
+from sinkquant.models import ActivationStore, Decoder, Walk, check_finite, pick_device, read_text, token_rows
 from sinkquant.quantize.gptq import GPTQ
-from sinkquant.quantize.hessian import collected, token_weights
-from sinkquant.quantize.packed import PackedWeight
+from sinkquant.quantize.hessian import Hessian, collected, token_weights
+from sinkquant.quantize.packed import PackedWeight, row_chunks
 from sinkquant.quantize.rtn import RTN
 from sinkquant.quantize.state import ATTRIBUTE, QuantizedState, is_quantized
 
 Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class QuantizedBlock:
+    """What `quantized_blocks` did to one block.
+
+    Attributes:
+        weights: module name -> packed weight. losses: module name -> relative error that it was left with.
+    """
+
+    index: int
+    name: str
+    weights: dict[str, PackedWeight]
+    losses: dict[str, float]
 
 
 def quantize(model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerBase | None = None,
@@ -40,17 +55,37 @@ def quantize(model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerB
     check(decoder, plan)
     check_finite(model)
     state = QuantizedState(plan)
-    todo = {name: decision for name, decision in plan.modules.items() if decision.bits < 16}
-    store = getattr(torch, scale_dtype(str(model.dtype).removeprefix("torch.")))
-    if any(decision.method == "gptq" for decision in todo.values()):
-        _calibrated(decoder, plan, tokenizer, todo, state, store, pick_device(device), getattr(torch, dtype), progress)
-    else:
-        for done, (name, decision) in enumerate(todo.items()):
-            _quantize_one(decoder.linears[name], name, decision, plan, state, store, None)
-            if progress:
-                progress(done + 1, len(todo), "rounding")
+    for block in quantized_blocks(decoder, plan, tokenizer, pick_device(device), getattr(torch, dtype), progress):
+        state.weights |= block.weights
+        state.losses |= block.losses
     setattr(model, ATTRIBUTE, state)
     return model
+
+
+def quantized_blocks(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase | None, device: str,
+                     dtype: torch.dtype, progress: Progress | None = None, store: ActivationStore | None = None,
+                     done: int = 0) -> Iterator[QuantizedBlock]:
+    """Carry out a plan block by block; each is yielded while its weights, dense and quantized, are in memory.
+
+    Args:
+        device, dtype: where Hessians and GPTQ are computed, and in which precision rows walk.
+        store: where the hidden states of the calibration rows live.
+        done: so many blocks are quantized already: rows walk through them as they are, and nothing is yielded.
+
+    Raises:
+        RequestError: GPTQ without a tokenizer, or with too little text.
+        SinkquantError: a Hessian cannot be inverted.
+    """
+    todo = {name: decision for name, decision in plan.modules.items() if decision.bits < 16}
+    scales = getattr(torch, scale_dtype(str(decoder.model.dtype).removeprefix("torch.")))
+    if any(decision.method == "gptq" for decision in todo.values()):
+        blocks = _calibrated(decoder, plan, tokenizer, todo, scales, device, dtype, store, done)
+    else:
+        blocks = _rounded(decoder, plan, todo, scales, done)
+    for block in blocks:
+        yield block
+        if progress:
+            progress(block.index + 1, len(decoder.blocks), "quantizing blocks")
 
 
 def check(decoder: Decoder, plan: Plan) -> None:
@@ -83,9 +118,20 @@ def check(decoder: Decoder, plan: Plan) -> None:
                 raise RequestError(f"{name} and {other} are fused by engines and must share bits and group size.")
 
 
+def _rounded(decoder: Decoder, plan: Plan, todo: dict[str, ModuleDecision], scales: torch.dtype,
+             done: int) -> Iterator[QuantizedBlock]:
+    for index, (name, block) in enumerate(zip(decoder.block_names, decoder.blocks, strict=True)):
+        if index >= done:
+            with decoder.present([block]), torch.no_grad():
+                made = QuantizedBlock(index, name, {}, {})
+                for module, decision in _inside(name, todo).items():
+                    _quantize_one(decoder, module, decision, plan, made, scales, None)
+                yield made
+
+
 def _calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase | None,
-                todo: dict[str, ModuleDecision], state: QuantizedState, store: torch.dtype, device: str,
-                dtype: torch.dtype, progress: Progress | None) -> None:
+                todo: dict[str, ModuleDecision], scales: torch.dtype, device: str, dtype: torch.dtype,
+                store: ActivationStore | None, done: int) -> Iterator[QuantizedBlock]:
     if tokenizer is None:
         raise RequestError("the plan uses gptq, which needs calibration rows; hand over the tokenizer.")
     settings = plan.calibration
@@ -93,35 +139,38 @@ def _calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase
                       min(settings.length, decoder.max_length), settings.bos, decoder.vocabulary)
     weights = token_weights(rows, settings.sinks)
     shape = decoder.shape("")
-    walk = Walk(decoder, rows, settings.batch_size, device, dtype)
+    walk = Walk(decoder, rows, settings.batch_size, device, dtype, store=store)
     for step in walk.steps():
-        mine = {name: decision for name, decision in todo.items() if name.startswith(step.name + ".")}
+        if step.index < done:
+            continue
+        mine = _inside(step.name, todo)
+        made = QuantizedBlock(step.index, step.name, {}, {})
         # Fused modules read one input: its Hessian is collected once.
         source = {name: shape.linears[name].fused_with[0] for name in mine}
         readers = {source[name]: decoder.linears[source[name]]
                    for name, decision in mine.items() if decision.method == "gptq"}
+        hessians: dict[str, Hessian] = {}
         if readers:
             with collected(step, readers, weights) as hessians:
                 step.run()
-            means = {name: hessian.mean() for name, hessian in hessians.items()}
-            for name, decision in mine.items():
-                _quantize_one(decoder.linears[name], name, decision, plan, state, store, means.get(source[name]))
-        else:
-            for name, decision in mine.items():
-                _quantize_one(decoder.linears[name], name, decision, plan, state, store, None)
+        last = {source[name]: name for name in mine}
+        for name, decision in mine.items():
+            hessian = hessians[source[name]] if source[name] in hessians and decision.method == "gptq" else None
+            _quantize_one(decoder, name, decision, plan, made, scales, None if hessian is None else hessian.mean())
+            if last[source[name]] == name:
+                hessians.pop(source[name], None)
         if mine:
-            _replay(step)
-        if progress:
-            progress(step.index + 1, len(decoder.blocks), "quantizing blocks")
+            step.run()  # the next block must see what this one gives now
+        yield made
 
 
-def _replay(step: Step) -> None:
-    """The next block must see what this one gives now."""
-    step.run()
+def _inside(block: str, todo: dict[str, ModuleDecision]) -> dict[str, ModuleDecision]:
+    return {name: decision for name, decision in todo.items() if name.startswith(f"{block}.")}
 
 
-def _quantize_one(module: nn.Module, name: str, decision: ModuleDecision, plan: Plan, state: QuantizedState,
-                  store: torch.dtype, hessian: torch.Tensor | None) -> None:
+def _quantize_one(decoder: Decoder, name: str, decision: ModuleDecision, plan: Plan, made: QuantizedBlock,
+                  scales: torch.dtype, hessian: torch.Tensor | None) -> None:
+    module = decoder.linears[name]
     weight = module.weight.data
     assert isinstance(weight, torch.Tensor)
     assert decision.group_size is not None
@@ -129,19 +178,27 @@ def _quantize_one(module: nn.Module, name: str, decision: ModuleDecision, plan: 
         if hessian is None:
             raise RequestError(f"no calibration token reached {name}; give more text, or set its method to rtn.")
         packed = GPTQ(decision.bits, decision.group_size, plan.calibration.damping, plan.calibration.act_order,
-                      store).quantize(weight, hessian, name)
+                      scales).quantize(weight, hessian, name)
     else:
-        packed = RTN(decision.bits, decision.group_size, store).quantize(weight)
-    new = packed.dequantized(torch.float32)
-    state.losses[name] = relative_error(weight.float(), new, hessian)
-    module.weight.data = new.to(weight.dtype)
-    state.weights[name] = PackedWeight(packed.codes.cpu(), packed.scale.cpu(), packed.bits)
+        packed = RTN(decision.bits, decision.group_size, scales).quantize(weight)
+    # What the checkpoint will give: rounded to the model's own dtype, whatever the walk computes in.
+    new = packed.dequantized(decoder.model.dtype).to(weight.dtype)
+    made.losses[name] = relative_error(weight, new, hessian)
+    module.weight.data = new
+    made.weights[name] = PackedWeight(packed.codes.cpu(), packed.scale.cpu(), packed.bits)
 
 
 def relative_error(weight: torch.Tensor, new: torch.Tensor, hessian: torch.Tensor | None) -> float:
     """trace(dW H dW^T) / trace(W H W^T); H is the identity where none was taken."""
-    difference = (new - weight).double()
-    original = weight.double()
-    if hessian is None:
-        return float(difference.square().sum() / original.square().sum().clamp(min=1e-30))
-    return float(((difference @ hessian) * difference).sum() / ((original @ hessian) * original).sum().clamp(min=1e-30))
+    metric = None if hessian is None else hessian.float()
+    error, total = 0.0, 0.0
+    for rows in row_chunks(weight):
+        before = weight[rows].float()
+        error += _norm(new[rows].float() - before, metric)
+        total += _norm(before, metric)
+    return error / max(total, 1e-30)
+
+
+def _norm(part: torch.Tensor, metric: torch.Tensor | None) -> float:
+    """trace(X H X^T) of some rows."""
+    return float(((part if metric is None else part @ metric) * part).sum(dtype=torch.float64))

@@ -8,6 +8,9 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams
 
+CHUNK = 1 << 17
+"""Weights that are worked on at a time."""
+
 
 @dataclass(frozen=True)
 class PackedWeight:
@@ -22,7 +25,10 @@ class PackedWeight:
 
         The product of an 8-bit code and a 16-bit scale is exact in float32, so that one rounding remains.
         """
-        return dequantize(self.codes, self.scale).to(dtype)
+        dense = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        for rows in row_chunks(self.codes):
+            dense[rows] = dequantize(self.codes[rows], self.scale[rows])
+        return dense
 
 
 def group_scales(weight: torch.Tensor, bits: int, group_size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -46,10 +52,18 @@ def group_scales(weight: torch.Tensor, bits: int, group_size: int, dtype: torch.
 
 def to_codes(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """Round to the nearest code, int8 [rows, columns]. scale: [rows, groups]."""
-    spread = scale.float().repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
-    return torch.clamp(torch.round(weight.float() / spread), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1).to(torch.int8)
+    grouped = weight.float().reshape(*scale.shape, -1) / scale.float()[..., None]
+    codes = grouped.round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return codes.to(torch.int8).reshape(weight.shape)
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """code * scale in float32, [rows, columns]."""
-    return codes.float() * scale.float().repeat_interleave(codes.shape[1] // scale.shape[1], dim=1)
+    return (codes.reshape(*scale.shape, -1).float() * scale.float()[..., None]).reshape(codes.shape)
+
+
+def row_chunks(weight: torch.Tensor) -> list[slice]:
+    """Slices of rows that are small enough for what is computed from them to stay in a processor's cache."""
+    rows, columns = weight.shape
+    step = max(1, CHUNK // columns)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sinkquant.quantize.packed import PackedWeight, group_scales, to_codes
+from sinkquant.quantize.packed import PackedWeight, group_scales, row_chunks, to_codes
 
 
 @dataclass(frozen=True)
@@ -19,5 +19,8 @@ class RTN:
 
     def quantize(self, weight: torch.Tensor) -> PackedWeight:
         """weight: float [rows, columns]."""
-        scale = group_scales(weight, self.bits, self.group_size, self.scale_dtype)
-        return PackedWeight(to_codes(weight, scale, self.bits), scale, self.bits)
+        codes, scales = torch.empty(weight.shape, dtype=torch.int8, device=weight.device), []
+        for rows in row_chunks(weight):
+            scales.append(group_scales(weight[rows], self.bits, self.group_size, self.scale_dtype))
+            codes[rows] = to_codes(weight[rows], scales[-1], self.bits)
+        return PackedWeight(codes, torch.cat(scales), self.bits)

@@ -1,0 +1,131 @@
+"""From disk to disk: a plan is carried out block by block, and every block is written as soon as it is done.
+
+The checkpoint grows in `<folder>.partial`, which a run that was killed goes on with: `blocks.json` in it says how many
+blocks are done. Blocks that are done are read back from there when rows have to walk through them again, so that the
+result does not depend on where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sinkquant.artifacts import Plan, SinkMap
+from sinkquant.artifacts.base import write_atomically
+from sinkquant.errors import SinkquantError
+from sinkquant.formats.compressed import packed_linear
+from sinkquant.formats.load import load_dense
+from sinkquant.formats.save import copy_dense, disk_errors, open_writer, require_free, write_files, write_packed
+from sinkquant.formats.writer import CheckpointWriter
+from sinkquant.models import ActivationStore, Decoder, open_model, source_of
+from sinkquant.models.shards import dense_tensors, stored_tensors
+from sinkquant.quantize import QuantizedBlock, check, quantized_blocks
+from sinkquant.recipe import Recipe
+
+Progress = Callable[[int, int, str], None]
+LOG = logging.getLogger("sinkquant")
+STATE = "blocks.json"
+RELOADED = 1 << 30
+"""A checkpoint whose dense weights take no more bytes is also loaded by plain transformers, and compared."""
+
+
+def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerBase,
+                sink_map: SinkMap | None = None, recipe: Recipe | None = None, device: str = "cpu",
+                dtype: torch.dtype = torch.float32, store: ActivationStore | None = None,
+                progress: Progress | None = None) -> dict[str, float]:
+    """Quantize a model from `open_model` into a checkpoint, or go on where a run that was killed has left it.
+
+    Returns:
+        module name -> relative error that it was left with.
+
+    Raises:
+        RequestError: the plan does not fit the model, or the folder is not free.
+        SinkquantError: the disk is full, a Hessian cannot be inverted, or what was written reads back differently.
+    """
+    require_free(folder)
+    decoder = Decoder.of(model)
+    check(decoder, plan)
+    partial = folder.with_name(f"{folder.name}.partial")
+    with disk_errors(folder):
+        partial.mkdir(parents=True, exist_ok=True)
+        writer = open_writer(partial, model, plan)
+        done, losses = _state(partial)
+        if done is None:
+            copy_dense(writer, decoder)
+            writer.sync()
+            done = 0
+            _remember(partial, done, losses)
+        elif done:
+            _read_from(model, partial, decoder, plan, done)
+            LOG.info("%s: goes on after %d of %d blocks", folder.name, done, len(decoder.blocks))
+        for block in quantized_blocks(decoder, plan, tokenizer, device, dtype, progress, store, done):
+            _write_block(writer, block)
+            losses |= block.losses
+            _remember(partial, block.index + 1, losses)
+            LOG.info("block %d of %d: %s", block.index + 1, len(decoder.blocks), _losses(block))
+        write_files(partial, model, tokenizer, plan, sink_map, recipe)
+        (partial / STATE).unlink()
+        _check_reload(partial, decoder)
+        partial.rename(folder)
+    return losses
+
+
+def _state(partial: Path) -> tuple[int | None, dict[str, float]]:
+    """Blocks that are done and the losses of their modules; None where nothing was written yet."""
+    if not (partial / STATE).is_file():
+        return None, {}
+    content = json.loads((partial / STATE).read_text(encoding="utf-8"))
+    return int(content["done"]), dict(content["losses"])
+
+
+def _remember(partial: Path, done: int, losses: dict[str, float]) -> None:
+    write_atomically(partial / STATE, json.dumps({"done": done, "losses": losses}) + "\n")
+
+
+def _read_from(model: PreTrainedModel, partial: Path, decoder: Decoder, plan: Plan, done: int) -> None:
+    """Let the model read the linears of the blocks that are done from what was written of them."""
+    source = source_of(model)
+    assert source is not None
+    bits = {name: decision.bits for name, decision in plan.modules.items()
+            if decision.bits < 16 and decoder.block_of(name) < done}
+    dense = dense_tensors(stored_tensors(partial), bits, model.dtype)
+    for name in bits:
+        source.replace(f"{name}.weight", dense[f"{name}.weight"])
+
+
+def _write_block(writer: CheckpointWriter, block: QuantizedBlock) -> None:
+    """Write a block's packed weights, and compare what the disk gives back."""
+    for name, weight in block.weights.items():
+        write_packed(writer, name, weight)
+    writer.sync()
+    for name, weight in block.weights.items():
+        for key, expected in packed_linear(name, weight).items():
+            if not torch.equal(writer.read(key), expected):
+                raise SinkquantError(f"{key} reads back differently from what was written; check the disk.")
+
+
+def _losses(block: QuantizedBlock) -> str:
+    return ", ".join(f"{name.removeprefix(block.name + '.')} {loss:.3g}" for name, loss in block.losses.items())
+
+
+def _check_reload(partial: Path, decoder: Decoder) -> None:
+    """Load the checkpoint as any user would and compare every weight with what this package reads of it.
+
+    Raises:
+        SinkquantError: they differ.
+    """
+    size = sum(parameter.numel() * parameter.element_size() for parameter in decoder.model.parameters())
+    if size > RELOADED:
+        LOG.info("not loaded as a whole by transformers, since it would take %d bytes", size)
+        return
+    again = load_dense(partial, dtype=decoder.model.dtype).state_dict()
+    mine = Decoder.of(open_model(partial))
+    with mine.present([mine.model]):
+        for name, tensor in mine.model.state_dict().items():
+            if not torch.equal(again[name], tensor):
+                raise SinkquantError(f"{name} of the checkpoint is not what transformers loads; nothing was written.")
