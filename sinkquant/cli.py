@@ -100,11 +100,11 @@ def plan(model: ModelArgument,
          trust_remote_code: TrustOption = False) -> None:
     """Decide bits per module, with reasons and exact bytes; quantizes nothing."""
     chosen = Recipe.load(recipe).replace(assignments or [])
-    from sinkquant.models import Decoder, load_model, resolve
+    from sinkquant.models import Decoder, open_model, resolve
     from sinkquant.policy import make_plan
 
     found = SinkMap.load(sink_map) if sink_map else _detect(model, text, chosen, trust_remote_code)
-    loaded = load_model(resolve(model), trust_remote_code=trust_remote_code)
+    loaded = open_model(resolve(model), trust_remote_code=trust_remote_code)
     made = make_plan(Decoder.of(loaded).shape(model), found, chosen)
     if output:
         made.save(output)
@@ -161,10 +161,10 @@ def report(folders: Annotated[list[Path], typer.Argument(help="One run's folder,
 def doctor(model: ModelArgument, text: TextOption = None, trust_remote_code: TrustOption = False) -> None:
     """Audit the tokenization, and say what of a model is supported."""
     from sinkquant.doctor import examine
-    from sinkquant.models import load_model, load_tokenizer, resolve
+    from sinkquant.models import load_tokenizer, open_model, resolve
 
     folder = resolve(model)
-    audit = examine(load_model(folder, trust_remote_code=trust_remote_code),
+    audit = examine(open_model(folder, trust_remote_code=trust_remote_code),
                     load_tokenizer(folder, trust_remote_code), text)
     for title, facts in (("Tokenization", audit.tokenization), ("Support", audit.support)):
         table = Table(title=title, show_header=False, title_justify="left")
@@ -192,13 +192,13 @@ def recipes(action: Annotated[str | None, typer.Argument(help="'show' to print o
 
 def _detect(model: str, text: str | None, recipe: Recipe, trust_remote_code: bool) -> SinkMap:
     from sinkquant.detect import detect as find
-    from sinkquant.models import load_model, load_tokenizer, read_text, resolve
+    from sinkquant.models import load_tokenizer, open_model, read_text, resolve
 
     folder = resolve(model)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     read_text(text or recipe.calibration.text, "calibration")
     with _progress() as progress:
-        loaded = load_model(folder, trust_remote_code=trust_remote_code)
+        loaded = open_model(folder, trust_remote_code=trust_remote_code)
         return find(loaded, tokenizer, text, recipe, model, progress)
 
 

@@ -22,10 +22,18 @@ from sinkquant.artifacts.report import Fidelity
 from sinkquant.detect import detect
 from sinkquant.errors import RequestError
 from sinkquant.evaluate import BASELINE, Candidate, evaluate, require_tasks_possible
-from sinkquant.formats import load_dense, read_checkpoint, require_free, save, versions
-from sinkquant.models import Decoder, load_model, load_tokenizer, pick_device, read_text, resolve, token_rows
+from sinkquant.formats import load_dense, quantize_to, read_checkpoint, require_free, versions
+from sinkquant.models import (
+    Decoder,
+    load_model,
+    load_tokenizer,
+    open_model,
+    pick_device,
+    read_text,
+    resolve,
+    token_rows,
+)
 from sinkquant.policy import make_control, make_plan
-from sinkquant.quantize import quantize
 from sinkquant.recipe import Recipe
 from sinkquant.report import write
 
@@ -107,7 +115,7 @@ class _Job:
         return write(self.work, report, sink_map, aware, after["sink_aware"])
 
     def load(self) -> PreTrainedModel:
-        return load_model(self.folder, trust_remote_code=self.trust_remote_code)
+        return open_model(self.folder, trust_remote_code=self.trust_remote_code)
 
     def sink_map(self, model: PreTrainedModel) -> SinkMap:
         path = self.work / "sinkmap.json"
@@ -128,16 +136,15 @@ class _Job:
     def checkpoint(self, place: str, one: Plan, sink_map: SinkMap) -> None:
         if (self.work / place).is_dir():
             return
-        model = self.load()
         compute = self.recipe.compute
-        quantize(model, one, self.tokenizer, compute.device, compute.dtype, self.progress)
-        save(model, self.tokenizer, self.work / place, sink_map, self.recipe)
+        quantize_to(self.work / place, self.load(), one, self.tokenizer, sink_map, self.recipe,
+                    pick_device(compute.device), getattr(torch, compute.dtype), progress=self.progress)
         LOG.info("%s: %d bytes written", place, _weight_bytes(self.work / place))
 
     def look_again(self, place: str) -> SinkMap:
         """The sinks of a quantized checkpoint, without the ablations."""
         recipe = self.recipe.replace(["detect.super_weights=false", "detect.long_rows=0"])
-        return detect(load_dense(self.work / place), self.tokenizer, recipe=recipe, name=place, progress=self.progress)
+        return detect(open_model(self.work / place), self.tokenizer, recipe=recipe, name=place, progress=self.progress)
 
     def evaluate(self, plans: dict[str, Plan], sink_map: SinkMap, after: dict[str, SinkMap]) -> Report:
         device, dtype = pick_device(self.recipe.compute.device), getattr(torch, self.recipe.compute.dtype)

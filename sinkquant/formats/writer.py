@@ -78,10 +78,15 @@ class CheckpointWriter:
         """Give a file its header and its size, unless a run that was interrupted has done so."""
         header = file_header(tensors)
         size = len(header) + sum(tensor_bytes(*tensor) for tensor in tensors.values())
-        if not path.is_file() or path.stat().st_size != size or path.open("rb").read(len(header)) != header:
+        if not path.is_file() or path.stat().st_size != size or _start(path, len(header)) != header:
             with path.open("wb") as file:
                 file.write(header)
                 file.truncate(size)
         for name, entry in json.loads(header[8:]).items():
             if name != "__metadata__":
                 self.places[name] = (path, len(header) + int(entry["data_offsets"][0]))
+
+
+def _start(path: Path, count: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(count)
