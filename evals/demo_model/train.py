@@ -10,6 +10,10 @@ What makes sinks form, and why it is done here:
 - A mixing cost (mixing.py) in the stages that ask for it, since the model is small and the training short. A model card
   in the output says so.
 Massive activations (Sun et al. 2402.17762) come by themselves with AdamW.
+
+What else the literature proposes is an option: `bos: none` packs rows without `<bos>`; `architecture` may be any causal
+decoder of transformers, one with a learned sink column (granite_swa; gpt-oss, 2508.10925) or with gated attention
+(afmoe; 2505.06708) among them. evals/studies/ compares them.
 """
 
 from __future__ import annotations
@@ -18,10 +22,11 @@ import argparse
 import lzma
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -31,6 +36,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 SEPARATOR = "<|doc|>"
+Bos = Literal["first", "none"]
 
 
 @dataclass(frozen=True)
@@ -58,37 +64,45 @@ def read_documents(folder: Path) -> list[str]:
     return documents
 
 
-def train_tokenizer(documents: list[str], vocabulary: int, length: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE that puts `<s>` in front of a text, once."""
+def train_tokenizer(documents: Sequence[str], vocabulary: int, length: int,
+                    bos: Bos = "first") -> PreTrainedTokenizerFast:
+    """Byte-level BPE that puts `<s>` in front of a text, once, or never with `bos` "none"."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=SPECIAL, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(documents, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", SPECIAL.index("<s>"))])
+    if bos == "first":
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", SPECIAL.index("<s>"))])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
                                    model_max_length=length)
 
 
-def batches(stream: torch.Tensor, stage: Stage, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Random rows of the token stream, `<s>` first in each: int64 [rows, length]."""
+def batches(stream: torch.Tensor, stage: Stage, generator: torch.Generator, bos: Bos) -> Iterator[torch.Tensor]:
+    """Random rows of the token stream, `<s>` first in each if `bos` says so: int64 [rows, length]."""
+    front = torch.full((stage.rows, 1), SPECIAL.index("<s>")) if bos == "first" else torch.empty(stage.rows, 0).long()
+    room = stage.length - front.shape[1]
     for _ in range(stage.steps):
         starts = torch.randint(len(stream) - stage.length, (stage.rows,), generator=generator)
-        rows = torch.stack([stream[s:s + stage.length - 1] for s in starts.tolist()]).long()
-        yield torch.cat([torch.full((stage.rows, 1), SPECIAL.index("<s>")), rows], dim=1)
+        rows = torch.stack([stream[s:s + room] for s in starts.tolist()]).long()
+        yield torch.cat([front, rows], dim=1)
 
 
-def train(model: PreTrainedModel, stream: torch.Tensor, stages: list[Stage], seed: int, device: str) -> list[float]:
+def train(model: PreTrainedModel, stream: torch.Tensor, stages: list[Stage], seed: int, device: str,
+          bos: Bos = "first") -> list[float]:
     """Run all stages. Returns the loss of every step, mixing cost not counted."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.1)
     losses = []
     model.to(device).train()
-    with mixing_cost(model) as costs:
+    priced = any(stage.mixing_cost for stage in stages)
+    # The cost comes with an attention function of its own, which knows no learned sinks: only where it is asked for.
+    context: AbstractContextManager[list[torch.Tensor]] = mixing_cost(model) if priced else nullcontext([])
+    with context as costs:
         for stage in stages:
-            for step, rows in enumerate(batches(stream, stage, generator)):
+            for step, rows in enumerate(batches(stream, stage, generator, bos)):
                 rate = rate_at(stage, step)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
@@ -97,7 +111,8 @@ def train(model: PreTrainedModel, stream: torch.Tensor, stages: list[Stage], see
                 with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
                     logits = model(rows, use_cache=False).logits
                 loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten())
-                (loss + stage.mixing_cost * torch.stack(costs).mean()).backward()
+                price = stage.mixing_cost * torch.stack(costs).mean() if costs else torch.zeros(())
+                (loss + price.to(device)).backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -116,16 +131,17 @@ def rate_at(stage: Stage, step: int) -> float:
     return stage.final_rate + (stage.learning_rate - stage.final_rate) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def build(config: dict[str, Any], text: Path, output: Path) -> list[float]:
+def build(config: dict[str, Any], documents: Sequence[str], output: Path) -> list[float]:
     """Train tokenizer and model as the configuration says, and save both with a model card."""
-    seed = int(config.get("seed", 0))
+    seed, bos = int(config.get("seed", 0)), config.get("bos", "first")
+    if bos not in ("first", "none"):
+        raise SystemExit(f"bos is {bos!r}; write 'first' or 'none'.")
     torch.manual_seed(seed)
-    documents = read_documents(text)
-    random.Random(seed).shuffle(documents)
+    documents = random.Random(seed).sample(documents, len(documents))
     stages = [Stage(**stage) for stage in config["stages"]]
     shape = dict(config["model"])
     vocabulary, context = int(shape["vocab_size"]), int(shape["max_position_embeddings"])
-    tokenizer = train_tokenizer(documents, vocabulary, context)
+    tokenizer = train_tokenizer(documents, vocabulary, context, bos)
     # vocab_size is what BPE reached, which a small text may keep below what was asked for.
     settings = AutoConfig.for_model(config["architecture"], **(shape | {
         "vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}))
@@ -133,15 +149,16 @@ def build(config: dict[str, Any], text: Path, output: Path) -> list[float]:
     ids = [i for document in documents
            for i in tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]]
     losses = train(model, torch.tensor(ids, dtype=torch.int32), stages, seed,
-                   "cuda" if torch.cuda.is_available() else "cpu")
+                   "cuda" if torch.cuda.is_available() else "cpu", bos)
     model.to("cpu", torch.bfloat16).eval().save_pretrained(output)
     tokenizer.save_pretrained(output)
     encouraged = any(stage.mixing_cost for stage in stages)
     tokens = sum(stage.steps * stage.rows * stage.length for stage in stages)
+    front = "`<s>` first in every row" if bos == "first" else "rows without `<s>`"
     (output / "README.md").write_text(
-        f"# A small {config['architecture']} with attention sinks\n\nTrained on {tokens} tokens, `<s>` first in every "
-        f"row. The sinks were {'encouraged by a mixing cost' if encouraged else 'not encouraged'}. Last training "
-        f"loss {sum(losses[-20:]) / len(losses[-20:]):.3f}.\nStages: {config['stages']}\n", encoding="utf-8")
+        f"# A small {config['architecture']} with attention sinks\n\nTrained on {tokens} tokens, {front}. The sinks were "
+        f"{'encouraged by a mixing cost' if encouraged else 'not encouraged'}. Last training loss "
+        f"{sum(losses[-20:]) / len(losses[-20:]):.3f}.\nStages: {config['stages']}\n", encoding="utf-8")
     return losses
 
 
@@ -152,7 +169,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    build(yaml.safe_load(arguments.config.read_text(encoding="utf-8")), arguments.text, arguments.output)
+    build(yaml.safe_load(arguments.config.read_text(encoding="utf-8")), read_documents(arguments.text),
+          arguments.output)
 
 
 if __name__ == "__main__":
