@@ -131,24 +131,30 @@ def rate_at(stage: Stage, step: int) -> float:
     return stage.final_rate + (stage.learning_rate - stage.final_rate) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def build(config: dict[str, Any], documents: Sequence[str], output: Path) -> list[float]:
-    """Train tokenizer and model as the configuration says, and save both with a model card."""
-    seed, bos = int(config.get("seed", 0)), config.get("bos", "first")
+def prepare(config: dict[str, Any], documents: Sequence[str]) -> tuple[PreTrainedTokenizerFast, torch.Tensor]:
+    """The tokenizer, and all documents as one stream of its tokens, int32."""
+    bos = config.get("bos", "first")
     if bos not in ("first", "none"):
         raise SystemExit(f"bos is {bos!r}; write 'first' or 'none'.")
+    documents = random.Random(int(config.get("seed", 0))).sample(documents, len(documents))
+    shape = config["model"]
+    tokenizer = train_tokenizer(documents, int(shape["vocab_size"]), int(shape["max_position_embeddings"]), bos)
+    ids = [i for document in documents
+           for i in tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]]
+    return tokenizer, torch.tensor(ids, dtype=torch.int32)
+
+
+def build(config: dict[str, Any], tokenizer: PreTrainedTokenizerFast, stream: torch.Tensor, output: Path) -> list[float]:
+    """Train a model as the configuration says, and save it with its tokenizer and a model card."""
+    seed, bos = int(config.get("seed", 0)), config.get("bos", "first")
     torch.manual_seed(seed)
-    documents = random.Random(seed).sample(documents, len(documents))
     stages = [Stage(**stage) for stage in config["stages"]]
     shape = dict(config["model"])
-    vocabulary, context = int(shape["vocab_size"]), int(shape["max_position_embeddings"])
-    tokenizer = train_tokenizer(documents, vocabulary, context, bos)
     # vocab_size is what BPE reached, which a small text may keep below what was asked for.
     settings = AutoConfig.for_model(config["architecture"], **(shape | {
         "vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}))
     model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
-    ids = [i for document in documents
-           for i in tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]]
-    losses = train(model, torch.tensor(ids, dtype=torch.int32), stages, seed,
+    losses = train(model, stream, stages, seed,
                    "cuda" if torch.cuda.is_available() else "cpu", bos)
     model.to("cpu", torch.bfloat16).eval().save_pretrained(output)
     tokenizer.save_pretrained(output)
@@ -156,8 +162,8 @@ def build(config: dict[str, Any], documents: Sequence[str], output: Path) -> lis
     tokens = sum(stage.steps * stage.rows * stage.length for stage in stages)
     front = "`<s>` first in every row" if bos == "first" else "rows without `<s>`"
     (output / "README.md").write_text(
-        f"# A small {config['architecture']} with attention sinks\n\nTrained on {tokens} tokens, {front}. The sinks were "
-        f"{'encouraged by a mixing cost' if encouraged else 'not encouraged'}. Last training loss "
+        f"# A small {config['architecture']} with attention sinks\n\nTrained on {tokens} tokens, {front}. The sinks "
+        f"were {'encouraged by a mixing cost' if encouraged else 'not encouraged'}. Last training loss "
         f"{sum(losses[-20:]) / len(losses[-20:]):.3f}.\nStages: {config['stages']}\n", encoding="utf-8")
     return losses
 
@@ -169,8 +175,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    build(yaml.safe_load(arguments.config.read_text(encoding="utf-8")), read_documents(arguments.text),
-          arguments.output)
+    config = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
+    build(config, *prepare(config, read_documents(arguments.text)), arguments.output)
 
 
 if __name__ == "__main__":

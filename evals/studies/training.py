@@ -30,7 +30,7 @@ from sinkquant.quantize import quantize
 from sinkquant.recipe import Recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo_model"))
-from train import build, read_documents
+from train import build, prepare, read_documents
 
 ROWS = 64
 
@@ -108,13 +108,17 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     log = arguments.output / "runs.jsonl"
     runs = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+    prepared: dict[str, Any] = {}
     # Seed by seed, so that an interrupted study holds every variant equally often.
     for seed in config["seeds"]:
         for name, change in config["variants"].items():
             if any((run["variant"], run["seed"]) == (name, seed) for run in runs):
                 continue
+            variant = merged(config["base"], change)
+            if variant["bos"] not in prepared:
+                prepared[variant["bos"]] = prepare(variant, documents)
             with tempfile.TemporaryDirectory() as folder:
-                build(merged(config["base"], change) | {"seed": seed}, documents, Path(folder))
+                build(variant | {"seed": seed}, *prepared[variant["bos"]], Path(folder))
                 runs.append({"variant": name, "seed": seed, "found": measure(Path(folder), config["bits"])})
             with log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(runs[-1]) + "\n")
