@@ -1,7 +1,8 @@
 """sinkquant: find the attention sinks, decide what to keep exact, quantize the rest, prove it."""
 
-from sinkquant.artifacts import Plan, Report, SinkMap
+from sinkquant.artifacts import Diagnosis, Plan, Report, SinkMap
 from sinkquant.detect import detect
+from sinkquant.diagnose import diagnose
 from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.evaluate import evaluate
 from sinkquant.formats import load, save
@@ -12,6 +13,7 @@ from sinkquant.recipe import Recipe
 __version__ = "0.1.0"
 
 __all__ = [
+    "Diagnosis",
     "Plan",
     "Recipe",
     "Report",
@@ -19,6 +21,7 @@ __all__ = [
     "SinkMap",
     "SinkquantError",
     "detect",
+    "diagnose",
     "evaluate",
     "load",
     "plan",

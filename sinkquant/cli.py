@@ -142,6 +142,41 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A run's folder or a ch
 
 
 @app.command()
+def diagnose(models: Annotated[list[str], typer.Argument(help="A model folder, a hub id, or 'demo'; several to "
+                                                              "compare.")],
+             text: TextOption = None, assignments: SetOption = None, json: JsonOption = False,
+             output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the diagnosis here.")] = None,
+             trust_remote_code: TrustOption = False) -> None:
+    """Over-mixing diagnostics, each beside its null."""
+    recipe = Recipe().replace(assignments or [])
+    if output and len(models) > 1:
+        raise RequestError("-o takes the diagnosis of one model; name one, or use --json.")
+    from sinkquant.diagnose import diagnose as examine
+    from sinkquant.diagnose.show import scale_table, tables
+    from sinkquant.models import load_tokenizer, read_text, resolve
+
+    folders = [resolve(model) for model in models]
+    tokenizers = [load_tokenizer(folder, trust_remote_code) for folder in folders]
+    read_text(text, "evaluation")
+    found = []
+    with _progress() as progress:
+        from sinkquant.formats import load_dense
+
+        for name, folder, tokenizer in zip(models, folders, tokenizers, strict=True):
+            found.append(examine(load_dense(folder), tokenizer, text, recipe, name, progress=progress))
+    if output:
+        found[0].save(output)
+    if json:
+        print(found[0].to_json() if len(found) == 1 else f"[{','.join(one.to_json() for one in found)}]")
+        return
+    for one in found:
+        for table in tables(one):
+            out.print(table)
+    if len(found) > 1:
+        out.print(scale_table(found))
+
+
+@app.command()
 def report(folders: Annotated[list[Path], typer.Argument(help="One run's folder, or several to compare.")],
            output: Annotated[Path | None, typer.Option("-o", "--output", help="Where the page goes.")] = None) -> None:
     """Write a run's report again, or a page that compares several runs."""

@@ -144,7 +144,8 @@ def prepare(config: dict[str, Any], documents: Sequence[str]) -> tuple[PreTraine
     return tokenizer, torch.tensor(ids, dtype=torch.int32)
 
 
-def build(config: dict[str, Any], tokenizer: PreTrainedTokenizerFast, stream: torch.Tensor, output: Path) -> list[float]:
+def build(config: dict[str, Any], tokenizer: PreTrainedTokenizerFast, stream: torch.Tensor,
+          output: Path) -> list[float]:
     """Train a model as the configuration says, and save it with its tokenizer and a model card."""
     seed, bos = int(config.get("seed", 0)), config.get("bos", "first")
     torch.manual_seed(seed)

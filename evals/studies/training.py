@@ -20,7 +20,8 @@ from typing import Any
 
 import yaml
 from scipy import stats
-from torch import float32
+from torch import Tensor, float32
+from transformers import PreTrainedTokenizerFast
 
 from sinkquant.detect import detect
 from sinkquant.evaluate import compare_rows
@@ -108,7 +109,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     log = arguments.output / "runs.jsonl"
     runs = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
-    prepared: dict[str, Any] = {}
+    prepared: dict[str, tuple[PreTrainedTokenizerFast, Tensor]] = {}
     # Seed by seed, so that an interrupted study holds every variant equally often.
     for seed in config["seeds"]:
         for name, change in config["variants"].items():

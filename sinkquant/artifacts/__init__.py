@@ -1,9 +1,12 @@
-"""The four typed, versioned JSON files that the stages hand to one another.
+"""The typed, versioned JSON files that the stages hand to one another.
 
-model + text -> `SinkMap` -> `Plan` -> checkpoint -> `Report`. Nothing here imports torch.
+model + text -> `SinkMap` -> `Plan` -> checkpoint -> `Report`; beside them `Diagnosis`, of any model.
+Nothing here imports torch.
 """
 
 from sinkquant.artifacts.base import Artifact
+from sinkquant.artifacts.diagnosis import Diagnosis
+from sinkquant.artifacts.fidelity import SinkFidelity
 from sinkquant.artifacts.plan import Calibration, ModuleDecision, Plan, SinkSelector
 from sinkquant.artifacts.report import Measure, Paired, Report, Row
 from sinkquant.artifacts.shapes import LinearShape, ModelShape
@@ -23,6 +26,7 @@ __all__ = [
     "Artifact",
     "Calibration",
     "Channel",
+    "Diagnosis",
     "Head",
     "LinearShape",
     "Measure",
@@ -34,6 +38,7 @@ __all__ = [
     "Plan",
     "Report",
     "Row",
+    "SinkFidelity",
     "SinkKind",
     "SinkMap",
     "SinkSelector",

@@ -1,7 +1,7 @@
 """What a decoder is, and how its blocks, its attention and its text are looked at."""
 
 from sinkquant.models.activations import ActivationStore
-from sinkquant.models.attention import AttentionObserver, AttentionRecord, observed_attention
+from sinkquant.models.attention import AttentionObserver, AttentionRecord, AttentionRows, observed_attention
 from sinkquant.models.decoder import Decoder, weight_matrix
 from sinkquant.models.loading import check_finite, load_model, load_tokenizer, pick_device, resolve
 from sinkquant.models.source import open_model, source_of
@@ -22,6 +22,7 @@ __all__ = [
     "ActivationStore",
     "AttentionObserver",
     "AttentionRecord",
+    "AttentionRows",
     "BosPolicy",
     "Decoder",
     "Step",

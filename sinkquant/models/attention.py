@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -50,11 +50,35 @@ class AttentionRecord:
     has_learned_sink: bool
 
 
+@dataclass(frozen=True)
+class AttentionRows:
+    """A few rows of the attention matrices of one layer on one batch.
+
+    Attributes:
+        layer: index of the layer. start: the first query.
+        probabilities: [batch, heads, queries, length] float32; what a row lacks of 1 is on the learned sink column.
+        allowed: bool [queries, length], what each query may see.
+    """
+
+    layer: int
+    start: int
+    probabilities: torch.Tensor
+    allowed: torch.Tensor
+
+
 class AttentionObserver(Protocol):
     """What wants to see attention."""
 
     def attention(self, record: AttentionRecord) -> None:
         """Called once for every layer and batch."""
+
+
+@runtime_checkable
+class RowObserver(AttentionObserver, Protocol):
+    """An observer that wants the rows of the attention matrix too, and keeps less than it sees."""
+
+    def attention_rows(self, rows: AttentionRows) -> None:
+        """Called for every chunk of queries, before `attention` is called for the layer and batch."""
 
 
 @contextlib.contextmanager
@@ -116,6 +140,8 @@ def _attend(observers: Sequence[AttentionObserver], module: nn.Module, query: to
             query, keys, values, attn_mask=mask, scale=scale, is_causal=mask is None and causal and length > 1)
         return out.transpose(1, 2).contiguous()
 
+    row_observers = [observer for observer in observers if isinstance(observer, RowObserver)]
+    layer = int(getattr(module, "layer_idx", 0) or 0)
     received = torch.zeros(batch, heads, length, dtype=torch.float32, device=query.device)
     learned = torch.zeros(batch, heads, dtype=torch.float32, device=query.device)
     visible = torch.zeros(length, dtype=torch.long, device=query.device)
@@ -141,10 +167,12 @@ def _attend(observers: Sequence[AttentionObserver], module: nn.Module, query: to
         received += probabilities.sum(dim=2)
         visible += allowed[0, 0].sum(0)
         uniform += (allowed[0, 0] / allowed[0, 0].sum(-1, keepdim=True).clamp(min=1)).sum(0)
+        for row_observer in row_observers:
+            row_observer.attention_rows(AttentionRows(layer, start, probabilities, allowed[0, 0]))
         output[:, :, start:stop] = (probabilities.to(values.dtype) @ values).to(output.dtype)
     for observer in observers:
         observer.attention(AttentionRecord(
-            layer=int(getattr(module, "layer_idx", 0) or 0), query=query, key=key, value=value, received=received,
+            layer=layer, query=query, key=key, value=value, received=received,
             learned=learned, visible=visible, uniform=uniform, output=output, has_learned_sink=s_aux is not None))
     return output.transpose(1, 2).contiguous()
 

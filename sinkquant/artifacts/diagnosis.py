@@ -1,0 +1,192 @@
+"""Diagnosis: how a model mixes, what its sinks do for it, and what breaks without them."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from sinkquant.artifacts.base import Artifact, Strict
+from sinkquant.artifacts.fidelity import SinkFidelity
+from sinkquant.artifacts.sinkmap import ModelFacts, SinkToken, TokenizationFacts
+
+
+class Measured(Strict):
+    """A figure beside its null: 95 % of the same figures of the same model on random halves of the text lie between
+    `low` and `high`."""
+
+    value: float
+    low: float
+    high: float
+
+
+class SinkRates(Strict):
+    """Sink rate of the first position (Gu et al. 2410.10781, section 3) by threshold, and by layer at 0.3.
+
+    `input`: "natural" text, "random" ids, or one id "repeated" without `<bos>`, the published negative control."""
+
+    input: Literal["natural", "random", "repeated"]
+    length: int
+    rows: int
+    rates: dict[str, Measured]
+    layers: list[float]
+
+
+class LayerMixing(Strict):
+    """Rank collapse and smoothness after one block (Barbero et al. 2504.02732; Dong et al. 2103.03404).
+
+    `mu`: ||V - (1/n) 1 1^T V||_F of the hidden states V [n, hidden_size]; `mu_ratio`: over ||V||_F. `effective_rank`:
+    exp of the entropy of the normalised singular values (Roy & Vetterli 2007). A sink with a massive activation hides
+    the others in both, so they are given without the sinks too. `row_entropy`: mean entropy of the rows of attention
+    over the entropy of even attention, 1 is fully smooth.
+    """
+
+    layer: int
+    mu: Measured
+    mu_ratio: Measured
+    mu_ratio_without_sinks: Measured
+    effective_rank: Measured
+    effective_rank_without_sinks: Measured
+    row_entropy: Measured
+
+
+class Collapse(Strict):
+    """Representational collapse (Barbero et al. 2406.04267, section 5): ||v_n - v_(n+1)|| after the last block, the
+    last token repeated once more; `relative` to ||v_n||."""
+
+    length: int
+    distance: Measured
+    relative: Measured
+
+
+class OverSquashing(Strict):
+    """Where the last token's information comes from (Barbero et al. 2504.02732, theorem 3.2).
+
+    `product`: row of the last token in the product over layers of abar = sum over heads of attention + identity /
+    heads, each normalised to rows that sum to 1, one value per origin. `sink_share` and `far_share`: of it on the
+    sinks, and on the other tokens of the first half. `jacobian`: spectral norm of d v_last / d v_origin from the first
+    block's input to the last block's output, exact, for the first tokens of the rows; null on too large a model.
+    """
+
+    length: int
+    rows: int
+    product: list[float]
+    sink_share: Measured
+    far_share: Measured
+    jacobian: list[float] | None = None
+
+
+class Spread(Strict):
+    """What one swapped token changes (Barbero et al. 2504.02732, section 4): ||delta h|| / ||h|| by layer and position.
+
+    `changes` [layer][bin]: means over the positions from `starts`[bin] to the next one. `strength`: mean over all later
+    positions after the last block; `reach`: share of them that change by more than `threshold` of their norm.
+    """
+
+    with_bos: bool
+    position: int
+    length: int
+    starts: list[int]
+    changes: list[list[float]]
+    strength: Measured
+    reach: Measured
+    threshold: float
+
+
+class BosVariant(Strict):
+    """The same text with `<bos>` in front once, nowhere, in the middle, or twice.
+
+    `loss`: nats per token over the same tokens of every variant; `loss_increase`: over "once". `sink_rate`: of the
+    first position at 0.3; `bos_attention`: mean mass on the (first) `<bos>`, null without one.
+    """
+
+    name: Literal["once", "none", "moved", "twice"]
+    loss: Measured
+    loss_increase: Measured
+    sink_rate: Measured
+    bos_attention: float | None
+
+
+class TokenValue(Strict):
+    """Mean norm of a token's values over the median of their layer and head, over all layers and heads."""
+
+    token_id: int
+    text: str
+    count: int
+    norm: float
+    sink: bool
+
+
+class Switch(Strict):
+    """Queries that switch a dormant head on: tokens that are `text`, or that follow it.
+
+    `on_rate`: share of the `count` queries that give the sinks less than half of their attention. `attends_to`: the
+    token that gets the most instead, with the norm of its value.
+    """
+
+    relation: Literal["is", "after"]
+    token_id: int
+    text: str
+    count: int
+    on_rate: float
+    attends_to: str
+    value_norm: float
+
+
+class DormantHead(Strict):
+    """A head that rests on the sinks for most queries (approximate no-op, Barbero et al. 2504.02732, section 5).
+
+    `on_rate`: over all queries; `output_norm`: over the mean of the layer; `value_drain`: `sink_value_norm` over the
+    median value norm.
+    """
+
+    layer: int
+    head: int
+    sink_score: float
+    on_rate: float
+    output_norm: float
+    sink_value_norm: float
+    value_drain: float
+    switches: list[Switch]
+
+
+class Check(Strict):
+    """One input that a sink may not survive. `loss` in nats per token over the same tokens as `reference_loss`, the
+    same input untouched; null where an output is not finite. `sink_rate`: first position at 0.3."""
+
+    name: str
+    what: str
+    defence: str | None = None
+    loss: float | None
+    reference_loss: float
+    sink_rate: float | None
+    reference_sink_rate: float
+    finite: bool
+
+
+class Diagnosis(Artifact):
+    """Every diagnostic of one model beside its null, and its fidelity where it was compared with an original."""
+
+    SCHEMA: ClassVar[str] = "sinkquant/diagnosis@1"
+
+    schema_: Literal["sinkquant/diagnosis@1"] = Field(default="sinkquant/diagnosis@1", alias="schema")
+    model: ModelFacts
+    tokenization: TokenizationFacts
+    text: str
+    seed: int
+    sinks: list[SinkToken]
+    massive_peak: float
+    massive_ratio: float
+    sink_rates: list[SinkRates]
+    first_position: list[list[float]]
+    mixing: list[LayerMixing]
+    collapse: list[Collapse]
+    over_squashing: OverSquashing
+    spread: list[Spread]
+    bos: list[BosVariant]
+    values: list[TokenValue]
+    dormant_heads: list[DormantHead]
+    robustness: list[Check] = Field(default_factory=list)
+    special_tokens: dict[str, str] = Field(default_factory=dict)
+    fidelity: SinkFidelity | None = None
+    notes: list[str] = Field(default_factory=list)

@@ -1,0 +1,157 @@
+"""model + text -> Diagnosis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sinkquant.artifacts import SinkMap
+from sinkquant.artifacts.diagnosis import Diagnosis, LayerMixing, SinkRates
+from sinkquant.detect import detect
+from sinkquant.diagnose.bos import bos_variants
+from sinkquant.diagnose.dormant import dormant_heads, token_values
+from sinkquant.diagnose.null import measured
+from sinkquant.diagnose.rates import context_lengths, first_position_mass, sink_rates
+from sinkquant.diagnose.rows import mark_sinks, random_rows, repeated_rows
+from sinkquant.diagnose.spread import spread
+from sinkquant.diagnose.squashing import over_squashing, representational_collapse
+from sinkquant.diagnose.survey import Compute, Survey, survey
+from sinkquant.errors import RequestError
+from sinkquant.models import Decoder, check_finite, pick_device, read_text, starts_with_bos, token_rows
+from sinkquant.recipe import Recipe
+
+ROWS, LENGTH = 32, 128
+"""Rows of text that most diagnostics run on."""
+PUBLISHED_ROWS, PUBLISHED_LENGTH = 100, 64
+LONGEST_CONTEXT, CONTEXT_TOKENS = 4096, 8192
+"""Sink rates over context length stop at the first, and take as many rows as make up the second."""
+FEW_ROWS = 8
+
+Progress = Callable[[int, int, str], None]
+
+
+def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | None = None,
+             recipe: Recipe | None = None, name: str | None = None, sink_map: SinkMap | None = None,
+             progress: Progress | None = None) -> Diagnosis:
+    """Every over-mixing diagnostic of a model, each beside its null: the same model on resampled text.
+
+    Args:
+        model: any decoder that `detect` supports, quantized (and made dense) or not. Its weights are not changed.
+        text: a file of natural text; None for the packaged evaluation text.
+        recipe: device, dtype, seed, `<bos>` policy and thresholds; None for the defaults.
+        sink_map: the model's sinks, where they were detected before.
+        progress: called as progress(done, total, label).
+
+    Raises:
+        RequestError: the architecture is not supported, the text is too short, or weights are not finite.
+    """
+    recipe = recipe or Recipe()
+    decoder = Decoder.of(model)
+    check_finite(model)
+    job = _Job(decoder, tokenizer, read_text(text, "evaluation"), recipe)
+    steps = _Steps(progress)
+    steps.next("finding sinks")
+    if sink_map is None:
+        quick = recipe.replace(["detect.super_weights=false"])
+        sink_map = detect(model, tokenizer, text, quick, name)
+    notes: list[str] = []
+    rows = job.rows(ROWS, min(LENGTH, decoder.max_length))
+    sinks = mark_sinks(rows, sink_map.tokens)
+    steps.next("mixing")
+    found = survey(decoder, rows, sinks, job.compute)
+    steps.next("sink rates")
+    published = job.rows(PUBLISHED_ROWS, min(PUBLISHED_LENGTH, decoder.max_length))
+    mass = first_position_mass(decoder, published, job.compute)
+    rates = _rates(job, published, mass, notes)
+    steps.next("over-squashing")
+    squashing = over_squashing(decoder, rows, sinks, job.compute)
+    collapse = representational_collapse(decoder, rows[:FEW_ROWS], job.compute)
+    steps.next("perturbation spread")
+    spreads = [spread(decoder, rows, rows.shape[1] // 4, bool(job.front), job.compute)]
+    if job.front:
+        spreads.append(spread(decoder, rows[:, 1:], rows.shape[1] // 4 - 1, False, job.compute))
+    else:
+        notes.append("rows of this model do not start with <bos>: the spread is measured without it only")
+    steps.next("<bos> removed and moved")
+    variants = []
+    if tokenizer.bos_token_id is None:
+        notes.append("the tokenizer has no <bos>: removing and moving it was not measured")
+    else:
+        length = min(LENGTH, decoder.max_length) - 2
+        bare = job.rows(ROWS, length, "never")
+        variants = bos_variants(decoder, bare, int(tokenizer.bos_token_id), job.compute)
+    steps.next("")
+    peaks = [(channel.peak, channel.ratio) for channel in sink_map.channels]
+    return Diagnosis(
+        model=decoder.facts(name or sink_map.model.name), tokenization=sink_map.tokenization,
+        text=text or "packaged evaluation text", seed=recipe.seed, sinks=sink_map.tokens,
+        massive_peak=max((peak for peak, _ in peaks), default=0.0),
+        massive_ratio=max((ratio for _, ratio in peaks), default=0.0), sink_rates=rates,
+        first_position=mass.mean(1).tolist(), mixing=layer_mixing(found, recipe.seed), collapse=collapse,
+        over_squashing=squashing, spread=spreads, bos=variants, values=token_values(found, tokenizer),
+        dormant_heads=dormant_heads(found, tokenizer), notes=notes)
+
+
+def layer_mixing(found: Survey, seed: int) -> list[LayerMixing]:
+    """Rank collapse and smoothness of a survey, block by block."""
+    def each(values: list[torch.Tensor], layer: int) -> dict[str, float]:
+        return measured(values[layer], seed).model_dump()
+
+    return [LayerMixing.model_validate({
+        "layer": layer, "mu": each(found.mu, layer), "mu_ratio": each(found.mu_ratio, layer),
+        "mu_ratio_without_sinks": each(found.mu_ratio_without_sinks, layer),
+        "effective_rank": each(found.effective_rank, layer),
+        "effective_rank_without_sinks": each(found.effective_rank_without_sinks, layer),
+        "row_entropy": measured(found.table.entropy[layer].mean(1), seed).model_dump()})
+        for layer in range(len(found.mu))]
+
+
+class _Job:
+    """What all diagnostics of one model share."""
+
+    def __init__(self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, content: str, recipe: Recipe) -> None:
+        self.decoder, self.tokenizer, self.content = decoder, tokenizer, content
+        self.policy = recipe.calibration.bos
+        self.front = starts_with_bos(tokenizer, self.policy)
+        self.compute = Compute(pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype), recipe.seed)
+
+    def rows(self, count: int, length: int, bos: str | None = None) -> torch.Tensor:
+        """int64 [at most count, length] of the text."""
+        policy = self.policy if bos is None else "never"
+        return token_rows(self.tokenizer, self.content, count, length, policy, self.decoder.vocabulary, "text")
+
+
+def _rates(job: _Job, published: torch.Tensor, mass: torch.Tensor, notes: list[str]) -> list[SinkRates]:
+    """Natural text over context length, then random and repeated tokens at the published length."""
+    seed, decoder = job.compute.seed, job.decoder
+    rates = [sink_rates(mass, "natural", published.shape[1], seed)]
+    longest = min(LONGEST_CONTEXT, decoder.max_length)
+    for length in [length for length in context_lengths(longest) if length > published.shape[1]]:
+        try:
+            rows = job.rows(max(2, CONTEXT_TOKENS // length), length)
+        except RequestError:
+            notes.append(f"the text holds no row of {length} tokens: sink rates stop at {rates[-1].length}")
+            break
+        rates.append(sink_rates(first_position_mass(decoder, rows, job.compute), "natural", length, seed))
+    few = published[:ROWS]
+    rates.append(sink_rates(first_position_mass(decoder, random_rows(few, seed), job.compute), "random",
+                            few.shape[1], seed))
+    rates.append(sink_rates(first_position_mass(decoder, repeated_rows(few, seed), job.compute), "repeated",
+                            few.shape[1], seed))
+    return rates
+
+
+class _Steps:
+    """Counts the six parts."""
+
+    TOTAL = 6
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.progress, self.begun = progress, 0
+
+    def next(self, label: str) -> None:
+        if self.progress:
+            self.progress(self.begun, self.TOTAL, f"diagnosing: {label}" if label else "diagnosed")
+        self.begun += 1

@@ -1,0 +1,80 @@
+"""The whole diagnosis, on several families, and its artifact."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from families import tiny_model
+from planter import Plant, plant
+from rich.console import Console
+from tiny_tokenizer import tiny_tokenizer
+
+from sinkquant.artifacts import Diagnosis
+from sinkquant.diagnose import diagnose
+from sinkquant.diagnose.show import scale_table, tables
+from sinkquant.errors import RequestError
+from sinkquant.recipe import Recipe
+
+RECIPE = Recipe().replace(["detect.rows=16", "detect.long_rows=0"])
+
+
+@pytest.fixture(scope="module")
+def planted(text_file: Path) -> Diagnosis:
+    model = plant(tiny_model("llama", max_position_embeddings=128), Plant(1, None, frozenset({0, 1, 2, 3}), 20, 0))
+    return diagnose(model, tiny_tokenizer(), str(text_file), RECIPE, "planted")
+
+
+def test_the_planted_sink_is_in_every_part(planted: Diagnosis, tmp_path: Path) -> None:
+    assert [(sink.token_id, sink.kind) for sink in planted.sinks] == [(1, "bos")]
+    assert [(rates.input, rates.length) for rates in planted.sink_rates] == [
+        ("natural", 64), ("natural", 128), ("random", 64), ("repeated", 64)]
+    assert planted.sink_rates[0].rates["0.3"].value == pytest.approx(2 / 3)
+    assert planted.sink_rates[-1].rates["0.3"].value == 0
+    assert [min(layer) > 0.3 for layer in planted.first_position] == [False, True, True]
+    assert len(planted.mixing) == 3
+    # Two of three blocks give nearly all attention to the sink, and the product is over three.
+    assert planted.over_squashing.sink_share.value > 0.9
+    assert {spread.with_bos for spread in planted.spread} == {True, False}
+    assert {(head.layer, head.head) for head in planted.dormant_heads} == {(b, h) for b in (1, 2) for h in range(4)}
+    assert Diagnosis.load(planted.save(tmp_path / "diagnosis.json")) == planted
+
+
+def test_it_can_be_shown(planted: Diagnosis) -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    for table in tables(planted):
+        console.print(table)
+    console.print(scale_table([planted, planted]))
+    shown = console.export_text()
+    assert "planted: sink rate of the first position" in shown
+    assert "Heads that rest on the sinks" in shown
+    assert shown.count("0.667 (0.667 to 0.667)") >= 4
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_oss", "gemma2"])
+def test_every_family_without_bos(family: str, text_file: Path) -> None:
+    tokenizer = tiny_tokenizer("none", has_bos=False)
+    found = diagnose(tiny_model(family, max_position_embeddings=70) if family != "gpt2" else
+                     tiny_model(family, n_positions=70), tokenizer, str(text_file), RECIPE)
+    assert found.bos == []
+    assert [spread.with_bos for spread in found.spread] == [False]
+    assert any("no <bos>" in note for note in found.notes)
+    assert found.sink_rates[1].length == 70
+    assert all(0 <= figure.row_entropy.value <= 1.0001 for figure in found.mixing)
+
+
+def test_two_runs_are_the_same_and_the_model_is_left_alone(text_file: Path) -> None:
+    model = tiny_model("llama", max_position_embeddings=64)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first, second = (diagnose(model, tiny_tokenizer(), str(text_file), RECIPE).to_json() for _ in range(2))
+    assert first == second
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_text_that_is_too_short_is_refused(tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("w9 w10 w11", encoding="utf-8")
+    with pytest.raises(RequestError, match="shorter than one row"):
+        diagnose(tiny_model("llama"), tiny_tokenizer(), str(short), RECIPE)
