@@ -126,12 +126,14 @@ class Budget(Section):
 
 
 class Evaluation(Section):
-    """How the result is measured. `tasks` are names of packaged lm-eval tasks or of any task lm-eval can reach."""
+    """How the result is measured. `tasks` are names of packaged lm-eval tasks or of any task lm-eval can reach;
+    `fidelity` compares the sinks of every quantized row with the unquantized model's."""
 
     text: str | None = None
     tasks: list[str] = Field(default_factory=lambda: ["sink_perplexity", "sink_cloze", "sink_recall"])
     limit: int | None = Field(default=None, ge=1)
     control: bool = True
+    fidelity: bool = True
     divergence_rows: int = Field(default=64, ge=2)
     divergence_length: int = Field(default=512, ge=16)
     bootstrap: int = Field(default=2000, ge=100)
@@ -139,11 +141,17 @@ class Evaluation(Section):
 
 
 class Gate(Section):
-    """Bounds on the sink-aware row; breaking one ends the run with exit code 3. Null: not checked."""
+    """Bounds on the sink-aware row; breaking one ends the run with exit code 3. Null: not checked.
+
+    `sinks`: the worst verdict of sink fidelity that passes; "changed" refuses only sinks that were destroyed.
+    """
 
     max_divergence: float | None = Field(default=None, gt=0)
     min_recovery: float | None = Field(default=None, gt=0)
     max_sink_rate_change: float | None = Field(default=None, gt=0)
+    max_head_divergence: float | None = Field(default=None, gt=0)
+    min_massive_overlap: float | None = Field(default=None, gt=0, le=1)
+    sinks: Literal["kept", "changed"] | None = None
 
 
 class Recipe(Section):

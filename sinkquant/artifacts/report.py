@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from sinkquant.artifacts.base import Artifact, Strict
+from sinkquant.artifacts.fidelity import SinkFidelity
 
 
 class Measure(Strict):
@@ -43,11 +44,13 @@ class Paired(Strict):
 
 
 class Fidelity(Strict):
-    """What quantization did to the sinks: sink rates and the largest massive activation, per row."""
+    """What quantization did to the sinks: sink rates and the largest massive activation, per row; and every quantized
+    row compared with the unquantized one, check by check."""
 
     sink_rate: dict[str, dict[str, float]]
     massive_peak: dict[str, float]
     massive_ratio: dict[str, float]
+    comparisons: dict[str, SinkFidelity] = Field(default_factory=dict)
 
 
 class Verdict(Strict):

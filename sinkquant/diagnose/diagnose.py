@@ -8,13 +8,21 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import SinkMap
-from sinkquant.artifacts.diagnosis import Diagnosis, LayerMixing, SinkRates
+from sinkquant.artifacts.diagnosis import Check, Diagnosis, LayerMixing, SinkRates
 from sinkquant.detect import detect
 from sinkquant.diagnose.bos import bos_variants
 from sinkquant.diagnose.dormant import dormant_heads, token_values
 from sinkquant.diagnose.null import measured
 from sinkquant.diagnose.rates import context_lengths, first_position_mass, sink_rates
+from sinkquant.diagnose.robustness import (
+    LONGEST_EXCEEDED,
+    REPEATS,
+    has_learned_positions,
+    past_the_context,
+    robustness,
+)
 from sinkquant.diagnose.rows import mark_sinks, random_rows, repeated_rows
+from sinkquant.diagnose.specials import special_token_paths
 from sinkquant.diagnose.spread import spread
 from sinkquant.diagnose.squashing import over_squashing, representational_collapse
 from sinkquant.diagnose.survey import Compute, Survey, survey
@@ -28,13 +36,14 @@ PUBLISHED_ROWS, PUBLISHED_LENGTH = 100, 64
 LONGEST_CONTEXT, CONTEXT_TOKENS = 4096, 8192
 """Sink rates over context length stop at the first, and take as many rows as make up the second."""
 FEW_ROWS = 8
+ATTACKED_ROWS, ATTACKED_LENGTH = 16, 96
 
 Progress = Callable[[int, int, str], None]
 
 
 def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | None = None,
              recipe: Recipe | None = None, name: str | None = None, sink_map: SinkMap | None = None,
-             progress: Progress | None = None) -> Diagnosis:
+             attacks: bool = True, progress: Progress | None = None) -> Diagnosis:
     """Every over-mixing diagnostic of a model, each beside its null: the same model on resampled text.
 
     Args:
@@ -42,6 +51,7 @@ def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
         text: a file of natural text; None for the packaged evaluation text.
         recipe: device, dtype, seed, `<bos>` policy and thresholds; None for the defaults.
         sink_map: the model's sinks, where they were detected before.
+        attacks: also the robustness checks.
         progress: called as progress(done, total, label).
 
     Raises:
@@ -82,6 +92,14 @@ def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
         length = min(LENGTH, decoder.max_length) - 2
         bare = job.rows(ROWS, length, "never")
         variants = bos_variants(decoder, bare, int(tokenizer.bos_token_id), job.compute)
+    steps.next("robustness")
+    checks: list[Check] = []
+    if attacks:
+        length = min(ATTACKED_LENGTH, decoder.max_length) - REPEATS
+        bos = int(tokenizer.bos_token_id) if job.front and tokenizer.bos_token_id is not None else None
+        checks = robustness(decoder, job.rows(ATTACKED_ROWS, length, "never"), bos, sink_map.tokens, job.compute,
+                            lambda token: str(tokenizer.decode([token])))
+        checks += _past_the_context(job, bos, notes)
     steps.next("")
     peaks = [(channel.peak, channel.ratio) for channel in sink_map.channels]
     return Diagnosis(
@@ -91,7 +109,8 @@ def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
         massive_ratio=max((ratio for _, ratio in peaks), default=0.0), sink_rates=rates,
         first_position=mass.mean(1).tolist(), mixing=layer_mixing(found, recipe.seed), collapse=collapse,
         over_squashing=squashing, spread=spreads, bos=variants, values=token_values(found, tokenizer),
-        dormant_heads=dormant_heads(found, tokenizer), notes=notes)
+        dormant_heads=dormant_heads(found, tokenizer), robustness=checks,
+        special_tokens=special_token_paths(tokenizer) if attacks else {}, notes=notes)
 
 
 def layer_mixing(found: Survey, seed: int) -> list[LayerMixing]:
@@ -143,10 +162,29 @@ def _rates(job: _Job, published: torch.Tensor, mass: torch.Tensor, notes: list[s
     return rates
 
 
-class _Steps:
-    """Counts the six parts."""
+def _past_the_context(job: _Job, bos: int | None, notes: list[str]) -> list[Check]:
+    """Checks past the trained context, or a note that says why there are none."""
+    context, decoder = job.decoder.max_length, job.decoder
+    if bos is None:
+        notes.append("rows of this model do not start with <bos>: it was not run past its context")
+    elif has_learned_positions(decoder):
+        notes.append("the model looks positions up in a table that ends with its context: it was not run past it")
+    elif context > LONGEST_EXCEEDED:
+        notes.append(f"the model's context is longer than {LONGEST_EXCEEDED} tokens: it was not run past it")
+    else:
+        try:
+            rows = job.rows(2, 2 * context, "never")
+        except RequestError:
+            notes.append(f"the text holds no row of {2 * context} tokens: the model was not run past its context")
+        else:
+            return past_the_context(decoder, rows, bos, job.compute)
+    return []
 
-    TOTAL = 6
+
+class _Steps:
+    """Counts the parts."""
+
+    TOTAL = 7
 
     def __init__(self, progress: Progress | None) -> None:
         self.progress, self.begun = progress, 0

@@ -56,10 +56,12 @@ def tables(one: Diagnosis) -> Iterator[Table]:
                       f"{head.value_drain:.3f}", escape("; ".join(causes)))
     yield table
     if one.robustness:
-        table = _table("Robustness", "input", "defence", "loss", "untouched", "sink rate", "untouched", "finite")
+        table = _table("Robustness", "attack", "input", "defence", "loss", "untouched", "sink rate", "untouched",
+                       "finite")
         for check in one.robustness:
-            table.add_row(escape(check.name), check.defence or "", _number(check.loss), _number(check.reference_loss),
-                          _number(check.sink_rate), _number(check.reference_sink_rate), "yes" if check.finite else "no")
+            table.add_row(escape(check.name), escape(check.what), check.defence or "", _number(check.loss),
+                          _number(check.reference_loss), _number(check.sink_rate),
+                          _number(check.reference_sink_rate), "yes" if check.finite else "no")
         yield table
     if one.special_tokens:
         table = _table("Special-token strings in user text", "path", "result")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinkquant.artifacts import Measure, Paired, Report, Row
+from sinkquant.artifacts import Measure, Paired, Report, Row, SinkFidelity
 from sinkquant.artifacts.report import Fidelity
 from sinkquant.errors import RequestError
 from sinkquant.evaluate.divergence import row_divergences
@@ -24,6 +24,7 @@ from sinkquant.recipe import Recipe
 
 BASELINE = "unquantized"
 PAIRS = (("control", "sink_aware"), ("sink_aware", BASELINE), ("control", BASELINE))
+Compare = Callable[[PreTrainedModel, PreTrainedModel], SinkFidelity]
 FILL = 0.85
 """Share of a context that items are made for: passages differ in how many tokens a character takes."""
 
@@ -45,7 +46,8 @@ class Candidate:
 
 
 def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, *, model: str,
-             fidelity: Fidelity | None = None, progress: Callable[[int, int, str], None] | None = None) -> Report:
+             fidelity: Fidelity | None = None, compare: Compare | None = None,
+             progress: Callable[[int, int, str], None] | None = None) -> Report:
     """Measure the candidates and compare them in pairs.
 
     The candidate named "unquantized", where there is one, is the baseline of divergence and recovery.
@@ -53,6 +55,8 @@ def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, re
     Args:
         model: name of the model, for the report.
         fidelity: sink rates and massive activations of the rows, measured by the caller.
+        compare: is called with the baseline and every other model while both are loaded; what it finds goes into
+            the report's fidelity.
         progress: is called with (steps done, steps, label); a step is one task or the divergence of one candidate.
 
     Raises:
@@ -66,6 +70,7 @@ def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, re
     content = read_text(settings.text, "evaluation")
     steps = _Steps(len(names) * (len(settings.tasks) + 1), progress)
     baseline: PreTrainedModel | None = None
+    comparisons: dict[str, SinkFidelity] = {}
     rows: torch.Tensor | None = None
     with contextlib.ExitStack() as stack:
         for candidate in sorted(candidates, key=lambda c: c.name != BASELINE):
@@ -86,9 +91,14 @@ def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, re
                 baseline = loaded
             elif baseline is not None:
                 candidate.divergences = row_divergences(baseline, loaded, rows)
+                if compare is not None:
+                    comparisons[candidate.name] = compare(baseline, loaded)
             del loaded  # before the next one is loaded: only the baseline stays
     steps.next("")
     assert rows is not None
+    if comparisons:
+        fidelity = fidelity or Fidelity(sink_rate={}, massive_peak={}, massive_ratio={})
+        fidelity = fidelity.model_copy(update={"comparisons": comparisons})
     found = [_row(candidate) for candidate in candidates]
     paired = _pairs(candidates, recipe)
     left = _recovery(candidates)

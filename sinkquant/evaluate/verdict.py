@@ -65,6 +65,7 @@ def gate_failures(rows: list[Row], recovery: Recovery, fidelity: Fidelity | None
         for task, metrics in recovery.get("sink_aware", {}).items():
             failures += [f"recovery {value:.4f} of {task} {metric} is under gate.min_recovery {gate.min_recovery:g}"
                          for metric, value in metrics.items() if value < gate.min_recovery]
+    failures += _sink_failures(fidelity, gate)
     if gate.max_sink_rate_change is not None:
         rates = fidelity.sink_rate if fidelity is not None else {}
         if not {"unquantized", "sink_aware"} <= set(rates):
@@ -72,4 +73,26 @@ def gate_failures(rows: list[Row], recovery: Recovery, fidelity: Fidelity | None
         elif (change := abs(rates["sink_aware"]["0.3"] - rates["unquantized"]["0.3"])) > gate.max_sink_rate_change:
             failures.append(f"the sink rate changed by {change:.3f}, over gate.max_sink_rate_change "
                             f"{gate.max_sink_rate_change:g}")
+    return failures
+
+
+def _sink_failures(fidelity: Fidelity | None, gate: Gate) -> list[str]:
+    """The bounds on the sink-aware row's comparison with the unquantized model."""
+    bounds = {"max_head_divergence": gate.max_head_divergence, "min_massive_overlap": gate.min_massive_overlap,
+              "sinks": gate.sinks}
+    found = fidelity.comparisons.get("sink_aware") if fidelity is not None else None
+    if found is None:
+        return [f"gate.{name} was not measured: sink fidelity needs the unquantized model beside the result"
+                for name, bound in bounds.items() if bound is not None]
+    failures = []
+    divergence, overlap = (found.check(name).value for name in ("head_divergence", "massive_overlap"))
+    if gate.max_head_divergence is not None and (divergence is None or divergence > gate.max_head_divergence):
+        failures.append(f"the divergence of the heads' sink mass is {divergence:.4g} nats, over "
+                        f"gate.max_head_divergence {gate.max_head_divergence:g}")
+    if gate.min_massive_overlap is not None and overlap is not None and overlap < gate.min_massive_overlap:
+        failures.append(f"the massive activations overlap by {overlap:.3f}, under gate.min_massive_overlap "
+                        f"{gate.min_massive_overlap:g}")
+    allowed = {"kept": ("kept", "no sinks"), "changed": ("kept", "changed", "no sinks")}
+    if gate.sinks is not None and found.verdict not in allowed[gate.sinks]:
+        failures.append(f"the sinks are {found.verdict}, and gate.sinks asks for {gate.sinks!r}")
     return failures
