@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +22,7 @@ from sinkquant.artifacts.base import write_atomically
 from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.recipe import Recipe, recipe_names
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Find the attention sinks of a language model, keep them exact, quantize the rest, prove it.")
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 # typer carries its own copy of click or uses the installed one, by version; this names the right class in both.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 out, err = Console(), Console(stderr=True)
@@ -35,6 +36,7 @@ TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong request, 3 below the quality gate."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run that is told to go tidies up as for Ctrl-C
     try:
         code = app(standalone_mode=False)
     except typer.Exit as stop:
@@ -44,37 +46,72 @@ def main() -> None:
     except SinkquantError as error:
         code = _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        code = _fail("stopped by Ctrl-C; nothing half-written was left.", 1)
+        code = _fail("stopped before it was done; nothing half-written was left.", 1)
     except MemoryError:
         code = _fail("out of memory; use a smaller calibration.batch_size or a larger machine.", 1)
     except OSError as error:
         code = _fail(f"{error.filename or 'input or output'}: {error.strerror or error}.", 1)
+    except Exception as error:
+        if "--traceback" in sys.argv:
+            raise
+        reason = " ".join(str(error).split()) or "no reason was given"
+        code = _fail(f"unexpected {type(error).__name__}: {reason[:300]} (run with --traceback for all of it).", 1)
     sys.exit(code or 0)
 
 
+@app.callback(invoke_without_command=True)
+def top(context: typer.Context,
+        version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+        traceback: Annotated[bool, typer.Option("--traceback", help="Show where an unexpected error arose.")] = False,
+        ) -> None:
+    """Find the attention sinks of a language model, keep them exact, quantize the rest, prove it."""
+    if version:
+        print(f"quantize-model {importlib.metadata.version('sinkquant')}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
+
+
 @app.command()
-def run(recipe: Annotated[str, typer.Argument(help="A recipe file or the name of a packaged one.")] = "w4a16-sink",
-        model: Annotated[str, typer.Option(help="A model folder, a hub id, or 'demo'.")] = "demo",
-        output: Annotated[Path, typer.Option(help="The run's folder; must not exist yet.")] = Path("out"),
+def run(recipe: Annotated[str | None, typer.Argument(help="A recipe file or the name of a packaged one; "
+                                                          "default: w4a16-sink.")] = None,
+        model: Annotated[str, typer.Option("-m", "--model", help="A model folder, a hub id, or 'demo'.")] = "demo",
+        output: Annotated[Path, typer.Option("-o", "--output", help="The run's folder; must not exist yet.")] =
+        Path("out"),
         assignments: SetOption = None,
+        plan_file: Annotated[Path | None, typer.Option("--plan", help="Carry out this plan, edited or not, with the "
+                                                                      "recipe that it was made with.")] = None,
         resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run, and keep this one if it "
                                                               "is interrupted.")] = False,
         plan_only: Annotated[bool, typer.Option("--plan-only", help="Stop before anything is quantized.")] = False,
         trust_remote_code: TrustOption = False) -> None:
     """Detect, plan, quantize, save, evaluate, report."""
-    chosen = Recipe.load(recipe).replace(assignments or [])
+    edited = Plan.load(plan_file) if plan_file else None
+    chosen = _recipe_of_run(recipe, edited, assignments or [])
     from sinkquant.pipeline import run as run_pipeline
 
     with _progress() as progress:
-        report = run_pipeline(chosen, model, output, plan_only=plan_only, resume=resume,
+        report = run_pipeline(chosen, model, output, edited=edited, plan_only=plan_only, resume=resume,
                               trust_remote_code=trust_remote_code, progress=progress)
     if report is None:
         _show_plan(Plan.load(output / "plan.json"))
+        out.print(f"Plan: {output / 'plan.json'}", soft_wrap=True, highlight=False)
         return
     _show_report(report)
-    out.print(f"Report: {output / 'report.html'}", soft_wrap=True)
+    out.print(f"Report: {output / 'report.html'}", soft_wrap=True, highlight=False)
     if report.verdict.gate == "failed":
         raise typer.Exit(3)
+
+
+def _recipe_of_run(recipe: str | None, edited: Plan | None, assignments: list[str]) -> Recipe:
+    if edited is None:
+        return Recipe.load(recipe or "w4a16-sink").replace(assignments)
+    if recipe is not None:
+        raise RequestError("a plan brings the recipe that it was made with; give --plan or a recipe, not both.")
+    for assignment in assignments:
+        if assignment.partition(".")[0] in ("weights", "protect", "budget", "calibration"):
+            raise RequestError(f"--set {assignment} would change nothing beside --plan; edit the plan instead.")
+    return Recipe.parse(edited.recipe, "the recipe in the plan").replace(assignments)
 
 
 @app.command()
@@ -124,21 +161,21 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A run's folder or a ch
     """Measure a checkpoint with lm-eval, beside its baseline and its control."""
     extra = [f"evaluate.text={text}"] if text else []
     extra += [f"evaluate.tasks=[{tasks}]"] if tasks else []
-    recipe = Recipe().replace([*extra, *(assignments or [])])
     if not folder.is_dir():
         raise RequestError(f"{folder} is no folder; give a run's folder or a checkpoint.")
-    from sinkquant.evaluate import require_tasks_possible
-    from sinkquant.pipeline import evaluate_folder
+    from sinkquant.pipeline import evaluate_folder, recorded_recipe
 
-    require_tasks_possible(recipe)
+    recipe = recorded_recipe(folder).replace([*extra, *(assignments or [])])
     with _progress() as progress:
-        report, _, _ = evaluate_folder(folder, recipe, baseline, progress)
+        made = evaluate_folder(folder, recipe, baseline, progress)
     if output:
-        report.save(output)
+        made.save(output)
     if json:
-        print(report.to_json(), end="")
+        print(made.to_json(), end="")
     else:
-        _show_report(report)
+        _show_report(made)
+    if made.verdict.gate == "failed":
+        raise typer.Exit(3)
 
 
 @app.command()

@@ -66,7 +66,8 @@ class Verdict(Strict):
 
 class Report(Artifact):
     """What it cost. `recovery` is quantized / unquantized by row, task and metric, 1.0 is lossless; for metrics
-    where lower is better it is unquantized / quantized. `plots` maps a plot's name to its alternative text."""
+    where lower is better it is unquantized / quantized. `plots` maps a plot's name to its alternative text, `notes` say
+    where the run could not do what the recipe asked for (a shorter context, less text)."""
 
     SCHEMA: ClassVar[str] = "sinkquant/report@1"
 
@@ -82,6 +83,7 @@ class Report(Artifact):
     evaluation: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
     resources: dict[str, float] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
+    notes: list[str] = Field(default_factory=list)
 
     def row(self, name: str) -> Row:
         """The row of that name; KeyError where there is none."""

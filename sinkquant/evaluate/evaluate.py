@@ -23,7 +23,7 @@ from sinkquant.models import documents, encode, read_text, starts_with_bos, toke
 from sinkquant.recipe import Recipe
 
 BASELINE = "unquantized"
-PAIRS = (("control", "sink_aware"), ("sink_aware", BASELINE), ("control", BASELINE))
+PAIRS = (("control", "sink_aware"), ("sink_aware", BASELINE), ("control", BASELINE), ("quantized", BASELINE))
 Compare = Callable[[PreTrainedModel, PreTrainedModel], SinkFidelity]
 FILL = 0.85
 """Share of a context that items are made for: passages differ in how many tokens a character takes."""

@@ -1,0 +1,49 @@
+"""A plan that a person has edited: checked against the model, its sizes counted anew."""
+
+from __future__ import annotations
+
+from sinkquant.artifacts import ModelShape, Plan
+from sinkquant.errors import RequestError
+from sinkquant.policy.plan import _finish
+from sinkquant.policy.rules import Choice, check_group_sizes
+from sinkquant.recipe import Recipe, near_miss
+
+
+def accept_edited(plan: Plan, shape: ModelShape) -> Plan:
+    """The plan with all that follows from its bits and group sizes counted anew: bytes, averages, engines.
+
+    Raises:
+        RequestError: it lacks a linear of the model or has one too many, a format is out of range, or linears that
+            engines fuse do not share one.
+    """
+    foreign = sorted(set(plan.modules) - set(shape.linears))
+    if foreign:
+        raise RequestError(f"the plan names {foreign[0]!r}, which this model does not have"
+                           f"{near_miss(foreign[0], shape.linears)}.")
+    missing = [name for name in shape.linears if name not in plan.modules]
+    if missing:
+        raise RequestError(f"the plan lacks {missing[0]!r}; give it 16 bits to leave it alone.")
+    for name in plan.modules:
+        _check(name, plan, shape)
+    choices = {name: Choice(bits=d.bits, group_size=d.group_size, method=d.method, keep=d.keep,
+                            columns=tuple(d.columns), reason=d.reason) for name, d in plan.modules.items()}
+    check_group_sizes(choices, shape)
+    counted = _finish(plan.name, choices, shape, Recipe.parse(plan.recipe), plan.calibration.sinks)
+    return counted.model_copy(update={"calibration": plan.calibration, "seed": plan.seed, "notes": plan.notes})
+
+
+def _check(name: str, plan: Plan, shape: ModelShape) -> None:
+    decision = plan.modules[name]
+    if not (2 <= decision.bits <= 8 or decision.bits == 16):
+        raise RequestError(f"the plan gives {name} {decision.bits} bits; give it 2 to 8, or 16 to leave it alone.")
+    if (decision.bits == 16) != (decision.method == "none"):
+        raise RequestError(f"the plan gives {name} {decision.bits} bits and the method {decision.method!r}; "
+                           "'none' belongs to 16 bits, 'rtn' and 'gptq' to fewer.")
+    if decision.bits < 16 and shape.linears[name].fixed:
+        raise RequestError(f"the plan gives {name} {decision.bits} bits, but it has to stay in 16: "
+                           f"{shape.linears[name].fixed}.")
+    for twin in shape.linears[name].fused_with:
+        other = plan.modules.get(twin)
+        if other is not None and (other.bits, other.group_size) != (decision.bits, decision.group_size):
+            raise RequestError(f"the plan gives {name} and {twin} different formats, but engines fuse them; "
+                               "give both the same bits and group_size.")

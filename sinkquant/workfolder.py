@@ -1,0 +1,109 @@
+"""A run's folder while the run goes on: written aside, resumed where it is the same run, renamed at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from sinkquant.artifacts.base import write_atomically
+from sinkquant.errors import RequestError
+from sinkquant.formats import versions
+from sinkquant.recipe import Recipe
+
+LOG = logging.getLogger("sinkquant")
+MANIFEST = "manifest.json"
+MANIFEST_SCHEMA = "sinkquant/manifest@1"
+
+
+class WorkFolder:
+    """`<target>.partial`. Its manifest holds the key of the run and the seconds that every stage has taken so far."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self.key = path, key
+        self.seconds: dict[str, float] = {}
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Count a stage's seconds, over all attempts of a resumed run."""
+        start = time.monotonic()
+        yield
+        took = time.monotonic() - start
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + took, 3)
+        self.write_manifest()
+        LOG.info("%s took %.1f s", stage, took)
+
+    def write_manifest(self) -> None:
+        """Atomic, so that a run that is killed here can be resumed."""
+        content = {"schema": MANIFEST_SCHEMA, "key": self.key, "seconds": self.seconds}
+        write_atomically(self.path / MANIFEST, json.dumps(content) + "\n")
+
+
+@contextlib.contextmanager
+def work_folder(target: Path, key: str, resume: bool) -> Iterator[WorkFolder]:
+    """`<target>.partial` while the run goes on, `target` once it is done; with `resume` it outlives a failure.
+
+    Raises:
+        RequestError: there is something to resume, and it was another run.
+    """
+    work = WorkFolder(target.with_name(f"{target.name}.partial"), key)
+    manifest = work / MANIFEST
+    if resume and manifest.is_file():
+        found = json.loads(manifest.read_text(encoding="utf-8"))
+        if found.get("key") != key:
+            raise RequestError(f"{work.path} was made with another recipe, model, text or version of the packages; "
+                               "remove it or run without --resume.")
+        work.seconds = found["seconds"]
+        for left_over in work.path.glob(".*"):  # what a killed process was writing
+            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+    else:
+        shutil.rmtree(work.path, ignore_errors=True)
+        work.path.mkdir(parents=True)
+        work.write_manifest()
+    try:
+        with _log_file(work.path):
+            yield work
+        manifest.unlink()
+        if target.is_dir():
+            target.rmdir()
+        work.path.rename(target)
+    except BaseException:
+        if not resume:
+            shutil.rmtree(work.path, ignore_errors=True)
+        raise
+
+
+def run_key(recipe: Recipe, folder: Path, plan: str | None = None) -> str:
+    """A hash of all that decides a run's result: recipe, edited plan, model files, texts, package versions."""
+    digest = hashlib.sha256(json.dumps([recipe.model_dump(mode="json"), plan, versions()], sort_keys=True).encode())
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        digest.update(f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns};".encode())
+    for text in (recipe.calibration.text, recipe.evaluate.text):
+        digest.update(Path(text).read_bytes() if text else b"packaged")
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _log_file(folder: Path) -> Iterator[None]:
+    handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    level = LOG.level
+    LOG.addHandler(handler)
+    LOG.setLevel(logging.INFO)
+    try:
+        yield
+    except BaseException as error:
+        LOG.info("stopped: %s", type(error).__name__, exc_info=error)
+        raise
+    finally:
+        LOG.removeHandler(handler)
+        LOG.setLevel(level)
+        handler.close()
