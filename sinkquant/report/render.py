@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from sinkquant.artifacts import Paired, Plan, Report, Row, SinkMap
 from sinkquant.artifacts.base import write_atomically
-from sinkquant.report.plots import Plot, accuracy_against_bytes, all_plots
+from sinkquant.report.plots import Plot, Points, accuracy_against_bytes, accuracy_points, all_plots
 
+HEADLINES = {"pays": "Protection pays", "does not pay": "Protection does not pay",
+             "no difference shown": "No difference was shown",
+             "not measured": "Whether protection pays was not measured"}
 ADDS = {"none": "does not add <bos>", "once": "adds <bos> once", "twice": "adds <bos> twice"}
 
 
@@ -26,22 +30,63 @@ def write(folder: Path, report: Report, sink_map: SinkMap, plan: Plan, after: Si
 
 def render(template: str, report: Report, sink_map: SinkMap, plan: Plan, plots: dict[str, Plot]) -> str:
     """One template filled in. HTML is escaped; the SVG of plots is our own."""
-    facts = sink_map.tokenization
-    rows = "start with <bos>" if facts.rows_start_with_bos else "do not start with <bos>"
-    tokenization = f"the tokenizer {ADDS[facts.adds_bos]}; the rows of this run {rows}."
+    tokenizer = sink_map.tokenization
+    rows = "start with <bos>" if tokenizer.rows_start_with_bos else "do not start with <bos>"
+    tokenization = f"the tokenizer {ADDS[tokenizer.adds_bos]}; the rows of this run {rows}."
+    unquantized = next((row.weight_bytes for row in report.rows if row.name == "unquantized"), plan.unquantized_bytes)
     return _environment().get_template(template).render(
         report=report, sink_map=sink_map, plan=plan, plots=plots, metrics=_metrics(report), words=in_words,
         cell=lambda row, task, metric: _cell(report, row, task, metric), tokenization=tokenization,
+        headline=HEADLINES[report.verdict.answer], tiles=_tiles(report, unquantized), unquantized_bytes=unquantized,
+        facts=_facts(report), notes=list(dict.fromkeys([*report.notes, *sink_map.notes, *plan.notes])),
         no_ops=sum(head.no_op for layer in sink_map.heads for head in layer))
 
 
 def comparison(runs: list[tuple[str, Report]]) -> str:
     """One page with the rows of several runs side by side."""
-    points = [(f"{name}: {row.name}", row.weight_bytes, row.tasks["divergence"]["kl"].value,
-               row.tasks["divergence"]["kl"].stderr)
-              for name, report in runs for row in report.rows if "divergence" in row.tasks]
+    points: Points = {}
+    for name, report in runs:
+        for words, found in accuracy_points(report, f"{name}: ").items():
+            points.setdefault(words, []).extend(found)
     return _environment().get_template("comparison.html.j2").render(
         runs=runs, plot=accuracy_against_bytes(points) if points else None, cell=_cell, metrics=_metrics)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One figure that is worth a look from afar."""
+
+    name: str
+    value: str
+    note: str
+
+
+def _tiles(report: Report, unquantized_bytes: int) -> list[Tile]:
+    rows = {row.name: row for row in report.rows}
+    aware, control = rows.get("sink_aware"), rows.get("control")
+    if aware is None:
+        return []
+    tiles = [Tile("Size", f"{100 * aware.weight_bytes / unquantized_bytes:.1f} %",
+                  f"{aware.weight_bytes / 1e6:,.2f} of {unquantized_bytes / 1e6:,.2f} MB"),
+             Tile("Bits per weight", f"{aware.bits_per_weight:.2f}", "of the blocks, scales counted")]
+    if "divergence" in aware.tasks:
+        beside = f"control {control.tasks['divergence']['kl'].value:.4g}" if control is not None else "no control"
+        tiles.append(Tile("KL divergence", f"{aware.tasks['divergence']['kl'].value:.4g}", f"nats per token; {beside}"))
+    if report.fidelity and "unquantized" in report.fidelity.sink_rate:
+        before, after = (report.fidelity.sink_rate[name]["0.3"] for name in ("unquantized", "sink_aware"))
+        tiles.append(Tile("Sink rate", f"{after:.3f}", f"{before:.3f} before, at 0.3"))
+    return tiles
+
+
+def _facts(report: Report) -> dict[str, str]:
+    facts = {key.replace("_", " "): "none" if value is None else str(value) for key, value in report.evaluation.items()}
+    for key, value in report.resources.items():
+        name, _, stage = key.partition(": ")
+        if name == "seconds":
+            facts[stage.replace("_", "-")] = f"{value:.1f} s"
+        else:
+            facts[key] = f"{value / 2**20:,.1f} MiB" if "bytes" in key else f"{value:g}"
+    return facts | report.versions
 
 
 def in_words(pair: Paired) -> str:
@@ -49,12 +94,18 @@ def in_words(pair: Paired) -> str:
     if pair.low <= 0 <= pair.high:
         return "no difference shown"
     a_is_better = (pair.difference > 0) == pair.higher_is_better
-    return f"{pair.a if a_is_better else pair.b} is better"
+    return f"{_row_name(pair.a if a_is_better else pair.b)} is better"
+
+
+def _row_name(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def _environment() -> Environment:
-    return Environment(loader=PackageLoader("sinkquant.report"), autoescape=select_autoescape(["html.j2", "html"]),
-                       undefined=StrictUndefined, keep_trailing_newline=True)
+    environment = Environment(loader=PackageLoader("sinkquant.report"), undefined=StrictUndefined, trim_blocks=True,
+                              autoescape=select_autoescape(["html.j2", "html"]), keep_trailing_newline=True)
+    environment.filters["row"] = _row_name
+    return environment
 
 
 def _metrics(report: Report) -> list[tuple[str, str]]:
