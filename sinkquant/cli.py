@@ -25,6 +25,8 @@ from sinkquant.recipe import Recipe, recipe_names
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 # typer carries its own copy of click or uses the installed one, by version; this names the right class in both.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+INTERRUPTED = 130
+"""What typer makes of Ctrl-C."""
 out, err = Console(), Console(stderr=True)
 
 ModelArgument = Annotated[str, typer.Argument(help="A model folder, a hub id, or 'demo'.")]
@@ -39,6 +41,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run that is told to go tidies up as for Ctrl-C
     try:
         code = app(standalone_mode=False)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
     except typer.Exit as stop:
         code = stop.exit_code
     except UsageError as error:

@@ -143,7 +143,7 @@ def test_a_browser_opens_it_without_complaint(browser, folder, tmp_path):
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0",
                f"--user-data-dir={tmp_path / 'profile'}", "--window-size=390,800", "--dump-dom",
                (folder / "report.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "CONSOLE" not in done.stderr
     assert "Protection pays" in done.stdout
     assert done.stdout.count("<svg") == 4

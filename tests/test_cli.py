@@ -1,0 +1,307 @@
+"""quantize-model as a user meets it: exit codes, one sentence per error, artifacts on stdout and all else on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_runs import SMALL, fingerprint, model_folder
+
+from sinkquant import Plan, Report, SinkMap, __version__, cli, pipeline
+
+
+@dataclass
+class Outcome:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+def call(*arguments: object) -> Outcome:
+    """Run the command line in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    before = sys.argv, signal.getsignal(signal.SIGTERM)
+    sys.argv = ["quantize-model", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
+            cli.main()
+    finally:
+        sys.argv = before[0]
+        signal.signal(signal.SIGTERM, before[1])
+    return Outcome(int(stop.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def settings(text: Path, *more: str) -> list[str]:
+    """--set options of a small run on a text of one's own."""
+    return [part for assignment in (f"calibration.text={text}", f"evaluate.text={text}", *SMALL, *more)
+            for part in ("--set", assignment)]
+
+
+def one_sentence(outcome: Outcome) -> str:
+    """The error, after checking that it is the only line of its kind and no traceback."""
+    lines = [line for line in outcome.err.splitlines() if line.startswith("quantize-model: ")]
+    assert len(lines) == 1, outcome.err
+    assert "Traceback" not in outcome.err
+    assert lines[0].endswith((".", ")"))
+    return lines[0]
+
+
+@pytest.fixture
+def source(tmp_path: Path, tiny_folder: Path) -> Path:
+    """A copy of the tiny model that has to come out of the test as it went in."""
+    return shutil.copytree(tiny_folder, tmp_path / "source")
+
+
+def test_help_version_and_recipes():
+    assert call("--version").out == f"quantize-model {__version__}\n"
+    assert call().code == 2
+    for command in ("run", "detect", "plan", "eval", "report", "doctor", "recipes"):
+        assert command in call("--help").out
+        assert call(command, "--help").code == 0
+    assert "w4a16-sink: The default." in call("recipes").out
+    assert "group_size: 64" in call("recipes", "show", "w3a16-sink").out
+    wrong = call("recipes", "show", "w3a16-sank")
+    assert wrong.code == 2
+    assert "did you mean 'w3a16-sink'" in one_sentence(wrong)
+
+
+def test_step_by_step(tmp_path, tiny_folder, text_file):
+    """detect, plan, an edited plan, run, eval, report: each command takes what the one before made."""
+    found = call("detect", tiny_folder, "--text", text_file, "--json", "-o", tmp_path / "sinkmap.json",
+                 "--set", "detect.rows=8", "--set", "detect.long_rows=1")
+    assert found.code == 0
+    assert SinkMap.parse(json.loads(found.out), "stdout") == SinkMap.load(tmp_path / "sinkmap.json")
+
+    planned = call("plan", tiny_folder, "--sink-map", tmp_path / "sinkmap.json", "-r", "w3a16-sink", "--json", "-o",
+                   tmp_path / "plan.json", *settings(text_file))
+    assert planned.code == 0
+    plan = Plan.parse(json.loads(planned.out), "stdout")
+    assert plan == Plan.load(tmp_path / "plan.json")
+    assert {decision.bits for decision in plan.modules.values()} == {3}
+
+    name = "model.layers.0.mlp.down_proj"
+    plan.modules[name].bits = 8
+    plan.save(tmp_path / "plan.json")
+    output = tmp_path / "out"
+    done = call("run", "--plan", tmp_path / "plan.json", "--model", tiny_folder, "--output", output)
+    assert done.code == 0, done.err
+    assert f"Report: {output / 'report.html'}" in done.out
+    assert Plan.load(output / "plan.json").modules[name].bits == 8
+    both = call("run", "w4a16-sink", "--plan", tmp_path / "plan.json", "--model", tiny_folder, "-o", tmp_path / "no")
+    assert both.code == 2
+    assert "not both" in one_sentence(both)
+
+    again = call("eval", output, "--baseline", tiny_folder, "--json", "--tasks", "sink_perplexity,sink_cloze",
+                 "-o", tmp_path / "again.json")
+    assert again.code == 0, again.err
+    report = Report.parse(json.loads(again.out), "stdout")
+    assert report == Report.load(tmp_path / "again.json")
+    assert [set(row.tasks) for row in report.rows][1:] == [{"sink_perplexity", "sink_cloze", "divergence"}] * 2
+    alone = call("eval", output / "model", "--text", text_file)
+    assert alone.code == 0
+    assert "not measured: there is no control" in alone.out
+
+    (output / "report.html").unlink()
+    assert call("report", output).code == 0
+    assert (output / "report.html").is_file()
+    compared = call("report", output, output, "-o", tmp_path / "two.html")
+    assert compared.code == 0
+    assert "2 runs side by side" in (tmp_path / "two.html").read_text(encoding="utf-8")
+
+
+def test_doctor(tiny_folder, text_file):
+    outcome = call("doctor", tiny_folder, "--text", text_file)
+    assert outcome.code == 0
+    assert "Tokenization" in outcome.out
+    assert "Support" in outcome.out
+
+
+def test_plan_only_stops_before_quantizing(tmp_path, tiny_folder, text_file):
+    outcome = call("run", "--model", tiny_folder, "--output", tmp_path / "out", "--plan-only", *settings(text_file))
+    assert outcome.code == 0
+    assert "bits per weight" in outcome.out
+    assert not (tmp_path / "out" / "model").exists()
+    assert Plan.load(tmp_path / "out" / "plan.json").modules
+
+
+def test_a_result_below_the_gate_is_code_3(tmp_path, tiny_folder, text_file):
+    outcome = call("run", "--model", tiny_folder, "--output", tmp_path / "out",
+                   *settings(text_file, "gate.max_divergence=1.0e-12", "evaluate.control=false"))
+    assert outcome.code == 3
+    assert "over gate.max_divergence" in outcome.out
+    assert Report.load(tmp_path / "out" / "report.json").verdict.gate == "failed"
+    assert "Quality gate failed" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    again = call("eval", tmp_path / "out", "--baseline", tiny_folder)
+    assert again.code == 3
+
+
+def not_a_model(source: Path) -> None:
+    (source / "config.json").unlink()
+
+
+def no_tokenizer(source: Path) -> None:
+    (source / "tokenizer.json").unlink()
+
+
+def truncated(source: Path) -> None:
+    path = source / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def not_finite(value: float):
+    def write(source: Path) -> None:
+        tensors = load_file(source / "model.safetensors")
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+        save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    return write
+
+
+def nothing(source: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(("spoil", "arguments", "words"), [
+    pytest.param(not_a_model, [], "it has no config.json", id="not a model folder"),
+    pytest.param(no_tokenizer, [], "has no tokenizer", id="no tokenizer"),
+    pytest.param(truncated, [], "is truncated", id="truncated shard"),
+    pytest.param(not_finite(float("nan")), [], "up_proj.weight holds NaN or Inf", id="NaN"),
+    pytest.param(not_finite(float("inf")), [], "up_proj.weight holds NaN or Inf", id="Inf"),
+    pytest.param(nothing, ["--set", "calibration.text={empty}"], "is empty", id="empty text"),
+    pytest.param(nothing, ["--set", "calibration.text={short}"], "shorter than one row", id="text shorter than a row"),
+    pytest.param(nothing, ["--set", "calibration.text=/nowhere/x.txt"], "cannot read", id="no text"),
+    pytest.param(nothing, ["--set", "weights.group_size=48"], "does not divide", id="group size"),
+    pytest.param(nothing, ["--set", "weights.bitz=3"], "did you mean 'bits'", id="unknown key"),
+    pytest.param(nothing, ["--set", "weights.bits"], "has no '='", id="assignment without a value"),
+    pytest.param(nothing, ["--set", "weights.ignore=[model.layers.7.*]"], "model.layers.7", id="pattern, no match"),
+    pytest.param(nothing, ["--no-such-option"], "--no-such-option", id="unknown option"),
+])
+def test_a_wrong_request_is_code_2(spoil, arguments, words, source, tmp_path, text_file):
+    spoil(source)
+    (tmp_path / "empty.txt").write_text("\n \n", encoding="utf-8")
+    (tmp_path / "short.txt").write_text("w9 w10 .", encoding="utf-8")
+    before = fingerprint(source)
+    filled = [a.format(empty=tmp_path / "empty.txt", short=tmp_path / "short.txt") for a in arguments]
+    outcome = call("run", "--model", source, "--output", tmp_path / "out", *settings(text_file), *filled)
+    assert outcome.code == 2
+    assert words in one_sentence(outcome)
+    assert fingerprint(source) == before
+    assert not list(tmp_path.glob("out*"))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_output_folder_that_is_not_empty_is_refused_and_kept(source, tmp_path, text_file):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine", encoding="utf-8")
+    outcome = call("run", "--model", source, "--output", tmp_path / "out", *settings(text_file))
+    assert outcome.code == 2
+    assert "exists and is not empty" in one_sentence(outcome)
+    assert fingerprint(tmp_path / "out").keys() == {"mine.txt"}
+
+
+@pytest.mark.parametrize("arguments", [["eval", "nowhere"], ["report", "nowhere"], ["detect", "nowhere"],
+                                       ["plan", "a/b/c"], ["doctor", "."], ["run", "no-such-recipe"],
+                                       ["run", "--plan", "nowhere.json"], ["frobnicate"], ["recipes", "list"]])
+def test_every_command_refuses_what_is_not_there(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = call(*arguments)
+    assert outcome.code == 2
+    one_sentence(outcome)
+    assert outcome.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unexpected_error_is_one_sentence_too(tmp_path, tiny_folder, text_file, monkeypatch):
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("something\nnobody thought of")
+
+    monkeypatch.setattr(pipeline, "quantize", broken)
+    outcome = call("run", "--model", tiny_folder, "--output", tmp_path / "out", *settings(text_file))
+    assert outcome.code == 1
+    assert "unexpected RuntimeError: something nobody thought of" in one_sentence(outcome)
+    assert not list(tmp_path.glob("out*"))
+
+
+def start(source: Path, output: Path, text: Path, *more: str, limit: int | None = None) -> subprocess.Popen[str]:
+    """A real process. `limit`: no file may grow over so many bytes, as on a disk that is full."""
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # type: ignore[arg-type]
+
+    command = [sys.executable, "-m", "sinkquant.cli", "run", "--model", str(source), "--output", str(output), *more,
+               *settings(text)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            preexec_fn=limited if limit else None)
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    """Until a file appears."""
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
+def test_a_disk_that_fills_while_saving(source, tmp_path, text_file):
+    before = fingerprint(source)
+    process = start(source, tmp_path / "out", text_file, limit=100_000)
+    out, err = process.communicate()
+    assert process.returncode == 1, err
+    message = one_sentence(Outcome(1, out, err))
+    assert "model" in message
+    assert "too large" in message
+    assert fingerprint(source) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_in_the_middle(signal_number, source, tmp_path, text_file):
+    before = fingerprint(source)
+    process = start(source, tmp_path / "out", text_file)
+    wait_for(tmp_path / "out.partial" / "plan.json", process)
+    process.send_signal(signal_number)
+    out, err = process.communicate()
+    assert process.returncode == 1
+    assert "stopped before it was done" in one_sentence(Outcome(1, out, err))
+    assert fingerprint(source) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_killed_and_resumed(source, tmp_path, text_file):
+    process = start(source, tmp_path / "out", text_file, "--resume")
+    wait_for(tmp_path / "out.partial" / "model", process)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "out").exists()
+    checkpoint = fingerprint(tmp_path / "out.partial" / "model")
+    other = call("run", "--model", source, "--output", tmp_path / "out", "--resume", *settings(text_file, "seed=7"))
+    assert other.code == 2
+    assert "made with another recipe" in one_sentence(other)
+    outcome = call("run", "--model", source, "--output", tmp_path / "out", "--resume", *settings(text_file))
+    assert outcome.code == 0, outcome.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+    assert not list((tmp_path / "out").glob(".*"))
+    assert fingerprint(tmp_path / "out" / "model") == checkpoint
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_another_kind_of_model_from_the_shell(tmp_path, text_file):
+    """A Gemma 2 in float16 whose tokenizer adds no <bos>, by a relative path with a space in it."""
+    model_folder(tmp_path / "my model", "gemma2", torch.float16, add_bos="none")
+    command = [sys.executable, "-m", "sinkquant.cli", "detect", "my model", "--text", str(text_file), "--json",
+               "--set", "detect.rows=8", "--set", "detect.long_rows=1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    found = SinkMap.parse(json.loads(done.stdout), "stdout")
+    assert found.tokenization.adds_bos == "none"
+    assert done.stderr == ""
