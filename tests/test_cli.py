@@ -228,7 +228,7 @@ def test_an_unexpected_error_is_one_sentence_too(tmp_path, tiny_folder, text_fil
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("something\nnobody thought of")
 
-    monkeypatch.setattr(pipeline, "quantize", broken)
+    monkeypatch.setattr(pipeline, "quantize_to", broken)
     outcome = call("run", "--model", tiny_folder, "--output", tmp_path / "out", *settings(text_file))
     assert outcome.code == 1
     assert "unexpected RuntimeError: something nobody thought of" in one_sentence(outcome)
