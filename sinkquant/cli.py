@@ -185,26 +185,29 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A run's folder or a ch
 @app.command()
 def diagnose(models: Annotated[list[str], typer.Argument(help="A model folder, a hub id, or 'demo'; several to "
                                                               "compare.")],
+             against: Annotated[str | None, typer.Option(help="A quantized version, to be compared with it.")] = None,
              text: TextOption = None, assignments: SetOption = None, json: JsonOption = False,
              output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the diagnosis here.")] = None,
              trust_remote_code: TrustOption = False) -> None:
-    """Over-mixing diagnostics, each beside its null."""
+    """What the sinks do for a model: over-mixing, spread, robustness, each beside its null; sink fidelity."""
     recipe = Recipe().replace(assignments or [])
-    if output and len(models) > 1:
-        raise RequestError("-o takes the diagnosis of one model; name one, or use --json.")
+    if len(models) > 1 and (output or against):
+        raise RequestError("-o and --against are for one model; name one.")
     from sinkquant.diagnose import diagnose as examine
     from sinkquant.diagnose.show import scale_table, tables
+    from sinkquant.formats import load_dense
     from sinkquant.models import load_tokenizer, read_text, resolve
 
     folders = [resolve(model) for model in models]
     tokenizers = [load_tokenizer(folder, trust_remote_code) for folder in folders]
     read_text(text, "evaluation")
+    other = resolve(_checkpoint_of(against)) if against else None
     found = []
     with _progress() as progress:
-        from sinkquant.formats import load_dense
-
         for name, folder, tokenizer in zip(models, folders, tokenizers, strict=True):
-            found.append(examine(load_dense(folder), tokenizer, text, recipe, name, progress=progress))
+            quantized = load_dense(other) if other else None
+            found.append(examine(load_dense(folder), tokenizer, text, recipe, name, against=quantized,
+                                 against_name=against or "", progress=progress))
     if output:
         found[0].save(output)
     if json:
@@ -215,6 +218,11 @@ def diagnose(models: Annotated[list[str], typer.Argument(help="A model folder, a
             out.print(table)
     if len(found) > 1:
         out.print(scale_table(found))
+
+
+def _checkpoint_of(place: str) -> str:
+    """The checkpoint inside a run's folder, or what was named."""
+    return f"{place}/model" if Path(place, "model", "config.json").is_file() else place
 
 
 @app.command()

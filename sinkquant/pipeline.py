@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.artifacts import Plan, Report, SinkMap
 from sinkquant.artifacts.report import Fidelity
 from sinkquant.detect import detect
-from sinkquant.evaluate import BASELINE, Candidate, evaluate, require_tasks_possible
+from sinkquant.diagnose import sink_fidelity
+from sinkquant.evaluate import BASELINE, Candidate, Compare, evaluate, require_tasks_possible
 from sinkquant.formats import load_dense, quantize_to, read_checkpoint, require_free, versions
 from sinkquant.models import (
     Decoder,
@@ -177,7 +178,8 @@ class _Job:
             candidates.append(Candidate(one.name, place, _loader(self.work / place, dtype, device),
                                         weight_bytes(self.work / place), one.bits_per_weight))
         report = evaluate(candidates, self.tokenizer, self.recipe, model=self.name,
-                          fidelity=fidelity({BASELINE: sink_map} | after), progress=self.progress)
+                          fidelity=fidelity({BASELINE: sink_map} | after),
+                          compare=_comparison(self.tokenizer, sink_map, self.recipe), progress=self.progress)
         LOG.info("verdict: %s", report.verdict.sentence)
         notes = [note for one in plans.values() for note in one.notes]
         return report.model_copy(update={
@@ -209,20 +211,22 @@ def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
     tokenizer = load_tokenizer(resolve(str(next(iter(places.values())))))
     require_tasks_possible(recipe)
     device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
-    candidates, maps = [], {}
+    candidates, maps, original = [], {}, None
     if baseline is not None:
         source = resolve(baseline)
         candidates.append(Candidate(BASELINE, baseline, lambda: load_model(source, dtype, device),
                                     weight_bytes(source), bits_on_disk(source)))
     for name, path in places.items():
         content = read_checkpoint(resolve(str(path)))
+        original = original or (content["sink_map"] if content else None) or None
         if content and content["sink_map"] and recipe.gate.max_sink_rate_change is not None:
             maps[BASELINE] = content["sink_map"]
             maps[name] = sinks_after(path, tokenizer, recipe, name, progress)
         bits = content["plan"].bits_per_weight if content else bits_on_disk(path)
         candidates.append(Candidate(name, str(path), _loader(path, dtype, device), weight_bytes(path), bits))
     report = evaluate(candidates, tokenizer, recipe, model=baseline or str(folder),
-                      fidelity=fidelity(maps) if maps else None, progress=progress)
+                      fidelity=fidelity(maps) if maps else None, compare=_comparison(tokenizer, original, recipe),
+                      progress=progress)
     return report.model_copy(update={"versions": versions()})
 
 
@@ -251,6 +255,13 @@ def fidelity(maps: dict[str, SinkMap]) -> Fidelity:
     return Fidelity(sink_rate={name: one.sink_rate for name, one in maps.items()},
                     massive_peak={name: largest(one, "peak") for name, one in maps.items()},
                     massive_ratio={name: largest(one, "ratio") for name, one in maps.items()})
+
+
+def _comparison(tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap | None, recipe: Recipe) -> Compare | None:
+    """Sink fidelity of a quantized model, where the sinks of the original are known and the recipe asks for it."""
+    if sink_map is None or not recipe.evaluate.fidelity:
+        return None
+    return lambda original, quantized: sink_fidelity(original, quantized, tokenizer, sink_map.tokens, recipe)
 
 
 def _loader(path: Path, dtype: torch.dtype, device: str) -> Callable[[], PreTrainedModel]:

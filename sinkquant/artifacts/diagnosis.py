@@ -165,7 +165,11 @@ class Check(Strict):
 
 
 class Diagnosis(Artifact):
-    """Every diagnostic of one model beside its null, and its fidelity where it was compared with an original."""
+    """Every diagnostic of one model beside its null.
+
+    `against`: the same of a quantized version of it on the same rows, and `fidelity` what quantization did to its
+    sinks; null where nothing was compared. `massive_peak` and `massive_ratio`: the largest massive activation.
+    """
 
     SCHEMA: ClassVar[str] = "sinkquant/diagnosis@1"
 
@@ -189,4 +193,5 @@ class Diagnosis(Artifact):
     robustness: list[Check] = Field(default_factory=list)
     special_tokens: dict[str, str] = Field(default_factory=dict)
     fidelity: SinkFidelity | None = None
+    against: Diagnosis | None = None
     notes: list[str] = Field(default_factory=list)

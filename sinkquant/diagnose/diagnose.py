@@ -10,8 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.artifacts import SinkMap
 from sinkquant.artifacts.diagnosis import Check, Diagnosis, LayerMixing, SinkRates
 from sinkquant.detect import detect
+from sinkquant.detect.residual import massive_channels
 from sinkquant.diagnose.bos import bos_variants
 from sinkquant.diagnose.dormant import dormant_heads, token_values
+from sinkquant.diagnose.fidelity import sink_fidelity
 from sinkquant.diagnose.null import measured
 from sinkquant.diagnose.rates import context_lengths, first_position_mass, sink_rates
 from sinkquant.diagnose.robustness import (
@@ -43,7 +45,8 @@ Progress = Callable[[int, int, str], None]
 
 def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | None = None,
              recipe: Recipe | None = None, name: str | None = None, sink_map: SinkMap | None = None,
-             attacks: bool = True, progress: Progress | None = None) -> Diagnosis:
+             attacks: bool = True, against: PreTrainedModel | None = None, against_name: str = "quantized",
+             progress: Progress | None = None) -> Diagnosis:
     """Every over-mixing diagnostic of a model, each beside its null: the same model on resampled text.
 
     Args:
@@ -52,6 +55,7 @@ def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
         recipe: device, dtype, seed, `<bos>` policy and thresholds; None for the defaults.
         sink_map: the model's sinks, where they were detected before.
         attacks: also the robustness checks.
+        against: a quantized version of the model, diagnosed on the same rows and compared with it.
         progress: called as progress(done, total, label).
 
     Raises:
@@ -101,16 +105,21 @@ def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
                             lambda token: str(tokenizer.decode([token])))
         checks += _past_the_context(job, bos, notes)
     steps.next("")
-    peaks = [(channel.peak, channel.ratio) for channel in sink_map.channels]
+    fidelity, other = None, None
+    if against is not None:
+        fidelity = sink_fidelity(model, against, tokenizer, sink_map.tokens, recipe, text)
+        other = diagnose(against, tokenizer, text, recipe, against_name, sink_map, attacks, progress=progress)
+    massive = massive_channels(found.stream, recipe.detect)
     return Diagnosis(
-        model=decoder.facts(name or sink_map.model.name), tokenization=sink_map.tokenization,
+        model=decoder.facts(name or model.config.name_or_path or type(model).__name__),
+        tokenization=sink_map.tokenization,
         text=text or "packaged evaluation text", seed=recipe.seed, sinks=sink_map.tokens,
-        massive_peak=max((peak for peak, _ in peaks), default=0.0),
-        massive_ratio=max((ratio for _, ratio in peaks), default=0.0), sink_rates=rates,
+        massive_peak=max((channel.peak for channel in massive), default=0.0),
+        massive_ratio=max((channel.ratio for channel in massive), default=0.0), sink_rates=rates,
         first_position=mass.mean(1).tolist(), mixing=layer_mixing(found, recipe.seed), collapse=collapse,
         over_squashing=squashing, spread=spreads, bos=variants, values=token_values(found, tokenizer),
         dormant_heads=dormant_heads(found, tokenizer), robustness=checks,
-        special_tokens=special_token_paths(tokenizer) if attacks else {}, notes=notes)
+        special_tokens=special_token_paths(tokenizer) if attacks else {}, fidelity=fidelity, against=other, notes=notes)
 
 
 def layer_mixing(found: Survey, seed: int) -> list[LayerMixing]:

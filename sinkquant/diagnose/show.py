@@ -68,6 +68,8 @@ def tables(one: Diagnosis) -> Iterator[Table]:
         for path, result in one.special_tokens.items():
             table.add_row(escape(path), escape(result))
         yield table
+    if one.against is not None:
+        yield from tables(one.against)
     if one.fidelity is not None:
         yield fidelity_table(one.fidelity)
 

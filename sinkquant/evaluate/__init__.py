@@ -1,7 +1,7 @@
 """Checkpoint -> Report, with lm-eval, beside the unquantized model and a control of the same size."""
 
 from sinkquant.evaluate.divergence import Divergence, compare_rows, row_divergences
-from sinkquant.evaluate.evaluate import BASELINE, Candidate, evaluate, require_tasks_possible
+from sinkquant.evaluate.evaluate import BASELINE, Candidate, Compare, evaluate, require_tasks_possible
 from sinkquant.evaluate.harness import SinkLM
 from sinkquant.evaluate.run import TaskResult, run_tasks
 from sinkquant.evaluate.statistics import paired_difference
@@ -11,6 +11,7 @@ __all__ = [
     "BASELINE",
     "LOCAL_TASKS",
     "Candidate",
+    "Compare",
     "Divergence",
     "SinkLM",
     "TaskResult",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,21 @@ def test_the_planted_sink_is_in_every_part(planted: Diagnosis, tmp_path: Path) -
     assert {spread.with_bos for spread in planted.spread} == {True, False}
     assert {(head.layer, head.head) for head in planted.dormant_heads} == {(b, h) for b in (1, 2) for h in range(4)}
     assert Diagnosis.load(planted.save(tmp_path / "diagnosis.json")) == planted
+
+
+def test_a_quantized_version_is_diagnosed_beside_it(planted: Diagnosis, text_file: Path) -> None:
+    model = plant(tiny_model("llama", max_position_embeddings=128), Plant(1, None, frozenset({0, 1, 2, 3}), 20, 0))
+    broken = copy.deepcopy(model)
+    broken.model.layers[0].mlp.down_proj.weight.data[20] = 0
+    found = diagnose(model, tiny_tokenizer(), str(text_file), RECIPE, "planted", attacks=False, against=broken,
+                     against_name="broken")
+    assert found.fidelity.verdict == "destroyed"
+    assert found.against.model.name == "broken"
+    assert found.against.massive_ratio < 50 < found.massive_ratio
+    assert found.against.dormant_heads == []
+    assert found.mixing == planted.mixing
+    assert found.robustness == []
+    assert Diagnosis.parse(json.loads(found.to_json()), "") == found
 
 
 def test_it_can_be_shown(planted: Diagnosis) -> None:
