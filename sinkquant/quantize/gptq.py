@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from sinkquant.errors import SinkquantError
+from sinkquant.quantize.descent import descend
 from sinkquant.quantize.packed import PackedWeight, group_scales, to_codes
 from sinkquant.quantize.scales import searched_scales
 
@@ -26,7 +27,7 @@ class GPTQ:
     make up for taken off, so that this is the metric of the search.
 
     `asymmetry` is how much of the difference between what the unquantized model would feed this layer and what it
-    gets is made up for (GPTAQ; its authors take 0.25); it needs `cross`.
+    gets is made up for (GPTAQ; its authors take 0.25); it needs `cross`. `passes` rounds of coordinate descent follow.
     """
 
     bits: int
@@ -36,6 +37,7 @@ class GPTQ:
     scale_dtype: torch.dtype = torch.bfloat16
     scale_search: bool = True
     asymmetry: float = 0.25
+    passes: int = 3
 
     def quantize(self, weight: torch.Tensor, hessian: torch.Tensor, name: str = "weight",
                  cross: torch.Tensor | None = None) -> PackedWeight:
@@ -52,8 +54,9 @@ class GPTQ:
         rows, columns = weight.shape
         size = columns if self.group_size == -1 else self.group_size
         order = self._order(hessian.diagonal(), size)
-        inverse = self._inverse_factor(hessian[order][:, order].double(), name)
-        drift = None if cross is None else self._drift(cross[order][:, order].double(), hessian, inverse)
+        damped, mean = self._damped(hessian, name)
+        inverse = self._inverse_factor(damped[order][:, order], name)
+        drift = None if cross is None else self._drift(cross[order][:, order].double() / mean, inverse)
         work = weight[:, order].float().clone()
         codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
         scale = torch.empty(rows, columns // size, dtype=self.scale_dtype, device=weight.device)
@@ -79,7 +82,11 @@ class GPTQ:
             work[:, stop:] -= errors @ inverse[start:stop, stop:]
             if drift is not None:
                 work[:, stop:] += before @ drift[start:stop, stop:]
-        return PackedWeight(codes, scale, self.bits)
+        packed = PackedWeight(codes, scale, self.bits)
+        if self.passes == 0:
+            return packed
+        pull = None if cross is None else self.asymmetry * (weight.float() @ (cross / mean).float())
+        return descend(packed, weight, damped, self.passes, order, pull)
 
     def _scale(self, group: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         """The scale of one group: [rows] from weights [rows, size] and the factor's diagonal [size]."""
@@ -87,12 +94,11 @@ class GPTQ:
             return searched_scales(group, self.bits, -1, self.scale_dtype, factor.double().square().reciprocal())[:, 0]
         return group_scales(group, self.bits, -1, self.scale_dtype)[:, 0]
 
-    def _drift(self, cross: torch.Tensor, hessian: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    def _drift(self, cross: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
         """How much of column i, in the visiting order, is added to the columns after it: float32 [columns, columns],
         strictly upper triangular."""
         factor = inverse.double()
-        mean = hessian.diagonal().double().mean().clamp(min=1e-30)
-        return (self.asymmetry * torch.triu(cross / mean @ factor.T, diagonal=1) @ factor).float()
+        return (self.asymmetry * torch.triu(cross @ factor.T, diagonal=1) @ factor).float()
 
     def _order(self, diagonal: torch.Tensor, size: int) -> torch.Tensor:
         columns = torch.arange(len(diagonal), device=diagonal.device)
@@ -103,16 +109,19 @@ class GPTQ:
         inside = grouped.argsort(dim=1, descending=True, stable=True)
         return (groups[:, None] * size + inside[groups]).flatten()
 
-    def _inverse_factor(self, hessian: torch.Tensor, name: str) -> torch.Tensor:
-        """The upper Cholesky factor of the damped inverse, float32 [columns, columns]."""
+    def _damped(self, hessian: torch.Tensor, name: str) -> tuple[torch.Tensor, float]:
+        """The damped Hessian over its mean diagonal, float64 [columns, columns], and that mean: GPTQ does not depend
+        on the Hessian's scale, and a mean of 1 keeps the factor inside float32's range."""
         if not torch.isfinite(hessian).all():
             raise SinkquantError(f"the Hessian of {name} is not finite; check the calibration text and the weights.")
-        diagonal = hessian.diagonal()
-        mean = float(diagonal.mean())
+        mean = float(hessian.diagonal().double().mean())
+        unit = torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
         if mean <= 0:  # No token reached this input: every rounding is as good as any other.
-            return torch.eye(len(hessian), device=hessian.device)
-        # GPTQ does not depend on the Hessian's scale: a mean of 1 keeps the factor inside float32's range.
-        damped = hessian / mean + self.damping * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+            return unit, 1.0
+        return hessian.double() / mean + self.damping * unit, mean
+
+    def _inverse_factor(self, damped: torch.Tensor, name: str) -> torch.Tensor:
+        """The upper Cholesky factor of the inverse, float32 [columns, columns]."""
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)

@@ -37,13 +37,13 @@ def searched_scales(weight: torch.Tensor, bits: int, group_size: int, dtype: tor
     best, least = reach, _error(grouped, reach, bits, cost)[0]
     for share in torch.linspace(SMALLEST, LARGEST, STEPS).tolist():
         for sign in (share, -share):
-            best, least, _ = _better(grouped, _storable(reach.float() * sign, bits, dtype), bits, cost, best, least)
+            best, least, _ = _better(grouped, storable(reach.float() * sign, bits, dtype), bits, cost, best, least)
     codes = _error(grouped, best, bits, cost)[1]
     fitted = (cost * grouped * codes).sum(-1) / (cost * codes.square()).sum(-1).clamp(min=1e-30)
-    return _better(grouped, _storable(fitted, bits, dtype), bits, cost, best, least)[0]
+    return _better(grouped, storable(fitted, bits, dtype), bits, cost, best, least)[0]
 
 
-def _storable(scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+def storable(scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
     """A scale as it is stored: 16 bits, not zero, and no code times it overflows."""
     info = torch.finfo(dtype)
     smallest = max(info.tiny * info.eps, torch.finfo(torch.float32).tiny)

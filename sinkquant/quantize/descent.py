@@ -1,0 +1,107 @@
+"""Coordinate descent on the loss that GPTQ leaves (QuantEase, Behdin et al. 2309.01885), with scales fitted in between.
+
+GPTQ never comes back to a column, nor to a scale whose codes were changed by what came later. Here all other weights
+held fixed, the best code of a column is known in closed form, and so are the best scales of a row for its codes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sinkquant.quantize.packed import PackedWeight
+from sinkquant.quantize.scales import storable
+
+BLOCK = 128
+CHUNK = 1 << 24
+"""Weights that are worked on at a time."""
+
+
+def descend(packed: PackedWeight, weight: torch.Tensor, hessian: torch.Tensor, passes: int,
+            order: torch.Tensor | None = None, pull: torch.Tensor | None = None) -> PackedWeight:
+    """Lower trace((Q - W) H (Q - W)^T) - 2 trace((Q - W) P^T), where Q is what the codes and scales give.
+
+    Every pass fits the scales of a row to its codes and then visits every column once. No row ends with a larger loss
+    than it came with.
+
+    Args:
+        weight: float [rows, columns]. hessian: [columns, columns], positive definite, so with its damping.
+        order: the columns in the order of visits; None: from left to right.
+        pull: P, [rows, columns]: what asymmetric calibration asks for beside W; None: nothing.
+    """
+    order = torch.arange(weight.shape[1], device=weight.device) if order is None else order
+    metric = hessian.float()
+    codes, scale = packed.codes.clone(), packed.scale.clone()
+    step = max(1, CHUNK // weight.shape[1])
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        wanted = weight[rows].float() @ metric
+        if pull is not None:
+            wanted += pull[rows].float()
+        codes[rows], scale[rows] = _descend(codes[rows], scale[rows], packed.bits, metric, wanted, passes, order)
+    return PackedWeight(codes, scale, packed.bits)
+
+
+def _descend(codes: torch.Tensor, scale: torch.Tensor, bits: int, metric: torch.Tensor, wanted: torch.Tensor,
+             passes: int, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    best_codes, best_scale = codes, scale
+    least = _loss(codes, scale, metric, wanted)
+    for _ in range(passes):
+        scale = _fitted(codes, scale, bits, metric, wanted)
+        codes = _visited(codes, scale, bits, metric, wanted, order)
+        loss = _loss(codes, scale, metric, wanted)
+        better = (loss < least)[:, None]
+        best_codes, best_scale = torch.where(better, codes, best_codes), torch.where(better, scale, best_scale)
+        least = torch.minimum(loss, least)
+    return best_codes, best_scale
+
+
+def _spread(scale: torch.Tensor, columns: int) -> torch.Tensor:
+    return scale.float().repeat_interleave(columns // scale.shape[1], dim=1)
+
+
+def _loss(codes: torch.Tensor, scale: torch.Tensor, metric: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Q H Q^T - 2 Q B^T of every row, float64 [rows]: the loss less what no code changes. B is `wanted`."""
+    new = codes.float() * _spread(scale, codes.shape[1])
+    return (new * (new @ metric - 2 * wanted)).sum(1, dtype=torch.float64)
+
+
+def _fitted(codes: torch.Tensor, scale: torch.Tensor, bits: int, metric: torch.Tensor,
+            wanted: torch.Tensor) -> torch.Tensor:
+    """The scales [rows, groups] with the least loss for these codes, rows that get worse by the rounding left alone."""
+    rows, groups = scale.shape
+    parts = codes.float().unflatten(1, (groups, -1))
+    system = torch.empty(rows, groups, groups, dtype=torch.float64, device=codes.device)
+    for group, part in enumerate(metric.split(parts.shape[2])):
+        system[:, group] = ((parts[:, group] @ part).unflatten(1, (groups, -1)) * parts).sum(-1).double()
+    right = (wanted.unflatten(1, (groups, -1)) * parts).sum(-1).double()
+    diagonal = system.diagonal(dim1=1, dim2=2)
+    empty = diagonal <= 0  # A group whose codes are all zero fits any scale.
+    diagonal += 1e-9 * diagonal.mean(1, keepdim=True) + empty
+    solution = torch.linalg.solve_ex(system, right)[0]
+    good = torch.isfinite(solution) & (solution != 0) & ~empty
+    fitted = storable(torch.where(good, solution, scale.double()).float(), bits, scale.dtype)
+    better = _loss(codes, fitted, metric, wanted) < _loss(codes, scale, metric, wanted)
+    return torch.where(better[:, None], fitted, scale)
+
+
+def _visited(codes: torch.Tensor, scale: torch.Tensor, bits: int, metric: torch.Tensor, wanted: torch.Tensor,
+             order: torch.Tensor) -> torch.Tensor:
+    """The codes after every column was once given its best code; int8 [rows, columns]."""
+    codes = codes.float()
+    spread = _spread(scale, codes.shape[1])
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    slope = (codes * spread) @ metric - wanted
+    for columns in order.split(BLOCK):
+        # Within a block the slope is kept up to date; the other columns get the changes of the block in one product.
+        inner, local = metric[columns][:, columns], slope[:, columns]
+        before = codes[:, columns]
+        changes = torch.zeros_like(before)
+        width, steep = spread[:, columns], inner.diagonal()
+        for i in range(len(columns)):
+            code = torch.clamp(torch.round(before[:, i] - local[:, i] / (steep[i] * width[:, i])), low, high)
+            changes[:, i] = (code - before[:, i]) * width[:, i]
+            before[:, i] = code
+            local += changes[:, i:i + 1] * inner[i]
+        codes[:, columns] = before
+        slope += changes @ metric[columns]
+    return codes.to(torch.int8)
