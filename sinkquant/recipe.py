@@ -6,7 +6,7 @@ import difflib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -119,6 +119,36 @@ class Protect(Section):
     modules: list[str] = Field(default_factory=list)
 
 
+class KVOverride(Section):
+    """Bits of their own for the KV heads `heads` (null: all) of the layers `layers`; 16 leaves them as they are."""
+
+    layers: list[int] = Field(min_length=1)
+    heads: list[int] | None = None
+    key_bits: Literal[2, 3, 4, 8, 16] | None = None
+    value_bits: Literal[2, 3, 4, 8, 16] | None = None
+
+
+class KVCache(Section):
+    """How the KV cache is packed, and which tokens of a prompt stay exact in it.
+
+    Groups of `group_size`: tokens for keys, channels of a head for values. The last `window` tokens are never packed.
+    `exact`: the sinks that detection found; "first-n": the first `first_n` tokens; "massive": those that carry a massive
+    activation in the prompt at hand; "none". At most `max_exact` per row. `length` is what bytes are planned for.
+    """
+
+    key_bits: Literal[2, 3, 4, 8, 16] = 2
+    value_bits: Literal[2, 3, 4, 8, 16] = 2
+    group_size: Literal[32, 64, 128] = 32
+    window: int = Field(default=128, ge=0)
+    symmetric: bool = False
+    rotate: bool = False
+    exact: Literal["none", "first-n", "detected", "massive"] = "detected"
+    first_n: int = Field(default=4, ge=1)
+    max_exact: int = Field(default=16, ge=0)
+    length: int = Field(default=4096, ge=1)
+    overrides: list[KVOverride] = Field(default_factory=list)
+
+
 class Budget(Section):
     """An average number of bits per weight of the blocks' linears, scales counted; null: no budget."""
 
@@ -166,7 +196,7 @@ class Recipe(Section):
     weights: Weights = Field(default_factory=Weights)
     protect: Protect = Field(default_factory=Protect)
     budget: Budget = Field(default_factory=Budget)
-    kv_cache: None = None
+    kv_cache: KVCache | None = None
     evaluate: Evaluation = Field(default_factory=Evaluation)
     gate: Gate = Field(default_factory=Gate)
 
@@ -227,17 +257,13 @@ class Recipe(Section):
             for depth, part in enumerate(sections):
                 inner = target.get(part)
                 if part == "kv_cache" and inner is None:
-                    raise RequestError(_NO_KV_CACHE)
+                    inner = target[part] = {}
                 if not isinstance(inner, dict):
                     raise RequestError(f"--set: {'.'.join(sections[: depth + 1])!r} is not a section of the recipe"
                                        f"{near_miss(part, [k for k, v in target.items() if isinstance(v, dict)])}.")
                 target = inner
             target[leaf] = parsed
         return type(self).parse(data, "--set")
-
-
-_NO_KV_CACHE = ("kv_cache: this version of sinkquant does not quantize the KV cache; "
-                "remove the section to keep the cache in 16 bits.")
 
 
 def recipe_names() -> list[str]:
@@ -256,13 +282,18 @@ def _explain(recipe: type[BaseModel], error: ValidationError) -> str:
     first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     place = list(first["loc"])
     name = ".".join(str(part) for part in place)
-    if place and place[0] == "kv_cache":
-        return _NO_KV_CACHE.removesuffix(".")
     if first["type"] == "extra_forbidden":
         section: Any = recipe
         for part in place[:-1]:
             if isinstance(part, str):
-                annotation = section.model_fields[part].annotation
-                section = annotation if hasattr(annotation, "model_fields") else ModuleOverride
+                section = _section(section.model_fields[part].annotation)
         return f"unknown key {name!r}{near_miss(str(place[-1]), section.model_fields)}"
     return f"{name}: {first['msg'].removeprefix('Value error, ')} (got {first['input']!r})"
+
+
+def _section(annotation: Any) -> Any:
+    """The section inside an annotation: `Section`, `Section | None` or `list[Section]`."""
+    if hasattr(annotation, "model_fields"):
+        return annotation
+    return next(found for part in get_args(annotation) if (found := _section(part)) is not None) if get_args(
+        annotation) else None

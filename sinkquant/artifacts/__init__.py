@@ -7,9 +7,10 @@ Nothing here imports torch.
 from sinkquant.artifacts.base import Artifact
 from sinkquant.artifacts.diagnosis import Diagnosis
 from sinkquant.artifacts.fidelity import SinkFidelity
+from sinkquant.artifacts.kv import KVCachePlan, KVLayer, KVSink, MassiveCarriers
 from sinkquant.artifacts.plan import Calibration, ModuleDecision, Plan, SinkSelector
 from sinkquant.artifacts.report import Measure, Paired, Report, Row
-from sinkquant.artifacts.shapes import LinearShape, ModelShape
+from sinkquant.artifacts.shapes import KVLayerShape, LinearShape, ModelShape
 from sinkquant.artifacts.sinkmap import (
     Channel,
     Head,
@@ -28,7 +29,12 @@ __all__ = [
     "Channel",
     "Diagnosis",
     "Head",
+    "KVCachePlan",
+    "KVLayer",
+    "KVLayerShape",
+    "KVSink",
     "LinearShape",
+    "MassiveCarriers",
     "Measure",
     "ModelFacts",
     "ModelShape",

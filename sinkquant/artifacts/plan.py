@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, PrivateAttr
 
 from sinkquant.artifacts.base import Artifact, Strict
+from sinkquant.artifacts.kv import KVCachePlan
 from sinkquant.artifacts.sinkmap import SinkMap
 
 Method = Literal["rtn", "gptq", "none"]
@@ -72,7 +73,7 @@ class Plan(Artifact):
     weight_bytes: int
     unquantized_bytes: int
     modules: dict[str, ModuleDecision]
-    kv_cache: None = None
+    kv_cache: KVCachePlan | None = None
     calibration: Calibration
     seed: int
     predicted: dict[str, float]

@@ -26,11 +26,21 @@ class LinearShape(Strict):
         return self.rows * self.columns
 
 
+class KVLayerShape(Strict):
+    """The keys and values of one layer: `heads` 0 where it keeps none of its own. `sliding_window` is in tokens, null
+    where the layer sees the whole row."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    sliding_window: int | None = None
+
+
 class ModelShape(Strict):
-    """Everything that decides the size of a checkpoint.
+    """Everything that decides the size of a checkpoint, and of a KV cache.
 
     `linears` are the weight matrices inside the blocks by module name; `tensors` every tensor as it stands in the
-    unquantized checkpoint: name -> (dtype, shape), tied weights once.
+    unquantized checkpoint: name -> (dtype, shape), tied weights once. `kv_layers` has one entry per layer.
     """
 
     name: str
@@ -39,3 +49,4 @@ class ModelShape(Strict):
     dtype: str
     linears: dict[str, LinearShape]
     tensors: dict[str, tuple[str, list[int]]]
+    kv_layers: list[KVLayerShape] = Field(default_factory=list)

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from sinkquant.artifacts import LinearShape, ModelFacts, ModelShape
 from sinkquant.errors import RequestError
 from sinkquant.models.attention import require_attention_interface
+from sinkquant.models.kv import kv_layers
 from sinkquant.models.source import WeightSource, source_of
 
 FUSED_BY_ENGINES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -124,7 +125,8 @@ class Decoder:
         tensors = {key: (str(value.dtype).removeprefix("torch."), list(value.shape))
                    for key, value in remove_tied_weights_from_state_dict(state, self.model).items()}
         return ModelShape(name=name, architecture=type(self.model).__name__, blocks=len(self.blocks),
-                          dtype=str(self.model.dtype).removeprefix("torch."), linears=linears, tensors=tensors)
+                          dtype=str(self.model.dtype).removeprefix("torch."), linears=linears, tensors=tensors,
+                          kv_layers=kv_layers(self.model.config))
 
 
 def weight_matrix(module: nn.Module) -> torch.Tensor:

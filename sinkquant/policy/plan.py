@@ -9,6 +9,7 @@ from sinkquant.artifacts import Calibration, ModelShape, ModuleDecision, Plan, S
 from sinkquant.artifacts.sizes import checkpoint_bytes
 from sinkquant.errors import RequestError
 from sinkquant.policy.budget import choice_bytes, evenly_spread, fill, linear_bytes
+from sinkquant.policy.kv_cache import make_kv_control, make_kv_plan
 from sinkquant.policy.rules import Choice, affected, base_choices, check_group_sizes, protect, share_formats
 from sinkquant.recipe import Recipe
 
@@ -33,7 +34,8 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> Plan:
         choices = _within_budget(base, choices, shape, recipe.budget.bits, order)
     check_group_sizes(choices, shape)
     sinks = _selectors(sink_map, recipe) if recipe.protect.tokens else []
-    return _finish("sink_aware", choices, shape, recipe, sinks).made_from(sink_map)
+    plan = _finish("sink_aware", choices, shape, recipe, sinks)
+    return plan.model_copy(update={"kv_cache": make_kv_plan(shape, sink_map, recipe)}).made_from(sink_map)
 
 
 def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Plan) -> Plan:
@@ -51,7 +53,7 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
     gap = abs(plan.weight_bytes - aware.weight_bytes) / aware.weight_bytes
     if gap > 0.01:
         plan.notes.append(f"the control's size differs by {gap:.1%}: no even raise fits the bytes that are left")
-    return plan.made_from(sink_map)
+    return plan.model_copy(update={"kv_cache": make_kv_control(aware.kv_cache)}).made_from(sink_map)
 
 
 def _finish(name: str, choices: dict[str, Choice], shape: ModelShape, recipe: Recipe,

@@ -1,0 +1,135 @@
+"""The KV section of a plan: bits per layer and head, which tokens stay exact, and what it all weighs to the byte.
+
+The accounting is that of the literature, for keys and values apart and with ragged blocks counted:
+`bits = [S*16 + W*16 + (N-S-W) * (b + (scale + zero bits) / G) + index bits] / N`
+for N tokens, S exact ones, a residual window of W, b-bit codes and groups of G (KIVI 2402.02750, KVQuant 2401.18079).
+Here an exact token keeps its (empty) place in its block, so that S adds to N and is not taken off it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from sinkquant.artifacts.base import Strict
+
+ExactPolicy = Literal["none", "first-n", "detected", "massive"]
+SCALE_BYTES = 2
+POSITION_BYTES = 4
+"""An exact token's column in its row, and a row's first column, are int32."""
+
+
+class KVSink(Strict):
+    """A sink that the cache keeps: a token id, a position of the row (padding not counted), or an id at a position."""
+
+    token_id: int | None
+    position: int | None
+
+
+class MassiveCarriers(Strict):
+    """How the sinks of a prompt show themselves in it (KVSink 2508.04257): after block `layer`, the tokens with
+    |h| >= `threshold` in one of `channels` carry a massive activation."""
+
+    layer: int
+    channels: list[int]
+    thresholds: list[float]
+
+
+class KVLayer(Strict):
+    """Bits of one layer, one number per KV head; 16 leaves a head as it is.
+
+    `packed` is false where the layer keeps transformers' own cache: it holds no keys, or a sliding window so short
+    that nothing in it could be packed. `key_dim` and `value_dim` are channels per head.
+    """
+
+    packed: bool
+    key_bits: list[int]
+    value_bits: list[int]
+    key_dim: int
+    value_dim: int
+    reason: str
+
+
+class KVCachePlan(Strict):
+    """How a KV cache is packed.
+
+    Keys take one scale per channel and `group_size` tokens, values one scale per token and `group_size` channels of a
+    head (the whole head where it is smaller). The last `window` tokens (and up to a block more) stay in the model's dtype, and so do at most
+    `max_exact` tokens of a row that `exact` picks. `key_bits` and `value_bits` are those of most layers; `layers`
+    says it per layer and KV head. `symmetric` grids store no zero point. `rotate`: codes are of Hadamard-rotated heads.
+    `bytes` and `bits_per_value` are of one row of `length` tokens with `expected_exact` exact ones, in 16 bits.
+    """
+
+    key_bits: int
+    value_bits: int
+    group_size: int
+    window: int
+    symmetric: bool
+    rotate: bool
+    exact: ExactPolicy
+    first_n: int = 0
+    max_exact: int
+    sinks: list[KVSink] = Field(default_factory=list)
+    massive: MassiveCarriers | None = None
+    layers: list[KVLayer]
+    bits_per_value: float
+    length: int
+    expected_exact: int
+    bytes: int
+    unquantized_bytes: int
+    reason: str
+
+
+def packed_tokens(tokens: int, window: int, group_size: int) -> int:
+    """How many of `tokens` lie in packed blocks: whole blocks only, never one of the last `window`."""
+    return max(0, tokens - window) // group_size * group_size
+
+
+def block_bytes(bits: int, group_size: int, width: int, groups: int, symmetric: bool) -> int:
+    """Bytes of one packed block of `group_size` tokens of one head, `width` channels each: codes, scales and zeros.
+
+    Args:
+        groups: number of scales in the block.
+    """
+    return group_size * width * bits // 8 + groups * SCALE_BYTES * (1 if symmetric else 2)
+
+
+def layer_bytes(plan: KVCachePlan, layer: int, tokens: int, exact: int, rows: int = 1, value_bytes: int = 2) -> int:
+    """Bytes that one layer holds for `rows` rows.
+
+    Args:
+        tokens: length of the cache, padding counted.
+        exact: slots of exact tokens per row: the largest number that any row of the batch uses.
+        value_bytes: bytes of one number in the model's dtype.
+    """
+    one = plan.layers[layer]
+    if not one.packed:
+        return 0
+    packed = packed_tokens(tokens, plan.window, plan.group_size)
+    total = exact * POSITION_BYTES
+    value_groups = plan.group_size * (one.value_dim // value_group(plan.group_size, one.value_dim))
+    for key_bits, value_bits in zip(one.key_bits, one.value_bits, strict=True):
+        for bits, width, groups in ((key_bits, one.key_dim, one.key_dim), (value_bits, one.value_dim, value_groups)):
+            block = (plan.group_size * width * value_bytes if bits == 16 else
+                     block_bytes(bits, plan.group_size, width, groups, plan.symmetric))
+            total += packed // plan.group_size * block + (tokens - packed + exact) * width * value_bytes
+    return rows * total
+
+
+def cache_bytes(plan: KVCachePlan, tokens: int, exact: int, rows: int = 1, value_bytes: int = 2) -> int:
+    """Bytes that the packed layers of a cache hold; see `layer_bytes`. The first column of every row, which padding
+    sets, counts once per cache."""
+    return rows * POSITION_BYTES + sum(
+        layer_bytes(plan, layer, tokens, exact, rows, value_bytes) for layer in range(len(plan.layers)))
+
+
+def dense_bytes(plan: KVCachePlan, tokens: int, rows: int = 1, value_bytes: int = 2) -> int:
+    """Bytes of the same layers without quantization."""
+    return rows * tokens * value_bytes * sum(
+        len(one.key_bits) * (one.key_dim + one.value_dim) for one in plan.layers if one.packed)
+
+
+def value_group(group_size: int, width: int) -> int:
+    """Channels that share one scale of a value: the group, or the whole head where that is smaller."""
+    return min(group_size, width)

@@ -1,0 +1,166 @@
+"""SinkCache: a transformers cache that packs keys and values and keeps this prompt's sinks exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Cache, PreTrainedConfig
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
+
+from sinkquant.artifacts.kv import KVCachePlan
+from sinkquant.cache.exact import Massive, NewTokens, exact_tokens
+from sinkquant.cache.layer import SinkLayer
+from sinkquant.errors import RequestError
+
+
+class SinkCache(Cache):
+    """For `model.generate(past_key_values=SinkCache(model.config, plan.kv_cache))`, or a forward pass.
+
+    Keys are packed per channel in groups along time and values per token in groups along the head (KIVI 2402.02750,
+    section 3); sinks leave their group before its range is taken. Which layers are packed, and how, is the plan's.
+
+    Sinks that are known by their token, padded batches and the "massive" policy need `sinkquant.cache.watch(model)`
+    once: transformers shows a cache neither tokens nor masks.
+
+    Args:
+        config: the model's configuration.
+        plan: the `kv_cache` section of a plan.
+
+    Raises:
+        RequestError: the plan is of another model, or no layer of the model holds keys and values.
+    """
+
+    def __init__(self, config: PreTrainedConfig, plan: KVCachePlan) -> None:
+        types, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+        if len(types) != len(plan.layers):
+            raise RequestError(f"the KV plan is for {len(plan.layers)} layers and this model has {len(types)}; make a "
+                               "plan for this model.")
+        if not any(layer.packed for layer in plan.layers):
+            raise RequestError("no layer of this model holds keys and values that could be packed; leave kv_cache out.")
+        super().__init__(layers=[
+            SinkLayer(plan, index) if plan.layers[index].packed else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs)
+            for index, (kind, kwargs) in enumerate(zip(types, arguments, strict=True))])
+        self.plan = plan
+        self.exact = exact_tokens(plan)
+        self.row_starts: torch.Tensor | None = None
+        """int32 [batch] first column of every row that is no padding, where a watched model has shown its mask."""
+        self._flags: torch.Tensor | None = None
+        self._flagged_from = -1
+        self._waiting: list[int] = []
+
+    def see(self, ids: torch.Tensor | None, mask: torch.Tensor | None, new: int, batch: int,
+            device: torch.device) -> None:
+        """Look at what a forward pass is about to add; called by the hook that `watch` sets.
+
+        Args:
+            ids: int64 [batch, new], or None.
+            mask: [batch, columns before + new], zero on padding, or None for no padding.
+        """
+        before = self.get_seq_length()
+        if mask is not None and (mask.dim() != 2 or mask.shape[1] < before + new):
+            mask = None
+        if before == 0 or self.row_starts is None:
+            starts = torch.zeros(batch, dtype=torch.int32, device=device)
+            self.row_starts = starts if mask is None else mask.argmax(-1).to(torch.int32)
+        if mask is None:
+            positions = torch.arange(before, before + new, device=device).expand(batch, new)
+            positions = positions - self.row_starts[:, None]
+        else:
+            seen = mask[:, :before + new].long()
+            positions = (seen.cumsum(1) - 1).masked_fill(seen == 0, -1)[:, before:]
+        self._flags, self._flagged_from = self._judge(NewTokens(positions, ids)), before
+
+    def _judge(self, new: NewTokens) -> torch.Tensor | None:
+        flags = self.exact.flags(new)
+        return flags if flags is not None and bool(flags.any()) else None
+
+    def hidden_states(self, block: int, hidden: torch.Tensor) -> None:
+        """Look at the hidden states [batch, new, hidden] after a block; called by the hook that `watch` sets."""
+        if not isinstance(self.exact, Massive) or block != self.exact.carriers.layer or hidden.dim() != 3:
+            return
+        flags = self.exact.verdict(hidden)
+        self._flags = flags if bool(flags.any()) else None
+        waiting, self._waiting = self._waiting, []
+        for index in waiting:
+            self._settle(index)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any,
+               **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add a layer's new keys and values and return all of them; see `transformers.Cache.update`.
+
+        The new ones come back as they are, older ones as they are stored: a prompt that is read in one pass is not
+        disturbed by its own packing.
+
+        Raises:
+            RequestError: another batch size than before, or a policy that was not shown what it needs.
+        """
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, SinkLayer):
+            return layer.update(key_states, value_states, *args, **kwargs)
+        before = layer.get_seq_length()
+        if before != self._flagged_from:
+            self._see_unwatched(key_states, before)
+        states = layer.update(key_states, value_states)
+        if isinstance(self.exact, Massive) and layer_idx <= self.exact.carriers.layer:
+            self._waiting.append(layer_idx)
+        else:
+            self._settle(layer_idx)
+        return states
+
+    def _settle(self, index: int) -> None:
+        layer = self.layers[index]
+        if self._flags is not None:
+            layer.peel(self._flags)
+        layer.settle(self.row_starts)
+
+    def _see_unwatched(self, key_states: torch.Tensor, before: int) -> None:
+        """Nothing showed the tokens: go on only where nothing depends on them.
+
+        Raises:
+            RequestError: a policy needs the tokens, the mask or the hidden states.
+        """
+        if isinstance(self.exact, Massive):
+            raise RequestError("kv_cache.exact is 'massive', and nothing shows the cache the hidden states; call "
+                               "sinkquant.cache.watch(model) once before generating.")
+        if key_states.shape[0] > 1 and self.plan.exact != "none" and before == 0:
+            raise RequestError("the KV cache keeps sinks by their place in the row, and a batch may be padded; call "
+                               "sinkquant.cache.watch(model) once, so that the cache sees the attention mask.")
+        batch, _, new, _ = key_states.shape
+        self.see(None, None, new, batch, key_states.device)
+
+    def nbytes(self) -> int:
+        """Bytes held by the packed layers, exact tokens, windows and row starts counted; what
+        `sinkquant.artifacts.kv.cache_bytes` predicts."""
+        own = [tensor for layer in self.layers if isinstance(layer, SinkLayer) for tensor in layer.tensors().values()]
+        if self.row_starts is not None:
+            own.append(self.row_starts)
+        return sum(tensor.numel() * tensor.element_size() for tensor in own)
+
+    def reset(self) -> None:
+        """Forget everything, the batch size too."""
+        super().reset()
+        self.row_starts, self._flags, self._flagged_from, self._waiting = None, None, -1, []
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last columns; see `transformers.Cache.crop`."""
+        super().crop(tokens_to_remove)
+        self._flags, self._flagged_from = None, -1
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Rows in another order, for beam search."""
+        super().reorder_cache(beam_idx)
+        if self.row_starts is not None:
+            self.row_starts = self.row_starts.index_select(0, beam_idx.to(self.row_starts.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        if self.row_starts is not None:
+            self.row_starts = self.row_starts.repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Only the rows `indices`."""
+        super().batch_select_indices(indices)
+        if self.row_starts is not None:
+            self.row_starts = self.row_starts[indices.to(self.row_starts.device)]

@@ -1,0 +1,75 @@
+"""A cache on disk: one safetensors file, packed as it is held, so that reading it back changes no bit."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from sinkquant.artifacts.kv import KVCachePlan
+from sinkquant.cache.cache import SinkCache
+from sinkquant.cache.layer import SinkLayer
+from sinkquant.errors import RequestError
+
+SCHEMA = "sinkquant/kvcache@1"
+
+
+def save_cache(cache: SinkCache, path: str | os.PathLike[str]) -> None:
+    """Write a cache with its plan.
+
+    Raises:
+        RequestError: a layer keeps something else than keys and values (a linear-attention state).
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    lengths: dict[str, list[int]] = {}
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, SinkLayer):
+            held = layer.tensors()
+            lengths[str(index)] = layer.lengths
+        elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            held = {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
+            lengths[str(index)] = [layer.get_seq_length()]
+        else:
+            raise RequestError(f"layer {index} keeps a {type(layer).__name__}, which is not saved; only keys and values "
+                               "are.")
+        tensors |= {f"{index}.{name}": tensor.contiguous().clone() for name, tensor in held.items()}
+    if cache.row_starts is not None:
+        tensors["row_starts"] = cache.row_starts.clone()
+    save_file(tensors, path, {"schema": SCHEMA, "plan": cache.plan.model_dump_json(), "lengths": json.dumps(lengths)})
+
+
+def load_cache(config: PreTrainedConfig, path: str | os.PathLike[str], device: str = "cpu") -> SinkCache:
+    """Read a cache back, for the model with this configuration.
+
+    Raises:
+        RequestError: there is no such file, it holds no cache, or the cache of another model.
+    """
+    if not Path(path).is_file():
+        raise RequestError(f"there is no KV cache {str(path)!r}.")
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            facts = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise RequestError(f"{path} is not a safetensors file; save the cache again.") from error
+    if facts.get("schema") != SCHEMA:
+        raise RequestError(f"{path} holds no KV cache of this version ({SCHEMA}).")
+    cache = SinkCache(config, KVCachePlan.model_validate_json(facts["plan"]))
+    cache.row_starts = tensors.pop("row_starts", None)
+    for index, lengths in json.loads(facts["lengths"]).items():
+        held = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{index}.")}
+        layer = cache.layers[int(index)]
+        if held and isinstance(layer, SinkLayer):
+            layer.restore(held, lengths)
+        elif held:
+            layer.lazy_initialization(held["keys"], held["values"])
+            layer.keys, layer.values = held["keys"], held["values"]
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length = lengths[0]
+    return cache

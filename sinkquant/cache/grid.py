@@ -1,0 +1,70 @@
+"""Uniform grids: keys per channel in groups along time, values per token in groups along the head (KIVI 2402.02750).
+
+Scales and zeros are float16. The zero is rounded before the codes are computed, so that its rounding moves the grid
+and adds no error of its own. A symmetric grid has no zero point: its levels lie at (code - (2**bits - 1) / 2) * scale.
+"""
+
+from __future__ import annotations
+
+import torch
+
+SMALLEST_SCALE = 2.0**-24
+LARGEST = 65504.0
+
+
+def quantize(x: torch.Tensor, counted: torch.Tensor | None, bits: int, group: int | None,
+             symmetric: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Codes, scales and zeros of blocks.
+
+    Args:
+        x: [..., G, D].
+        counted: bool [..., G, 1], the tokens whose values set the ranges; the others get an arbitrary code. None: all.
+        bits: 2, 3, 4 or 8.
+        group: None for one range per channel over the block's G tokens; else one per token and `group` channels.
+
+    Returns:
+        codes uint8 [..., G, D]; scale float16 [..., 1, D] or [..., G, D / group]; zero alike, None if symmetric.
+    """
+    values = x.float()
+    low, high = values, values
+    if counted is not None:
+        low, high = values.masked_fill(~counted, float("inf")), values.masked_fill(~counted, float("-inf"))
+    if group is None:
+        low, high = low.amin(-2, keepdim=True), high.amax(-2, keepdim=True)
+    else:
+        low, high = low.unflatten(-1, (-1, group)).amin(-1), high.unflatten(-1, (-1, group)).amax(-1)
+    if counted is not None:
+        nothing = low > high
+        low, high = low.masked_fill(nothing, 0.0), high.masked_fill(nothing, 0.0)
+    levels = 2**bits - 1
+    zero = None
+    if symmetric:
+        scale = _half(2 * torch.maximum(-low, high).clamp(min=0) / levels)
+        offset = -0.5 * levels * scale.float()
+    else:
+        zero = low.clamp(-LARGEST, LARGEST).half()
+        offset = zero.float()
+        scale = _half((high - offset) / levels)
+    step, start = _spread(scale.float(), group), _spread(offset, group)
+    codes = ((values - start) / step).round_().clamp_(0, levels).to(torch.uint8)
+    return codes, scale, zero
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, group: int | None,
+               dtype: torch.dtype) -> torch.Tensor:
+    """The values of codes, computed in float32. See `quantize` for the shapes."""
+    step = scale.float()
+    offset = zero.float() if zero is not None else -0.5 * (2**bits - 1) * step
+    values = codes.float()
+    if group is None:
+        return values.mul_(step).add_(offset).to(dtype)
+    grouped = values.unflatten(-1, (-1, group))
+    return grouped.mul_(step[..., None]).add_(offset[..., None]).flatten(-2).to(dtype)
+
+
+def _half(scale: torch.Tensor) -> torch.Tensor:
+    return scale.clamp(SMALLEST_SCALE, LARGEST).half()
+
+
+def _spread(of_groups: torch.Tensor, group: int | None) -> torch.Tensor:
+    return of_groups if group is None else of_groups.repeat_interleave(group, dim=-1)

@@ -1,0 +1,266 @@
+"""One layer of the cache: packed blocks, a window in full precision, and the exact tokens.
+
+Columns 0 .. P - 1 lie in packed blocks, P .. N - 1 in the window. An exact token is copied into a slot of its own when
+it arrives; when its block is packed it is left out of the ranges, and on reading its slot takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from sinkquant.artifacts.kv import KVCachePlan, value_group
+from sinkquant.cache.store import PackedStates
+from sinkquant.errors import RequestError
+
+
+class SinkLayer(CacheLayerMixin):
+    """Keys and values of one attention layer as `plan.layers[index]` says.
+
+    Attributes:
+        keys, values: [batch, kv_heads, window part, head_dim] in the model's dtype.
+        packed_keys, packed_values: the older tokens.
+        exact_keys, exact_values: [batch, kv_heads, slots, head_dim] in the model's dtype.
+        exact_columns: int32 [batch, slots] column of every slot, -1 where it is empty.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, plan: KVCachePlan, index: int) -> None:
+        super().__init__()
+        self.plan, self.format, self.index = plan, plan.layers[index], index
+        self.batch_size = -1
+        self._clear()
+
+    def _clear(self) -> None:
+        plan, one = self.plan, self.format
+        self.packed_keys = PackedStates(one.key_bits, plan.group_size, None, plan.symmetric, plan.rotate)
+        self.packed_values = PackedStates(one.value_bits, plan.group_size, value_group(plan.group_size, one.value_dim),
+                                          plan.symmetric, plan.rotate)
+        self.lengths: list[int] = []
+        """Valid tokens of every block: G, or fewer where `crop` cut into one."""
+        self.exact_keys = self.exact_values = self.exact_columns = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Check the shapes against the plan and allocate nothing but empty tensors.
+
+        Raises:
+            RequestError: the model has other heads than the plan was made for.
+        """
+        heads, one = len(self.format.key_bits), self.format
+        if key_states.shape[1] != heads or key_states.shape[3] != one.key_dim or value_states.shape[3] != one.value_dim:
+            raise RequestError(
+                f"the KV plan is for {heads} heads of {one.key_dim} and {one.value_dim} channels in layer {self.index}, "
+                f"but the model has {key_states.shape[1]} of {key_states.shape[3]} and {value_states.shape[3]}; "
+                "make a plan for this model.")
+        self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, key_states.shape[0]
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.exact_keys, self.exact_values = key_states[:, :, :0].clone(), value_states[:, :, :0].clone()
+        self.exact_columns = torch.empty(self.batch_size, 0, dtype=torch.int32, device=self.device)
+        self.is_initialized = True
+
+    @property
+    def packed_length(self) -> int:
+        """Columns in packed blocks."""
+        return sum(self.lengths)
+
+    def get_seq_length(self) -> int:
+        """Columns held."""
+        return self.packed_length + self.keys.shape[2] if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        """-1: no maximum."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(columns that attention will see, column of the first)."""
+        return self.get_seq_length() + query_length, 0
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any,
+               **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append, and return all keys and values: packed ones dequantized, the window and exact tokens as they were."""
+        self.append(key_states, value_states)
+        return self.dense()
+
+    def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Put new columns into the window. Nothing is packed before `settle`.
+
+        Raises:
+            RequestError: another batch size than before.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != self.batch_size:
+            raise RequestError(f"the KV cache holds {self.batch_size} rows and was given {key_states.shape[0]}; make a "
+                               "new cache, or use reset() or batch_repeat_interleave().")
+        self.keys = torch.cat([self.keys, key_states], dim=2)
+        self.values = torch.cat([self.values, value_states], dim=2)
+
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values, [batch, kv_heads, columns, head_dim] each, in the model's dtype."""
+        if not self.lengths:
+            return self.keys, self.values
+        both = []
+        for packed, window, exact in ((self.packed_keys, self.keys, self.exact_keys),
+                                      (self.packed_values, self.values, self.exact_values)):
+            states = packed.dense(self.dtype)
+            if self.packed_length < states.shape[2]:
+                states = states.index_select(2, self._valid_places())
+            row, slot = self._packed_slots()
+            if len(row):
+                states[row, :, self.exact_columns[row, slot].long()] = exact[row, :, slot]
+            both.append(torch.cat([states, window], dim=2))
+        return both[0], both[1]
+
+    def _packed_slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(row, slot) of every exact token that lies in a packed block."""
+        columns = self.exact_columns
+        row, slot = torch.nonzero((columns >= 0) & (columns < self.packed_length), as_tuple=True)
+        return row, slot
+
+    def _valid_places(self) -> torch.Tensor:
+        """Places in the blocks, laid end to end, that hold a column."""
+        size = self.plan.group_size
+        return torch.cat([torch.arange(i * size, i * size + n, device=self.device)
+                          for i, n in enumerate(self.lengths)])
+
+    def peel(self, flags: torch.Tensor) -> None:
+        """Copy flagged tokens into slots, at most `max_exact` per row, the first ones first.
+
+        Args:
+            flags: bool [batch, n] for the last n columns, all of them in the window.
+        """
+        used = (self.exact_columns >= 0).sum(1)
+        take = flags & (flags.cumsum(1) + used[:, None] <= self.plan.max_exact)
+        row, place = torch.nonzero(take, as_tuple=True)
+        if not len(row):
+            return
+        slot = (used[:, None] + take.cumsum(1) - 1)[row, place]
+        missing = int(slot.max()) + 1 - self.exact_columns.shape[1]
+        if missing > 0:
+            batch, heads = self.keys.shape[:2]
+            self.exact_keys, self.exact_values = (
+                torch.cat([old, old.new_zeros(batch, heads, missing, old.shape[3])], dim=2)
+                for old in (self.exact_keys, self.exact_values))
+            self.exact_columns = torch.cat([self.exact_columns, self.exact_columns.new_full((batch, missing), -1)], dim=1)
+        in_window = self.keys.shape[2] - flags.shape[1] + place
+        self.exact_keys[row, :, slot] = self.keys[row, :, in_window]
+        self.exact_values[row, :, slot] = self.values[row, :, in_window]
+        self.exact_columns[row, slot] = (self.packed_length + in_window).to(torch.int32)
+
+    def settle(self, row_starts: torch.Tensor | None = None) -> None:
+        """Pack whole blocks until the window holds less than a block more than it should.
+
+        Args:
+            row_starts: int32 [batch] first column of every row that is no padding; None for no padding.
+        """
+        size = self.plan.group_size
+        blocks = (self.keys.shape[2] - self.plan.window) // size
+        if blocks < 1:
+            return
+        count = blocks * size
+        counted = self._counted(count, row_starts)
+        self.packed_keys.append(self.keys[:, :, :count], counted)
+        self.packed_values.append(self.values[:, :, :count], counted)
+        self.keys, self.values = self.keys[:, :, count:].clone(), self.values[:, :, count:].clone()
+        self.lengths += [size] * blocks
+
+    def _counted(self, count: int, row_starts: torch.Tensor | None) -> torch.Tensor | None:
+        """Which of the window's first `count` columns set the ranges: no exact token, no padding. None for all."""
+        places = self.exact_columns - self.packed_length
+        row, slot = torch.nonzero((places >= 0) & (places < count), as_tuple=True)
+        padded = row_starts is not None and bool((row_starts > self.packed_length).any())
+        if not len(row) and not padded:
+            return None
+        counted = torch.ones(self.batch_size, count, dtype=torch.bool, device=self.device)
+        counted[row, places[row, slot].long()] = False
+        if row_starts is not None:
+            column = torch.arange(self.packed_length, self.packed_length + count, device=self.device)
+            counted &= column[None] >= row_starts[:, None]
+        return counted
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last columns, `tokens_to_remove` being their negative number. A block that the cut goes through
+        stays packed as it is.
+
+        Raises:
+            ValueError: a positive number.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError("crop takes the negative number of tokens to remove from the end.")
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        remaining = max(0, self.get_seq_length() + tokens_to_remove)
+        inside = max(0, remaining - self.packed_length)
+        self.keys, self.values = self.keys[:, :, :inside].clone(), self.values[:, :, :inside].clone()
+        lengths = []
+        for length in self.lengths:
+            lengths.append(min(length, remaining - sum(lengths)))
+        blocks = sum(length > 0 for length in lengths)
+        if blocks < len(self.lengths):
+            self.packed_keys.keep_blocks(0, blocks)
+            self.packed_values.keep_blocks(0, blocks)
+        self.lengths = lengths[:blocks]
+        # Slots fill in the order of columns, so that those beyond the cut are the last ones of every row.
+        columns = self.exact_columns.masked_fill(self.exact_columns >= remaining, -1)
+        slots = int((columns >= 0).sum(1).max()) if columns.numel() else 0
+        self.exact_columns = columns[:, :slots].clone()
+        self.exact_keys, self.exact_values = self.exact_keys[:, :, :slots].clone(), self.exact_values[:, :, :slots].clone()
+
+    def reset(self) -> None:
+        """Forget everything; the next update may have another batch size."""
+        self.is_initialized, self.keys, self.values, self.batch_size = False, None, None, -1
+        self._clear()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Rows in another order."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times."""
+        self._on_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Only the rows `indices`."""
+        self._on_rows(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
+
+    def offload(self) -> None:
+        """Move everything to the CPU."""
+        self._on_rows(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move everything back."""
+        self._on_rows(lambda tensor: tensor.to(self.device, non_blocking=True))
+
+    def _on_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply a function of the batch dimension to everything that is held."""
+        if not self.is_initialized:
+            return
+        for name in ("keys", "values", "exact_keys", "exact_values", "exact_columns"):
+            setattr(self, name, function(getattr(self, name)))
+        self.packed_keys.apply(function)
+        self.packed_values.apply(function)
+        self.batch_size = self.keys.shape[0]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor that is held, by name: what `nbytes` counts and `save` writes."""
+        if not self.is_initialized:
+            return {}
+        own = {name: getattr(self, name) for name in ("keys", "values", "exact_keys", "exact_values", "exact_columns")}
+        return (own | {f"packed_keys.{name}": tensor for name, tensor in self.packed_keys.tensors().items()}
+                | {f"packed_values.{name}": tensor for name, tensor in self.packed_values.tensors().items()})
+
+    def restore(self, tensors: dict[str, torch.Tensor], lengths: list[int]) -> None:
+        """Take back what `tensors` gave, and the lengths of the blocks."""
+        self._clear()
+        self.keys = tensors["keys"]
+        self.lazy_initialization(tensors["keys"], tensors["values"])
+        for name in ("keys", "values", "exact_keys", "exact_values", "exact_columns"):
+            setattr(self, name, tensors[name])
+        for name, packed in (("packed_keys.", self.packed_keys), ("packed_values.", self.packed_values)):
+            packed.restore({key.removeprefix(name): tensor for key, tensor in tensors.items() if key.startswith(name)})
+        self.lengths = list(lengths)

@@ -1,0 +1,43 @@
+"""Codes of 2, 3, 4 or 8 bits <-> dense bytes: no bit is left unused, so bytes held are bits / 8 to the byte.
+
+A block of G tokens is packed along time: byte j of a plane holds the tokens j, j + G/per, j + 2G/per, ..., so that
+unpacking writes contiguous runs. Three bits are a plane of two and a plane of one.
+"""
+
+from __future__ import annotations
+
+import torch
+
+PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+"""Bits per code -> width in bits of each plane, lowest bits first."""
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack uint8 codes [..., G, D] below 2**bits into uint8 [..., G * bits / 8, D]. G is a multiple of 8."""
+    planes = []
+    shift = 0
+    for width in PLANES[bits]:
+        part = (codes >> shift) & ((1 << width) - 1)
+        runs = part.unflatten(-2, (8 // width, -1)).unbind(-3)
+        plane = runs[0].clone()
+        for index, run in enumerate(runs[1:], start=1):
+            plane |= run << (width * index)
+        planes.append(plane)
+        shift += width
+    return torch.cat(planes, dim=-2)
+
+
+def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of `pack`: uint8 codes [..., G, D]."""
+    start = shift = 0
+    codes: torch.Tensor | None = None
+    length = packed.shape[-2] * 8 // bits
+    for width in PLANES[bits]:
+        size = length * width // 8
+        plane = packed[..., start:start + size, :]
+        mask = (1 << width) - 1
+        part = plane if width == 8 else torch.cat([(plane >> (width * i)) & mask for i in range(8 // width)], dim=-2)
+        codes = part if codes is None else codes | part << shift
+        start, shift = start + size, shift + width
+    assert codes is not None
+    return codes

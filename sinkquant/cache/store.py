@@ -1,0 +1,110 @@
+"""The packed blocks of one layer's keys, or of its values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from sinkquant.cache.grid import dequantize, quantize
+from sinkquant.cache.hadamard import rotate
+from sinkquant.cache.packing import pack, unpack
+
+
+@dataclass
+class Lane:
+    """The heads of a layer that share a number of bits.
+
+    Attributes:
+        heads: their indices.
+        data: uint8 [batch, heads, blocks, G * bits / 8, D]; at 16 bits [batch, heads, blocks, G, D] as they came.
+        scale, zero: float16 [batch, heads, blocks, ...] as `grid.quantize` gives them, None where there are none.
+    """
+
+    bits: int
+    heads: list[int]
+    data: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    zero: torch.Tensor | None = None
+
+
+class PackedStates:
+    """Blocks of G tokens, each quantized once when it is appended and never again.
+
+    Args:
+        bits: one number per head, 2, 3, 4, 8 or 16.
+        block: G.
+        group: None for scales per channel over a block (keys), else channels per scale of a token (values).
+        rotated: codes are of Hadamard-rotated heads.
+    """
+
+    def __init__(self, bits: list[int], block: int, group: int | None, symmetric: bool, rotated: bool) -> None:
+        self.block, self.group, self.symmetric, self.rotated = block, group, symmetric, rotated
+        self.heads = len(bits)
+        self.lanes = [Lane(width, [head for head, b in enumerate(bits) if b == width]) for width in sorted(set(bits))]
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks are held."""
+        data = self.lanes[0].data
+        return 0 if data is None else data.shape[2]
+
+    def append(self, states: torch.Tensor, counted: torch.Tensor | None) -> None:
+        """Quantize and keep whole blocks.
+
+        Args:
+            states: [batch, heads, n * G, D].
+            counted: bool [batch, n * G], the tokens that set the ranges; None for all.
+        """
+        blocks = states.unflatten(2, (-1, self.block))
+        mask = None if counted is None else counted.unflatten(1, (-1, self.block))[:, None, :, :, None]
+        for lane in self.lanes:
+            part = blocks if len(self.lanes) == 1 else blocks[:, lane.heads]
+            if lane.bits == 16:
+                fresh: tuple[torch.Tensor | None, ...] = (part.clone(), None, None)
+            else:
+                part = rotate(part.float()) if self.rotated else part
+                codes, scale, zero = quantize(part, mask, lane.bits, self.group, self.symmetric)
+                fresh = (pack(codes, lane.bits), scale, zero)
+            lane.data, lane.scale, lane.zero = (
+                new if old is None or new is None else torch.cat([old, new], dim=2)
+                for old, new in zip((lane.data, lane.scale, lane.zero), fresh, strict=True))
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """[batch, heads, blocks * G, D] in `dtype`. There must be at least one block."""
+        parts = [self._dense_lane(lane, dtype).flatten(2, 3) for lane in self.lanes]
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.tensor([head for lane in self.lanes for head in lane.heads], device=parts[0].device)
+        return torch.cat(parts, dim=1).index_select(1, order.argsort())
+
+    def _dense_lane(self, lane: Lane, dtype: torch.dtype) -> torch.Tensor:
+        assert lane.data is not None
+        if lane.scale is None:
+            return lane.data.to(dtype)
+        values = dequantize(unpack(lane.data, lane.bits), lane.scale, lane.zero, lane.bits, self.group,
+                            torch.float32 if self.rotated else dtype)
+        return rotate(values).to(dtype) if self.rotated else values
+
+    def keep_blocks(self, start: int, stop: int) -> None:
+        """Drop all blocks but start..stop."""
+        self.apply(lambda tensor: tensor[:, :, start:stop].clone())
+
+    def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace every tensor that is held by `function` of it."""
+        for lane in self.lanes:
+            for name in ("data", "scale", "zero"):
+                tensor = getattr(lane, name)
+                if tensor is not None:
+                    setattr(lane, name, function(tensor))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor that is held, by name."""
+        return {f"{lane.bits}.{name}": tensor for lane in self.lanes for name in ("data", "scale", "zero")
+                if (tensor := getattr(lane, name)) is not None}
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take back what `tensors` gave."""
+        for lane in self.lanes:
+            lane.data, lane.scale, lane.zero = (tensors.get(f"{lane.bits}.{name}") for name in ("data", "scale", "zero"))

@@ -1,0 +1,56 @@
+"""Shows every SinkCache that passes through a model what transformers hides from it: tokens, masks, hidden states."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from sinkquant.cache.cache import SinkCache
+from sinkquant.models import Decoder
+
+
+def watch(model: PreTrainedModel) -> PreTrainedModel:
+    """Set the hooks on a model, once; further calls change nothing. Models without a SinkCache run as before.
+
+    Returns:
+        the model itself.
+
+    Raises:
+        RequestError: the model does not dispatch its attention through transformers.
+    """
+    if _before_forward in model._forward_pre_hooks.values():
+        return model
+    decoder = Decoder.of(model)
+    model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+    for index, block in enumerate(decoder.blocks):
+        block.register_forward_hook(functools.partial(_after_block, index), with_kwargs=True)
+    return model
+
+
+def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache = _find(args, kwargs)
+    if cache is None:
+        return
+    ids = kwargs.get("input_ids", args[0] if args and isinstance(args[0], torch.Tensor) else None)
+    tokens = ids if ids is not None else kwargs.get("inputs_embeds")
+    if tokens is None:
+        return
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 and isinstance(args[1], torch.Tensor) else None)
+    cache.see(ids, mask if isinstance(mask, torch.Tensor) else None, tokens.shape[1], tokens.shape[0], tokens.device)
+
+
+def _after_block(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    cache = _find(args, kwargs)
+    if cache is not None:
+        cache.hidden_states(index, output[0] if isinstance(output, tuple) else output)
+
+
+def _find(args: tuple[Any, ...], kwargs: dict[str, Any]) -> SinkCache | None:
+    for value in (*kwargs.values(), *args):
+        if isinstance(value, SinkCache):
+            return value
+    return None

@@ -1,0 +1,171 @@
+"""SinkMap + Recipe -> the KV section of a plan, and that of its control: no exact tokens, a longer window instead."""
+
+from __future__ import annotations
+
+import math
+
+from sinkquant.artifacts import KVCachePlan, KVLayer, KVLayerShape, KVSink, MassiveCarriers, ModelShape, SinkMap
+from sinkquant.artifacts.kv import cache_bytes, dense_bytes, layer_bytes, value_group
+from sinkquant.errors import RequestError
+from sinkquant.recipe import KVCache, Recipe
+
+CARRIER_SHARE = 0.5
+"""A token carries a massive activation where it reaches this share of the largest one that detection saw there."""
+
+
+def make_kv_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> KVCachePlan | None:
+    """The KV section, or None where the recipe leaves the cache alone.
+
+    Raises:
+        RequestError: nothing in the model can be packed, or bits, groups, rotation or the policy do not fit it.
+    """
+    settings = recipe.kv_cache
+    if settings is None:
+        return None
+    layers = _layers(shape, settings)
+    massive = _carriers(sink_map) if settings.exact == "massive" else None
+    sinks = _sinks(sink_map) if settings.exact == "detected" else []
+    plan = KVCachePlan(
+        key_bits=settings.key_bits, value_bits=settings.value_bits, group_size=settings.group_size,
+        window=settings.window, symmetric=settings.symmetric, rotate=settings.rotate, exact=settings.exact,
+        first_n=settings.first_n if settings.exact == "first-n" else 0,
+        max_exact=0 if settings.exact == "none" else settings.max_exact, sinks=sinks, massive=massive, layers=layers,
+        bits_per_value=0.0, length=settings.length, expected_exact=0, bytes=0, unquantized_bytes=0, reason="")
+    return _weighed(plan, _expected_exact(plan, sink_map), _reason(plan, sink_map))
+
+
+def make_kv_control(aware: KVCachePlan | None) -> KVCachePlan | None:
+    """The same formats with protection off. What the exact tokens weigh is spent on a longer window, so that the
+    control is never the smaller one."""
+    if aware is None:
+        return None
+    control = aware.model_copy(update={"exact": "none", "first_n": 0, "max_exact": 0, "sinks": [], "massive": None})
+    base = packed_bytes_at(aware, aware.length)
+    window = aware.window
+    spare = aware.bytes - base
+    per_block = aware.group_size * _saved_per_token(aware)
+    if spare > 0 and per_block > 0:
+        window += aware.group_size * math.ceil(spare / per_block)
+    control = control.model_copy(update={"window": window})
+    return _weighed(control, 0, f"the control keeps no token exact; its window is {window - aware.window} tokens longer "
+                                "for the same bytes")
+
+
+def packed_bytes_at(plan: KVCachePlan, tokens: int) -> int:
+    """Bytes of one row of `tokens` without any exact token."""
+    return cache_bytes(plan, tokens, 0)
+
+
+def _saved_per_token(plan: KVCachePlan) -> float:
+    """Bytes that packing a token saves."""
+    length = plan.window + 64 * plan.group_size
+    packed = sum(layer_bytes(plan, index, length, 0) for index in range(len(plan.layers)))
+    return (dense_bytes(plan, length) - packed) / (64 * plan.group_size)
+
+
+def _weighed(plan: KVCachePlan, exact: int, reason: str) -> KVCachePlan:
+    total, dense = cache_bytes(plan, plan.length, exact), dense_bytes(plan, plan.length)
+    return plan.model_copy(update={"bytes": total, "unquantized_bytes": dense, "expected_exact": exact,
+                                   "bits_per_value": 16 * total / dense, "reason": reason})
+
+
+def _layers(shape: ModelShape, settings: KVCache) -> list[KVLayer]:
+    layers = []
+    for index, layer in enumerate(shape.kv_layers):
+        if layer.heads == 0:
+            layers.append(_left(layer, "it keeps no plain keys and values of its own"))
+        elif layer.sliding_window is not None:
+            layers.append(_left(layer, f"its sliding window of {layer.sliding_window} tokens bounds it already"))
+        else:
+            _check_fit(layer, index, settings)
+            layers.append(KVLayer(
+                packed=True, key_bits=[settings.key_bits] * layer.heads, value_bits=[settings.value_bits] * layer.heads,
+                key_dim=layer.key_dim, value_dim=layer.value_dim,
+                reason=f"keys {settings.key_bits} bits, values {settings.value_bits} bits"))
+    if not any(layer.packed for layer in layers):
+        raise RequestError(f"kv_cache: {shape.architecture} has no layer whose keys and values could be packed; remove "
+                           "the section.")
+    for place, override in enumerate(settings.overrides):
+        for index in override.layers:
+            if not 0 <= index < len(layers) or not layers[index].packed:
+                raise RequestError(f"kv_cache.overrides[{place}] names layer {index}, which is none of the packed ones.")
+            layer = layers[index]
+            heads = range(len(layer.key_bits)) if override.heads is None else override.heads
+            if any(not 0 <= head < len(layer.key_bits) for head in heads):
+                raise RequestError(f"kv_cache.overrides[{place}] names KV heads {list(heads)}, and layer {index} has "
+                                   f"{len(layer.key_bits)}.")
+            key_bits, value_bits = list(layer.key_bits), list(layer.value_bits)
+            for head in heads:
+                key_bits[head] = override.key_bits or key_bits[head]
+                value_bits[head] = override.value_bits or value_bits[head]
+            layers[index] = layer.model_copy(update={"key_bits": key_bits, "value_bits": value_bits,
+                                                     "reason": f"by kv_cache.overrides[{place}]"})
+    return layers
+
+
+def _left(layer: KVLayerShape, why: str) -> KVLayer:
+    return KVLayer(packed=False, key_bits=[16] * layer.heads, value_bits=[16] * layer.heads, key_dim=layer.key_dim,
+                   value_dim=layer.value_dim, reason=f"left as it is: {why}")
+
+
+def _check_fit(layer: KVLayerShape, index: int, settings: KVCache) -> None:
+    group = value_group(settings.group_size, layer.value_dim)
+    if layer.value_dim % group:
+        fitting = [size for size in (32, 64, 128) if layer.value_dim % value_group(size, layer.value_dim) == 0]
+        hint = f"use {' or '.join(map(str, fitting))}" if fitting else "no group size fits this model"
+        raise RequestError(f"kv_cache.group_size {settings.group_size} does not divide the {layer.value_dim} channels of "
+                           f"a head in layer {index}; {hint}.")
+    if settings.rotate and any(width & (width - 1) for width in (layer.key_dim, layer.value_dim)):
+        raise RequestError(f"kv_cache.rotate needs heads of a power of two channels, and layer {index} has "
+                           f"{layer.key_dim}; set kv_cache.rotate to false.")
+
+
+def _sinks(sink_map: SinkMap) -> list[KVSink]:
+    """A sink that is bound to a position is kept there whatever token stands there: the position makes the sink."""
+    return [KVSink(token_id=None if token.position is not None else token.token_id, position=token.position)
+            for token in sink_map.tokens if token.kind != "learned"]
+
+
+def _carriers(sink_map: SinkMap) -> MassiveCarriers:
+    """Where massive activations emerge, from the strongest channel, with all channels that are there by then."""
+    known = [channel for channel in sink_map.channels if channel.profile and _block(channel.born) is not None]
+    if not known:
+        raise RequestError("kv_cache.exact is 'massive', but no massive channel was found in this model; use 'detected' "
+                           "or 'first-n'.")
+    strongest = max(known, key=lambda channel: channel.ratio)
+    emergence = _block(strongest.born) or 0
+    place = max(index for index, label in enumerate(sink_map.depth) if _block(label) == emergence)
+    floor = CARRIER_SHARE * strongest.profile[place]
+    here = [channel for channel in known if channel.profile[place] >= floor]
+    return MassiveCarriers(layer=emergence, channels=[channel.channel for channel in here],
+                           thresholds=[CARRIER_SHARE * channel.profile[place] for channel in here])
+
+
+def _block(label: str) -> int | None:
+    """"layers.3.mlp" -> 3; the embedding shows after block 0."""
+    if label == "embedding":
+        return 0
+    parts = label.split(".")
+    return int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else None
+
+
+def _expected_exact(plan: KVCachePlan, sink_map: SinkMap) -> int:
+    """How many tokens of a row of `plan.length` will be kept, as far as the sink map tells."""
+    if plan.exact == "none":
+        return 0
+    if plan.exact == "first-n":
+        return min(plan.first_n, plan.max_exact)
+    tokens = [token for token in sink_map.tokens if token.kind != "learned"
+              and (plan.exact == "detected" or token.massive)]
+    count = sum(1 if token.position is not None else math.ceil(token.share * plan.length) for token in tokens)
+    return min(count, plan.max_exact, plan.length)
+
+
+def _reason(plan: KVCachePlan, sink_map: SinkMap) -> str:
+    if plan.exact == "detected":
+        named = ", ".join(f"{token.text!r}" + (f" at {token.position}" if token.position is not None else "")
+                          for token in sink_map.tokens if token.kind != "learned")
+        return f"the sinks of the map stay exact: {named}" if named else "the map holds no sink, so that none is kept"
+    if plan.massive is not None:
+        return f"tokens that carry a massive activation after block {plan.massive.layer} stay exact"
+    return f"the first {plan.first_n} tokens stay exact" if plan.first_n else "no token is kept exact"
