@@ -56,8 +56,14 @@ class SinkCache(Cache):
         Args:
             ids: int64 [batch, new], or None.
             mask: [batch, columns before + new], zero on padding, or None for no padding.
+
+        Raises:
+            RequestError: another batch size than before.
         """
         before = self.get_seq_length()
+        if before and self.row_starts is not None and len(self.row_starts) != batch:
+            raise RequestError(f"the KV cache holds {len(self.row_starts)} rows and was given {batch}; make a new cache, "
+                               "or use reset() or batch_repeat_interleave().")
         if mask is not None and (mask.dim() != 2 or mask.shape[1] < before + new):
             mask = None
         if before == 0 or self.row_starts is None:
