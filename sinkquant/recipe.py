@@ -132,8 +132,9 @@ class KVCache(Section):
     """How the KV cache is packed, and which tokens of a prompt stay exact in it.
 
     Groups of `group_size`: tokens for keys, channels of a head for values. The last `window` tokens are never packed.
-    `exact`: the sinks that detection found; "first-n": the first `first_n` tokens; "massive": those that carry a massive
-    activation in the prompt at hand; "none". At most `max_exact` per row. `length` is what bytes are planned for.
+    `exact`: the sinks that detection found; "first-n": the first `first_n` tokens; "massive": those that carry a
+    massive activation in the prompt at hand; "none". At most `max_exact` per row. `length` is what bytes are planned
+    for.
     """
 
     key_bits: Literal[2, 3, 4, 8, 16] = 2

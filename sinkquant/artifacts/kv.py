@@ -55,10 +55,12 @@ class KVCachePlan(Strict):
     """How a KV cache is packed.
 
     Keys take one scale per channel and `group_size` tokens, values one scale per token and `group_size` channels of a
-    head (the whole head where it is smaller). The last `window` tokens (and up to a block more) stay in the model's dtype, and so do at most
-    `max_exact` tokens of a row that `exact` picks. `key_bits` and `value_bits` are those of most layers; `layers`
-    says it per layer and KV head. `symmetric` grids store no zero point. `rotate`: codes are of Hadamard-rotated heads.
-    `bytes` and `bits_per_value` are of one row of `length` tokens with `expected_exact` exact ones, in 16 bits.
+    head (the whole head where it is smaller). The last `window` tokens (and up to a block more) stay in the model's
+    dtype, and so do at most `max_exact` tokens of a row that `exact` picks. `key_bits` and `value_bits` are those of
+    most layers; `layers` says it per layer and KV head. `symmetric` grids store no zero point. `rotate`: codes are of
+    Hadamard-rotated heads.
+    `bytes` and `bits_per_value` are of one row of `length` tokens with `expected_exact` exact ones and numbers of 16
+    bits, averaged over the last `group_size` lengths, because the window breathes by a block.
     """
 
     key_bits: int

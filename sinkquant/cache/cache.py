@@ -10,6 +10,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types
 
 from sinkquant.artifacts.kv import KVCachePlan
 from sinkquant.cache.exact import Massive, NewTokens, exact_tokens
+from sinkquant.cache.hadamard import is_power_of_two
 from sinkquant.cache.layer import SinkLayer
 from sinkquant.errors import RequestError
 
@@ -38,6 +39,9 @@ class SinkCache(Cache):
                                "plan for this model.")
         if not any(layer.packed for layer in plan.layers):
             raise RequestError("no layer of this model holds keys and values that could be packed; leave kv_cache out.")
+        if plan.rotate and not all(is_power_of_two(width) for layer in plan.layers if layer.packed
+                                   for width in (layer.key_dim, layer.value_dim)):
+            raise RequestError("the KV plan rotates heads, and theirs is no power of two; set kv_cache.rotate to false.")
         super().__init__(layers=[
             SinkLayer(plan, index) if plan.layers[index].packed else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs)
             for index, (kind, kwargs) in enumerate(zip(types, arguments, strict=True))])
@@ -62,8 +66,8 @@ class SinkCache(Cache):
         """
         before = self.get_seq_length()
         if before and self.row_starts is not None and len(self.row_starts) != batch:
-            raise RequestError(f"the KV cache holds {len(self.row_starts)} rows and was given {batch}; make a new cache, "
-                               "or use reset() or batch_repeat_interleave().")
+            raise RequestError(f"the KV cache holds {len(self.row_starts)} rows and was given {batch}; make a "
+                               "new cache, or use reset() or batch_repeat_interleave().")
         if mask is not None and (mask.dim() != 2 or mask.shape[1] < before + new):
             mask = None
         if before == 0 or self.row_starts is None:

@@ -36,8 +36,8 @@ def save_cache(cache: SinkCache, path: str | os.PathLike[str]) -> None:
             held = {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
             lengths[str(index)] = [layer.get_seq_length()]
         else:
-            raise RequestError(f"layer {index} keeps a {type(layer).__name__}, which is not saved; only keys and values "
-                               "are.")
+            raise RequestError(f"layer {index} keeps a {type(layer).__name__}, which is not saved; only keys and "
+                               "values are.")
         tensors |= {f"{index}.{name}": tensor.contiguous().clone() for name, tensor in held.items()}
     if cache.row_starts is not None:
         tensors["row_starts"] = cache.row_starts.clone()

@@ -43,7 +43,8 @@ class SinkLayer(CacheLayerMixin):
                                           plan.symmetric, plan.rotate)
         self.lengths: list[int] = []
         """Valid tokens of every block: G, or fewer where `crop` cut into one."""
-        self.exact_keys = self.exact_values = self.exact_columns = None
+        self.keys = self.values = self.exact_keys = self.exact_values = torch.empty(0)
+        self.exact_columns = torch.empty(0, 0, dtype=torch.int32)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Check the shapes against the plan and allocate nothing but empty tensors.
@@ -55,8 +56,8 @@ class SinkLayer(CacheLayerMixin):
         if key_states.shape[1] != heads or key_states.shape[3] != one.key_dim or value_states.shape[3] != one.value_dim:
             raise RequestError(
                 f"the KV plan is for {heads} heads of {one.key_dim} and {one.value_dim} channels in layer {self.index}, "
-                f"but the model has {key_states.shape[1]} of {key_states.shape[3]} and {value_states.shape[3]}; "
-                "make a plan for this model.")
+                f"and the model has {key_states.shape[1]} of {key_states.shape[3]} and {value_states.shape[3]}; make a "
+                "plan for this model.")
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, key_states.shape[0]
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.exact_keys, self.exact_values = key_states[:, :, :0].clone(), value_states[:, :, :0].clone()
@@ -146,7 +147,8 @@ class SinkLayer(CacheLayerMixin):
             self.exact_keys, self.exact_values = (
                 torch.cat([old, old.new_zeros(batch, heads, missing, old.shape[3])], dim=2)
                 for old in (self.exact_keys, self.exact_values))
-            self.exact_columns = torch.cat([self.exact_columns, self.exact_columns.new_full((batch, missing), -1)], dim=1)
+            empty = self.exact_columns.new_full((batch, missing), -1)
+            self.exact_columns = torch.cat([self.exact_columns, empty], dim=1)
         in_window = self.keys.shape[2] - flags.shape[1] + place
         self.exact_keys[row, :, slot] = self.keys[row, :, in_window]
         self.exact_values[row, :, slot] = self.values[row, :, in_window]
@@ -197,7 +199,7 @@ class SinkLayer(CacheLayerMixin):
         remaining = max(0, self.get_seq_length() + tokens_to_remove)
         inside = max(0, remaining - self.packed_length)
         self.keys, self.values = self.keys[:, :, :inside].clone(), self.values[:, :, :inside].clone()
-        lengths = []
+        lengths: list[int] = []
         for length in self.lengths:
             lengths.append(min(length, remaining - sum(lengths)))
         blocks = sum(length > 0 for length in lengths)
@@ -209,11 +211,12 @@ class SinkLayer(CacheLayerMixin):
         columns = self.exact_columns.masked_fill(self.exact_columns >= remaining, -1)
         slots = int((columns >= 0).sum(1).max()) if columns.numel() else 0
         self.exact_columns = columns[:, :slots].clone()
-        self.exact_keys, self.exact_values = self.exact_keys[:, :, :slots].clone(), self.exact_values[:, :, :slots].clone()
+        self.exact_keys = self.exact_keys[:, :, :slots].clone()
+        self.exact_values = self.exact_values[:, :, :slots].clone()
 
     def reset(self) -> None:
         """Forget everything; the next update may have another batch size."""
-        self.is_initialized, self.keys, self.values, self.batch_size = False, None, None, -1
+        self.is_initialized, self.batch_size = False, -1
         self._clear()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -257,7 +260,6 @@ class SinkLayer(CacheLayerMixin):
     def restore(self, tensors: dict[str, torch.Tensor], lengths: list[int]) -> None:
         """Take back what `tensors` gave, and the lengths of the blocks."""
         self._clear()
-        self.keys = tensors["keys"]
         self.lazy_initialization(tensors["keys"], tensors["values"])
         for name in ("keys", "values", "exact_keys", "exact_values", "exact_columns"):
             setattr(self, name, tensors[name])

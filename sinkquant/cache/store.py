@@ -107,4 +107,5 @@ class PackedStates:
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take back what `tensors` gave."""
         for lane in self.lanes:
-            lane.data, lane.scale, lane.zero = (tensors.get(f"{lane.bits}.{name}") for name in ("data", "scale", "zero"))
+            for name in ("data", "scale", "zero"):
+                setattr(lane, name, tensors.get(f"{lane.bits}.{name}"))

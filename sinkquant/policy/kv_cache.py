@@ -40,20 +40,16 @@ def make_kv_control(aware: KVCachePlan | None) -> KVCachePlan | None:
     if aware is None:
         return None
     control = aware.model_copy(update={"exact": "none", "first_n": 0, "max_exact": 0, "sinks": [], "massive": None})
-    base = packed_bytes_at(aware, aware.length)
-    window = aware.window
-    spare = aware.bytes - base
-    per_block = aware.group_size * _saved_per_token(aware)
-    if spare > 0 and per_block > 0:
-        window += aware.group_size * math.ceil(spare / per_block)
+    spare, saved = aware.bytes - _mean_bytes(aware, 0), _saved_per_token(aware)
+    window = aware.window + (math.ceil(spare / saved) if saved > 0 else 0)
     control = control.model_copy(update={"window": window})
-    return _weighed(control, 0, f"the control keeps no token exact; its window is {window - aware.window} tokens longer "
-                                "for the same bytes")
+    return _weighed(control, 0, "the control keeps no token exact; its window is longer by "
+                                f"{window - aware.window} tokens for the same bytes")
 
 
-def packed_bytes_at(plan: KVCachePlan, tokens: int) -> int:
-    """Bytes of one row of `tokens` without any exact token."""
-    return cache_bytes(plan, tokens, 0)
+def _mean_bytes(plan: KVCachePlan, exact: int) -> int:
+    lengths = [max(1, plan.length - shorter) for shorter in range(plan.group_size)]
+    return math.ceil(sum(cache_bytes(plan, tokens, min(exact, tokens)) for tokens in lengths) / len(lengths))
 
 
 def _saved_per_token(plan: KVCachePlan) -> float:
@@ -64,7 +60,8 @@ def _saved_per_token(plan: KVCachePlan) -> float:
 
 
 def _weighed(plan: KVCachePlan, exact: int, reason: str) -> KVCachePlan:
-    total, dense = cache_bytes(plan, plan.length, exact), dense_bytes(plan, plan.length)
+    total = _mean_bytes(plan, exact)
+    dense = dense_bytes(plan, plan.length)
     return plan.model_copy(update={"bytes": total, "unquantized_bytes": dense, "expected_exact": exact,
                                    "bits_per_value": 16 * total / dense, "reason": reason})
 
@@ -88,18 +85,18 @@ def _layers(shape: ModelShape, settings: KVCache) -> list[KVLayer]:
     for place, override in enumerate(settings.overrides):
         for index in override.layers:
             if not 0 <= index < len(layers) or not layers[index].packed:
-                raise RequestError(f"kv_cache.overrides[{place}] names layer {index}, which is none of the packed ones.")
-            layer = layers[index]
-            heads = range(len(layer.key_bits)) if override.heads is None else override.heads
-            if any(not 0 <= head < len(layer.key_bits) for head in heads):
+                raise RequestError(f"kv_cache.overrides[{place}] names layer {index}, which is not packed.")
+            chosen = layers[index]
+            heads = range(len(chosen.key_bits)) if override.heads is None else override.heads
+            if any(not 0 <= head < len(chosen.key_bits) for head in heads):
                 raise RequestError(f"kv_cache.overrides[{place}] names KV heads {list(heads)}, and layer {index} has "
-                                   f"{len(layer.key_bits)}.")
-            key_bits, value_bits = list(layer.key_bits), list(layer.value_bits)
+                                   f"{len(chosen.key_bits)}.")
+            key_bits, value_bits = list(chosen.key_bits), list(chosen.value_bits)
             for head in heads:
                 key_bits[head] = override.key_bits or key_bits[head]
                 value_bits[head] = override.value_bits or value_bits[head]
-            layers[index] = layer.model_copy(update={"key_bits": key_bits, "value_bits": value_bits,
-                                                     "reason": f"by kv_cache.overrides[{place}]"})
+            layers[index] = chosen.model_copy(update={"key_bits": key_bits, "value_bits": value_bits,
+                                                      "reason": f"by kv_cache.overrides[{place}]"})
     return layers
 
 
@@ -113,8 +110,8 @@ def _check_fit(layer: KVLayerShape, index: int, settings: KVCache) -> None:
     if layer.value_dim % group:
         fitting = [size for size in (32, 64, 128) if layer.value_dim % value_group(size, layer.value_dim) == 0]
         hint = f"use {' or '.join(map(str, fitting))}" if fitting else "no group size fits this model"
-        raise RequestError(f"kv_cache.group_size {settings.group_size} does not divide the {layer.value_dim} channels of "
-                           f"a head in layer {index}; {hint}.")
+        raise RequestError(f"kv_cache.group_size {settings.group_size} does not divide the {layer.value_dim} channels "
+                           f"of a head in layer {index}; {hint}.")
     if settings.rotate and any(width & (width - 1) for width in (layer.key_dim, layer.value_dim)):
         raise RequestError(f"kv_cache.rotate needs heads of a power of two channels, and layer {index} has "
                            f"{layer.key_dim}; set kv_cache.rotate to false.")
@@ -130,8 +127,8 @@ def _carriers(sink_map: SinkMap) -> MassiveCarriers:
     """Where massive activations emerge, from the strongest channel, with all channels that are there by then."""
     known = [channel for channel in sink_map.channels if channel.profile and _block(channel.born) is not None]
     if not known:
-        raise RequestError("kv_cache.exact is 'massive', but no massive channel was found in this model; use 'detected' "
-                           "or 'first-n'.")
+        raise RequestError("kv_cache.exact is 'massive', but no massive channel was found in this model; use "
+                           "'detected' or 'first-n'.")
     strongest = max(known, key=lambda channel: channel.ratio)
     emergence = _block(strongest.born) or 0
     place = max(index for index, label in enumerate(sink_map.depth) if _block(label) == emergence)

@@ -12,7 +12,7 @@ from sinkquant.artifacts.kv import layer_bytes
 from sinkquant.cache.layer import SinkLayer
 from sinkquant.errors import RequestError
 
-HEADS, KEY, VALUE = 3, 16, 24
+HEADS, KEY, VALUE = 3, 16, 32
 
 
 def _plan(key_bits: list[int], value_bits: list[int], **settings: object) -> KVCachePlan:
@@ -71,8 +71,8 @@ def test_heads_have_bits_of_their_own() -> None:
 @pytest.mark.parametrize("rotate", [False, True])
 def test_blocks_are_quantized_once(rotate: bool) -> None:
     """Whatever arrives in which pieces, and however often it is read: old blocks never change again."""
-    plan = _plan([2] * 3, [2] * 3, rotate=rotate) if not rotate else _plan([2] * 3, [16] * 3, rotate=True)
-    layer, keys, values = _filled(plan, 100)
+    plan = _plan([2] * 3, [3, 16, 2], rotate=rotate)
+    layer, _, _ = _filled(plan, 100)
     before = {name: tensor.clone() for name, tensor in layer.packed_keys.tensors().items()}
     for step in range(80):
         layer.append(*_states(1, seed=step + 1))
@@ -116,7 +116,7 @@ def test_exact_tokens_are_bounded_and_late_ones_kept() -> None:
 @pytest.mark.parametrize("remove", [1, 20, 36, 37, 60, 68, 99, 100, 150])
 def test_crop_equals_never_having_seen_the_rest(remove: int) -> None:
     plan = _plan([2] * 3, [2] * 3)
-    layer, keys, values = _filled(plan, flagged=((0, 0), (0, 40), (1, 70)))
+    layer, _, _ = _filled(plan, flagged=((0, 0), (0, 40), (1, 70)))
     full_keys, full_values = layer.dense()
     layer.crop(-remove)
     left = max(0, 100 - remove)

@@ -1,0 +1,130 @@
+"""The KV section of a plan: what fits, what is kept, what it weighs, and its control."""
+
+from __future__ import annotations
+
+import pytest
+from families import FAMILIES, tiny_model
+
+from sinkquant.artifacts import KVCachePlan, KVLayerShape, ModelShape, SinkMap
+from sinkquant.artifacts.kv import cache_bytes, packed_tokens
+from sinkquant.errors import RequestError
+from sinkquant.models import Decoder
+from sinkquant.policy.kv_cache import make_kv_control, make_kv_plan
+from sinkquant.recipe import Recipe
+
+
+def _shape(layers: list[KVLayerShape]) -> ModelShape:
+    return ModelShape(name="m", architecture="M", blocks=len(layers), dtype="bfloat16", linears={}, tensors={},
+                      kv_layers=layers)
+
+
+WIDE = [KVLayerShape(heads=8, key_dim=128, value_dim=128)] * 2
+
+
+def _map(tokens: list[dict[str, object]] | None = None, channels: list[dict[str, object]] | None = None) -> SinkMap:
+    known = {"token_id": 1, "text": "<s>", "position": 0, "kind": "bos", "attention": 0.6, "heads": 0.9, "share": 0.01,
+             "massive": True}
+    return SinkMap.model_validate({
+        "schema": "sinkquant/sinkmap@1", "sink_rate": {}, "sink_rate_repeated_token": {}, "thresholds": {},
+        "model": {"name": "m", "architecture": "M", "layers": 2, "heads": 8, "kv_heads": 8, "hidden_size": 64,
+                  "parameters": 1, "dtype": "bfloat16"},
+        "tokenization": {"bos_token_id": 1, "adds_bos": "once", "rows_start_with_bos": True, "rows": 1, "length": 64},
+        "tokens": [known | token for token in ([{}] if tokens is None else tokens)], "heads": [], "super_weights": [],
+        "channels": channels or [], "modules": {},
+        "depth": ["embedding", "layers.0.attention", "layers.0.mlp", "layers.1.attention", "layers.1.mlp"]})
+
+
+def _made(*assignments: str, sink_map: SinkMap | None = None, layers: list[KVLayerShape] | None = None) -> KVCachePlan:
+    recipe = Recipe().replace(["kv_cache.key_bits=2", *assignments])
+    made = make_kv_plan(_shape(layers or WIDE), sink_map or _map(), recipe)
+    assert made is not None
+    return made
+
+
+def test_without_the_section_there_is_no_plan() -> None:
+    assert make_kv_plan(_shape(WIDE), _map(), Recipe.parse({"kv_cache": None})) is None
+    assert make_kv_control(None) is None
+
+
+def test_two_bits_weigh_less_than_a_fifth() -> None:
+    plan = _made("kv_cache.length=16384")
+    assert plan.bytes / plan.unquantized_bytes < 0.20
+    # The formula of the literature: window and exact tokens in 16 bits, else 2 bits + a 32-bit scale and zero per 32.
+    packed = packed_tokens(16384, 128, 32)
+    bits = (packed * (2 + 32 / 32) + (16384 - packed + 1) * 16) / 16384
+    assert plan.bits_per_value == pytest.approx(bits, abs=16 * 16 / 16384)
+    assert cache_bytes(plan, 16384, 1) == bits / 8 * 16384 * 2 * 8 * 256 + 2 * 4 + 4
+
+
+def test_what_is_kept_is_said() -> None:
+    tokens: list[dict[str, object]] = [{}, {"token_id": 4, "text": ".", "position": None, "kind": "delimiter"},
+                                       {"token_id": None, "text": None, "position": None, "kind": "learned"}]
+    plan = _made(sink_map=_map(tokens))
+    assert [(sink.token_id, sink.position) for sink in plan.sinks] == [(None, 0), (4, None)]
+    assert "'<s>' at 0" in plan.reason
+    assert plan.expected_exact == min(16, 1 + 41)  # the delimiter makes up 1 % of 4096 tokens
+    assert "no sink" in _made(sink_map=_map([])).reason
+
+
+@pytest.mark.parametrize("exact", ["first-n", "detected"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_control_has_the_same_bytes(bits: int, exact: str) -> None:
+    plan = _made(f"kv_cache.key_bits={bits}", f"kv_cache.value_bits={bits}", f"kv_cache.exact={exact}")
+    control = make_kv_control(plan)
+    assert control is not None
+    assert control.exact == "none"
+    assert control.sinks == []
+    assert (control.key_bits, control.layers) == (plan.key_bits, plan.layers)
+    assert 0 <= control.bytes - plan.bytes < 0.005 * plan.bytes
+    for kept, exact in ((plan, plan.expected_exact), (control, 0)):
+        lengths = range(kept.length - kept.group_size + 1, kept.length + 1)
+        assert kept.bytes == pytest.approx(sum(cache_bytes(kept, n, exact) for n in lengths) / len(lengths), abs=1)
+
+
+def test_bits_per_layer_and_head() -> None:
+    plan = _made("kv_cache.overrides=[{layers: [1], heads: [0, 3], key_bits: 8}, {layers: [0], value_bits: 16}]")
+    assert plan.layers[1].key_bits == [8, 2, 2, 8, 2, 2, 2, 2]
+    assert plan.layers[1].value_bits == [2] * 8
+    assert plan.layers[0].value_bits == [16] * 8
+    assert "overrides[1]" in plan.layers[0].reason
+
+
+def test_massive_carriers_come_from_the_birth_layer() -> None:
+    channels = [{"channel": 7, "peak": 40.0, "ratio": 900.0, "born": "layers.0.mlp", "ended": None, "tokens": ["<s>"],
+                 "profile": [0.1, 0.1, 30.0, 31.0, 40.0]},
+                {"channel": 9, "peak": 50.0, "ratio": 100.0, "born": "layers.1.mlp", "ended": None, "tokens": ["<s>"],
+                 "profile": [0.1, 0.1, 1.0, 1.0, 50.0]}]
+    plan = _made("kv_cache.exact=massive", sink_map=_map(channels=channels))
+    assert plan.massive is not None
+    assert (plan.massive.layer, plan.massive.channels, plan.massive.thresholds) == (0, [7], [15.0])
+
+
+@pytest.mark.parametrize(("assignments", "layers", "message"), [
+    (["kv_cache.exact=massive"], WIDE, "no massive channel"),
+    (["kv_cache.group_size=64"], [KVLayerShape(heads=2, key_dim=80, value_dim=80)], "use 128"),
+    (["kv_cache.rotate=true"], [KVLayerShape(heads=2, key_dim=96, value_dim=96)], "power of two"),
+    (["kv_cache.overrides=[{layers: [5], key_bits: 8}]"], WIDE, "layer 5"),
+    (["kv_cache.overrides=[{layers: [0], heads: [8], key_bits: 8}]"], WIDE, "has 8"),
+    ([], [KVLayerShape(heads=0, key_dim=1, value_dim=1)], "no layer"),
+])
+def test_what_does_not_fit_is_refused(assignments: list[str], layers: list[KVLayerShape], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        _made(*assignments, layers=layers)
+
+
+@pytest.mark.parametrize(("assignment", "message"), [
+    ("kv_cache.key_bits=5", "key_bits"), ("kv_cache.group_size=48", "group_size"), ("kv_cache.window=-1", "window"),
+    ("kv_cache.exact=first", "exact"), ("kv_cache.keybits=2", "did you mean 'key_bits'"),
+    ("kv_cache.overrides=[{layers: [0], key_bit: 2}]", "did you mean 'key_bits'")])
+def test_the_recipe_refuses(assignment: str, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        Recipe().replace([assignment])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_tells_its_layers(family: str) -> None:
+    layers = Decoder.of(tiny_model(family)).shape("m").kv_layers
+    assert len(layers) == 3
+    windows = [layer.sliding_window for layer in layers]
+    assert any(windows) == (family in ("mistral", "gemma2", "gemma3_text", "gpt_oss"))
+    assert all(layer.heads in (2, 4) and layer.key_dim == 16 for layer in layers)
