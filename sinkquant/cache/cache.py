@@ -41,7 +41,8 @@ class SinkCache(Cache):
             raise RequestError("no layer of this model holds keys and values that could be packed; leave kv_cache out.")
         if plan.rotate and not all(is_power_of_two(width) for layer in plan.layers if layer.packed
                                    for width in (layer.key_dim, layer.value_dim)):
-            raise RequestError("the KV plan rotates heads, and theirs is no power of two; set kv_cache.rotate to false.")
+            raise RequestError("the KV plan rotates heads whose width is no power of two; set kv_cache.rotate to "
+                               "false.")
         super().__init__(layers=[
             SinkLayer(plan, index) if plan.layers[index].packed else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs)
             for index, (kind, kwargs) in enumerate(zip(types, arguments, strict=True))])

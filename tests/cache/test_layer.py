@@ -158,7 +158,7 @@ def test_wrong_use_is_refused() -> None:
         layer.append(*_states(1, batch=5))
     with pytest.raises(ValueError, match="negative"):
         layer.crop(4)
-    with pytest.raises(RequestError, match="make a plan for this model"):
+    with pytest.raises(RequestError, match="in the model; make a plan"):
         SinkLayer(plan, 0).append(torch.zeros(1, 2, 1, KEY), torch.zeros(1, 2, 1, VALUE))
     layer.reset()
     layer.append(*_states(3, batch=5))
