@@ -2,6 +2,6 @@
 
 from sinkquant.cache.cache import SinkCache
 from sinkquant.cache.files import load_cache, save_cache
-from sinkquant.cache.watch import watch
+from sinkquant.cache.prepare import prepare
 
-__all__ = ["SinkCache", "load_cache", "save_cache", "watch"]
+__all__ = ["SinkCache", "load_cache", "prepare", "save_cache"]

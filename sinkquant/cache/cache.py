@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
 from sinkquant.artifacts.kv import KVCachePlan
+from sinkquant.cache.attention import PackedRead
+from sinkquant.cache.dispatch import stand_in
 from sinkquant.cache.exact import Massive, NewTokens, exact_tokens
 from sinkquant.cache.hadamard import is_power_of_two
 from sinkquant.cache.layer import SinkLayer
@@ -21,7 +24,7 @@ class SinkCache(Cache):
     Keys are packed per channel in groups along time and values per token in groups along the head (KIVI 2402.02750,
     section 3); sinks leave their group before its range is taken. Which layers are packed, and how, is the plan's.
 
-    Sinks that are known by their token, padded batches and the "massive" policy need `sinkquant.cache.watch(model)`
+    Sinks that are known by their token, padded batches and the "massive" policy need `sinkquant.cache.prepare(model)`
     once: transformers shows a cache neither tokens nor masks.
 
     Args:
@@ -53,19 +56,24 @@ class SinkCache(Cache):
         self._flags: torch.Tensor | None = None
         self._flagged_from = -1
         self._waiting: list[int] = []
+        self._packed_reads = False
 
-    def see(self, ids: torch.Tensor | None, mask: torch.Tensor | None, new: int, batch: int,
-            device: torch.device) -> None:
-        """Look at what a forward pass is about to add; called by the hook that `watch` sets.
+    def see(self, ids: torch.Tensor | None, mask: torch.Tensor | None, size: tuple[int, int], device: torch.device,
+            packed_reads: bool) -> None:
+        """Look at what a forward pass is about to add; called by the hook that `prepare` sets.
 
         Args:
             ids: int64 [batch, new], or None.
             mask: [batch, columns before + new], zero on padding, or None for no padding.
+            size: batch and new.
+            packed_reads: whether the model's attention can be given a packed layer.
 
         Raises:
             RequestError: another batch size than before.
         """
-        before = self.get_seq_length()
+        batch, new = size
+        # Not of the first layer: a layer before ours may have been updated already.
+        before = next(layer for layer in self.layers if isinstance(layer, SinkLayer)).get_seq_length()
         if before and self.row_starts is not None and len(self.row_starts) != batch:
             raise RequestError(f"the KV cache holds {len(self.row_starts)} rows and was given {batch}; make a "
                                "new cache, or use reset() or batch_repeat_interleave().")
@@ -81,13 +89,14 @@ class SinkCache(Cache):
             seen = mask[:, :before + new].long()
             positions = (seen.cumsum(1) - 1).masked_fill(seen == 0, -1)[:, before:]
         self._flags, self._flagged_from = self._judge(NewTokens(positions, ids)), before
+        self._packed_reads = packed_reads
 
     def _judge(self, new: NewTokens) -> torch.Tensor | None:
         flags = self.exact.flags(new)
         return flags if flags is not None and bool(flags.any()) else None
 
     def hidden_states(self, block: int, hidden: torch.Tensor) -> None:
-        """Look at the hidden states [batch, new, hidden] after a block; called by the hook that `watch` sets."""
+        """Look at the hidden states [batch, new, hidden] after a block; called by the hook that `prepare` sets."""
         if not isinstance(self.exact, Massive) or block != self.exact.carriers.layer or hidden.dim() != 3:
             return
         flags = self.exact.verdict(hidden)
@@ -112,12 +121,20 @@ class SinkCache(Cache):
         before = layer.get_seq_length()
         if before != self._flagged_from:
             self._see_unwatched(key_states, before)
+        if self._packed_reads and layer.worth_reading_packed(key_states.shape[2]):
+            layer.append(key_states, value_states)
+            read = PackedRead(layer, functools.partial(self._was_read, layer_idx))
+            return stand_in(read, key_states), stand_in(read, value_states)
         states = layer.update(key_states, value_states)
-        if isinstance(self.exact, Massive) and layer_idx <= self.exact.carriers.layer:
-            self._waiting.append(layer_idx)
-        else:
-            self._settle(layer_idx)
+        self._was_read(layer_idx)
         return states
+
+    def _was_read(self, index: int) -> None:
+        """Pack what has left the window, now or once the verdict on exact tokens is there."""
+        if isinstance(self.exact, Massive) and index <= self.exact.carriers.layer:
+            self._waiting.append(index)
+        else:
+            self._settle(index)
 
     def _settle(self, index: int) -> None:
         layer = self.layers[index]
@@ -133,12 +150,12 @@ class SinkCache(Cache):
         """
         if isinstance(self.exact, Massive):
             raise RequestError("kv_cache.exact is 'massive', and nothing shows the cache the hidden states; call "
-                               "sinkquant.cache.watch(model) once before generating.")
+                               "sinkquant.cache.prepare(model) once before generating.")
         if key_states.shape[0] > 1 and self.plan.exact != "none" and before == 0:
             raise RequestError("the KV cache keeps sinks by their place in the row, and a batch may be padded; call "
-                               "sinkquant.cache.watch(model) once, so that the cache sees the attention mask.")
+                               "sinkquant.cache.prepare(model) once, so that the cache sees the attention mask.")
         batch, _, new, _ = key_states.shape
-        self.see(None, None, new, batch, key_states.device)
+        self.see(None, None, (batch, new), key_states.device, False)
 
     def nbytes(self) -> int:
         """Bytes held by the packed layers, exact tokens, windows and row starts counted; what

@@ -71,7 +71,7 @@ class Detected:
             if sink.token_id is not None:
                 if new.ids is None:
                     raise RequestError("the KV cache keeps sinks by their token id, but was not shown the tokens; pass "
-                                       "input_ids, and call sinkquant.cache.watch(model) once before generating.")
+                                       "input_ids, and call sinkquant.cache.prepare(model) once before generating.")
                 here = here & (new.ids == sink.token_id)
             found |= here
         return found
@@ -80,7 +80,7 @@ class Detected:
 @dataclass(frozen=True)
 class Massive:
     """The tokens of this prompt that carry a massive activation after the emergence block (KVSink 2508.04257). Their
-    flags come from a hook on that block; see `sinkquant.cache.watch`."""
+    flags come from a hook on that block; see `sinkquant.cache.prepare`."""
 
     carriers: MassiveCarriers
 

@@ -17,6 +17,10 @@ from sinkquant.cache.store import PackedStates
 from sinkquant.errors import RequestError
 
 
+MAX_QUERIES = 16
+"""More new tokens than this read a dense copy of the packed blocks: it is then used often enough to pay."""
+
+
 class SinkLayer(CacheLayerMixin):
     """Keys and values of one attention layer as `plan.layers[index]` says.
 
@@ -110,20 +114,25 @@ class SinkLayer(CacheLayerMixin):
                                       (self.packed_values, self.values, self.exact_values)):
             states = packed.dense(self.dtype)
             if self.packed_length < states.shape[2]:
-                states = states.index_select(2, self._valid_places())
-            row, slot = self._packed_slots()
+                states = states.index_select(2, self.valid_places())
+            row, slot = self.packed_slots()
             if len(row):
                 states[row, :, self.exact_columns[row, slot].long()] = exact[row, :, slot]
             both.append(torch.cat([states, window], dim=2))
         return both[0], both[1]
 
-    def _packed_slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def worth_reading_packed(self, queries: int) -> bool:
+        """Whether a few new tokens can attend to packed blocks as they are."""
+        packed = any(bits < 16 for bits in self.format.key_bits + self.format.value_bits)
+        return bool(self.lengths) and packed and queries <= MAX_QUERIES
+
+    def packed_slots(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(row, slot) of every exact token that lies in a packed block."""
         columns = self.exact_columns
         row, slot = torch.nonzero((columns >= 0) & (columns < self.packed_length), as_tuple=True)
         return row, slot
 
-    def _valid_places(self) -> torch.Tensor:
+    def valid_places(self) -> torch.Tensor:
         """Places in the blocks, laid end to end, that hold a column."""
         size = self.plan.group_size
         return torch.cat([torch.arange(i * size, i * size + n, device=self.device)

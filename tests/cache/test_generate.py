@@ -13,7 +13,7 @@ from kv_plans import kv_plan
 from transformers import DynamicCache, PreTrainedModel
 
 from sinkquant.artifacts.kv import cache_bytes
-from sinkquant.cache import SinkCache, load_cache, save_cache, watch
+from sinkquant.cache import SinkCache, load_cache, prepare, save_cache
 from sinkquant.errors import RequestError
 
 FAMILIES = ["llama", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "gpt2", "gpt_neox", "qwen3_moe"]
@@ -22,7 +22,7 @@ NEW = 40
 
 @pytest.fixture(scope="module")
 def llama() -> PreTrainedModel:
-    return watch(tiny_model("llama"))
+    return prepare(tiny_model("llama"))
 
 
 def _padded(rows: int = 3, length: int = 70) -> dict[str, torch.Tensor]:
@@ -42,7 +42,7 @@ def _generate(model: PreTrainedModel, cache: Any, inputs: dict[str, torch.Tensor
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padded_batch_is_token_identical(family: str) -> None:
-    model = watch(tiny_model(family))
+    model = prepare(tiny_model(family))
     inputs = _padded()
     expected = _generate(model, DynamicCache(config=model.config), inputs)
     plan = kv_plan(model, 16, exact="first-n", first_n=2)
@@ -56,7 +56,7 @@ def test_padded_batch_is_token_identical(family: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_dtype(dtype: torch.dtype) -> None:
-    model = watch(tiny_model("llama", dtype=dtype))
+    model = prepare(tiny_model("llama", dtype=dtype))
     inputs = _padded()
     expected = _generate(model, DynamicCache(config=model.config), inputs)
     assert torch.equal(_generate(model, SinkCache(model.config, kv_plan(model, 16)), inputs), expected)
@@ -96,7 +96,7 @@ def test_assisted_decoding(llama: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_several_turns_deepcopy_and_restore(family: str, tmp_path: Path) -> None:
-    model = watch(tiny_model(family))
+    model = prepare(tiny_model(family))
     inputs = _padded()
     turn = torch.randint(8, 128, (3, 9), generator=torch.Generator().manual_seed(2))
 
@@ -141,7 +141,7 @@ def test_a_reset_cache_is_a_new_one(llama: PreTrainedModel) -> None:
 def test_a_cache_that_is_not_shown_the_mask_refuses_a_batch() -> None:
     model = tiny_model("llama")
     cache = SinkCache(model.config, kv_plan(model, 2, exact="first-n", first_n=2))
-    with pytest.raises(RequestError, match="watch"):
+    with pytest.raises(RequestError, match="prepare"):
         _generate(model, cache, _padded())
     one = SinkCache(model.config, kv_plan(model, 2, exact="first-n", first_n=2))
     _generate(model, one, _padded(1))

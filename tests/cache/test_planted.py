@@ -10,7 +10,7 @@ from tiny_tokenizer import random_text, tiny_tokenizer
 from transformers import DynamicCache, PreTrainedModel
 
 from sinkquant.artifacts import KVCachePlan, SinkMap
-from sinkquant.cache import SinkCache, watch
+from sinkquant.cache import SinkCache, prepare
 from sinkquant.cache.layer import SinkLayer
 from sinkquant.detect import detect
 from sinkquant.models import Decoder
@@ -74,7 +74,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 def delimiter(text: str) -> tuple[PreTrainedModel, SinkMap]:
     """A full stop (id 4) that is a sink wherever it stands."""
     model = plant(tiny_model("llama"), Plant(4, None, frozenset({0, 2}), 20, 0))
-    return watch(model), _found(model, text)
+    return prepare(model), _found(model, text)
 
 
 @pytest.mark.parametrize("exact", ["detected", "massive"])
@@ -122,7 +122,7 @@ def test_padding_sets_no_range(delimiter: tuple[PreTrainedModel, SinkMap]) -> No
 
 @pytest.mark.parametrize("position", [0, 14])
 def test_a_position_is_kept_whatever_stands_there(position: int, text: str) -> None:
-    model = watch(plant(tiny_model("gpt2"), Plant(None, position, frozenset({0, 1, 2}), 20, 0)))
+    model = prepare(plant(tiny_model("gpt2"), Plant(None, position, frozenset({0, 1, 2}), 20, 0)))
     plan = _plan(model, _found(model, text), "detected")
     assert any(sink.position == position for sink in plan.sinks)
     ids, mask = _rows(), torch.ones(2, LENGTH, dtype=torch.long)
@@ -147,7 +147,7 @@ def test_late_sinks_are_kept_while_decoding(delimiter: tuple[PreTrainedModel, Si
 
 def test_the_learned_column_is_never_lost() -> None:
     """gpt-oss: a large learned sink must go on taking its mass through packed blocks."""
-    model = watch(tiny_model("gpt_oss"))
+    model = prepare(tiny_model("gpt_oss"))
     with torch.no_grad():
         for block in Decoder.of(model).blocks:
             block.self_attn.sinks.fill_(50.0)

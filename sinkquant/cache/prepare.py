@@ -1,4 +1,5 @@
-"""Shows every SinkCache that passes through a model what transformers hides from it: tokens, masks, hidden states."""
+"""Prepares a model for SinkCache: shows the cache what transformers hides from it (tokens, masks, hidden states), and
+lets attention read packed blocks without a dense copy."""
 
 from __future__ import annotations
 
@@ -10,11 +11,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sinkquant.cache.cache import SinkCache
+from sinkquant.cache.dispatch import dispatch_packed, reads_packed
 from sinkquant.models import Decoder
 
 
-def watch(model: PreTrainedModel) -> PreTrainedModel:
-    """Set the hooks on a model, once; further calls change nothing. Models without a SinkCache run as before.
+def prepare(model: PreTrainedModel) -> PreTrainedModel:
+    """Set hooks and attention of a model, once; further calls change nothing. Without a SinkCache it runs as before.
 
     Returns:
         the model itself.
@@ -28,6 +30,7 @@ def watch(model: PreTrainedModel) -> PreTrainedModel:
     model.register_forward_pre_hook(_before_forward, with_kwargs=True)
     for index, block in enumerate(decoder.blocks):
         block.register_forward_hook(functools.partial(_after_block, index), with_kwargs=True)
+    dispatch_packed(model)
     return model
 
 
@@ -40,7 +43,8 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     if tokens is None:
         return
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 and isinstance(args[1], torch.Tensor) else None)
-    cache.see(ids, mask if isinstance(mask, torch.Tensor) else None, tokens.shape[1], tokens.shape[0], tokens.device)
+    cache.see(ids, mask if isinstance(mask, torch.Tensor) else None, tokens.shape[:2], tokens.device,
+              isinstance(module, PreTrainedModel) and reads_packed(module))
 
 
 def _after_block(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

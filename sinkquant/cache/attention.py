@@ -1,0 +1,142 @@
+"""Decode attention that reads packed blocks as they are: no dense copy of the history is ever made.
+
+Scores: the scale of every channel and block is folded into the query, so that keys are read as bare codes (KIVI
+2402.02750, section 3.3, does it in CUDA); zeros enter as one product of query and zero per block. Values are scaled in
+chunks that stay in the processor's cache. The softmax is taken once over all scores in float32; exact tokens and the
+window join it from their full-precision copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from sinkquant.cache.hadamard import rotate
+from sinkquant.cache.layer import SinkLayer
+from sinkquant.cache.packing import unpack
+from sinkquant.cache.store import Lane, PackedStates
+
+CHUNK_VALUES = 1 << 19
+"""Numbers that are unpacked at a time: 2 MB in float32."""
+
+
+@dataclass(frozen=True)
+class PackedRead:
+    """What stands in for keys and values on their way to the attention function: the layer, and what packs its window
+    once it has been read."""
+
+    layer: SinkLayer
+    settle: Callable[[], None]
+
+
+def attend(layer: SinkLayer, query: torch.Tensor, mask: torch.Tensor | None, scale: float,
+           softcap: float | None = None, learned: torch.Tensor | None = None) -> torch.Tensor:
+    """Attention of new queries over everything that a layer holds.
+
+    Args:
+        query: [batch, heads, new, key_dim], the last `new` columns of the layer being theirs.
+        mask: [batch or 1, 1 or heads, new, columns], bool (True: visible) or to be added; None for causal.
+        softcap: scores become softcap * tanh(score / softcap).
+        learned: [heads] logits of a learned sink column that takes its share of the softmax and gives nothing.
+
+    Returns:
+        [batch, new, heads, value_dim] in the query's dtype.
+    """
+    batch, heads, new, _ = query.shape
+    kv_heads = layer.keys.shape[1]
+    # The rows of one KV head: its query heads, and in each the new tokens.
+    q = query.float().reshape(batch, kv_heads, heads // kv_heads * new, -1) * scale
+    valid = None if layer.packed_length == layer.packed_keys.blocks * layer.plan.group_size else layer.valid_places()
+    scores = _packed_scores(layer.packed_keys, q)
+    if valid is not None:
+        scores = scores.index_select(-1, valid)
+    row, slot = layer.packed_slots()
+    column = layer.exact_columns[row, slot].long()
+    if len(row):
+        scores[row, :, :, column] = (q @ layer.exact_keys.float().mT)[row, :, :, slot]
+    scores = torch.cat([scores, q @ layer.keys.float().mT], dim=-1)
+    weights = _softmax(scores.view(batch, heads, new, -1), mask, softcap, learned).reshape(scores.shape)
+
+    packed = weights[..., :layer.packed_length].clone()
+    out = weights[..., layer.packed_length:] @ layer.values.float()
+    if len(row):
+        exact = weights.new_zeros(*weights.shape[:3], layer.exact_columns.shape[1])
+        exact[row, :, :, slot] = packed[row, :, :, column]
+        packed[row, :, :, column] = 0
+        out += exact @ layer.exact_values.float()
+    if valid is not None:
+        places = packed.new_zeros(*packed.shape[:3], layer.packed_values.blocks * layer.plan.group_size)
+        packed = places.index_copy_(-1, valid, packed)
+    out += _packed_output(layer.packed_values, packed)
+    return out.view(batch, heads, new, -1).transpose(1, 2).to(query.dtype)
+
+
+def _softmax(scores: torch.Tensor, mask: torch.Tensor | None, softcap: float | None,
+             learned: torch.Tensor | None) -> torch.Tensor:
+    batch, heads, new, columns = scores.shape
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is None and new > 1:
+        mask = torch.ones(new, columns, dtype=torch.bool, device=scores.device).tril(columns - new)[None, None]
+    if mask is not None:
+        part = mask[..., :columns]
+        scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part.float()
+    if learned is None:
+        return torch.softmax(scores, dim=-1)
+    column = learned.float().reshape(1, -1, 1, 1).expand(batch, heads, new, 1)
+    return torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1]
+
+
+def _packed_scores(packed: PackedStates, q: torch.Tensor) -> torch.Tensor:
+    """float32 [batch, kv_heads, rows, blocks * G] of queries [batch, kv_heads, rows, key_dim]."""
+    scores = q.new_empty(*q.shape[:3], packed.blocks, packed.block)
+    for lane in packed.lanes:
+        mine = q if len(packed.lanes) == 1 else q[:, lane.heads]
+        mine = rotate(mine) if packed.rotated and lane.bits < 16 else mine
+        for part, codes, scale, zero in _chunks(lane, packed.block):
+            if scale is None:
+                found = mine[:, :, None] @ codes.mT
+            else:
+                found = (mine[:, :, None] * scale) @ codes.mT + mine[:, :, None] @ zero.mT
+            scores[:, lane.heads, :, part] = found.transpose(2, 3)
+    return scores.flatten(3)
+
+
+def _packed_output(packed: PackedStates, weights: torch.Tensor) -> torch.Tensor:
+    """float32 [batch, kv_heads, rows, value_dim] of softmax weights [batch, kv_heads, rows, blocks * G]."""
+    outputs: dict[int, torch.Tensor] = {}
+    for lane in packed.lanes:
+        mine = weights if len(packed.lanes) == 1 else weights[:, lane.heads]
+        mine = mine.unflatten(3, (-1, packed.block))
+        total: torch.Tensor | None = None
+        for part, codes, scale, zero in _chunks(lane, packed.block):
+            here = mine[:, :, :, part].flatten(3)
+            if scale is not None:
+                grouped = codes.unflatten(-1, (scale.shape[-1], -1))
+                grouped *= scale[..., None]
+                grouped += zero[..., None]
+            found = here @ codes.flatten(2, 3)
+            total = found if total is None else total + found
+        assert total is not None
+        total = rotate(total) if packed.rotated and lane.bits < 16 else total
+        outputs |= {head: total[:, place] for place, head in enumerate(lane.heads)}
+    return torch.stack([outputs[head] for head in range(packed.heads)], dim=1)
+
+
+def _chunks(lane: Lane, block: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None, torch.Tensor]]:
+    """Blocks in chunks: (which, codes float32 [batch, heads, blocks, G, D], scale, zero), where value = code * scale +
+    zero; without a scale the codes are the values."""
+    assert lane.data is not None
+    batch, heads, blocks, _, width = lane.data.shape
+    size = max(1, CHUNK_VALUES // (batch * heads * block * width))
+    for start in range(0, blocks, size):
+        part = slice(start, min(start + size, blocks))
+        data = lane.data[:, :, part]
+        if lane.scale is None:
+            yield part, data.float(), None, data
+            continue
+        scale = lane.scale[:, :, part].float()
+        zero = -0.5 * (2**lane.bits - 1) * scale if lane.zero is None else lane.zero[:, :, part].float()
+        yield part, unpack(data, lane.bits).float(), scale, zero

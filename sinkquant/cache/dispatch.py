@@ -1,0 +1,76 @@
+"""Sends reads of packed layers to `attend`, and everything else to the attention that the model had before."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from sinkquant.cache.attention import PackedRead, attend
+from sinkquant.errors import RequestError
+from sinkquant.models import Decoder
+
+PREFIX = "sinkquant_packed_"
+OVER = ("sdpa", "eager")
+"""Attention whose masks are per column, so that packed columns can be masked too."""
+
+
+def reads_packed(model: PreTrainedModel) -> bool:
+    """Whether the attention of a model can be given a packed layer."""
+    return str(model.config.get_text_config(decoder=True)._attn_implementation).startswith(PREFIX)
+
+
+def dispatch_packed(model: PreTrainedModel) -> None:
+    """Put the packed attention in front of a model's own. Models with other attention than sdpa or eager are left as
+    they are, and read dense copies."""
+    before = model.config.get_text_config(decoder=True)._attn_implementation
+    own_eager = all(hasattr(sys.modules[type(block).__module__], "eager_attention_forward")
+                    for block in Decoder.of(model).blocks)
+    if before not in OVER or (before == "eager" and not own_eager):
+        return
+    name = PREFIX + before
+    AttentionInterface.register(name, _over_sdpa if before == "sdpa" else _over_eager)
+    AttentionMaskInterface.register(name, AttentionMaskInterface()[before])
+    model.set_attn_implementation(name)
+
+
+def stand_in(read: PackedRead, new: torch.Tensor) -> torch.Tensor:
+    """A tensor without memory of its own in the shape of all keys or values, NaN wherever it is read by mistake, that
+    carries a `PackedRead` to the attention function."""
+    batch, heads, _, width = new.shape
+    tensor = new.new_full((1, 1, 1, 1), float("nan")).expand(batch, heads, read.layer.get_seq_length(), width)
+    tensor.packed_read = read  # type: ignore[attr-defined]
+    return tensor
+
+
+def _over_sdpa(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+               attention_mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    read = getattr(key, "packed_read", None)
+    if read is None:
+        return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **kwargs)
+    return _packed(read, query, attention_mask, **kwargs)
+
+
+def _over_eager(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                attention_mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    read = getattr(key, "packed_read", None)
+    if read is None:
+        # Every architecture brings an eager attention of its own in its module.
+        own = sys.modules[type(module).__module__].eager_attention_forward
+        return own(module, query, key, value, attention_mask, **kwargs)
+    return _packed(read, query, attention_mask, **kwargs)
+
+
+def _packed(read: PackedRead, query: torch.Tensor, mask: torch.Tensor | None, scaling: float | None = None,
+            softcap: float | None = None, s_aux: torch.Tensor | None = None, position_bias: torch.Tensor | None = None,
+            **_: Any) -> tuple[torch.Tensor, None]:
+    if position_bias is not None:
+        raise RequestError("this model adds a position bias to its attention, which a packed KV cache does not read; "
+                           "leave sinkquant.cache.prepare out, or kv_cache.")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = attend(read.layer, query, mask, scale, softcap, s_aux)
+    read.settle()
+    return out, None
