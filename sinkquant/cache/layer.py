@@ -16,7 +16,6 @@ from sinkquant.artifacts.kv import KVCachePlan, value_group
 from sinkquant.cache.store import PackedStates
 from sinkquant.errors import RequestError
 
-
 MAX_QUERIES = 16
 """More new tokens than this read a dense copy of the packed blocks: it is then used often enough to pay."""
 
@@ -59,8 +58,8 @@ class SinkLayer(CacheLayerMixin):
         heads, one = len(self.format.key_bits), self.format
         if key_states.shape[1] != heads or key_states.shape[3] != one.key_dim or value_states.shape[3] != one.value_dim:
             raise RequestError(
-                f"layer {self.index} has {heads} KV heads of {one.key_dim} and {one.value_dim} channels in the plan, and "
-                f"{key_states.shape[1]} of {key_states.shape[3]} and {value_states.shape[3]} in the model; make a plan "
+                f"layer {self.index} has {heads} KV heads of {one.key_dim} and {one.value_dim} channels in the plan, "
+                f"and {key_states.shape[1]} of {key_states.shape[3]} and {value_states.shape[3]} in the model; make a plan "
                 "for this model.")
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, key_states.shape[0]
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
