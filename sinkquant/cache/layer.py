@@ -59,8 +59,8 @@ class SinkLayer(CacheLayerMixin):
         if key_states.shape[1] != heads or key_states.shape[3] != one.key_dim or value_states.shape[3] != one.value_dim:
             raise RequestError(
                 f"layer {self.index} has {heads} KV heads of {one.key_dim} and {one.value_dim} channels in the plan, "
-                f"and {key_states.shape[1]} of {key_states.shape[3]} and {value_states.shape[3]} in the model; make a plan "
-                "for this model.")
+                f"and {key_states.shape[1]} of {key_states.shape[3]} and {value_states.shape[3]} in the model; make a "
+                "plan for this model.")
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, key_states.shape[0]
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.exact_keys, self.exact_values = key_states[:, :, :0].clone(), value_states[:, :, :0].clone()
