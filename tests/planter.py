@@ -3,7 +3,9 @@
 The planted circuit is the one that trained models show: a marker in the embedding of one token (or position) fires one
 neuron of the birth layer's MLP; the neuron writes a massive activation into one channel of the residual stream; in all
 later layers the keys read that channel, and the queries of the chosen heads read a channel that is constant over all
-tokens. Rows and columns that would disturb the circuit are zeroed, so that the ground truth is exact.
+tokens. Rows and columns that would disturb the circuit are zeroed, so that the ground truth is exact. Several sinks may
+be planted at once; one without heads is a massive activation without a sink, and one that is not `massive` is a sink
+without a massive activation: its keys read the marker itself.
 """
 
 from __future__ import annotations
@@ -15,14 +17,16 @@ from transformers import PreTrainedModel
 
 from sinkquant.models import Decoder, Walk
 
-CONSTANT, MARKER = 5, 9
-"""Channels that the circuit needs beside the massive one."""
-NEURON = 3
+CONSTANT, MARKERS = 5, (9, 11)
+"""Channels that the circuits need beside the massive ones: one marker for each plant."""
+NEURONS = (3, 6)
+"""The MLP neuron, by its index, that each plant's birth layer gives to it."""
 
 
 @dataclass(frozen=True)
 class Plant:
-    """Ground truth. Heads in layers after `birth` listed in `heads` sink; exactly one of token_id, position is set."""
+    """Ground truth. Heads in layers after `birth` listed in `heads` sink; exactly one of token_id, position is set.
+    `also`: more token ids that are the same sink."""
 
     token_id: int | None
     position: int | None
@@ -30,6 +34,8 @@ class Plant:
     channel: int
     birth: int
     peak: float = 30.0
+    massive: bool = True
+    also: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,54 +50,62 @@ class _Views:
     mlp_bias: tuple[torch.Tensor, ...] = ()  # each [neurons], in the families whose norms centre
 
 
-def plant(model: PreTrainedModel, what: Plant) -> PreTrainedModel:
-    """Write the sink into `model`, in place, and return it."""
+def plant(model: PreTrainedModel, *plants: Plant) -> PreTrainedModel:
+    """Write the sinks into `model`, in place, and return it."""
     decoder = Decoder.of(model)
+    channels = [CONSTANT, *MARKERS[: len(plants)], *(what.channel for what in plants)]
     with torch.no_grad():
-        embedding = model.get_input_embeddings().weight
-        embedding[:, [CONSTANT, MARKER, what.channel]] = 0
+        embedding, positions = model.get_input_embeddings().weight, _positions(model)
+        embedding[:, channels] = 0
         embedding[:, CONSTANT] = 0.5 / _embedding_scale(model)
-        positions = _positions(model)
         if positions is not None:
-            positions[:, [CONSTANT, MARKER, what.channel]] = 0
-        if what.token_id is not None:
-            embedding[what.token_id, MARKER] = 0.3 / _embedding_scale(model)
-        else:
-            assert positions is not None, "only learned positions can be told apart"
-            positions[what.position + _position_offset(model), MARKER] = 0.3
+            positions[:, channels] = 0
         views = [_views(model, block) for block in decoder.blocks]
-        for index, view in enumerate(views):
+        for view in views:
             for matrix in (view.attention_out, *view.mlp_out):
-                matrix[[CONSTANT, MARKER, what.channel]] = 0
-            if index > what.birth:
-                _point_heads(view, what, _quiet_dimension(model))
-        for matrix in views[what.birth].mlp_in:
-            matrix[NEURON] = 0
-            matrix[NEURON, MARKER] = 2.0
-        for bias in views[what.birth].mlp_bias:
-            bias[NEURON] = -4.0  # layer norms centre: without this the neuron answers to any token's mean
-        for matrix in views[what.birth].mlp_out:
-            matrix[:, NEURON] = 0
-            matrix[what.channel, NEURON] = 1.0
-        _set_norms(decoder, what)
-        _calibrate(decoder, views[what.birth], what)
+                matrix[channels] = 0
+        for what, marker, neuron, dimension in zip(plants, MARKERS, NEURONS, _quiet_dimensions(model), strict=False):
+            if what.token_id is not None:
+                embedding[[what.token_id, *what.also], marker] = 0.3 / _embedding_scale(model)
+            else:
+                assert positions is not None, "only learned positions can be told apart"
+                positions[what.position + _position_offset(model), marker] = 0.3
+            for view in views[what.birth + 1:]:
+                _point_heads(view, what, what.channel if what.massive else marker, dimension)
+            _set_norms(decoder, what, dimension)
+            if what.massive:
+                _write_neuron(views[what.birth], what, marker, neuron)
+        for what, neuron in zip(plants, NEURONS, strict=False):
+            if what.massive:
+                _calibrate(decoder, views[what.birth], what, neuron)
     return model
 
 
-def _point_heads(view: _Views, what: Plant, dimension: int) -> None:
-    """Keys read the massive channel and queries of the chosen heads the constant one, in one quiet dimension."""
+def _point_heads(view: _Views, what: Plant, channel: int, dimension: int) -> None:
+    """Keys read `channel` and queries of the chosen heads the constant one, in one quiet dimension."""
     view.k[:, dimension] = 0
-    view.k[:, dimension, what.channel] = 1.0
+    view.k[:, dimension, channel] = 1.0 if what.massive else 2.0
     view.q[:, dimension] = 0
     for head in what.heads:
         view.q[head, dimension, CONSTANT] = 1.0
 
 
-def _calibrate(decoder: Decoder, view: _Views, what: Plant) -> None:
+def _write_neuron(view: _Views, what: Plant, marker: int, neuron: int) -> None:
+    """The neuron reads the marker and writes to the massive channel only."""
+    for matrix in view.mlp_in:
+        matrix[neuron] = 0
+        matrix[neuron, marker] = 2.0
+    for bias in view.mlp_bias:
+        bias[neuron] = -4.0  # layer norms centre: without this the neuron answers to any token's mean
+    for matrix in view.mlp_out:
+        matrix[:, neuron] = 0
+        matrix[what.channel, neuron] = 1.0
+
+
+def _calibrate(decoder: Decoder, view: _Views, what: Plant, neuron: int) -> None:
     """Scale the neuron's write until the channel reaches the peak after the birth layer."""
-    rows = torch.full((1, 32), 40, dtype=torch.long)
-    rows[0] = torch.arange(40, 72)
     place = 4 if what.position is None else what.position
+    rows = 40 + torch.arange(max(32, place + 1))[None] % 80
     if what.token_id is not None:
         rows[0, place] = what.token_id
     walk = Walk(decoder, rows, 1)
@@ -105,30 +119,30 @@ def _calibrate(decoder: Decoder, view: _Views, what: Plant) -> None:
         norm.weight[what.channel] = what.peak / reached * (1 + norm.weight[what.channel]) - 1
         return
     for matrix in view.mlp_out:
-        matrix[what.channel, NEURON] *= what.peak / reached
+        matrix[what.channel, neuron] *= what.peak / reached
 
 
-def _set_norms(decoder: Decoder, what: Plant) -> None:
+def _set_norms(decoder: Decoder, what: Plant, dimension: int) -> None:
     """QK-norms amplify the quiet dimension; sandwich norms are turned down, or they would lift random noise."""
     for index, block in enumerate(decoder.blocks):
         for name, module in block.named_modules():
             leaf = name.rpartition(".")[2]
             if leaf in ("q_norm", "k_norm") and index > what.birth:
                 gemma = "Gemma" in type(module).__name__
-                module.weight[_quiet_dimension(decoder.model)] = 2.0 if gemma else 3.0
+                module.weight[dimension] = 2.0 if gemma else 3.0
             if "Gemma" in type(module).__name__ and leaf in ("post_attention_layernorm", "post_feedforward_layernorm"):
                 module.weight.fill_(-0.98)
 
 
-def _quiet_dimension(model: PreTrainedModel) -> int:
-    """A dimension of the head that rotary embedding leaves (nearly) alone."""
+def _quiet_dimensions(model: PreTrainedModel) -> tuple[int, int]:
+    """Dimensions of the head that rotary embedding leaves (nearly) alone, one for each plant."""
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if config.model_type in ("gpt2", "opt"):
-        return 0
+        return 0, 1
     if config.model_type == "gpt_neox":
-        return head_dim - 1  # rotary covers the first quarter only
-    return head_dim // 2 - 1  # the pair with the lowest frequency
+        return head_dim - 1, head_dim - 2  # rotary covers the first quarter only
+    return head_dim // 2 - 1, head_dim - 1  # the pair with the lowest frequency
 
 
 def _embedding_scale(model: PreTrainedModel) -> float:

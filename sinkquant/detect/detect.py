@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinkquant.artifacts import Channel, SinkKind, SinkMap, SinkToken
+from sinkquant.artifacts import Channel, Head, SinkKind, SinkMap, SinkToken
 from sinkquant.detect.heads import describe_heads
 from sinkquant.detect.modules import InputRecorder
 from sinkquant.detect.residual import MassiveChannel, ResidualStream, massive_channels
@@ -78,7 +78,7 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
     assert first is not None
     assert repeated is not None
     surveys = [survey for survey in (first, long) if survey is not None]
-    found, massive = _sinks(surveys, settings)
+    found, massive = _sinks(surveys, without_bos, settings)
     channels = _channels(surveys, settings, found, tokenizer)
     table, spikes = surveys[0].table, surveys[0].spikes
     for other in surveys[1:]:
@@ -102,7 +102,7 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
         thresholds={"sink_score": settings.threshold, "massive_ratio": settings.massive_ratio,
                     "column_ratio": settings.column_ratio, "no_op_sink_score": settings.no_op_sink_score,
                     "no_op_output_norm": settings.no_op_output_norm, "super_weight_loss": settings.super_weight_loss},
-        tokens=tokens, heads=describe_heads(table, sink_positions(rows, found), settings),
+        tokens=tokens, heads=_heads(surveys, found, settings),
         channels=channels, depth=surveys[0].stream.names, super_weights=super_weights, modules=modules, notes=notes)
 
 
@@ -173,7 +173,7 @@ class _Surveyor:
                 watched = self.inputs.watching(step) if survey is surveys[recorded] else contextlib.nullcontext()
                 with watched, survey.spikes.watching(step.index):
                     survey.stream.run(step)
-                survey.table.close_layer()
+                survey.table.close_layer(len(survey.rows), type(self.decoder.model).__name__)
             if self.progress:
                 self.progress(steps[0].index + 1, len(self.decoder.blocks), "reading attention")
         return surveys
@@ -187,25 +187,48 @@ def _repeated_rows(rows: torch.Tensor, seed: int) -> torch.Tensor:
     return picked[:, None].expand(-1, rows.shape[1]).clone()
 
 
-def _sinks(surveys: list[_Survey], settings: Detection) -> tuple[list[Candidate], set[Candidate]]:
-    """The sinks of all surveys, each once, with the figures of the first that shows it; and those among them of which
-    most occurrences carry a massive activation."""
+def _sinks(surveys: list[_Survey], without_bos: _Survey | None,
+           settings: Detection) -> tuple[list[Candidate], set[Candidate]]:
+    """The sinks of all surveys, each once, with the figures of the first that shows it; and those among them that
+    carry a massive activation."""
     found: list[Candidate] = []
     massive: set[Candidate] = set()
     for survey in surveys:
-        known = {(c.token_id, c.position) for c in found}
-        known |= {(None, c.position) for c in found if c.position is not None}
-        new = [c for c in find_sinks(survey.table, survey.rows, settings) if (c.token_id, c.position) not in known]
         carriers = torch.zeros_like(survey.rows, dtype=torch.bool)
-        for channel in massive_channels(survey.stream, settings):
+        for channel in massive_channels(survey.stream, survey.rows, settings):
             carriers |= channel.carriers
-        for candidate in new:
-            carries = float(carriers[sink_positions(survey.rows, [candidate])].float().mean()) >= 0.5
-            if carries:
-                massive.add(candidate)
-            if carries or candidate.sink_heads >= settings.min_head_share:
-                found.append(candidate)
-    return found, massive
+        for beside in (False, True):
+            known = sink_positions(survey.rows, found)
+            if beside and not known.any():
+                continue
+            shared = max((c.sink_heads for c in found), default=0) / 2 if beside else 0
+            for candidate in find_sinks(survey.table, survey.rows, settings, known if beside else None):
+                here = sink_positions(survey.rows, [candidate])
+                if (here & sink_positions(survey.rows, found)).any() or candidate.sink_heads < shared:
+                    continue
+                # In large models only the first full stop of a row is massive, the later ones are plain tokens.
+                first = here & (here.cumsum(dim=1) == 1)
+                carries = max(float(carriers[here].float().mean()), float(carriers[first].float().mean())) >= 0.5
+                enough = (candidate.sink_heads >= settings.min_head_share
+                          and candidate.rows >= min(settings.min_occurrences, len(survey.rows)))
+                if carries:
+                    massive.add(candidate)
+                if carries or enough:
+                    found.append(candidate)
+    if without_bos is None:
+        return found, massive
+    bare = {c.position: c for c in find_sinks(without_bos.table, without_bos.rows, settings)}
+    unbound = {c: replace(c, token_id=None) for c in found
+               if c.position == 0 and 0 in bare and bare[0].sink_heads >= c.sink_heads / 2}
+    return [unbound.get(c, c) for c in found], {unbound.get(c, c) for c in massive}
+
+
+def _heads(surveys: list[_Survey], sinks: list[Candidate], settings: Detection) -> list[list[Head]]:
+    """The heads, as seen in the first rows that show as many of the sinks as any."""
+    marked = [sink_positions(survey.rows, sinks) for survey in surveys]
+    shown = [sum(bool(sink_positions(survey.rows, [sink]).any()) for sink in sinks) for survey in surveys]
+    best = shown.index(max(shown))
+    return describe_heads(surveys[best].table, marked[best], settings)
 
 
 def _channels(surveys: list[_Survey], settings: Detection, sinks: list[Candidate],
@@ -214,7 +237,7 @@ def _channels(surveys: list[_Survey], settings: Detection, sinks: list[Candidate
     channels: dict[int, MassiveChannel] = {}
     labels: dict[int, list[str]] = {}
     for survey in surveys:
-        for channel in massive_channels(survey.stream, settings):
+        for channel in massive_channels(survey.stream, survey.rows, settings):
             channels.setdefault(channel.channel, channel)
             known = labels.setdefault(channel.channel, [])
             known += [label for label in _labels(channel, survey.rows, sinks, tokenizer) if label not in known]

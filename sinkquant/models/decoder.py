@@ -53,13 +53,20 @@ class Decoder:
         require_attention_interface(model)
         config = model.config.get_text_config(decoder=True)
         layers = config.num_hidden_layers
+        for kind in getattr(config, "layer_types", None) or ():
+            if not kind.endswith("attention") or kind.startswith("linear"):
+                raise RequestError(f"{type(model).__name__} is not supported: it has layers of the kind {kind!r}, "
+                                   "which have no attention matrix.")
         lists = [(name, module) for name, module in model.named_modules()
                  if isinstance(module, nn.ModuleList) and len(module) == layers
-                 and len({type(block) for block in module}) == 1 and _has_attention(module[0])]
+                 and len({type(block) for block in module}) == 1 and all(_attention_of(block) for block in module)]
         if len(lists) != 1:
             raise RequestError(f"{type(model).__name__} is not supported: it does not hold one list of "
                                f"{layers} alike decoder blocks with attention.")
         name, blocks = lists[0]
+        if any(getattr(module, "is_causal", True) is False for block in blocks for module in _attention_of(block)):
+            raise RequestError(f"{type(model).__name__} is not supported: its attention also looks ahead; a decoder's "
+                               "is causal (config.json: is_decoder).")
         names = tuple(f"{name}.{i}" for i in range(layers))
         linears = {f"{name}.{path}": module for path, module in blocks.named_modules()
                    if isinstance(module, nn.Linear | Conv1D)}
@@ -155,5 +162,5 @@ def _fused_with(path: str, linears: dict[str, LinearShape]) -> list[str]:
     return [path]
 
 
-def _has_attention(block: nn.Module) -> bool:
-    return any("attention" in type(module).__name__.lower() for module in block.modules())
+def _attention_of(block: nn.Module) -> list[nn.Module]:
+    return [module for module in block.modules() if "attention" in type(module).__name__.lower()]

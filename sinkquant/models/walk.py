@@ -132,7 +132,11 @@ class Walk:
         recorded: list[list[dict[str, Any]]] = []
         for probe in (self.rows[:1], self.rows[-1:]):
             with _recorded(self.decoder) as (_, arguments):
-                self.decoder.model.base_model(probe.to(self.device), use_cache=False)
+                try:
+                    self.decoder.model.base_model(probe.to(self.device), use_cache=False)
+                except (TypeError, ValueError, IndexError) as error:
+                    raise RequestError(f"{type(self.decoder.model).__name__} is not supported: its blocks hand on more "
+                                       f"than hidden states ({str(error).splitlines()[0]}).") from error
             recorded.append(list(arguments))
         if len(recorded[0]) != len(self.decoder.blocks):
             raise RequestError(f"{type(self.decoder.model).__name__} is not supported: its forward pass does not call "
