@@ -26,7 +26,7 @@ MIN_QUERIES = 16
 MIN_LEFT = 0.25
 """Where known sinks leave less mass than this, what is left says nothing."""
 
-MAX_EVEN_MASS = 0.25
+MAX_EVEN_MASS = 0.5
 """A token id that even attention would give more than this is no exception in its row."""
 
 
