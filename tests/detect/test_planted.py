@@ -36,7 +36,8 @@ def look(tmp_path: Path, plants: list[Plant], family: str = "llama", *assignment
          **overrides: Any) -> SinkMap:
     model = plant(tiny_model(family, seed, **overrides), *plants)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = detect(model, tiny_tokenizer(bos, has_bos), write_text(tmp_path, **(text or {})), small_recipe(*assignments))
+    path = write_text(tmp_path, **(text or {}))
+    found = detect(model, tiny_tokenizer(bos, has_bos), path, small_recipe(*assignments))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     return found
 
@@ -111,7 +112,7 @@ def test_a_sink_token_that_is_every_third(tmp_path: Path) -> None:
     found = look(tmp_path, [Plant(4, None, HEADS, 20, 0)], text={"stops": 0.5})
     assert tokens(found) == {STOP}
     assert [c.channel for c in found.channels] == [20]
-    assert all((head.sink_score > 0.9) == (layer > 0 and index in HEADS)
+    assert all((head.sink_score > 0.7) == (layer > 0 and index in HEADS)
                for layer, row in enumerate(found.heads) for index, head in enumerate(row))
 
 
