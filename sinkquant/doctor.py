@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import jinja2
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sinkquant.detect.table import AttentionTable
 from sinkquant.errors import RequestError
 from sinkquant.models import BosPolicy, Decoder, Walk, adds_bos, read_text, starts_with_bos, token_rows
 
@@ -36,13 +38,30 @@ def examine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: st
     _tokenization(model, tokenizer, audit)
     try:
         decoder = Decoder.of(model)
+        _probe(decoder)
     except RequestError as error:
         audit.support["detection"] = "no"
         audit.warnings.append(str(error))
         return audit
     _support(decoder, audit)
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= decoder.vocabulary:
+        audit.warnings.append(f"the tokenizer has ids up to {largest}, but the model's embedding has only "
+                              f"{decoder.vocabulary} rows; texts with the ids between cannot be run.")
     _loss_with_and_without(decoder, tokenizer, text, audit)
     return audit
+
+
+def _probe(decoder: Decoder) -> None:
+    """Run one short row, and refuse what can only be seen then.
+
+    Raises:
+        RequestError: the model does not compute causal attention once in every layer.
+    """
+    table = AttentionTable()
+    for step in Walk(decoder, torch.arange(16)[None] % decoder.vocabulary, 1, observers=[table]).steps():
+        step.run()
+        table.close_layer(1, type(decoder.model).__name__)
 
 
 def _tokenization(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, audit: Audit) -> None:
@@ -62,11 +81,18 @@ def _tokenization(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, au
     if tokenizer.chat_template is None:
         found["chat template"] = "there is none"
         return
-    rendered = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
-    direct = _leading(_ids(tokenizer.apply_chat_template(MESSAGES, tokenize=True)), bos)
+    try:
+        rendered = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
+        direct = _leading(_ids(tokenizer.apply_chat_template(MESSAGES, tokenize=True)), bos)
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        found["chat template"] = f"does not render one user message ({str(error).splitlines()[0]})"
+        audit.warnings.append("the chat template does not render a single user message; check how chats are served.")
+        return
     again = _leading(list(tokenizer(rendered)["input_ids"]), bos)
     found["chat template"] = f"<bos> in front: {direct}; rendered to text and tokenized again: {again}"
-    if again > 1:
+    if direct > 1:
+        audit.warnings.append("the chat template itself puts two <bos> in front of a chat; mend the template.")
+    elif again > 1:
         audit.warnings.append("a chat rendered to text and tokenized again has two <bos>; "
                               "tokenize it with add_special_tokens=False.")
 
@@ -104,7 +130,11 @@ def _loss_with_and_without(decoder: Decoder, tokenizer: PreTrainedTokenizerBase,
     losses = {}
     policies: tuple[BosPolicy, ...] = ("always", "never")
     for policy in policies:
-        rows = token_rows(tokenizer, content, ROWS, length, policy, decoder.vocabulary)
+        try:
+            rows = token_rows(tokenizer, content, ROWS, length, policy, decoder.vocabulary)
+        except RequestError as error:
+            audit.warnings.append(f"the worth of <bos> was not measured: {error}")
+            return
         walk = Walk(decoder, rows, ROWS)
         for _ in walk.steps():
             pass
