@@ -61,7 +61,8 @@ def _probe(decoder: Decoder) -> None:
     table = AttentionTable()
     for step in Walk(decoder, torch.arange(16)[None] % decoder.vocabulary, 1, observers=[table]).steps():
         step.run()
-        table.close_layer(1, type(decoder.model).__name__)
+        table.require_causal(1, type(decoder.model).__name__)
+        table.close_layer()
 
 
 def _tokenization(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, audit: Audit) -> None:

@@ -16,15 +16,18 @@ def small_recipe(*assignments: str) -> Recipe:
     return Recipe().replace(["detect.rows=12", "detect.long_rows=4", "detect.long_length=192", *assignments])
 
 
-def write_text(folder: Path, words: int = 2500, stops: float = 0.12, late: str | None = None) -> str:
-    """A file of words drawn evenly, a full stop after a share `stops` of them; the word `late` (and no other "late")
-    after every 170th, so that short rows begin or end before it."""
+def write_text(folder: Path, words: int = 2500, stops: float = 0.12, commas: float = 0,
+               late: str | None = None) -> str:
+    """A file of words drawn evenly, a full stop after a share `stops` of them, a comma after `commas` and a semicolon
+    after half as many; the word `late` only after every 170th, so that few short rows hold it."""
     generator, pieces = random.Random(0), []
     usual = [word for word in WORDS if word != late]
     for i in range(words):
         pieces.append(generator.choice(usual))
         if generator.random() < stops:
             pieces.append(".")
+        if commas:
+            pieces += [mark for mark, share in ((",", commas), (";", commas / 2)) if generator.random() < share]
         if late and i % 170 == 120:
             pieces.append(late)
     path = folder / "words.txt"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +33,8 @@ PUBLISHED_THRESHOLDS = ("0.1", "0.3", "0.8")
 REPEATED_ROWS = 20
 REPEATS_ONE_TOKEN = 0.95
 CARRIERS_SHOWN = 10
+SHARERS = 3
+"""Looks beside the known sinks: each may find one more that shares their heads."""
 
 Progress = Callable[[int, int, str], None]
 
@@ -173,7 +175,8 @@ class _Surveyor:
                 watched = self.inputs.watching(step) if survey is surveys[recorded] else contextlib.nullcontext()
                 with watched, survey.spikes.watching(step.index):
                     survey.stream.run(step)
-                survey.table.close_layer(len(survey.rows), type(self.decoder.model).__name__)
+                survey.table.require_causal(len(survey.rows), type(self.decoder.model).__name__)
+                survey.table.close_layer()
             if self.progress:
                 self.progress(steps[0].index + 1, len(self.decoder.blocks), "reading attention")
         return surveys
@@ -197,23 +200,16 @@ def _sinks(surveys: list[_Survey], without_bos: _Survey | None,
         carriers = torch.zeros_like(survey.rows, dtype=torch.bool)
         for channel in massive_channels(survey.stream, survey.rows, settings):
             carriers |= channel.carriers
-        for beside in (False, True):
-            known = sink_positions(survey.rows, found)
-            if beside and not known.any():
-                continue
-            shared = max((c.sink_heads for c in found), default=0) / 2 if beside else 0
-            for candidate in find_sinks(survey.table, survey.rows, settings, known if beside else None):
-                here = sink_positions(survey.rows, [candidate])
-                if (here & sink_positions(survey.rows, found)).any() or candidate.sink_heads < shared:
+        for look in _looks(survey, carriers, found, settings):
+            for candidate in look:
+                if (sink_positions(survey.rows, [candidate]) & sink_positions(survey.rows, found)).any():
                     continue
-                # In large models only the first full stop of a row is massive, the later ones are plain tokens.
-                first = here & (here.cumsum(dim=1) == 1)
-                carries = max(float(carriers[here].float().mean()), float(carriers[first].float().mean())) >= 0.5
                 enough = (candidate.sink_heads >= settings.min_head_share
                           and candidate.rows >= min(settings.min_occurrences, len(survey.rows)))
-                if carries:
+                if _carries(candidate, survey.rows, carriers):
                     massive.add(candidate)
-                if carries or enough:
+                    found.append(candidate)
+                elif enough:
                     found.append(candidate)
     if without_bos is None:
         return found, massive
@@ -221,6 +217,28 @@ def _sinks(surveys: list[_Survey], without_bos: _Survey | None,
     unbound = {c: replace(c, token_id=None) for c in found
                if c.position == 0 and 0 in bare and bare[0].sink_heads >= c.sink_heads / 2}
     return [unbound.get(c, c) for c in found], {unbound.get(c, c) for c in massive}
+
+
+def _looks(survey: _Survey, carriers: torch.Tensor, found: list[Candidate],
+           settings: Detection) -> Iterator[list[Candidate]]:
+    """Candidates for sinks in one survey, look by look; each look knows what the caller made of those before it."""
+    table, rows = survey.table, survey.rows
+    yield find_sinks(table, rows, settings)
+    if carriers.any():
+        yield [c for c in find_sinks(table, rows, settings, carriers=carriers)
+               if c.sink_heads >= settings.min_head_share and _carries(c, rows, carriers)]
+    for _ in range(SHARERS):
+        if found:
+            yield [c for c in find_sinks(table, rows, settings, known=sink_positions(rows, found))
+                   if c.sink_heads >= max(k.sink_heads for k in found) / 2]
+
+
+def _carries(candidate: Candidate, rows: torch.Tensor, carriers: torch.Tensor) -> bool:
+    """Whether most occurrences carry a massive activation, or most first ones of a row: in large models only the first
+    full stop is massive, the later ones are plain tokens."""
+    here = sink_positions(rows, [candidate])
+    first = here & (here.cumsum(dim=1) == 1)
+    return max(float(carriers[here].float().mean()), float(carriers[first].float().mean())) >= 0.5
 
 
 def _heads(surveys: list[_Survey], sinks: list[Candidate], settings: Detection) -> list[list[Head]]:

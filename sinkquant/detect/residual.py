@@ -88,8 +88,8 @@ def massive_channels(stream: ResidualStream, rows: torch.Tensor, settings: Detec
     """The massive channels, largest peak first (Sun et al. 2402.17762; scale-free as in research on small models:
     ratio to the median, normalised per boundary before the maximum over boundaries is taken). A channel that many
     positions AND many token ids carry is an outlier channel, not a massive activation, and is left out. Birth and end
-    are the sub-blocks with the largest rise and fall of the channel's maximum (2603.05498). The null: over random
-    models of thirteen families no ratio passes 8 where the threshold is 50.
+    are the sub-blocks with the largest rise and fall of the channel's maximum (2603.05498). The null: over five
+    random models of each of thirteen families the largest ratio is 10.1, where the threshold is 50.
 
     Args:
         rows: int64 [rows, length], the rows that `stream` watched.

@@ -43,19 +43,19 @@ class AttentionTable:
             value_norms=record.value.float().norm(dim=-1).cpu(),
             output_norms=record.output.float().norm(dim=-1).double().sum(dim=(0, 2)).cpu()))
 
-    def close_layer(self, rows: int, architecture: str) -> None:
-        """All batches of a layer were seen: put them together.
-
-        Args:
-            rows: how many rows there were.
+    def require_causal(self, rows: int, architecture: str) -> None:
+        """Refuse a layer that is open and did not compute causal attention exactly once for every one of `rows` rows.
 
         Raises:
-            RequestError: the layer did not compute causal attention exactly once for every row.
+            RequestError: naming the architecture.
         """
-        batches, self._open = self._open, []
-        if sum(len(batch.received) for batch in batches) != rows or int(batches[0].visible[-1]) != 1:
+        if sum(len(batch.received) for batch in self._open) != rows or int(self._open[0].visible[-1]) != 1:
             raise RequestError(f"{architecture} is not supported: its layer {len(self.received)} does not compute "
                                "causal attention exactly once.")
+
+    def close_layer(self) -> None:
+        """All batches of a layer were seen: put them together."""
+        batches, self._open = self._open, []
         self.received.append(torch.cat([batch.received for batch in batches]))
         self.learned.append(torch.cat([batch.learned for batch in batches]))
         self.visible.append(batches[0].visible)

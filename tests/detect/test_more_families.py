@@ -63,7 +63,8 @@ def survey(decoder: Decoder, rows: torch.Tensor) -> tuple[torch.Tensor, Attentio
     walk = Walk(decoder, rows, 2, observers=[table])
     for step in walk.steps():
         stream.run(step)
-        table.close_layer(len(rows), type(decoder.model).__name__)
+        table.require_causal(len(rows), type(decoder.model).__name__)
+        table.close_layer()
     return walk.losses(), table, stream
 
 

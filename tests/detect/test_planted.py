@@ -82,6 +82,24 @@ def test_bos_and_a_delimiter_that_share_their_heads(tmp_path: Path, family: str)
     check(look(tmp_path, plants, family), plants, {BOS, STOP})
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt"])
+def test_bos_and_three_delimiters_of_which_none_gets_much(tmp_path: Path, family: str) -> None:
+    plants = [Plant(1, None, HEADS, 20, 0, also=(4, 5, 6))]
+    expected = {BOS, STOP, (5, None, "delimiter", True), (6, None, "delimiter", True)}
+    check(look(tmp_path, plants, family, text={"commas": 0.1}), plants, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_bos_and_a_delimiter_without_massive_activations(tmp_path: Path, family: str) -> None:
+    plants = [Plant(1, None, HEADS, 20, 0, massive=False, also=(4,))]
+    check(look(tmp_path, plants, family), plants, {(1, 0, "bos", False), (4, None, "delimiter", False)})
+
+
+def test_neighbouring_positions(tmp_path: Path) -> None:
+    plants = [Plant(None, 14, HEADS, 20, 0), Plant(None, 15, frozenset({1}), 30, 1)]
+    check(look(tmp_path, plants, "opt"), plants, {(None, 14, "token", True), (None, 15, "token", True)})
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "phi3"])
 def test_two_sinks_with_heads_channels_and_births_of_their_own(tmp_path: Path, family: str) -> None:
     plants = [Plant(1, None, HEADS, 20, 0), Plant(4, None, frozenset({1}), 30, 1)]

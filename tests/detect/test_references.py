@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from detect_helpers import small_recipe
 from families import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 
 from sinkquant.detect.detect import sink_positions
 from sinkquant.detect.heads import describe_heads
-from sinkquant.detect.modules import module_statistics
+from sinkquant.detect.modules import InputRecorder
 from sinkquant.detect.table import AttentionTable
 from sinkquant.detect.tokens import Candidate, first_occurrences, group_mass
 from sinkquant.models import Decoder, Walk
@@ -39,7 +38,7 @@ def table(model: PreTrainedModel, rows: torch.Tensor) -> AttentionTable:
     found = AttentionTable()
     for step in Walk(Decoder.of(model), rows, 4, observers=[found]).steps():
         step.run()
-        found.close_layer(ROWS, "Llama")
+        found.close_layer()
     return found
 
 
@@ -128,8 +127,11 @@ def test_modules(model: PreTrainedModel, rows: torch.Tensor) -> None:
         model(rows, use_cache=False)
     for handle in handles:
         handle.remove()
-    found = module_statistics(decoder, rows, marked, small_recipe("detect.column_ratio=1.05").detect, "cpu",
-                              torch.float32)
+    recorder = InputRecorder(decoder, 1.05)
+    for step in Walk(decoder, rows, 4).steps():
+        with recorder.watching(step):
+            step.run()
+    found = recorder.summary(marked)
     assert set(found) == set(inputs)
     for name, statistics in found.items():
         x = inputs[name]

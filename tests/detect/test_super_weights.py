@@ -80,10 +80,8 @@ def test_the_decoy_is_a_spike_too() -> None:
     decoder = Decoder.of(model_with_a_super_weight(0))
     watcher = SpikeWatcher(decoder, 50)
     for step in Walk(decoder, torch.arange(8, 72)[None], 1).steps():
-        handles = watcher.handles(step.index)
-        step.run()
-        for handle in handles:
-            handle.remove()
+        with watcher.watching(step.index):
+            step.run()
     assert {name: spike[1:] for name, spike in watcher.spikes.items()} == {
         "model.layers.0.mlp.down_proj": (DECOY, NEURON), "model.layers.1.mlp.down_proj": (CANCELLED, NEURON)}
 
