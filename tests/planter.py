@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from sinkquant.models import Decoder, Walk
 
-CONSTANT, MARKERS = 5, (9, 11)
+CONSTANT, MARKER = 5, 9
+MARKERS = (MARKER, 11)
 """Channels that the circuits need beside the massive ones: one marker for each plant."""
 NEURONS = (3, 6)
 """The MLP neuron, by its index, that each plant's birth layer gives to it."""

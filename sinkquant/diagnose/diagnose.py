@@ -109,7 +109,7 @@ def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
     if against is not None:
         fidelity = sink_fidelity(model, against, tokenizer, sink_map.tokens, recipe, text)
         other = diagnose(against, tokenizer, text, recipe, against_name, sink_map, attacks, progress=progress)
-    massive = massive_channels(found.stream, recipe.detect)
+    massive = massive_channels(found.stream, found.rows, recipe.detect)
     return Diagnosis(
         model=decoder.facts(name or model.config.name_or_path or type(model).__name__),
         tokenization=sink_map.tokenization,
