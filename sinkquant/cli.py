@@ -38,7 +38,8 @@ TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong request, 3 below the quality gate."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run that is told to go tidies up as for Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell ignores Ctrl-C for its background jobs
+        signal.signal(number, signal.default_int_handler)
     try:
         code = app(standalone_mode=False)
         if code == INTERRUPTED:

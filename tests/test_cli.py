@@ -34,14 +34,15 @@ class Outcome:
 def call(*arguments: object) -> Outcome:
     """Run the command line in this process."""
     out, err = io.StringIO(), io.StringIO()
-    before = sys.argv, signal.getsignal(signal.SIGTERM)
+    before, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = ["quantize-model", *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
             cli.main()
     finally:
-        sys.argv = before[0]
-        signal.signal(signal.SIGTERM, before[1])
+        sys.argv = before
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return Outcome(int(stop.value.code or 0), out.getvalue(), err.getvalue())
 
 

@@ -47,26 +47,32 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def train(scripts, configuration, corpus: Path, output: Path) -> list[float]:
+    """What the script's command line does. Returns the losses."""
+    script = scripts["train"]
+    return script.build(configuration, *script.prepare(configuration, script.read_documents(corpus)), output)
+
+
 @pytest.fixture(scope="module")
 def trained(scripts, corpus, tmp_path_factory):
     """cost -> (folder, losses): one model whose mixing costs, one whose does not."""
     made = {}
     for cost in (0.0, 3.0):
         folder = tmp_path_factory.mktemp("trained") / f"cost-{cost:g}"
-        made[cost] = folder, scripts["train"].build(configuration(cost), corpus, folder)
+        made[cost] = folder, train(scripts, configuration(cost), corpus, folder)
     return made
 
 
 def test_the_loss_falls(trained):
     for _, losses in trained.values():
         assert len(losses) == 120
-        assert sum(losses[-10:]) / 10 < sum(losses[:10]) / 10 - 1
+        assert sum(losses[-10:]) / 10 < sum(losses[:10]) / 10 - 0.5
 
 
 def test_bos_is_first_in_every_row_and_nowhere_else(scripts):
     stage = scripts["train"].Stage(steps=3, rows=5, length=16, learning_rate=1, final_rate=1)
     stream = torch.arange(3, 200, dtype=torch.int32)
-    for rows in scripts["train"].batches(stream, stage, torch.Generator().manual_seed(0)):
+    for rows in scripts["train"].batches(stream, stage, torch.Generator().manual_seed(0), "first"):
         assert rows.shape == (5, 16)
         assert (rows[:, 0] == 1).all()
         assert (rows[:, 1:] != 1).all()
@@ -123,7 +129,7 @@ def test_the_same_seed_trains_the_same_model(scripts, corpus, tmp_path):
     short = configuration(1.0) | {"stages": [{"steps": 3, "rows": 2, "length": 16, "learning_rate": 1e-2,
                                               "final_rate": 1e-2, "mixing_cost": 1.0}]}
     for name in ("a", "b"):
-        scripts["train"].build(short, corpus, tmp_path / name)
+        train(scripts, short, corpus, tmp_path / name)
     for name in ("model.safetensors", "tokenizer.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
