@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -45,6 +46,46 @@ def fill(choices: dict[str, Choice], shape: ModelShape, spare: int, order: Seque
                     progress = True
                     chosen |= {m: replace(c, reason=_reason(c, why)) for m, c in raised.items()}
     return chosen
+
+
+def close_gap(choices: dict[str, Choice], floor: dict[str, Choice], shape: ModelShape, spare: int,
+              why: str) -> dict[str, Choice]:
+    """Spend bytes that `fill` could not: of all pairs of changes, one up and one down or both up, make the one that
+    comes closest to `spare` from below.
+
+    Args:
+        floor: no module is brought below its format here.
+    """
+    moves: list[tuple[int, str, dict[str, Choice]]] = [(0, "", {})]
+    for name in choices:
+        members = shape.linears[name].fused_with or [name]
+        if members[0] == name and all(floor[m].quantized and not floor[m].pinned for m in members):
+            for option in _formats(floor[name], shape.linears[name].columns):
+                changed = {m: replace(option, method=option.method if not option.quantized else floor[m].method)
+                           for m in members}
+                cost = sum(choice_bytes(shape, m, c) - choice_bytes(shape, m, choices[m]) for m, c in changed.items())
+                if cost:
+                    moves.append((cost, name, changed))
+    moves.sort(key=lambda move: (move[0], move[1]))
+    costs = [cost for cost, _, _ in moves]
+    best = 0
+    pair: tuple[dict[str, Choice], dict[str, Choice]] = ({}, {})
+    for cost, name, changed in moves:
+        other = bisect.bisect_right(costs, spare - cost) - 1
+        while other >= 0 and moves[other][1] == name and name:
+            other -= 1
+        if other >= 0 and cost + costs[other] > best:
+            best, pair = cost + costs[other], (changed, moves[other][2])
+    return choices | {m: replace(c, reason=_reason(c, why)) for m, c in (pair[0] | pair[1]).items()}
+
+
+def _formats(choice: Choice, columns: int) -> list[Choice]:
+    """A format and every more precise one."""
+    sizes = [choice]
+    while (smaller := _half_the_group(sizes[-1], columns)) is not None:
+        sizes.append(smaller)
+    found = [replace(size, bits=bits) for size in sizes for bits in range(choice.bits, 9)]
+    return [*found, replace(choice, bits=16, group_size=None, method="none")]
 
 
 def _reason(choice: Choice, why: str) -> str:

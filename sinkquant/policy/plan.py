@@ -8,11 +8,13 @@ from dataclasses import replace
 from sinkquant.artifacts import Calibration, ModelShape, ModuleDecision, Plan, SinkMap, SinkSelector
 from sinkquant.artifacts.sizes import checkpoint_bytes
 from sinkquant.errors import RequestError
-from sinkquant.policy.budget import choice_bytes, evenly_spread, fill, linear_bytes
+from sinkquant.policy.budget import choice_bytes, close_gap, evenly_spread, fill, linear_bytes
 from sinkquant.policy.kv_cache import make_kv_control, make_kv_plan
 from sinkquant.policy.rules import Choice, affected, base_choices, check_group_sizes, protect, share_formats
 from sinkquant.recipe import Recipe
 
+EVEN_TOLERANCE = 0.002
+"""Share of the linears' bytes that an even spread may leave unspent before the control is made less even."""
 VLLM_BITS = frozenset({4, 8})
 VLLM_GROUPS = frozenset({-1, 32, 64, 128})
 
@@ -45,14 +47,19 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
     Args:
         aware: the plan to be matched.
     """
-    choices = share_formats(base_choices(shape, recipe), shape)
-    spare = sum(decision.bytes for decision in aware.modules.values()) - linear_bytes(shape, choices)
-    choices = fill(choices, shape, spare, evenly_spread(list(shape.linears)),
-                   "the control spends evenly what protection costs")
+    base = share_formats(base_choices(shape, recipe), shape)
+    allowed = sum(decision.bytes for decision in aware.modules.values())
+    why = "the control spends evenly what protection costs"
+    choices = fill(base, shape, allowed - linear_bytes(shape, base), evenly_spread(list(shape.linears)), why)
+    if allowed - linear_bytes(shape, choices) > EVEN_TOLERANCE * allowed:
+        # Where the formats are coarse, one large raise may fit better than what an even spread began.
+        attempts = [close_gap(start, base, shape, allowed - linear_bytes(shape, start), why)
+                    for start in (choices, base)]
+        choices = max(attempts, key=lambda attempt: linear_bytes(shape, attempt))
     plan = _finish("control", choices, shape, recipe, [])
     gap = abs(plan.weight_bytes - aware.weight_bytes) / aware.weight_bytes
     if gap > 0.01:
-        plan.notes.append(f"the control's size differs by {gap:.1%}: no even raise fits the bytes that are left")
+        plan.notes.append(f"the control's size differs by {gap:.1%}: no raise fits the bytes that are left")
     return plan.model_copy(update={"kv_cache": make_kv_control(aware.kv_cache)}).made_from(sink_map)
 
 
@@ -103,9 +110,9 @@ def _within_budget(base: dict[str, Choice], choices: dict[str, Choice], shape: M
     if least > allowed:
         # Rounded up, so that the number in the message is itself feasible.
         nearest = math.ceil(8000 * least / weights) / 1000
-        raise RequestError(f"budget.bits {bits} is not feasible: what the recipe asks for without any rule takes "
-                           f"{nearest:.3f} bits per weight; raise budget.bits to that, or lower weights.bits or "
-                           "enlarge weights.group_size.")
+        raise RequestError(f"budget.bits {bits} is not feasible: weights.bits and weights.group_size, and what "
+                           f"stays in 16 bits, take {nearest:.3f} bits per weight without any protection; raise "
+                           "budget.bits to that, or lower weights.bits.")
     # Protections that the budget cannot pay are given up from the least affected on.
     for name in reversed(order):
         if linear_bytes(shape, choices) <= allowed:
