@@ -27,8 +27,9 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> Plan:
             can be quantized, or the budget cannot be met.
     """
     _check_same_model(shape, sink_map)
-    base = share_formats(base_choices(shape, recipe), shape)
-    check_group_sizes(base, shape)
+    asked = base_choices(shape, recipe)
+    check_group_sizes(asked, shape)
+    base = share_formats(asked, shape)
     choices = share_formats(protect(base, shape, sink_map, recipe), shape)
     if recipe.budget.bits is not None:
         order = [name for name, _ in affected(shape, sink_map)]

@@ -1,0 +1,97 @@
+"""The control: the plan's bytes, spent without any knowledge of sinks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import tiny_model
+from sinkmaps import sink_map_of
+
+from sinkquant.models import Decoder
+from sinkquant.policy import make_control, make_plan
+from sinkquant.policy.budget import evenly_spread
+from sinkquant.recipe import Recipe, recipe_names
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "even": {}, "seven blocks": {"num_hidden_layers": 7},
+    "odd": {"hidden_size": 96, "intermediate_size": 224, "num_attention_heads": 6},
+    "narrow values": {"hidden_size": 160, "intermediate_size": 352, "num_attention_heads": 5,
+                      "num_key_value_heads": 1, "num_hidden_layers": 4}}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def decoder(request: pytest.FixtureRequest) -> Decoder:
+    return Decoder.of(tiny_model("llama", dtype=torch.bfloat16, **SHAPES[request.param]))
+
+
+def settings() -> list[tuple[str, list[str]]]:
+    found = []
+    for name in recipe_names():
+        for extra in ([], ["protect.bits=16"], ["protect.max_share=0.5"], ["protect.bits=16", "protect.max_share=1"],
+                      ["protect.modules=['*.0.*.o_proj']"]):
+            found.append((name, ["protect.channels=module", *extra]))
+        found.append((name, []))
+    return found
+
+
+def test_the_control_has_the_plans_size_within_one_per_cent_and_protects_nothing(decoder: Decoder) -> None:
+    shape = decoder.shape("tiny")
+    names = list(shape.linears)
+    energies = {names[i]: 0.2 + i / 100 for i in (2, 6, 9, 13)}
+    sink_map = sink_map_of(decoder, energies)
+    for recipe_name, assignments in settings():
+        size = -1 if recipe_name.startswith("w8") else 32
+        recipe = Recipe.load(recipe_name).replace([f"weights.group_size={size}", *assignments])
+        aware = make_plan(shape, sink_map, recipe)
+        control = make_control(shape, sink_map, recipe, aware)
+        gap = abs(control.weight_bytes - aware.weight_bytes) / aware.weight_bytes
+        assert gap <= 0.01, (recipe_name, assignments, gap)
+        assert control.notes == []
+        assert control.bits_per_weight <= aware.bits_per_weight
+        assert control.calibration.sinks == []
+        assert not any(decision.keep for decision in control.modules.values())
+        assert "sink" not in " ".join(decision.reason for decision in control.modules.values()
+                                      if decision.reason.startswith("8 bits,"))
+        for name, linear in shape.linears.items():
+            assert len({(control.modules[m].bits, control.modules[m].group_size)
+                        for m in linear.fused_with or [name]}) == 1
+
+
+def test_the_control_does_not_depend_on_where_the_sinks_are(decoder: Decoder) -> None:
+    shape = decoder.shape("tiny")
+    recipe = Recipe().replace(["weights.group_size=32", "protect.channels=module", "protect.max_share=0.2"])
+    controls = []
+    for block in (0, 2):
+        sink_map = sink_map_of(decoder, {f"model.layers.{block}.mlp.down_proj": 0.7})
+        control = make_control(shape, sink_map, recipe, make_plan(shape, sink_map, recipe))
+        controls.append({name: (d.bits, d.group_size) for name, d in control.modules.items()})
+    assert controls[0] == controls[1]
+
+
+def test_without_protection_the_control_has_the_same_formats(decoder: Decoder) -> None:
+    shape, recipe = decoder.shape("tiny"), Recipe().replace(["weights.group_size=32"])
+    aware = make_plan(shape, sink_map_of(decoder), recipe)
+    control = make_control(shape, sink_map_of(decoder), recipe, aware)
+    assert control.modules == aware.modules
+    assert control.weight_bytes == aware.weight_bytes
+
+
+def test_a_difference_that_cannot_be_closed_is_said() -> None:
+    decoder = Decoder.of(tiny_model("llama", num_hidden_layers=1))
+    shape, sink_map = decoder.shape("tiny"), sink_map_of(decoder)
+    recipe = Recipe().replace(["weights.bits=8", "weights.group_size=32", "weights.ignore=['*.q_proj', '*.gate_proj']"])
+    aware = make_plan(shape, sink_map, recipe)
+    larger = {name: d.model_copy(update={"bytes": 4 * d.bytes}) for name, d in aware.modules.items()}
+    control = make_control(shape, sink_map, recipe, aware.model_copy(
+        update={"modules": larger, "weight_bytes": 4 * aware.weight_bytes}))
+    assert "the control's size differs by" in control.notes[0]
+
+
+def test_an_even_order_favours_no_depth() -> None:
+    names = [str(i) for i in range(16)]
+    order = evenly_spread(names)
+    assert sorted(order) == sorted(names)
+    for start in range(0, 16, 4):
+        assert len({int(name) // 4 for name in order[start:start + 4]}) == 4
