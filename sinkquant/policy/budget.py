@@ -51,32 +51,45 @@ def fill(choices: dict[str, Choice], shape: ModelShape, spare: int, order: Seque
 def close_gap(choices: dict[str, Choice], floor: dict[str, Choice], shape: ModelShape, spare: int,
               why: str) -> dict[str, Choice]:
     """Spend bytes that `fill` could not: of all pairs of changes, one up and one down or both up, make the one that
-    comes closest to `spare` from below.
+    comes closest to `spare` from below, and again from there.
 
     Args:
         floor: no module is brought below its format here.
     """
+    chosen = dict(choices)
+    while spare > 0:
+        moves = _moves(chosen, floor, shape)
+        costs = [cost for cost, _, _ in moves]
+        best = 0
+        changes: dict[str, Choice] = {}
+        for cost, name, changed in moves:
+            other = bisect.bisect_right(costs, spare - cost) - 1
+            while other >= 0 and moves[other][1] == name and name:
+                other -= 1
+            if other >= 0 and cost + costs[other] > best:
+                best, changes = cost + costs[other], changed | moves[other][2]
+        if not changes:
+            break
+        chosen |= {member: replace(choice, reason=_reason(choice, why)) for member, choice in changes.items()}
+        spare -= best
+    return chosen
+
+
+def _moves(choices: dict[str, Choice], floor: dict[str, Choice],
+           shape: ModelShape) -> list[tuple[int, str, dict[str, Choice]]]:
+    """Every change of one module, or of those that engines fuse: (bytes it costs, its name, new formats), cheapest
+    first; no change at all is one of them."""
     moves: list[tuple[int, str, dict[str, Choice]]] = [(0, "", {})]
     for name in choices:
         members = shape.linears[name].fused_with or [name]
         if members[0] == name and all(floor[m].quantized and not floor[m].pinned for m in members):
             for option in _formats(floor[name], shape.linears[name].columns):
-                changed = {m: replace(option, method=option.method if not option.quantized else floor[m].method)
+                changed = {m: replace(option, method=floor[m].method if option.quantized else option.method)
                            for m in members}
                 cost = sum(choice_bytes(shape, m, c) - choice_bytes(shape, m, choices[m]) for m, c in changed.items())
                 if cost:
                     moves.append((cost, name, changed))
-    moves.sort(key=lambda move: (move[0], move[1]))
-    costs = [cost for cost, _, _ in moves]
-    best = 0
-    pair: tuple[dict[str, Choice], dict[str, Choice]] = ({}, {})
-    for cost, name, changed in moves:
-        other = bisect.bisect_right(costs, spare - cost) - 1
-        while other >= 0 and moves[other][1] == name and name:
-            other -= 1
-        if other >= 0 and cost + costs[other] > best:
-            best, pair = cost + costs[other], (changed, moves[other][2])
-    return choices | {m: replace(c, reason=_reason(c, why)) for m, c in (pair[0] | pair[1]).items()}
+    return sorted(moves, key=lambda move: (move[0], move[1]))
 
 
 def _formats(choice: Choice, columns: int) -> list[Choice]:

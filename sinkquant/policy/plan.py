@@ -50,18 +50,25 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
     """
     base = share_formats(base_choices(shape, recipe), shape)
     allowed = sum(decision.bytes for decision in aware.modules.values())
-    why = "the control spends evenly what protection costs"
-    choices = fill(base, shape, allowed - linear_bytes(shape, base), evenly_spread(list(shape.linears)), why)
-    if allowed - linear_bytes(shape, choices) > EVEN_TOLERANCE * allowed:
-        # Where the formats are coarse, one large raise may fit better than what an even spread began.
-        attempts = [close_gap(start, base, shape, allowed - linear_bytes(shape, start), why)
-                    for start in (choices, base)]
-        choices = max(attempts, key=lambda attempt: linear_bytes(shape, attempt))
-    plan = _finish("control", choices, shape, recipe, [])
+    plan = _finish("control", _evenly(base, shape, allowed), shape, recipe, [])
+    over = plan.weight_bytes - aware.weight_bytes
+    if over > 0.005 * aware.weight_bytes:  # More packed modules make a longer header: much, in a tiny model.
+        plan = _finish("control", _evenly(base, shape, allowed - over), shape, recipe, [])
     gap = abs(plan.weight_bytes - aware.weight_bytes) / aware.weight_bytes
     if gap > 0.01:
         plan.notes.append(f"the control's size differs by {gap:.1%}: no raise fits the bytes that are left")
     return plan.model_copy(update={"kv_cache": make_kv_control(aware.kv_cache)}).made_from(sink_map)
+
+
+def _evenly(base: dict[str, Choice], shape: ModelShape, allowed: int) -> dict[str, Choice]:
+    """Raise `base` to `allowed` bytes, all depths alike."""
+    why = "the control spends evenly what protection costs"
+    choices = fill(base, shape, allowed - linear_bytes(shape, base), evenly_spread(list(shape.linears)), why)
+    if allowed - linear_bytes(shape, choices) <= EVEN_TOLERANCE * allowed:
+        return choices
+    # Where the formats are coarse, one large raise may fit better than what an even spread began.
+    attempts = [close_gap(start, base, shape, allowed - linear_bytes(shape, start), why) for start in (choices, base)]
+    return max(attempts, key=lambda attempt: linear_bytes(shape, attempt))
 
 
 def _finish(name: str, choices: dict[str, Choice], shape: ModelShape, recipe: Recipe,
