@@ -236,7 +236,8 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The whole recipe as YAML, defaults written out; `Recipe.parse(yaml.safe_load(text))` gives it back."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        # Not allow_unicode: PyYAML then writes a next-line character as one that it reads back as a space.
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     def replace(self, assignments: Iterable[str]) -> Self:
         """A copy with `key.path=value` assignments applied; values are read as YAML.
