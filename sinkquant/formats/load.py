@@ -39,7 +39,7 @@ def load_dense(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu
         RequestError: it is quantized in another format than compressed-tensors, quantizes more than weights, lacks
             tensors or cannot be unpacked.
     """
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = _read_json(path / "config.json")
     if "quantization_config" not in config:
         return load_model(path, dtype, device)
     _check_weights_only(path, config["quantization_config"])
@@ -93,12 +93,26 @@ def _plain(module: torch.nn.Linear, name: str) -> None:
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """`sinkquant.json` of a checkpoint with "plan" and "sink_map" parsed, or None where there is none."""
+    """`sinkquant.json` of a checkpoint with "plan" and "sink_map" parsed, or None where there is none.
+
+    Raises:
+        RequestError: it is no JSON, or not what `save` writes.
+    """
     path = folder / "sinkquant.json"
     if not path.is_file():
         return None
-    content = dict(json.loads(path.read_text(encoding="utf-8")))
-    content["plan"] = Plan.parse(content["plan"], str(path))
+    content = _read_json(path)
+    content["plan"] = Plan.parse(content.get("plan"), str(path))
     if content.get("sink_map"):
         content["sink_map"] = SinkMap.parse(content["sink_map"], str(path))
+    return content
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RequestError(f"{path} cannot be read ({error}); get the checkpoint again.") from error
+    if not isinstance(content, dict):
+        raise RequestError(f"{path} is no JSON object; get the checkpoint again.")
     return content

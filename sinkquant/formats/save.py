@@ -138,7 +138,10 @@ def write_files(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
     finally:
         if packed:
             del model.config.quantization_config
-    tokenizer.save_pretrained(folder)
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # The tokenizers library raises bare ones, for a full disk too.
+        raise OSError(str(error)) from error
     content: dict[str, Any] = {
         "schema": CHECKPOINT_SCHEMA, "versions": versions(), "seed": plan.seed,
         "recipe": recipe.model_dump(mode="json") if recipe else plan.recipe,

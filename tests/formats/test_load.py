@@ -1,0 +1,121 @@
+"""Loading: dense again, quiet, and clear about what it cannot read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import quantized
+from safetensors.torch import load_file, save_file
+from tiny_tokenizer import tiny_tokenizer
+from transformers import PreTrainedModel
+
+from sinkquant.errors import RequestError
+from sinkquant.formats import load, read_checkpoint, save
+from sinkquant.formats.load import load_dense
+from sinkquant.models import load_model
+from sinkquant.quantize import quantize
+
+
+@pytest.fixture(scope="module")
+def saved(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
+    model = quantized(text_file)[0]
+    return model, save(model, tiny_tokenizer(), tmp_path_factory.mktemp("saved") / "out")
+
+
+@pytest.fixture
+def copy(saved: tuple[PreTrainedModel, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved[1], tmp_path / "copy"))
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= changes
+    path.write_text(json.dumps(config))
+
+
+def test_weights_come_back_dense_quiet_and_exact(saved: tuple[PreTrainedModel, Path],
+                                                 capfd: pytest.CaptureFixture[str]) -> None:
+    expected, folder = saved
+    model, tokenizer = load(folder)
+    assert capfd.readouterr().err == ""
+    assert not model.training
+    assert tokenizer("w9 w10")["input_ids"] == [1, 9, 10]
+    found = dict(model.named_parameters())
+    assert set(found) == set(dict(expected.named_parameters()))
+    assert all(torch.equal(parameter, found[name]) for name, parameter in expected.named_parameters())
+    rows = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(model(rows).logits, expected(rows).logits)
+        assert torch.equal(model(rows).logits, model(rows).logits)
+
+
+def test_bars_come_back_after_loading(saved: tuple[PreTrainedModel, Path]) -> None:
+    from compressed_tensors.quantization.lifecycle import apply
+    from tqdm import tqdm
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    load_dense(saved[1])
+    assert logging.is_progress_bar_enabled() == before
+    assert apply.tqdm is tqdm
+
+
+def test_what_was_loaded_is_not_quantized_twice(saved: tuple[PreTrainedModel, Path], text_file: Path) -> None:
+    plan = quantized(text_file)[1]
+    for model in (load(saved[1])[0], load_model(saved[1])):
+        with pytest.raises(RequestError, match="quantized already"):
+            quantize(model, plan)
+
+
+def test_another_tools_checkpoint_loads_without_our_file(copy: Path, saved: tuple[PreTrainedModel, Path]) -> None:
+    (copy / "sinkquant.json").unlink()
+    assert read_checkpoint(copy) is None
+    found = dict(load(copy)[0].named_parameters())
+    assert all(torch.equal(parameter, found[name]) for name, parameter in saved[0].named_parameters())
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "quanto", "fp8"])
+def test_other_formats_are_refused_by_name(copy: Path, method: str) -> None:
+    edit(copy, quant_method=method)
+    with pytest.raises(RequestError, match=rf"quantized in the {method} format, which is not read here"):
+        load(copy)
+
+
+def test_quantized_activations_and_caches_are_refused(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())["quantization_config"]
+    inputs = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+    groups = {name: group | {"input_activations": inputs} for name, group in config["config_groups"].items()}
+    edit(copy, config_groups=groups)
+    with pytest.raises(RequestError, match="quantizes activations too"):
+        load(copy)
+    edit(copy, config_groups=config["config_groups"], kv_cache_scheme={"num_bits": 8, "type": "float"})
+    with pytest.raises(RequestError, match="quantizes its KV cache"):
+        load(copy)
+
+
+def test_settings_that_make_no_sense_are_refused(copy: Path) -> None:
+    edit(copy, config_groups={"group_0": {"targets": ["Linear"], "weights": {"num_bits": "many"}}})
+    with pytest.raises(RequestError, match="cannot be loaded"):
+        load(copy)
+
+
+def test_a_missing_tensor_is_refused(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight_scale"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RequestError, match=r"lacks the tensor model.layers.1.mlp.up_proj.weight_scale"):
+        load(copy)
+
+
+@pytest.mark.parametrize(("file", "text"), [("sinkquant.json", "{"), ("sinkquant.json", "{}"),
+                                            ("sinkquant.json", "[]"), ("config.json", "{")])
+def test_broken_json_is_refused(copy: Path, file: str, text: str) -> None:
+    (copy / file).write_text(text)
+    with pytest.raises(RequestError, match=file):
+        read_checkpoint(copy) if file == "sinkquant.json" else load(copy)
