@@ -138,12 +138,14 @@ def _per_document(samples: list[dict[str, Any]], metric: str) -> Samples | None:
 @contextlib.contextmanager
 def _undisturbed(quiet: bool) -> Iterator[None]:
     """Keep lm-eval from leaving its marks: the global random states it seeds, log levels, progress bars. The list of
-    every package installed, which it has pip collect for each task, takes longer than a small task and is not read."""
+    every package installed, which it has pip collect for each task, takes longer than a small task and is not read;
+    nor is the commit of the working directory, for which it lets git complain where there is none."""
     states = random.getstate(), np.random.get_state()
     loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
-    environment = lm_eval.evaluator.add_env_info
+    environment, commit = lm_eval.evaluator.add_env_info, lm_eval.evaluator.get_git_commit_hash
     lm_eval.evaluator.add_env_info = lambda _results: None
+    lm_eval.evaluator.get_git_commit_hash = lambda: None
     bar, bars_off = lm_eval.api.task.tqdm, datasets.are_progress_bars_disabled()
     if quiet:
         for logger in loggers:
@@ -159,6 +161,6 @@ def _undisturbed(quiet: bool) -> Iterator[None]:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         lm_eval.api.task.tqdm = bar
-        lm_eval.evaluator.add_env_info = environment
+        lm_eval.evaluator.add_env_info, lm_eval.evaluator.get_git_commit_hash = environment, commit
         if quiet and not bars_off:
             datasets.enable_progress_bars()
