@@ -104,7 +104,7 @@ def massive_along_depth(sink_map: SinkMap, after: SinkMap | None) -> Plot:
     """The largest |h| of the massive channels after every sub-block, before (solid) and after (dashed)."""
     title = "Massive activations along depth"
     with mpl.rc_context(STYLE):
-        figure, (axis,) = _figure(1, height=2.9)
+        figure, (axis,) = _figure(1, height=3.1)
         if not sink_map.channels:
             axis.text(0.5, 0.5, "no massive activation was found", transform=axis.transAxes, ha="center")
             axis.set_axis_off()
@@ -121,7 +121,7 @@ def massive_along_depth(sink_map: SinkMap, after: SinkMap | None) -> Plot:
         ticks = range(0, len(sink_map.depth), max(1, -(-len(sink_map.depth) // 10)))
         axis.set_xticks(list(ticks), [sink_map.depth[i].removeprefix("layers.").replace(".", " ") for i in ticks],
                         rotation=35, ha="right")
-        figure.legend(loc="outside lower center", ncols=5)
+        figure.legend(loc="outside lower center", ncols=3)
         first = sink_map.channels[0]
         return Plot(title, _svg(figure, "massive"), (
             f"Channel {first.channel} reaches {first.peak:.0f}, {first.ratio:.0f} times the median; it is born in "
