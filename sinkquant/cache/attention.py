@@ -18,8 +18,8 @@ from sinkquant.cache.layer import SinkLayer
 from sinkquant.cache.packing import unpack
 from sinkquant.cache.store import Lane, PackedStates
 
-CHUNK_VALUES = 1 << 19
-"""Numbers that are unpacked at a time: 2 MB in float32."""
+CHUNK_VALUES = 1 << 18
+"""Numbers that are unpacked at a time: 1 MB in float32."""
 
 
 @dataclass(frozen=True)
@@ -91,43 +91,55 @@ def _softmax(scores: torch.Tensor, mask: torch.Tensor | None, softcap: float | N
 
 def _packed_scores(packed: PackedStates, q: torch.Tensor) -> torch.Tensor:
     """float32 [batch, kv_heads, rows, blocks * G] of queries [batch, kv_heads, rows, key_dim]."""
-    scores = q.new_empty(*q.shape[:3], packed.blocks, packed.block)
+    batch, _, rows, width = q.shape
+    by_lane = []
     for lane in packed.lanes:
         mine = q if len(packed.lanes) == 1 else q[:, lane.heads]
         mine = rotate(mine) if packed.rotated and lane.bits < 16 else mine
-        for part, codes, scale, zero in _chunks(lane, packed.block):
-            if scale is None:
-                found = mine[:, :, None] @ codes.mT
-            else:
-                found = (mine[:, :, None] * scale) @ codes.mT + mine[:, :, None] @ zero.mT
-            scores[:, lane.heads, :, part] = found.transpose(2, 3)
-    return scores.flatten(3)
+        # Blocks before rows: every block multiplies a query of its own, into which its scales are folded.
+        scores = mine.new_empty(batch, len(lane.heads), packed.blocks, rows, packed.block)
+        for part, codes, scale in _chunks(lane, packed.block):
+            queries = (mine[:, :, None] * scale if scale is not None else
+                       mine[:, :, None].expand(-1, -1, codes.shape[2], -1, -1))
+            scores[:, :, part] = torch.bmm(queries.reshape(-1, rows, width), codes.flatten(0, 2).mT).view(
+                batch, -1, codes.shape[2], rows, packed.block)
+        if lane.scale is not None:
+            scores += (mine @ _zeros(lane).squeeze(3).mT).transpose(2, 3)[..., None]
+        by_lane.append(scores.transpose(2, 3).flatten(3))
+    return _in_order(packed, by_lane)
 
 
 def _packed_output(packed: PackedStates, weights: torch.Tensor) -> torch.Tensor:
     """float32 [batch, kv_heads, rows, value_dim] of softmax weights [batch, kv_heads, rows, blocks * G]."""
-    outputs: dict[int, torch.Tensor] = {}
+    by_lane = []
     for lane in packed.lanes:
         mine = weights if len(packed.lanes) == 1 else weights[:, lane.heads]
-        mine = mine.unflatten(3, (-1, packed.block))
-        total: torch.Tensor | None = None
-        for part, codes, scale, zero in _chunks(lane, packed.block):
-            here = mine[:, :, :, part].flatten(3)
+        assert lane.data is not None
+        out = mine.new_zeros(*mine.shape[:3], lane.data.shape[4])
+        for part, codes, scale in _chunks(lane, packed.block):
             if scale is not None:
-                grouped = codes.unflatten(-1, (scale.shape[-1], -1))
-                grouped *= scale[..., None]
-                grouped += zero[..., None]
-            found = here @ codes.flatten(2, 3)
-            total = found if total is None else total + found
-        assert total is not None
-        total = rotate(total) if packed.rotated and lane.bits < 16 else total
-        outputs |= {head: total[:, place] for place, head in enumerate(lane.heads)}
-    return torch.stack([outputs[head] for head in range(packed.heads)], dim=1)
+                codes.unflatten(-1, (scale.shape[-1], -1)).mul_(scale[..., None])
+            here = mine[:, :, :, part.start * packed.block:part.stop * packed.block]
+            out += here @ codes.flatten(2, 3)
+        if lane.scale is not None:
+            zeros = mine @ _zeros(lane).flatten(2, 3)
+            out.unflatten(-1, (zeros.shape[-1], -1)).add_(zeros[..., None])
+            out = rotate(out) if packed.rotated else out
+        by_lane.append(out)
+    return _in_order(packed, by_lane)
 
 
-def _chunks(lane: Lane, block: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None, torch.Tensor]]:
-    """Blocks in chunks: (which, codes float32 [batch, heads, blocks, G, D], scale, zero), where value = code * scale +
-    zero; without a scale the codes are the values."""
+def _in_order(packed: PackedStates, by_lane: list[torch.Tensor]) -> torch.Tensor:
+    """Heads in the model's order again."""
+    if len(by_lane) == 1:
+        return by_lane[0]
+    order = torch.tensor([head for lane in packed.lanes for head in lane.heads], device=by_lane[0].device)
+    return torch.cat(by_lane, dim=1).index_select(1, order.argsort())
+
+
+def _chunks(lane: Lane, block: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
+    """Blocks in chunks: (which, codes float32 [batch, heads, blocks, G, D], scale); without a scale the codes are the
+    values."""
     assert lane.data is not None
     batch, heads, blocks, _, width = lane.data.shape
     size = max(1, CHUNK_VALUES // (batch * heads * block * width))
@@ -135,8 +147,12 @@ def _chunks(lane: Lane, block: int) -> Iterator[tuple[slice, torch.Tensor, torch
         part = slice(start, min(start + size, blocks))
         data = lane.data[:, :, part]
         if lane.scale is None:
-            yield part, data.float(), None, data
-            continue
-        scale = lane.scale[:, :, part].float()
-        zero = -0.5 * (2**lane.bits - 1) * scale if lane.zero is None else lane.zero[:, :, part].float()
-        yield part, unpack(data, lane.bits).float(), scale, zero
+            yield part, data.float(), None
+        else:
+            yield part, unpack(data, lane.bits, torch.float32), lane.scale[:, :, part].float()
+
+
+def _zeros(lane: Lane) -> torch.Tensor:
+    """What code 0 stands for, float32 in the shape of the scales."""
+    assert lane.scale is not None
+    return -0.5 * (2**lane.bits - 1) * lane.scale.float() if lane.zero is None else lane.zero.float()

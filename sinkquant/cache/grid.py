@@ -55,7 +55,7 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | No
     """The values of codes, computed in float32. See `quantize` for the shapes."""
     step = scale.float()
     offset = zero.float() if zero is not None else -0.5 * (2**bits - 1) * step
-    values = codes.float()
+    values = codes.to(torch.float32, copy=True)
     if group is None:
         return values.mul_(step).add_(offset).to(dtype)
     grouped = values.unflatten(-1, (-1, group))

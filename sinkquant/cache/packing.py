@@ -27,17 +27,21 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.cat(planes, dim=-2)
 
 
-def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """The inverse of `pack`: uint8 codes [..., G, D]."""
+def unpack(packed: torch.Tensor, bits: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+    """The inverse of `pack`: codes [..., G, D] as numbers of `dtype`."""
+    *outer, rows, width = packed.shape
+    codes = torch.empty(*outer, rows * 8 // bits, width, dtype=dtype, device=packed.device)
     start = shift = 0
-    codes: torch.Tensor | None = None
-    length = packed.shape[-2] * 8 // bits
-    for width in PLANES[bits]:
-        size = length * width // 8
-        plane = packed[..., start:start + size, :]
-        mask = (1 << width) - 1
-        part = plane if width == 8 else torch.cat([(plane >> (width * i)) & mask for i in range(8 // width)], dim=-2)
-        codes = part if codes is None else codes | part << shift
-        start, shift = start + size, shift + width
-    assert codes is not None
+    for bit_width in PLANES[bits]:
+        size = codes.shape[-2] * bit_width // 8
+        plane, mask = packed[..., start:start + size, :], (1 << bit_width) - 1
+        runs = codes.unflatten(-2, (8 // bit_width, size))
+        for index in range(8 // bit_width):
+            part = plane >> (bit_width * index) if index else plane
+            part = part & mask if index < 8 // bit_width - 1 else part
+            if shift:
+                runs[..., index, :, :].add_(part << shift)
+            else:
+                runs[..., index, :, :] = part
+        start, shift = start + size, shift + bit_width
     return codes
