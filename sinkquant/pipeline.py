@@ -8,6 +8,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -176,7 +177,9 @@ class _Job:
             weight_bytes(self.folder), bits_on_disk(self.folder))]
         for place, one in plans.items():
             candidates.append(Candidate(one.name, place, _loader(self.work / place, dtype, device),
-                                        weight_bytes(self.work / place), one.bits_per_weight))
+                                        weight_bytes(self.work / place), one.bits_per_weight, one.kv_cache))
+        if plans[MODEL].kv_cache is not None and any(d.bits < 16 for d in plans[MODEL].modules.values()):
+            candidates += mechanisms(candidates, list(plans.values()))
         report = evaluate(candidates, self.tokenizer, self.recipe, model=self.name,
                           fidelity=fidelity({BASELINE: sink_map} | after),
                           compare=_comparison(self.tokenizer, sink_map, self.recipe), progress=self.progress)
@@ -223,7 +226,8 @@ def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
             maps[BASELINE] = content["sink_map"]
             maps[name] = sinks_after(path, tokenizer, recipe, name, progress)
         bits = content["plan"].bits_per_weight if content else bits_on_disk(path)
-        candidates.append(Candidate(name, str(path), _loader(path, dtype, device), weight_bytes(path), bits))
+        candidates.append(Candidate(name, str(path), _loader(path, dtype, device), weight_bytes(path), bits,
+                                    content["plan"].kv_cache if content else None))
     report = evaluate(candidates, tokenizer, recipe, model=baseline or str(folder),
                       fidelity=fidelity(maps) if maps else None, compare=_comparison(tokenizer, original, recipe),
                       progress=progress)
@@ -262,6 +266,22 @@ def _comparison(tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap | None, re
     if sink_map is None or not recipe.evaluate.fidelity:
         return None
     return lambda original, quantized: sink_fidelity(original, quantized, tokenizer, sink_map.tokens, recipe)
+
+
+def mechanisms(candidates: list[Candidate], plans: list[Plan]) -> list[Candidate]:
+    """Rows that tell the weights from the KV cache where both are quantized: each alone, beside its control. They are
+    measured by divergence only.
+
+    Args:
+        candidates: the unquantized model first, then one per plan.
+        plans: the sink-aware one, and the control where there is one.
+    """
+    base, *quantized = candidates
+    rows = []
+    for candidate, one, name in zip(quantized, plans, ("", "_control"), strict=False):
+        rows.append(replace(candidate, name=f"weights{name}", kv=None, tasks_too=False, tasks={}, divergences=[]))
+        rows.append(replace(base, name=f"cache{name}", kv=one.kv_cache, tasks_too=False, tasks={}, divergences=[]))
+    return rows
 
 
 def _loader(path: Path, dtype: torch.dtype, device: str) -> Callable[[], PreTrainedModel]:

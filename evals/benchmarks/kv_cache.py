@@ -35,7 +35,8 @@ GROUP, WINDOW, SINKS = 32, 128, 1
 class Subject:
     """One cache under test: `update` and attention, with the bytes that it holds."""
 
-    def __init__(self, name: str, layer: CacheLayerMixin, module: torch.nn.Module, cache: SinkCache | None = None) -> None:
+    def __init__(self, name: str, layer: CacheLayerMixin, module: torch.nn.Module,
+                 cache: SinkCache | None = None) -> None:
         self.name, self.layer, self.module, self.cache = name, layer, module, cache
         self.decode: list[float] = []
         self.outputs: list[torch.Tensor] = []
@@ -48,10 +49,7 @@ class Subject:
             out = attend(self.layer, query, None, query.shape[-1] ** -0.5)
             self.layer.settle()
             return out
-        if self.cache is not None:
-            states = self.cache.update(key, value, 0)
-        else:
-            states = self.layer.update(key, value)
+        states = self.layer.update(key, value) if self.cache is None else self.cache.update(key, value, 0)
         return sdpa_attention_forward(self.module, query, *states, None, is_causal=causal)[0]
 
     def nbytes(self) -> int:
@@ -107,7 +105,7 @@ def plan_of(bits: int, kv_heads: int, dim: int, exact: bool) -> KVCachePlan:
 def subjects(arguments: argparse.Namespace) -> list[Subject]:
     """Every cache that is to be measured, the bf16 one first."""
     module = torch.nn.Module()
-    module.num_key_value_groups = arguments.heads // arguments.kv_heads  # type: ignore[assignment]
+    module.num_key_value_groups = arguments.heads // arguments.kv_heads
     config = LlamaConfig(num_hidden_layers=1, num_attention_heads=arguments.heads, head_dim=arguments.dim,
                          num_key_value_heads=arguments.kv_heads, hidden_size=arguments.heads * arguments.dim)
     found = [Subject("DynamicCache bf16", DynamicLayer(), module)]

@@ -18,13 +18,15 @@ class Measure(Strict):
 
 
 class Row(Strict):
-    """One evaluated model. `kv_bits` is 16 where the cache is not quantized."""
+    """One evaluated model. `kv_bits` is 16 where the cache is not quantized, else bits per key and value with scales,
+    window and exact tokens counted; `kv_bytes` is what the cache of one row weighs at the plan's length."""
 
     name: str
     path: str
     weight_bytes: int
     bits_per_weight: float
     kv_bits: float = 16.0
+    kv_bytes: int | None = None
     tasks: dict[str, dict[str, Measure]]
 
 

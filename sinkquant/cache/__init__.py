@@ -2,6 +2,8 @@
 
 from sinkquant.cache.cache import SinkCache
 from sinkquant.cache.files import load_cache, save_cache
+from sinkquant.cache.install import install
 from sinkquant.cache.prepare import prepare
+from sinkquant.cache.score import cached_logits
 
-__all__ = ["SinkCache", "load_cache", "prepare", "save_cache"]
+__all__ = ["SinkCache", "cached_logits", "install", "load_cache", "prepare", "save_cache"]

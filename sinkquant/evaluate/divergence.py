@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
+from sinkquant.artifacts import KVCachePlan
+from sinkquant.cache import cached_logits
+
 POSITIONS = 128
 LOGITS_BYTES = 1 << 28
 """What the float32 logits of one batch may take, per model; one row is always run."""
@@ -27,7 +30,7 @@ class Divergence:
 
 
 def compare_rows(baseline: PreTrainedModel, other: PreTrainedModel, rows: torch.Tensor,
-                 batch_size: int = 4) -> Divergence:
+                 batch_size: int = 4, kv: KVCachePlan | None = None) -> Divergence:
     """Run both models over the same rows and compare what they predict.
 
     Two others compared with the same baseline on the same rows are pairs, row by row.
@@ -35,6 +38,7 @@ def compare_rows(baseline: PreTrainedModel, other: PreTrainedModel, rows: torch.
     Args:
         rows: int64 [rows, length], `<bos>` where the models expect it.
         batch_size: at most so many rows at a time; fewer where a large vocabulary would take too much memory.
+        kv: run the other model through a KV cache that is packed so; null for none.
     """
     width = int(baseline.get_input_embeddings().weight.shape[0])
     batch_size = max(1, min(batch_size, LOGITS_BYTES // (4 * rows.shape[1] * width)))
@@ -42,7 +46,9 @@ def compare_rows(baseline: PreTrainedModel, other: PreTrainedModel, rows: torch.
     with torch.no_grad():
         for batch in rows.split(batch_size):
             first = baseline(batch.to(baseline.device), use_cache=False).logits
-            second = other(batch.to(other.device), use_cache=False).logits.to(first.device)
+            ids = batch.to(other.device)
+            second = other(ids, use_cache=False).logits if kv is None else cached_logits(other, ids, kv)
+            second = second.to(first.device)
             kl, one, two = _compare(first, second, batch.to(first.device))
             # Rounding can leave a row of equal distributions a hair below zero.
             found.kl.extend(kl.mean(1).clamp(min=0).tolist())
@@ -52,9 +58,9 @@ def compare_rows(baseline: PreTrainedModel, other: PreTrainedModel, rows: torch.
 
 
 def row_divergences(baseline: PreTrainedModel, other: PreTrainedModel, rows: torch.Tensor,
-                    batch_size: int = 4) -> list[float]:
+                    batch_size: int = 4, kv: KVCachePlan | None = None) -> list[float]:
     """KL(baseline || other) in nats per token, averaged over the positions of every row; see `compare_rows`."""
-    return compare_rows(baseline, other, rows, batch_size).kl
+    return compare_rows(baseline, other, rows, batch_size, kv).kl
 
 
 def _compare(first: torch.Tensor, second: torch.Tensor,

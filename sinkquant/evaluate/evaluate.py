@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinkquant.artifacts import Measure, Paired, Report, Row, SinkFidelity
+from sinkquant.artifacts import KVCachePlan, Measure, Paired, Report, Row, SinkFidelity
 from sinkquant.artifacts.report import Fidelity
 from sinkquant.errors import RequestError
 from sinkquant.evaluate.divergence import row_divergences
@@ -23,7 +23,8 @@ from sinkquant.models import documents, encode, read_text, starts_with_bos, toke
 from sinkquant.recipe import Recipe
 
 BASELINE = "unquantized"
-PAIRS = (("control", "sink_aware"), ("sink_aware", BASELINE), ("control", BASELINE), ("quantized", BASELINE))
+PAIRS = (("control", "sink_aware"), ("weights_control", "weights"), ("cache_control", "cache"),
+         ("sink_aware", BASELINE), ("control", BASELINE), ("quantized", BASELINE))
 Compare = Callable[[PreTrainedModel, PreTrainedModel], SinkFidelity]
 FILL = 0.85
 """Share of a context that items are made for: passages differ in how many tokens a character takes."""
@@ -33,7 +34,8 @@ FILL = 0.85
 class Candidate:
     """A model to be measured: loaded when its turn comes, so that only the baseline stays in memory beside it.
 
-    `tasks` and `divergences` (nats per token, one per row) are filled by `evaluate`.
+    `kv`: the KV cache that it is read through, null for an unquantized one. `tasks_too`: whether tasks are run, or the
+    divergence alone. `tasks` and `divergences` (nats per token, one per row) are filled by `evaluate`.
     """
 
     name: str
@@ -41,6 +43,8 @@ class Candidate:
     load: Callable[[], PreTrainedModel]
     weight_bytes: int
     bits_per_weight: float
+    kv: KVCachePlan | None = None
+    tasks_too: bool = True
     tasks: dict[str, TaskResult] = field(default_factory=dict)
     divergences: list[float] = field(default_factory=list)
 
@@ -68,7 +72,7 @@ def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, re
     settings = recipe.evaluate
     bos = starts_with_bos(tokenizer, recipe.calibration.bos)
     content = read_text(settings.text, "evaluation")
-    steps = _Steps(len(names) * (len(settings.tasks) + 1), progress)
+    steps = _Steps(sum(1 + len(settings.tasks) * candidate.tasks_too for candidate in candidates), progress)
     baseline: PreTrainedModel | None = None
     comparisons: dict[str, SinkFidelity] = {}
     rows: torch.Tensor | None = None
@@ -82,16 +86,16 @@ def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, re
                                   loaded.get_input_embeddings().weight.shape[0], "evaluation text")
                 folder = stack.enter_context(ready_tasks(
                     settings.text, content, settings.tasks, recipe.seed, _characters(tokenizer, content, limit)))
-            for task in settings.tasks:
+            for task in settings.tasks if candidate.tasks_too else []:
                 steps.next(f"{candidate.name}: {task}")
                 candidate.tasks |= run_tasks(loaded, tokenizer, [task], folder, bos=bos, limit=settings.limit,
-                                             batch_size=settings.batch_size, seed=recipe.seed)
+                                             batch_size=settings.batch_size, seed=recipe.seed, kv=candidate.kv)
             steps.next(f"{candidate.name}: divergence")
             if candidate.name == BASELINE:
                 baseline = loaded
             elif baseline is not None:
-                candidate.divergences = row_divergences(baseline, loaded, rows)
-                if compare is not None:
+                candidate.divergences = row_divergences(baseline, loaded, rows, kv=candidate.kv)
+                if compare is not None and candidate.tasks_too:
                     comparisons[candidate.name] = compare(baseline, loaded)
             del loaded  # before the next one is loaded: only the baseline stays
     steps.next("")
@@ -159,7 +163,9 @@ def _row(candidate: Candidate) -> Row:
         mean = sum(candidate.divergences) / len(candidate.divergences)
         tasks["divergence"] = {"kl": Measure(value=mean, stderr=standard_error("kl", samples))}
     return Row(name=candidate.name, path=candidate.path, weight_bytes=candidate.weight_bytes,
-               bits_per_weight=candidate.bits_per_weight, tasks=tasks)
+               bits_per_weight=candidate.bits_per_weight, tasks=tasks,
+               kv_bits=16.0 if candidate.kv is None else candidate.kv.bits_per_value,
+               kv_bytes=None if candidate.kv is None else candidate.kv.bytes)
 
 
 def _means(values: list[float]) -> Samples:

@@ -21,8 +21,9 @@ import torch
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinkquant.artifacts import Measure
+from sinkquant.artifacts import KVCachePlan, Measure
 from sinkquant.errors import RequestError
+from sinkquant.evaluate.cached import CachedSinkLM
 from sinkquant.evaluate.harness import SinkLM
 from sinkquant.evaluate.statistics import Samples, standard_error, value_of
 from sinkquant.evaluate.tasks import LOCAL_TASKS
@@ -49,7 +50,7 @@ class TaskResult:
 
 def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], folder: Path | None,
               *, bos: bool, batch_size: int, limit: int | None = None, seed: int = 0,
-              quiet: bool = True) -> dict[str, TaskResult]:
+              quiet: bool = True, kv: KVCachePlan | None = None) -> dict[str, TaskResult]:
     """Score a model on tasks with lm-eval's `simple_evaluate`.
 
     Local tasks need no network. A group of tasks comes back as its tasks.
@@ -59,14 +60,17 @@ def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks:
         bos: whether rows of this model start with `<bos>`.
         limit: score only the first so many documents of each task.
         quiet: neither log lines nor progress bars of lm-eval.
+        kv: score through a KV cache that is packed so; null for none.
 
     Raises:
         RequestError: there is no such task, its data cannot be reached, or an answer is longer than the context.
     """
     with _undisturbed(quiet):
         manager = _manager(tasks, folder)
+        harness = (SinkLM(model, tokenizer, bos, batch_size, quiet) if kv is None else
+                   CachedSinkLM(model, tokenizer, bos, batch_size, kv, quiet))
         result = lm_eval.simple_evaluate(
-            model=SinkLM(model, tokenizer, bos, batch_size, quiet), tasks=list(tasks), task_manager=manager,
+            model=harness, tasks=list(tasks), task_manager=manager,
             limit=limit, log_samples=True, bootstrap_iters=0, random_seed=seed, numpy_random_seed=seed,
             torch_random_seed=seed, fewshot_random_seed=seed)
     return {task: _result(samples, result["results"][task], result["higher_is_better"].get(task) or {})

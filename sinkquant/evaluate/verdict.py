@@ -19,6 +19,7 @@ def judge(rows: list[Row], paired: list[Paired], recovery: Recovery, fidelity: F
     if any(bound is not None for bound in gate.model_dump().values()):
         outcome = "failed" if failures else "passed"
     answer, sentence = _answer(rows, paired)
+    sentence = " ".join([sentence, *_mechanisms(rows, paired)])
     return Verdict(answer=answer, sentence=sentence, gate=outcome, failures=failures)
 
 
@@ -41,6 +42,24 @@ def _answer(rows: list[Row], paired: list[Paired]) -> tuple[Answer, str]:
     if pair.high < 0:
         return "does not pay", f"Protection does not pay on this model: {figures}."
     return "no difference shown", f"No difference was shown on this model: {figures}."
+
+
+MECHANISMS = {"weights": "For the weights alone", "cache": "For the KV cache alone"}
+
+
+def _mechanisms(rows: list[Row], paired: list[Paired]) -> list[str]:
+    """What protection does to each mechanism on its own, where both were quantized."""
+    by_name = {row.name: row for row in rows}
+    sentences = []
+    for name, what in MECHANISMS.items():
+        pair = next((p for p in paired if (p.task, p.a, p.b) == ("divergence", f"{name}_control", name)), None)
+        if pair is None:
+            continue
+        aware, control = (by_name[row].tasks["divergence"]["kl"].value for row in (name, f"{name}_control"))
+        pays = "pays" if pair.low > 0 else "does not pay" if pair.high < 0 else "shows no difference"
+        sentences.append(f"{what} it {pays}: {aware:.4g} against {control:.4g} nats, 95 % interval of the difference "
+                         f"{pair.low:.2g} to {pair.high:.2g}.")
+    return sentences
 
 
 def _size(difference: float) -> str:

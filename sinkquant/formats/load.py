@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan, SinkMap
+from sinkquant.cache import install
 from sinkquant.errors import RequestError
 from sinkquant.formats.bars import no_bars
 from sinkquant.models import check_finite, load_model, load_tokenizer, resolve
@@ -21,7 +22,8 @@ def load(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto",
          device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a checkpoint that sinkquant wrote, or any other that transformers can.
 
-    Packed weights are made dense at once, so that the model can be observed, evaluated and generated from.
+    Packed weights are made dense at once, so that the model can be observed, evaluated and generated from. Where the
+    checkpoint's plan packs the KV cache, `generate` does so unless it is given another cache.
 
     Raises:
         RequestError: the folder is not a complete checkpoint, has no tokenizer, or is quantized in a way that dense
@@ -29,7 +31,11 @@ def load(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto",
     """
     path = resolve(str(folder))
     tokenizer = load_tokenizer(path)
-    return load_dense(path, dtype, device), tokenizer
+    model = load_dense(path, dtype, device)
+    content = read_checkpoint(path)
+    if content and content["plan"].kv_cache is not None:
+        install(model, content["plan"].kv_cache)
+    return model, tokenizer
 
 
 def load_dense(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> PreTrainedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sinkquant.artifacts import ModelShape, Plan
 from sinkquant.errors import RequestError
+from sinkquant.policy.kv_cache import accept_kv
 from sinkquant.policy.plan import _finish
 from sinkquant.policy.rules import Choice, check_group_sizes
 from sinkquant.recipe import Recipe, near_miss
@@ -29,7 +30,8 @@ def accept_edited(plan: Plan, shape: ModelShape) -> Plan:
                             columns=tuple(d.columns), reason=d.reason) for name, d in plan.modules.items()}
     check_group_sizes(choices, shape)
     counted = _finish(plan.name, choices, shape, Recipe.parse(plan.recipe), plan.calibration.sinks)
-    return counted.model_copy(update={"calibration": plan.calibration, "seed": plan.seed, "notes": plan.notes})
+    return counted.model_copy(update={"calibration": plan.calibration, "kv_cache": accept_kv(plan.kv_cache, shape),
+                                      "seed": plan.seed, "notes": plan.notes})
 
 
 def _check(name: str, plan: Plan, shape: ModelShape) -> None:

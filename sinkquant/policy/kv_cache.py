@@ -47,6 +47,30 @@ def make_kv_control(aware: KVCachePlan | None) -> KVCachePlan | None:
                                 f"{window - aware.window} tokens for the same bytes")
 
 
+def accept_kv(plan: KVCachePlan | None, shape: ModelShape) -> KVCachePlan | None:
+    """An edited KV section, checked against the model, its sizes counted anew.
+
+    Raises:
+        RequestError: it is of another model, or bits or groups do not fit.
+    """
+    if plan is None:
+        return None
+    if len(plan.layers) != len(shape.kv_layers):
+        raise RequestError(f"the plan's kv_cache has {len(plan.layers)} layers and this model has "
+                           f"{len(shape.kv_layers)}.")
+    for index, (layer, real) in enumerate(zip(plan.layers, shape.kv_layers, strict=True)):
+        if layer.packed and (real.heads == 0 or real.sliding_window is not None):
+            raise RequestError(f"the plan packs the keys and values of layer {index}, which cannot be packed.")
+        if (len(layer.key_bits), len(layer.value_bits)) != (real.heads, real.heads):
+            raise RequestError(f"the plan's kv_cache gives layer {index} bits for {len(layer.key_bits)} heads, and it "
+                               f"has {real.heads}.")
+        wrong = [bits for bits in layer.key_bits + layer.value_bits if bits not in (2, 3, 4, 8, 16)]
+        if wrong:
+            raise RequestError(f"the plan's kv_cache gives layer {index} {wrong[0]} bits; give it 2, 3, 4, 8 or 16.")
+        _check_fit(real, index, plan)
+    return _weighed(plan, plan.expected_exact, plan.reason)
+
+
 def _mean_bytes(plan: KVCachePlan, exact: int) -> int:
     lengths = [max(1, plan.length - shorter) for shorter in range(plan.group_size)]
     return math.ceil(sum(cache_bytes(plan, tokens, min(exact, tokens)) for tokens in lengths) / len(lengths))
@@ -105,7 +129,7 @@ def _left(layer: KVLayerShape, why: str) -> KVLayer:
                    value_dim=layer.value_dim, reason=f"left as it is: {why}")
 
 
-def _check_fit(layer: KVLayerShape, index: int, settings: KVCache) -> None:
+def _check_fit(layer: KVLayerShape, index: int, settings: KVCache | KVCachePlan) -> None:
     group = value_group(settings.group_size, layer.value_dim)
     if layer.value_dim % group:
         fitting = [size for size in (32, 64, 128) if layer.value_dim % value_group(size, layer.value_dim) == 0]

@@ -60,7 +60,7 @@ def base_choices(shape: ModelShape, recipe: Recipe) -> dict[str, Choice]:
     for name, linear in shape.linears.items():
         if linear.fixed:
             choices[name] = Choice(16, None, "none", f"left in 16 bits, {linear.fixed}", pinned=True)
-    if not any(choice.quantized for choice in choices.values()):
+    if recipe.kv_cache is None and not any(choice.quantized for choice in choices.values()):
         reasons = sorted({linear.fixed for linear in shape.linears.values() if linear.fixed})
         why = reasons[0] if reasons else "weights.ignore and weights.overrides leave nothing"
         raise RequestError(f"{shape.architecture} has nothing that can be quantized: {why}.")

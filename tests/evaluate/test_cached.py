@@ -1,0 +1,115 @@
+"""lm-eval through the packed cache, and the rows of a run whose cache is packed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny_model
+from tiny_tokenizer import random_text, tiny_tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+import sinkquant as sq
+from sinkquant.artifacts import KVCachePlan, Plan
+from sinkquant.cache import SinkCache
+from sinkquant.cache.layer import SinkLayer
+from sinkquant.evaluate.cached import CachedSinkLM
+from sinkquant.evaluate.harness import SinkLM
+from sinkquant.models import Decoder
+from sinkquant.policy.kv_cache import make_kv_plan
+from sinkquant.recipe import Recipe
+
+SETTINGS = ["kv_cache.window=16", "kv_cache.length=128", "calibration.rows=4", "calibration.length=64",
+            "detect.rows=8", "detect.long_rows=0", "detect.super_weights=false", "evaluate.tasks=[sink_perplexity]",
+            "evaluate.limit=3", "evaluate.divergence_rows=4", "evaluate.divergence_length=128",
+            "evaluate.bootstrap=100", "evaluate.fidelity=false"]
+
+
+class _Request:
+    def __init__(self, *arguments: object) -> None:
+        self.args = arguments
+
+
+def _kv(model: PreTrainedModel, bits: int) -> KVCachePlan:
+    recipe = Recipe().replace(["kv_cache.window=16", f"kv_cache.key_bits={bits}", f"kv_cache.value_bits={bits}",
+                               "kv_cache.exact=first-n"])
+    made = make_kv_plan(Decoder.of(model).shape("tiny"), None, recipe)  # type: ignore[arg-type]
+    assert made is not None
+    return made
+
+
+@pytest.fixture
+def pair() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    return tiny_model("llama"), tiny_tokenizer()
+
+
+def test_sixteen_bits_score_as_no_cache_and_two_do_not(pair: tuple[PreTrainedModel, PreTrainedTokenizerFast]) -> None:
+    model, tokenizer = pair
+    texts = [random_text(150, seed) for seed in range(3)]
+    plain = SinkLM(tiny_model("llama"), tokenizer, True, 2)
+    exact, packed = (CachedSinkLM(model, tokenizer, True, 2, _kv(model, bits)) for bits in (16, 2))
+    rolling = [lm.loglikelihood_rolling([_Request(text) for text in texts]) for lm in (plain, exact, packed)]
+    assert rolling[1] == pytest.approx(rolling[0], rel=1e-5)
+    assert rolling[2] != pytest.approx(rolling[0], rel=1e-5)
+    choices = [_Request(text, " w9 w10") for text in texts]
+    scores = [lm.loglikelihood(choices) for lm in (plain, exact, packed)]
+    assert [s for s, _ in scores[1]] == pytest.approx([s for s, _ in scores[0]], rel=1e-5)
+    assert [s for s, _ in scores[2]] != pytest.approx([s for s, _ in scores[0]], rel=1e-5)
+
+
+def test_generation_goes_through_the_cache(pair: tuple[PreTrainedModel, PreTrainedTokenizerFast],
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = pair
+    seen: list[int] = []
+    settle = SinkLayer.settle
+
+    def counted(layer: SinkLayer, row_starts: torch.Tensor | None = None) -> None:
+        settle(layer, row_starts)
+        seen.append(layer.packed_length)
+
+    monkeypatch.setattr(SinkLayer, "settle", counted)
+    requests = [_Request(random_text(100, 1), {"until": ["w127"], "max_gen_toks": 6}),
+                _Request(random_text(60, 2), {"until": ["w127"], "max_gen_toks": 6})]
+    exact = CachedSinkLM(model, tokenizer, True, 2, _kv(model, 16)).generate_until(requests)
+    assert exact == SinkLM(tiny_model("llama"), tokenizer, True, 2).generate_until(requests)
+    assert max(seen) > 0
+
+
+def test_a_run_has_a_row_per_mechanism_and_loads_with_its_cache(tiny_folder: Path, text_file: Path,
+                                                                 tmp_path: Path) -> None:
+    recipe = Recipe().replace([*SETTINGS, "weights.method=rtn", "weights.group_size=32", "kv_cache.exact=first-n",
+                               f"calibration.text={text_file}", f"evaluate.text={text_file}"])
+    report = sq.run(recipe, tiny_folder, tmp_path / "out")
+    assert report is not None
+    rows = {row.name: row for row in report.rows}
+    assert list(rows) == ["unquantized", "sink_aware", "control", "weights", "cache", "weights_control",
+                          "cache_control"]
+    assert rows["unquantized"].kv_bits == rows["weights"].kv_bits == 16
+    assert rows["cache"].kv_bits == rows["sink_aware"].kv_bits < 16
+    assert rows["cache"].weight_bytes == rows["unquantized"].weight_bytes
+    assert rows["cache_control"].kv_bytes == pytest.approx(rows["cache"].kv_bytes, rel=0.02)
+    divergence = {name: row.tasks["divergence"]["kl"].value for name, row in rows.items() if name != "unquantized"}
+    assert divergence["sink_aware"] > divergence["weights"] > 0
+    assert divergence["cache"] > 0
+    assert "sink_perplexity" in rows["sink_aware"].tasks
+    assert {("weights_control", "weights"), ("cache_control", "cache")} <= {(p.a, p.b) for p in report.paired}
+    assert "For the KV cache alone" in report.verdict.sentence
+    assert "KV cache: keys in 2" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    plan = Plan.load(tmp_path / "out" / "plan.json")
+    assert plan.kv_cache is not None
+    model, _ = sq.load(tmp_path / "out" / "model")
+    found = model.generate(torch.full((1, 70), 9), max_new_tokens=4, return_dict_in_generate=True)
+    assert isinstance(found.past_key_values, SinkCache)
+    assert found.past_key_values.plan == plan.kv_cache
+
+
+def test_the_cache_alone(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = Recipe.load("kv2-sink").replace([*SETTINGS, "kv_cache.exact=first-n", f"calibration.text={text_file}",
+                                              f"evaluate.text={text_file}"])
+    report = sq.run(recipe, tiny_folder, tmp_path / "out")
+    assert report is not None
+    rows = {row.name: row for row in report.rows}
+    assert list(rows) == ["unquantized", "sink_aware", "control"]
+    assert rows["sink_aware"].tasks["divergence"]["kl"].value > 0
+    assert rows["control"].kv_bits == pytest.approx(rows["sink_aware"].kv_bits, rel=0.02)
