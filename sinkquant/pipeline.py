@@ -17,10 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan, Report, SinkMap
 from sinkquant.artifacts.report import Fidelity
+from sinkquant.cache import make_prefix, prepare, save_prefix
 from sinkquant.detect import detect
 from sinkquant.diagnose import sink_fidelity
 from sinkquant.evaluate import BASELINE, Candidate, Compare, evaluate, require_tasks_possible
-from sinkquant.formats import load_dense, quantize_to, read_checkpoint, require_free, versions
+from sinkquant.formats import KV_PREFIX, load_dense, prefix_of, quantize_to, read_checkpoint, require_free, versions
 from sinkquant.models import (
     Decoder,
     load_model,
@@ -117,6 +118,7 @@ class _Job:
         for place, one in plans.items():
             with self.work.timed(f"quantize {one.name}"):
                 self.checkpoint(place, one, sink_map)
+            self.prefix(place, one)
             with self.work.timed(f"detect {one.name}"):
                 after[one.name] = self.look_again(place, one.name)
         with self.work.timed("evaluate"):
@@ -160,6 +162,13 @@ class _Job:
         quantize_to(self.work / place, self.load(), one, self.tokenizer, sink_map, self.recipe,
                     pick_device(compute.device), getattr(torch, compute.dtype), progress=self.progress)
         LOG.info("%s: %d bytes written, %d predicted", place, weight_bytes(self.work / place), one.weight_bytes)
+
+    def prefix(self, place: str, one: Plan) -> None:
+        """The keys and values of the plan's prefix, by the unquantized model, into the checkpoint."""
+        path = self.work / place / KV_PREFIX
+        if one.kv_cache is not None and one.kv_cache.prefix and not path.is_file():
+            model = load_model(self.folder, getattr(torch, self.recipe.compute.dtype), "cpu", self.trust_remote_code)
+            save_prefix(make_prefix(model, one.kv_cache.prefix), path)
 
     def look_again(self, place: str, name: str) -> SinkMap:
         """The sinks of a quantized checkpoint, without the ablations."""
@@ -280,12 +289,19 @@ def mechanisms(candidates: list[Candidate], plans: list[Plan]) -> list[Candidate
     rows = []
     for candidate, one, name in zip(quantized, plans, ("", "_control"), strict=False):
         rows.append(replace(candidate, name=f"weights{name}", kv=None, tasks_too=False, tasks={}, divergences=[]))
-        rows.append(replace(base, name=f"cache{name}", kv=one.kv_cache, tasks_too=False, tasks={}, divergences=[]))
+        # The unquantized model's own keys and values are what a prefix would put in their place.
+        alone = one.kv_cache.model_copy(update={"prefix": []}) if one.kv_cache is not None else None
+        rows.append(replace(base, name=f"cache{name}", kv=alone, tasks_too=False, tasks={}, divergences=[]))
     return rows
 
 
 def _loader(path: Path, dtype: torch.dtype, device: str) -> Callable[[], PreTrainedModel]:
-    return lambda: load_dense(path, dtype, device)
+    """A checkpoint's model, given its KV prefix where it has one."""
+    def load() -> PreTrainedModel:
+        model, prefix = load_dense(path, dtype, device), prefix_of(path)
+        return model if prefix is None else prepare(model, prefix)
+
+    return load
 
 
 def weight_bytes(folder: Path) -> int:

@@ -133,8 +133,8 @@ class KVCache(Section):
 
     Groups of `group_size`: tokens for keys, channels of a head for values. The last `window` tokens are never packed.
     `exact`: the sinks that detection found; "first-n": the first `first_n` tokens; "massive": those that carry a
-    massive activation in the prompt at hand; "none". At most `max_exact` per row. `length` is what bytes are planned
-    for.
+    massive activation in the prompt at hand; "none". At most `max_exact` per row. `prefix` "bos": keys and values
+    of `<bos>` come from the unquantized model. `length` is what bytes are planned for.
     """
 
     key_bits: Literal[2, 3, 4, 8, 16] = 2
@@ -146,6 +146,7 @@ class KVCache(Section):
     exact: Literal["none", "first-n", "detected", "massive"] = "detected"
     first_n: int = Field(default=4, ge=1)
     max_exact: int = Field(default=16, ge=0)
+    prefix: Literal["none", "bos"] = "none"
     length: int = Field(default=4096, ge=1)
     overrides: list[KVOverride] = Field(default_factory=list)
 

@@ -58,7 +58,8 @@ class KVCachePlan(Strict):
     head (the whole head where it is smaller). The last `window` tokens (and up to a block more) stay in the model's
     dtype, and so do at most `max_exact` tokens of a row that `exact` picks. `key_bits` and `value_bits` are those of
     most layers; `layers` says it per layer and KV head. `symmetric` grids store no zero point. `rotate`: codes are of
-    Hadamard-rotated heads.
+    Hadamard-rotated heads. `prefix`: rows that begin with these token ids take their keys and values from the
+    unquantized model, and keep them exact beside the `max_exact` others.
     `bytes` and `bits_per_value` are of one row of `length` tokens with `expected_exact` exact ones and numbers of 16
     bits, averaged over the last `group_size` lengths, because the window breathes by a block.
     """
@@ -72,6 +73,7 @@ class KVCachePlan(Strict):
     exact: ExactPolicy
     first_n: int = 0
     max_exact: int
+    prefix: list[int] = Field(default_factory=list)
     sinks: list[KVSink] = Field(default_factory=list)
     massive: MassiveCarriers | None = None
     layers: list[KVLayer]

@@ -15,6 +15,7 @@ from sinkquant.cache.dispatch import stand_in
 from sinkquant.cache.exact import Massive, NewTokens, exact_tokens
 from sinkquant.cache.hadamard import is_power_of_two
 from sinkquant.cache.layer import SinkLayer
+from sinkquant.cache.prefix import Prefix, PrefixMatch
 from sinkquant.errors import RequestError
 
 
@@ -57,9 +58,10 @@ class SinkCache(Cache):
         self._flagged_from = -1
         self._waiting: list[int] = []
         self._packed_reads = False
+        self._match: PrefixMatch | None = None
 
     def see(self, ids: torch.Tensor | None, mask: torch.Tensor | None, size: tuple[int, int], device: torch.device,
-            packed_reads: bool) -> None:
+            packed_reads: bool, prefix: Prefix | None = None) -> None:
         """Look at what a forward pass is about to add; called by the hook that `prepare` sets.
 
         Args:
@@ -67,9 +69,10 @@ class SinkCache(Cache):
             mask: [batch, columns before + new], zero on padding, or None for no padding.
             size: batch and new.
             packed_reads: whether the model's attention can be given a packed layer.
+            prefix: what the model has been given for rows that begin with `plan.prefix`.
 
         Raises:
-            RequestError: another batch size than before.
+            RequestError: another batch size than before, or the prefix of the plan is missing.
         """
         batch, new = size
         # Not of the first layer: a layer before ours may have been updated already.
@@ -88,18 +91,36 @@ class SinkCache(Cache):
         else:
             seen = mask[:, :before + new].long()
             positions = (seen.cumsum(1) - 1).masked_fill(seen == 0, -1)[:, before:]
+        self._match = self._match_prefix(prefix, positions, ids) if self.plan.prefix else None
         self._flags, self._flagged_from = self._judge(NewTokens(positions, ids)), before
         self._packed_reads = packed_reads
 
     def _judge(self, new: NewTokens) -> torch.Tensor | None:
         flags = self.exact.flags(new)
+        if self._match is not None:
+            flags = self._match.flags if flags is None else flags | self._match.flags
         return flags if flags is not None and bool(flags.any()) else None
+
+    def _match_prefix(self, prefix: Prefix | None, positions: torch.Tensor,
+                      ids: torch.Tensor | None) -> PrefixMatch:
+        if prefix is None or list(prefix.ids) != self.plan.prefix:
+            raise RequestError("the KV plan starts rows from a prefix that this model was not given; load the "
+                               "checkpoint with sinkquant.load, or call sinkquant.cache.prepare(model, prefix).")
+        if ids is None:
+            raise RequestError("the KV plan starts rows from a prefix, but the cache was not shown the tokens; pass "
+                               "input_ids.")
+        before = torch.zeros_like(positions[:, 0])
+        if self._match is not None and len(self._match.matched) == len(before):
+            before = self._match.matched
+        return PrefixMatch(prefix, before, ids, positions)
 
     def hidden_states(self, block: int, hidden: torch.Tensor) -> None:
         """Look at the hidden states [batch, new, hidden] after a block; called by the hook that `prepare` sets."""
         if not isinstance(self.exact, Massive) or block != self.exact.carriers.layer or hidden.dim() != 3:
             return
         flags = self.exact.verdict(hidden)
+        if self._match is not None:
+            flags = flags | self._match.flags
         self._flags = flags if bool(flags.any()) else None
         waiting, self._waiting = self._waiting, []
         for index in waiting:
@@ -116,6 +137,8 @@ class SinkCache(Cache):
             RequestError: another batch size than before, or a policy that was not shown what it needs.
         """
         layer = self.layers[layer_idx]
+        if self._match is not None:
+            key_states, value_states = self._match.put(layer_idx, key_states, value_states)
         if not isinstance(layer, SinkLayer):
             return layer.update(key_states, value_states, *args, **kwargs)
         before = layer.get_seq_length()
@@ -169,11 +192,12 @@ class SinkCache(Cache):
         """Forget everything, the batch size too."""
         super().reset()
         self.row_starts, self._flags, self._flagged_from, self._waiting = None, None, -1, []
+        self._match = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last columns; see `transformers.Cache.crop`."""
         super().crop(tokens_to_remove)
-        self._flags, self._flagged_from = None, -1
+        self._flags, self._flagged_from, self._match = None, -1, None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Rows in another order, for beam search."""

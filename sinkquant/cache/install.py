@@ -9,18 +9,19 @@ from transformers import PreTrainedModel
 
 from sinkquant.artifacts.kv import KVCachePlan
 from sinkquant.cache.cache import SinkCache
+from sinkquant.cache.prefix import Prefix
 from sinkquant.cache.prepare import prepare
 
 
-def install(model: PreTrainedModel, plan: KVCachePlan) -> PreTrainedModel:
+def install(model: PreTrainedModel, plan: KVCachePlan, prefix: Prefix | None = None) -> PreTrainedModel:
     """Prepare a model, and let its `generate` start from a new SinkCache where the call names no cache of its own
     (`past_key_values`, `cache_implementation`, `use_cache=False`).
 
     Raises:
-        RequestError: the plan is of another model.
+        RequestError: the plan or the prefix is of another model.
     """
     SinkCache(model.config, plan)
-    prepare(model)
+    prepare(model, prefix)
     # A partial, because it is copied with the model: a closure would go on generating from the original.
     model.generate = functools.partial(_generate, model, plan)
     return model

@@ -144,7 +144,8 @@ class SinkLayer(CacheLayerMixin):
             flags: bool [batch, n] for the last n columns, all of them in the window.
         """
         used = (self.exact_columns >= 0).sum(1)
-        take = flags & (flags.cumsum(1) + used[:, None] <= self.plan.max_exact)
+        room = self.plan.max_exact + len(self.plan.prefix)
+        take = flags & (flags.cumsum(1) + used[:, None] <= room)
         row, place = torch.nonzero(take, as_tuple=True)
         if not len(row):
             return

@@ -12,39 +12,57 @@ from transformers import PreTrainedModel
 
 from sinkquant.cache.cache import SinkCache
 from sinkquant.cache.dispatch import dispatch_packed, reads_packed
+from sinkquant.cache.prefix import Prefix, require_same_model
+from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
 
 
-def prepare(model: PreTrainedModel) -> PreTrainedModel:
+def prepare(model: PreTrainedModel, prefix: Prefix | None = None) -> PreTrainedModel:
     """Set hooks and attention of a model, once; further calls change nothing. Without a SinkCache it runs as before.
+
+    Args:
+        prefix: what rows that begin with its tokens start from, where a plan asks for it.
 
     Returns:
         the model itself.
 
     Raises:
-        RequestError: the model does not dispatch its attention through transformers.
+        RequestError: the model does not dispatch its attention through transformers, the prefix was made by another
+            model, or another one was given before.
     """
-    if _before_forward in model._forward_pre_hooks.values():
+    before = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _BeforeForward)), None)
+    if prefix is not None:
+        require_same_model(prefix, model)
+    if before is not None:
+        if prefix is not None and before.prefix not in (None, prefix):
+            raise RequestError("this model was given another KV prefix before; load it anew.")
+        before.prefix = before.prefix if prefix is None else prefix
         return model
     decoder = Decoder.of(model)
-    model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+    model.register_forward_pre_hook(_BeforeForward(prefix), with_kwargs=True)
     for index, block in enumerate(decoder.blocks):
         block.register_forward_hook(functools.partial(_after_block, index), with_kwargs=True)
     dispatch_packed(model)
     return model
 
 
-def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache = _find(args, kwargs)
-    if cache is None:
-        return
-    ids = kwargs.get("input_ids", args[0] if args and isinstance(args[0], torch.Tensor) else None)
-    tokens = ids if ids is not None else kwargs.get("inputs_embeds")
-    if tokens is None:
-        return
-    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 and isinstance(args[1], torch.Tensor) else None)
-    cache.see(ids, mask if isinstance(mask, torch.Tensor) else None, tokens.shape[:2], tokens.device,
-              isinstance(module, PreTrainedModel) and reads_packed(module))
+class _BeforeForward:
+    """Shows tokens and masks to the cache of a forward pass. It holds no model, so that it can be copied with one."""
+
+    def __init__(self, prefix: Prefix | None) -> None:
+        self.prefix = prefix
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = _find(args, kwargs)
+        if cache is None:
+            return
+        ids = kwargs.get("input_ids", args[0] if args and isinstance(args[0], torch.Tensor) else None)
+        tokens = ids if ids is not None else kwargs.get("inputs_embeds")
+        if tokens is None:
+            return
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 and isinstance(args[1], torch.Tensor) else None)
+        cache.see(ids, mask if isinstance(mask, torch.Tensor) else None, tokens.shape[:2], tokens.device,
+                  isinstance(module, PreTrainedModel) and reads_packed(module), self.prefix)
 
 
 def _after_block(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

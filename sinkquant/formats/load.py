@@ -11,11 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan, SinkMap
-from sinkquant.cache import install
+from sinkquant.cache import Prefix, install, load_prefix
 from sinkquant.errors import RequestError
 from sinkquant.formats.bars import no_bars
 from sinkquant.models import check_finite, load_model, load_tokenizer, resolve
 from sinkquant.quantize import UNPACKED
+
+KV_PREFIX = "kv_prefix/prefix.safetensors"
+"""In a folder of its own: some engines load every safetensors file beside config.json as weights."""
 
 
 def load(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto",
@@ -34,8 +37,14 @@ def load(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto",
     model = load_dense(path, dtype, device)
     content = read_checkpoint(path)
     if content and content["plan"].kv_cache is not None:
-        install(model, content["plan"].kv_cache)
+        install(model, content["plan"].kv_cache, prefix_of(path))
     return model, tokenizer
+
+
+def prefix_of(path: Path) -> Prefix | None:
+    """The KV prefix of a checkpoint, or None where it has none."""
+    file = path / KV_PREFIX
+    return load_prefix(file) if file.is_file() else None
 
 
 def load_dense(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> PreTrainedModel:

@@ -29,7 +29,8 @@ def make_kv_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> KVCach
         key_bits=settings.key_bits, value_bits=settings.value_bits, group_size=settings.group_size,
         window=settings.window, symmetric=settings.symmetric, rotate=settings.rotate, exact=settings.exact,
         first_n=settings.first_n if settings.exact == "first-n" else 0,
-        max_exact=0 if settings.exact == "none" else settings.max_exact, sinks=sinks, massive=massive, layers=layers,
+        max_exact=0 if settings.exact == "none" else settings.max_exact,
+        prefix=_prefix(sink_map, settings), sinks=sinks, massive=massive, layers=layers,
         bits_per_value=0.0, length=settings.length, expected_exact=0, bytes=0, unquantized_bytes=0, reason="")
     return _weighed(plan, _expected_exact(plan, sink_map), _reason(plan, sink_map))
 
@@ -39,7 +40,8 @@ def make_kv_control(aware: KVCachePlan | None) -> KVCachePlan | None:
     control is never the smaller one."""
     if aware is None:
         return None
-    control = aware.model_copy(update={"exact": "none", "first_n": 0, "max_exact": 0, "sinks": [], "massive": None})
+    control = aware.model_copy(update={"exact": "none", "first_n": 0, "max_exact": 0, "sinks": [], "massive": None,
+                                        "prefix": []})
     spare, saved = aware.bytes - _mean_bytes(aware, 0), _saved_per_token(aware)
     window = aware.window + (math.ceil(spare / saved) if saved > 0 else 0)
     control = control.model_copy(update={"window": window})
@@ -147,6 +149,15 @@ def _sinks(sink_map: SinkMap) -> list[KVSink]:
             for token in sink_map.tokens if token.kind != "learned"]
 
 
+def _prefix(sink_map: SinkMap, settings: KVCache) -> list[int]:
+    if settings.prefix == "none":
+        return []
+    tokenization = sink_map.tokenization
+    if tokenization.bos_token_id is None or not tokenization.rows_start_with_bos:
+        raise RequestError("kv_cache.prefix is 'bos', but rows of this model do not start with <bos>; use 'none'.")
+    return [tokenization.bos_token_id]
+
+
 def _carriers(sink_map: SinkMap) -> MassiveCarriers:
     """Where massive activations emerge, from the strongest channel, with all channels that are there by then."""
     known = [channel for channel in sink_map.channels if channel.profile and _block(channel.born) is not None]
@@ -172,14 +183,16 @@ def _block(label: str) -> int | None:
 
 def _expected_exact(plan: KVCachePlan, sink_map: SinkMap) -> int:
     """How many tokens of a row of `plan.length` will be kept, as far as the sink map tells."""
+    first = len(plan.prefix)
     if plan.exact == "none":
-        return 0
+        return first
     if plan.exact == "first-n":
-        return min(plan.first_n, plan.max_exact)
+        return max(first, min(plan.first_n, plan.max_exact + first))
     tokens = [token for token in sink_map.tokens if token.kind != "learned"
               and (plan.exact == "detected" or token.massive)]
-    count = sum(1 if token.position is not None else math.ceil(token.share * plan.length) for token in tokens)
-    return min(count, plan.max_exact, plan.length)
+    count = first + sum(math.ceil(token.share * plan.length) if token.position is None else token.position >= first
+                        for token in tokens)
+    return min(count, plan.max_exact + first, plan.length)
 
 
 def _reason(plan: KVCachePlan, sink_map: SinkMap) -> str:

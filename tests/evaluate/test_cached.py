@@ -79,7 +79,7 @@ def test_generation_goes_through_the_cache(pair: tuple[PreTrainedModel, PreTrain
 def test_a_run_has_a_row_per_mechanism_and_loads_with_its_cache(tiny_folder: Path, text_file: Path,
                                                                  tmp_path: Path) -> None:
     recipe = Recipe().replace([*SETTINGS, "weights.method=rtn", "weights.group_size=32", "kv_cache.exact=first-n",
-                               f"calibration.text={text_file}", f"evaluate.text={text_file}"])
+                               "kv_cache.prefix=bos", f"calibration.text={text_file}", f"evaluate.text={text_file}"])
     report = sq.run(recipe, tiny_folder, tmp_path / "out")
     assert report is not None
     rows = {row.name: row for row in report.rows}
@@ -98,6 +98,9 @@ def test_a_run_has_a_row_per_mechanism_and_loads_with_its_cache(tiny_folder: Pat
     assert "KV cache: keys in 2" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     plan = Plan.load(tmp_path / "out" / "plan.json")
     assert plan.kv_cache is not None
+    assert plan.kv_cache.prefix == [1]
+    assert (tmp_path / "out" / "model" / "kv_prefix" / "prefix.safetensors").is_file()
+    assert not (tmp_path / "out" / "model-control" / "kv_prefix").exists()
     model, _ = sq.load(tmp_path / "out" / "model")
     found = model.generate(torch.full((1, 70), 9), max_new_tokens=4, return_dict_in_generate=True)
     assert isinstance(found.past_key_values, SinkCache)

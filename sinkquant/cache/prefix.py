@@ -1,0 +1,136 @@
+"""Keys and values of the first tokens of every row, computed once by the unquantized model (IntactKV 2403.01241,
+PrefixQuant 2410.05265): what a quantized model gets wrong about its sinks never enters the cache.
+
+The prefix is part of a row, not put in front of it: where a row begins with these tokens, theirs are replaced on their
+way into the cache. Masks, positions and padding stay as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import DynamicCache, PreTrainedModel
+
+from sinkquant.errors import RequestError
+
+SCHEMA = "sinkquant/kvprefix@1"
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Attributes:
+        ids: the tokens, in order, from the first of a row on.
+        keys, values: layer -> [kv_heads, tokens, head_dim] in the dtype of the model that made them.
+        model: fingerprint of that model; see `fingerprint`.
+    """
+
+    ids: tuple[int, ...]
+    keys: dict[int, torch.Tensor]
+    values: dict[int, torch.Tensor]
+    model: str
+
+
+def make_prefix(model: PreTrainedModel, ids: list[int]) -> Prefix:
+    """Run the unquantized model over the tokens of a prefix and keep every layer's keys and values.
+
+    Raises:
+        RequestError: there are no tokens, or some that the model does not know.
+    """
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if not ids or not all(0 <= token < vocabulary for token in ids):
+        raise RequestError(f"a prefix needs token ids from 0 to {vocabulary - 1}, and at least one of them.")
+    cache = DynamicCache()  # without a configuration it keeps all of it, of sliding layers too
+    with torch.no_grad():
+        model(torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True)
+    layers = {index: layer for index, layer in enumerate(cache.layers) if layer.is_initialized}
+    return Prefix(tuple(ids), {index: layer.keys[0].clone() for index, layer in layers.items()},
+                  {index: layer.values[0].clone() for index, layer in layers.items()}, fingerprint(model, ids))
+
+
+def fingerprint(model: PreTrainedModel, ids: list[int]) -> str:
+    """A hash of the architecture and of the embeddings of these tokens, which quantization leaves alone."""
+    config = model.config.get_text_config(decoder=True)
+    facts = [type(model).__name__, config.num_hidden_layers, config.hidden_size, config.num_attention_heads,
+             str(getattr(config, "rope_parameters", None))]
+    rows = model.get_input_embeddings().weight[torch.tensor(ids)].detach().to("cpu", torch.bfloat16)
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    digest.update(rows.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_prefix(prefix: Prefix, path: str | os.PathLike[str]) -> None:
+    """Write a prefix as one safetensors file."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{index}.{name}": tensor.contiguous() for name, states in (("keys", prefix.keys),
+               ("values", prefix.values)) for index, tensor in states.items()}
+    save_file(tensors, path, {"schema": SCHEMA, "ids": json.dumps(prefix.ids), "model": prefix.model})
+
+
+def load_prefix(path: str | os.PathLike[str]) -> Prefix:
+    """Read a prefix back.
+
+    Raises:
+        RequestError: there is no such file, or it holds no prefix.
+    """
+    if not Path(path).is_file():
+        raise RequestError(f"there is no KV prefix {str(path)!r}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise RequestError(f"{path} is not a safetensors file; make the checkpoint again.") from error
+    if facts.get("schema") != SCHEMA:
+        raise RequestError(f"{path} holds no KV prefix of this version ({SCHEMA}).")
+    states: dict[str, dict[int, torch.Tensor]] = {"keys": {}, "values": {}}
+    for name, tensor in tensors.items():
+        index, _, kind = name.partition(".")
+        states[kind][int(index)] = tensor
+    return Prefix(tuple(json.loads(facts["ids"])), states["keys"], states["values"], facts["model"])
+
+
+def require_same_model(prefix: Prefix, model: PreTrainedModel) -> None:
+    """Raises RequestError where the prefix was made by another model."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if max(prefix.ids) >= vocabulary or fingerprint(model, list(prefix.ids)) != prefix.model:
+        raise RequestError("the KV prefix was made by another model; make it again with make_prefix.")
+
+
+class PrefixMatch:
+    """Which new columns continue the prefix in their row, and the states that belong there.
+
+    Args:
+        matched: int64 [batch], how many tokens of the prefix every row has matched before.
+        ids, positions: int64 [batch, new]; see `sinkquant.cache.exact.NewTokens`.
+    """
+
+    def __init__(self, prefix: Prefix, matched: torch.Tensor, ids: torch.Tensor, positions: torch.Tensor) -> None:
+        self.prefix = prefix
+        wanted = torch.tensor(prefix.ids, device=ids.device)
+        inside = (positions >= 0) & (positions < len(wanted))
+        same = inside & (ids == wanted[positions.clamp(0, len(wanted) - 1)])
+        # Padding before a row does not break the run; the first token that differs does.
+        unbroken = (same | (positions < 0)).long().cumprod(1).bool()
+        begun_right = torch.where(positions >= 0, positions, len(wanted)).amin(1) == matched
+        self.flags = same & unbroken & begun_right[:, None]
+        self.matched = matched + self.flags.sum(1)
+        self.row, self.column = torch.nonzero(self.flags, as_tuple=True)
+        self.place = positions[self.row, self.column]
+
+    def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """New keys and values [batch, kv_heads, new, head_dim] with those of the prefix in their place."""
+        if not len(self.row) or layer not in self.prefix.keys:
+            return keys, values
+        both = []
+        for states, exact in ((keys, self.prefix.keys[layer]), (values, self.prefix.values[layer])):
+            replaced = states.clone()
+            replaced[self.row, :, self.column] = exact.to(states)[:, self.place].transpose(0, 1)
+            both.append(replaced)
+        return both[0], both[1]

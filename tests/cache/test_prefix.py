@@ -1,0 +1,107 @@
+"""A prefix from the unquantized model: restored bit by bit, in its rows only, with masks and positions untouched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny_model
+from kv_plans import kv_plan
+from transformers import DynamicCache, PreTrainedModel
+
+from sinkquant.cache import SinkCache, load_prefix, make_prefix, prepare, save_prefix
+from sinkquant.errors import RequestError
+
+IDS = [1, 9, 10]
+
+
+def _damaged(family: str) -> PreTrainedModel:
+    """The model with other projections: what quantization does, only worse. Embeddings stay."""
+    model = tiny_model(family)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "k_proj" in name or "v_proj" in name or "query_key_value" in name:
+                weight += 0.05 * torch.randn(weight.shape, generator=generator)
+    return model
+
+
+def _rows() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(20, 128, (3, 90), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    ids[0, :3] = torch.tensor(IDS)
+    ids[1, :40], mask[1, :40] = 0, 0
+    ids[1, 40:43] = torch.tensor(IDS)
+    ids[2, :2] = torch.tensor([1, 9])  # begins alike, goes on differently
+    return ids, mask
+
+
+@pytest.mark.parametrize("chunk", [90, 2, 32])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
+def test_rows_that_begin_with_it_hold_it_exactly(family: str, chunk: int, tmp_path: Path) -> None:
+    original, model = tiny_model(family), _damaged(family)
+    save_prefix(make_prefix(original, IDS), tmp_path / "prefix.safetensors")
+    prefix = load_prefix(tmp_path / "prefix.safetensors")
+    prepare(model, prefix)
+    ids, mask = _rows()
+    cache = SinkCache(model.config, kv_plan(model, 2, window=16, max_exact=0, prefix=IDS))
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        for start in range(0, 90, chunk):
+            stop = min(start + chunk, 90)
+            model(ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=positions[:, start:stop],
+                  past_key_values=cache)
+    for index, layer in enumerate(cache.layers):
+        if not hasattr(layer, "exact_columns"):
+            continue
+        keys, values = layer.dense()
+        for row, first in ((0, 0), (1, 40)):
+            assert torch.equal(keys[row, :, first:first + 3], prefix.keys[index])
+            assert torch.equal(values[row, :, first:first + 3], prefix.values[index])
+        assert layer.packed_length > 43
+        assert layer.exact_columns.tolist() == [[0, 1, 2], [40, 41, 42], [0, 1, -1]]
+
+
+def test_it_keeps_what_quantization_would_have_lost() -> None:
+    """With nothing else quantized, a row's later tokens read the unquantized prefix."""
+    original = tiny_model("llama")
+    plain, mended = _damaged("llama"), prepare(_damaged("llama"), make_prefix(original, IDS))
+    ids = _rows()[0][:1]
+    outputs = []
+    for model, prefix in ((plain, []), (mended, IDS)):
+        cache = SinkCache(model.config, kv_plan(model, 16, prefix=prefix))
+        with torch.no_grad():
+            outputs.append(model(ids, past_key_values=cache).logits)
+    reference = DynamicCache(config=original.config)
+    with torch.no_grad():
+        original(ids[:, :3], past_key_values=reference)
+        expected = plain(ids[:, 3:], past_key_values=reference).logits
+    assert torch.allclose(outputs[1][:, 3:], expected, atol=1e-5)
+    assert not torch.allclose(outputs[0][:, 3:], expected, atol=1e-3)
+
+
+def test_generate_with_padding_and_beams() -> None:
+    original, model = tiny_model("llama"), tiny_model("llama")
+    prepare(model, make_prefix(original, IDS))
+    ids, mask = _rows()
+    settings = {"max_new_tokens": 12, "do_sample": False, "num_beams": 2}
+    expected = tiny_model("llama").generate(ids, attention_mask=mask, **settings)
+    cache = SinkCache(model.config, kv_plan(model, 16, prefix=IDS))
+    assert torch.equal(model.generate(ids, attention_mask=mask, past_key_values=cache, **settings), expected)
+
+
+def test_wrong_use_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(RequestError, match="another model"):
+        prepare(model, make_prefix(tiny_model("llama", seed=1), IDS))
+    with pytest.raises(RequestError, match="token ids"):
+        make_prefix(model, [500])
+    with pytest.raises(RequestError, match="was not given"):
+        prepare(model)(torch.ones(1, 4, dtype=torch.long), past_key_values=SinkCache(
+            model.config, kv_plan(model, 2, prefix=IDS)))
+    with pytest.raises(RequestError, match="no KV prefix"):
+        load_prefix(tmp_path / "nothing")
+    (tmp_path / "text").write_text("no tensors")
+    with pytest.raises(RequestError, match="not a safetensors file"):
+        load_prefix(tmp_path / "text")
