@@ -33,7 +33,7 @@ from sinkquant.recipe import Recipe
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo_model"))
 from train import build, prepare, read_documents
 
-ROWS = 64
+ROWS = 32
 
 
 def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def measure(folder: Path, bits: list[int]) -> dict[str, float]:
     """One trained model: loss on held-out text, its sinks, and what quantization costs it (mean KL, nats)."""
     model, tokenizer = load_model(folder, float32), load_tokenizer(folder)
     decoder = Decoder.of(model)
-    settings = ["detect.super_weights=false", "detect.long_rows=0", "calibration.rows=32",
+    settings = ["detect.super_weights=false", "detect.long_rows=0", "detect.rows=50", "calibration.rows=32",
                 f"calibration.length={decoder.max_length}"]
     sink_map = detect(model, tokenizer, recipe=Recipe().replace(settings))
     rows = token_rows(tokenizer, read_text(None, "evaluation"), ROWS, decoder.max_length)
