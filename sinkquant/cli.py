@@ -366,6 +366,8 @@ def _show_report(made: Report) -> None:
         table.add_row(row.name, f"{row.weight_bytes:,}", f"{row.bits_per_weight:.3f}", *cells)
     out.print(table)
     out.print(escape(made.verdict.sentence), soft_wrap=True)
+    for name, one in (made.fidelity.comparisons.items() if made.fidelity else ()):
+        out.print(f"{name}: {escape(one.sentence)}", soft_wrap=True)
     for failure in made.verdict.failures:
         out.print(f"[red]gate:[/red] {escape(failure)}", soft_wrap=True)
 

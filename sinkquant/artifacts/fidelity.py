@@ -26,6 +26,27 @@ class FidelityCheck(Strict):
     kept: bool | None
 
 
+class SpreadCurve(Strict):
+    """||delta h|| / ||h|| after the last block at every position when the token at `position` is swapped, mean over
+    rows: of the original (`before`) and the quantized model (`after`)."""
+
+    with_bos: bool
+    position: int
+    before: list[float]
+    after: list[float]
+
+
+class AttentionSample(Strict):
+    """Attention on one short text. `before` and `after`: base64 of one byte per entry (255 is 1), [layers][heads] lower
+    triangles row by row; one head stands for the mean of a layer where there are too many."""
+
+    tokens: list[str]
+    layers: int
+    heads: int
+    before: str
+    after: str
+
+
 class SinkFidelity(Strict):
     """All checks with a verdict.
 
@@ -41,6 +62,8 @@ class SinkFidelity(Strict):
     heads: list[list[float]] = Field(default_factory=list)
     mass: list[list[float]] = Field(default_factory=list)
     mass_before: list[list[float]] = Field(default_factory=list)
+    spread: list[SpreadCurve] = Field(default_factory=list)
+    sample: AttentionSample | None = None
     rows: int = 0
     length: int = 0
 

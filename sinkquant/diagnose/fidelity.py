@@ -17,17 +17,19 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import SinkFidelity, SinkToken
-from sinkquant.artifacts.fidelity import FidelityCheck
+from sinkquant.artifacts.fidelity import FidelityCheck, SpreadCurve
 from sinkquant.diagnose.dormant import DORMANT, EARLY, ON
 from sinkquant.diagnose.null import self_distance
 from sinkquant.diagnose.rows import mark_sinks
+from sinkquant.diagnose.sample import attention_of, attention_sample
 from sinkquant.diagnose.spread import changes
 from sinkquant.diagnose.survey import Compute, Survey, survey
 from sinkquant.errors import RequestError
-from sinkquant.models import Decoder, pick_device, read_text, token_rows
+from sinkquant.models import Decoder, pick_device, read_text, starts_with_bos, token_rows
 from sinkquant.recipe import Recipe
 
 ROWS, LENGTH = 32, 128
+FEW_ROWS = 16
 SINK = 0.3
 DESTROYED = 0.5
 """The sinks are destroyed where the heads that sink keep less than this share of the mass they gave them."""
@@ -40,11 +42,18 @@ Rows = torch.Tensor
 
 @dataclass(frozen=True)
 class _Side:
-    """One model on the rows. mass: [layers, heads, rows]; spread: [rows], mean change of later tokens after a swap."""
+    """One model on the rows.
+
+    Attributes:
+        mass: [layers, heads, rows], mean attention on the sinks.
+        spread: [rows], mean change of later tokens after the one at `position` is swapped; curve: at every position.
+    """
 
     survey: Survey
     mass: torch.Tensor
+    position: int
     spread: torch.Tensor
+    curve: list[float]
 
 
 def sink_fidelity(original: PreTrainedModel, quantized: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
@@ -70,13 +79,21 @@ def sink_fidelity(original: PreTrainedModel, quantized: PreTrainedModel, tokeniz
     marked = mark_sinks(rows, sinks)
     a, b = (_side(decoder, rows, marked, compute) for decoder in (first, second))
     kl = position_divergence(original, quantized, rows)
+    curves = [SpreadCurve(with_bos=starts_with_bos(tokenizer, recipe.calibration.bos), position=a.position,
+                          before=a.curve, after=b.curve)]
+    if curves[0].with_bos:
+        bare = [changes(decoder, rows[:FEW_ROWS, 1:], a.position - 1, compute)[-1].mean(0).tolist()
+                for decoder in (first, second)]
+        curves.append(SpreadCurve(with_bos=False, position=a.position - 1, before=bare[0], after=bare[1]))
+    sample = attention_sample(attention_of(first, rows[0], compute), attention_of(second, rows[0], compute), rows[0],
+                              tokenizer)
     checks = [*_attention_checks(a, b, compute.seed), *_massive_checks(a, b, recipe.detect.massive_ratio, compute.seed),
               *_value_checks(a, b, compute.seed), *_kl_checks(kl, marked, compute.seed)]
     verdict, sentence = _judge(checks, a.mass.mean(-1), b.mass.mean(-1), bool(sinks))
     return SinkFidelity(
         verdict=verdict, sentence=sentence, checks=checks, rows=len(rows), length=rows.shape[1],
         heads=bernoulli_divergence(a.mass.mean(-1), b.mass.mean(-1)).tolist(), mass=b.mass.mean(-1).tolist(),
-        mass_before=a.mass.mean(-1).tolist())
+        mass_before=a.mass.mean(-1).tolist(), spread=curves, sample=sample)
 
 
 def bernoulli_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -128,8 +145,8 @@ def overlap_and_ratio(a: dict[tuple[int, int, bool], float], b: dict[tuple[int, 
 def _side(decoder: Decoder, rows: torch.Tensor, marked: torch.Tensor, compute: Compute) -> _Side:
     found = survey(decoder, rows, marked, compute, ranks=False)
     position = rows.shape[1] // 4
-    moved = changes(decoder, rows, position, compute)[-1, :, position + 1:].mean(1)
-    return _Side(found, found.head_mass(), moved)
+    moved = changes(decoder, rows, position, compute)[-1]
+    return _Side(found, found.head_mass(), position, moved[:, position + 1:].mean(1), moved.mean(0).tolist())
 
 
 def _check(name: str, what: str, value: float | None, ideal: float, null: float) -> FidelityCheck:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import matplotlib as mpl
 import numpy as np
@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
-from sinkquant.artifacts import Measure, Plan, Report, SinkMap
+from sinkquant.artifacts import Channel, Measure, Plan, Report, SinkMap
+from sinkquant.artifacts.fidelity import SpreadCurve
 
 VARIABLES = {"#101010": "--ink", "#606060": "--soft", "#d0d0d0": "--line", "#fefefe": "--card",
              "#2563eb": "--series-0", "#d97706": "--series-1", "#0d9488": "--series-2", "#be185d": "--series-3"}
@@ -44,6 +45,8 @@ class Plot:
     title: str
     svg: str
     alt: str
+    table: list[list[str]] = field(default_factory=list)
+    """What the picture shows, in cells; the first line names the columns."""
 
 
 def all_plots(report: Report, sink_map: SinkMap, plan: Plan, after: SinkMap | None) -> dict[str, Plot]:
@@ -51,6 +54,9 @@ def all_plots(report: Report, sink_map: SinkMap, plan: Plan, after: SinkMap | No
     plots = {}
     if points := accuracy_points(report):
         plots["accuracy"] = accuracy_against_bytes(points)
+    aware = report.fidelity.comparisons.get("sink_aware") if report.fidelity else None
+    if aware is not None and aware.spread:
+        plots["spread"] = perturbation_spread(aware.spread)
     return plots | {"sinks": sink_heatmap(sink_map, after), "massive": massive_along_depth(sink_map, after),
                     "bits": bits_per_module(plan)}
 
@@ -97,7 +103,7 @@ def sink_heatmap(sink_map: SinkMap, after: SinkMap | None) -> Plot:
         no_ops = sum(head.no_op for layer in sink_map.heads for head in layer)
         crosses = " (crosses)" if no_ops and layers * heads <= MAX_MARKED_CELLS else ""
         return Plot("Attention on sinks, per layer and head", _svg(figure, "sinks"),
-                    f"{alt}. {no_ops} no-op heads{crosses}.")
+                    f"{alt}. {no_ops} no-op heads{crosses}.", _head_table(sink_map, after))
 
 
 def massive_along_depth(sink_map: SinkMap, after: SinkMap | None) -> Plot:
@@ -125,7 +131,8 @@ def massive_along_depth(sink_map: SinkMap, after: SinkMap | None) -> Plot:
         first = sink_map.channels[0]
         return Plot(title, _svg(figure, "massive"), (
             f"Channel {first.channel} reaches {first.peak:.0f}, {first.ratio:.0f} times the median; it is born in "
-            f"{first.born} and {'ends in ' + first.ended if first.ended else 'lasts to the end'}."))
+            f"{first.born} and {'ends in ' + first.ended if first.ended else 'lasts to the end'}."),
+            _massive_table(sink_map, again))
 
 
 def bits_per_module(plan: Plan) -> Plot:
@@ -150,7 +157,10 @@ def bits_per_module(plan: Plan) -> Plot:
         counts = {bits: sum(d.bits == bits for d in plan.modules.values()) for bits in
                   sorted({d.bits for d in plan.modules.values()})}
         alt = "Linears by bits: " + ", ".join(f"{count} at {bits} bits" for bits, count in counts.items()) + "."
-        return Plot("Bits per module", _svg(figure, "bits"), alt)
+        cells = [["" if np.isnan(bits) else str(int(bits)) for bits in line] for line in grid]
+        table = [["linear", *(f"block {block}" for block in blocks)],
+                 *([kind, *line] for kind, line in zip(kinds, cells, strict=True))]
+        return Plot("Bits per module", _svg(figure, "bits"), alt, table)
 
 
 def accuracy_against_bytes(points: Points) -> Plot:
@@ -175,7 +185,65 @@ def accuracy_against_bytes(points: Points) -> Plot:
                                                                            strict=True)}
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(3, len(handles)))
         return Plot("Accuracy against size, 95 % intervals", _svg(figure, "accuracy"),
-                    " ".join(f"{words}: {_in_words(found)}." for words, found in points.items()))
+                    " ".join(f"{words}: {_in_words(found)}." for words, found in points.items()),
+                    [["row", "bytes", *points], *_accuracy_lines(points)])
+
+
+def perturbation_spread(curves: list[SpreadCurve]) -> Plot:
+    """How much every position changes when one token is swapped, with and without `<bos>`, before and after."""
+    title = "Spread of one swapped token"
+    with mpl.rc_context(STYLE):
+        figure, (axis,) = _figure(1, height=2.9)
+        said, columns = [], []
+        for i, curve in enumerate(curves):
+            words = f"{'with' if curve.with_bos else 'without'} <bos>"
+            places = np.arange(len(curve.before)) - curve.position
+            later = places > 0
+            for values, style, model in ((curve.before, "-", "unquantized"), (curve.after, "--", "quantized")):
+                axis.plot(places[later], np.maximum(np.array(values)[later], 1e-6), style, color=SERIES[i],
+                          linewidth=1.2, label=f"{words}, {model}")
+                columns.append((f"{words}, {model}", dict(zip(places[later].tolist(), np.array(values)[later].tolist(),
+                                                              strict=True))))
+            means = [float(np.mean(np.array(values)[later])) for values in (curve.before, curve.after)]
+            said.append(f"{words} later tokens change by {means[0]:.3g} of their norm, {means[1]:.3g} when quantized")
+        axis.set(yscale="log", xlabel="tokens after the swapped one", ylabel="||Δh|| / ||h||")
+        figure.legend(loc="outside lower center", ncols=2)
+        places_shown = sorted(set().union(*(values for _, values in columns)))
+        table = [["tokens after", *(name for name, _ in columns)],
+                 *([str(place), *(f"{values[place]:.3g}" if place in values else "" for _, values in columns)]
+                   for place in places_shown)]
+        return Plot(title, _svg(figure, "spread"), f"After the last block, {'; '.join(said)}.", table)
+
+
+def _head_table(sink_map: SinkMap, after: SinkMap | None) -> list[list[str]]:
+    heads = max((len(layer) for layer in sink_map.heads), default=0)
+    table = [["layer", *(f"head {head}" for head in range(heads))]]
+    for index, layer in enumerate(sink_map.heads):
+        cells = [f"{head.sink_score:.3f}" for head in layer]
+        if after:
+            cells = [f"{cell} → {head.sink_score:.3f}" for cell, head in zip(cells, after.heads[index], strict=True)]
+        table.append([str(index), *cells])
+    return table
+
+
+def _massive_table(sink_map: SinkMap, again: dict[int, Channel]) -> list[list[str]]:
+    shown = sink_map.channels[:SHOWN_CHANNELS]
+    profiles = [(f"channel {c.channel}", c.profile) for c in shown]
+    profiles += [(f"channel {c.channel}, quantized", again[c.channel].profile) for c in shown if c.channel in again]
+    return [["sub-block", *(name for name, _ in profiles)],
+            *([place, *(f"{profile[i]:.4g}" if i < len(profile) else "" for _, profile in profiles)]
+              for i, place in enumerate(sink_map.depth))]
+
+
+def _accuracy_lines(points: Points) -> list[list[str]]:
+    sizes = {name: size for found in points.values() for name, size, _ in found}
+    lines = []
+    for name, size in sizes.items():
+        measures = [next((m for other, _, m in found if other == name), None) for found in points.values()]
+        lines.append([name.replace("_", "-"), f"{size:,}", *(
+            "" if m is None else f"{m.value:.4g}" + (f" ± {1.96 * m.stderr:.2g}" if m.stderr else "")
+            for m in measures)])
+    return lines
 
 
 def _in_words(found: list[tuple[str, int, Measure]]) -> str:

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from sinkquant.artifacts import Paired, Plan, Report, Row, SinkMap
 from sinkquant.artifacts.base import write_atomically
 from sinkquant.report.plots import Plot, Points, accuracy_against_bytes, accuracy_points, all_plots
+from sinkquant.report.sample import lines, visible
 
 HEADLINES = {"pays": "Protection pays", "does not pay": "Protection does not pay",
              "no difference shown": "No difference was shown",
@@ -33,13 +34,16 @@ def render(template: str, report: Report, sink_map: SinkMap, plan: Plan, plots: 
     tokenizer = sink_map.tokenization
     rows = "start with <bos>" if tokenizer.rows_start_with_bos else "do not start with <bos>"
     tokenization = f"the tokenizer {ADDS[tokenizer.adds_bos]}; the rows of this run {rows}."
+    compared = report.fidelity.comparisons if report.fidelity else {}
+    sample = compared["sink_aware"].sample if "sink_aware" in compared else None
     unquantized = next((row.weight_bytes for row in report.rows if row.name == "unquantized"), plan.unquantized_bytes)
     return _environment().get_template(template).render(
         report=report, sink_map=sink_map, plan=plan, plots=plots, metrics=_metrics(report), words=in_words,
         kv_in_words=kv_in_words,
         cell=lambda row, task, metric: _cell(report, row, task, metric), tokenization=tokenization,
         headline=HEADLINES[report.verdict.answer], tiles=_tiles(report, unquantized), unquantized_bytes=unquantized,
-        facts=_facts(report), notes=list(dict.fromkeys([*report.notes, *sink_map.notes, *plan.notes])),
+        facts=_facts(report), sample=sample, sample_lines=lines(sample) if sample else [],
+        notes=list(dict.fromkeys([*report.notes, *sink_map.notes, *plan.notes])),
         no_ops=sum(head.no_op for layer in sink_map.heads for head in layer))
 
 
@@ -118,6 +122,7 @@ def _environment() -> Environment:
     environment = Environment(loader=PackageLoader("sinkquant.report"), undefined=StrictUndefined, trim_blocks=True,
                               autoescape=select_autoescape(["html.j2", "html"]), keep_trailing_newline=True)
     environment.filters["row"] = _row_name
+    environment.filters["visible"] = visible
     return environment
 
 
