@@ -51,7 +51,7 @@ class LayerMixing(Strict):
 
 
 class Collapse(Strict):
-    """Representational collapse (Barbero et al. 2406.04267, section 5): ||v_n - v_(n+1)|| after the last block, the
+    """Representational collapse (Barbero et al. 2406.04267): ||v_n - v_(n+1)|| after the last block, the
     last token repeated once more; `relative` to ||v_n||."""
 
     length: int
@@ -60,7 +60,7 @@ class Collapse(Strict):
 
 
 class OverSquashing(Strict):
-    """Where the last token's information comes from (Barbero et al. 2504.02732, theorem 3.2).
+    """Where the last token's information comes from (Barbero et al. 2504.02732).
 
     `product`: row of the last token in the product over layers of abar = sum over heads of attention + identity /
     heads, each normalised to rows that sum to 1, one value per origin. `sink_share` and `far_share`: of it on the
@@ -77,7 +77,7 @@ class OverSquashing(Strict):
 
 
 class Spread(Strict):
-    """What one swapped token changes (Barbero et al. 2504.02732, section 4): ||delta h|| / ||h|| by layer and position.
+    """What one swapped token changes (Barbero et al. 2504.02732): ||delta h|| / ||h|| by layer and position.
 
     `changes` [layer][bin]: means over the positions from `starts`[bin] to the next one. `strength`: mean over all later
     positions after the last block; `reach`: share of them that change by more than `threshold` of their norm.
@@ -134,7 +134,7 @@ class Switch(Strict):
 
 
 class DormantHead(Strict):
-    """A head that rests on the sinks for most queries (approximate no-op, Barbero et al. 2504.02732, section 5).
+    """A head that rests on the sinks for most queries (approximate no-op, Barbero et al. 2504.02732).
 
     `on_rate`: over all queries; `output_norm`: over the mean of the layer; `value_drain`: `sink_value_norm` over the
     median value norm.

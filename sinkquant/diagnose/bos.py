@@ -18,8 +18,7 @@ Variant = Literal["once", "none", "moved", "twice"]
 
 
 def bos_variants(decoder: Decoder, text: torch.Tensor, bos: int, compute: Compute) -> list[BosVariant]:
-    """Loss and sink rate with `<bos>` once, nowhere, in the middle of the text, and twice (Barbero et al. 2504.02732,
-    section 5.2).
+    """Loss and sink rate with `<bos>` once, nowhere, in the middle of the text, and twice (Barbero et al. 2504.02732).
 
     Args:
         text: int64 [rows, length] without any `<bos>`; length at most the model's limit less 2.

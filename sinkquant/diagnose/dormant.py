@@ -1,6 +1,6 @@
 """Values and dormant heads: which tokens have small values, which heads rest on the sinks, what wakes them.
 
-Barbero et al. (2504.02732, section 5) found a head of Gemma-7B that rests on `<bos>`, whose value is small, unless the
+Barbero et al. (2504.02732) found a head of Gemma-7B that rests on `<bos>`, whose value is small, unless the
 token before is an apostrophe, whose value is large. Here the same is looked for in every head: classes of queries, "the
 token is x" and "the token follows x", under which it attends elsewhere.
 """

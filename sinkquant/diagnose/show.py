@@ -85,7 +85,7 @@ def fidelity_table(fidelity: SinkFidelity) -> Table:
 
 
 def scale_table(diagnoses: Sequence[Diagnosis]) -> Table:
-    """Several models side by side, as the scale table of Barbero et al. (2504.02732, section 6)."""
+    """Several models side by side, as the scale table of Barbero et al. (2504.02732)."""
     table = _table("Models compared", "model", "parameters", "layers", "heads", "sink rate 0.3", "sink rate 0.8",
                    "massive ratio", "loss without <bos>", "spread with <bos>", "without")
     for one in sorted(diagnoses, key=lambda d: d.model.parameters):

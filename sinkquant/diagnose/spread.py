@@ -30,7 +30,7 @@ def changes(decoder: Decoder, rows: torch.Tensor, position: int, compute: Comput
 
 
 def spread(decoder: Decoder, rows: torch.Tensor, position: int, with_bos: bool, compute: Compute) -> Spread:
-    """The spread over the rows (Barbero et al. 2504.02732, section 4: with `<bos>` it is far smaller).
+    """The spread over the rows (Barbero et al. 2504.02732: with `<bos>` it is far smaller).
 
     Args:
         rows: int64 [rows, length]; position: of the swapped token, which is neither the first nor the last.

@@ -59,7 +59,7 @@ class MixingProduct:
 
 
 def mixing_product(decoder: Decoder, rows: torch.Tensor, compute: Compute) -> torch.Tensor:
-    """The product of mixing matrices of all layers (Barbero et al. 2504.02732, theorem 3.2), float64.
+    """The product of mixing matrices of all layers (Barbero et al. 2504.02732), float64.
 
     Returns:
         [rows, length, length], rows that sum to 1.
