@@ -134,13 +134,16 @@ class KVCache(Section):
     Groups of `group_size`: tokens for keys, channels of a head for values. The last `window` tokens are never packed.
     `exact`: the sinks that detection found; "first-n": the first `first_n` tokens; "massive": those that carry a
     massive activation in the prompt at hand; "none". At most `max_exact` per row. `prefix` "bos": keys and values
-    of `<bos>` come from the unquantized model. `length` is what bytes are planned for.
+    of `<bos>` come from the unquantized model. `evict`: at most so many packed tokens are kept, older ones are dropped;
+    the exact ones and the window stay, so that an endless stream runs in fixed memory. `length` is what bytes
+    are planned for.
     """
 
     key_bits: Literal[2, 3, 4, 8, 16] = 2
     value_bits: Literal[2, 3, 4, 8, 16] = 2
     group_size: Literal[32, 64, 128] = 32
     window: int = Field(default=128, ge=0)
+    evict: int | None = Field(default=None, ge=0)
     symmetric: bool = False
     rotate: bool = False
     exact: Literal["none", "first-n", "detected", "massive"] = "detected"

@@ -59,7 +59,8 @@ class KVCachePlan(Strict):
     dtype, and so do at most `max_exact` tokens of a row that `exact` picks. `key_bits` and `value_bits` are those of
     most layers; `layers` says it per layer and KV head. `symmetric` grids store no zero point. `rotate`: codes are of
     Hadamard-rotated heads. `prefix`: rows that begin with these token ids take their keys and values from the
-    unquantized model, and keep them exact beside the `max_exact` others.
+    unquantized model, and keep them exact beside the `max_exact` others. `evict`: at most so many packed tokens are
+    kept between the exact ones and the window, older ones are dropped and the sinks move up; null keeps all.
     `bytes` and `bits_per_value` are of one row of `length` tokens with `expected_exact` exact ones and numbers of 16
     bits, averaged over the last `group_size` lengths, because the window breathes by a block.
     """
@@ -68,6 +69,7 @@ class KVCachePlan(Strict):
     value_bits: int
     group_size: int
     window: int
+    evict: int | None = None
     symmetric: bool
     rotate: bool
     exact: ExactPolicy
@@ -88,6 +90,12 @@ class KVCachePlan(Strict):
 def packed_tokens(tokens: int, window: int, group_size: int) -> int:
     """How many of `tokens` lie in packed blocks: whole blocks only, never one of the last `window`."""
     return max(0, tokens - window) // group_size * group_size
+
+
+def kept_blocks(packed: int, plan: KVCachePlan) -> int:
+    """Blocks that are left of `packed` tokens after eviction."""
+    blocks = packed // plan.group_size
+    return blocks if plan.evict is None else min(blocks, plan.evict // plan.group_size)
 
 
 def block_bytes(bits: int, group_size: int, width: int, groups: int, symmetric: bool) -> int:
@@ -117,7 +125,7 @@ def layer_bytes(plan: KVCachePlan, layer: int, tokens: int, exact: int, rows: in
         for bits, width, groups in ((key_bits, one.key_dim, one.key_dim), (value_bits, one.value_dim, value_groups)):
             block = (plan.group_size * width * value_bytes if bits == 16 else
                      block_bytes(bits, plan.group_size, width, groups, plan.symmetric))
-            total += packed // plan.group_size * block + (tokens - packed + exact) * width * value_bytes
+            total += kept_blocks(packed, plan) * block + (tokens - packed + exact) * width * value_bytes
     return rows * total
 
 

@@ -53,14 +53,17 @@ def attend(layer: SinkLayer, query: torch.Tensor, mask: torch.Tensor | None, sca
     if valid is not None:
         scores = scores.index_select(-1, valid)
     row, slot = layer.packed_slots()
-    column = layer.exact_columns[row, slot].long()
+    column = layer.exact_columns[row, slot].long() - layer.dropped
     if len(row):
         scores[row, :, :, column] = (q @ layer.exact_keys.float().mT)[row, :, :, slot]
-    scores = torch.cat([scores, q @ layer.keys.float().mT], dim=-1)
+    front_keys, front_values = layer.front() if layer.dropped else (layer.keys[:, :, :0], layer.values[:, :, :0])
+    front = front_keys.shape[2]
+    scores = torch.cat([q @ front_keys.float().mT, scores, q @ layer.keys.float().mT], dim=-1)
     weights = _softmax(scores.view(batch, heads, new, -1), mask, softcap, learned).reshape(scores.shape)
 
-    packed = weights[..., :layer.packed_length].clone()
-    out = weights[..., layer.packed_length:] @ layer.values.float()
+    end = front + layer.packed_length
+    packed = weights[..., front:end].clone()
+    out = weights[..., end:] @ layer.values.float() + weights[..., :front] @ front_values.float()
     if len(row):
         exact = weights.new_zeros(*weights.shape[:3], layer.exact_columns.shape[1])
         exact[row, :, :, slot] = packed[row, :, :, column]

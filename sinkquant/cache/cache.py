@@ -16,6 +16,7 @@ from sinkquant.cache.exact import Massive, NewTokens, exact_tokens
 from sinkquant.cache.hadamard import is_power_of_two
 from sinkquant.cache.layer import SinkLayer
 from sinkquant.cache.prefix import Prefix, PrefixMatch
+from sinkquant.cache.rotary import Rotary
 from sinkquant.errors import RequestError
 
 
@@ -61,7 +62,7 @@ class SinkCache(Cache):
         self._match: PrefixMatch | None = None
 
     def see(self, ids: torch.Tensor | None, mask: torch.Tensor | None, size: tuple[int, int], device: torch.device,
-            packed_reads: bool, prefix: Prefix | None = None) -> None:
+            packed_reads: bool, prefix: Prefix | None = None, rotary: Rotary | None = None) -> None:
         """Look at what a forward pass is about to add; called by the hook that `prepare` sets.
 
         Args:
@@ -70,6 +71,7 @@ class SinkCache(Cache):
             size: batch and new.
             packed_reads: whether the model's attention can be given a packed layer.
             prefix: what the model has been given for rows that begin with `plan.prefix`.
+            rotary: the model's, where the plan drops tokens.
 
         Raises:
             RequestError: another batch size than before, or the prefix of the plan is missing.
@@ -94,6 +96,8 @@ class SinkCache(Cache):
         self._match = self._match_prefix(prefix, positions, ids) if self.plan.prefix else None
         self._flags, self._flagged_from = self._judge(NewTokens(positions, ids)), before
         self._packed_reads = packed_reads
+        if self.plan.evict is not None:
+            self._take_rotary(rotary)
 
     def _judge(self, new: NewTokens) -> torch.Tensor | None:
         flags = self.exact.flags(new)
@@ -113,6 +117,14 @@ class SinkCache(Cache):
         if self._match is not None and len(self._match.matched) == len(before):
             before = self._match.matched
         return PrefixMatch(prefix, before, ids, positions)
+
+    def _take_rotary(self, rotary: Rotary | None) -> None:
+        if rotary is None:
+            raise RequestError("kv_cache.evict moves sinks by the model's rotary positions, and nothing shows them to "
+                               "the cache; call sinkquant.cache.prepare(model) once before generating.")
+        for layer in self.layers:
+            if isinstance(layer, SinkLayer):
+                layer.rotary = rotary
 
     def hidden_states(self, block: int, hidden: torch.Tensor) -> None:
         """Look at the hidden states [batch, new, hidden] after a block; called by the hook that `prepare` sets."""

@@ -28,10 +28,11 @@ def save_cache(cache: SinkCache, path: str | os.PathLike[str]) -> None:
     """
     tensors: dict[str, torch.Tensor] = {}
     lengths: dict[str, list[int]] = {}
+    dropped: dict[str, int] = {}
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, SinkLayer):
             held = layer.tensors()
-            lengths[str(index)] = layer.lengths
+            lengths[str(index)], dropped[str(index)] = layer.lengths, layer.dropped
         elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             held = {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
             lengths[str(index)] = [layer.get_seq_length()]
@@ -41,7 +42,8 @@ def save_cache(cache: SinkCache, path: str | os.PathLike[str]) -> None:
         tensors |= {f"{index}.{name}": tensor.contiguous().clone() for name, tensor in held.items()}
     if cache.row_starts is not None:
         tensors["row_starts"] = cache.row_starts.clone()
-    save_file(tensors, path, {"schema": SCHEMA, "plan": cache.plan.model_dump_json(), "lengths": json.dumps(lengths)})
+    save_file(tensors, path, {"schema": SCHEMA, "plan": cache.plan.model_dump_json(), "lengths": json.dumps(lengths),
+                              "dropped": json.dumps(dropped)})
 
 
 def load_cache(config: PreTrainedConfig, path: str | os.PathLike[str], device: str = "cpu") -> SinkCache:
@@ -62,11 +64,12 @@ def load_cache(config: PreTrainedConfig, path: str | os.PathLike[str], device: s
         raise RequestError(f"{path} holds no KV cache of this version ({SCHEMA}).")
     cache = SinkCache(config, KVCachePlan.model_validate_json(facts["plan"]))
     cache.row_starts = tensors.pop("row_starts", None)
+    dropped = json.loads(facts["dropped"])
     for index, lengths in json.loads(facts["lengths"]).items():
         held = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{index}.")}
         layer = cache.layers[int(index)]
         if held and isinstance(layer, SinkLayer):
-            layer.restore(held, lengths)
+            layer.restore(held, lengths, dropped[index])
         elif held:
             layer.lazy_initialization(held["keys"], held["values"])
             layer.keys, layer.values = held["keys"], held["values"]

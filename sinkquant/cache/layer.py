@@ -1,7 +1,8 @@
 """One layer of the cache: packed blocks, a window in full precision, and the exact tokens.
 
-Columns 0 .. P - 1 lie in packed blocks, P .. N - 1 in the window. An exact token is copied into a slot of its own when
-it arrives; when its block is packed it is left out of the ranges, and on reading its slot takes its place.
+Columns up to P - 1 lie in packed blocks, P .. N - 1 in the window. An exact token is copied into a slot of its own when
+it arrives; when its block is packed it is left out of the ranges, and on reading its slot takes its place. Where old
+blocks are dropped, the exact tokens of them stand in front, moved up to the columns that are left.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from sinkquant.artifacts.kv import KVCachePlan, value_group
+from sinkquant.cache.rotary import Rotary
 from sinkquant.cache.store import PackedStates
 from sinkquant.errors import RequestError
 
@@ -37,6 +39,8 @@ class SinkLayer(CacheLayerMixin):
         super().__init__()
         self.plan, self.format, self.index = plan, plan.layers[index], index
         self.batch_size = -1
+        self.rotary: Rotary | None = None
+        """Moves exact tokens of dropped blocks; set by the cache where the plan drops any."""
         self._clear()
 
     def _clear(self) -> None:
@@ -48,6 +52,8 @@ class SinkLayer(CacheLayerMixin):
         """Valid tokens of every block: G, or fewer where `crop` cut into one."""
         self.keys = self.values = self.exact_keys = self.exact_values = torch.empty(0)
         self.exact_columns = torch.empty(0, 0, dtype=torch.int32)
+        self.dropped = 0
+        """Columns that were dropped, all of them before the first block."""
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Check the shapes against the plan and allocate nothing but empty tensors.
@@ -73,8 +79,8 @@ class SinkLayer(CacheLayerMixin):
         return sum(self.lengths)
 
     def get_seq_length(self) -> int:
-        """Columns held."""
-        return self.packed_length + self.keys.shape[2] if self.is_initialized else 0
+        """Columns seen so far, dropped ones counted."""
+        return self.dropped + self.packed_length + self.keys.shape[2] if self.is_initialized else 0
 
     def get_max_length(self) -> int:
         """-1: no maximum."""
@@ -82,7 +88,8 @@ class SinkLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(columns that attention will see, column of the first)."""
-        return self.get_seq_length() + query_length, 0
+        first = self.dropped - self.kept_of_dropped() if self.dropped else 0
+        return self.get_seq_length() - first + query_length, first
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any,
                **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,7 +114,10 @@ class SinkLayer(CacheLayerMixin):
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values, [batch, kv_heads, columns, head_dim] each, in the model's dtype."""
         if not self.lengths:
-            return self.keys, self.values
+            if not self.dropped:
+                return self.keys, self.values
+            front_keys, front_values = self.front()
+            return torch.cat([front_keys, self.keys], dim=2), torch.cat([front_values, self.values], dim=2)
         both = []
         for packed, window, exact in ((self.packed_keys, self.keys, self.exact_keys),
                                       (self.packed_values, self.values, self.exact_values)):
@@ -116,9 +126,37 @@ class SinkLayer(CacheLayerMixin):
                 states = states.index_select(2, self.valid_places())
             row, slot = self.packed_slots()
             if len(row):
-                states[row, :, self.exact_columns[row, slot].long()] = exact[row, :, slot]
-            both.append(torch.cat([states, window], dim=2))
-        return both[0], both[1]
+                states[row, :, self.exact_columns[row, slot].long() - self.dropped] = exact[row, :, slot]
+            both.append([states, window])
+        if self.dropped:
+            both = [[front, *parts] for front, parts in zip(self.front(), both, strict=True)]
+        return torch.cat(both[0], dim=2), torch.cat(both[1], dim=2)
+
+    def kept_of_dropped(self) -> int:
+        """How many exact tokens of every row lie in dropped blocks.
+
+        Raises:
+            RequestError: rows have different numbers of them.
+        """
+        columns = self.exact_columns
+        counts = ((columns >= 0) & (columns < self.dropped)).sum(1)
+        if bool((counts != counts[0]).any()):
+            raise RequestError("the rows of this batch keep different numbers of dropped tokens; stream them one by "
+                               "one, or set kv_cache.exact to 'first-n'.")
+        return int(counts[0])
+
+    def front(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the exact tokens in dropped blocks, moved to where the blocks that are left begin."""
+        count = self.kept_of_dropped()
+        # Slots fill in the order of columns: the dropped ones come first.
+        keys = self.exact_keys[:, :, :count]
+        if count:
+            assert self.rotary is not None
+            # The first sink moves to the column before the others', as if nothing had stood between.
+            columns = self.exact_columns[:, :count]
+            targets = torch.arange(self.dropped - count, self.dropped, device=columns.device, dtype=columns.dtype)
+            keys = self.rotary.move(keys, targets - columns)
+        return keys, self.exact_values[:, :, :count]
 
     def worth_reading_packed(self, queries: int) -> bool:
         """Whether a few new tokens can attend to packed blocks as they are."""
@@ -127,8 +165,9 @@ class SinkLayer(CacheLayerMixin):
 
     def packed_slots(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(row, slot) of every exact token that lies in a packed block."""
-        columns = self.exact_columns
-        row, slot = torch.nonzero((columns >= 0) & (columns < self.packed_length), as_tuple=True)
+        places = self.exact_columns - self.dropped
+        row, slot = torch.nonzero((self.exact_columns >= 0) & (places >= 0) & (places < self.packed_length),
+                                  as_tuple=True)
         return row, slot
 
     def valid_places(self) -> torch.Tensor:
@@ -161,7 +200,7 @@ class SinkLayer(CacheLayerMixin):
         in_window = self.keys.shape[2] - flags.shape[1] + place
         self.exact_keys[row, :, slot] = self.keys[row, :, in_window]
         self.exact_values[row, :, slot] = self.values[row, :, in_window]
-        self.exact_columns[row, slot] = (self.packed_length + in_window).to(torch.int32)
+        self.exact_columns[row, slot] = (self.dropped + self.packed_length + in_window).to(torch.int32)
 
     def settle(self, row_starts: torch.Tensor | None = None) -> None:
         """Pack whole blocks until the window holds less than a block more than it should.
@@ -179,18 +218,31 @@ class SinkLayer(CacheLayerMixin):
         self.packed_values.append(self.values[:, :, :count], counted)
         self.keys, self.values = self.keys[:, :, count:].clone(), self.values[:, :, count:].clone()
         self.lengths += [size] * blocks
+        self._evict()
+
+    def _evict(self) -> None:
+        """Drop the oldest blocks that the plan has no room for."""
+        if self.plan.evict is None:
+            return
+        surplus = len(self.lengths) - self.plan.evict // self.plan.group_size
+        if surplus > 0:
+            for packed in (self.packed_keys, self.packed_values):
+                packed.keep_blocks(surplus, len(self.lengths))
+            self.dropped += sum(self.lengths[:surplus])
+            self.lengths = self.lengths[surplus:]
 
     def _counted(self, count: int, row_starts: torch.Tensor | None) -> torch.Tensor | None:
         """Which of the window's first `count` columns set the ranges: no exact token, no padding. None for all."""
-        places = self.exact_columns - self.packed_length
+        first = self.dropped + self.packed_length
+        places = self.exact_columns - first
         row, slot = torch.nonzero((places >= 0) & (places < count), as_tuple=True)
-        padded = row_starts is not None and bool((row_starts > self.packed_length).any())
+        padded = row_starts is not None and bool((row_starts > first).any())
         if not len(row) and not padded:
             return None
         counted = torch.ones(self.batch_size, count, dtype=torch.bool, device=self.device)
         counted[row, places[row, slot].long()] = False
         if row_starts is not None:
-            column = torch.arange(self.packed_length, self.packed_length + count, device=self.device)
+            column = torch.arange(first, first + count, device=self.device)
             counted &= column[None] >= row_starts[:, None]
         return counted
 
@@ -200,12 +252,15 @@ class SinkLayer(CacheLayerMixin):
 
         Raises:
             ValueError: a positive number.
+            RequestError: the tokens that would be the last ones have been dropped.
         """
         if tokens_to_remove > 0:
             raise ValueError("crop takes the negative number of tokens to remove from the end.")
         if tokens_to_remove == 0 or not self.is_initialized:
             return
-        remaining = max(0, self.get_seq_length() + tokens_to_remove)
+        remaining = max(0, self.get_seq_length() + tokens_to_remove) - self.dropped
+        if remaining < 0:
+            raise RequestError("crop reaches into tokens that the KV cache has dropped; start a new cache.")
         inside = max(0, remaining - self.packed_length)
         self.keys, self.values = self.keys[:, :, :inside].clone(), self.values[:, :, :inside].clone()
         lengths: list[int] = []
@@ -217,7 +272,7 @@ class SinkLayer(CacheLayerMixin):
             self.packed_values.keep_blocks(0, blocks)
         self.lengths = lengths[:blocks]
         # Slots fill in the order of columns, so that those beyond the cut are the last ones of every row.
-        columns = self.exact_columns.masked_fill(self.exact_columns >= remaining, -1)
+        columns = self.exact_columns.masked_fill(self.exact_columns >= self.dropped + remaining, -1)
         slots = int((columns >= 0).sum(1).max()) if columns.numel() else 0
         self.exact_columns = columns[:, :slots].clone()
         self.exact_keys = self.exact_keys[:, :, :slots].clone()
@@ -266,12 +321,12 @@ class SinkLayer(CacheLayerMixin):
         return (own | {f"packed_keys.{name}": tensor for name, tensor in self.packed_keys.tensors().items()}
                 | {f"packed_values.{name}": tensor for name, tensor in self.packed_values.tensors().items()})
 
-    def restore(self, tensors: dict[str, torch.Tensor], lengths: list[int]) -> None:
-        """Take back what `tensors` gave, and the lengths of the blocks."""
+    def restore(self, tensors: dict[str, torch.Tensor], lengths: list[int], dropped: int) -> None:
+        """Take back what `tensors` gave, the lengths of the blocks and the number of columns that were dropped."""
         self._clear()
         self.lazy_initialization(tensors["keys"], tensors["values"])
         for name in ("keys", "values", "exact_keys", "exact_values", "exact_columns"):
             setattr(self, name, tensors[name])
         for name, packed in (("packed_keys.", self.packed_keys), ("packed_values.", self.packed_values)):
             packed.restore({key.removeprefix(name): tensor for key, tensor in tensors.items() if key.startswith(name)})
-        self.lengths = list(lengths)
+        self.lengths, self.dropped = list(lengths), dropped

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from sinkquant.cache.cache import SinkCache
 from sinkquant.cache.dispatch import dispatch_packed, reads_packed
 from sinkquant.cache.prefix import Prefix, require_same_model
+from sinkquant.cache.rotary import Rotary, rotary_of
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
 
@@ -51,8 +52,9 @@ class _BeforeForward:
 
     def __init__(self, prefix: Prefix | None) -> None:
         self.prefix = prefix
+        self.rotary: Rotary | None = None
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = _find(args, kwargs)
         if cache is None:
             return
@@ -61,8 +63,11 @@ class _BeforeForward:
         if tokens is None:
             return
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 and isinstance(args[1], torch.Tensor) else None)
+        if cache.plan.evict is not None and self.rotary is None:
+            self.rotary = rotary_of(module)
         cache.see(ids, mask if isinstance(mask, torch.Tensor) else None, tokens.shape[:2], tokens.device,
-                  isinstance(module, PreTrainedModel) and reads_packed(module), self.prefix)
+                  reads_packed(module), self.prefix,
+                  self.rotary)
 
 
 def _after_block(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -27,7 +27,8 @@ def make_kv_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> KVCach
     sinks = _sinks(sink_map) if settings.exact == "detected" else []
     plan = KVCachePlan(
         key_bits=settings.key_bits, value_bits=settings.value_bits, group_size=settings.group_size,
-        window=settings.window, symmetric=settings.symmetric, rotate=settings.rotate, exact=settings.exact,
+        window=settings.window, evict=settings.evict, symmetric=settings.symmetric, rotate=settings.rotate,
+        exact=settings.exact,
         first_n=settings.first_n if settings.exact == "first-n" else 0,
         max_exact=0 if settings.exact == "none" else settings.max_exact,
         prefix=_prefix(sink_map, settings), sinks=sinks, massive=massive, layers=layers,

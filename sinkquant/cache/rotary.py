@@ -1,0 +1,63 @@
+"""Moving a key to another position: what a sink needs when the tokens between it and the window are dropped.
+
+StreamingLLM (2309.17453, section 3.2) counts positions as in the cache. Attention sees differences of positions only,
+so moving the few sinks forward by the number of dropped tokens is the same as moving everything else back.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from sinkquant.errors import RequestError
+from sinkquant.models import Decoder
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary embedding (RoFormer 2104.09864) in halves: channel i turns with channel i + len(frequencies).
+
+    Attributes:
+        frequencies: float32 [rotated channels / 2], radians per position.
+    """
+
+    frequencies: torch.Tensor
+
+    def move(self, keys: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+        """Keys [batch, heads, tokens, head_dim], each moved by its own number of positions, int [batch, tokens]."""
+        half = len(self.frequencies)
+        angles = by[:, None, :, None] * self.frequencies.to(keys.device, torch.float64)
+        cos, sin = angles.cos().float(), angles.sin().float()
+        x = keys.float()
+        first, second, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(keys.dtype)
+
+
+def rotary_of(model: PreTrainedModel) -> Rotary:
+    """The rotary embedding of a model, tried out before it is trusted.
+
+    Raises:
+        RequestError: positions are something else than one rotary embedding in halves with fixed frequencies.
+    """
+    refusal = RequestError(f"kv_cache.evict moves sinks by rotary positions, which {type(model).__name__} does not "
+                           "have in a form that is known here; leave kv_cache.evict out.")
+    modules = [module for module in model.modules() if hasattr(module, "inv_freq") and hasattr(module, "rope_type")]
+    apply = getattr(sys.modules[type(Decoder.of(model).blocks[0]).__module__], "apply_rotary_pos_emb", None)
+    if len(modules) != 1 or apply is None or modules[0].rope_type in ("dynamic", "longrope"):
+        raise refusal
+    rotary = Rotary(modules[0].inv_freq.detach().float())
+    key = torch.linspace(-1, 1, 2 * len(rotary.frequencies), device=model.device)[None, None, None]
+    turned = []
+    try:
+        for position in (3, 10):
+            cos, sin = modules[0](key, torch.tensor([[position]], device=model.device))
+            turned.append(apply(key, key, cos, sin)[1])
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise refusal from error
+    seven = torch.tensor([[7]], device=model.device)
+    if turned[0].shape != key.shape or not torch.allclose(rotary.move(turned[0], seven), turned[1], atol=1e-4):
+        raise refusal
+    return rotary
