@@ -87,18 +87,24 @@ class ModuleOverride(Section):
     pattern: str
     bits: Bits = Field(ge=2, le=16)
     group_size: GroupSize | None = None
-    method: Literal["rtn", "gptq"] | None = None
+    method: Literal["rtn", "gptq", "gptaq"] | None = None
 
 
 class Weights(Section):
-    """How weights are quantized where nothing is protected. `group_size` -1 is one scale per output channel."""
+    """How weights are quantized where nothing is protected. `group_size` -1 is one scale per output channel.
 
-    method: Literal["rtn", "gptq"] = "gptq"
+    `method` "gptaq" is GPTQ that also makes up for what earlier blocks lost. `scale_search`: scales with the least
+    loss instead of the whole range; `descent`: rounds of coordinate descent over codes and scales after GPTQ.
+    """
+
+    method: Literal["rtn", "gptq", "gptaq"] = "gptq"
     bits: int = Field(default=4, ge=2, le=8)
     group_size: GroupSize = 64
     symmetric: Literal[True] = True
     damping: float = Field(default=0.01, gt=0, lt=1)
     act_order: bool = True
+    scale_search: bool = True
+    descent: int = Field(default=3, ge=0)
     ignore: list[str] = Field(default_factory=list)
     overrides: list[ModuleOverride] = Field(default_factory=list)
 
@@ -106,12 +112,15 @@ class Weights(Section):
 class Protect(Section):
     """What is kept exact for the sinks.
 
-    `tokens`: sink tokens weigh up to `sink_weight` (1: as any other) in every Hessian, which costs no bytes.
+    `tokens`: sink tokens count in the statistics of calibration as `statistics` says, which costs no bytes. "boost":
+    as often as they are read, up to `sink_weight` (1: as any other); "cap": no more than the mean token; "attention":
+    every token by the attention that it receives; "exclude": not at all; "all": as any other.
     `channels` "module": linears whose input ranges the sinks set get `bits`, at most `max_share` of all weights.
     `modules`: patterns protected in any case. The defaults are what measured best beside controls of the same size.
     """
 
     tokens: bool = True
+    statistics: Literal["all", "boost", "attention", "cap", "exclude"] = "boost"
     sink_weight: float = Field(default=16.0, ge=1)
     channels: Literal["none", "module"] = "none"
     bits: Bits = Field(default=8, ge=3, le=16)

@@ -10,7 +10,10 @@ from sinkquant.artifacts.base import Artifact, Strict
 from sinkquant.artifacts.kv import KVCachePlan
 from sinkquant.artifacts.sinkmap import SinkMap
 
-Method = Literal["rtn", "gptq", "none"]
+Method = Literal["rtn", "gptq", "gptaq", "none"]
+CALIBRATED = frozenset({"gptq", "gptaq"})
+"""Methods that need calibration rows."""
+Statistics = Literal["all", "boost", "attention", "cap", "exclude"]
 
 
 class ModuleDecision(Strict):
@@ -42,9 +45,11 @@ class SinkSelector(Strict):
 
 
 class Calibration(Strict):
-    """The rows that the quantizer runs on, and the sink tokens that weigh more in its statistics.
+    """The rows that the quantizer runs on, and what sink tokens weigh in its statistics.
 
-    `text` is null for the packaged text. Without `sinks` every token weighs the same.
+    `text` is null for the packaged text. `statistics` is the policy that says what a token weighs; without `sinks`
+    every token weighs the same, but under "attention". `scale_search`: scales are searched, not taken from the range;
+    `descent`: rounds of coordinate descent after GPTQ.
     """
 
     text: str | None
@@ -55,6 +60,9 @@ class Calibration(Strict):
     sinks: list[SinkSelector]
     damping: float
     act_order: bool
+    statistics: Statistics = "boost"
+    scale_search: bool = True
+    descent: int = 3
 
 
 class Plan(Artifact):

@@ -55,6 +55,10 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
         partial.mkdir(parents=True, exist_ok=True)
         writer = open_writer(partial, model, plan)
         done, losses = _state(partial)
+        if done and any(decision.method == "gptaq" for decision in plan.modules.values()):
+            # GPTAQ compares with the unquantized weights of the blocks that are done: they are written once more.
+            done = 0
+            _remember(partial, done, {})
         if done is None:
             copy_dense(writer, decoder)
             writer.sync()

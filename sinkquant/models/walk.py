@@ -57,13 +57,21 @@ class Step:
         with self.walk.watched():
             for start in range(0, len(inputs), self.walk.batch_size):
                 self.batch = slice(start, min(start + self.walk.batch_size, len(inputs)))
-                result = self.block(inputs[self.batch].to(self.walk.device), **self.walk.arguments[self.index])
-                given = result[0] if isinstance(result, tuple) else result
-                if not torch.isfinite(given).all():
-                    raise SinkquantError(f"the outputs of {self.name} are not finite in {self.walk.dtype}; "
-                                         "run with compute.dtype=float32 or check the model's weights.")
-                outputs[self.batch] = given.to(outputs.device)
+                outputs[self.batch] = self.forward(inputs[self.batch]).to(outputs.device)
         return outputs
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What the block makes of the inputs of one batch, [rows, length, hidden_size] on the compute device.
+
+        Raises:
+            SinkquantError: it is not finite.
+        """
+        result = self.block(inputs.to(self.walk.device), **self.walk.arguments[self.index])
+        given: torch.Tensor = result[0] if isinstance(result, tuple) else result
+        if not torch.isfinite(given).all():
+            raise SinkquantError(f"the outputs of {self.name} are not finite in {self.walk.dtype}; "
+                                 "run with compute.dtype=float32 or check the model's weights.")
+        return given
 
 
 class Walk:

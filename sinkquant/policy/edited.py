@@ -29,7 +29,8 @@ def accept_edited(plan: Plan, shape: ModelShape) -> Plan:
     choices = {name: Choice(bits=d.bits, group_size=d.group_size, method=d.method, keep=d.keep,
                             columns=tuple(d.columns), reason=d.reason) for name, d in plan.modules.items()}
     check_group_sizes(choices, shape)
-    counted = _finish(plan.name, choices, shape, Recipe.parse(plan.recipe), plan.calibration.sinks)
+    counted = _finish(plan.name, choices, shape, Recipe.parse(plan.recipe), plan.calibration.sinks,
+                      plan.calibration.statistics)
     return counted.model_copy(update={"calibration": plan.calibration, "kv_cache": accept_kv(plan.kv_cache, shape),
                                       "seed": plan.seed, "notes": plan.notes})
 

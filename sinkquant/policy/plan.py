@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 from sinkquant.artifacts import Calibration, ModelShape, ModuleDecision, Plan, SinkMap, SinkSelector
+from sinkquant.artifacts.plan import Statistics
 from sinkquant.artifacts.sizes import checkpoint_bytes
 from sinkquant.errors import RequestError
 from sinkquant.policy.budget import choice_bytes, close_gap, evenly_spread, fill, linear_bytes
@@ -36,9 +37,17 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> Plan:
         order += [name for name in evenly_spread(list(shape.linears)) if name not in order]
         choices = _within_budget(base, choices, shape, recipe.budget.bits, order)
     check_group_sizes(choices, shape)
+    kv_cache = make_kv_plan(shape, sink_map, recipe)
     sinks = _selectors(sink_map, recipe) if recipe.protect.tokens else []
-    plan = _finish("sink_aware", choices, shape, recipe, sinks)
-    return plan.model_copy(update={"kv_cache": make_kv_plan(shape, sink_map, recipe)}).made_from(sink_map)
+    if recipe.protect.tokens and recipe.protect.statistics == "exclude":
+        # Every token reads the sink: leaving it out is only harmless where its keys and values stay as they were.
+        if kv_cache is None or not kv_cache.prefix:
+            raise RequestError("protect.statistics 'exclude' needs a prefix whose keys and values stay those of the "
+                               "unquantized model: set kv_cache.prefix=bos, or use 'boost'.")
+        sinks = [SinkSelector(token_id=token, position=place) for place, token in enumerate(kv_cache.prefix)]
+    statistics = recipe.protect.statistics if recipe.protect.tokens else "all"
+    plan = _finish("sink_aware", choices, shape, recipe, sinks, statistics)
+    return plan.model_copy(update={"kv_cache": kv_cache}).made_from(sink_map)
 
 
 def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Plan) -> Plan:
@@ -50,10 +59,10 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
     """
     base = share_formats(base_choices(shape, recipe), shape)
     allowed = sum(decision.bytes for decision in aware.modules.values())
-    plan = _finish("control", _evenly(base, shape, allowed), shape, recipe, [])
+    plan = _finish("control", _evenly(base, shape, allowed), shape, recipe, [], "all")
     over = plan.weight_bytes - aware.weight_bytes
     if over > 0.005 * aware.weight_bytes:  # More packed modules make a longer header: much, in a tiny model.
-        plan = _finish("control", _evenly(base, shape, allowed - over), shape, recipe, [])
+        plan = _finish("control", _evenly(base, shape, allowed - over), shape, recipe, [], "all")
     gap = abs(plan.weight_bytes - aware.weight_bytes) / aware.weight_bytes
     if gap > 0.01:
         plan.notes.append(f"the control's size differs by {gap:.1%}: no raise fits the bytes that are left")
@@ -72,7 +81,7 @@ def _evenly(base: dict[str, Choice], shape: ModelShape, allowed: int) -> dict[st
 
 
 def _finish(name: str, choices: dict[str, Choice], shape: ModelShape, recipe: Recipe,
-            sinks: list[SinkSelector]) -> Plan:
+            sinks: list[SinkSelector], statistics: Statistics) -> Plan:
     formats = {module: (c.bits, c.group_size) for module, c in choices.items() if c.quantized}
     total = checkpoint_bytes(shape, formats)
     unquantized = checkpoint_bytes(shape, {})
@@ -89,7 +98,8 @@ def _finish(name: str, choices: dict[str, Choice], shape: ModelShape, recipe: Re
         calibration=Calibration(
             text=settings.text, rows=settings.rows, length=settings.length, bos=settings.bos,
             batch_size=settings.batch_size, sinks=sinks, damping=recipe.weights.damping,
-            act_order=recipe.weights.act_order),
+            act_order=recipe.weights.act_order, scale_search=recipe.weights.scale_search,
+            descent=recipe.weights.descent, statistics=statistics),
         predicted={"weight_bytes": float(total), "size_ratio": total / unquantized},
         loads_in=_engines(choices))
 

@@ -10,14 +10,16 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import ModuleDecision, Plan
+from sinkquant.artifacts.plan import CALIBRATED
 from sinkquant.artifacts.sizes import module_bytes, scale_dtype
 from sinkquant.errors import RequestError
 from sinkquant.models import ActivationStore, Decoder, Walk, check_finite, pick_device, read_text, token_rows
 from sinkquant.quantize.gptq import GPTQ
-from sinkquant.quantize.hessian import Hessian, collected, token_weights
+from sinkquant.quantize.hessian import Hessian, collect
 from sinkquant.quantize.packed import PackedWeight, row_chunks
 from sinkquant.quantize.rtn import RTN
 from sinkquant.quantize.state import ATTRIBUTE, QuantizedState, is_quantized
+from sinkquant.quantize.statistics import TokenWeights
 
 Progress = Callable[[int, int, str], None]
 
@@ -78,7 +80,7 @@ def quantized_blocks(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenize
     """
     todo = {name: decision for name, decision in plan.modules.items() if decision.bits < 16}
     scales = getattr(torch, scale_dtype(str(decoder.model.dtype).removeprefix("torch.")))
-    if any(decision.method == "gptq" for decision in todo.values()):
+    if any(decision.method in CALIBRATED for decision in todo.values()):
         blocks = _calibrated(decoder, plan, tokenizer, todo, scales, device, dtype, store, done)
     else:
         blocks = _rounded(decoder, plan, todo, scales, done)
@@ -133,30 +135,31 @@ def _calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase
                 todo: dict[str, ModuleDecision], scales: torch.dtype, device: str, dtype: torch.dtype,
                 store: ActivationStore | None, done: int) -> Iterator[QuantizedBlock]:
     if tokenizer is None:
-        raise RequestError("the plan uses gptq, which needs calibration rows; hand over the tokenizer.")
+        raise RequestError("the plan uses a method that needs calibration rows; hand over the tokenizer.")
     settings = plan.calibration
     rows = token_rows(tokenizer, read_text(settings.text, "calibration"), settings.rows,
                       min(settings.length, decoder.max_length), settings.bos, decoder.vocabulary)
-    weights = token_weights(rows, settings.sinks)
+    weights = TokenWeights(rows, settings)
     shape = decoder.shape("")
     walk = Walk(decoder, rows, settings.batch_size, device, dtype, store=store)
+    asymmetric = any(decision.method == "gptaq" for decision in todo.values())
+    ideal: torch.Tensor | None = None
     for step in walk.steps():
         if step.index < done:
             continue
+        if asymmetric and ideal is None:
+            ideal = walk.hidden
         mine = _inside(step.name, todo)
         made = QuantizedBlock(step.index, step.name, {}, {})
         # Fused modules read one input: its Hessian is collected once.
         source = {name: shape.linears[name].fused_with[0] for name in mine}
-        readers = {source[name]: decoder.linears[source[name]]
-                   for name, decision in mine.items() if decision.method == "gptq"}
-        hessians: dict[str, Hessian] = {}
-        if readers:
-            with collected(step, readers, weights) as hessians:
-                step.run()
+        readers = {source[name]: decoder.linears[source[name]] for name in mine}
+        hessians = collect(step, readers, weights, ideal) if readers else {}
+        if ideal is not None:
+            ideal = step.replay(ideal)
         last = {source[name]: name for name in mine}
         for name, decision in mine.items():
-            hessian = hessians[source[name]] if source[name] in hessians and decision.method == "gptq" else None
-            _quantize_one(decoder, name, decision, plan, made, scales, None if hessian is None else hessian.mean())
+            _quantize_one(decoder, name, decision, plan, made, scales, hessians.get(source[name]))
             if last[source[name]] == name:
                 hessians.pop(source[name], None)
         if mine:
@@ -169,18 +172,22 @@ def _inside(block: str, todo: dict[str, ModuleDecision]) -> dict[str, ModuleDeci
 
 
 def _quantize_one(decoder: Decoder, name: str, decision: ModuleDecision, plan: Plan, made: QuantizedBlock,
-                  scales: torch.dtype, hessian: torch.Tensor | None) -> None:
+                  scales: torch.dtype, seen: Hessian | None) -> None:
     module = decoder.linears[name]
     weight = module.weight.data
     assert isinstance(weight, torch.Tensor)
     assert decision.group_size is not None
-    if decision.method == "gptq":
-        if hessian is None:
+    settings = plan.calibration
+    hessian = None if seen is None else seen.mean()
+    if decision.method in CALIBRATED:
+        if seen is None or hessian is None:
             raise RequestError(f"no calibration token reached {name}; give more text, or set its method to rtn.")
-        packed = GPTQ(decision.bits, decision.group_size, plan.calibration.damping, plan.calibration.act_order,
-                      scales).quantize(weight, hessian, name)
+        method = GPTQ(decision.bits, decision.group_size, settings.damping, settings.act_order, scales,
+                      settings.scale_search, passes=settings.descent)
+        packed = method.quantize(weight, hessian, name, seen.cross() if decision.method == "gptaq" else None)
     else:
-        packed = RTN(decision.bits, decision.group_size, scales).quantize(weight)
+        packed = RTN(decision.bits, decision.group_size, scales, settings.scale_search).quantize(
+            weight, None if hessian is None else hessian.diagonal())
     # What the checkpoint will give: rounded to the model's own dtype, whatever the walk computes in.
     new = packed.dequantized(decoder.model.dtype).to(weight.dtype)
     made.losses[name] = relative_error(weight, new, hessian)

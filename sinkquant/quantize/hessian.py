@@ -1,74 +1,86 @@
-"""The Hessian of a linear's input, with sink tokens weighted by how often they are read."""
+"""The Hessian of a linear's input, with tokens weighted by the calibration's policy."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from sinkquant.artifacts import SinkSelector
 from sinkquant.models import Step
-
-
-def token_weights(rows: torch.Tensor, sinks: list[SinkSelector]) -> torch.Tensor:
-    """What every token weighs, float32 [rows, length]: a sink its selector's weight, any other 1.
-
-    A token that several selectors name takes the largest weight. rows: int64 [rows, length].
-    """
-    weights = torch.ones(rows.shape, dtype=torch.float32)
-    for sink in sinks:
-        here = torch.ones_like(rows, dtype=torch.bool) if sink.token_id is None else rows == sink.token_id
-        if sink.position is not None:
-            here = here & (torch.arange(rows.shape[1]) == sink.position)
-        weights = torch.where(here, torch.maximum(weights, torch.tensor(sink.weight)), weights)
-    return weights
+from sinkquant.quantize.statistics import TokenWeights
 
 
 class Hessian:
-    """H = sum_t w_t x_t x_t^T / sum_t w_t over the tokens of all batches, float64 [columns, columns]."""
+    """H = sum_t w_t x_t x_t^T / sum_t w_t over the tokens of all batches, float64 [columns, columns].
+
+    Where the inputs x' of the unquantized model are known as well, also C = sum_t w_t (x'_t - x_t) x_t^T / sum_t w_t.
+    """
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self.sum = torch.zeros(columns, columns, dtype=torch.float64, device=device)
+        self.cross_sum: torch.Tensor | None = None
         self.weight = 0.0
 
-    def add(self, inputs: torch.Tensor, weights: torch.Tensor) -> None:
-        """inputs: [tokens, columns]; weights: [tokens]."""
-        scaled = inputs.float() * weights.to(inputs.device).sqrt()[:, None]
+    def add(self, inputs: torch.Tensor, weights: torch.Tensor, ideal: torch.Tensor | None = None) -> None:
+        """inputs, ideal: [tokens, columns]; weights: [tokens]."""
+        root = weights.to(inputs.device).sqrt()[:, None]
+        scaled = inputs.float() * root
         self.sum += (scaled.T @ scaled).double()
         self.weight += float(weights.sum())
+        if ideal is not None:
+            product = (((ideal.float() - inputs.float()) * root).T @ scaled).double()
+            self.cross_sum = product if self.cross_sum is None else self.cross_sum + product
 
     def mean(self) -> torch.Tensor:
         """[columns, columns]; zeros where no token came."""
         return self.sum / max(self.weight, 1e-30)
 
+    def cross(self) -> torch.Tensor | None:
+        """[columns, columns], or None where the unquantized model's inputs were not given."""
+        return None if self.cross_sum is None else self.cross_sum / max(self.weight, 1e-30)
 
-@contextlib.contextmanager
-def collected(step: Step, linears: dict[str, nn.Module], weights: torch.Tensor) -> Iterator[dict[str, Hessian]]:
-    """Collect the Hessians of some linears of a block while the context is open.
 
-    Tokens that a router sends to one linear only are weighted 1 each, since their places are not known.
+def collect(step: Step, linears: dict[str, nn.Module], weights: TokenWeights,
+            ideal: torch.Tensor | None = None) -> dict[str, Hessian]:
+    """Replay the rows through a block and take the Hessian of the input of some of its linears.
 
     Args:
-        weights: float32 [rows, length], of all rows of the walk.
+        linears: name -> linear. Those that no token reaches are missing in the answer.
+        ideal: [rows, length, hidden_size], what the block gets in the unquantized model; its linears then see both,
+            batch by batch.
     """
+    weights.enter(step)
     hessians: dict[str, Hessian] = {}
+    wanted: dict[str, torch.Tensor] = {}
+    comparing = False
 
     def hook_for(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             inputs = args[0].flatten(0, -2)
-            batch = weights[step.batch].flatten()
+            if comparing:
+                wanted[name] = inputs
+                return
             if name not in hessians:
                 hessians[name] = Hessian(inputs.shape[1], inputs.device)
-            hessians[name].add(inputs, batch if len(batch) == len(inputs) else torch.ones(len(inputs)))
+            other = wanted.pop(name, None)
+            # A router may send other tokens than in the unquantized model: then there is nothing to compare.
+            same = other is not None and other.shape == inputs.shape
+            hessians[name].add(inputs, weights.of(step, inputs), other if same else None)
 
         return hook
 
     handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in linears.items()]
     try:
-        yield hessians
+        size = step.walk.batch_size
+        for start in range(0, len(step.walk.hidden), size):
+            step.batch = slice(start, min(start + size, len(step.walk.hidden)))
+            if ideal is not None:
+                comparing = True
+                step.forward(ideal[step.batch])
+                comparing = False
+            step.forward(step.walk.hidden[step.batch])
     finally:
         for handle in handles:
             handle.remove()
+    return hessians

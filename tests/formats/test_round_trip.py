@@ -39,7 +39,7 @@ class Case:
 
 
 CASES = [Case(family, method, 2 + (2 * i + j) % 7, GROUPS[(i + j) % 3], DTYPES[(i // 3 + j) % 3])
-         for i, family in enumerate(QUANTIZABLE) for j, method in enumerate(("rtn", "gptq"))]
+         for i, family in enumerate(QUANTIZABLE) for j, method in enumerate(("rtn", "gptq", "gptaq"))]
 CASES += [
     Case("llama", "rtn", 8, -1, torch.float32, overrides={"tie_word_embeddings": True}),
     Case("gemma2", "rtn", 4, 32, torch.bfloat16, overrides={"tie_word_embeddings": False}),

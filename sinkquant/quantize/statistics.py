@@ -1,0 +1,93 @@
+"""What every calibration token weighs in the statistics, the same for every method that takes any."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from sinkquant.artifacts import Calibration
+from sinkquant.models import AttentionRecord, Step
+
+RSQ_FLOOR = 0.005
+"""What the token that receives the least attention weighs, the one with the most weighing 1 (2503.01820)."""
+
+
+@dataclass
+class TokenWeights:
+    """The weight of every token under the calibration's policy.
+
+    "all": 1. "boost": a sink weighs its selector's weight, any other token 1. "cap": a sink whose input to a linear is
+    larger than the mean weighs so much less that it is as large. "exclude": sinks weigh nothing. "attention": a token
+    weighs the attention that it receives in the layer at hand, the row's least and most taken to 0.005 and 1 (RSQ,
+    Sung et al. 2503.01820).
+
+    rows: int64 [rows, length], the calibration rows.
+    """
+
+    rows: torch.Tensor
+    calibration: Calibration
+    sinks: torch.Tensor = field(init=False)
+    weights: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sinks = torch.zeros(self.rows.shape, dtype=torch.bool)
+        boosted = torch.ones(self.rows.shape, dtype=torch.float32)
+        for sink in self.calibration.sinks:
+            here = torch.ones_like(self.sinks) if sink.token_id is None else self.rows == sink.token_id
+            if sink.position is not None:
+                here = here & (torch.arange(self.rows.shape[1]) == sink.position)
+            # A token that several selectors name takes the largest weight.
+            boosted = torch.where(here, torch.maximum(boosted, torch.tensor(sink.weight)), boosted)
+            self.sinks |= here
+        policy = self.calibration.statistics
+        self.weights = torch.ones_like(boosted)
+        if policy == "boost":
+            self.weights = boosted
+        elif policy == "exclude":
+            self.weights[self.sinks] = 0
+
+    def enter(self, step: Step) -> None:
+        """Get ready for a block: "attention" replays the rows once to see what every token receives in it."""
+        if self.calibration.statistics == "attention":
+            observer = _Received(step, torch.zeros(self.rows.shape))
+            step.walk.observers.append(observer)
+            try:
+                step.run()
+            finally:
+                step.walk.observers.remove(observer)
+            self.weights = _scaled(observer.received)
+
+    def of(self, step: Step, inputs: torch.Tensor) -> torch.Tensor:
+        """Weights of the tokens of the batch that the step replays, float32 [tokens] on the inputs' device.
+
+        Tokens that a router sends to one expert only weigh 1 each, since their places are not known.
+
+        Args:
+            inputs: [tokens, columns], what the tokens feed to the linear at hand.
+        """
+        weights = self.weights[step.batch].flatten().to(inputs.device)
+        if len(weights) != len(inputs):
+            return torch.ones(len(inputs), device=inputs.device)
+        if self.calibration.statistics == "cap":
+            energy = inputs.float().square().sum(1)
+            capped = (energy.mean() / energy.clamp(min=1e-30)).clamp(max=1.0)
+            return torch.where(self.sinks[step.batch].flatten().to(inputs.device), capped, weights)
+        return weights
+
+
+@dataclass
+class _Received:
+    """Sums up the attention that every position receives over the heads of a block."""
+
+    step: Step
+    received: torch.Tensor
+
+    def attention(self, record: AttentionRecord) -> None:
+        self.received[self.step.batch] += record.received.sum(1).cpu()
+
+
+def _scaled(received: torch.Tensor) -> torch.Tensor:
+    """RSQ's weights from the attention received, both [rows, length]."""
+    least, most = received.amin(1, keepdim=True), received.amax(1, keepdim=True)
+    return RSQ_FLOOR + (1 - RSQ_FLOOR) * (received - least) / (most - least).clamp(min=1e-30)
