@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_render import Page
+from page import Page
 from tiny_tokenizer import tiny_tokenizer
 
 from sinkquant import Plan, Report, SinkMap

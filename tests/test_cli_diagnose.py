@@ -1,0 +1,68 @@
+"""`quantize-model diagnose` as a user runs it: tables, JSON, a file, several models, a quantized version."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from families import tiny_model
+from planter import Plant, plant
+from tiny_tokenizer import tiny_tokenizer
+
+from sinkquant import Diagnosis
+from sinkquant.cli import main
+
+FAST = ["--set", "detect.rows=16", "--set", "detect.long_rows=0"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A planted model of 64 positions."""
+    place = tmp_path_factory.mktemp("planted") / "model"
+    plant(tiny_model("llama", max_position_embeddings=64), Plant(1, None, frozenset({0, 1, 2, 3}), 20, 0)
+          ).save_pretrained(place)
+    tiny_tokenizer().save_pretrained(place)
+    return place
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["quantize-model", "diagnose", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return int(stopped.value.code or 0)
+
+
+def test_json_and_a_file_beside_a_quantized_version(folder: Path, text_file: Path, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "diagnosis.json"
+    assert run(monkeypatch, str(folder), "--against", str(folder), "--text", str(text_file), "--json", "-o",
+               str(output), *FAST) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["schema"] == "sinkquant/diagnosis@1"
+    saved = Diagnosis.load(output)
+    assert saved.model_dump(mode="json", by_alias=True) == printed
+    assert saved.fidelity is not None
+    assert saved.fidelity.verdict == "kept"
+    assert saved.against is not None
+    assert saved.against.sink_rates == saved.sink_rates
+
+
+def test_several_models_are_compared(folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch,
+                                     capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, str(folder), str(folder), "--text", str(text_file), *FAST) == 0
+    shown = capsys.readouterr().out
+    assert "Models compared" in shown
+    assert shown.count("Rank collapse and smoothness") == 2
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["demo", "demo", "-o", "x.json"], "are for one model"), (["no-such-model"], "is not a model folder"),
+    (["demo", "--text", "no-such-file"], "cannot read"),
+    (["demo", "--against", "no-such-model"], "not a model folder")])
+def test_wrong_requests_are_one_sentence(arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch,
+                                         capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, *arguments) == 2
+    assert words in capsys.readouterr().err
