@@ -16,7 +16,6 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan, Report, SinkMap
-from sinkquant.artifacts.plan import CALIBRATED
 from sinkquant.artifacts.report import Fidelity
 from sinkquant.cache import make_prefix, prepare, save_prefix
 from sinkquant.detect import detect
@@ -141,7 +140,7 @@ class _Job:
 
     def calibration_notes(self, model: PreTrainedModel, aware: Plan) -> list[str]:
         """The calibration text must hold a row before hours are spent. Returns where less is given than was asked."""
-        if not any(decision.method in CALIBRATED for decision in aware.modules.values()):
+        if not aware.needs_rows:
             return []
         decoder, settings = Decoder.of(model), aware.calibration
         length = min(settings.length, decoder.max_length)

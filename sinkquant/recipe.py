@@ -94,7 +94,8 @@ class Weights(Section):
     """How weights are quantized where nothing is protected. `group_size` -1 is one scale per output channel.
 
     `method` "gptaq" is GPTQ that also makes up for what earlier blocks lost. `scale_search`: scales with the least
-    loss instead of the whole range; `descent`: rounds of coordinate descent over codes and scales after GPTQ.
+    loss instead of the whole range; `descent`: rounds of coordinate descent over codes and scales after GPTQ; `tune`:
+    iterations of sign-gradient tuning of every block's codes and scales at the end, the slowest and strongest.
     """
 
     method: Literal["rtn", "gptq", "gptaq"] = "gptq"
@@ -105,6 +106,7 @@ class Weights(Section):
     act_order: bool = True
     scale_search: bool = True
     descent: int = Field(default=3, ge=0)
+    tune: int = Field(default=0, ge=0)
     ignore: list[str] = Field(default_factory=list)
     overrides: list[ModuleOverride] = Field(default_factory=list)
 

@@ -49,7 +49,7 @@ class Calibration(Strict):
 
     `text` is null for the packaged text. `statistics` is the policy that says what a token weighs; without `sinks`
     every token weighs the same, but under "attention". `scale_search`: scales are searched, not taken from the range;
-    `descent`: rounds of coordinate descent after GPTQ.
+    `descent`: rounds of coordinate descent after GPTQ; `tune`: iterations of block-wise tuning after all.
     """
 
     text: str | None
@@ -63,6 +63,7 @@ class Calibration(Strict):
     statistics: Statistics = "boost"
     scale_search: bool = True
     descent: int = 3
+    tune: int = 0
 
 
 class Plan(Artifact):
@@ -89,6 +90,17 @@ class Plan(Artifact):
     notes: list[str] = Field(default_factory=list)
     recipe: dict[str, Any] = Field(default_factory=dict)
     _sink_map: SinkMap | None = PrivateAttr(default=None)
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether carrying it out takes calibration rows."""
+        methods = {decision.method for decision in self.modules.values()}
+        return bool(methods & CALIBRATED) or (self.calibration.tune > 0 and methods != {"none"})
+
+    @property
+    def follows_unquantized(self) -> bool:
+        """Whether carrying it out takes what every block gives in the unquantized model."""
+        return self.calibration.tune > 0 or any(decision.method == "gptaq" for decision in self.modules.values())
 
     @property
     def sink_map(self) -> SinkMap | None:

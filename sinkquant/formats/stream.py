@@ -55,8 +55,8 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
         partial.mkdir(parents=True, exist_ok=True)
         writer = open_writer(partial, model, plan)
         done, losses = _state(partial)
-        if done and any(decision.method == "gptaq" for decision in plan.modules.values()):
-            # GPTAQ compares with the unquantized weights of the blocks that are done: they are written once more.
+        if done and plan.follows_unquantized:
+            # The unquantized weights of the blocks that are done are no longer there to be followed: begin again.
             done = 0
             _remember(partial, done, {})
         if done is None:

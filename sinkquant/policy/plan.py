@@ -99,7 +99,7 @@ def _finish(name: str, choices: dict[str, Choice], shape: ModelShape, recipe: Re
             text=settings.text, rows=settings.rows, length=settings.length, bos=settings.bos,
             batch_size=settings.batch_size, sinks=sinks, damping=recipe.weights.damping,
             act_order=recipe.weights.act_order, scale_search=recipe.weights.scale_search,
-            descent=recipe.weights.descent, statistics=statistics),
+            descent=recipe.weights.descent, tune=recipe.weights.tune, statistics=statistics),
         predicted={"weight_bytes": float(total), "size_ratio": total / unquantized},
         loads_in=_engines(choices))
 

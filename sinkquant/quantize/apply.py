@@ -13,13 +13,23 @@ from sinkquant.artifacts import ModuleDecision, Plan
 from sinkquant.artifacts.plan import CALIBRATED
 from sinkquant.artifacts.sizes import module_bytes, scale_dtype
 from sinkquant.errors import RequestError
-from sinkquant.models import ActivationStore, Decoder, Walk, check_finite, pick_device, read_text, token_rows
+from sinkquant.models import (
+    ActivationStore,
+    Decoder,
+    Walk,
+    check_finite,
+    pick_device,
+    read_text,
+    token_rows,
+    weight_matrix,
+)
 from sinkquant.quantize.gptq import GPTQ
 from sinkquant.quantize.hessian import Hessian, collect
 from sinkquant.quantize.packed import PackedWeight, row_chunks
 from sinkquant.quantize.rtn import RTN
 from sinkquant.quantize.state import ATTRIBUTE, QuantizedState, is_quantized
 from sinkquant.quantize.statistics import TokenWeights
+from sinkquant.quantize.tune import Tune
 
 Progress = Callable[[int, int, str], None]
 
@@ -80,7 +90,7 @@ def quantized_blocks(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenize
     """
     todo = {name: decision for name, decision in plan.modules.items() if decision.bits < 16}
     scales = getattr(torch, scale_dtype(str(decoder.model.dtype).removeprefix("torch.")))
-    if any(decision.method in CALIBRATED for decision in todo.values()):
+    if plan.needs_rows:
         blocks = _calibrated(decoder, plan, tokenizer, todo, scales, device, dtype, store, done)
     else:
         blocks = _rounded(decoder, plan, todo, scales, done)
@@ -142,26 +152,33 @@ def _calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase
     weights = TokenWeights(rows, settings)
     shape = decoder.shape("")
     walk = Walk(decoder, rows, settings.batch_size, device, dtype, store=store)
-    asymmetric = any(decision.method == "gptaq" for decision in todo.values())
+    tune = Tune(settings.tune, plan.seed) if settings.tune else None
     ideal: torch.Tensor | None = None
     for step in walk.steps():
         if step.index < done:
             continue
-        if asymmetric and ideal is None:
+        if plan.follows_unquantized and ideal is None:
             ideal = walk.hidden
         mine = _inside(step.name, todo)
         made = QuantizedBlock(step.index, step.name, {}, {})
         # Fused modules read one input: its Hessian is collected once.
         source = {name: shape.linears[name].fused_with[0] for name in mine}
         readers = {source[name]: decoder.linears[source[name]] for name in mine}
-        hessians = collect(step, readers, weights, ideal) if readers else {}
+        asymmetric = any(decision.method == "gptaq" for decision in mine.values())
+        hessians = collect(step, readers, weights, ideal if asymmetric else None) if readers else {}
         if ideal is not None:
             ideal = step.replay(ideal)
         last = {source[name]: name for name in mine}
+        originals = {name: weight_matrix(decoder.linears[name]) for name in mine} if tune else {}
         for name, decision in mine.items():
             _quantize_one(decoder, name, decision, plan, made, scales, hessians.get(source[name]))
-            if last[source[name]] == name:
+            if last[source[name]] == name and not tune:
                 hessians.pop(source[name], None)
+        if tune and mine and ideal is not None:
+            linears = {name: module for name in mine if isinstance(module := decoder.linears[name], nn.Linear)}
+            for name, packed in tune.run(step, linears, made.weights, originals, ideal, weights).items():
+                seen = hessians.get(source[name])
+                _put(decoder, name, packed, made, originals[name], None if seen is None else seen.mean())
         if mine:
             step.run()  # the next block must see what this one gives now
         yield made
@@ -188,10 +205,16 @@ def _quantize_one(decoder: Decoder, name: str, decision: ModuleDecision, plan: P
     else:
         packed = RTN(decision.bits, decision.group_size, scales, settings.scale_search).quantize(
             weight, None if hessian is None else hessian.diagonal())
+    _put(decoder, name, packed, made, weight, hessian)
+
+
+def _put(decoder: Decoder, name: str, packed: PackedWeight, made: QuantizedBlock, weight: torch.Tensor,
+         hessian: torch.Tensor | None) -> None:
+    """Let a module hold a packed weight in place of `weight`."""
     # What the checkpoint will give: rounded to the model's own dtype, whatever the walk computes in.
     new = packed.dequantized(decoder.model.dtype).to(weight.dtype)
     made.losses[name] = relative_error(weight, new, hessian)
-    module.weight.data = new
+    decoder.linears[name].weight.data = new
     made.weights[name] = PackedWeight(packed.codes.cpu(), packed.scale.cpu(), packed.bits)
 
 
