@@ -152,7 +152,8 @@ class DormantHead(Strict):
 
 class Check(Strict):
     """One input that a sink may not survive. `loss` in nats per token over the same tokens as `reference_loss`, the
-    same input untouched; null where an output is not finite. `sink_rate`: first position at 0.3."""
+    same input untouched; null where an output is not finite. `sink_rate`: first position at
+    0.3, null where attention was not seen (through a KV cache)."""
 
     name: str
     what: str
@@ -160,7 +161,7 @@ class Check(Strict):
     loss: float | None
     reference_loss: float
     sink_rate: float | None
-    reference_sink_rate: float
+    reference_sink_rate: float | None
     finite: bool
 
 

@@ -12,6 +12,7 @@ from sinkquant.artifacts.diagnosis import Check, Diagnosis, LayerMixing, SinkRat
 from sinkquant.detect import detect
 from sinkquant.detect.residual import massive_channels
 from sinkquant.diagnose.bos import bos_variants
+from sinkquant.diagnose.cache_defences import cache_defences
 from sinkquant.diagnose.dormant import dormant_heads, token_values
 from sinkquant.diagnose.fidelity import sink_fidelity
 from sinkquant.diagnose.null import measured
@@ -39,14 +40,15 @@ LONGEST_CONTEXT, CONTEXT_TOKENS = 4096, 8192
 """Sink rates over context length stop at the first, and take as many rows as make up the second."""
 FEW_ROWS = 8
 ATTACKED_ROWS, ATTACKED_LENGTH = 16, 96
+CACHED_LENGTH = 256
 
 Progress = Callable[[int, int, str], None]
 
 
 def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | None = None,
              recipe: Recipe | None = None, name: str | None = None, sink_map: SinkMap | None = None,
-             attacks: bool = True, against: PreTrainedModel | None = None, against_name: str = "quantized",
-             progress: Progress | None = None) -> Diagnosis:
+             attacks: bool = True, original: PreTrainedModel | None = None, against: PreTrainedModel | None = None,
+             against_name: str = "quantized", progress: Progress | None = None) -> Diagnosis:
     """Every over-mixing diagnostic of a model, each beside its null: the same model on resampled text.
 
     Args:
@@ -55,6 +57,7 @@ def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
         recipe: device, dtype, seed, `<bos>` policy and thresholds; None for the defaults.
         sink_map: the model's sinks, where they were detected before.
         attacks: also the robustness checks.
+        original: the unquantized model, where this one is quantized; an exact prefix comes from it.
         against: a quantized version of the model, diagnosed on the same rows and compared with it.
         progress: called as progress(done, total, label).
 
@@ -104,11 +107,13 @@ def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
         checks = robustness(decoder, job.rows(ATTACKED_ROWS, length, "never"), bos, sink_map.tokens, job.compute,
                             lambda token: str(tokenizer.decode([token])))
         checks += _past_the_context(job, bos, notes)
+        checks += _cache_defences(job, bos, sink_map, original or model, notes)
     steps.next("")
     fidelity, other = None, None
     if against is not None:
         fidelity = sink_fidelity(model, against, tokenizer, sink_map.tokens, recipe, text)
-        other = diagnose(against, tokenizer, text, recipe, against_name, sink_map, attacks, progress=progress)
+        other = diagnose(against, tokenizer, text, recipe, against_name, sink_map, attacks, original=model,
+                         progress=progress)
     massive = massive_channels(found.stream, found.rows, recipe.detect)
     return Diagnosis(
         model=decoder.facts(name or model.config.name_or_path or type(model).__name__),
@@ -188,6 +193,19 @@ def _past_the_context(job: _Job, bos: int | None, notes: list[str]) -> list[Chec
         else:
             return past_the_context(decoder, rows, bos, job.compute)
     return []
+
+
+def _cache_defences(job: _Job, bos: int | None, sink_map: SinkMap, original: PreTrainedModel,
+                    notes: list[str]) -> list[Check]:
+    """What pinned tokens and an exact prefix are worth in a 2-bit cache, or a note that says why that is not known."""
+    if bos is None:
+        return []
+    try:
+        text = job.rows(FEW_ROWS, min(CACHED_LENGTH, job.decoder.max_length) - REPEATS, "never")
+        return cache_defences(job.decoder.model, text, bos, sink_map, original)
+    except RequestError as error:
+        notes.append(f"a packed KV cache was not measured: {error}")
+        return []
 
 
 class _Steps:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from families import tiny_model
@@ -12,7 +14,10 @@ from transformers import PreTrainedModel
 
 from sinkquant.artifacts import SinkToken
 from sinkquant.artifacts.diagnosis import Check
+from sinkquant.detect import detect
+from sinkquant.diagnose import cache_defences as cache_module
 from sinkquant.diagnose import robustness as module
+from sinkquant.diagnose.cache_defences import cache_defences
 from sinkquant.diagnose.robustness import (
     break_sink,
     fake_sink,
@@ -24,7 +29,9 @@ from sinkquant.diagnose.robustness import (
 from sinkquant.diagnose.rows import with_bos
 from sinkquant.diagnose.specials import special_token_paths
 from sinkquant.diagnose.survey import Compute
+from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
+from sinkquant.recipe import Recipe
 
 COMPUTE = Compute()
 RIVAL = 60
@@ -113,6 +120,32 @@ def test_past_the_context(planted: PreTrainedModel) -> None:
     assert without.sink_rate == 0
     assert past.sink_rate > 0.5
     assert past_the_context(Decoder.of(planted), long, None, COMPUTE) == []
+
+
+def test_what_defends_in_a_packed_cache(text_file: Path) -> None:
+    """The sink's key is one huge value among small ones: packed with the others it spoils their groups."""
+    planted = plant(tiny_model("llama"), Plant(1, None, frozenset({0, 1, 2, 3}), 20, 0))
+    text = torch.randint(8, 128, (4, 200), generator=torch.Generator().manual_seed(0))
+    planted.lm_head.weight.data *= 40  # so that a change of what heads read changes the loss
+    sink_map = detect(planted, tiny_tokenizer(), str(text_file), Recipe().replace(["detect.super_weights=false"]))
+    attention = planted.config._attn_implementation
+    found = cache_defences(planted, text, 1, sink_map, planted)
+    assert [check.what for check in found] == ["the text"] * 3 + ["4 more <bos> in the first half"] * 3
+    assert planted.config._attn_implementation == attention
+    assert not planted._forward_pre_hooks
+    undefended, pinned, prefix = (abs(check.loss - check.reference_loss) for check in found[:3])
+    assert pinned < undefended
+    assert prefix < undefended
+    assert all(check.finite and check.sink_rate is None for check in found)
+
+
+def test_too_large_a_model_is_not_copied(planted: PreTrainedModel, text: torch.Tensor,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RequestError, match="too short"):
+        cache_defences(planted, text, 1, None, planted)
+    monkeypatch.setattr(cache_module, "LARGEST", 10)
+    with pytest.raises(RequestError, match="at most 10 parameters"):
+        cache_defences(planted, text, 1, None, planted)
 
 
 @pytest.mark.parametrize(("family", "learned"), [("gpt2", True), ("opt", True), ("llama", False), ("gemma2", False)])

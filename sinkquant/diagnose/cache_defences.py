@@ -1,0 +1,73 @@
+"""A KV cache of 2 bits as an attack on the sinks, and what defends them there: pinned tokens and an exact prefix."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import PreTrainedModel
+
+from sinkquant.artifacts import SinkMap
+from sinkquant.artifacts.diagnosis import Check
+from sinkquant.cache import cached_logits, make_prefix, prepare
+from sinkquant.diagnose.rows import with_bos
+from sinkquant.errors import RequestError, SinkquantError
+from sinkquant.models import Decoder
+from sinkquant.policy.kv_cache import make_kv_plan
+from sinkquant.recipe import KVCache, Recipe
+
+LARGEST = 1_000_000_000
+"""Parameters of the largest model that is copied for this: the cache's hooks stay on a model for good."""
+SETTINGS = ("kv_cache.key_bits=2", "kv_cache.value_bits=2", "kv_cache.group_size=32", "kv_cache.window=32")
+SHORTEST = 96
+"""A window, a block, and as much of a second one: the first packed tokens are read by a third of the row."""
+DEFENCES: tuple[tuple[str | None, str], ...] = (
+    (None, "kv_cache.exact=none"), ("detected sinks pinned in the cache", "kv_cache.exact=detected"),
+    ("keys and values of <bos> from the unquantized model", "kv_cache.prefix=bos"))
+
+
+def cache_defences(model: PreTrainedModel, text: torch.Tensor, bos: int, sink_map: SinkMap,
+                   original: PreTrainedModel) -> list[Check]:
+    """Loss through a 2-bit cache, on the text and on the text with more `<bos>` in its first half, by defence.
+
+    Args:
+        text: int64 [rows, length] without any `<bos>`.
+        original: the unquantized model, which may be `model` itself.
+
+    Raises:
+        RequestError: the model is too large to be copied, its cache cannot be packed, or the rows are too short.
+    """
+    if sum(parameter.numel() for parameter in model.parameters()) > LARGEST:
+        raise RequestError(f"the cache's defences are measured on models of at most {LARGEST:,} parameters.")
+    if text.shape[1] < SHORTEST:
+        raise RequestError(f"rows of {text.shape[1]} tokens are too short: {SHORTEST} are needed to fill a block.")
+    shape, half = Decoder.of(model).shape(""), text.shape[1] // 2
+    prefix = make_prefix(original, [bos])
+    found = []
+    inputs = {"the text": [0], "4 more <bos> in the first half": [0, *range(half // 5, half, half // 5)][:5]}
+    for what, places in inputs.items():
+        rows = with_bos(text, bos, places)
+        with torch.no_grad():
+            reference = _loss(model(rows.to(model.device), use_cache=False).logits, rows, half)
+        if reference is None:
+            raise SinkquantError("the untouched text already gives outputs that are not finite.")
+        for defence, setting in DEFENCES:
+            recipe = Recipe(kv_cache=KVCache()).replace([*SETTINGS, "kv_cache.exact=none", setting])
+            plan = make_kv_plan(shape, sink_map, recipe)
+            assert plan is not None
+            twin = prepare(copy.deepcopy(model), prefix if plan.prefix else None)
+            loss = _loss(cached_logits(twin, rows.to(model.device), plan), rows, half)
+            found.append(Check(name="2-bit KV cache", what=what, defence=defence, loss=loss,
+                               reference_loss=reference, sink_rate=None, reference_sink_rate=None,
+                               finite=loss is not None))
+    return found
+
+
+def _loss(logits: torch.Tensor, rows: torch.Tensor, half: int) -> float | None:
+    """Mean over the second half of the text, which ends every row; None where an output is not finite."""
+    if not torch.isfinite(logits).all():
+        return None
+    scored = rows.shape[1] - half
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, -scored - 1:-1].double().transpose(1, 2).cpu(), rows[:, -scored:], reduction="none")
+    return float(losses.mean())
