@@ -1,0 +1,128 @@
+"""Large models from disk to disk: peak memory, time and resume, on shapes of known models with random weights.
+
+    python evals/benchmarks/large.py make llama-1b FOLDER       # random bf16 weights in shards, and a tokenizer
+    python evals/benchmarks/large.py run FOLDER OUT --method rtn|gptq [--rows 32] [--length 512] [--skip-detect]
+    python evals/benchmarks/large.py copy FOLDER OUT            # what copying the files costs
+
+`run` prints one JSON line: seconds and the peak of resident memory per stage, above the interpreter with torch
+imported. Random weights have no sinks and no quality to measure; what is measured is the walk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoTokenizer
+
+BASE = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+LLAMA = {"vocab_size": 128256, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072,
+         "bos_token_id": 1, "eos_token_id": 2, "dtype": "bfloat16"}
+SHAPES = {
+    "llama-tiny": LLAMA | {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8,
+                           "num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "llama-1b": LLAMA | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+                         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+                         "tie_word_embeddings": True},
+    "llama-8b": LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                         "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}}
+SHARD = 1 << 30
+
+
+def make(shape: str, folder: Path) -> None:
+    """Write a model of that shape, a shard at a time, with the demo model's tokenizer."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    from sinkquant.models import resolve
+
+    config = AutoConfig.for_model("llama", **SHAPES[shape])
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.tie_weights()
+    folder.mkdir(parents=True)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(resolve("demo")).save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    weight_map, filled = {}, 0
+
+    def flush() -> None:
+        save_file(shards[-1], folder / f"model-{len(shards):05d}.safetensors", {"format": "pt"})
+        shards[-1] = dict.fromkeys(shards[-1], torch.empty(0))
+
+    for name, parameter in model.named_parameters():
+        if filled + 2 * parameter.numel() > SHARD and shards[-1]:
+            flush()
+            shards.append({})
+            filled = 0
+        values = (torch.ones(parameter.shape) if parameter.dim() == 1
+                  else torch.randn(parameter.shape, generator=generator).mul_(0.02))
+        shards[-1][name] = values.bfloat16()
+        filled += 2 * parameter.numel()
+        weight_map[name] = f"model-{len(shards):05d}.safetensors"
+    flush()
+    index = {"metadata": {"total_size": sum(2 * p.numel() for p in model.parameters())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def run(folder: Path, out: Path, method: str, rows: int, length: int, skip_detect: bool) -> dict[str, float | str]:
+    """Detect, plan, quantize to disk. Seconds and peak bytes above the interpreter after every stage."""
+    import sinkquant as sq
+    from sinkquant.formats import quantize_to
+    from sinkquant.models import load_tokenizer, open_model
+
+    found: dict[str, float | str] = {"model": folder.name, "method": method, "threads": torch.get_num_threads(),
+                                     "imports_peak_bytes": _peak()}
+    recipe = sq.Recipe.load("w4a16-sink").replace(
+        [f"weights.method={method}", f"calibration.rows={rows}", f"calibration.length={length}"])
+    tokenizer = load_tokenizer(folder)
+    saved = folder / "sinkmap.json"
+    start = time.monotonic()
+    if not (skip_detect and saved.is_file()):
+        sq.detect(open_model(folder), tokenizer, recipe=recipe, name=folder.name).save(saved)
+        found |= {"detect_seconds": time.monotonic() - start, "detect_peak_bytes": _peak()}
+    sink_map = sq.SinkMap.load(saved)
+    start = time.monotonic()
+    plan = sq.plan(open_model(folder), sink_map, recipe)
+    quantize_to(out, open_model(folder), plan, tokenizer, sink_map, recipe)
+    found |= {"quantize_seconds": time.monotonic() - start, "peak_bytes": _peak(),
+              "processor_seconds": time.process_time(), "written_bytes": plan.weight_bytes}
+    return found
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - BASE
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["make", "run", "copy"])
+    parser.add_argument("source")
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--method", choices=["rtn", "gptq"], default="rtn")
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--skip-detect", action="store_true", help="use the sink map of an earlier run")
+    given = parser.parse_args()
+    if given.action == "make":
+        make(given.source, given.target)
+    elif given.action == "copy":
+        start = time.monotonic()
+        shutil.copytree(given.source, given.target)
+        print(json.dumps({"copy_seconds": time.monotonic() - start}))
+    else:
+        print(json.dumps(run(Path(given.source), given.target, given.method, given.rows, given.length,
+                             given.skip_detect)))
+
+
+if __name__ == "__main__":
+    main()
