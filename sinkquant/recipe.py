@@ -38,10 +38,14 @@ GroupSize = Annotated[int, Field(ge=-1), AfterValidator(_fits_a_group)]
 
 
 class Compute(Section):
-    """Where and in which precision statistics, Hessians and evaluation are computed."""
+    """Where and in which precision statistics, Hessians and evaluation are computed.
+
+    `memory_limit`: gigabytes (10^9 bytes) of memory that a run may take; null: what is free on the machine.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    memory_limit: float | None = Field(default=None, gt=0)
 
 
 class CalibrationText(Section):
@@ -173,8 +177,10 @@ class Budget(Section):
 
 class Evaluation(Section):
     """How the result is measured. `tasks` are names of packaged lm-eval tasks or of any task lm-eval can reach;
-    `fidelity` compares the sinks of every quantized row with the unquantized model's."""
+    `fidelity` compares the sinks of every quantized row with the unquantized model's. With `skip` a run ends with its
+    checkpoint, for models that do not fit into memory as a whole."""
 
+    skip: bool = False
     text: str | None = None
     tasks: list[str] = Field(default_factory=lambda: ["sink_perplexity", "sink_cloze", "sink_recall"])
     limit: int | None = Field(default=None, ge=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,22 +28,30 @@ def outside_modules(decoder: Decoder) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def token_table(decoder: Decoder, rows: torch.Tensor, device: str, dtype: torch.dtype) -> Iterator[None]:
-    """Give the token embedding a table in the compute dtype that holds the ids of these rows, while the context is
-    open. The rest of it are zeros that nobody touches, which take no memory on the CPU.
+    """Give the token embedding, while the context is open, a table in the compute dtype that holds nothing but the
+    ids of these rows; it finds them there by itself.
 
     Args:
         rows: int64, of any shape.
     """
     embedding = decoder.model.get_input_embeddings()
-    weight = embedding.weight
+    weight, padding, look_up = embedding.weight, getattr(embedding, "padding_idx", None), embedding.forward
     ids = rows.unique()
-    table = torch.zeros(weight.shape, dtype=dtype, device=device)
-    table[ids.to(device)] = _rows_of(decoder, weight, ids).to(device, dtype)
+    table = _rows_of(decoder, weight, ids.cpu()).to(device, dtype)
+    ids = ids.to(device)
     embedding._parameters["weight"] = nn.Parameter(table, requires_grad=False)
+    embedding.padding_idx = None
+
+    def find(tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return look_up(torch.searchsorted(ids, tokens.contiguous()), *args, **kwargs)
+
+    embedding.forward = find
     try:
         yield
     finally:
         embedding._parameters["weight"] = weight
+        embedding.padding_idx = padding
+        embedding.__dict__.pop("forward", None)
 
 
 def next_token_losses(decoder: Decoder, rows: torch.Tensor, logits: Callable[[torch.Tensor], torch.Tensor],
@@ -55,11 +64,11 @@ def next_token_losses(decoder: Decoder, rows: torch.Tensor, logits: Callable[[to
     outside = outside_modules(decoder)
     rows = rows.to(device)
     targets = rows[:, 1:]
-    with (torch.no_grad(), token_table(decoder, rows, device, dtype), decoder.present(outside),
-          compute_in(outside, device, dtype)):
+    with torch.no_grad(), decoder.present(outside), compute_in(outside, device, dtype):
         total, wanted = None, torch.zeros(targets.shape, device=device)
         for start, stop in _head_pieces(decoder, device, dtype):
-            piece = logits(rows).float()[:, :-1]
+            with token_table(decoder, rows, device, dtype):  # opened last: a tied head is filled through it
+                piece = logits(rows).float()[:, :-1]
             if stop is None:
                 return nn.functional.cross_entropy(piece.transpose(1, 2), targets, reduction="none").cpu()
             part = piece.logsumexp(-1)

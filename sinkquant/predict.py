@@ -1,0 +1,204 @@
+"""What a run will take: peak memory and time, from shapes and the recipe alone, before any weight is read.
+
+Every term is a buffer that a stage holds at its worst moment; the peak is that of the worst stage. Time is counted
+operations over what this machine does with a small matrix product, good to a factor of two or so.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from sinkquant.errors import RequestError
+from sinkquant.evaluate.divergence import LOGITS_BYTES
+from sinkquant.models import Decoder
+from sinkquant.recipe import Recipe
+
+CHEAPER = ("evaluate.skip=true", "calibration.batch_size=1", "detect.batch_size=1", "compute.dtype=bfloat16",
+           "weights.method=rtn")
+"""Settings that take less memory, in the order in which they are proposed."""
+RELOADED = 1 << 30
+SPILL_SHARE = 8
+"""Hidden states that take more than this part of the memory go to a mapped file."""
+SEARCH_PASSES, ROUNDING_PASSES = 420.0, 12.0
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run will take.
+
+    Attributes:
+        peak_bytes: stage -> resident bytes above what the process holds now. seconds: stage -> time.
+    """
+
+    peak_bytes: dict[str, float]
+    seconds: dict[str, float]
+
+    @property
+    def peak(self) -> float:
+        """The peak of the worst stage."""
+        return max(self.peak_bytes.values())
+
+
+def memory_allowed(recipe: Recipe) -> float:
+    """Bytes that a run may take: `compute.memory_limit`, or what is free on the machine."""
+    if recipe.compute.memory_limit is not None:
+        return recipe.compute.memory_limit * 1e9
+    return float(psutil.virtual_memory().available)
+
+
+def spill_limit(recipe: Recipe) -> int:
+    """Bytes of hidden states that stay in RAM."""
+    return int(memory_allowed(recipe) / SPILL_SHARE)
+
+
+def require_memory(decoder: Decoder, recipe: Recipe) -> Prediction:
+    """Predict a run, and refuse it if it will not fit.
+
+    Raises:
+        RequestError: it needs more than `memory_allowed`; with the settings that would make it fit.
+    """
+    allowed, found = memory_allowed(recipe), predict(decoder, recipe)
+    if found.peak <= allowed:
+        return found
+    stage = max(found.peak_bytes, key=lambda name: found.peak_bytes[name])
+    changed: list[str] = []
+    for setting in CHEAPER:
+        key, _, value = setting.partition("=")
+        changed.append(f"{key}={value}")
+        least = predict(decoder, recipe.replace(changed)).peak
+        if least <= allowed:
+            advice = f"--set {' --set '.join(_needed(decoder, recipe, changed, allowed))} makes it fit"
+            break
+    else:
+        advice = f"no setting makes it fit; {least / 1e9:.1f} GB are the least"
+    limit = "compute.memory_limit" if recipe.compute.memory_limit is not None else "the free memory"
+    raise RequestError(f"the run needs {found.peak / 1e9:.1f} GB of memory to {stage}, and {limit} is "
+                       f"{allowed / 1e9:.1f} GB; {advice}.")
+
+
+def predict(decoder: Decoder, recipe: Recipe) -> Prediction:
+    """Predict a run of a recipe on a model, which may be one from `open_model`."""
+    job = _Job(decoder, recipe)
+    peaks = {"detect": job.detect_bytes(), "quantize": job.quantize_bytes()}
+    seconds = {"detect": job.detect_seconds(), "quantize": job.quantize_seconds()}
+    if not recipe.evaluate.skip:
+        peaks["evaluate"] = job.evaluate_bytes()
+    return Prediction(peaks, seconds)
+
+
+def _needed(decoder: Decoder, recipe: Recipe, changed: list[str], allowed: float) -> list[str]:
+    """Those of the settings without which it would not fit."""
+    needed = list(changed)
+    for setting in changed:
+        fewer = [other for other in needed if other != setting]
+        if predict(decoder, recipe.replace(fewer)).peak <= allowed:
+            needed = fewer
+    return needed
+
+
+class _Job:
+    """Sizes of one model under one recipe."""
+
+    def __init__(self, decoder: Decoder, recipe: Recipe) -> None:
+        self.decoder, self.recipe = decoder, recipe
+        dtype = getattr(torch, recipe.compute.dtype)
+        self.item, self.stored = dtype.itemsize, decoder.model.dtype.itemsize
+        shape = decoder.shape("")
+        self.linears = [[linear for linear in shape.linears.values() if linear.block == index]
+                        for index in range(len(decoder.blocks))]
+        self.block = max(sum(p.numel() for p in block.parameters()) for block in decoder.blocks)
+        self.all_blocks = sum(p.numel() for block in decoder.blocks for p in block.parameters())
+        self.total = sum(p.numel() for p in decoder.model.parameters())
+        self.largest = max(linear.parameters for block in self.linears for linear in block)
+        self.widest = max(max(linear.columns, linear.rows) for block in self.linears for linear in block)
+        self.hidden, self.vocabulary = decoder.hidden_size, decoder.vocabulary
+        self.heads = int(decoder.model.config.get_text_config(decoder=True).num_attention_heads)
+        self.gptq = recipe.weights.method == "gptq" or any(o.method == "gptq" for o in recipe.weights.overrides)
+        self.memory = memory_allowed(recipe)
+
+    def detect_bytes(self) -> float:
+        settings = self.recipe.detect
+        sets = self._detected_tokens()
+        batch = settings.batch_size * 64
+        buffers = 2 * sum(sets) * self.hidden * self.item
+        watched = max(sets) * self.hidden * (self.item + 8)
+        recorded = batch * self.widest * 32
+        return self._walked() + buffers + watched + recorded + self._activations(batch, settings.length)
+
+    def quantize_bytes(self) -> float:
+        written = self.largest * (4 + self.stored) + self.block
+        dense = 2 * self.total * self.stored if self.total * self.stored <= RELOADED else 0
+        if not self.gptq:
+            return max(self.block * self.stored + written, dense)
+        settings = self.recipe.calibration
+        states = settings.rows * settings.length * self.hidden * self.item
+        buffers = 0 if states > self.memory / SPILL_SHARE else 3 * states
+        hessians, solve = 0.0, 0.0
+        for block in self.linears:
+            inputs = {linear.fused_with[0] if linear.fused_with else str(i): linear for i, linear in enumerate(block)
+                      if not linear.fixed}
+            sums = 8.0 * sum(linear.columns ** 2 for linear in inputs.values())
+            hessians = max(hessians, sums + 4 * max((linear.columns ** 2 for linear in inputs.values()), default=0))
+            solve = max([solve, *(sums + 22.0 * linear.columns ** 2 + 16 * linear.parameters
+                                  for linear in inputs.values())])
+        return max(self._walked() + self.block + buffers + max(
+            hessians + self._activations(settings.batch_size * settings.length, settings.length), solve), dense)
+
+    def evaluate_bytes(self) -> float:
+        settings = self.recipe.evaluate
+        logits = 4.0 * self.vocabulary * max(
+            settings.divergence_length, min(LOGITS_BYTES / (4 * self.vocabulary), settings.batch_size * 512))
+        return 2 * self.total * self.item + 4 * logits  # the unquantized model beside another
+
+    def detect_seconds(self) -> float:
+        return 2.0 * self.all_blocks * sum(self._detected_tokens()) / _rate() + self._reading()
+
+    def quantize_seconds(self) -> float:
+        passes = SEARCH_PASSES if self.recipe.weights.scale_search else ROUNDING_PASSES
+        count = 1 if self.recipe.evaluate.skip or not self.recipe.evaluate.control else 2
+        rounding = self.all_blocks * passes / (_rate() / 16)
+        if not self.gptq:
+            return count * (rounding + 2 * self._reading())
+        tokens = self.recipe.calibration.rows * self.recipe.calibration.length
+        operations = 4.0 * self.all_blocks * tokens
+        for block in self.linears:
+            inputs = {linear.fused_with[0] if linear.fused_with else str(i): linear for i, linear in enumerate(block)}
+            operations += sum(2.0 * tokens * x.columns ** 2 + 4.0 * x.columns ** 3 for x in inputs.values())
+            operations += sum(6.0 * x.rows * x.columns ** 2 for x in block if not x.fixed)
+        return count * (operations / _rate() + rounding + 2 * self._reading())
+
+    def _detected_tokens(self) -> list[int]:
+        """Tokens of every set of rows that detection walks with."""
+        settings = self.recipe.detect
+        rows = settings.rows * settings.length
+        return [rows, rows, 20 * settings.length, settings.long_rows * settings.long_length]
+
+    def _walked(self) -> float:
+        """A block that is being walked: cast tensor by tensor, its stored values gone."""
+        kept = self.block * self.stored if self.item <= self.stored else self.largest * self.stored
+        return self.block * self.item + kept
+
+    def _activations(self, tokens: int, length: int) -> float:
+        """What a block's forward pass holds for one batch: of the MLP, and of attention by chunks of queries."""
+        mlp = tokens * (4 * self.widest + 8 * self.hidden) * self.item
+        return mlp + 5 * 4 * tokens / max(length, 1) * self.heads * min(length, 128) * length
+
+    def _reading(self) -> float:
+        """Reading all blocks once, at a gigabyte per second."""
+        return self.all_blocks * self.stored / 1e9
+
+
+def _rate() -> float:
+    """Floating-point operations per second of a matrix product in float32 on this machine, measured now."""
+    a = torch.ones(512, 512)
+    best = math.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * 512 ** 3 / best
