@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +24,7 @@ from sinkquant.diagnose import sink_fidelity
 from sinkquant.evaluate import BASELINE, Candidate, Compare, evaluate, require_tasks_possible
 from sinkquant.formats import KV_PREFIX, load_dense, prefix_of, quantize_to, read_checkpoint, require_free, versions
 from sinkquant.models import (
+    ActivationStore,
     Decoder,
     load_model,
     load_tokenizer,
@@ -34,6 +36,7 @@ from sinkquant.models import (
 )
 from sinkquant.models.loading import weight_files
 from sinkquant.policy import accept_edited, make_control, make_plan
+from sinkquant.predict import Prediction, require_memory, spill_limit
 from sinkquant.recipe import Recipe
 from sinkquant.report import write
 from sinkquant.workfolder import WorkFolder, run_key, work_folder
@@ -66,7 +69,8 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
         edited: a plan to carry out instead of the one that the recipe would give; its sizes are counted anew.
 
     Returns:
-        the report; None with `plan_only`, which stops before anything is quantized.
+        the report; None with `plan_only`, which stops before anything is quantized, and with `evaluate.skip`, which
+        stops after the checkpoint.
 
     Raises:
         RequestError: the request is wrong; found before any compute is spent where that is possible.
@@ -80,12 +84,15 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
     pick_device(recipe.compute.device)
     read_text(recipe.calibration.text, "calibration")
     read_text(recipe.evaluate.text, "evaluation")
-    if not plan_only:
+    if not plan_only and not recipe.evaluate.skip:
         require_tasks_possible(recipe)
+    predicted = require_memory(Decoder.of(open_model(folder, trust_remote_code)), recipe)
     key = run_key(recipe, folder, edited.to_json() if edited else None)
     with work_folder(target, key, resume) as work:
         LOG.info("recipe %s, model %s, %s", recipe.name, folder, versions())
-        job = _Job(recipe, str(model), folder, tokenizer, work, trust_remote_code, progress)
+        LOG.info("predicted: %.2f GB of memory above what is loaded, %.0f s to detect, %.0f s to quantize",
+                 predicted.peak / 1e9, predicted.seconds["detect"], predicted.seconds["quantize"])
+        job = _Job(recipe, str(model), folder, tokenizer, work, trust_remote_code, progress, predicted)
         report = job.run(edited, plan_only)
     return report
 
@@ -94,9 +101,10 @@ class _Job:
     """One run. Every method makes one artifact, or reads the one that an interrupted run left."""
 
     def __init__(self, recipe: Recipe, name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, work: WorkFolder,
-                 trust_remote_code: bool, progress: Progress | None) -> None:
+                 trust_remote_code: bool, progress: Progress | None, predicted: Prediction) -> None:
         self.recipe, self.name, self.folder, self.tokenizer, self.work = recipe, name, folder, tokenizer, work
         self.trust_remote_code, self.progress = trust_remote_code, progress
+        self.predicted, self.base = predicted, _resident()
 
     def run(self, edited: Plan | None, plan_only: bool) -> Report | None:
         model = self.load()
@@ -110,7 +118,7 @@ class _Job:
         if plan_only:
             return None
         plans = {MODEL: aware}
-        if self.recipe.evaluate.control:
+        if self.recipe.evaluate.control and not self.recipe.evaluate.skip:
             plans[CONTROL] = make_control(shape, sink_map, self.recipe, aware)
             plans[CONTROL].save(self.work / "plan-control.json")
         del model
@@ -119,6 +127,9 @@ class _Job:
             with self.work.timed(f"quantize {one.name}"):
                 self.checkpoint(place, one, sink_map)
             self.prefix(place, one)
+            if self.recipe.evaluate.skip:
+                LOG.info("not evaluated: %s", self.resources(aware))
+                return None
             with self.work.timed(f"detect {one.name}"):
                 after[one.name] = self.look_again(place, one.name)
         with self.work.timed("evaluate"):
@@ -160,7 +171,8 @@ class _Job:
             return
         compute = self.recipe.compute
         quantize_to(self.work / place, self.load(), one, self.tokenizer, sink_map, self.recipe,
-                    pick_device(compute.device), getattr(torch, compute.dtype), progress=self.progress)
+                    pick_device(compute.device), getattr(torch, compute.dtype),
+                    ActivationStore(self.work.path, spill_limit(self.recipe)), self.progress)
         LOG.info("%s: %d bytes written, %d predicted", place, weight_bytes(self.work / place), one.weight_bytes)
 
     def prefix(self, place: str, one: Plan) -> None:
@@ -201,7 +213,15 @@ class _Job:
         """Seconds per stage over all attempts, the peak of this process, bytes as they were predicted."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         seconds = {f"seconds: {stage}": taken for stage, taken in self.work.seconds.items()}
-        return seconds | {"peak resident bytes": float(peak), "bytes predicted": float(aware.weight_bytes)}
+        predicted = {f"predicted seconds: {stage}": taken for stage, taken in self.predicted.seconds.items()}
+        return seconds | predicted | {
+            "peak resident bytes": float(peak), "predicted peak resident bytes": self.base + self.predicted.peak,
+            "bytes predicted": float(aware.weight_bytes)}
+
+
+def _resident() -> float:
+    """Bytes that this process has in memory now."""
+    return float(psutil.Process().memory_info().rss)
 
 
 def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,

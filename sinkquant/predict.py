@@ -118,7 +118,8 @@ class _Job:
         self.widest = max(max(linear.columns, linear.rows) for block in self.linears for linear in block)
         self.hidden, self.vocabulary = decoder.hidden_size, decoder.vocabulary
         self.heads = int(decoder.model.config.get_text_config(decoder=True).num_attention_heads)
-        self.gptq = recipe.weights.method == "gptq" or any(o.method == "gptq" for o in recipe.weights.overrides)
+        methods = {recipe.weights.method, *(o.method for o in recipe.weights.overrides)} - {None, "rtn"}
+        self.calibrated, self.asymmetric = bool(methods), "gptaq" in methods
         self.memory = memory_allowed(recipe)
 
     def detect_bytes(self) -> float:
@@ -127,13 +128,13 @@ class _Job:
         batch = settings.batch_size * 64
         buffers = 2 * sum(sets) * self.hidden * self.item
         watched = max(sets) * self.hidden * (self.item + 8)
-        recorded = batch * self.widest * 32
+        recorded = 128 * self.widest * 32
         return self._walked() + buffers + watched + recorded + self._activations(batch, settings.length)
 
     def quantize_bytes(self) -> float:
         written = self.largest * (4 + self.stored) + self.block
         dense = 2 * self.total * self.stored if self.total * self.stored <= RELOADED else 0
-        if not self.gptq:
+        if not self.calibrated:
             return max(self.block * self.stored + written, dense)
         settings = self.recipe.calibration
         states = settings.rows * settings.length * self.hidden * self.item
@@ -162,7 +163,7 @@ class _Job:
         passes = SEARCH_PASSES if self.recipe.weights.scale_search else ROUNDING_PASSES
         count = 1 if self.recipe.evaluate.skip or not self.recipe.evaluate.control else 2
         rounding = self.all_blocks * passes / (_rate() / 16)
-        if not self.gptq:
+        if not self.calibrated:
             return count * (rounding + 2 * self._reading())
         tokens = self.recipe.calibration.rows * self.recipe.calibration.length
         operations = 4.0 * self.all_blocks * tokens

@@ -1,7 +1,7 @@
 """Large models from disk to disk: peak memory, time and resume, on shapes of known models with random weights.
 
     python evals/benchmarks/large.py make llama-1b FOLDER       # random bf16 weights in shards, and a tokenizer
-    python evals/benchmarks/large.py run FOLDER OUT --method rtn|gptq [--rows 32] [--length 512] [--skip-detect]
+    python evals/benchmarks/large.py run FOLDER OUT --method rtn|gptq [--rows 32] [--skip-detect] [--search]
     python evals/benchmarks/large.py copy FOLDER OUT            # what copying the files costs
 
 `run` prints one JSON line: seconds and the peak of resident memory per stage, above the interpreter with torch
@@ -73,7 +73,8 @@ def make(shape: str, folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def run(folder: Path, out: Path, method: str, rows: int, length: int, skip_detect: bool) -> dict[str, float | str]:
+def run(folder: Path, out: Path, method: str, rows: int, length: int, skip_detect: bool,
+        search: bool) -> dict[str, float | str]:
     """Detect, plan, quantize to disk. Seconds and peak bytes above the interpreter after every stage."""
     import sinkquant as sq
     from sinkquant.formats import quantize_to
@@ -82,7 +83,8 @@ def run(folder: Path, out: Path, method: str, rows: int, length: int, skip_detec
     found: dict[str, float | str] = {"model": folder.name, "method": method, "threads": torch.get_num_threads(),
                                      "imports_peak_bytes": _peak()}
     recipe = sq.Recipe.load("w4a16-sink").replace(
-        [f"weights.method={method}", f"calibration.rows={rows}", f"calibration.length={length}"])
+        [f"weights.method={method}", f"calibration.rows={rows}", f"calibration.length={length}",
+         f"weights.scale_search={search}"])
     tokenizer = load_tokenizer(folder)
     saved = folder / "sinkmap.json"
     start = time.monotonic()
@@ -112,6 +114,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--skip-detect", action="store_true", help="use the sink map of an earlier run")
+    parser.add_argument("--search", action="store_true", help="search the scales: less loss, much slower")
     given = parser.parse_args()
     if given.action == "make":
         make(given.source, given.target)
@@ -121,7 +124,7 @@ def main() -> None:
         print(json.dumps({"copy_seconds": time.monotonic() - start}))
     else:
         print(json.dumps(run(Path(given.source), given.target, given.method, given.rows, given.length,
-                             given.skip_detect)))
+                             given.skip_detect, given.search)))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ from torch import nn
 from sinkquant.artifacts import ModuleStatistics
 from sinkquant.models import Decoder, Step
 
+TOKENS = 128
+"""Tokens of a batch that are looked at at a time."""
+
 
 class InputRecorder:
     """Records the input of every linear of a block while `watching` is open.
@@ -64,15 +67,16 @@ class _Inputs:
 
     def add(self, inputs: torch.Tensor, start: int, column_ratio: float) -> None:
         """inputs: [tokens, columns]; start: index of the first token."""
-        magnitudes = inputs.float().abs()
-        largest = magnitudes.amax(dim=1)
+        largest = torch.cat([part.float().abs().amax(dim=1) for part in inputs.split(TOKENS)])
         # The largest input of the tokens that are no sinks is no less than the median token's: sinks are few.
         median = float(largest.median())
         self.floor = max(self.floor, median)
-        token, column = torch.nonzero(magnitudes > column_ratio * median, as_tuple=True)
-        self.entries.append((token.cpu() + start, column.cpu(), magnitudes[token, column].cpu()))
+        for place, part in enumerate(inputs.split(TOKENS)):
+            magnitudes = part.float().abs()
+            token, column = torch.nonzero(magnitudes > column_ratio * median, as_tuple=True)
+            self.entries.append((token.cpu() + start + place * TOKENS, column.cpu(), magnitudes[token, column].cpu()))
+            self.energy.append(torch.linalg.vector_norm(part, dim=1, dtype=torch.float64).square().cpu())
         self.largest.append(largest.cpu())
-        self.energy.append(torch.linalg.vector_norm(inputs, dim=1, dtype=torch.float64).square().cpu())
 
     def summary(self, sinks: torch.Tensor, column_ratio: float) -> ModuleStatistics:
         """sinks: bool [tokens]. `sink_columns` are the columns in which a sink token exceeds `column_ratio` times the

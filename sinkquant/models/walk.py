@@ -21,6 +21,7 @@ from sinkquant.models.activations import ActivationStore
 from sinkquant.models.attention import AttentionObserver, observed_attention
 from sinkquant.models.decoder import Decoder
 from sinkquant.models.ends import next_token_losses, outside_modules, token_table
+from sinkquant.models.memory import give_back
 from sinkquant.models.placement import compute_in
 
 
@@ -58,6 +59,7 @@ class Step:
             for start in range(0, len(inputs), self.walk.batch_size):
                 self.batch = slice(start, min(start + self.walk.batch_size, len(inputs)))
                 outputs[self.batch] = self.forward(inputs[self.batch]).to(outputs.device)
+        give_back()
         return outputs
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:

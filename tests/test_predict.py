@@ -1,0 +1,82 @@
+"""What a run will take is known before it begins, and one that will not fit is refused with what would make it fit."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from accelerate import init_empty_weights
+from small_runs import fingerprint, model_folder, small_recipe
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import sinkquant as sq
+from sinkquant.errors import RequestError
+from sinkquant.models import Decoder
+from sinkquant.predict import predict, require_memory, spill_limit
+
+
+@pytest.fixture(scope="module")
+def large() -> Decoder:
+    """A 1.2-billion-parameter Llama on the meta device: shapes only."""
+    config = AutoConfig.for_model(
+        "llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=64, dtype="bfloat16")
+    with init_empty_weights(include_buffers=False):
+        return Decoder.of(AutoModelForCausalLM.from_config(config))
+
+
+def test_a_run_that_does_not_fit_is_refused_with_settings_that_make_it_fit(large: Decoder) -> None:
+    recipe = sq.Recipe().replace(["compute.memory_limit=2.5", "calibration.rows=32"])
+    sentence = r"needs [\d.]+ GB of memory to evaluate, and compute.memory_limit is 2.5 GB; --set .* makes it fit"
+    with pytest.raises(RequestError, match=sentence) as refused:
+        require_memory(large, recipe)
+    settings = re.findall(r"--set (\S+)", str(refused.value))
+    assert require_memory(large, recipe.replace(settings)).peak <= 2.5e9
+    for setting in settings:  # none of them is for nothing
+        fewer = [other for other in settings if other != setting]
+        assert predict(large, recipe.replace(fewer)).peak > 2.5e9
+
+
+def test_where_nothing_helps_the_least_is_named(large: Decoder) -> None:
+    with pytest.raises(RequestError, match=r"no setting makes it fit; 0\.\d GB are the least"):
+        require_memory(large, sq.Recipe().replace(["compute.memory_limit=0.05"]))
+
+
+def test_what_costs_more_is_predicted_to_cost_more(large: Decoder) -> None:
+    least = sq.Recipe().replace(["evaluate.skip=true", "weights.method=rtn", "weights.scale_search=false"])
+    base = predict(large, least)
+    for more in ("weights.method=gptq", "weights.scale_search=true"):
+        assert predict(large, least.replace([more])).seconds["quantize"] > 2 * base.seconds["quantize"]
+    assert predict(large, least.replace(["weights.method=gptq"])).peak_bytes["quantize"] > 1e9
+    assert predict(large, least.replace(["detect.rows=1000"])).peak_bytes["detect"] > base.peak_bytes["detect"]
+    assert base.peak_bytes.keys() == {"detect", "quantize"}
+
+
+def test_hidden_states_leave_memory_at_an_eighth_of_what_is_allowed() -> None:
+    assert spill_limit(sq.Recipe().replace(["compute.memory_limit=8"])) == 10**9
+
+
+def test_a_run_that_ends_with_its_checkpoint(tmp_path: Path, text_file: Path) -> None:
+    model = model_folder(tmp_path / "model")
+    recipe = small_recipe(text_file, "evaluate.skip=true", "weights.method=rtn", "evaluate.tasks=[no_such_task]")
+    assert sq.run(recipe, model, tmp_path / "out") is None
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model", "plan.json", "run.log", "sinkmap.json"}
+    log = (tmp_path / "out" / "run.log").read_text(encoding="utf-8")
+    assert "GB of memory" in log
+    assert re.search(r"block 2 of 3: self_attn.q_proj 0\.\d+", log)  # every module with the error it was left with
+    tight = recipe.replace(["compute.memory_limit=0.000001"])
+    with pytest.raises(RequestError, match=r"compute.memory_limit is 0.0 GB"):
+        sq.run(tight, model, tmp_path / "tight")
+    assert not (tmp_path / "tight").exists()
+    assert not (tmp_path / "tight.partial").exists()
+
+
+def test_a_run_with_mapped_hidden_states_gives_the_same_bytes(
+        tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_folder(tmp_path / "model")
+    recipe = small_recipe(text_file, "evaluate.skip=true")
+    sq.run(recipe, model, tmp_path / "ram")
+    monkeypatch.setattr("sinkquant.pipeline.spill_limit", lambda _: 0)
+    sq.run(recipe, model, tmp_path / "disk")
+    assert fingerprint(tmp_path / "ram" / "model") == fingerprint(tmp_path / "disk" / "model")
