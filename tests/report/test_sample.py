@@ -135,7 +135,7 @@ def test_the_controls_work_in_a_browser(browser: str, width: int, page: Path, tm
     top = int(before[4].argmax())
     token = ["<s>", "w20", ".", "w21", "w22", "w23"][top].replace("<s>", "&lt;s&gt;")
     assert seen["width"] == width
-    assert seen["rest"].startswith("Mean attention")
+    assert seen["rest"].startswith("Share of all attention")
     assert f"“w22” at 4 reads {100 * float(before[4].max()):.0f} % “{token}” at {top}" in seen["hover"].replace(
         "<s>", "&lt;s&gt;")
     assert seen["held"].startswith("“w23” at 5 reads")

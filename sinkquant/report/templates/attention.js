@@ -22,7 +22,7 @@
   function received(key) {
     let sum = 0;
     for (let query = key; query < buttons.length; query++) sum += at(query, key);
-    return sum / (buttons.length - key);
+    return sum / buttons.length;
   }
   const name = (i) => "“" + buttons[i].textContent + "” at " + i;
   function show(query) {
@@ -35,7 +35,7 @@
     const top = shares.map((share, i) => [share, i]).sort((a, b) => b[0] - a[0]).slice(0, 3)
       .map(([share, i]) => (100 * share).toFixed(0) + " % " + name(i));
     words.textContent = query < 0
-      ? "Mean attention that each token gets from itself and those after it; most: " + top.join(", ") + "."
+      ? "Share of all attention that each token gets; most: " + top.join(", ") + "."
       : name(query) + " reads " + top.join(", ") + ".";
   }
   buttons.forEach((button, i) => {
