@@ -20,7 +20,7 @@ from rich.table import Table
 from sinkquant.artifacts import Plan, Report, SinkMap
 from sinkquant.artifacts.base import write_atomically
 from sinkquant.errors import RequestError, SinkquantError
-from sinkquant.recipe import Recipe, recipe_names
+from sinkquant.recipe import DEFAULT_RECIPE, Recipe, recipe_names
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 # typer carries its own copy of click or uses the installed one, by version; this names the right class in both.
@@ -79,7 +79,7 @@ def top(context: typer.Context,
 
 @app.command()
 def run(recipe: Annotated[str | None, typer.Argument(help="A recipe file or the name of a packaged one; "
-                                                          "default: w4a16-sink.")] = None,
+                                                          "default: " + DEFAULT_RECIPE + ".")] = None,
         model: Annotated[str, typer.Option("-m", "--model", help="A model folder, a hub id, or 'demo'.")] = "demo",
         output: Annotated[Path, typer.Option("-o", "--output", help="The run's folder; must not exist yet.")] =
         Path("out"),
@@ -110,7 +110,7 @@ def run(recipe: Annotated[str | None, typer.Argument(help="A recipe file or the 
 
 def _recipe_of_run(recipe: str | None, edited: Plan | None, assignments: list[str]) -> Recipe:
     if edited is None:
-        return Recipe.load(recipe or "w4a16-sink").replace(assignments)
+        return Recipe.load(recipe or DEFAULT_RECIPE).replace(assignments)
     if recipe is not None:
         raise RequestError("a plan brings the recipe that it was made with; give --plan or a recipe, not both.")
     for assignment in assignments:
@@ -135,7 +135,7 @@ def detect(model: ModelArgument, text: TextOption = None, assignments: SetOption
 
 @app.command()
 def plan(model: ModelArgument,
-         recipe: Annotated[str, typer.Option("-r", "--recipe", help="A recipe file or name.")] = "w4a16-sink",
+         recipe: Annotated[str, typer.Option("-r", "--recipe", help="A recipe file or name.")] = DEFAULT_RECIPE,
          assignments: SetOption = None, text: TextOption = None, json: JsonOption = False,
          sink_map: Annotated[Path | None, typer.Option(help="A sink map made before; default: detect now.")] = None,
          output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan here.")] = None,
@@ -350,10 +350,12 @@ def _show_plan(made: Plan) -> None:
     out.print(table)
     out.print(f"{made.bits_per_weight:.3f} bits per weight, {made.weight_bytes:,} bytes of "
               f"{made.unquantized_bytes:,}; loads in {', '.join(made.loads_in)}", soft_wrap=True)
+    if made.kv_cache is not None:
+        out.print(escape(made.kv_cache.in_words()), soft_wrap=True)
 
 
 def _show_report(made: Report) -> None:
-    table = Table("row", "bytes", "bits", title="Result", title_justify="left")
+    table = Table("row", "bytes", "bits", "KV bits", title="Result", title_justify="left")
     columns = list(dict.fromkeys((task, metric) for row in made.rows for task, metrics in row.tasks.items()
                                  for metric in metrics if metric in ("kl", "word_perplexity", "acc")))
     for task, metric in columns:
@@ -363,7 +365,8 @@ def _show_report(made: Report) -> None:
         for task, metric in columns:
             measure = row.tasks.get(task, {}).get(metric)
             cells.append("" if measure is None else f"{measure.value:.4g}")
-        table.add_row(row.name, f"{row.weight_bytes:,}", f"{row.bits_per_weight:.3f}", *cells)
+        table.add_row(row.name, f"{row.weight_bytes:,}", f"{row.bits_per_weight:.3f}", f"{row.kv_bits:.3g}",
+                      *cells)
     out.print(table)
     out.print(escape(made.verdict.sentence), soft_wrap=True)
     for name, one in (made.fidelity.comparisons.items() if made.fidelity else ()):

@@ -37,12 +37,11 @@ from sinkquant.models import (
 from sinkquant.models.loading import weight_files
 from sinkquant.policy import accept_edited, make_control, make_plan
 from sinkquant.predict import Prediction, require_memory, spill_limit
-from sinkquant.recipe import Recipe
+from sinkquant.recipe import DEFAULT_RECIPE, Recipe
 from sinkquant.report import write
 from sinkquant.workfolder import WorkFolder, run_key, work_folder
 
 Progress = Callable[[int, int, str], None]
-DEFAULT_RECIPE = "w4a16-sink"
 MODEL, CONTROL = "model", "model-control"
 """Where a run's folder keeps the checkpoint, and its sink-unaware control of the same size."""
 LOG = logging.getLogger("sinkquant")

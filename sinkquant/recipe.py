@@ -14,6 +14,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from sinkquant.errors import RequestError
 from sinkquant.resources import recipe_folder
 
+DEFAULT_RECIPE = "w4-kv2-sink"
+"""What `run` and `plan` do where no recipe is named."""
+
 
 class Section(BaseModel):
     """A part of a recipe: unknown keys are errors."""
@@ -146,7 +149,8 @@ class KVOverride(Section):
 class KVCache(Section):
     """How the KV cache is packed, and which tokens of a prompt stay exact in it.
 
-    Groups of `group_size`: tokens for keys, channels of a head for values. The last `window` tokens are never packed.
+    Groups of `group_size`: tokens for keys, channels of a head for values; null: the smallest of 32, 64 and 128 that
+    fits. The last `window` tokens are never packed.
     `exact`: the sinks that detection found; "first-n": the first `first_n` tokens; "massive": those that carry a
     massive activation in the prompt at hand; "none". At most `max_exact` per row. `prefix` "bos": keys and values
     of `<bos>` come from the unquantized model. `evict`: at most so many packed tokens are kept, older ones are dropped;
@@ -156,7 +160,7 @@ class KVCache(Section):
 
     key_bits: Literal[2, 3, 4, 8, 16] = 2
     value_bits: Literal[2, 3, 4, 8, 16] = 2
-    group_size: Literal[32, 64, 128] = 32
+    group_size: Literal[32, 64, 128] | None = None
     window: int = Field(default=128, ge=0)
     evict: int | None = Field(default=None, ge=0)
     symmetric: bool = False

@@ -73,7 +73,7 @@ def test_help_version_and_recipes():
     for command in ("run", "detect", "plan", "eval", "report", "doctor", "recipes"):
         assert command in call("--help").out
         assert call(command, "--help").code == 0
-    assert "w4a16-sink: The default." in call("recipes").out
+    assert "w4-kv2-sink: The default." in call("recipes").out
     assert "group_size: 64" in call("recipes", "show", "w3a16-sink").out
     wrong = call("recipes", "show", "w3a16-sank")
     assert wrong.code == 2

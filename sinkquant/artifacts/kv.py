@@ -40,7 +40,8 @@ class KVLayer(Strict):
     """Bits of one layer, one number per KV head; 16 leaves a head as it is.
 
     `packed` is false where the layer keeps transformers' own cache: it holds no keys, or a sliding window so short
-    that nothing in it could be packed. `key_dim` and `value_dim` are channels per head.
+    that nothing in it could be packed. `key_dim` and `value_dim` are channels per head. Blocks that a `sliding_window`
+    has left behind are dropped; what the layer attends to is not changed.
     """
 
     packed: bool
@@ -48,6 +49,7 @@ class KVLayer(Strict):
     value_bits: list[int]
     key_dim: int
     value_dim: int
+    sliding_window: int | None = None
     reason: str
 
 
@@ -86,16 +88,31 @@ class KVCachePlan(Strict):
     unquantized_bytes: int
     reason: str
 
+    def in_words(self) -> str:
+        """The section in two sentences."""
+        packed = sum(layer.packed for layer in self.layers)
+        return (f"KV cache: keys in {self.key_bits} and values in {self.value_bits} bits, groups of {self.group_size}, "
+                f"the last {self.window} tokens in full precision, in {packed} of {len(self.layers)} layers; "
+                f"{self.reason}. A row of {self.length:,} tokens weighs {self.bytes:,} bytes of "
+                f"{self.unquantized_bytes:,}, {self.bits_per_value:.3g} bits per number.")
+
 
 def packed_tokens(tokens: int, window: int, group_size: int) -> int:
     """How many of `tokens` lie in packed blocks: whole blocks only, never one of the last `window`."""
     return max(0, tokens - window) // group_size * group_size
 
 
-def kept_blocks(packed: int, plan: KVCachePlan) -> int:
-    """Blocks that are left of `packed` tokens after eviction."""
-    blocks = packed // plan.group_size
+def kept_blocks(tokens: int, plan: KVCachePlan, sliding_window: int | None) -> int:
+    """Packed blocks that are left of a row of `tokens` after eviction, or behind a sliding window."""
+    blocks = packed_tokens(tokens, plan.window, plan.group_size) // plan.group_size
+    if sliding_window is not None:
+        return blocks - min(blocks, passed_blocks(tokens, plan.group_size, sliding_window))
     return blocks if plan.evict is None else min(blocks, plan.evict // plan.group_size)
+
+
+def passed_blocks(tokens: int, group_size: int, sliding_window: int) -> int:
+    """Blocks at the beginning of a row of which the next token sees nothing any more."""
+    return max(0, tokens - sliding_window + 1) // group_size
 
 
 def block_bytes(bits: int, group_size: int, width: int, groups: int, symmetric: bool) -> int:
@@ -125,7 +142,8 @@ def layer_bytes(plan: KVCachePlan, layer: int, tokens: int, exact: int, rows: in
         for bits, width, groups in ((key_bits, one.key_dim, one.key_dim), (value_bits, one.value_dim, value_groups)):
             block = (plan.group_size * width * value_bytes if bits == 16 else
                      block_bytes(bits, plan.group_size, width, groups, plan.symmetric))
-            total += kept_blocks(packed, plan) * block + (tokens - packed + exact) * width * value_bytes
+            total += kept_blocks(tokens, plan, one.sliding_window) * block
+            total += (tokens - packed + exact) * width * value_bytes
     return rows * total
 
 
@@ -137,9 +155,12 @@ def cache_bytes(plan: KVCachePlan, tokens: int, exact: int, rows: int = 1, value
 
 
 def dense_bytes(plan: KVCachePlan, tokens: int, rows: int = 1, value_bytes: int = 2) -> int:
-    """Bytes of the same layers without quantization."""
-    return rows * tokens * value_bytes * sum(
-        len(one.key_bits) * (one.key_dim + one.value_dim) for one in plan.layers if one.packed)
+    """Bytes of the same layers without quantization; a sliding window holds one token less than it sees."""
+    def held(window: int | None) -> int:
+        return tokens if window is None else min(tokens, window - 1)
+
+    return rows * value_bytes * sum(held(one.sliding_window) * len(one.key_bits) * (one.key_dim + one.value_dim)
+                                    for one in plan.layers if one.packed)
 
 
 def value_group(group_size: int, width: int) -> int:

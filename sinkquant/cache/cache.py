@@ -42,8 +42,8 @@ class SinkCache(Cache):
         if len(types) != len(plan.layers):
             raise RequestError(f"the KV plan is for {len(plan.layers)} layers and this model has {len(types)}; make a "
                                "plan for this model.")
-        if not any(layer.packed for layer in plan.layers):
-            raise RequestError("no layer of this model holds keys and values that could be packed; leave kv_cache out.")
+        if not any(layer.key_bits for layer in plan.layers):
+            raise RequestError("no layer of this model holds keys and values; leave kv_cache out.")
         if plan.rotate and not all(is_power_of_two(width) for layer in plan.layers if layer.packed
                                    for width in (layer.key_dim, layer.value_dim)):
             raise RequestError("the KV plan rotates heads whose width is no power of two; set kv_cache.rotate to "
@@ -78,7 +78,7 @@ class SinkCache(Cache):
         """
         batch, new = size
         # Not of the first layer: a layer before ours may have been updated already.
-        before = next(layer for layer in self.layers if isinstance(layer, SinkLayer)).get_seq_length()
+        before = next((layer.get_seq_length() for layer in self.layers if isinstance(layer, SinkLayer)), 0)
         if before and self.row_starts is not None and len(self.row_starts) != batch:
             raise RequestError(f"the KV cache holds {len(self.row_starts)} rows and was given {batch}; make a "
                                "new cache, or use reset() or batch_repeat_interleave().")

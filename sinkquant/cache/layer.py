@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from sinkquant.artifacts.kv import KVCachePlan, value_group
+from sinkquant.artifacts.kv import KVCachePlan, passed_blocks, value_group
 from sinkquant.cache.rotary import Rotary
 from sinkquant.cache.store import PackedStates
 from sinkquant.errors import RequestError
@@ -32,13 +32,14 @@ class SinkLayer(CacheLayerMixin):
         exact_columns: int32 [batch, slots] column of every slot, -1 where it is empty.
     """
 
-    is_sliding = False
     is_croppable = True
 
     def __init__(self, plan: KVCachePlan, index: int) -> None:
         super().__init__()
         self.plan, self.format, self.index = plan, plan.layers[index], index
         self.batch_size = -1
+        self.is_sliding = self.format.sliding_window is not None
+        self.record_past = False
         self.rotary: Rotary | None = None
         """Moves exact tokens of dropped blocks; set by the cache where the plan drops any."""
         self._clear()
@@ -133,11 +134,14 @@ class SinkLayer(CacheLayerMixin):
         return torch.cat(both[0], dim=2), torch.cat(both[1], dim=2)
 
     def kept_of_dropped(self) -> int:
-        """How many exact tokens of every row lie in dropped blocks.
+        """How many exact tokens of every row lie in dropped blocks and are seen all the same; none in a layer with a
+        sliding window, which sees nothing that has left it.
 
         Raises:
             RequestError: rows have different numbers of them.
         """
+        if self.is_sliding:
+            return 0
         columns = self.exact_columns
         counts = ((columns >= 0) & (columns < self.dropped)).sum(1)
         if bool((counts != counts[0]).any()):
@@ -211,6 +215,7 @@ class SinkLayer(CacheLayerMixin):
         size = self.plan.group_size
         blocks = (self.keys.shape[2] - self.plan.window) // size
         if blocks < 1:
+            self._evict()
             return
         count = blocks * size
         counted = self._counted(count, row_starts)
@@ -221,10 +226,13 @@ class SinkLayer(CacheLayerMixin):
         self._evict()
 
     def _evict(self) -> None:
-        """Drop the oldest blocks that the plan has no room for."""
-        if self.plan.evict is None:
-            return
-        surplus = len(self.lengths) - self.plan.evict // self.plan.group_size
+        """Drop the oldest blocks: those that a sliding window has left behind, or that the plan has no room for."""
+        size, sliding, surplus = self.plan.group_size, self.format.sliding_window, 0
+        if sliding is not None:
+            if not self.record_past:
+                surplus = min(len(self.lengths), passed_blocks(self.get_seq_length() - self.dropped, size, sliding))
+        elif self.plan.evict is not None:
+            surplus = len(self.lengths) - self.plan.evict // size
         if surplus > 0:
             for packed in (self.packed_keys, self.packed_values):
                 packed.keep_blocks(surplus, len(self.lengths))
@@ -256,7 +264,10 @@ class SinkLayer(CacheLayerMixin):
         """
         if tokens_to_remove > 0:
             raise ValueError("crop takes the negative number of tokens to remove from the end.")
-        if tokens_to_remove == 0 or not self.is_initialized:
+        if not self.is_initialized:
+            return
+        if tokens_to_remove == 0:
+            self._evict_recorded()
             return
         remaining = max(0, self.get_seq_length() + tokens_to_remove) - self.dropped
         if remaining < 0:
@@ -277,6 +288,17 @@ class SinkLayer(CacheLayerMixin):
         self.exact_columns = columns[:, :slots].clone()
         self.exact_keys = self.exact_keys[:, :, :slots].clone()
         self.exact_values = self.exact_values[:, :, :slots].clone()
+        self._evict_recorded()
+
+    def activate_past_recording(self) -> None:
+        """From now on a sliding window keeps what it has left behind until the next `crop`."""
+        self.record_past = True
+
+    def _evict_recorded(self) -> None:
+        if self.record_past:
+            self.record_past = False
+            self._evict()
+            self.record_past = True
 
     def reset(self) -> None:
         """Forget everything; the next update may have another batch size."""

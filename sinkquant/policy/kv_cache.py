@@ -9,6 +9,7 @@ from sinkquant.artifacts.kv import cache_bytes, dense_bytes, layer_bytes, value_
 from sinkquant.errors import RequestError
 from sinkquant.recipe import KVCache, Recipe
 
+GROUPS = (32, 64, 128)
 CARRIER_SHARE = 0.5
 """A token carries a massive activation where it reaches this share of the largest one that detection saw there."""
 
@@ -22,11 +23,12 @@ def make_kv_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> KVCach
     settings = recipe.kv_cache
     if settings is None:
         return None
-    layers = _layers(shape, settings)
+    group_size = settings.group_size or _fitting_group(shape)
+    layers = _layers(shape, settings, group_size)
     massive = _carriers(sink_map) if settings.exact == "massive" else None
     sinks = _sinks(sink_map) if settings.exact == "detected" else []
     plan = KVCachePlan(
-        key_bits=settings.key_bits, value_bits=settings.value_bits, group_size=settings.group_size,
+        key_bits=settings.key_bits, value_bits=settings.value_bits, group_size=group_size,
         window=settings.window, evict=settings.evict, symmetric=settings.symmetric, rotate=settings.rotate,
         exact=settings.exact,
         first_n=settings.first_n if settings.exact == "first-n" else 0,
@@ -62,15 +64,17 @@ def accept_kv(plan: KVCachePlan | None, shape: ModelShape) -> KVCachePlan | None
         raise RequestError(f"the plan's kv_cache has {len(plan.layers)} layers and this model has "
                            f"{len(shape.kv_layers)}.")
     for index, (layer, real) in enumerate(zip(plan.layers, shape.kv_layers, strict=True)):
-        if layer.packed and (real.heads == 0 or real.sliding_window is not None):
-            raise RequestError(f"the plan packs the keys and values of layer {index}, which cannot be packed.")
+        if layer.packed and (real.heads == 0 or real.sliding_window != layer.sliding_window):
+            raise RequestError(f"the plan packs layer {index} as one with {real.heads} KV heads and the sliding window "
+                               f"{layer.sliding_window}; this model's has {real.sliding_window}.")
         if (len(layer.key_bits), len(layer.value_bits)) != (real.heads, real.heads):
             raise RequestError(f"the plan's kv_cache gives layer {index} bits for {len(layer.key_bits)} heads, and it "
                                f"has {real.heads}.")
         wrong = [bits for bits in layer.key_bits + layer.value_bits if bits not in (2, 3, 4, 8, 16)]
         if wrong:
             raise RequestError(f"the plan's kv_cache gives layer {index} {wrong[0]} bits; give it 2, 3, 4, 8 or 16.")
-        _check_fit(real, index, plan)
+        if layer.packed:
+            _check_fit(real, index, plan.group_size, plan.rotate)
     return _weighed(plan, plan.expected_exact, plan.reason)
 
 
@@ -90,25 +94,35 @@ def _weighed(plan: KVCachePlan, exact: int, reason: str) -> KVCachePlan:
     total = _mean_bytes(plan, exact)
     dense = dense_bytes(plan, plan.length)
     return plan.model_copy(update={"bytes": total, "unquantized_bytes": dense, "expected_exact": exact,
-                                   "bits_per_value": 16 * total / dense, "reason": reason})
+                                   "bits_per_value": 16 * total / dense if dense else 16.0, "reason": reason})
 
 
-def _layers(shape: ModelShape, settings: KVCache) -> list[KVLayer]:
+def _fitting_group(shape: ModelShape) -> int:
+    """The smallest group that divides the heads of every layer."""
+    widths = {layer.value_dim for layer in shape.kv_layers if layer.heads}
+    fitting = [size for size in GROUPS if all(width % value_group(size, width) == 0 for width in widths)]
+    if not fitting:
+        raise RequestError(f"kv_cache: no group of {', '.join(map(str, GROUPS))} divides heads of "
+                           f"{' and '.join(map(str, sorted(widths)))} channels; remove the section.")
+    return fitting[0]
+
+
+def _layers(shape: ModelShape, settings: KVCache, group_size: int) -> list[KVLayer]:
     layers = []
     for index, layer in enumerate(shape.kv_layers):
         if layer.heads == 0:
             layers.append(_left(layer, "it keeps no plain keys and values of its own"))
-        elif layer.sliding_window is not None:
-            layers.append(_left(layer, f"its sliding window of {layer.sliding_window} tokens bounds it already"))
+        elif layer.sliding_window is not None and layer.sliding_window <= settings.window + 2 * group_size:
+            layers.append(_left(layer, f"its sliding window of {layer.sliding_window} tokens leaves nothing to pack"))
         else:
-            _check_fit(layer, index, settings)
+            _check_fit(layer, index, group_size, settings.rotate)
             layers.append(KVLayer(
                 packed=True, key_bits=[settings.key_bits] * layer.heads, value_bits=[settings.value_bits] * layer.heads,
-                key_dim=layer.key_dim, value_dim=layer.value_dim,
+                key_dim=layer.key_dim, value_dim=layer.value_dim, sliding_window=layer.sliding_window,
                 reason=f"keys {settings.key_bits} bits, values {settings.value_bits} bits"))
-    if not any(layer.packed for layer in layers):
-        raise RequestError(f"kv_cache: {shape.architecture} has no layer whose keys and values could be packed; remove "
-                           "the section.")
+    if not any(layer.key_bits for layer in layers):
+        raise RequestError(f"kv_cache: {shape.architecture} has no layer that keeps keys and values; remove the "
+                           "section.")
     for place, override in enumerate(settings.overrides):
         for index in override.layers:
             if not 0 <= index < len(layers) or not layers[index].packed:
@@ -132,14 +146,14 @@ def _left(layer: KVLayerShape, why: str) -> KVLayer:
                    value_dim=layer.value_dim, reason=f"left as it is: {why}")
 
 
-def _check_fit(layer: KVLayerShape, index: int, settings: KVCache | KVCachePlan) -> None:
-    group = value_group(settings.group_size, layer.value_dim)
+def _check_fit(layer: KVLayerShape, index: int, group_size: int, rotate: bool) -> None:
+    group = value_group(group_size, layer.value_dim)
     if layer.value_dim % group:
-        fitting = [size for size in (32, 64, 128) if layer.value_dim % value_group(size, layer.value_dim) == 0]
+        fitting = [size for size in GROUPS if layer.value_dim % value_group(size, layer.value_dim) == 0]
         hint = f"use {' or '.join(map(str, fitting))}" if fitting else "no group size fits this model"
-        raise RequestError(f"kv_cache.group_size {settings.group_size} does not divide the {layer.value_dim} channels "
+        raise RequestError(f"kv_cache.group_size {group_size} does not divide the {layer.value_dim} channels "
                            f"of a head in layer {index}; {hint}.")
-    if settings.rotate and any(width & (width - 1) for width in (layer.key_dim, layer.value_dim)):
+    if rotate and any(width & (width - 1) for width in (layer.key_dim, layer.value_dim)):
         raise RequestError(f"kv_cache.rotate needs heads of a power of two channels, and layer {index} has "
                            f"{layer.key_dim}; set kv_cache.rotate to false.")
 
@@ -197,6 +211,8 @@ def _expected_exact(plan: KVCachePlan, sink_map: SinkMap) -> int:
 
 
 def _reason(plan: KVCachePlan, sink_map: SinkMap) -> str:
+    if not any(layer.packed for layer in plan.layers):
+        return "nothing is packed: every layer's sliding window is shorter than what stays in full precision anyway"
     if plan.exact == "detected":
         named = ", ".join(f"{token.text!r}" + (f" at {token.position}" if token.position is not None else "")
                           for token in sink_map.tokens if token.kind != "learned")

@@ -39,7 +39,6 @@ def render(template: str, report: Report, sink_map: SinkMap, plan: Plan, plots: 
     unquantized = next((row.weight_bytes for row in report.rows if row.name == "unquantized"), plan.unquantized_bytes)
     return _environment().get_template(template).render(
         report=report, sink_map=sink_map, plan=plan, plots=plots, metrics=_metrics(report), words=in_words,
-        kv_in_words=kv_in_words,
         cell=lambda row, task, metric: _cell(report, row, task, metric), tokenization=tokenization,
         headline=HEADLINES[report.verdict.answer], tiles=_tiles(report, unquantized), unquantized_bytes=unquantized,
         facts=_facts(report), sample=sample, sample_lines=lines(sample) if sample else [],
@@ -100,18 +99,6 @@ def in_words(pair: Paired) -> str:
         return "no difference shown"
     a_is_better = (pair.difference > 0) == pair.higher_is_better
     return f"{_row_name(pair.a if a_is_better else pair.b)} is better"
-
-
-def kv_in_words(plan: Plan) -> str:
-    """The KV section of a plan in one sentence or two."""
-    kv = plan.kv_cache
-    if kv is None:
-        return ""
-    packed = sum(layer.packed for layer in kv.layers)
-    return (f"KV cache: keys in {kv.key_bits} and values in {kv.value_bits} bits, groups of {kv.group_size}, the last "
-            f"{kv.window} tokens in full precision, in {packed} of {len(kv.layers)} layers; {kv.reason}. A row of "
-            f"{kv.length:,} tokens weighs {kv.bytes:,} bytes of {kv.unquantized_bytes:,}, {kv.bits_per_value:.3g} bits "
-            "per number.")
 
 
 def _row_name(name: str) -> str:

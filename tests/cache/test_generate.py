@@ -54,6 +54,24 @@ def test_padded_batch_is_token_identical(family: str) -> None:
     assert cache.nbytes() == cache_bytes(plan, cache.get_seq_length(), 2, 3, 4)
 
 
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 4},
+                                      {"prefill_chunk_size": 16}], ids=str)
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "gpt_oss"])
+def test_packed_sliding_windows_are_token_identical(family: str, settings: dict[str, Any]) -> None:
+    model = prepare(tiny_model(family))
+    inputs = _padded(1 if "prompt_lookup_num_tokens" in settings else 3, 120)
+    expected = _generate(model, DynamicCache(config=model.config), inputs, **settings)
+    plan = kv_plan(model, 16, sliding=True, window=8, exact="first-n", first_n=2)
+    cache = SinkCache(model.config, plan)
+    assert torch.equal(_generate(model, cache, inputs, **settings), expected)
+    sliding = [layer for layer in cache.layers if layer.is_sliding]
+    assert all(layer.dropped > 0 and layer.packed_length > 0 for layer in sliding)
+    if not settings:
+        assert cache.nbytes() == cache_bytes(plan, cache.get_seq_length(), 2, 3, 4)
+    low = SinkCache(model.config, kv_plan(model, 2, sliding=True, window=8, exact="first-n", first_n=2))
+    assert _generate(model, low, inputs, **settings).shape == expected.shape
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_dtype(dtype: torch.dtype) -> None:
     model = prepare(tiny_model("llama", dtype=dtype))

@@ -89,6 +89,23 @@ def test_bits_per_layer_and_head() -> None:
     assert "overrides[1]" in plan.layers[0].reason
 
 
+def test_the_group_fits_by_itself() -> None:
+    assert _made().group_size == 32
+    assert _made(layers=[KVLayerShape(heads=2, key_dim=80, value_dim=80)]).group_size == 128
+
+
+def test_long_sliding_windows_are_packed_and_short_ones_left() -> None:
+    layers = [KVLayerShape(heads=2, key_dim=64, value_dim=64, sliding_window=window) for window in (4096, 64, None)]
+    plan = _made(layers=layers)
+    assert [layer.packed for layer in plan.layers] == [True, False, True]
+    assert plan.layers[0].sliding_window == 4096
+    alone = _made(layers=layers[1:2])
+    assert not any(layer.packed for layer in alone.layers)
+    assert (alone.bits_per_value, alone.bytes) == (16.0, 4)
+    assert "nothing is packed" in alone.reason
+    assert make_kv_control(alone) is not None
+
+
 def test_massive_carriers_come_from_the_birth_layer() -> None:
     channels = [{"channel": 7, "peak": 40.0, "ratio": 900.0, "born": "layers.0.mlp", "ended": None, "tokens": ["<s>"],
                  "profile": [0.1, 0.1, 30.0, 31.0, 40.0]},
@@ -106,6 +123,7 @@ def test_massive_carriers_come_from_the_birth_layer() -> None:
     (["kv_cache.overrides=[{layers: [5], key_bits: 8}]"], WIDE, "layer 5"),
     (["kv_cache.overrides=[{layers: [0], heads: [8], key_bits: 8}]"], WIDE, "has 8"),
     ([], [KVLayerShape(heads=0, key_dim=1, value_dim=1)], "no layer"),
+    ([], [KVLayerShape(heads=1, key_dim=144, value_dim=144)], "no group"),
 ])
 def test_what_does_not_fit_is_refused(assignments: list[str], layers: list[KVLayerShape], message: str) -> None:
     with pytest.raises(RequestError, match=message):
