@@ -94,10 +94,13 @@ def run(recipe: Annotated[str | None, typer.Argument(help="A recipe file or the 
     edited = Plan.load(plan_file) if plan_file else None
     chosen = _recipe_of_run(recipe, edited, assignments or [])
     from sinkquant.pipeline import run as run_pipeline
+    from sinkquant.quantize.ranks import this_rank
 
     with _progress() as progress:
         report = run_pipeline(chosen, model, output, edited=edited, plan_only=plan_only, resume=resume,
                               trust_remote_code=trust_remote_code, progress=progress)
+    if report is None and this_rank()[0] > 0:
+        return
     if report is None:
         _show_plan(Plan.load(output / "plan.json"))
         out.print(f"Plan: {output / 'plan.json'}", soft_wrap=True, highlight=False)

@@ -21,8 +21,19 @@ from sinkquant.artifacts.report import Fidelity
 from sinkquant.cache import make_prefix, prepare, save_prefix
 from sinkquant.detect import detect
 from sinkquant.diagnose import sink_fidelity
+from sinkquant.errors import RequestError
 from sinkquant.evaluate import BASELINE, Candidate, Compare, evaluate, require_tasks_possible
-from sinkquant.formats import KV_PREFIX, load_dense, prefix_of, quantize_to, read_checkpoint, require_free, versions
+from sinkquant.formats import (
+    KV_PREFIX,
+    dismiss,
+    follow,
+    load_dense,
+    prefix_of,
+    quantize_to,
+    read_checkpoint,
+    require_free,
+    versions,
+)
 from sinkquant.models import (
     ActivationStore,
     Decoder,
@@ -37,6 +48,7 @@ from sinkquant.models import (
 from sinkquant.models.loading import weight_files
 from sinkquant.policy import accept_edited, make_control, make_plan
 from sinkquant.predict import Prediction, require_memory, spill_limit
+from sinkquant.quantize.ranks import join, this_rank
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe
 from sinkquant.report import write
 from sinkquant.workfolder import WorkFolder, run_key, work_folder
@@ -85,6 +97,13 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
     read_text(recipe.evaluate.text, "evaluation")
     if not plan_only and not recipe.evaluate.skip:
         require_tasks_possible(recipe)
+    join()
+    if this_rank()[1] > 1 and not (recipe.evaluate.skip or plan_only):
+        raise RequestError("several processes share the work of quantizing, not of evaluating; set evaluate.skip=true "
+                           "and evaluate the checkpoint afterwards with quantize-model eval.")
+    if this_rank()[0] > 0:
+        follow(lambda: open_model(folder, trust_remote_code), tokenizer)
+        return None
     predicted = require_memory(Decoder.of(open_model(folder, trust_remote_code)), recipe)
     key = run_key(recipe, folder, edited.to_json() if edited else None)
     with work_folder(target, key, resume) as work:
@@ -93,6 +112,7 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
                  predicted.peak / 1e9, predicted.seconds["detect"], predicted.seconds["quantize"])
         job = _Job(recipe, str(model), folder, tokenizer, work, trust_remote_code, progress, predicted)
         report = job.run(edited, plan_only)
+        dismiss()
     return report
 
 

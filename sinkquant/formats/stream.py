@@ -25,6 +25,7 @@ from sinkquant.formats.writer import CheckpointWriter
 from sinkquant.models import ActivationStore, Decoder, open_model, source_of
 from sinkquant.models.shards import dense_tensors, stored_tensors
 from sinkquant.quantize import QuantizedBlock, check, quantized_blocks
+from sinkquant.quantize.ranks import leave, tell
 from sinkquant.recipe import Recipe
 
 Progress = Callable[[int, int, str], None]
@@ -59,6 +60,7 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
             # The unquantized weights of the blocks that are done are no longer there to be followed: begin again.
             done = 0
             _remember(partial, done, {})
+        tell({"folder": str(folder), "plan": plan.to_json(), "done": done or 0, "device": device, "dtype": dtype})
         if done is None:
             copy_dense(writer, decoder)
             writer.sync()
@@ -72,11 +74,34 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
             losses |= block.losses
             _remember(partial, block.index + 1, losses)
             LOG.info("block %d of %d: %s", block.index + 1, len(decoder.blocks), _losses(block))
+        leave()
         write_files(partial, model, tokenizer, plan, sink_map, recipe)
         (partial / STATE).unlink()
         _check_reload(partial, decoder)
         partial.rename(folder)
     return losses
+
+
+def follow(open_source: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase,
+           store: ActivationStore | None = None) -> None:
+    """What every rank but the first does: share the work of the first one's `quantize_to`, or be dismissed."""
+    job = tell(None)
+    if job is not None:
+        model = open_source()
+        decoder, plan = Decoder.of(model), Plan.parse(json.loads(job["plan"]), "the first process's plan")
+        if job["done"]:
+            folder = Path(job["folder"])
+            _read_from(model, folder.with_name(f"{folder.name}.partial"), decoder, plan, job["done"])
+        if plan.needs_rows:  # rounding is over before it could be shared out
+            for _ in quantized_blocks(decoder, plan, tokenizer, job["device"], job["dtype"], None, store, job["done"]):
+                pass
+    leave()
+
+
+def dismiss() -> None:
+    """The first rank has no work for the others, if they still wait for some."""
+    tell(None)
+    leave()
 
 
 def _state(partial: Path) -> tuple[int | None, dict[str, float]]:

@@ -26,6 +26,7 @@ from sinkquant.models import (
 from sinkquant.quantize.gptq import GPTQ
 from sinkquant.quantize.hessian import Hessian, collect
 from sinkquant.quantize.packed import PackedWeight, row_chunks
+from sinkquant.quantize.ranks import add_up, hand_over, my_rows, solver, this_rank
 from sinkquant.quantize.rtn import RTN
 from sinkquant.quantize.state import ATTRIBUTE, QuantizedState, is_quantized
 from sinkquant.quantize.statistics import TokenWeights
@@ -149,7 +150,9 @@ def _calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase
     settings = plan.calibration
     rows = token_rows(tokenizer, read_text(settings.text, "calibration"), settings.rows,
                       min(settings.length, decoder.max_length), settings.bos, decoder.vocabulary)
+    rows = my_rows(rows, plan)
     weights = TokenWeights(rows, settings)
+    rank, ranks = this_rank()
     shape = decoder.shape("")
     walk = Walk(decoder, rows, settings.batch_size, device, dtype, store=store)
     tune = Tune(settings.tune, plan.seed) if settings.tune else None
@@ -166,14 +169,18 @@ def _calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase
         readers = {source[name]: decoder.linears[source[name]] for name in mine}
         asymmetric = any(decision.method == "gptaq" for decision in mine.values())
         hessians = collect(step, readers, weights, ideal if asymmetric else None) if readers else {}
+        add_up(hessians, readers, asymmetric)
         if ideal is not None:
             ideal = step.replay(ideal)
         last = {source[name]: name for name in mine}
         originals = {name: weight_matrix(decoder.linears[name]) for name in mine} if tune else {}
-        for name, decision in mine.items():
-            _quantize_one(decoder, name, decision, plan, made, scales, hessians.get(source[name]))
+        for place_in_block, (name, decision) in enumerate(mine.items()):
+            if solver(place_in_block) == rank:
+                _quantize_one(decoder, name, decision, plan, made, scales, hessians.get(source[name]))
             if last[source[name]] == name and not tune:
                 hessians.pop(source[name], None)
+        if ranks > 1:
+            _exchange(decoder, list(mine), made)
         if tune and mine and ideal is not None:
             linears = {name: module for name in mine if isinstance(module := decoder.linears[name], nn.Linear)}
             for name, packed in tune.run(step, linears, made.weights, originals, ideal, weights).items():
@@ -182,6 +189,21 @@ def _calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase
         if mine:
             step.run()  # the next block must see what this one gives now
         yield made
+
+
+def _exchange(decoder: Decoder, names: list[str], made: QuantizedBlock) -> None:
+    """Let every rank hold what each of them has solved of a block."""
+    weights, losses = dict(made.weights), dict(made.losses)
+    for index, name in enumerate(names):
+        made.weights[name], made.losses[name] = hand_over(solver(index), weights.get(name), losses.get(name))
+        module = decoder.linears[name]
+        assert isinstance(module.weight, torch.Tensor)
+        new = made.weights[name].dequantized(decoder.model.dtype)
+        module.weight.data = new.to(module.weight.device, module.weight.dtype)
+    for kept in (made.weights, made.losses):  # in the order of the module names, as one process has them
+        ordered = {name: kept[name] for name in names}
+        kept.clear()
+        kept.update(ordered)  # type: ignore[arg-type]
 
 
 def _inside(block: str, todo: dict[str, ModuleDecision]) -> dict[str, ModuleDecision]:

@@ -1,0 +1,104 @@
+"""Several processes, on one machine or several (torchrun): each walks with its share of the calibration rows, the sums
+of the Hessians are added up, and the modules of a block are shared out for the solve.
+
+Without a process group of torch.distributed there is one rank, and nothing here does anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from sinkquant.artifacts import Plan
+from sinkquant.errors import RequestError
+from sinkquant.quantize.hessian import Hessian
+from sinkquant.quantize.packed import PackedWeight
+
+PATIENCE = timedelta(days=7)
+"""How long the others wait for the first rank, which detects and evaluates by itself."""
+
+
+def join() -> None:
+    """Join the process group of torchrun, if it started this process; gloo, which every machine has."""
+    if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=PATIENCE)
+
+
+def leave() -> None:
+    """End the process group; the libraries that load and evaluate models would share their work in it as well."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def this_rank() -> tuple[int, int]:
+    """(rank, number of ranks); (0, 1) without a process group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def tell(message: Any) -> Any:
+    """What the first rank hands over, on every rank."""
+    box = [message]
+    if this_rank()[1] > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def my_rows(rows: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """This rank's share of the calibration rows, [at least 1, length].
+
+    Raises:
+        RequestError: fewer rows than ranks, or a setting whose result depends on which rows are together.
+    """
+    rank, ranks = this_rank()
+    if ranks == 1:
+        return rows
+    if len(rows) < ranks:
+        raise RequestError(f"there are {len(rows)} calibration rows for {ranks} processes; start fewer.")
+    if plan.calibration.tune or plan.calibration.statistics == "cap":
+        raise RequestError("weights.tune and capped statistics need all rows in one process; start without torchrun.")
+    return rows.tensor_split(ranks)[rank]
+
+
+def add_up(hessians: dict[str, Hessian], linears: Mapping[str, nn.Module], cross: bool) -> None:
+    """Give every rank the sums over all ranks. A linear that no token reached on any rank stays missing."""
+    if this_rank()[1] == 1:
+        return
+    for name in sorted(linears):
+        weight = linears[name].weight
+        assert isinstance(weight, torch.Tensor)
+        hessian = hessians.get(name) or Hessian(weight.shape[1], weight.device)
+        total = torch.tensor([hessian.weight], dtype=torch.float64)
+        dist.all_reduce(total)
+        hessian.weight = float(total)
+        sums = [hessian.sum]
+        if cross:
+            hessian.cross_sum = torch.zeros_like(hessian.sum) if hessian.cross_sum is None else hessian.cross_sum
+            sums.append(hessian.cross_sum)
+        for matrix in sums:
+            everywhere = matrix.cpu()
+            dist.all_reduce(everywhere)
+            matrix.copy_(everywhere)
+        if hessian.weight > 0:
+            hessians[name] = hessian
+
+
+def solver(index: int) -> int:
+    """The rank that solves a block's module of that index."""
+    return index % this_rank()[1]
+
+
+def hand_over(rank: int, packed: PackedWeight | None, loss: float | None) -> tuple[PackedWeight, float]:
+    """The packed weight and the loss that one rank has, on every rank."""
+    box = [(packed, loss)]
+    dist.broadcast_object_list(box, src=rank)
+    found, lost = box[0]
+    assert found is not None
+    assert lost is not None
+    return found, lost

@@ -1,0 +1,64 @@
+"""Two processes give what one gives, to numerical noise."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import model_folder, small_recipe
+
+import sinkquant as sq
+from sinkquant.errors import RequestError
+from sinkquant.formats import load_dense
+from sinkquant.quantize import ranks
+
+TASK = """
+import sys
+import sinkquant as sq
+recipe, model, out = sys.argv[1:]
+sq.run(recipe, model, out)
+"""
+
+
+def test_two_processes_give_what_one_gives(tmp_path: Path, text_file: Path) -> None:
+    model = model_folder(tmp_path / "model")
+    recipe = small_recipe(text_file, "evaluate.skip=true", "weights.descent=0", "calibration.rows=5")
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    (tmp_path / "task.py").write_text(TASK, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               tmp_path / "task.py", tmp_path / "recipe.yaml", model, tmp_path / "two"]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path),
+                                                          "OMP_NUM_THREADS": "1"})
+    sq.run(recipe, model, tmp_path / "one")
+    one, two = (load_dense(tmp_path / name / "model").state_dict() for name in ("one", "two"))
+    for name, weight in one.items():
+        # The sums differ by rounding, so that a code on the edge may fall to the other side, and what follows with it.
+        differs = ((weight - two[name]).abs() > 1e-6 * weight.abs().max()).float().mean()
+        assert differs < 0.02, name
+    rows = torch.arange(8, 72)[None]
+    outputs = [load_dense(tmp_path / name / "model")(rows).logits for name in ("one", "two")]
+    unquantized = sq.load(model)[0](rows).logits
+    assert (outputs[0] - outputs[1]).norm() < 0.1 * (outputs[0] - unquantized).norm()
+
+
+def test_rows_are_shared_out_and_what_cannot_be_shared_is_refused(
+        tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = sq.load(model_folder(tmp_path / "model"))
+    recipe = small_recipe(text_file, "detect.super_weights=false")
+    sink_map = sq.detect(model, tokenizer, recipe=recipe)
+    plan = sq.plan(model, sink_map, recipe)
+    rows = torch.arange(15).reshape(5, 3)
+    assert ranks.my_rows(rows, plan) is rows
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(ranks, "this_rank", lambda rank=rank: (rank, 2))
+        shares.append(ranks.my_rows(rows, plan))
+    assert torch.equal(torch.cat(shares), rows)
+    with pytest.raises(RequestError, match="1 calibration rows for 2 processes"):
+        ranks.my_rows(rows[:1], plan)
+    with pytest.raises(RequestError, match="need all rows in one process"):
+        ranks.my_rows(rows, sq.plan(model, sink_map, recipe.replace(["weights.tune=2"])))
