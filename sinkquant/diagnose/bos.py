@@ -29,14 +29,14 @@ def bos_variants(decoder: Decoder, text: torch.Tensor, bos: int, compute: Comput
     for name in get_args(Variant):
         rows = with_bos(text, bos, places[name])
         loss, received, visible = _walk(decoder, rows, places[name], compute)
-        mass = torch.stack([r[:, :, 0] / visible[0] for r in received]).double()
+        mass = torch.cat([r[:, :, 0].double() / visible[0] for r in received], dim=1)
         first = places[name][0] if places[name] else None
         reference = loss if reference is None else reference
         attention = None if first is None else float(
             torch.stack([r[:, :, first].double().mean() / visible[first] for r in received]).mean())
         found.append(BosVariant(
             name=name, loss=measured(loss, compute.seed), loss_increase=measured(loss - reference, compute.seed),
-            sink_rate=measured((mass > SINK).double().mean(dim=(0, 2)), compute.seed), bos_attention=attention))
+            sink_rate=measured((mass > SINK).double().mean(1), compute.seed), bos_attention=attention))
     return found
 
 

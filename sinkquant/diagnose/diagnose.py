@@ -121,7 +121,8 @@ def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
         text=text or "packaged evaluation text", seed=recipe.seed, sinks=sink_map.tokens,
         massive_peak=max((channel.peak for channel in massive), default=0.0),
         massive_ratio=max((channel.ratio for channel in massive), default=0.0), sink_rates=rates,
-        first_position=mass.mean(1).tolist(), mixing=layer_mixing(found, recipe.seed), collapse=collapse,
+        first_position=[layer.mean(0).tolist() for layer in mass], mixing=layer_mixing(found, recipe.seed),
+        collapse=collapse,
         over_squashing=squashing, spread=spreads, bos=variants, values=token_values(found, tokenizer),
         dormant_heads=dormant_heads(found, tokenizer), robustness=checks,
         special_tokens=special_token_paths(tokenizer) if attacks else {}, fidelity=fidelity, against=other, notes=notes)
@@ -156,7 +157,7 @@ class _Job:
         return token_rows(self.tokenizer, self.content, count, length, policy, self.decoder.vocabulary, "text")
 
 
-def _rates(job: _Job, published: torch.Tensor, mass: torch.Tensor, notes: list[str]) -> list[SinkRates]:
+def _rates(job: _Job, published: torch.Tensor, mass: list[torch.Tensor], notes: list[str]) -> list[SinkRates]:
     """Natural text over context length, then random and repeated tokens at the published length."""
     seed, decoder = job.compute.seed, job.decoder
     rates = [sink_rates(mass, "natural", published.shape[1], seed)]

@@ -45,11 +45,12 @@ class _Side:
     """One model on the rows.
 
     Attributes:
-        mass: [layers, heads, rows], mean attention on the sinks.
+        layers: by layer [heads, rows], mean attention on the sinks; mass: the same of all heads, [all heads, rows].
         spread: [rows], mean change of later tokens after the one at `position` is swapped; curve: at every position.
     """
 
     survey: Survey
+    layers: list[torch.Tensor]
     mass: torch.Tensor
     position: int
     spread: torch.Tensor
@@ -92,8 +93,10 @@ def sink_fidelity(original: PreTrainedModel, quantized: PreTrainedModel, tokeniz
     verdict, sentence = _judge(checks, a.mass.mean(-1), b.mass.mean(-1), bool(sinks))
     return SinkFidelity(
         verdict=verdict, sentence=sentence, checks=checks, rows=len(rows), length=rows.shape[1],
-        heads=bernoulli_divergence(a.mass.mean(-1), b.mass.mean(-1)).tolist(), mass=b.mass.mean(-1).tolist(),
-        mass_before=a.mass.mean(-1).tolist(), spread=curves, sample=sample)
+        heads=[bernoulli_divergence(one.mean(-1), two.mean(-1)).tolist()
+               for one, two in zip(a.layers, b.layers, strict=True)],
+        mass=[layer.mean(-1).tolist() for layer in b.layers],
+        mass_before=[layer.mean(-1).tolist() for layer in a.layers], spread=curves, sample=sample)
 
 
 def bernoulli_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -146,7 +149,8 @@ def _side(decoder: Decoder, rows: torch.Tensor, marked: torch.Tensor, compute: C
     found = survey(decoder, rows, marked, compute, ranks=False)
     position = rows.shape[1] // 4
     moved = changes(decoder, rows, position, compute)[-1]
-    return _Side(found, found.head_mass(), position, moved[:, position + 1:].mean(1), moved.mean(0).tolist())
+    layers = found.head_mass()
+    return _Side(found, layers, torch.cat(layers), position, moved[:, position + 1:].mean(1), moved.mean(0).tolist())
 
 
 def _check(name: str, what: str, value: float | None, ideal: float, null: float) -> FidelityCheck:
@@ -188,11 +192,11 @@ def _attention_checks(a: _Side, b: _Side, seed: int) -> list[FidelityCheck]:
 
 
 def _on_rates(side: _Side) -> torch.Tensor:
-    """Share of queries for which a head is on, float64 [layers, heads, rows]."""
+    """Share of queries for which a head is on, float64 [all heads, rows]."""
     queries = (~side.survey.sinks).double()
     queries[:, :min(EARLY, queries.shape[1] - 1)] = 0
-    return torch.stack([(((mass < ON) * queries[:, None]).sum(-1) / queries.sum(-1).clamp(min=1)[:, None]).T
-                        for mass in side.survey.table.sink_mass])
+    return torch.cat([(((mass < ON) * queries[:, None]).sum(-1) / queries.sum(-1).clamp(min=1)[:, None]).T
+                      for mass in side.survey.table.sink_mass])
 
 
 def _massive_checks(a: _Side, b: _Side, threshold: float, seed: int) -> list[FidelityCheck]:
@@ -228,7 +232,7 @@ def _value_checks(a: _Side, b: _Side, seed: int) -> list[FidelityCheck]:
 
 
 def _sink_norms(found: Survey, drain: bool) -> torch.Tensor:
-    """Mean norm of the sinks' values, over the median of the others' with `drain`: float64 [layers, kv_heads, rows],
+    """Mean norm of the sinks' values, over the median of the others' with `drain`: float64 [all KV heads, rows],
     NaN in rows that hold no sink."""
     sinks, layers = found.sinks[:, None], []
     for values in found.table.value_norms:
@@ -237,7 +241,7 @@ def _sink_norms(found: Survey, drain: bool) -> torch.Tensor:
         if drain:
             mean = mean / norms.masked_fill(sinks, torch.nan).nanmedian(-1).values.clamp(min=1e-30)
         layers.append(mean.T)
-    return torch.stack(layers).clamp(min=1e-30)
+    return torch.cat(layers).clamp(min=1e-30)
 
 
 def _kl_checks(kl: torch.Tensor, marked: torch.Tensor, seed: int) -> list[FidelityCheck]:

@@ -32,12 +32,15 @@ class _Matrices:
 
 
 def attention_of(decoder: Decoder, row: torch.Tensor, compute: Compute) -> torch.Tensor:
-    """Attention of every head on one row, float32 [layers, heads, length, length]. `row`: int64 [at most TOKENS]."""
+    """Attention of every head on one row, float32 [layers, heads, length, length]; of the mean of each layer's heads
+    where layers differ in their number. `row`: int64 [at most TOKENS]."""
     observer = _Matrices()
     walk = compute.walk(decoder, row[None, :TOKENS])
     walk.observers.append(observer)
     for step in walk.steps():
         step.run()
+    if len({len(layer) for layer in observer.layers}) > 1:
+        return torch.stack([layer.mean(0, keepdim=True) for layer in observer.layers])
     return torch.stack(observer.layers)
 
 

@@ -100,14 +100,13 @@ class Survey:
     effective_rank_without_sinks: list[torch.Tensor] = field(default_factory=list)
     losses: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
-    def head_mass(self) -> torch.Tensor:
-        """Mean attention on the sinks, float64 [layers, heads, rows], by the queries that come after a row's first
+    def head_mass(self) -> list[torch.Tensor]:
+        """Mean attention on the sinks by layer, float64 [heads, rows], by the queries that come after a row's first
         sink. 0 in rows that hold none."""
         place = torch.arange(self.rows.shape[1])
         first = torch.where(self.sinks.any(1), self.sinks.float().argmax(1), torch.tensor(self.rows.shape[1]))
         after = (place[None] > first[:, None]).double()[:, None]
-        return torch.stack([((mass.double() * after).sum(-1) / after.sum(-1).clamp(min=1)).T
-                            for mass in self.table.sink_mass])
+        return [((mass.double() * after).sum(-1) / after.sum(-1).clamp(min=1)).T for mass in self.table.sink_mass]
 
 
 def survey(decoder: Decoder, rows: torch.Tensor, sinks: torch.Tensor, compute: Compute, ranks: bool = True) -> Survey:

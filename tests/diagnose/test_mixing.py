@@ -76,7 +76,7 @@ def test_even_attention_has_rows_of_full_entropy_and_equal_mass() -> None:
     for layer in range(2):
         torch.testing.assert_close(found.table.entropy[layer], torch.ones(4, 4, dtype=torch.float64))
     expected = (1 / torch.arange(2, 17).double()).mean()
-    torch.testing.assert_close(found.head_mass(), expected.expand(2, 4, 4), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(torch.stack(found.head_mass()), expected.expand(2, 4, 4), rtol=1e-5, atol=1e-7)
 
 
 def test_long_rows_are_refused_for_exact_products() -> None:

@@ -63,7 +63,7 @@ def test_first_position_mass_is_the_mean_of_the_attention_column(tiny: PreTraine
     finally:
         tiny.set_attn_implementation("sdpa")
     found = first_position_mass(Decoder.of(tiny), rows, COMPUTE)
-    torch.testing.assert_close(found, matrices[..., 0].mean(-1), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(torch.stack(found), matrices[..., 0].mean(-1), rtol=1e-5, atol=1e-7)
 
 
 def test_a_sink_keeps_a_change_from_spreading(planted: PreTrainedModel, text: torch.Tensor) -> None:
