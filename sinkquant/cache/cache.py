@@ -56,6 +56,7 @@ class SinkCache(Cache):
         self.row_starts: torch.Tensor | None = None
         """int32 [batch] first column of every row that is no padding, where a watched model has shown its mask."""
         self._flags: torch.Tensor | None = None
+        self._real = torch.empty(0, 0, dtype=torch.bool)
         self._flagged_from = -1
         self._waiting: list[int] = []
         self._packed_reads = False
@@ -84,17 +85,19 @@ class SinkCache(Cache):
                                "new cache, or use reset() or batch_repeat_interleave().")
         if mask is not None and (mask.dim() != 2 or mask.shape[1] < before + new):
             mask = None
-        if before == 0 or self.row_starts is None:
-            starts = torch.zeros(batch, dtype=torch.int32, device=device)
-            self.row_starts = starts if mask is None else mask.argmax(-1).to(torch.int32)
         if mask is None:
+            if before == 0 or self.row_starts is None:
+                self.row_starts = torch.zeros(batch, dtype=torch.int32, device=device)
             positions = torch.arange(before, before + new, device=device).expand(batch, new)
             positions = positions - self.row_starts[:, None]
         else:
             seen = mask[:, :before + new].long()
+            # Anew every time: the first chunk of a long prompt may hold nothing of a row but padding.
+            self.row_starts = (seen.cumsum(1) == 0).sum(1).to(torch.int32)
             positions = (seen.cumsum(1) - 1).masked_fill(seen == 0, -1)[:, before:]
         self._match = self._match_prefix(prefix, positions, ids) if self.plan.prefix else None
-        self._flags, self._flagged_from = self._judge(NewTokens(positions, ids)), before
+        self._real, self._flagged_from = positions >= 0, before
+        self._flags = self._judge(NewTokens(positions, ids))
         self._packed_reads = packed_reads
         if self.plan.evict is not None:
             self._take_rotary(rotary)
@@ -130,7 +133,7 @@ class SinkCache(Cache):
         """Look at the hidden states [batch, new, hidden] after a block; called by the hook that `prepare` sets."""
         if not isinstance(self.exact, Massive) or block != self.exact.carriers.layer or hidden.dim() != 3:
             return
-        flags = self.exact.verdict(hidden)
+        flags = self.exact.verdict(hidden) & self._real
         if self._match is not None:
             flags = flags | self._match.flags
         self._flags = flags if bool(flags.any()) else None

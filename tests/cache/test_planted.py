@@ -97,9 +97,30 @@ def test_one_row_of_a_padded_batch(delimiter: tuple[PreTrainedModel, SinkMap], e
     mask[1, :30] = 0
     ids[1, :30] = 0
     ids[1, 40] = 4
+    ids[1, 5] = 4  # padding that looks like a sink is none
     found = _exact_columns(model, _plan(model, sink_map, exact), ids, mask)
     assert 40 in found[1]
     assert 40 not in found[0]
+    assert min(found[1]) >= 30
+
+
+def test_a_row_that_begins_after_the_first_chunk(delimiter: tuple[PreTrainedModel, SinkMap]) -> None:
+    model, sink_map = delimiter
+    ids, mask = _rows(), torch.ones(2, LENGTH, dtype=torch.long)
+    mask[1, :40] = 0
+    stored = []
+    for chunk in (LENGTH, 16):
+        cache = SinkCache(model.config, _plan(model, sink_map, "none"))
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            for start in range(0, LENGTH, chunk):
+                part = slice(start, start + chunk)
+                model(ids[:, part], attention_mask=mask[:, :part.stop], position_ids=positions[:, part],
+                      past_key_values=cache)
+        assert cache.row_starts.tolist() == [0, 40]
+        stored.append(cache.layers[0].dense()[0])
+    assert torch.allclose(stored[0][0], stored[1][0], atol=1e-5)
+    assert torch.allclose(stored[0][1, :, 40:], stored[1][1, :, 40:], atol=1e-5)
 
 
 def test_padding_sets_no_range(delimiter: tuple[PreTrainedModel, SinkMap]) -> None:
