@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from sinkquant.artifacts import KVCachePlan, KVLayer, KVLayerShape, KVSink, MassiveCarriers, ModelShape, SinkMap
-from sinkquant.artifacts.kv import cache_bytes, dense_bytes, layer_bytes, value_group
+from sinkquant.artifacts.kv import cache_bytes, dense_bytes, value_group
 from sinkquant.errors import RequestError
 from sinkquant.recipe import KVCache, Recipe
 
@@ -45,8 +45,10 @@ def make_kv_control(aware: KVCachePlan | None) -> KVCachePlan | None:
         return None
     control = aware.model_copy(update={"exact": "none", "first_n": 0, "max_exact": 0, "sinks": [], "massive": None,
                                         "prefix": []})
-    spare, saved = aware.bytes - _mean_bytes(aware, 0), _saved_per_token(aware)
-    window = aware.window + (math.ceil(spare / saved) if saved > 0 else 0)
+    window = aware.window
+    while (window < aware.length and any(layer.packed for layer in aware.layers)
+           and _mean_bytes(control.model_copy(update={"window": window}), 0) < aware.bytes):
+        window += 1
     control = control.model_copy(update={"window": window})
     return _weighed(control, 0, "the control keeps no token exact; its window is longer by "
                                 f"{window - aware.window} tokens for the same bytes")
@@ -81,13 +83,6 @@ def accept_kv(plan: KVCachePlan | None, shape: ModelShape) -> KVCachePlan | None
 def _mean_bytes(plan: KVCachePlan, exact: int) -> int:
     lengths = [max(1, plan.length - shorter) for shorter in range(plan.group_size)]
     return math.ceil(sum(cache_bytes(plan, tokens, min(exact, tokens)) for tokens in lengths) / len(lengths))
-
-
-def _saved_per_token(plan: KVCachePlan) -> float:
-    """Bytes that packing a token saves."""
-    length = plan.window + 64 * plan.group_size
-    packed = sum(layer_bytes(plan, index, length, 0) for index in range(len(plan.layers)))
-    return (dense_bytes(plan, length) - packed) / (64 * plan.group_size)
 
 
 def _weighed(plan: KVCachePlan, exact: int, reason: str) -> KVCachePlan:

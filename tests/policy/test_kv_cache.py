@@ -66,10 +66,12 @@ def test_what_is_kept_is_said() -> None:
     assert "no sink" in _made(sink_map=_map([])).reason
 
 
+@pytest.mark.parametrize("evict", ["null", "512"])
 @pytest.mark.parametrize("exact", ["first-n", "detected"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_the_control_has_the_same_bytes(bits: int, exact: str) -> None:
-    plan = _made(f"kv_cache.key_bits={bits}", f"kv_cache.value_bits={bits}", f"kv_cache.exact={exact}")
+def test_the_control_has_the_same_bytes(bits: int, exact: str, evict: str) -> None:
+    plan = _made(f"kv_cache.key_bits={bits}", f"kv_cache.value_bits={bits}", f"kv_cache.exact={exact}",
+                 f"kv_cache.evict={evict}")
     control = make_kv_control(plan)
     assert control is not None
     assert control.exact == "none"
