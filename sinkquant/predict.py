@@ -24,7 +24,9 @@ CHEAPER = ("evaluate.skip=true", "calibration.batch_size=1", "detect.batch_size=
 RELOADED = 1 << 30
 SPILL_SHARE = 8
 """Hidden states that take more than this part of the memory go to a mapped file."""
-SEARCH_PASSES, ROUNDING_PASSES = 420.0, 12.0
+SEARCH_PASSES, ROUNDING_PASSES = 460.0, 40.0
+KEPT_BY_ALLOCATOR = 1.15
+"""What is resident over what is in use, measured over the blocks of a walk."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +129,11 @@ class _Job:
         sets = self._detected_tokens()
         batch = settings.batch_size * 64
         buffers = 2 * sum(sets) * self.hidden * self.item
-        watched = max(sets) * self.hidden * (self.item + 8)
+        watched = max(sets) * self.hidden * 20.0
+        tables = sum(sets) * self.heads * 4 * len(self.linears)
         recorded = 128 * self.widest * 32
-        return self._walked() + buffers + watched + recorded + self._activations(batch, settings.length)
+        return KEPT_BY_ALLOCATOR * (self._walked() + buffers + watched + tables + recorded
+                                    + self._activations(batch, settings.length))
 
     def quantize_bytes(self) -> float:
         written = self.largest * (4 + self.stored) + self.block
@@ -145,7 +149,7 @@ class _Job:
                       if not linear.fixed}
             sums = 8.0 * sum(linear.columns ** 2 for linear in inputs.values())
             hessians = max(hessians, sums + 4 * max((linear.columns ** 2 for linear in inputs.values()), default=0))
-            solve = max([solve, *(sums + 22.0 * linear.columns ** 2 + 16 * linear.parameters
+            solve = max([solve, *(sums + 48.0 * linear.columns ** 2 + 16 * linear.parameters
                                   for linear in inputs.values())])
         return max(self._walked() + self.block + buffers + max(
             hessians + self._activations(settings.batch_size * settings.length, settings.length), solve), dense)
