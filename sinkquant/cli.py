@@ -220,6 +220,8 @@ def diagnose(models: Annotated[list[str], typer.Argument(help="A model folder, a
     for one in found:
         for table in tables(one):
             out.print(table)
+        for note in one.notes:
+            out.print(f"Note: {escape(note)}", soft_wrap=True)
     if len(found) > 1:
         out.print(scale_table(found))
 
