@@ -1,0 +1,33 @@
+"""A hub id offline: the cache of huggingface_hub is all there is."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+
+from sinkquant.models import Decoder, Walk, load_tokenizer, open_model, resolve
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+def test_a_cached_model_is_opened_without_network(cache: Path, tiny_folder: Path) -> None:
+    repository = cache / "models--owner--tiny"
+    shutil.copytree(tiny_folder, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    folder = resolve("owner/tiny")
+    assert folder == repository / "snapshots" / COMMIT
+    assert load_tokenizer(folder).bos_token_id == 1
+    walk = Walk(Decoder.of(open_model(folder)), torch.arange(8, 40)[None], 1)
+    assert len(list(walk.steps())) == 3
