@@ -102,7 +102,7 @@ class Weights(Section):
 
     `method` "gptaq" is GPTQ that also makes up for what earlier blocks lost. `scale_search`: scales with the least
     loss instead of the whole range; `descent`: rounds of coordinate descent over codes and scales after GPTQ; `tune`:
-    iterations of sign-gradient tuning of every block's codes and scales at the end, the slowest and strongest.
+    iterations of sign-gradient tuning of every block's codes and scales at the end; slow, and not better everywhere.
     """
 
     method: Literal["rtn", "gptq", "gptaq"] = "gptq"

@@ -69,6 +69,13 @@ def _auto_round(model: Any, rows: torch.Tensor, arguments: argparse.Namespace) -
                      nsamples=len(rows), dataset=[{"input_ids": row[None]} for row in rows],
                      device_map="cpu", amp=False)
     tool.quantize_and_save(arguments.output, format="fake")
+    # Dense weights on their grids, in a folder below: a plain model once its config no longer speaks of a format.
+    (folder,) = (path.parent for path in Path(arguments.output).rglob("config.json"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for path in folder.iterdir():
+        path.rename(Path(arguments.output) / path.name)
 
 
 if __name__ == "__main__":
