@@ -81,6 +81,7 @@ class Detection(Section):
     min_head_share: float = Field(default=0.05, ge=0, le=1)
     massive_ratio: float = Field(default=50.0, gt=1)
     massive_token_share: float = Field(default=0.1, gt=0, le=1)
+    outlier_ratio: float = Field(default=64.0, gt=1)
     column_ratio: float = Field(default=2.0, gt=1)
     no_op_sink_score: float = Field(default=0.8, gt=0, le=1)
     no_op_output_norm: float = Field(default=0.5, gt=0)
@@ -153,7 +154,8 @@ class KVCache(Section):
     fits. The last `window` tokens are never packed.
     `exact`: the sinks that detection found; "first-n": the first `first_n` tokens; "massive": those that carry a
     massive activation in the prompt at hand; "none". At most `max_exact` per row. `prefix` "bos": keys and values
-    of `<bos>` come from the unquantized model. `evict`: at most so many packed tokens are kept, older ones are dropped;
+    of `<bos>` come from the unquantized model; "found": those of the outlier tokens that detection found and `<bos>`,
+    which are put in front of every row. `evict`: at most so many packed tokens are kept, older ones are dropped;
     the exact ones and the window stay, so that an endless stream runs in fixed memory. `length` is what bytes
     are planned for.
     """
@@ -168,7 +170,7 @@ class KVCache(Section):
     exact: Literal["none", "first-n", "detected", "massive"] = "detected"
     first_n: int = Field(default=4, ge=1)
     max_exact: int = Field(default=16, ge=0)
-    prefix: Literal["none", "bos"] = "none"
+    prefix: Literal["none", "bos", "found"] = "none"
     length: int = Field(default=4096, ge=1)
     overrides: list[KVOverride] = Field(default_factory=list)
 

@@ -61,7 +61,8 @@ class KVCachePlan(Strict):
     dtype, and so do at most `max_exact` tokens of a row that `exact` picks. `key_bits` and `value_bits` are those of
     most layers; `layers` says it per layer and KV head. `symmetric` grids store no zero point. `rotate`: codes are of
     Hadamard-rotated heads. `prefix`: rows that begin with these token ids take their keys and values from the
-    unquantized model, and keep them exact beside the `max_exact` others. `evict`: at most so many packed tokens are
+    unquantized model, and keep them exact beside the `max_exact` others. `front`: the first tokens of the prefix, where
+    texts do not bring them along: they must be put in front of every row. `evict`: at most so many packed tokens are
     kept between the exact ones and the window, older ones are dropped and the sinks move up; null keeps all.
     `bytes` and `bits_per_value` are of one row of `length` tokens with `expected_exact` exact ones and numbers of 16
     bits, averaged over the last `group_size` lengths, because the window breathes by a block.
@@ -78,6 +79,7 @@ class KVCachePlan(Strict):
     first_n: int = 0
     max_exact: int
     prefix: list[int] = Field(default_factory=list)
+    front: list[int] = Field(default_factory=list)
     sinks: list[KVSink] = Field(default_factory=list)
     massive: MassiveCarriers | None = None
     layers: list[KVLayer]

@@ -99,6 +99,21 @@ class ModuleStatistics(Strict):
     sink_columns: list[int]
 
 
+class OutlierPrefix(Strict):
+    """The tokens that take the outliers of down projections upon themselves when they stand in front of every row
+    (PrefixQuant 2410.05265): the most frequent outlier tokens, then `<bos>` where rows start with it.
+
+    `count`: outlier tokens per row, position 0 included, of the layer with the most; 0 goes with an empty prefix.
+    `largest_ratio`: the largest |input| of a token over the median token's; `layers`: how many were looked at.
+    """
+
+    token_ids: list[int]
+    texts: list[str]
+    count: int
+    largest_ratio: float
+    layers: int
+
+
 class SinkMap(Artifact):
     """What is there: tokens, heads, channels, super weights, and what they do to the input of every linear."""
 
@@ -117,4 +132,5 @@ class SinkMap(Artifact):
     depth: list[str] = Field(default_factory=list)
     super_weights: list[SuperWeight]
     modules: dict[str, ModuleStatistics]
+    outlier_prefix: OutlierPrefix | None = None
     notes: list[str] = Field(default_factory=list)

@@ -3,9 +3,9 @@
 from sinkquant.cache.cache import SinkCache
 from sinkquant.cache.files import load_cache, save_cache
 from sinkquant.cache.install import install
-from sinkquant.cache.prefix import Prefix, load_prefix, make_prefix, save_prefix
+from sinkquant.cache.prefix import Prefix, load_prefix, make_prefix, put_in_front, save_prefix
 from sinkquant.cache.prepare import prepare
 from sinkquant.cache.score import cached_logits
 
 __all__ = ["Prefix", "SinkCache", "cached_logits", "install", "load_cache", "load_prefix", "make_prefix", "prepare",
-           "save_cache", "save_prefix"]
+           "put_in_front", "save_cache", "save_prefix"]

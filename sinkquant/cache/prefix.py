@@ -103,6 +103,35 @@ def require_same_model(prefix: Prefix, model: PreTrainedModel) -> None:
         raise RequestError("the KV prefix was made by another model; make it again with make_prefix.")
 
 
+def put_in_front(ids: torch.Tensor, mask: torch.Tensor | None, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows with `tokens` between their padding on the left and their own first token, and the mask that they have then.
+
+    Args:
+        ids: int64 [rows, length].
+        mask: [rows, length], zero on padding; None where there is none.
+        tokens: a plan's `front`, say.
+
+    Returns:
+        int64 [rows, length + tokens], twice.
+    """
+    mask = torch.ones_like(ids) if mask is None else mask.long()
+    if not tokens:
+        return ids, mask
+    starts = row_starts(mask)
+    column = torch.arange(ids.shape[1] + len(tokens), device=ids.device)[None] - starts[:, None]
+    before, inside = column < 0, (column >= 0) & (column < len(tokens))
+    place = starts[:, None] + torch.where(before, column, (column - len(tokens)).clamp(min=0))
+    place = place.clamp(max=ids.shape[1] - 1)
+    front = torch.tensor(tokens, dtype=ids.dtype, device=ids.device)
+    return (torch.where(inside, front[column.clamp(0, len(tokens) - 1)], ids.gather(1, place)),
+            torch.where(inside, 1, mask.gather(1, place)))
+
+
+def row_starts(mask: torch.Tensor) -> torch.Tensor:
+    """int64 [rows]: columns of padding before every row. mask: [rows, length], zero on padding."""
+    return (mask.long().cumsum(1) == 0).sum(1)
+
+
 class PrefixMatch:
     """Which new columns continue the prefix in their row, and the states that belong there.
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.artifacts import Channel, Head, SinkKind, SinkMap, SinkToken
 from sinkquant.detect.heads import describe_heads
 from sinkquant.detect.modules import InputRecorder
+from sinkquant.detect.outliers import outlier_prefix
 from sinkquant.detect.residual import MassiveChannel, ResidualStream, massive_channels
 from sinkquant.detect.super_weights import SpikeWatcher, confirm
 from sinkquant.detect.table import AttentionTable
@@ -87,6 +88,10 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
         spikes.spikes = other.spikes.spikes | spikes.spikes
 
     modules = surveyor.inputs.summary(sink_positions(surveys[-1].rows, found))
+    outliers = outlier_prefix(decoder, surveyor.inputs, surveys[-1].rows, settings.outlier_ratio,
+                              facts.bos_token_id if facts.rows_start_with_bos else None, tokenizer)
+    if outliers is None:
+        notes.append("outlier tokens were not looked for: no block has one down projection that sees every token")
     super_weights = []
     if settings.super_weights:
         super_weights = confirm(decoder, spikes, rows, settings, surveyor.device, surveyor.dtype, recipe.seed, progress)
@@ -103,9 +108,11 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
             t: without_bos.table.sink_rate(float(t)) for t in PUBLISHED_THRESHOLDS},
         thresholds={"sink_score": settings.threshold, "massive_ratio": settings.massive_ratio,
                     "column_ratio": settings.column_ratio, "no_op_sink_score": settings.no_op_sink_score,
-                    "no_op_output_norm": settings.no_op_output_norm, "super_weight_loss": settings.super_weight_loss},
+                    "no_op_output_norm": settings.no_op_output_norm, "super_weight_loss": settings.super_weight_loss,
+                    "outlier_ratio": settings.outlier_ratio},
         tokens=tokens, heads=_heads(surveys, found, settings),
-        channels=channels, depth=surveys[0].stream.names, super_weights=super_weights, modules=modules, notes=notes)
+        channels=channels, depth=surveys[0].stream.names, super_weights=super_weights, modules=modules,
+        outlier_prefix=outliers, notes=notes)
 
 
 def sink_positions(rows: torch.Tensor, sinks: list[Candidate]) -> torch.Tensor:

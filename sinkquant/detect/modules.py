@@ -45,6 +45,10 @@ class InputRecorder:
         """What the sinks do to every input. sinks: bool [rows, length], of the recorded rows."""
         return {name: inputs.summary(sinks.flatten(), self.column_ratio) for name, inputs in self.inputs.items()}
 
+    def largest(self, name: str) -> torch.Tensor | None:
+        """float32 [tokens]: the largest |input| of every token; None where the linear was not recorded."""
+        return torch.cat(self.inputs[name].largest) if name in self.inputs else None
+
     def _hook(self, name: str, step: Step) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             length = step.walk.rows.shape[1]

@@ -80,7 +80,7 @@ def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, re
         for candidate in sorted(candidates, key=lambda c: c.name != BASELINE):
             loaded = candidate.load()
             if rows is None:
-                limit = _max_length(loaded)
+                limit = _max_length(loaded) - max(len(c.kv.front) if c.kv else 0 for c in candidates)
                 rows = token_rows(tokenizer, content, settings.divergence_rows,
                                   min(settings.divergence_length, limit), recipe.calibration.bos,
                                   loaded.get_input_embeddings().weight.shape[0], "evaluation text")

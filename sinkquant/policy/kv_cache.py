@@ -27,15 +27,20 @@ def make_kv_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> KVCach
     layers = _layers(shape, settings, group_size)
     massive = _carriers(sink_map) if settings.exact == "massive" else None
     sinks = _sinks(sink_map) if settings.exact == "detected" else []
+    prefix = _prefix(sink_map, settings)
     plan = KVCachePlan(
         key_bits=settings.key_bits, value_bits=settings.value_bits, group_size=group_size,
         window=settings.window, evict=settings.evict, symmetric=settings.symmetric, rotate=settings.rotate,
         exact=settings.exact,
         first_n=settings.first_n if settings.exact == "first-n" else 0,
         max_exact=0 if settings.exact == "none" else settings.max_exact,
-        prefix=_prefix(sink_map, settings), sinks=sinks, massive=massive, layers=layers,
+        prefix=prefix, front=_front(prefix, sink_map, settings), sinks=sinks, massive=massive, layers=layers,
         bits_per_value=0.0, length=settings.length, expected_exact=0, bytes=0, unquantized_bytes=0, reason="")
-    return _weighed(plan, _expected_exact(plan, sink_map), _reason(plan, sink_map))
+    reason = _reason(plan, sink_map)
+    if settings.prefix == "found" and sink_map.outlier_prefix is not None:
+        reason += f"; the found prefix is {' '.join(map(repr, sink_map.outlier_prefix.texts))}"
+        reason += ", put in front of every row" if plan.front else " alone, which rows start with anyway"
+    return _weighed(plan, _expected_exact(plan, sink_map), reason)
 
 
 def make_kv_control(aware: KVCachePlan | None) -> KVCachePlan | None:
@@ -44,7 +49,7 @@ def make_kv_control(aware: KVCachePlan | None) -> KVCachePlan | None:
     if aware is None:
         return None
     control = aware.model_copy(update={"exact": "none", "first_n": 0, "max_exact": 0, "sinks": [], "massive": None,
-                                        "prefix": []})
+                                        "prefix": [], "front": []})
     window = aware.window
     while (window < aware.length and any(layer.packed for layer in aware.layers)
            and _mean_bytes(control.model_copy(update={"window": window}), 0) < aware.bytes):
@@ -65,6 +70,9 @@ def accept_kv(plan: KVCachePlan | None, shape: ModelShape) -> KVCachePlan | None
     if len(plan.layers) != len(shape.kv_layers):
         raise RequestError(f"the plan's kv_cache has {len(plan.layers)} layers and this model has "
                            f"{len(shape.kv_layers)}.")
+    if plan.front != plan.prefix[:len(plan.front)]:
+        raise RequestError("the plan's kv_cache puts tokens in front of every row (front) that its prefix does not "
+                           "begin with; make front the first tokens of prefix, or empty.")
     for index, (layer, real) in enumerate(zip(plan.layers, shape.kv_layers, strict=True)):
         if layer.packed and (real.heads == 0 or real.sliding_window != layer.sliding_window):
             raise RequestError(f"the plan packs layer {index} as one with {real.heads} KV heads and the sliding window "
@@ -162,10 +170,30 @@ def _sinks(sink_map: SinkMap) -> list[KVSink]:
 def _prefix(sink_map: SinkMap, settings: KVCache) -> list[int]:
     if settings.prefix == "none":
         return []
+    if settings.prefix == "found":
+        return _found_prefix(sink_map)
     tokenization = sink_map.tokenization
     if tokenization.bos_token_id is None or not tokenization.rows_start_with_bos:
         raise RequestError("kv_cache.prefix is 'bos', but rows of this model do not start with <bos>; use 'none'.")
     return [tokenization.bos_token_id]
+
+
+def _found_prefix(sink_map: SinkMap) -> list[int]:
+    found = sink_map.outlier_prefix
+    if found is None:
+        raise RequestError("kv_cache.prefix is 'found', but outlier tokens were not looked for in this model (its sink "
+                           "map is older, or its blocks have no one down projection); detect again, or use 'bos'.")
+    if not found.token_ids:
+        raise RequestError(f"kv_cache.prefix is 'found', but no outlier token was found in this model (the largest is "
+                           f"{found.largest_ratio:.1f} times the median); use 'bos' or 'none'.")
+    return found.token_ids
+
+
+def _front(prefix: list[int], sink_map: SinkMap, settings: KVCache) -> list[int]:
+    """What of a found prefix rows do not start with anyway: all but the `<bos>` at its end."""
+    if settings.prefix != "found":
+        return []
+    return prefix[:-1] if sink_map.tokenization.rows_start_with_bos else prefix
 
 
 def _carriers(sink_map: SinkMap) -> MassiveCarriers:

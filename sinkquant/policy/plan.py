@@ -41,10 +41,11 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> Plan:
     sinks = _selectors(sink_map, recipe) if recipe.protect.tokens else []
     if recipe.protect.tokens and recipe.protect.statistics == "exclude":
         # Every token reads the sink: leaving it out is only harmless where its keys and values stay as they were.
-        if kv_cache is None or not kv_cache.prefix:
+        own = [] if kv_cache is None else kv_cache.prefix[len(kv_cache.front):]
+        if not own:
             raise RequestError("protect.statistics 'exclude' needs a prefix whose keys and values stay those of the "
                                "unquantized model: set kv_cache.prefix=bos, or use 'boost'.")
-        sinks = [SinkSelector(token_id=token, position=place) for place, token in enumerate(kv_cache.prefix)]
+        sinks = [SinkSelector(token_id=token, position=place) for place, token in enumerate(own)]
     statistics = recipe.protect.statistics if recipe.protect.tokens else "all"
     plan = _finish("sink_aware", choices, shape, recipe, sinks, statistics)
     return plan.model_copy(update={"kv_cache": kv_cache}).made_from(sink_map)

@@ -9,7 +9,7 @@ from sinkquant.artifacts import KVCachePlan, KVLayerShape, ModelShape, SinkMap
 from sinkquant.artifacts.kv import cache_bytes, packed_tokens
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
-from sinkquant.policy.kv_cache import make_kv_control, make_kv_plan
+from sinkquant.policy.kv_cache import accept_kv, make_kv_control, make_kv_plan
 from sinkquant.recipe import Recipe
 
 
@@ -148,3 +148,32 @@ def test_every_family_tells_its_layers(family: str) -> None:
     windows = [layer.sliding_window for layer in layers]
     assert any(windows) == (family in ("mistral", "gemma2", "gemma3_text", "gpt_oss"))
     assert all(layer.heads in (2, 4) and layer.key_dim == 16 for layer in layers)
+
+
+def _outliers(*ids: int) -> SinkMap:
+    found = {"token_ids": list(ids), "texts": [f"t{token}" for token in ids], "count": len(ids), "largest_ratio": 90.0,
+             "layers": 2}
+    return SinkMap.model_validate(_map().model_dump(by_alias=True) | {"outlier_prefix": found})
+
+
+def test_a_found_prefix_stands_in_front_but_for_its_bos() -> None:
+    plan = _made("kv_cache.prefix=found", "kv_cache.exact=none", sink_map=_outliers(4, 7, 1))
+    assert (plan.prefix, plan.front, plan.expected_exact) == ([4, 7, 1], [4, 7], 3)
+    assert "put in front of every row" in plan.reason
+    control = make_kv_control(plan)
+    assert control is not None
+    assert (control.prefix, control.front) == ([], [])
+    alone = _made("kv_cache.prefix=found", sink_map=_outliers(1))
+    assert (alone.prefix, alone.front) == ([1], [])
+    assert "alone" in alone.reason
+    shape = _shape(WIDE)
+    assert accept_kv(plan, shape) == plan
+    with pytest.raises(RequestError, match="front"):
+        accept_kv(plan.model_copy(update={"front": [7]}), shape)
+
+
+def test_nothing_found_is_refused() -> None:
+    with pytest.raises(RequestError, match="no outlier token was found"):
+        _made("kv_cache.prefix=found", sink_map=_outliers())
+    with pytest.raises(RequestError, match="not looked for"):
+        _made("kv_cache.prefix=found")
