@@ -328,10 +328,19 @@ def mechanisms(candidates: list[Candidate], plans: list[Plan]) -> list[Candidate
     rows = []
     for candidate, one, name in zip(quantized, plans, ("", "_control"), strict=False):
         rows.append(replace(candidate, name=f"weights{name}", kv=None, tasks_too=False, tasks={}, divergences=[]))
-        # The unquantized model's own keys and values are what a prefix would put in their place.
-        alone = one.kv_cache.model_copy(update={"prefix": []}) if one.kv_cache is not None else None
-        rows.append(replace(base, name=f"cache{name}", kv=alone, tasks_too=False, tasks={}, divergences=[]))
+        load = _with_own_prefix(base.load, one.kv_cache.prefix) if one.kv_cache is not None else base.load
+        rows.append(replace(base, name=f"cache{name}", load=load, kv=one.kv_cache, tasks_too=False, tasks={},
+                            divergences=[]))
     return rows
+
+
+def _with_own_prefix(load: Callable[[], PreTrainedModel], ids: list[int]) -> Callable[[], PreTrainedModel]:
+    """The unquantized model; its own keys and values of the prefix are those that a checkpoint is given."""
+    def loaded() -> PreTrainedModel:
+        model = load()
+        return prepare(model, make_prefix(model, ids)) if ids else model
+
+    return loaded
 
 
 def _loader(path: Path, dtype: torch.dtype, device: str) -> Callable[[], PreTrainedModel]:

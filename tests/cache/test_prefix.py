@@ -10,7 +10,16 @@ from families import tiny_model
 from kv_plans import kv_plan
 from transformers import DynamicCache, PreTrainedModel
 
-from sinkquant.cache import SinkCache, load_prefix, make_prefix, prepare, save_prefix
+from sinkquant.cache import (
+    SinkCache,
+    cached_logits,
+    install,
+    load_prefix,
+    make_prefix,
+    prepare,
+    put_in_front,
+    save_prefix,
+)
 from sinkquant.errors import RequestError
 
 IDS = [1, 9, 10]
@@ -105,3 +114,43 @@ def test_wrong_use_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no tensors")
     with pytest.raises(RequestError, match="not a safetensors file"):
         load_prefix(tmp_path / "text")
+
+
+def test_tokens_in_front_come_after_the_padding() -> None:
+    ids, mask = torch.tensor([[0, 0, 1, 20], [1, 20, 21, 22]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    rows, seen = put_in_front(ids, mask, [9, 10])
+    assert rows.tolist() == [[0, 0, 9, 10, 1, 20], [9, 10, 1, 20, 21, 22]]
+    assert seen.tolist() == [[0, 0, 1, 1, 1, 1], [1] * 6]
+    rows, seen = put_in_front(ids, None, [])
+    assert torch.equal(rows, ids)
+    assert seen.tolist() == [[1] * 4] * 2
+
+
+def test_scores_come_behind_the_tokens_in_front() -> None:
+    original, model = tiny_model("llama"), tiny_model("llama")
+    prepare(model, make_prefix(original, [9, 10, 1]))
+    ids = _rows()[0]
+    ids[:, 0] = 1
+    plan = kv_plan(model, 16, prefix=[9, 10, 1], front=[9, 10])
+    with torch.no_grad():
+        expected = original(put_in_front(ids, None, [9, 10])[0]).logits[:, 2:]
+        without = original(ids).logits
+    assert torch.allclose(cached_logits(model, ids, plan), expected, atol=1e-5)
+    assert not torch.allclose(without, expected, atol=1e-3)
+
+
+def test_generate_wants_the_tokens_in_front() -> None:
+    original = tiny_model("llama")
+    model = tiny_model("llama")
+    plan = kv_plan(model, 16, prefix=[9, 1], front=[9])
+    install(model, plan, make_prefix(original, [9, 1]))
+    ids, mask = _rows()
+    ids[0, 0] = ids[2, 0] = 1
+    for given in (ids, ids[:, :0]):
+        with pytest.raises(RequestError, match="put_in_front"):
+            model.generate(given, max_new_tokens=2)
+    rows, seen = put_in_front(ids, mask, plan.front)
+    with pytest.raises(RequestError, match="put_in_front"):
+        model.generate(input_ids=rows, max_new_tokens=2)  # without its mask the padded row seems to begin with padding
+    settings = {"attention_mask": seen, "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(rows, **settings), original.generate(rows, **settings))

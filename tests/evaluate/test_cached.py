@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from detect_helpers import write_text
 from families import tiny_model
+from planter import Plant, plant
 from tiny_tokenizer import random_text, tiny_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import sinkquant as sq
 from sinkquant.artifacts import KVCachePlan, Plan
-from sinkquant.cache import SinkCache
+from sinkquant.cache import SinkCache, load_prefix, make_prefix, prepare, put_in_front
 from sinkquant.cache.layer import SinkLayer
+from sinkquant.errors import RequestError
 from sinkquant.evaluate.cached import CachedSinkLM
 from sinkquant.evaluate.harness import SinkLM
 from sinkquant.models import Decoder
@@ -56,6 +59,47 @@ def test_sixteen_bits_score_as_no_cache_and_two_do_not(pair: tuple[PreTrainedMod
     scores = [lm.loglikelihood(choices) for lm in (plain, exact, packed)]
     assert [s for s, _ in scores[1]] == pytest.approx([s for s, _ in scores[0]], rel=1e-5)
     assert [s for s, _ in scores[2]] != pytest.approx([s for s, _ in scores[0]], rel=1e-5)
+
+
+def test_tokens_in_front_are_neither_scored_nor_generated(
+        pair: tuple[PreTrainedModel, PreTrainedTokenizerFast]) -> None:
+    model, tokenizer = pair
+    prepare(model, make_prefix(tiny_model("llama"), [9, 1]))
+    plan = _kv(model, 16).model_copy(update={"prefix": [9, 1], "front": [9]})
+    lm = CachedSinkLM(model, tokenizer, True, 2, plan)
+    assert lm.max_length == SinkLM(tiny_model("llama"), tokenizer, True, 2).max_length - 1
+    text = random_text(60, 2)
+    ids = torch.tensor([[9, 1, *lm.tok_encode(text)]])
+    plain = tiny_model("llama")
+    with torch.no_grad():
+        found = plain(ids).logits[0].log_softmax(-1)
+    expected = float(found[1:-1].gather(1, ids[0, 2:, None]).sum())
+    assert lm.loglikelihood_rolling([_Request(text)])[0] == pytest.approx(expected, rel=1e-5)
+    made = plain.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, ids.shape[1]:]
+    # Two prompts of two lengths: the shorter one is padded.
+    requests = [_Request(text, {"until": ["nothing"], "max_gen_toks": 6}),
+                _Request(random_text(90, 3), {"until": ["nothing"], "max_gen_toks": 6})]
+    assert lm.generate_until(requests)[0].split() == tokenizer.decode(made, skip_special_tokens=True).split()
+
+
+def test_a_run_starts_rows_from_the_found_prefix(text_file: Path, tmp_path: Path) -> None:
+    plant(tiny_model("llama"), Plant(4, None, frozenset({0, 2}), 20, 1)).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    text = write_text(tmp_path)
+    recipe = Recipe().replace([*SETTINGS, "weights.method=rtn", "weights.group_size=32", "kv_cache.prefix=found",
+                               f"calibration.text={text}", f"evaluate.text={text_file}"])
+    report = sq.run(recipe, tmp_path / "model", tmp_path / "out")
+    assert report is not None
+    plan = Plan.load(tmp_path / "out" / "plan.json").kv_cache
+    assert plan is not None
+    assert (plan.prefix, plan.front) == ([4, 1], [4])
+    assert load_prefix(tmp_path / "out" / "model" / "kv_prefix" / "prefix.safetensors").ids == (4, 1)
+    assert all(row.tasks["divergence"]["kl"].value > 0 for row in report.rows if row.name != "unquantized")
+    model, _ = sq.load(tmp_path / "out" / "model")
+    ids, mask = put_in_front(torch.tensor([[1, *range(20, 90)]]), None, plan.front)
+    assert model.generate(ids, attention_mask=mask, max_new_tokens=4).shape == (1, 76)
+    with pytest.raises(RequestError, match="put_in_front"):
+        model.generate(ids[:, 1:], max_new_tokens=4)
 
 
 def test_generation_goes_through_the_cache(pair: tuple[PreTrainedModel, PreTrainedTokenizerFast],
