@@ -1,6 +1,7 @@
 """The KV cache against bf16 and transformers' own quantized caches: bytes held, decode and prefill latency, error.
 
     python evals/benchmarks/kv_cache.py [--tokens 4096 16384] [--bits 2 4] [--heads 32] [--kv-heads 8] [--dim 128]
+                                         [--device cuda]
 
 One attention layer, batch 1, random keys with a few outlier channels and one sink token (a large key, a small value),
 queries that look at it. A prompt of all tokens but `--steps` is prefilled, then decode steps are timed: updating the
@@ -132,16 +133,24 @@ def _installed(package: str) -> bool:
 
 
 def timed(function: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
-    """Milliseconds, and the result."""
+    """Milliseconds, and the result. A GPU's work is waited for."""
+    _wait()
     start = time.perf_counter()
     result = function()
+    _wait()
     return 1e3 * (time.perf_counter() - start), result
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def measure(tokens: int, arguments: argparse.Namespace) -> None:
     """Print the table of one length."""
     dtype = torch.bfloat16
-    queries, keys, values = states(tokens, arguments.heads, arguments.kv_heads, arguments.dim, dtype)
+    queries, keys, values = (x.to(arguments.device) for x in states(
+        tokens, arguments.heads, arguments.kv_heads, arguments.dim, dtype))
     prompt = tokens - arguments.steps
     rows = subjects(arguments)
     for subject in rows:
@@ -157,7 +166,7 @@ def measure(tokens: int, arguments: argparse.Namespace) -> None:
     base = rows[0]
     exact = reference(queries, keys, values, range(prompt, tokens), arguments)
     print(f"\n{tokens} tokens, {arguments.heads} query and {arguments.kv_heads} KV heads of {arguments.dim}, "
-          f"{torch.get_num_threads()} threads\n")
+          f"{_where(arguments.device)}\n")
     print("| cache | bytes held | of bf16 | accounted | prefill ms | decode ms | x bf16 | error |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for subject in rows:
@@ -168,6 +177,10 @@ def measure(tokens: int, arguments: argparse.Namespace) -> None:
                                 for out, want in zip(subject.outputs, exact, strict=True))
         print(f"| {subject.name} | {held:,} | {held / base.nbytes():.3f} | {accounted} | {subject.prefill:.0f} | "
               f"{step:.1f} | {step / statistics.median(base.decode):.2f} | {error:.4f} |", flush=True)
+
+
+def _where(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device != "cpu" else f"{torch.get_num_threads()} threads"
 
 
 def reference(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, columns: range,
@@ -191,6 +204,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     with torch.no_grad():
         for tokens in arguments.tokens:

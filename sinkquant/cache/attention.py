@@ -3,11 +3,12 @@
 Scores: the scale of every channel and block is folded into the query, so that keys are read as bare codes (KIVI
 2402.02750, section 3.3, does it in CUDA); zeros enter as one product of query and zero per block. Values are scaled in
 chunks that stay in the processor's cache. The softmax is taken once over all scores in float32; exact tokens and the
-window join it from their full-precision copies.
+window join it from their full-precision copies. One new token on an NVIDIA GPU goes through a Triton kernel instead.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -20,6 +21,9 @@ from sinkquant.cache.store import Lane, PackedStates
 
 CHUNK_VALUES = 1 << 18
 """Numbers that are unpacked at a time: 1 MB in float32."""
+KERNEL_WIDTH, KERNEL_HEADS = 256, 16
+"""The widest head, and the most query heads of a KV head, whose tiles fit into the shared memory of small GPUs."""
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,11 @@ def attend(layer: SinkLayer, query: torch.Tensor, mask: torch.Tensor | None, sca
     """
     batch, heads, new, _ = query.shape
     kv_heads = layer.keys.shape[1]
+    if kernel_reads(layer, query.device, new, heads):
+        # Imported here, because Triton is not everywhere and takes seconds.
+        from sinkquant.cache.triton_decode import attend_one
+
+        return attend_one(layer, query, mask, scale, softcap, learned)
     # The rows of one KV head: its query heads, and in each the new tokens.
     q = query.float().reshape(batch, kv_heads, heads // kv_heads * new, -1) * scale
     valid = None if layer.packed_length == layer.packed_keys.blocks * layer.plan.group_size else layer.valid_places()
@@ -74,6 +83,15 @@ def attend(layer: SinkLayer, query: torch.Tensor, mask: torch.Tensor | None, sca
         packed = places.index_copy_(-1, valid, packed)
     out += _packed_output(layer.packed_values, packed)
     return out.view(batch, heads, new, -1).transpose(1, 2).to(query.dtype)
+
+
+def kernel_reads(layer: SinkLayer, device: torch.device, new: int, heads: int) -> bool:
+    """Whether the Triton kernel reads the packed blocks for `new` tokens of `heads` query heads: where all KV heads
+    have the same number of bits below 16, for keys and for values. What it gives differs by rounding only."""
+    stored, one = (layer.packed_keys, layer.packed_values), layer.format
+    return (device.type == "cuda" and torch.version.hip is None and HAS_TRITON and new == 1 and bool(layer.lengths)
+            and all(len(packed.lanes) == 1 and packed.lanes[0].bits < 16 for packed in stored)
+            and max(one.key_dim, one.value_dim) <= KERNEL_WIDTH and heads <= KERNEL_HEADS * len(one.key_bits))
 
 
 def _softmax(scores: torch.Tensor, mask: torch.Tensor | None, softcap: float | None,
