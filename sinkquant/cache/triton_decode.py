@@ -122,7 +122,7 @@ def _read(keys: PackedStates, values: PackedStates, q: torch.Tensor, bias: torch
             KEY_BITS=key.bits, VALUE_BITS=value.bits, KEY_ZERO=key.zero is not None, VALUE_ZERO=value.zero is not None,
             BIAS_HEADS=bias.shape[1], CAPPED=softcap is not None,
             # Codes are exact in TF32; what else it rounds, it rounds finer than bfloat16 and as fine as float16.
-            PRECISION="ieee" if dtype == torch.float32 else "tf32")
+            PRECISION="ieee" if dtype == torch.float32 else "tf32", enable_fp_fusion=True)
     return out, tops, sums
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernel gives what the PyTorch path gives, run in Triton's interpreter, without a GPU.
+"""The Triton kernel gives what the PyTorch path gives, run in Triton's interpreter, and compiles; both without a GPU.
 
 The interpreter is chosen when triton is imported, so that a process of its own runs all cases at once.
 """
@@ -44,6 +44,36 @@ def test_the_kernel_agrees_with_a_float64_reference(measured: dict[str, dict[str
     bound = 2e-5 if case.dtype == torch.float32 else 2e-2
     assert found["torch"] < bound
     assert found["kernel"] < bound
+
+
+@pytest.mark.parametrize(("capability", "width", "bits", "precision", "capped"), [
+    (80, 128, 3, "tf32", True), (90, 256, 2, "tf32", False)])
+def test_the_kernel_compiles_for_gpus_and_fits_small_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                          capability: int, width: int, bits: int, precision: str,
+                                                          capped: bool) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from triton import compile as compile_kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from sinkquant.cache import triton_decode
+
+    numbers = dict.fromkeys(("blocks", "per_program", "kv_heads"), "i32") | {"softcap": "fp32"}
+    tensors = dict.fromkeys(("q", "bias", "out", "tops", "sums"), "*fp32") | dict.fromkeys(
+        ("key_scale", "key_zero", "value_scale", "value_zero"), "*fp16") | dict.fromkeys(
+        ("key_data", "value_data"), "*u8")
+    constants = {"ROWS": 4, "ROWS_PAD": 16, "KEY_WIDTH": width, "KEY_PAD": width, "VALUE_WIDTH": width,
+                 "VALUE_PAD": width, "SIZE": 64, "AT_ONCE": triton_decode.TILE, "GROUP": 64, "KEY_BITS": bits,
+                 "VALUE_BITS": bits, "KEY_ZERO": True, "VALUE_ZERO": False, "BIAS_HEADS": 1, "CAPPED": capped,
+                 "PRECISION": precision}
+    signature = tensors | numbers | dict.fromkeys(constants, "constexpr")
+    names = triton_decode._kernel.arg_names
+    assert set(names) == set(signature)
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in tensors}
+    source = ASTSource(triton_decode._kernel, {name: signature[name] for name in names}, constants, aligned)
+    compiled = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": True})
+    assert "mma.sync" in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= 99 * 1024
 
 
 @pytest.mark.parametrize(("key_bits", "value_bits", "device", "new", "read"), [
