@@ -156,8 +156,9 @@ class KVCache(Section):
     massive activation in the prompt at hand; "none". At most `max_exact` per row. `prefix` "bos": keys and values
     of `<bos>` come from the unquantized model; "found": those of the outlier tokens that detection found and `<bos>`,
     which are put in front of every row. `evict`: at most so many packed tokens are kept, older ones are dropped;
-    the exact ones and the window stay, so that an endless stream runs in fixed memory. `length` is what bytes
-    are planned for.
+    the exact ones and the window stay, so that an endless stream runs in fixed memory. `sliding_sinks`: layers with a
+    sliding window see the exact tokens beyond it too, which changes what the model computes. `length` is what bytes are
+    planned for.
     """
 
     key_bits: Literal[2, 3, 4, 8, 16] = 2
@@ -165,6 +166,7 @@ class KVCache(Section):
     group_size: Literal[32, 64, 128] | None = None
     window: int = Field(default=128, ge=0)
     evict: int | None = Field(default=None, ge=0)
+    sliding_sinks: bool = False
     symmetric: bool = False
     rotate: bool = False
     exact: Literal["none", "first-n", "detected", "massive"] = "detected"

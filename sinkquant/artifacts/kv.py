@@ -64,6 +64,8 @@ class KVCachePlan(Strict):
     unquantized model, and keep them exact beside the `max_exact` others. `front`: the first tokens of the prefix, where
     texts do not bring them along: they must be put in front of every row. `evict`: at most so many packed tokens are
     kept between the exact ones and the window, older ones are dropped and the sinks move up; null keeps all.
+    `sliding_sinks`: layers with a sliding window see the exact tokens beyond it too, with keys as they were rotated.
+    That changes what the model computes, and it was not trained so.
     `bytes` and `bits_per_value` are of one row of `length` tokens with `expected_exact` exact ones and numbers of 16
     bits, averaged over the last `group_size` lengths, because the window breathes by a block.
     """
@@ -73,6 +75,7 @@ class KVCachePlan(Strict):
     group_size: int
     window: int
     evict: int | None = None
+    sliding_sinks: bool = False
     symmetric: bool
     rotate: bool
     exact: ExactPolicy
@@ -96,7 +99,14 @@ class KVCachePlan(Strict):
         return (f"KV cache: keys in {self.key_bits} and values in {self.value_bits} bits, groups of {self.group_size}, "
                 f"the last {self.window} tokens in full precision, in {packed} of {len(self.layers)} layers; "
                 f"{self.reason}. A row of {self.length:,} tokens weighs {self.bytes:,} bytes of "
-                f"{self.unquantized_bytes:,}, {self.bits_per_value:.3g} bits per number.")
+                f"{self.unquantized_bytes:,}, {self.bits_per_value:.3g} bits per number.{self._changed()}")
+
+    def _changed(self) -> str:
+        if not self.sliding_sinks:
+            return ""
+        sliding = sum(layer.sliding_window is not None for layer in self.layers)
+        return (f" This changes what the model computes: {sliding} layers with a sliding window see the exact tokens "
+                "beyond it too, for which the model was not trained.")
 
 
 def packed_tokens(tokens: int, window: int, group_size: int) -> int:

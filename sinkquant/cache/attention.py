@@ -36,7 +36,7 @@ class PackedRead:
 
 
 def attend(layer: SinkLayer, query: torch.Tensor, mask: torch.Tensor | None, scale: float,
-           softcap: float | None = None, learned: torch.Tensor | None = None) -> torch.Tensor:
+           softcap: float | None = None, learned: torch.Tensor | None = None, slots: bool = False) -> torch.Tensor:
     """Attention of new queries over everything that a layer holds.
 
     Args:
@@ -44,6 +44,7 @@ def attend(layer: SinkLayer, query: torch.Tensor, mask: torch.Tensor | None, sca
         mask: [batch or 1, 1 or heads, new, columns], bool (True: visible) or to be added; None for causal.
         softcap: scores become softcap * tanh(score / softcap).
         learned: [heads] logits of a learned sink column that takes its share of the softmax and gives nothing.
+        slots: the first columns of the mask are the layer's exact slots; see `with_slots`.
 
     Returns:
         [batch, new, heads, value_dim] in the query's dtype.
@@ -65,7 +66,10 @@ def attend(layer: SinkLayer, query: torch.Tensor, mask: torch.Tensor | None, sca
     column = layer.exact_columns[row, slot].long() - layer.dropped
     if len(row):
         scores[row, :, :, column] = (q @ layer.exact_keys.float().mT)[row, :, :, slot]
-    front_keys, front_values = layer.front() if layer.dropped else (layer.keys[:, :, :0], layer.values[:, :, :0])
+    if slots:
+        front_keys, front_values = layer.exact_keys, layer.exact_values
+    else:
+        front_keys, front_values = layer.front() if layer.dropped else (layer.keys[:, :, :0], layer.values[:, :, :0])
     front = front_keys.shape[2]
     scores = torch.cat([q @ front_keys.float().mT, scores, q @ layer.keys.float().mT], dim=-1)
     weights = _softmax(scores.view(batch, heads, new, -1), mask, softcap, learned).reshape(scores.shape)
@@ -94,6 +98,26 @@ def kernel_reads(layer: SinkLayer, device: torch.device, new: int, heads: int) -
             and max(one.key_dim, one.value_dim) <= KERNEL_WIDTH and heads <= KERNEL_HEADS * len(one.key_bits))
 
 
+def with_slots(mask: torch.Tensor | None, seen: torch.Tensor, columns: int) -> torch.Tensor:
+    """The mask of a layer whose exact slots stand before its columns.
+
+    Args:
+        mask: [batch or 1, 1 or heads, new, columns] as `attend` takes it.
+        seen: bool [batch, new, slots], whether a new token sees a slot.
+
+    Returns:
+        [batch, 1 or heads, new, slots + columns] in the dtype of the mask.
+    """
+    batch, new, _ = seen.shape
+    if mask is None:
+        mask = torch.ones(new, columns, dtype=torch.bool, device=seen.device).tril(columns - new)[None, None]
+    mask = mask[..., :columns].expand(batch, -1, -1, -1)
+    front = seen[:, None].expand(-1, mask.shape[1], -1, -1)
+    if mask.dtype != torch.bool:
+        front = torch.zeros_like(front, dtype=mask.dtype).masked_fill(~front, torch.finfo(mask.dtype).min)
+    return torch.cat([front, mask], dim=-1)
+
+
 def _softmax(scores: torch.Tensor, mask: torch.Tensor | None, softcap: float | None,
              learned: torch.Tensor | None) -> torch.Tensor:
     batch, heads, new, columns = scores.shape
@@ -103,7 +127,9 @@ def _softmax(scores: torch.Tensor, mask: torch.Tensor | None, softcap: float | N
         mask = torch.ones(new, columns, dtype=torch.bool, device=scores.device).tril(columns - new)[None, None]
     if mask is not None:
         part = mask[..., :columns]
-        scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part.float()
+        # Not -inf: a query of padding may see nothing at all, and its NaN would come back through its value.
+        hidden = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~part, hidden) if part.dtype == torch.bool else scores + part.float()
     if learned is None:
         return torch.softmax(scores, dim=-1)
     column = learned.float().reshape(1, -1, 1, 1).expand(batch, heads, new, 1)

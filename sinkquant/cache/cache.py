@@ -48,6 +48,9 @@ class SinkCache(Cache):
                                    for width in (layer.key_dim, layer.value_dim)):
             raise RequestError("the KV plan rotates heads whose width is no power of two; set kv_cache.rotate to "
                                "false.")
+        if plan.sliding_sinks and plan.exact == "massive":
+            raise RequestError("kv_cache.sliding_sinks needs sinks that are known before a pass, and 'massive' finds "
+                               "them in it; use 'detected' or 'first-n'.")
         super().__init__(layers=[
             SinkLayer(plan, index) if plan.layers[index].packed else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs)
             for index, (kind, kwargs) in enumerate(zip(types, arguments, strict=True))])
@@ -75,9 +78,13 @@ class SinkCache(Cache):
             rotary: the model's, where the plan drops tokens.
 
         Raises:
-            RequestError: another batch size than before, or the prefix of the plan is missing.
+            RequestError: another batch size than before, the prefix of the plan is missing, or the attention cannot be
+                given sinks beyond a sliding window.
         """
         batch, new = size
+        if self.plan.sliding_sinks and not packed_reads:
+            raise RequestError("kv_cache.sliding_sinks shows attention what a sliding window hides; call "
+                               "sinkquant.cache.prepare(model) once, on a model with sdpa or eager attention.")
         # Not of the first layer: a layer before ours may have been updated already.
         before = next((layer.get_seq_length() for layer in self.layers if isinstance(layer, SinkLayer)), 0)
         if before and self.row_starts is not None and len(self.row_starts) != batch:
@@ -159,8 +166,11 @@ class SinkCache(Cache):
         before = layer.get_seq_length()
         if before != self._flagged_from:
             self._see_unwatched(key_states, before)
-        if self._packed_reads and layer.worth_reading_packed(key_states.shape[2]):
+        if self._packed_reads and (layer.sees_sinks or layer.worth_reading_packed(key_states.shape[2])):
             layer.append(key_states, value_states)
+            if layer.sees_sinks and self._flags is not None:
+                # A prompt longer than the window sees its own sinks, so that they must have their slots by now.
+                layer.peel(self._flags)
             read = PackedRead(layer, functools.partial(self._was_read, layer_idx))
             return stand_in(read, key_states), stand_in(read, value_states)
         states = layer.update(key_states, value_states)
@@ -176,7 +186,7 @@ class SinkCache(Cache):
 
     def _settle(self, index: int) -> None:
         layer = self.layers[index]
-        if self._flags is not None:
+        if self._flags is not None and not layer.sees_sinks:
             layer.peel(self._flags)
         layer.settle(self.row_starts)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from sinkquant.cache.attention import PackedRead, attend
+from sinkquant.cache.attention import PackedRead, attend, with_slots
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
 
@@ -51,26 +52,46 @@ def _over_sdpa(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value:
     read = getattr(key, "packed_read", None)
     if read is None:
         return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **kwargs)
-    return _packed(read, query, attention_mask, **kwargs)
+    return _read(read, AttentionInterface()["sdpa"], module, query, attention_mask, **kwargs)
 
 
 def _over_eager(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                 attention_mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     read = getattr(key, "packed_read", None)
+    # Every architecture brings an eager attention of its own in its module.
+    own = sys.modules[type(module).__module__].eager_attention_forward
     if read is None:
-        # Every architecture brings an eager attention of its own in its module.
-        own = sys.modules[type(module).__module__].eager_attention_forward
         return own(module, query, key, value, attention_mask, **kwargs)
-    return _packed(read, query, attention_mask, **kwargs)
+    return _read(read, own, module, query, attention_mask, **kwargs)
 
 
-def _packed(read: PackedRead, query: torch.Tensor, mask: torch.Tensor | None, scaling: float | None = None,
-            softcap: float | None = None, s_aux: torch.Tensor | None = None, position_bias: torch.Tensor | None = None,
-            **_: Any) -> tuple[torch.Tensor, None]:
+def _read(read: PackedRead, own: Callable[..., tuple[torch.Tensor, torch.Tensor | None]], module: nn.Module,
+          query: torch.Tensor, mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A packed layer as it is, or its dense copy through the model's own attention; with the exact tokens that a
+    sliding window hides in front."""
+    layer, new = read.layer, query.shape[2]
+    seen = layer.seen_in_slots(new) if layer.sees_sinks else None
+    slots = seen is not None and bool(seen.any())
+    if seen is not None and slots:
+        mask = with_slots(mask, seen, layer.get_seq_length() - layer.dropped)
+    if layer.worth_reading_packed(new):
+        return _packed(read, query, mask, slots=slots, **kwargs)
+    keys, values = layer.dense()
+    if slots:
+        keys = torch.cat([layer.exact_keys, keys], dim=2)
+        values = torch.cat([layer.exact_values, values], dim=2)
+    out = own(module, query, keys, values, mask, **kwargs)
+    read.settle()
+    return out
+
+
+def _packed(read: PackedRead, query: torch.Tensor, mask: torch.Tensor | None, *, slots: bool,
+            scaling: float | None = None, softcap: float | None = None, s_aux: torch.Tensor | None = None,
+            position_bias: torch.Tensor | None = None, **_: Any) -> tuple[torch.Tensor, None]:
     if position_bias is not None:
         raise RequestError("this model adds a position bias to its attention, which a packed KV cache does not read; "
                            "leave sinkquant.cache.prepare out, or kv_cache.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = attend(read.layer, query, mask, scale, softcap, s_aux)
+    out = attend(read.layer, query, mask, scale, softcap, s_aux, slots)
     read.settle()
     return out, None

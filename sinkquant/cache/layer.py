@@ -39,6 +39,8 @@ class SinkLayer(CacheLayerMixin):
         self.plan, self.format, self.index = plan, plan.layers[index], index
         self.batch_size = -1
         self.is_sliding = self.format.sliding_window is not None
+        self.sees_sinks = plan.sliding_sinks and self.is_sliding
+        """Whether the exact tokens are seen beyond a sliding window too; attention then reads them from their slots."""
         self.record_past = False
         self.rotary: Rotary | None = None
         """Moves exact tokens of dropped blocks; set by the cache where the plan drops any."""
@@ -148,6 +150,16 @@ class SinkLayer(CacheLayerMixin):
             raise RequestError("the rows of this batch keep different numbers of dropped tokens; stream them one by "
                                "one, or set kv_cache.exact to 'first-n'.")
         return int(counts[0])
+
+    def seen_in_slots(self, queries: int) -> torch.Tensor:
+        """bool [batch, queries, slots]: which exact tokens the last columns see in their slots, because a sliding
+        window hides their own column or it was dropped."""
+        assert self.format.sliding_window is not None
+        end = self.get_seq_length()
+        query = torch.arange(end - queries, end, device=self.exact_columns.device)[None, :, None]
+        column = self.exact_columns[:, None]
+        hidden = (query - column >= self.format.sliding_window) | ((column < self.dropped) & (column <= query))
+        return (column >= 0) & hidden
 
     def front(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the exact tokens in dropped blocks, moved to where the blocks that are left begin."""

@@ -30,12 +30,13 @@ def make_kv_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> KVCach
     prefix = _prefix(sink_map, settings)
     plan = KVCachePlan(
         key_bits=settings.key_bits, value_bits=settings.value_bits, group_size=group_size,
-        window=settings.window, evict=settings.evict, symmetric=settings.symmetric, rotate=settings.rotate,
-        exact=settings.exact,
+        window=settings.window, evict=settings.evict, sliding_sinks=settings.sliding_sinks,
+        symmetric=settings.symmetric, rotate=settings.rotate, exact=settings.exact,
         first_n=settings.first_n if settings.exact == "first-n" else 0,
         max_exact=0 if settings.exact == "none" else settings.max_exact,
         prefix=prefix, front=_front(prefix, sink_map, settings), sinks=sinks, massive=massive, layers=layers,
         bits_per_value=0.0, length=settings.length, expected_exact=0, bytes=0, unquantized_bytes=0, reason="")
+    _check_sliding_sinks(plan, shape)
     reason = _reason(plan, sink_map)
     if settings.prefix == "found" and sink_map.outlier_prefix is not None:
         reason += f"; the found prefix is {' '.join(map(repr, sink_map.outlier_prefix.texts))}"
@@ -49,7 +50,7 @@ def make_kv_control(aware: KVCachePlan | None) -> KVCachePlan | None:
     if aware is None:
         return None
     control = aware.model_copy(update={"exact": "none", "first_n": 0, "max_exact": 0, "sinks": [], "massive": None,
-                                        "prefix": [], "front": []})
+                                        "prefix": [], "front": [], "sliding_sinks": False})
     window = aware.window
     while (window < aware.length and any(layer.packed for layer in aware.layers)
            and _mean_bytes(control.model_copy(update={"window": window}), 0) < aware.bytes):
@@ -85,6 +86,7 @@ def accept_kv(plan: KVCachePlan | None, shape: ModelShape) -> KVCachePlan | None
             raise RequestError(f"the plan's kv_cache gives layer {index} {wrong[0]} bits; give it 2, 3, 4, 8 or 16.")
         if layer.packed:
             _check_fit(real, index, plan.group_size, plan.rotate)
+    _check_sliding_sinks(plan, shape)
     return _weighed(plan, plan.expected_exact, plan.reason)
 
 
@@ -116,13 +118,19 @@ def _layers(shape: ModelShape, settings: KVCache, group_size: int) -> list[KVLay
         if layer.heads == 0:
             layers.append(_left(layer, "it keeps no plain keys and values of its own"))
         elif layer.sliding_window is not None and layer.sliding_window <= settings.window + 2 * group_size:
-            layers.append(_left(layer, f"its sliding window of {layer.sliding_window} tokens leaves nothing to pack"))
+            why = f"its sliding window of {layer.sliding_window} tokens leaves nothing to pack"
+            # transformers' own cache drops sinks with the rest, so that such a layer takes ours, in 16 bits.
+            layers.append(_left(layer, why) if not settings.sliding_sinks else _left(layer, why).model_copy(update={
+                "packed": True, "sliding_window": layer.sliding_window,
+                "reason": f"full precision: {why}; sees exact tokens beyond it"}))
         else:
             _check_fit(layer, index, group_size, settings.rotate)
             layers.append(KVLayer(
                 packed=True, key_bits=[settings.key_bits] * layer.heads, value_bits=[settings.value_bits] * layer.heads,
                 key_dim=layer.key_dim, value_dim=layer.value_dim, sliding_window=layer.sliding_window,
-                reason=f"keys {settings.key_bits} bits, values {settings.value_bits} bits"))
+                reason=f"keys {settings.key_bits} bits, values {settings.value_bits} bits" + (
+                    "; sees exact tokens beyond its sliding window"
+                    if settings.sliding_sinks and layer.sliding_window is not None else "")))
     if not any(layer.key_bits for layer in layers):
         raise RequestError(f"kv_cache: {shape.architecture} has no layer that keeps keys and values; remove the "
                            "section.")
@@ -147,6 +155,25 @@ def _layers(shape: ModelShape, settings: KVCache, group_size: int) -> list[KVLay
 def _left(layer: KVLayerShape, why: str) -> KVLayer:
     return KVLayer(packed=False, key_bits=[16] * layer.heads, value_bits=[16] * layer.heads, key_dim=layer.key_dim,
                    value_dim=layer.value_dim, reason=f"left as it is: {why}")
+
+
+def _check_sliding_sinks(plan: KVCachePlan, shape: ModelShape) -> None:
+    if not plan.sliding_sinks:
+        return
+    sliding = [index for index, layer in enumerate(shape.kv_layers) if layer.heads and layer.sliding_window is not None]
+    if not sliding:
+        raise RequestError(f"kv_cache.sliding_sinks: no layer of {shape.architecture} has a sliding window; set it to "
+                           "false.")
+    if plan.exact == "massive":
+        raise RequestError("kv_cache.sliding_sinks needs sinks that are known before a pass, and 'massive' finds them "
+                           "in it; use 'detected' or 'first-n'.")
+    if plan.max_exact + len(plan.prefix) == 0 or (plan.exact == "none" and not plan.prefix):
+        raise RequestError("kv_cache.sliding_sinks shows the exact tokens to sliding windows, and the cache keeps "
+                           "none; set it to false, or kv_cache.exact to 'detected' or 'first-n'.")
+    left = [index for index in sliding if not plan.layers[index].packed]
+    if left:
+        raise RequestError(f"kv_cache.sliding_sinks: the plan leaves layer {left[0]}, which has a sliding window, to "
+                           "transformers' own cache; set its 'packed' to true and its 'sliding_window'.")
 
 
 def _check_fit(layer: KVLayerShape, index: int, group_size: int, rotate: bool) -> None:

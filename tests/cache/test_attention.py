@@ -80,6 +80,22 @@ def test_large_scores_stay_finite() -> None:
     assert torch.allclose(found.double(), _reference(layer, 1e4 * query, causal, 1.0), atol=1e-3)
 
 
+@pytest.mark.parametrize("chunk", [10, 25])
+def test_short_chunks_of_long_padding_leave_the_row_alone(chunk: int) -> None:
+    """A query of padding sees nothing; what it gives must not reach the row that follows."""
+    model = prepare(tiny_model("llama"))
+    ids = torch.randint(8, 128, (2, 150), generator=torch.Generator().manual_seed(1))
+    real = torch.ones_like(ids)
+    real[1, :100] = 0
+    places = (real.cumsum(1) - 1).clamp(min=0)
+    cache = SinkCache(model.config, kv_plan(model, 16, 8, exact="first-n", first_n=1))
+    with torch.no_grad():
+        found = [model(ids[:, end - chunk:end], attention_mask=real[:, :end], position_ids=places[:, end - chunk:end],
+                       past_key_values=cache).logits for end in range(chunk, 151, chunk)]
+        expected = model(ids[1:, 100:]).logits
+    assert torch.allclose(torch.cat(found, 1)[1:, 100:], expected, atol=1e-2)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "gpt_oss", "gpt2", "gpt_neox", "qwen3_moe"])
 def test_a_prepared_model_decodes_as_an_unprepared_one(family: str) -> None:
     model, plain = prepare(tiny_model(family)), tiny_model(family)

@@ -66,6 +66,37 @@ def test_what_is_kept_is_said() -> None:
     assert "no sink" in _made(sink_map=_map([])).reason
 
 
+def test_sliding_windows_keep_sinks_where_the_recipe_says_so() -> None:
+    layers = [KVLayerShape(heads=8, key_dim=128, value_dim=128, sliding_window=window) for window in (1024, 128)] + WIDE
+    plain, plan = _made(layers=layers), _made("kv_cache.sliding_sinks=true", layers=layers)
+    assert not plain.sliding_sinks
+    assert "changes" not in plain.in_words()
+    assert [layer.packed for layer in plain.layers] == [True, False, True, True]
+    assert "changes what the model computes: 2 layers" in plan.in_words()
+    # Nothing of a short window can be packed, but only our own layer keeps its sinks.
+    assert [layer.key_bits[0] for layer in plan.layers if layer.packed] == [2, 16, 2, 2]
+    assert ["beyond" in layer.reason for layer in plan.layers] == [True, True, False, False]
+    control = make_kv_control(plan)
+    assert control is not None
+    assert not control.sliding_sinks
+    assert 0 <= control.bytes - plan.bytes < 0.005 * plan.bytes
+    assert accept_kv(plan, _shape(layers)) == plan
+    with pytest.raises(RequestError, match="layer 1"):
+        accept_kv(plain.model_copy(update={"sliding_sinks": True}), _shape(layers))
+
+
+def test_sliding_sinks_that_would_do_nothing_are_refused() -> None:
+    sliding = [KVLayerShape(heads=8, key_dim=128, value_dim=128, sliding_window=1024)]
+    with pytest.raises(RequestError, match="no layer of M has a sliding window"):
+        _made("kv_cache.sliding_sinks=true")
+    for exact, message in (("none", "keeps none"), ("massive", "known before a pass")):
+        channels: list[dict[str, object]] = [{"channel": 3, "peak": 90.0, "ratio": 100.0, "born": "layers.0.mlp",
+                                              "ended": None, "tokens": ["<s>"], "profile": [1.0, 1.0, 9.0, 9.0, 9.0]}]
+        with pytest.raises(RequestError, match=message):
+            _made("kv_cache.sliding_sinks=true", f"kv_cache.exact={exact}", layers=sliding,
+                  sink_map=_map(channels=channels))
+
+
 @pytest.mark.parametrize("evict", ["null", "512"])
 @pytest.mark.parametrize("exact", ["first-n", "detected"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
