@@ -51,7 +51,7 @@ def attend(layer: SinkLayer, query: torch.Tensor, mask: torch.Tensor | None, sca
     """
     batch, heads, new, _ = query.shape
     kv_heads = layer.keys.shape[1]
-    if kernel_reads(layer, query.device, new, heads):
+    if not slots and kernel_reads(layer, query.device, new, heads):
         # Imported here, because Triton is not everywhere and takes seconds.
         from sinkquant.cache.triton_decode import attend_one
 

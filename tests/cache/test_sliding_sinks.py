@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sinkquant.artifacts import KVCachePlan
 from sinkquant.artifacts.kv import cache_bytes
-from sinkquant.cache import SinkCache, cached_logits, load_cache, prepare, save_cache
+from sinkquant.cache import SinkCache, attention, cached_logits, load_cache, prepare, save_cache
 from sinkquant.errors import RequestError
 
 FAMILIES = ["mistral", "gemma3_text", "gpt_oss"]
@@ -136,6 +137,15 @@ def test_generate_crop_and_save(tmp_path: Path) -> None:
     with torch.no_grad():
         logits = [model(ids[:1, :5], past_key_values=one).logits for one in (cache, again)]
     assert torch.equal(*logits)
+
+
+def test_the_triton_kernel_reads_no_slots() -> None:
+    model = prepare(tiny_model("mistral"))
+    ids, real = _inputs()
+    cache = SinkCache(model.config, _plan(model, 2))
+    with mock.patch.object(attention, "kernel_reads", side_effect=AssertionError):
+        _stream(model, cache, ids, real, [TOKENS - 3, 1, 1, 1])
+    assert all(layer.lengths for layer in cache.layers)
 
 
 def test_scores_see_the_sinks() -> None:
