@@ -63,6 +63,7 @@ CASES = {
     "an added mask": Case(mask="added"),
     "a mask per head": Case(mask="per head"),
     "a mask for all rows": Case(mask="shared"),
+    "a row that sees nothing": Case(mask="blind"),
     "softcap": Case(softcap=4.0, mask="padded"),
     "learned sink": Case(learned=True, softcap=30.0),
     "cut block": Case(crop=-100, mask="padded"),
@@ -120,6 +121,8 @@ def _mask(kind: str, heads: int, columns: int, generator: torch.Generator) -> to
     elif kind == "per head":
         visible = torch.rand(BATCH, heads, 1, columns, generator=generator) < 0.7
         visible[..., -1] = True
+    elif kind == "blind":
+        visible[1] = False
     else:
         visible[1, :, :, :37] = False
     if kind == "shared":
@@ -160,8 +163,9 @@ def errors(case: Case) -> dict[str, Any]:
         found = attention.attend(*given)
     return {"read": attention.kernel_reads(layer, torch.device("cuda"), 1, case.heads),
             "shape": list(found.shape), "same dtype": found.dtype == case.dtype,
-            "kernel": float((found.double() - want).abs().max()),
-            "torch": float((by_torch.double() - want).abs().max())}
+            "finite": bool(torch.isfinite(found).all() and torch.isfinite(by_torch).all()),
+            "kernel": float((found.double() - want)[want.isfinite()].abs().max()),
+            "torch": float((by_torch.double() - want)[want.isfinite()].abs().max())}
 
 
 if __name__ == "__main__":

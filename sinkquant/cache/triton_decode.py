@@ -62,7 +62,8 @@ def attend_one(layer: SinkLayer, query: torch.Tensor, mask: torch.Tensor | None,
         scores = torch.tanh(scores / softcap) * softcap
     beside = torch.cat([bias[:, :, :front], exact, bias[:, :, front + length:]], dim=2)
     scores += beside[:, :, None] if beside.shape[1] == 1 else beside.view_as(scores)
-    top = torch.maximum(scores.amax(-1), tops.amax(-1))
+    # A query of padding may see nothing at all: it gets zeros, not NaN.
+    top = torch.maximum(scores.amax(-1), tops.amax(-1)).clamp(min=torch.finfo(torch.float32).min)
     logits = None if learned is None else learned.float().view(1, kv_heads, -1)
     top = top if logits is None else torch.maximum(top, logits)
     weights, shares = torch.exp(scores - top[..., None]), torch.exp(tops - top[..., None])
@@ -70,7 +71,7 @@ def attend_one(layer: SinkLayer, query: torch.Tensor, mask: torch.Tensor | None,
     total = total if logits is None else total + torch.exp(logits - top)
     out = (shares[..., None] * parts).sum(3)
     out = rotate(out) if layer.packed_values.rotated else out
-    out = (out + weights @ values) / total[..., None]
+    out = (out + weights @ values) / total.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
     return out.view(batch, heads, 1, -1).transpose(1, 2).to(query.dtype)
 
 
