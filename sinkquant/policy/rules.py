@@ -57,13 +57,16 @@ def base_choices(shape: ModelShape, recipe: Recipe) -> dict[str, Choice]:
     for pattern in weights.ignore:
         for name in match(pattern, names, "weights.ignore"):
             choices[name] = Choice(16, None, "none", f"left in 16 bits by weights.ignore {pattern!r}", pinned=True)
+    asked = any(choice.quantized for choice in choices.values())
     for name, linear in shape.linears.items():
         if linear.fixed:
             choices[name] = Choice(16, None, "none", f"left in 16 bits, {linear.fixed}", pinned=True)
-    if recipe.kv_cache is None and not any(choice.quantized for choice in choices.values()):
+    # A recipe may leave all weights alone and pack the cache; weights that it asks for are never left alone unsaid.
+    if (asked or recipe.kv_cache is None) and not any(choice.quantized for choice in choices.values()):
         reasons = sorted({linear.fixed for linear in shape.linears.values() if linear.fixed})
         why = reasons[0] if reasons else "weights.ignore and weights.overrides leave nothing"
-        raise RequestError(f"{shape.architecture} has nothing that can be quantized: {why}.")
+        hint = "" if recipe.kv_cache is None else "; to pack the KV cache alone set weights.ignore=['*']"
+        raise RequestError(f"{shape.architecture} has nothing that can be quantized: {why}{hint}.")
     return choices
 
 

@@ -112,6 +112,14 @@ def test_ignored_modules_stay_in_16_bits_and_patterns_must_match(decoder: Decode
         planned(decoder, "weights.ignore=['*']")
 
 
+def test_weights_that_were_asked_for_are_not_left_alone_for_the_cache() -> None:
+    convolutions = Decoder.of(tiny_model("gpt2"))
+    packed = ("kv_cache={key_bits: 2, value_bits: 2}", "protect.tokens=false")
+    with pytest.raises(RequestError, match=r"nothing that can be quantized: Conv1D.*weights\.ignore=\['\*'\]"):
+        planned(convolutions, *packed)
+    assert planned(convolutions, *packed, "weights.ignore=['*']").kv_cache is not None
+
+
 @pytest.mark.parametrize(("override", "expected"), [
     ("bits: 6", (6, 32)), ("bits: 3", (4, 32)), ("bits: 16", (16, None)), ("bits: 4, group_size: 16", (4, 16)),
     ("bits: 4, group_size: -1", (4, 32))])
