@@ -19,7 +19,7 @@ from sinkquant.evaluate.run import TaskResult, require_tasks, run_tasks
 from sinkquant.evaluate.statistics import Samples, paired_difference, recovery, standard_error
 from sinkquant.evaluate.tasks import LOCAL_TASKS, build_tasks, ready_tasks
 from sinkquant.evaluate.verdict import judge
-from sinkquant.models import documents, encode, read_text, starts_with_bos, token_rows
+from sinkquant.models import documents, encode, max_length, read_text, starts_with_bos, token_rows
 from sinkquant.recipe import Recipe
 
 BASELINE = "unquantized"
@@ -80,7 +80,7 @@ def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, re
         for candidate in sorted(candidates, key=lambda c: c.name != BASELINE):
             loaded = candidate.load()
             if rows is None:
-                limit = _max_length(loaded) - max(len(c.kv.front) if c.kv else 0 for c in candidates)
+                limit = max_length(loaded) - max(len(c.kv.front) if c.kv else 0 for c in candidates)
                 rows = token_rows(tokenizer, content, settings.divergence_rows,
                                   min(settings.divergence_length, limit), recipe.calibration.bos,
                                   loaded.get_input_embeddings().weight.shape[0], "evaluation text")
@@ -142,12 +142,6 @@ class _Steps:
         if self.progress:
             self.progress(self.begun, self.total, f"evaluating {label}" if label else "evaluated")
         self.begun += 1
-
-
-def _max_length(model: PreTrainedModel) -> int:
-    """The longest row that the model has positions for."""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return int(limit) if limit else 1 << 20
 
 
 def _characters(tokenizer: PreTrainedTokenizerBase, content: str, limit: int) -> int:

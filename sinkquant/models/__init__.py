@@ -2,7 +2,7 @@
 
 from sinkquant.models.activations import ActivationStore
 from sinkquant.models.attention import AttentionObserver, AttentionRecord, AttentionRows, observed_attention
-from sinkquant.models.decoder import Decoder, weight_matrix
+from sinkquant.models.decoder import Decoder, max_length, weight_matrix
 from sinkquant.models.loading import check_finite, load_model, load_tokenizer, pick_device, resolve
 from sinkquant.models.source import open_model, source_of
 from sinkquant.models.tensors import pieces
@@ -33,6 +33,7 @@ __all__ = [
     "encode",
     "load_model",
     "load_tokenizer",
+    "max_length",
     "observed_attention",
     "open_model",
     "pick_device",

@@ -92,8 +92,7 @@ class Decoder:
     @property
     def max_length(self) -> int:
         """Longest row that the model has positions for."""
-        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        return int(limit) if limit else 1 << 20
+        return max_length(self.model)
 
     @property
     def vocabulary(self) -> int:
@@ -134,6 +133,12 @@ class Decoder:
         return ModelShape(name=name, architecture=type(self.model).__name__, blocks=len(self.blocks),
                           dtype=str(self.model.dtype).removeprefix("torch."), linears=linears, tensors=tensors,
                           kv_layers=kv_layers(self.model.config))
+
+
+def max_length(model: PreTrainedModel) -> int:
+    """Longest row that a model has positions for."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return int(limit) if limit else 1 << 20
 
 
 def weight_matrix(module: nn.Module) -> torch.Tensor:
