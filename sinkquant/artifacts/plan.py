@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, PrivateAttr
 
 from sinkquant.artifacts.base import Artifact, Strict
+from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.artifacts.kv import KVCachePlan
 from sinkquant.artifacts.sinkmap import SinkMap
 
@@ -33,6 +34,11 @@ class ModuleDecision(Strict):
     activations: str = "16-bit"
     bytes: int
     reason: str
+
+    @property
+    def form(self) -> WeightFormat:
+        """How the weights are stored."""
+        return WeightFormat(self.bits, self.group_size)
 
 
 class SinkSelector(Strict):
@@ -90,6 +96,11 @@ class Plan(Artifact):
     notes: list[str] = Field(default_factory=list)
     recipe: dict[str, Any] = Field(default_factory=dict)
     _sink_map: SinkMap | None = PrivateAttr(default=None)
+
+    @property
+    def formats(self) -> dict[str, WeightFormat]:
+        """Module name -> format of every linear that is packed."""
+        return {name: decision.form for name, decision in self.modules.items() if decision.form.packed}
 
     @property
     def needs_rows(self) -> bool:

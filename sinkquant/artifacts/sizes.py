@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.artifacts.shapes import ModelShape
 
 DTYPES = {"int64": ("I64", 8), "float64": ("F64", 8), "float32": ("F32", 4), "int32": ("I32", 4),
@@ -24,38 +25,37 @@ def scale_dtype(dtype: str) -> str:
     return "float16" if dtype == "float16" else "bfloat16"
 
 
-def packed_tensors(name: str, rows: int, columns: int, bits: int, group_size: int | None,
-                   dtype: str) -> dict[str, tuple[str, list[int]]]:
+def packed_tensors(name: str, rows: int, columns: int, form: WeightFormat, dtype: str) -> dict[str, Tensor]:
     """The three tensors that a packed linear becomes: dense int32 words, scales, and its shape."""
-    groups = 1 if group_size in (None, -1) else columns // int(group_size or 1)
-    return {f"{name}.weight_packed": ("int32", [rows, math.ceil(columns * bits / 32)]),
+    groups = 1 if form.group_size in (None, -1) else columns // int(form.group_size or 1)
+    return {f"{name}.weight_packed": ("int32", [rows, math.ceil(columns * form.bits / 32)]),
             f"{name}.weight_scale": (scale_dtype(dtype), [rows, groups]),
             f"{name}.weight_shape": ("int64", [2])}
 
 
-def module_bytes(shape: ModelShape, name: str, bits: int, group_size: int | None) -> int:
+def module_bytes(shape: ModelShape, name: str, form: WeightFormat) -> int:
     """Bytes of one linear without its bias: codes, 16-bit scales and shape, or the weight as it stands in the
-    unquantized checkpoint where it is left alone (`bits` 16)."""
+    unquantized checkpoint where it is left alone."""
     linear = shape.linears[name]
-    if bits >= 16:
+    if not form.packed:
         dtype, _ = shape.tensors.get(f"{name}.weight") or shape.tensors.get(name) or (shape.dtype, [])
         return DTYPES[dtype][1] * linear.parameters
-    packed = packed_tensors(name, linear.rows, linear.columns, bits, group_size, shape.dtype)
+    packed = packed_tensors(name, linear.rows, linear.columns, form, shape.dtype)
     return sum(tensor_bytes(*tensor) for tensor in packed.values())
 
 
-def checkpoint_tensors(shape: ModelShape, formats: dict[str, tuple[int, int | None]]) -> dict[str, Tensor]:
+def checkpoint_tensors(shape: ModelShape, formats: dict[str, WeightFormat]) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, name -> (dtype, shape), in the order of the model.
 
     Args:
-        formats: module name -> (bits, group_size) of every packed linear; the rest stays as it is.
+        formats: module name -> format of every packed linear; the rest stays as it is.
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in shape.tensors.items():
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and module in formats:
             linear = shape.linears[module]
-            tensors |= packed_tensors(module, linear.rows, linear.columns, *formats[module], shape.dtype)
+            tensors |= packed_tensors(module, linear.rows, linear.columns, formats[module], shape.dtype)
         else:
             tensors[name] = tensor
     return tensors
@@ -75,7 +75,7 @@ def checkpoint_files(tensors: dict[str, Tensor], limit: int = FILE_BYTES) -> lis
     return files
 
 
-def checkpoint_bytes(shape: ModelShape, formats: dict[str, tuple[int, int | None]]) -> int:
+def checkpoint_bytes(shape: ModelShape, formats: dict[str, WeightFormat]) -> int:
     """Bytes of the safetensors files of a checkpoint, their headers included. `formats` as in `checkpoint_tensors`."""
     files = checkpoint_files(checkpoint_tensors(shape, formats))
     return sum(len(file_header(file)) + sum(tensor_bytes(*tensor) for tensor in file.values()) for file in files)

@@ -57,9 +57,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
 
 def open_writer(folder: Path, model: PreTrainedModel, plan: Plan) -> CheckpointWriter:
     """The weight files of a plan's checkpoint, ready to be written."""
-    formats: dict[str, tuple[int, int | None]] = {
-        name: (decision.bits, decision.group_size) for name, decision in plan.modules.items() if decision.bits < 16}
-    return CheckpointWriter(folder, checkpoint_tensors(Decoder.of(model).shape(""), formats))
+    return CheckpointWriter(folder, checkpoint_tensors(Decoder.of(model).shape(""), plan.formats))
 
 
 def copy_dense(writer: CheckpointWriter, decoder: Decoder) -> None:

@@ -20,7 +20,7 @@ def linear_bytes(shape: ModelShape, choices: dict[str, Choice]) -> int:
 
 def choice_bytes(shape: ModelShape, name: str, choice: Choice) -> int:
     """Bytes of one linear, scales counted."""
-    return module_bytes(shape, name, choice.bits, choice.group_size)
+    return module_bytes(shape, name, choice.form)
 
 
 def fill(choices: dict[str, Choice], shape: ModelShape, spare: int, order: Sequence[str],

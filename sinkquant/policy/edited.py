@@ -47,6 +47,6 @@ def _check(name: str, plan: Plan, shape: ModelShape) -> None:
                            f"{shape.linears[name].fixed}.")
     for twin in shape.linears[name].fused_with:
         other = plan.modules.get(twin)
-        if other is not None and (other.bits, other.group_size) != (decision.bits, decision.group_size):
+        if other is not None and other.form != decision.form:
             raise RequestError(f"the plan gives {name} and {twin} different formats, but engines fuse them; "
                                "give both the same bits and group_size.")

@@ -83,7 +83,7 @@ def _evenly(base: dict[str, Choice], shape: ModelShape, allowed: int) -> dict[st
 
 def _finish(name: str, choices: dict[str, Choice], shape: ModelShape, recipe: Recipe,
             sinks: list[SinkSelector], statistics: Statistics) -> Plan:
-    formats = {module: (c.bits, c.group_size) for module, c in choices.items() if c.quantized}
+    formats = {module: c.form for module, c in choices.items() if c.quantized}
     total = checkpoint_bytes(shape, formats)
     unquantized = checkpoint_bytes(shape, {})
     weights = sum(linear.parameters for linear in shape.linears.values())

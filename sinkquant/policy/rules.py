@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from sinkquant.artifacts import LinearShape, ModelShape, SinkMap
+from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.artifacts.plan import Method
 from sinkquant.errors import RequestError
 from sinkquant.policy.patterns import match
@@ -31,7 +32,12 @@ class Choice:
     @property
     def quantized(self) -> bool:
         """Whether the linear is packed at all."""
-        return self.bits < 16
+        return self.form.packed
+
+    @property
+    def form(self) -> WeightFormat:
+        """How the weights will be stored."""
+        return WeightFormat(self.bits, self.group_size)
 
 
 def base_choices(shape: ModelShape, recipe: Recipe) -> dict[str, Choice]:
@@ -133,8 +139,7 @@ def share_formats(choices: dict[str, Choice], shape: ModelShape) -> dict[str, Ch
             continue
         best = max(group, key=lambda member: (shared[member].bits, -_columns_per_scale(shared[member], linear)))
         for member in group:
-            same = (shared[member].bits, shared[member].group_size) == (shared[best].bits, shared[best].group_size)
-            if not same:
+            if shared[member].form != shared[best].form:
                 shared[member] = replace(
                     shared[best], reason=f"{shared[best].bits} bits: engines fuse it with {best}", columns=())
     return shared

@@ -123,11 +123,11 @@ def check(decoder: Decoder, plan: Plan) -> None:
         if decision.group_size is None or (decision.group_size != -1 and module.in_features % decision.group_size):
             raise RequestError(f"group size {decision.group_size} does not divide the {module.in_features} input "
                                f"columns of {name}.")
-        if decision.bytes != module_bytes(shape, name, decision.bits, decision.group_size):
+        if decision.bytes != module_bytes(shape, name, decision.form):
             raise RequestError(f"the plan was made for another size of {name}; make a plan for this model.")
         for other in shape.linears[name].fused_with:
             twin = plan.modules.get(other)
-            if twin is None or (twin.bits, twin.group_size) != (decision.bits, decision.group_size):
+            if twin is None or twin.form != decision.form:
                 raise RequestError(f"{name} and {other} are fused by engines and must share bits and group size.")
 
 
