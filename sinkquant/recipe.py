@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from sinkquant.artifacts.pruning import pattern_group
 from sinkquant.errors import RequestError
 from sinkquant.resources import recipe_folder
 
@@ -34,6 +35,16 @@ def _fits_a_group(size: int) -> int:
     if size == 0:
         raise ValueError("a group holds at least one column; -1 makes one group of the whole row")
     return size
+
+
+def _is_a_pattern(pattern: str) -> str:
+    pattern_group(pattern)
+    return pattern
+
+
+def _not_base_sixty(pattern: Any) -> Any:
+    """YAML 1.1 reads 2:4 without quotes as the number 2 * 60 + 4."""
+    return f"{pattern // 60}:{pattern % 60}" if type(pattern) is int else pattern
 
 
 Bits = Annotated[int, AfterValidator(_stored_bits)]
@@ -117,6 +128,21 @@ class Weights(Section):
     tune: int = Field(default=0, ge=0)
     ignore: list[str] = Field(default_factory=list)
     overrides: list[ModuleOverride] = Field(default_factory=list)
+
+
+class Prune(Section):
+    """Weights that become zero before the rest is quantized, with statistics that know the sinks
+    (`protect.statistics`).
+
+    `method`: "magnitude" needs no text; "wanda" weighs by the inputs; "sparsegpt" also lets the other weights make up
+    for it. `pattern` "unstructured", or "n:m": n of every m consecutive weights of a row stay. `sparsity` is the share
+    that goes; null: a half, or what the pattern says. `ignore`: patterns of modules that are not pruned.
+    """
+
+    method: Literal["none", "magnitude", "wanda", "sparsegpt"] = "none"
+    sparsity: float | None = Field(default=None, gt=0, lt=1)
+    pattern: Annotated[str, BeforeValidator(_not_base_sixty), AfterValidator(_is_a_pattern)] = "unstructured"
+    ignore: list[str] = Field(default_factory=list)
 
 
 class Protect(Section):
@@ -223,6 +249,7 @@ class Recipe(Section):
     compute: Compute = Field(default_factory=Compute)
     calibration: CalibrationText = Field(default_factory=CalibrationText)
     detect: Detection = Field(default_factory=Detection)
+    prune: Prune = Field(default_factory=Prune)
     weights: Weights = Field(default_factory=Weights)
     protect: Protect = Field(default_factory=Protect)
     budget: Budget = Field(default_factory=Budget)

@@ -9,6 +9,7 @@ from pydantic import Field, PrivateAttr
 from sinkquant.artifacts.base import Artifact, Strict
 from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.artifacts.kv import KVCachePlan
+from sinkquant.artifacts.pruning import Pruning
 from sinkquant.artifacts.sinkmap import SinkMap
 
 Method = Literal["rtn", "gptq", "gptaq", "none"]
@@ -23,7 +24,8 @@ class ModuleDecision(Strict):
     `bits` is 2..8, or 16 for a module that is left alone (`method` "none"). `group_size` is in input columns, -1 for
     one scale per output channel. `keep` says how its sink-related channels are kept: "module" for the whole linear
     at higher precision, null where nothing is kept. `columns` are those channels, `activations` the number format
-    of the inputs (16 bits in this version).
+    of the inputs (16 bits in this version). `prune` says which of its weights become zero, null for none: its bytes
+    stay the same, since zeros are stored like any other weight.
     """
 
     bits: Literal[2, 3, 4, 5, 6, 7, 8, 16]
@@ -34,6 +36,7 @@ class ModuleDecision(Strict):
     activations: str = "16-bit"
     bytes: int
     reason: str
+    prune: Pruning | None = None
 
     @property
     def form(self) -> WeightFormat:
@@ -106,6 +109,8 @@ class Plan(Artifact):
     def needs_rows(self) -> bool:
         """Whether carrying it out takes calibration rows."""
         methods = {decision.method for decision in self.modules.values()}
+        if any(decision.prune is not None and decision.prune.needs_rows for decision in self.modules.values()):
+            return True
         return bool(methods & CALIBRATED) or (self.calibration.tune > 0 and methods != {"none"})
 
     @property

@@ -122,20 +122,27 @@ def _read_from(model: PreTrainedModel, partial: Path, decoder: Decoder, plan: Pl
     assert source is not None
     bits = {name: decision.bits for name, decision in plan.modules.items()
             if decision.bits < 16 and decoder.block_of(name) < done}
+    changed = [name for name, decision in plan.modules.items()
+               if decision.prune is not None and decision.bits == 16 and decoder.block_of(name) < done]
     dense = dense_tensors(stored_tensors(partial), bits, model.dtype)
-    for name in bits:
+    for name in [*bits, *changed]:
         source.replace(f"{name}.weight", dense[f"{name}.weight"])
 
 
 def _write_block(writer: CheckpointWriter, block: QuantizedBlock) -> None:
-    """Write a block's packed weights, and compare what the disk gives back."""
+    """Write what a block has that is new, and compare what the disk gives back."""
     for name, weight in block.weights.items():
         write_packed(writer, name, weight)
+    for name, tensor in block.dense.items():
+        writer.write(name, tensor)
     writer.sync()
     for name, weight in block.weights.items():
         for key, expected in packed_linear(name, weight).items():
             if not torch.equal(writer.read(key), expected):
                 raise SinkquantError(f"{key} reads back differently from what was written; check the disk.")
+    for name, tensor in block.dense.items():
+        if not torch.equal(writer.read(name), tensor):
+            raise SinkquantError(f"{name} reads back differently from what was written; check the disk.")
 
 
 def _losses(block: QuantizedBlock) -> str:

@@ -6,6 +6,7 @@ from sinkquant.artifacts import ModelShape, Plan
 from sinkquant.errors import RequestError
 from sinkquant.policy.kv_cache import accept_kv
 from sinkquant.policy.plan import _finish
+from sinkquant.policy.pruning import keep_pruning
 from sinkquant.policy.rules import Choice, check_group_sizes
 from sinkquant.recipe import Recipe, near_miss
 
@@ -31,6 +32,7 @@ def accept_edited(plan: Plan, shape: ModelShape) -> Plan:
     check_group_sizes(choices, shape)
     counted = _finish(plan.name, choices, shape, Recipe.parse(plan.recipe), plan.calibration.sinks,
                       plan.calibration.statistics)
+    counted = keep_pruning(counted, plan, shape)
     return counted.model_copy(update={"calibration": plan.calibration, "kv_cache": accept_kv(plan.kv_cache, shape),
                                       "seed": plan.seed, "notes": plan.notes})
 

@@ -11,6 +11,7 @@ from sinkquant.artifacts.sizes import checkpoint_bytes
 from sinkquant.errors import RequestError
 from sinkquant.policy.budget import choice_bytes, close_gap, evenly_spread, fill, linear_bytes
 from sinkquant.policy.kv_cache import make_kv_control, make_kv_plan
+from sinkquant.policy.pruning import with_pruning
 from sinkquant.policy.rules import Choice, affected, base_choices, check_group_sizes, protect, share_formats
 from sinkquant.recipe import Recipe
 
@@ -48,6 +49,7 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> Plan:
         sinks = [SinkSelector(token_id=token, position=place) for place, token in enumerate(own)]
     statistics = recipe.protect.statistics if recipe.protect.tokens else "all"
     plan = _finish("sink_aware", choices, shape, recipe, sinks, statistics)
+    plan = with_pruning(plan, shape, recipe)
     return plan.model_copy(update={"kv_cache": kv_cache}).made_from(sink_map)
 
 
@@ -67,6 +69,7 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
     gap = abs(plan.weight_bytes - aware.weight_bytes) / aware.weight_bytes
     if gap > 0.01:
         plan.notes.append(f"the control's size differs by {gap:.1%}: no raise fits the bytes that are left")
+    plan = with_pruning(plan, shape, recipe)
     return plan.model_copy(update={"kv_cache": make_kv_control(aware.kv_cache)}).made_from(sink_map)
 
 

@@ -67,8 +67,10 @@ def base_choices(shape: ModelShape, recipe: Recipe) -> dict[str, Choice]:
     for name, linear in shape.linears.items():
         if linear.fixed:
             choices[name] = Choice(16, None, "none", f"left in 16 bits, {linear.fixed}", pinned=True)
-    # A recipe may leave all weights alone and pack the cache; weights that it asks for are never left alone unsaid.
-    if (asked or recipe.kv_cache is None) and not any(choice.quantized for choice in choices.values()):
+    # A recipe may leave all weights alone and pack the cache, or prune; weights that it asks for are never left alone
+    # unsaid.
+    other_work = recipe.kv_cache is not None or recipe.prune.method != "none"
+    if (asked or not other_work) and not any(choice.quantized for choice in choices.values()):
         reasons = sorted({linear.fixed for linear in shape.linears.values() if linear.fixed})
         why = reasons[0] if reasons else "weights.ignore and weights.overrides leave nothing"
         hint = "" if recipe.kv_cache is None else "; to pack the KV cache alone set weights.ignore=['*']"

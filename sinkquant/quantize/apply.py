@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from sinkquant.models import (
 from sinkquant.quantize.gptq import GPTQ
 from sinkquant.quantize.hessian import Hessian, collect
 from sinkquant.quantize.packed import PackedWeight, row_chunks
+from sinkquant.quantize.pruning import check_pruning, prune
 from sinkquant.quantize.ranks import add_up, hand_over, my_rows, solver, this_rank
 from sinkquant.quantize.rtn import RTN
 from sinkquant.quantize.state import ATTRIBUTE, QuantizedState, is_quantized
@@ -41,12 +42,16 @@ class QuantizedBlock:
 
     Attributes:
         weights: module name -> packed weight. losses: module name -> relative error that it was left with.
+        dense: parameter name -> its new values in the model's dtype, for what was changed and stays in 16 bits.
+        kept: module name -> bool [rows, columns], the weights that pruning has left; others are zero.
     """
 
     index: int
     name: str
     weights: dict[str, PackedWeight]
     losses: dict[str, float]
+    dense: dict[str, torch.Tensor] = field(default_factory=dict)
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def quantize(model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerBase | None = None,
@@ -89,7 +94,7 @@ def quantized_blocks(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenize
         RequestError: GPTQ without a tokenizer, or with too little text.
         SinkquantError: a Hessian cannot be inverted.
     """
-    todo = {name: decision for name, decision in plan.modules.items() if decision.bits < 16}
+    todo = {name: decision for name, decision in plan.modules.items() if decision.bits < 16 or decision.prune}
     scales = getattr(torch, scale_dtype(str(decoder.model.dtype).removeprefix("torch.")))
     if plan.needs_rows:
         blocks = _calibrated(decoder, plan, tokenizer, todo, scales, device, dtype, store, done)
@@ -115,9 +120,11 @@ def check(decoder: Decoder, plan: Plan) -> None:
     if missing:
         raise RequestError(f"the plan is of another model: it says nothing of {missing[0]}; make one for this model.")
     for name, decision in plan.modules.items():
+        module = decoder.linears.get(name)
+        if decision.prune is not None:
+            check_pruning(name, decision.prune, module)
         if decision.bits >= 16:
             continue
-        module = decoder.linears.get(name)
         if not isinstance(module, nn.Linear):
             raise RequestError(f"the plan quantizes {name}, which is no nn.Linear of this model; make a plan for it.")
         if decision.group_size is None or (decision.group_size != -1 and module.in_features % decision.group_size):
@@ -173,17 +180,19 @@ def _calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase
         if ideal is not None:
             ideal = step.replay(ideal)
         last = {source[name]: name for name in mine}
-        originals = {name: weight_matrix(decoder.linears[name]) for name in mine} if tune else {}
+        tuned = [name for name in mine if mine[name].bits < 16] if tune else []
+        originals = {name: weight_matrix(decoder.linears[name]) for name in tuned}
         for place_in_block, (name, decision) in enumerate(mine.items()):
-            if solver(place_in_block) == rank:
+            # What stays in 16 bits is pruned by every rank: the sums are the same, and it is quickly done.
+            if solver(place_in_block) == rank or decision.bits >= 16:
                 _quantize_one(decoder, name, decision, plan, made, scales, hessians.get(source[name]))
             if last[source[name]] == name and not tune:
                 hessians.pop(source[name], None)
         if ranks > 1:
-            _exchange(decoder, list(mine), made)
-        if tune and mine and ideal is not None:
-            linears = {name: module for name in mine if isinstance(module := decoder.linears[name], nn.Linear)}
-            for name, packed in tune.run(step, linears, made.weights, originals, ideal, weights).items():
+            _exchange(decoder, mine, made)
+        if tune and tuned and ideal is not None:
+            linears = {name: module for name in tuned if isinstance(module := decoder.linears[name], nn.Linear)}
+            for name, packed in tune.run(step, linears, made.weights, originals, ideal, weights, made.kept).items():
                 seen = hessians.get(source[name])
                 _put(decoder, name, packed, made, originals[name], None if seen is None else seen.mean())
         if mine:
@@ -191,17 +200,19 @@ def _calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase
         yield made
 
 
-def _exchange(decoder: Decoder, names: list[str], made: QuantizedBlock) -> None:
+def _exchange(decoder: Decoder, mine: dict[str, ModuleDecision], made: QuantizedBlock) -> None:
     """Let every rank hold what each of them has solved of a block."""
     weights, losses = dict(made.weights), dict(made.losses)
-    for index, name in enumerate(names):
+    for index, name in enumerate(mine):
+        if mine[name].bits >= 16:
+            continue
         made.weights[name], made.losses[name] = hand_over(solver(index), weights.get(name), losses.get(name))
         module = decoder.linears[name]
         assert isinstance(module.weight, torch.Tensor)
         new = made.weights[name].dequantized(decoder.model.dtype)
         module.weight.data = new.to(module.weight.device, module.weight.dtype)
     for kept in (made.weights, made.losses):  # in the order of the module names, as one process has them
-        ordered = {name: kept[name] for name in names}
+        ordered = {name: kept[name] for name in mine if name in kept}
         kept.clear()
         kept.update(ordered)  # type: ignore[arg-type]
 
@@ -213,20 +224,27 @@ def _inside(block: str, todo: dict[str, ModuleDecision]) -> dict[str, ModuleDeci
 def _quantize_one(decoder: Decoder, name: str, decision: ModuleDecision, plan: Plan, made: QuantizedBlock,
                   scales: torch.dtype, seen: Hessian | None) -> None:
     module = decoder.linears[name]
-    weight = module.weight.data
-    assert isinstance(weight, torch.Tensor)
-    assert decision.group_size is not None
+    weight = weight_matrix(module)
     settings = plan.calibration
     hessian = None if seen is None else seen.mean()
+    pruned = None
+    if decision.prune is not None:
+        pruned = prune(weight, decision.prune, hessian, settings.damping, name)
+        made.kept[name] = pruned.kept
+        if decision.bits >= 16:
+            _put_dense(decoder, name, pruned.weight, made, hessian)
+            return
+    assert decision.group_size is not None
     if decision.method in CALIBRATED:
         if seen is None or hessian is None:
             raise RequestError(f"no calibration token reached {name}; give more text, or set its method to rtn.")
         method = GPTQ(decision.bits, decision.group_size, settings.damping, settings.act_order, scales,
                       settings.scale_search, passes=settings.descent)
-        packed = method.quantize(weight, hessian, name, seen.cross() if decision.method == "gptaq" else None)
+        packed = method.quantize(weight, hessian, name, seen.cross() if decision.method == "gptaq" else None,
+                                 None if pruned is None else pruned.kept)
     else:
         packed = RTN(decision.bits, decision.group_size, scales, settings.scale_search).quantize(
-            weight, None if hessian is None else hessian.diagonal())
+            weight if pruned is None else pruned.weight, None if hessian is None else hessian.diagonal())
     _put(decoder, name, packed, made, weight, hessian)
 
 
@@ -238,6 +256,18 @@ def _put(decoder: Decoder, name: str, packed: PackedWeight, made: QuantizedBlock
     made.losses[name] = relative_error(weight, new, hessian)
     decoder.linears[name].weight.data = new
     made.weights[name] = PackedWeight(packed.codes.cpu(), packed.scale.cpu(), packed.bits)
+
+
+def _put_dense(decoder: Decoder, name: str, new: torch.Tensor, made: QuantizedBlock,
+               hessian: torch.Tensor | None) -> None:
+    """Let a module that stays in 16 bits hold another weight, [rows, columns]."""
+    weight = weight_matrix(decoder.linears[name])
+    stored = new.to(decoder.model.dtype)  # what the checkpoint will hold, whatever the walk computes in
+    made.losses[name] = relative_error(weight, stored.to(weight.dtype), hessian)
+    weight.copy_(stored)
+    parameter = decoder.linears[name].weight
+    assert isinstance(parameter, torch.Tensor)
+    made.dense[f"{name}.weight"] = parameter.data.to("cpu", decoder.model.dtype)
 
 
 def relative_error(weight: torch.Tensor, new: torch.Tensor, hessian: torch.Tensor | None) -> float:

@@ -17,7 +17,8 @@ CHUNK = 1 << 24
 
 
 def descend(packed: PackedWeight, weight: torch.Tensor, hessian: torch.Tensor, passes: int,
-            order: torch.Tensor | None = None, pull: torch.Tensor | None = None) -> PackedWeight:
+            order: torch.Tensor | None = None, pull: torch.Tensor | None = None,
+            kept: torch.Tensor | None = None) -> PackedWeight:
     """Lower trace((Q - W) H (Q - W)^T) - 2 trace((Q - W) P^T), where Q is what the codes and scales give.
 
     Every pass fits the scales of a row to its codes and then visits every column once. No row ends with a larger loss
@@ -27,6 +28,7 @@ def descend(packed: PackedWeight, weight: torch.Tensor, hessian: torch.Tensor, p
         weight: float [rows, columns]. hessian: [columns, columns], positive definite, so with its damping.
         order: the columns in the order of visits; None: from left to right.
         pull: P, [rows, columns]: what asymmetric calibration asks for beside W; None: nothing.
+        kept: bool [rows, columns]; where it is False the code is 0 and stays 0. None: all codes may change.
     """
     order = torch.arange(weight.shape[1], device=weight.device) if order is None else order
     metric = hessian.float()
@@ -37,17 +39,19 @@ def descend(packed: PackedWeight, weight: torch.Tensor, hessian: torch.Tensor, p
         wanted = weight[rows].float() @ metric
         if pull is not None:
             wanted += pull[rows].float()
-        codes[rows], scale[rows] = _descend(codes[rows], scale[rows], packed.bits, metric, wanted, passes, order)
+        free = None if kept is None else kept[rows].float()
+        codes[rows], scale[rows] = _descend(codes[rows], scale[rows], packed.bits, metric, wanted, passes, order, free)
     return PackedWeight(codes, scale, packed.bits)
 
 
 def _descend(codes: torch.Tensor, scale: torch.Tensor, bits: int, metric: torch.Tensor, wanted: torch.Tensor,
-             passes: int, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+             passes: int, order: torch.Tensor,
+             free: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     best_codes, best_scale = codes, scale
     least = _loss(codes, scale, metric, wanted)
     for _ in range(passes):
         scale = _fitted(codes, scale, bits, metric, wanted)
-        codes = _visited(codes, scale, bits, metric, wanted, order)
+        codes = _visited(codes, scale, bits, metric, wanted, order, free)
         loss = _loss(codes, scale, metric, wanted)
         better = (loss < least)[:, None]
         best_codes, best_scale = torch.where(better, codes, best_codes), torch.where(better, scale, best_scale)
@@ -85,8 +89,8 @@ def _fitted(codes: torch.Tensor, scale: torch.Tensor, bits: int, metric: torch.T
 
 
 def _visited(codes: torch.Tensor, scale: torch.Tensor, bits: int, metric: torch.Tensor, wanted: torch.Tensor,
-             order: torch.Tensor) -> torch.Tensor:
-    """The codes after every column was once given its best code; int8 [rows, columns]."""
+             order: torch.Tensor, free: torch.Tensor | None) -> torch.Tensor:
+    """The codes after every column was once given its best code, times `free`; int8 [rows, columns]."""
     codes = codes.float()
     spread = _spread(scale, codes.shape[1])
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
@@ -99,6 +103,8 @@ def _visited(codes: torch.Tensor, scale: torch.Tensor, bits: int, metric: torch.
         width, steep = spread[:, columns], inner.diagonal()
         for i in range(len(columns)):
             code = torch.clamp(torch.round(before[:, i] - local[:, i] / (steep[i] * width[:, i])), low, high)
+            if free is not None:
+                code *= free[:, columns[i]]
             changes[:, i] = (code - before[:, i]) * width[:, i]
             before[:, i] = code
             local += changes[:, i:i + 1] * inner[i]

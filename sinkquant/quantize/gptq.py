@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sinkquant.errors import SinkquantError
 from sinkquant.quantize.descent import descend
+from sinkquant.quantize.factor import damped_hessian, inverse_factor
 from sinkquant.quantize.packed import PackedWeight, group_scales, to_codes
 from sinkquant.quantize.scales import searched_scales
 
@@ -40,13 +40,15 @@ class GPTQ:
     passes: int = 3
 
     def quantize(self, weight: torch.Tensor, hessian: torch.Tensor, name: str = "weight",
-                 cross: torch.Tensor | None = None) -> PackedWeight:
+                 cross: torch.Tensor | None = None, kept: torch.Tensor | None = None) -> PackedWeight:
         """Quantize one matrix.
 
         Args:
             weight: float [rows, columns]. hessian: [columns, columns], symmetric, any scale.
             cross: GPTAQ: [columns, columns], the sum over tokens of (x' - x) x^T, x' the input in the unquantized
                 model, on the scale of the Hessian. None: plain GPTQ.
+            kept: bool [rows, columns], the weights that pruning leaves: the others get the code 0, which the columns to
+                come make up for as for any rounding (SparseGPT 2301.00774, section 3.5). None: all.
 
         Raises:
             SinkquantError: the Hessian is not finite, or not positive definite with this damping.
@@ -54,10 +56,11 @@ class GPTQ:
         rows, columns = weight.shape
         size = columns if self.group_size == -1 else self.group_size
         order = self._order(hessian.diagonal(), size)
-        damped, mean = self._damped(hessian, name)
-        inverse = self._inverse_factor(damped[order][:, order], name)
+        damped, mean = damped_hessian(hessian, self.damping, name)
+        inverse = inverse_factor(damped[order][:, order], self.damping, name)
         drift = None if cross is None else self._drift(cross[order][:, order].double() / mean, inverse)
         work = weight[:, order].float().clone()
+        pruned = None if kept is None else ~kept[:, order]
         codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
         scale = torch.empty(rows, columns // size, dtype=self.scale_dtype, device=weight.device)
         step = BLOCK if size == columns else size * max(1, BLOCK // size)
@@ -68,10 +71,15 @@ class GPTQ:
             before = torch.zeros(rows, stop - start, device=weight.device)
             for i in range(start, stop):
                 if i % size == 0:
-                    current = self._scale(work[:, i:i + size], inverse.diagonal()[i:i + size])
+                    group = work[:, i:i + size]
+                    if pruned is not None:  # zeros fit any scale
+                        group = group.masked_fill(pruned[:, i:i + size], 0)
+                    current = self._scale(group, inverse.diagonal()[i:i + size])
                     scale[:, int(order[i]) // size] = current
                 column = work[:, i:i + 1].clone()
                 code = to_codes(column, current[:, None], self.bits)
+                if pruned is not None:
+                    code.masked_fill_(pruned[:, i:i + 1], 0)
                 codes[:, order[i]] = code[:, 0]
                 error = (column - code.float() * current[:, None].float()) / inverse[i, i]
                 work[:, i + 1:stop] -= error * inverse[i, i + 1:stop]
@@ -86,7 +94,7 @@ class GPTQ:
         if self.passes == 0:
             return packed
         pull = None if cross is None else self.asymmetry * (weight.float() @ (cross / mean).float())
-        return descend(packed, weight, damped, self.passes, order, pull)
+        return descend(packed, weight, damped, self.passes, order, pull, kept)
 
     def _scale(self, group: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         """The scale of one group: [rows] from weights [rows, size] and the factor's diagonal [size]."""
@@ -108,24 +116,3 @@ class GPTQ:
         groups = grouped.sum(1).argsort(descending=True, stable=True)
         inside = grouped.argsort(dim=1, descending=True, stable=True)
         return (groups[:, None] * size + inside[groups]).flatten()
-
-    def _damped(self, hessian: torch.Tensor, name: str) -> tuple[torch.Tensor, float]:
-        """The damped Hessian over its mean diagonal, float64 [columns, columns], and that mean: GPTQ does not depend
-        on the Hessian's scale, and a mean of 1 keeps the factor inside float32's range."""
-        if not torch.isfinite(hessian).all():
-            raise SinkquantError(f"the Hessian of {name} is not finite; check the calibration text and the weights.")
-        mean = float(hessian.diagonal().double().mean())
-        unit = torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
-        if mean <= 0:  # No token reached this input: every rounding is as good as any other.
-            return unit, 1.0
-        return hessian.double() / mean + self.damping * unit, mean
-
-    def _inverse_factor(self, damped: torch.Tensor, name: str) -> torch.Tensor:
-        """The upper Cholesky factor of the inverse, float32 [columns, columns]."""
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-        if failed:
-            raise SinkquantError(f"the Hessian of {name} is singular with weights.damping {self.damping}; "
-                                 "raise it or give more calibration rows.")
-        return upper.float()

@@ -35,20 +35,21 @@ class Tune:
     rows: int = 4
 
     def run(self, step: Step, linears: dict[str, nn.Linear], packed: dict[str, PackedWeight],
-            originals: dict[str, torch.Tensor], target: torch.Tensor,
-            weights: TokenWeights) -> dict[str, PackedWeight]:
+            originals: dict[str, torch.Tensor], target: torch.Tensor, weights: TokenWeights,
+            kept: dict[str, torch.Tensor] | None = None) -> dict[str, PackedWeight]:
         """Tune the linears of one block together.
 
         Args:
             linears: name -> module inside the step's block. packed: what they hold now.
             originals: their unquantized weights, float [rows, columns].
             target: [rows, length, hidden_size], what the block gives in the unquantized model.
+            kept: name -> bool [rows, columns] of every pruned linear; codes where it is False stay 0.
 
         Returns:
             name -> packed weight; those that came where tuning does not lower the loss over all rows.
         """
         paths = {name: name.removeprefix(f"{step.name}.") + ".weight" for name in linears}
-        variables = {name: _Variables(packed[name], originals[name]) for name in linears}
+        variables = {name: _Variables(packed[name], originals[name], (kept or {}).get(name)) for name in linears}
         generator = torch.Generator().manual_seed(self.seed + step.index)
         for iteration in range(self.iterations):
             rate = (1 - iteration / self.iterations) / self.iterations
@@ -72,12 +73,15 @@ class Tune:
 class _Variables:
     """Codes and scales of one linear while they are tuned, as real numbers that are rounded on the way."""
 
-    def __init__(self, packed: PackedWeight, original: torch.Tensor) -> None:
+    def __init__(self, packed: PackedWeight, original: torch.Tensor, kept: torch.Tensor | None) -> None:
         device = original.device
         self.bits, self.dtype = packed.bits, packed.scale.dtype
         self.codes, self.scale = packed.codes.float().to(device), packed.scale.float().to(device)
         self.size = self.codes.shape[1] // self.scale.shape[1]
         nearest = original.float() / self.scale.repeat_interleave(self.size, dim=1) - self.codes
+        if kept is not None:
+            nearest *= kept.to(device)
+        self.kept = None if kept is None else kept.to(device)
         self.shift = nearest.clamp(-NEAR, NEAR).requires_grad_()
         self.stretch = torch.zeros_like(self.scale).requires_grad_()
 
@@ -94,7 +98,8 @@ class _Variables:
         assert self.shift.grad is not None
         assert self.stretch.grad is not None
         with torch.no_grad():
-            self.shift -= rate * self.shift.grad.sign()
+            turn = self.shift.grad.sign()
+            self.shift -= rate * (turn if self.kept is None else turn * self.kept)
             self.shift.clamp_(-REACH, REACH)
             self.stretch -= SCALE_RATE * rate * self.stretch.grad.sign()
         self.shift.grad = self.stretch.grad = None

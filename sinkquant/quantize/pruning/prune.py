@@ -1,0 +1,47 @@
+"""Pruning -> zeros: the method that a plan names, on one matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sinkquant.artifacts.pruning import Pruning
+from sinkquant.errors import RequestError
+from sinkquant.models import weight_matrix
+from sinkquant.quantize.pruning.magnitude import Magnitude
+from sinkquant.quantize.pruning.masks import Pruned
+from sinkquant.quantize.pruning.sparsegpt import SparseGPT
+from sinkquant.quantize.pruning.wanda import Wanda
+
+
+def prune(weight: torch.Tensor, decision: Pruning, hessian: torch.Tensor | None, damping: float, name: str) -> Pruned:
+    """Prune one matrix.
+
+    Args:
+        weight: float [rows, columns]. hessian: [columns, columns], of its input; None where none was taken.
+
+    Raises:
+        RequestError: the method needs a Hessian, and no token reached the module.
+        SinkquantError: the Hessian cannot be inverted.
+    """
+    if decision.method == "magnitude":
+        return Magnitude(decision.sparsity, decision.group).prune(weight)
+    if hessian is None:
+        raise RequestError(f"no calibration token reached {name}; give more text, name it in prune.ignore, or prune by "
+                           "magnitude.")
+    if decision.method == "wanda":
+        return Wanda(decision.sparsity, decision.group).prune(weight, hessian.diagonal())
+    return SparseGPT(decision.sparsity, decision.group, damping).prune(weight, hessian, name)
+
+
+def check_pruning(name: str, decision: Pruning, module: nn.Module | None) -> None:
+    """Refuse pruning that does not fit a module.
+
+    Raises:
+        RequestError: there is no such linear, or whole groups of the pattern do not make up its columns.
+    """
+    if module is None:
+        raise RequestError(f"the plan prunes {name}, which is no linear of this model; make a plan for it.")
+    columns = weight_matrix(module).shape[1]
+    if decision.group is not None and columns % decision.group[1]:
+        raise RequestError(f"the pattern {decision.pattern} does not divide the {columns} input columns of {name}.")
