@@ -86,18 +86,20 @@ def run(recipe: Annotated[str | None, typer.Argument(help="A recipe file or the 
         assignments: SetOption = None,
         plan_file: Annotated[Path | None, typer.Option("--plan", help="Carry out this plan, edited or not, with the "
                                                                       "recipe that it was made with.")] = None,
+        sink_map: Annotated[Path | None, typer.Option(help="A sink map made before; default: detect.")] = None,
         resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run, and keep this one if it "
                                                               "is interrupted.")] = False,
         plan_only: Annotated[bool, typer.Option("--plan-only", help="Stop before anything is quantized.")] = False,
         trust_remote_code: TrustOption = False) -> None:
     """Detect, plan, quantize, save, evaluate, report."""
     edited = Plan.load(plan_file) if plan_file else None
+    known = SinkMap.load(sink_map) if sink_map else None
     chosen = _recipe_of_run(recipe, edited, assignments or [])
     from sinkquant.pipeline import run as run_pipeline
     from sinkquant.quantize.ranks import this_rank
 
     with _progress() as progress:
-        report = run_pipeline(chosen, model, output, edited=edited, plan_only=plan_only, resume=resume,
+        report = run_pipeline(chosen, model, output, edited=edited, sink_map=known, plan_only=plan_only, resume=resume,
                               trust_remote_code=trust_remote_code, progress=progress)
     if report is None and this_rank()[0] > 0:
         return
@@ -146,11 +148,14 @@ def plan(model: ModelArgument,
     """Decide bits per module, with reasons and exact bytes; quantizes nothing."""
     chosen = Recipe.load(recipe).replace(assignments or [])
     from sinkquant.models import Decoder, open_model, resolve
+    from sinkquant.planning import plan_ready
     from sinkquant.policy import make_plan
 
-    found = SinkMap.load(sink_map) if sink_map else _detect(model, text, chosen, trust_remote_code)
-    loaded = open_model(resolve(model), trust_remote_code=trust_remote_code)
-    made = make_plan(Decoder.of(loaded).shape(model), found, chosen)
+    known = SinkMap.load(sink_map) if sink_map else None
+    shape = Decoder.of(open_model(resolve(model), trust_remote_code=trust_remote_code)).shape(model)
+    made, _ = plan_ready(shape, chosen, None, known)
+    if made is None:
+        made = make_plan(shape, _detect(model, text, chosen, trust_remote_code), chosen)
     if output:
         made.save(output)
     if json:

@@ -43,10 +43,10 @@ from sinkquant.models import (
     pick_device,
     read_text,
     resolve,
-    token_rows,
 )
-from sinkquant.models.loading import weight_files
-from sinkquant.policy import accept_edited, make_control, make_plan
+from sinkquant.models.loading import has_tokenizer, weight_files
+from sinkquant.planning import plan_ready, with_calibration_notes
+from sinkquant.policy import accept_edited, check_same_model, make_control, make_plan
 from sinkquant.predict import Prediction, require_memory, spill_limit
 from sinkquant.quantize.ranks import join, this_rank
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe
@@ -69,8 +69,9 @@ def plan(model: PreTrainedModel, sink_map: SinkMap, recipe: Recipe | None = None
 
 
 def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | os.PathLike[str] = "demo",
-        output: str | os.PathLike[str] = "out", *, edited: Plan | None = None, plan_only: bool = False,
-        resume: bool = False, trust_remote_code: bool = False, progress: Progress | None = None) -> Report | None:
+        output: str | os.PathLike[str] = "out", *, edited: Plan | None = None, sink_map: SinkMap | None = None,
+        plan_only: bool = False, resume: bool = False, trust_remote_code: bool = False,
+        progress: Progress | None = None) -> Report | None:
     """Do what a recipe says, from model to report.
 
     Everything is written into `<output>.partial`, which is renamed at the end. With `resume` that folder is kept when
@@ -78,10 +79,12 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
 
     Args:
         edited: a plan to carry out instead of the one that the recipe would give; its sizes are counted anew.
+        sink_map: of this model, made before; without it the sinks are detected.
+        plan_only: stop before anything is quantized. Where the plan takes nothing from detection, because of what the
+            recipe asks or because it or the sink map is given, headers and configuration are all that is read.
 
     Returns:
-        the report; None with `plan_only`, which stops before anything is quantized, and with `evaluate.skip`, which
-        stops after the checkpoint.
+        the report; None with `plan_only`, and with `evaluate.skip`, which stops after the checkpoint.
 
     Raises:
         RequestError: the request is wrong; found before any compute is spent where that is possible.
@@ -91,7 +94,13 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
     target = Path(output)
     require_free(target)
     folder = resolve(str(model))
-    tokenizer = load_tokenizer(folder, trust_remote_code)
+    decoder = Decoder.of(open_model(folder, trust_remote_code))
+    shape = decoder.shape(str(model))
+    if sink_map is not None:
+        check_same_model(shape, sink_map)
+    ready, asking = plan_ready(shape, recipe, edited, sink_map) if plan_only else (None, [])
+    # Headers alone are planned from without a tokenizer too.
+    tokenizer = None if ready and not has_tokenizer(folder) else load_tokenizer(folder, trust_remote_code)
     pick_device(recipe.compute.device)
     read_text(recipe.calibration.text, "calibration")
     read_text(recipe.evaluate.text, "evaluation")
@@ -104,25 +113,42 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
     if this_rank()[0] > 0:
         follow(lambda: open_model(folder, trust_remote_code), tokenizer)
         return None
-    predicted = require_memory(Decoder.of(open_model(folder, trust_remote_code)), recipe)
-    key = run_key(recipe, folder, edited.to_json() if edited else None)
+    predicted = require_memory(decoder, recipe, None if not plan_only else () if ready else ("detect",))
+    key = run_key(recipe, folder, edited.to_json() if edited else None, sink_map.to_json() if sink_map else None)
     with work_folder(target, key, resume) as work:
         LOG.info("recipe %s, model %s, %s", recipe.name, folder, versions())
         LOG.info("predicted: %.2f GB of memory above what is loaded, %.0f s to detect, %.0f s to quantize",
                  predicted.peak / 1e9, predicted.seconds["detect"], predicted.seconds["quantize"])
-        job = _Job(recipe, str(model), folder, tokenizer, work, trust_remote_code, progress, predicted)
-        report = job.run(edited, plan_only)
+        report = None
+        if plan_only and ready is None:
+            LOG.info("detects the sinks first, for %s", ", ".join(asking))
+        if ready is not None or tokenizer is None:
+            assert ready is not None
+            LOG.info("planned from headers and configuration alone")
+            _save(with_calibration_notes(ready, decoder, tokenizer), sink_map, work)
+        else:
+            job = _Job(recipe, str(model), folder, tokenizer, work, trust_remote_code, progress, predicted, sink_map)
+            report = job.run(edited, plan_only)
         dismiss()
     return report
+
+
+def _save(plan: Plan, sink_map: SinkMap | None, work: WorkFolder) -> None:
+    """Write the plan, and the sink map where it is not there yet."""
+    if sink_map is not None:
+        sink_map.save(work / "sinkmap.json")
+    plan.save(work / "plan.json")
+    LOG.info("plan: %.3f bits per weight, %d bytes", plan.bits_per_weight, plan.weight_bytes)
 
 
 class _Job:
     """One run. Every method makes one artifact, or reads the one that an interrupted run left."""
 
-    def __init__(self, recipe: Recipe, name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, work: WorkFolder,
-                 trust_remote_code: bool, progress: Progress | None, predicted: Prediction) -> None:
+    def __init__(self, recipe: Recipe, name: str, folder: Path, tokenizer: PreTrainedTokenizerBase,
+                 work: WorkFolder, trust_remote_code: bool, progress: Progress | None, predicted: Prediction,
+                 known: SinkMap | None) -> None:
         self.recipe, self.name, self.folder, self.tokenizer, self.work = recipe, name, folder, tokenizer, work
-        self.trust_remote_code, self.progress = trust_remote_code, progress
+        self.trust_remote_code, self.progress, self.known = trust_remote_code, progress, known
         self.predicted, self.base = predicted, _resident()
 
     def run(self, edited: Plan | None, plan_only: bool) -> Report | None:
@@ -131,9 +157,8 @@ class _Job:
             sink_map = self.sink_map(model)
         shape = Decoder.of(model).shape(self.name)
         aware = accept_edited(edited, shape).made_from(sink_map) if edited else make_plan(shape, sink_map, self.recipe)
-        aware = aware.model_copy(update={"notes": [*aware.notes, *self.calibration_notes(model, aware)]})
-        aware.save(self.work / "plan.json")
-        LOG.info("plan: %.3f bits per weight, %d bytes", aware.bits_per_weight, aware.weight_bytes)
+        aware = with_calibration_notes(aware, Decoder.of(model), self.tokenizer)
+        _save(aware, None, self.work)
         if plan_only:
             return None
         plans = {MODEL: aware}
@@ -163,27 +188,13 @@ class _Job:
         path = self.work / "sinkmap.json"
         if path.is_file():
             return SinkMap.load(path)
+        if self.known is not None:
+            self.known.save(path)
+            return self.known
         found = detect(model, self.tokenizer, recipe=self.recipe, name=self.name, progress=self.progress)
         found.save(path)
         LOG.info("detect: sink rate %s, %d sink tokens", found.sink_rate, len(found.tokens))
         return found
-
-    def calibration_notes(self, model: PreTrainedModel, aware: Plan) -> list[str]:
-        """The calibration text must hold a row before hours are spent. Returns where less is given than was asked."""
-        if not aware.needs_rows:
-            return []
-        decoder, settings = Decoder.of(model), aware.calibration
-        length = min(settings.length, decoder.max_length)
-        rows = token_rows(self.tokenizer, read_text(settings.text, "calibration"), settings.rows, length, settings.bos,
-                          decoder.vocabulary)
-        notes = []
-        if length < settings.length:
-            notes.append(f"calibration rows have {length} tokens instead of {settings.length}: that is the model's "
-                         "context")
-        if len(rows) < settings.rows:
-            notes.append(f"the calibration text holds {len(rows)} rows of {length} tokens; {settings.rows} were asked "
-                         "for")
-        return notes
 
     def checkpoint(self, place: str, one: Plan, sink_map: SinkMap) -> None:
         if (self.work / place).is_dir():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -43,7 +44,11 @@ class Prediction:
     @property
     def peak(self) -> float:
         """The peak of the worst stage."""
-        return max(self.peak_bytes.values())
+        return self.worst(None)
+
+    def worst(self, stages: Sequence[str] | None) -> float:
+        """The peak of the worst of some stages; None for all."""
+        return max((size for stage, size in self.peak_bytes.items() if stages is None or stage in stages), default=0.0)
 
 
 def memory_allowed(recipe: Recipe) -> float:
@@ -58,28 +63,33 @@ def spill_limit(recipe: Recipe) -> int:
     return int(memory_allowed(recipe) / SPILL_SHARE)
 
 
-def require_memory(decoder: Decoder, recipe: Recipe) -> Prediction:
+def require_memory(decoder: Decoder, recipe: Recipe, stages: Sequence[str] | None = None) -> Prediction:
     """Predict a run, and refuse it if it will not fit.
+
+    Args:
+        stages: those that have to fit; None for all.
 
     Raises:
         RequestError: it needs more than `memory_allowed`; with the settings that would make it fit.
     """
     allowed, found = memory_allowed(recipe), predict(decoder, recipe)
-    if found.peak <= allowed:
+
+    if found.worst(stages) <= allowed:
         return found
-    stage = max(found.peak_bytes, key=lambda name: found.peak_bytes[name])
+    due = {stage: size for stage, size in found.peak_bytes.items() if stages is None or stage in stages}
+    stage = max(due, key=lambda name: due[name])
     changed: list[str] = []
     for setting in CHEAPER:
-        key, _, value = setting.partition("=")
-        changed.append(f"{key}={value}")
-        least = predict(decoder, recipe.replace(changed)).peak
+        changed.append(setting)
+        least = predict(decoder, recipe.replace(changed)).worst(stages)
         if least <= allowed:
-            advice = f"--set {' --set '.join(_needed(decoder, recipe, changed, allowed))} makes it fit"
+            needed = _needed(decoder, recipe, changed, allowed, stages)
+            advice = f"--set {' --set '.join(needed)} makes it fit"
             break
     else:
         advice = f"no setting makes it fit; {least / 1e9:.1f} GB are the least"
     limit = "compute.memory_limit" if recipe.compute.memory_limit is not None else "the free memory"
-    raise RequestError(f"the run needs {found.peak / 1e9:.1f} GB of memory to {stage}, and {limit} is "
+    raise RequestError(f"the run needs {due[stage] / 1e9:.1f} GB of memory to {stage}, and {limit} is "
                        f"{allowed / 1e9:.1f} GB; {advice}.")
 
 
@@ -93,12 +103,13 @@ def predict(decoder: Decoder, recipe: Recipe) -> Prediction:
     return Prediction(peaks, seconds)
 
 
-def _needed(decoder: Decoder, recipe: Recipe, changed: list[str], allowed: float) -> list[str]:
+def _needed(decoder: Decoder, recipe: Recipe, changed: list[str], allowed: float,
+            stages: Sequence[str] | None) -> list[str]:
     """Those of the settings without which it would not fit."""
     needed = list(changed)
     for setting in changed:
         fewer = [other for other in needed if other != setting]
-        if predict(decoder, recipe.replace(fewer)).peak <= allowed:
+        if predict(decoder, recipe.replace(fewer)).worst(stages) <= allowed:
             needed = fewer
     return needed
 

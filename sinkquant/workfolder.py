@@ -81,9 +81,11 @@ def work_folder(target: Path, key: str, resume: bool) -> Iterator[WorkFolder]:
         raise
 
 
-def run_key(recipe: Recipe, folder: Path, plan: str | None = None) -> str:
-    """A hash of all that decides a run's result: recipe, edited plan, model files, texts, package versions."""
-    digest = hashlib.sha256(json.dumps([recipe.model_dump(mode="json"), plan, versions()], sort_keys=True).encode())
+def run_key(recipe: Recipe, folder: Path, plan: str | None = None, sink_map: str | None = None) -> str:
+    """A hash of all that decides a run's result: recipe, edited plan and sink map that were given, model files, texts,
+    package versions."""
+    given = [recipe.model_dump(mode="json"), plan, sink_map, versions()]
+    digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode())
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         digest.update(f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns};".encode())
     for text in (recipe.calibration.text, recipe.evaluate.text):

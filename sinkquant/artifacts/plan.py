@@ -123,7 +123,7 @@ class Plan(Artifact):
         """The sink map that this plan was made from, where it was made in this process; it is not written."""
         return self._sink_map
 
-    def made_from(self, sink_map: SinkMap) -> Plan:
+    def made_from(self, sink_map: SinkMap | None) -> Plan:
         """Remember the sink map, so that a checkpoint can carry it. Returns the plan itself."""
         self._sink_map = sink_map
         return self

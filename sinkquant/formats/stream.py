@@ -82,7 +82,7 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
     return losses
 
 
-def follow(open_source: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase,
+def follow(open_source: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase | None,
            store: ActivationStore | None = None) -> None:
     """What every rank but the first does: share the work of the first one's `quantize_to`, or be dismissed."""
     job = tell(None)

@@ -118,13 +118,18 @@ def check_shard(path: Path) -> None:
         raise RequestError(f"{path} is truncated: it has {found} of {needed} bytes; copy it again.")
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer lies in a model's folder."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The folder's tokenizer.
 
     Raises:
         RequestError: it has none, or one that transformers cannot read.
     """
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         raise RequestError(f"{folder} has no tokenizer; put its tokenizer.json beside config.json.")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

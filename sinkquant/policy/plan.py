@@ -28,7 +28,7 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> Plan:
         RequestError: the sink map is of another model, a pattern matches nothing, a group size does not fit, nothing
             can be quantized, or the budget cannot be met.
     """
-    _check_same_model(shape, sink_map)
+    check_same_model(shape, sink_map)
     asked = base_choices(shape, recipe)
     check_group_sizes(asked, shape)
     base = share_formats(asked, shape)
@@ -163,7 +163,12 @@ def _parameters(shape: ModelShape) -> int:
     return count
 
 
-def _check_same_model(shape: ModelShape, sink_map: SinkMap) -> None:
+def check_same_model(shape: ModelShape, sink_map: SinkMap) -> None:
+    """Refuse the sink map of another model.
+
+    Raises:
+        RequestError: it is of another architecture or size, or names linears that the model does not have.
+    """
     facts = sink_map.model
     foreign = any(name not in shape.linears for name in sink_map.modules)
     # Persistent buffers count in the shape alone, so that the two numbers may differ a little.

@@ -1,0 +1,57 @@
+"""A plan from shapes and recipe alone: no weight is read, nothing is detected."""
+
+from __future__ import annotations
+
+from sinkquant.artifacts import ModelFacts, ModelShape, Plan, SinkMap, TokenizationFacts
+from sinkquant.policy.plan import make_plan
+from sinkquant.recipe import Budget, Recipe
+
+FOR_SINKS = frozenset({"boost", "cap", "exclude"})
+"""Policies of `protect.statistics` that treat detected sinks in a way of their own."""
+
+
+def plan_from_shapes(shape: ModelShape, recipe: Recipe) -> tuple[Plan | None, list[str]]:
+    """The plan that `make_plan` would make with any sink map, where the recipe takes nothing from it.
+
+    Returns:
+        the plan and an empty list; or None and the settings that take what only detection finds.
+
+    Raises:
+        RequestError: as `make_plan`.
+    """
+    asking = _asking(recipe)
+    if asking:
+        return None, asking
+    plan = make_plan(shape, _nothing_found(shape), recipe).made_from(None)
+    if plan.needs_rows and recipe.protect.tokens and recipe.protect.statistics in FOR_SINKS:
+        return None, ["protect.tokens"]
+    return plan, []
+
+
+def _asking(recipe: Recipe) -> list[str]:
+    """Settings that decide on bits and bytes by what was detected."""
+    found = []
+    if recipe.protect.channels != "none":
+        found.append("protect.channels")
+    if recipe.budget != Budget():
+        found.append("budget")
+    if recipe.kv_cache is not None:
+        found += ["kv_cache.exact"] if recipe.kv_cache.exact in ("detected", "massive") else []
+        found += ["kv_cache.prefix"] if recipe.kv_cache.prefix != "none" else []
+    return found
+
+
+def _nothing_found(shape: ModelShape) -> SinkMap:
+    """A sink map without a finding, for a recipe that does not look into it."""
+    parameters = 0
+    for _, size in shape.tensors.values():
+        count = 1
+        for dimension in size:
+            count *= dimension
+        parameters += count
+    facts = ModelFacts(name=shape.name, architecture=shape.architecture, layers=shape.blocks, heads=0, kv_heads=0,
+                       hidden_size=0, parameters=parameters, dtype=shape.dtype)
+    return SinkMap(model=facts, tokenization=TokenizationFacts(bos_token_id=None, adds_bos="none",
+                                                               rows_start_with_bos=False, rows=0, length=0),
+                   sink_rate={}, sink_rate_repeated_token={}, thresholds={}, tokens=[], heads=[], channels=[],
+                   super_weights=[], modules={})
