@@ -119,7 +119,7 @@ def _recipe_of_run(recipe: str | None, edited: Plan | None, assignments: list[st
     if recipe is not None:
         raise RequestError("a plan brings the recipe that it was made with; give --plan or a recipe, not both.")
     for assignment in assignments:
-        if assignment.partition(".")[0] in ("weights", "protect", "budget", "calibration"):
+        if assignment.partition(".")[0] in ("weights", "prune", "protect", "budget", "calibration"):
             raise RequestError(f"--set {assignment} would change nothing beside --plan; edit the plan instead.")
     return Recipe.parse(edited.recipe, "the recipe in the plan").replace(assignments)
 

@@ -9,6 +9,7 @@ import resource
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -47,7 +48,9 @@ from sinkquant.models import (
 from sinkquant.models.loading import has_tokenizer, weight_files
 from sinkquant.planning import plan_ready, with_calibration_notes
 from sinkquant.policy import accept_edited, check_same_model, make_control, make_plan
+from sinkquant.policy.pruning import pruning_alone
 from sinkquant.predict import Prediction, require_memory, spill_limit
+from sinkquant.quantize import quantize
 from sinkquant.quantize.ranks import join, this_rank
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe
 from sinkquant.report import write
@@ -229,8 +232,11 @@ class _Job:
         for place, one in plans.items():
             candidates.append(Candidate(one.name, place, _loader(self.work / place, dtype, device),
                                         weight_bytes(self.work / place), one.bits_per_weight, one.kv_cache))
-        if plans[MODEL].kv_cache is not None and any(d.bits < 16 for d in plans[MODEL].modules.values()):
-            candidates += mechanisms(candidates, list(plans.values()))
+        done = plans[MODEL].modules.values()
+        if any(d.prune is not None for d in done) and any(d.bits < 16 for d in done):
+            candidates += self.pruned(list(plans.values()))
+        if plans[MODEL].kv_cache is not None and any(d.bits < 16 or d.prune is not None for d in done):
+            candidates += mechanisms(candidates[:1 + len(plans)], list(plans.values()))
         report = evaluate(candidates, self.tokenizer, self.recipe, model=self.name,
                           fidelity=fidelity({BASELINE: sink_map} | after),
                           compare=_comparison(self.tokenizer, sink_map, self.recipe), progress=self.progress)
@@ -238,6 +244,23 @@ class _Job:
         notes = [note for one in plans.values() for note in one.notes]
         return report.model_copy(update={
             "versions": versions(), "notes": list(dict.fromkeys([*sink_map.notes, *notes, *report.notes]))})
+
+    def pruned(self, plans: list[Plan]) -> list[Candidate]:
+        """Rows for the pruning alone, beside its control where there is one; measured by divergence only."""
+        shape = Decoder.of(self.load()).shape(self.name)
+        rows = []
+        for one, name in zip(plans, ("pruned", "pruned_control"), strict=False):
+            alone = pruning_alone(one, shape)
+            rows.append(Candidate(name, self.name, partial(self.carried_out, alone), alone.weight_bytes,
+                                  alone.bits_per_weight, tasks_too=False))
+        return rows
+
+    def carried_out(self, one: Plan) -> PreTrainedModel:
+        """The model after a plan, in memory; its weights are rounded as a checkpoint would hold them."""
+        compute = self.recipe.compute
+        model = load_model(self.folder, trust_remote_code=self.trust_remote_code)
+        quantize(model, one, self.tokenizer, compute.device, compute.dtype)
+        return model.to(pick_device(compute.device), getattr(torch, compute.dtype))
 
     def resources(self, aware: Plan) -> dict[str, float]:
         """Seconds per stage over all attempts, the peak of this process, bytes as they were predicted."""

@@ -23,7 +23,8 @@ from sinkquant.models import documents, encode, max_length, read_text, starts_wi
 from sinkquant.recipe import Recipe
 
 BASELINE = "unquantized"
-PAIRS = (("control", "sink_aware"), ("weights_control", "weights"), ("cache_control", "cache"),
+PAIRS = (("control", "sink_aware"), ("pruned_control", "pruned"), ("weights_control", "weights"),
+         ("cache_control", "cache"),
          ("sink_aware", BASELINE), ("control", BASELINE), ("quantized", BASELINE))
 Compare = Callable[[PreTrainedModel, PreTrainedModel], SinkFidelity]
 FILL = 0.85

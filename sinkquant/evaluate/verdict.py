@@ -44,7 +44,7 @@ def _answer(rows: list[Row], paired: list[Paired]) -> tuple[Answer, str]:
     return "no difference shown", f"No difference was shown on this model: {figures}."
 
 
-MECHANISMS = {"weights": "For the weights alone", "cache": "For the KV cache alone"}
+MECHANISMS = {"pruned": "For the pruning alone", "weights": "For the weights alone", "cache": "For the KV cache alone"}
 
 
 def _mechanisms(rows: list[Row], paired: list[Paired]) -> list[str]:

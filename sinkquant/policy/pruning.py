@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from sinkquant.artifacts import ModelShape, ModuleDecision, Plan
+from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.artifacts.pruning import Pruning, pattern_group
+from sinkquant.artifacts.sizes import module_bytes
 from sinkquant.errors import RequestError
 from sinkquant.policy.patterns import match
 from sinkquant.recipe import Prune, Recipe
@@ -49,6 +51,19 @@ def keep_pruning(plan: Plan, edited: Plan, shape: ModelShape) -> Plan:
             require_fit(name, decision.prune, shape)
             modules[name] = modules[name].model_copy(update={"prune": decision.prune})
     return _counted(plan.model_copy(update={"modules": modules}), shape)
+
+
+def pruning_alone(plan: Plan, shape: ModelShape) -> Plan:
+    """The same plan without its quantization, so that a report can tell what each of the two costs."""
+    left = WeightFormat(16, None)
+    modules = {name: decision.model_copy(update={
+        "bits": 16, "group_size": None, "method": "none", "keep": None, "columns": [],
+        "bytes": module_bytes(shape, name, left)}) for name, decision in plan.modules.items()}
+    weights = sum(linear.parameters for linear in shape.linears.values())
+    return plan.model_copy(update={
+        "modules": modules, "kv_cache": None, "weight_bytes": plan.unquantized_bytes,
+        "bits_per_weight": 8 * sum(decision.bytes for decision in modules.values()) / weights,
+        "calibration": plan.calibration.model_copy(update={"tune": 0})})
 
 
 def require_fit(name: str, pruning: Pruning, shape: ModelShape) -> None:

@@ -1,0 +1,58 @@
+"""Pruning, quantization and the KV cache in one recipe: a row for each, beside its control."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from checkpoints import weight_bytes
+from small_runs import model_folder, small_recipe
+
+import sinkquant as sq
+from sinkquant.artifacts import Plan
+from sinkquant.errors import RequestError
+from sinkquant.models import load_model, weight_matrix
+from sinkquant.recipe import Recipe
+
+
+def test_the_report_tells_the_steps_apart(tmp_path: Path, text_file: Path) -> None:
+    source = model_folder(tmp_path / "source", num_hidden_layers=2)
+    recipe = small_recipe(text_file, "weights.method=rtn", "prune.method=wanda", "prune.pattern=2:4",
+                          "kv_cache.key_bits=2", "kv_cache.exact=first-n", "evaluate.fidelity=false")
+    report = sq.run(recipe, source, tmp_path / "out")
+    assert report is not None
+    rows = {row.name: row for row in report.rows}
+    assert list(rows) == ["unquantized", "sink_aware", "control", "pruned", "pruned_control", "weights", "cache",
+                          "weights_control", "cache_control"]
+    plan = Plan.load(tmp_path / "out" / "plan.json")
+    assert rows["pruned"].weight_bytes == plan.unquantized_bytes
+    assert rows["weights"].weight_bytes == rows["control"].weight_bytes == plan.weight_bytes
+    loss = {name: row.tasks["divergence"]["kl"].value for name, row in rows.items() if name != "unquantized"}
+    assert 0 < loss["pruned"] < loss["weights"]
+    assert ("pruned_control", "pruned") in {(pair.a, pair.b) for pair in report.paired}
+    assert "For the pruning alone it" in report.verdict.sentence
+    model, _ = sq.load(tmp_path / "out" / "model")
+    weight = weight_matrix(model.get_submodule("model.layers.1.mlp.down_proj"))
+    assert ((weight != 0).unflatten(1, (-1, 4)).sum(-1) <= 2).all()
+
+
+def test_pruning_alone_is_a_run_of_its_own(tmp_path: Path, text_file: Path) -> None:
+    source = model_folder(tmp_path / "source", num_hidden_layers=2)
+    recipe = small_recipe(text_file, "weights.ignore=['*']", "prune.method=magnitude", "prune.sparsity=0.3",
+                          "evaluate.skip=true")
+    sq.run(recipe, source, tmp_path / "out")
+    plan = Plan.load(tmp_path / "out" / "plan.json")
+    assert weight_bytes(tmp_path / "out" / "model") == plan.weight_bytes == plan.unquantized_bytes
+    weight = load_model(tmp_path / "out" / "model").get_parameter("model.layers.0.mlp.up_proj.weight")
+    assert (weight == 0).float().mean() == pytest.approx(0.3, abs=1e-3)
+
+
+def test_a_pattern_may_be_written_without_quotes(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("prune:\n  method: wanda\n  pattern: 2:4\n")
+    recipe = Recipe.load(tmp_path / "mine.yaml")
+    assert recipe.prune.pattern == "2:4"
+    assert Recipe.load("w4-24-sink").prune.pattern == "2:4"
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    assert Recipe.load(tmp_path / "again.yaml") == recipe
+    with pytest.raises(RequestError, match="'n:m' with 0 < n < m"):
+        Recipe().replace(["prune.pattern=4:2"])
