@@ -47,11 +47,12 @@ from sinkquant.models import (
 )
 from sinkquant.models.loading import has_tokenizer, weight_files
 from sinkquant.planning import plan_ready, with_calibration_notes
-from sinkquant.policy import accept_edited, check_same_model, make_control, make_plan
+from sinkquant.policy import accept_edited, check_same_model, make_control, make_plan, require_transforms
 from sinkquant.policy.pruning import pruning_alone
 from sinkquant.predict import Prediction, require_memory, spill_limit
 from sinkquant.quantize import quantize
 from sinkquant.quantize.ranks import join, this_rank
+from sinkquant.quantize.transforms import rotate
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe
 from sinkquant.report import write
 from sinkquant.workfolder import WorkFolder, run_key, work_folder
@@ -99,6 +100,8 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
     folder = resolve(str(model))
     decoder = Decoder.of(open_model(folder, trust_remote_code))
     shape = decoder.shape(str(model))
+    if edited is None:
+        require_transforms(shape, recipe)
     if sink_map is not None:
         check_same_model(shape, sink_map)
     ready, asking = plan_ready(shape, recipe, edited, sink_map) if plan_only else (None, [])
@@ -209,10 +212,16 @@ class _Job:
         LOG.info("%s: %d bytes written, %d predicted", place, weight_bytes(self.work / place), one.weight_bytes)
 
     def prefix(self, place: str, one: Plan) -> None:
-        """The keys and values of the plan's prefix, by the unquantized model, into the checkpoint."""
+        """The keys and values of the plan's prefix, by the unquantized model, rotated as the plan says, into the
+        checkpoint."""
         path = self.work / place / KV_PREFIX
         if one.kv_cache is not None and one.kv_cache.prefix and not path.is_file():
-            model = load_model(self.folder, getattr(torch, self.recipe.compute.dtype), "cpu", self.trust_remote_code)
+            dtype = getattr(torch, self.recipe.compute.dtype)
+            # Rotated in its own dtype, so that the embeddings are those of the checkpoint.
+            model = load_model(self.folder, "auto" if one.rotation else dtype, "cpu", self.trust_remote_code)
+            rotate(Decoder.of(model), one)
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(dtype)
             save_prefix(make_prefix(model, one.kv_cache.prefix), path)
 
     def look_again(self, place: str, name: str) -> SinkMap:

@@ -115,12 +115,15 @@ class Weights(Section):
     `method` "gptaq" is GPTQ that also makes up for what earlier blocks lost. `scale_search`: scales with the least
     loss instead of the whole range; `descent`: rounds of coordinate descent over codes and scales after GPTQ; `tune`:
     iterations of sign-gradient tuning of every block's codes and scales at the end; slow, and not better everywhere.
+    Before all that, changes after which the model computes the same: `rotate` by a Hadamard matrix, "values" of every
+    head or "full", the residual stream as well.
     """
 
     method: Literal["rtn", "gptq", "gptaq"] = "gptq"
     bits: int = Field(default=4, ge=2, le=8)
     group_size: GroupSize = 64
     symmetric: Literal[True] = True
+    rotate: Literal["none", "values", "full"] = "none"
     damping: float = Field(default=0.01, gt=0, lt=1)
     act_order: bool = True
     scale_search: bool = True

@@ -8,7 +8,7 @@ from sinkquant.artifacts.base import Artifact
 from sinkquant.artifacts.diagnosis import Diagnosis
 from sinkquant.artifacts.fidelity import SinkFidelity
 from sinkquant.artifacts.kv import KVCachePlan, KVLayer, KVSink, MassiveCarriers
-from sinkquant.artifacts.plan import Calibration, ModuleDecision, Plan, SinkSelector
+from sinkquant.artifacts.plan import Calibration, ModuleDecision, Plan, SinkSelector, Transform
 from sinkquant.artifacts.report import Measure, Paired, Report, Row
 from sinkquant.artifacts.shapes import KVLayerShape, LinearShape, ModelShape
 from sinkquant.artifacts.sinkmap import (
@@ -53,4 +53,5 @@ __all__ = [
     "SinkToken",
     "SuperWeight",
     "TokenizationFacts",
+    "Transform",
 ]

@@ -23,15 +23,16 @@ class ModuleDecision(Strict):
 
     `bits` is 2..8, or 16 for a module that is left alone (`method` "none"). `group_size` is in input columns, -1 for
     one scale per output channel. `keep` says how its sink-related channels are kept: "module" for the whole linear
-    at higher precision, null where nothing is kept. `columns` are those channels, `activations` the number format
-    of the inputs (16 bits in this version). `prune` says which of its weights become zero, null for none: its bytes
-    stay the same, since zeros are stored like any other weight.
+    at higher precision, "scale" for columns that are scaled up and their input down, null where nothing is kept.
+    `columns` are those channels, `activations` the number format of the inputs (16 bits in this version). `prune` says
+    which of its weights become zero, null for none: its bytes stay the same, since zeros are stored like any other
+    weight.
     """
 
     bits: Literal[2, 3, 4, 5, 6, 7, 8, 16]
     group_size: int | None
     method: Method
-    keep: Literal["module"] | None = None
+    keep: Literal["module", "scale"] | None = None
     columns: list[int] = Field(default_factory=list)
     activations: str = "16-bit"
     bytes: int
@@ -42,6 +43,21 @@ class ModuleDecision(Strict):
     def form(self) -> WeightFormat:
         """How the weights are stored."""
         return WeightFormat(self.bits, self.group_size)
+
+
+class Transform(Strict):
+    """A change of the weights before they are quantized after which the model computes the same.
+
+    "rotate": by a Hadamard matrix, `scope` "values" (values and output of every head) or "full" (the residual stream
+    as well). "smoothquant" (`strength`: how much of the inputs' ranges goes into the weights), "awq" and "scale" (sink
+    columns only) divide channels by a factor and multiply the weights that read them by it; `values`: also those
+    between attention's values and its output.
+    """
+
+    name: Literal["rotate", "smoothquant", "awq", "scale"]
+    scope: Literal["values", "full"] | None = None
+    strength: float | None = None
+    values: bool = True
 
 
 class SinkSelector(Strict):
@@ -79,7 +95,8 @@ class Plan(Artifact):
     """Bits per module with reasons, exact bytes, and what loads the result.
 
     `bits_per_weight` averages over the linears of the blocks, scales and modules left in 16 bits counted.
-    `weight_bytes` is the size of the checkpoint's safetensors files to the byte, their headers included.
+    `weight_bytes` is the size of the checkpoint's safetensors files to the byte, their headers included. `transforms`
+    are carried out in their order, before anything is quantized.
     """
 
     SCHEMA: ClassVar[str] = "sinkquant/plan@1"
@@ -91,6 +108,7 @@ class Plan(Artifact):
     weight_bytes: int
     unquantized_bytes: int
     modules: dict[str, ModuleDecision]
+    transforms: list[Transform] = Field(default_factory=list)
     kv_cache: KVCachePlan | None = None
     calibration: Calibration
     seed: int
@@ -106,12 +124,18 @@ class Plan(Artifact):
         return {name: decision.form for name, decision in self.modules.items() if decision.form.packed}
 
     @property
+    def rotation(self) -> Transform | None:
+        """The rotation among the transforms."""
+        return next((transform for transform in self.transforms if transform.name == "rotate"), None)
+
+    @property
     def needs_rows(self) -> bool:
         """Whether carrying it out takes calibration rows."""
         methods = {decision.method for decision in self.modules.values()}
         if any(decision.prune is not None and decision.prune.needs_rows for decision in self.modules.values()):
             return True
-        return bool(methods & CALIBRATED) or (self.calibration.tune > 0 and methods != {"none"})
+        scaled = any(transform.name != "rotate" for transform in self.transforms)
+        return scaled or bool(methods & CALIBRATED) or (self.calibration.tune > 0 and methods != {"none"})
 
     @property
     def follows_unquantized(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from sinkquant.artifacts.base import Strict
@@ -11,7 +13,9 @@ class LinearShape(Strict):
     """One weight matrix of a block.
 
     `fused_with` lists the modules (itself included) that an inference engine fuses into one and that therefore must
-    share a format; `fixed` says why the module has to stay in 16 bits, or is null.
+    share a format; `fixed` says why the module has to stay in 16 bits, or is null. `reads` is what its input is, null
+    where that is not known: the residual "stream" behind a norm, attention's "values", or the "inner" channels of an
+    MLP; `scaled_by` the norm or the linear that can take a scale of the input's channels, or null.
     """
 
     rows: int
@@ -19,6 +23,8 @@ class LinearShape(Strict):
     block: int
     fused_with: list[str] = Field(default_factory=list)
     fixed: str | None = None
+    reads: Literal["stream", "values", "inner"] | None = None
+    scaled_by: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -41,6 +47,8 @@ class ModelShape(Strict):
 
     `linears` are the weight matrices inside the blocks by module name; `tensors` every tensor as it stands in the
     unquantized checkpoint: name -> (dtype, shape), tied weights once. `kv_layers` has one entry per layer.
+    `not_rotated`: scope of a rotation ("values", "full") -> why it is not possible; `untied`: what a full rotation
+    adds to `tensors`.
     """
 
     name: str
@@ -50,3 +58,5 @@ class ModelShape(Strict):
     linears: dict[str, LinearShape]
     tensors: dict[str, tuple[str, list[int]]]
     kv_layers: list[KVLayerShape] = Field(default_factory=list)
+    not_rotated: dict[str, str] = Field(default_factory=dict)
+    untied: dict[str, tuple[str, list[int]]] = Field(default_factory=dict)

@@ -26,6 +26,7 @@ from sinkquant.models import ActivationStore, Decoder, open_model, source_of
 from sinkquant.models.shards import dense_tensors, stored_tensors
 from sinkquant.quantize import QuantizedBlock, check, quantized_blocks
 from sinkquant.quantize.ranks import leave, tell
+from sinkquant.quantize.transforms import rotate
 from sinkquant.recipe import Recipe
 
 Progress = Callable[[int, int, str], None]
@@ -54,6 +55,7 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
     partial = folder.with_name(f"{folder.name}.partial")
     with disk_errors(folder):
         partial.mkdir(parents=True, exist_ok=True)
+        rotate(decoder, plan)
         writer = open_writer(partial, model, plan)
         done, losses = _state(partial)
         if done and plan.follows_unquantized:
@@ -89,6 +91,7 @@ def follow(open_source: Callable[[], PreTrainedModel], tokenizer: PreTrainedToke
     if job is not None:
         model = open_source()
         decoder, plan = Decoder.of(model), Plan.parse(json.loads(job["plan"]), "the first process's plan")
+        rotate(decoder, plan)
         if job["done"]:
             folder = Path(job["folder"])
             _read_from(model, folder.with_name(f"{folder.name}.partial"), decoder, plan, job["done"])

@@ -18,6 +18,7 @@ from sinkquant.errors import RequestError
 from sinkquant.models.attention import require_attention_interface
 from sinkquant.models.kv import kv_layers
 from sinkquant.models.source import WeightSource, source_of
+from sinkquant.models.structure import Structure, inputs, refusals, structure_of
 
 FUSED_BY_ENGINES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")
@@ -85,6 +86,11 @@ class Decoder:
             yield
 
     @property
+    def structure(self) -> Structure:
+        """What reads and what writes the residual stream; no weight is read."""
+        return structure_of(self.model, self.block_names, self.blocks)
+
+    @property
     def hidden_size(self) -> int:
         """Width of the residual stream."""
         return int(self.model.config.get_text_config(decoder=True).hidden_size)
@@ -124,15 +130,30 @@ class Decoder:
             if parameter.dim() == 3 and EXPERTS.search(path) and path.startswith(prefixes):
                 linears[path] = LinearShape(rows=parameter.shape[0] * parameter.shape[1], columns=parameter.shape[2],
                                             block=self.block_of(path), fused_with=[], fixed=EXPERTS_REASON)
+        structure = self.structure
+        reads = inputs(structure)
         for path, linear in list(linears.items()):
-            linears[path] = linear.model_copy(update={"fused_with": _fused_with(path, linears)})
+            kind, takes = reads.get(path, (None, None))
+            linears[path] = linear.model_copy(update={"fused_with": _fused_with(path, linears), "reads": kind,
+                                                      "scaled_by": takes})
         ignored = self.model._keys_to_ignore_on_save or ()
         state = {key: value for key, value in self.model.state_dict().items() if key not in ignored}
         tensors = {key: (str(value.dtype).removeprefix("torch."), list(value.shape))
                    for key, value in remove_tied_weights_from_state_dict(state, self.model).items()}
         return ModelShape(name=name, architecture=type(self.model).__name__, blocks=len(self.blocks),
                           dtype=str(self.model.dtype).removeprefix("torch."), linears=linears, tensors=tensors,
-                          kv_layers=kv_layers(self.model.config))
+                          kv_layers=kv_layers(self.model.config), not_rotated=refusals(structure),
+                          untied=self._untied(structure))
+
+    def _untied(self, structure: Structure) -> dict[str, tuple[str, list[int]]]:
+        """The output head's tensor where rotating the residual stream unties it from the token embedding: the gain of
+        the last norm has to go into it."""
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        norm = structure.final
+        if head is None or head.weight is not embedding.weight or structure.head is None or norm is None or (
+                norm.gain is None):
+            return {}
+        return {structure.head.weight: (str(head.weight.dtype).removeprefix("torch."), list(head.weight.shape))}
 
 
 def max_length(model: PreTrainedModel) -> int:

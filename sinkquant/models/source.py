@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from sinkquant.errors import RequestError, SinkquantError
+from sinkquant.models.edits import Edit, EditedTensor
 from sinkquant.models.loading import loading_errors, read_config
 from sinkquant.models.shards import Stored, StoredTensor, dense_tensors, stored_tensors
 
@@ -74,6 +75,7 @@ class WeightSource:
     Attributes:
         folder: the checkpoint.
         keys: parameter name -> the names on disk of the tensors that it is made of.
+        edits: parameter name -> what is done to it whenever it is read.
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel, tensors: dict[str, Stored], dtype: torch.dtype) -> None:
@@ -82,6 +84,7 @@ class WeightSource:
             dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=get_model_conversion_mapping(model),
             device_map={"": "meta"})
         self.keys: dict[str, list[str]] = {}
+        self.edits: dict[str, Edit] = {}
         self.converted: set[str] = set()
         self.aliases: dict[str, str] = {}
         missing = self._match()
@@ -119,20 +122,42 @@ class WeightSource:
         """The name of a parameter of the meta model; parameters that are tied have one."""
         return self.names[id(parameter)]
 
-    def stored(self, name: str) -> StoredTensor | None:
-        """The tensor on disk that is this parameter as it stands, or None where it has to be converted."""
+    def stored(self, name: str) -> StoredTensor | EditedTensor | None:
+        """The tensor on disk that is this parameter as it stands, or by rows of itself; None where it has to be
+        converted."""
         name = self.aliases.get(name, name)
         tensor = self.tensors[self.keys[name][0]] if name in self.keys and name not in self.converted else None
-        return tensor if isinstance(tensor, StoredTensor) else None
+        if not isinstance(tensor, StoredTensor):
+            return None
+        edit = self.edits.get(name)
+        if edit is None:
+            return tensor
+        dtype = self.model.get_parameter(name).dtype
+        return EditedTensor(tensor, edit, dtype) if edit.by_rows and len(tensor.shape) == 2 else None
 
     def replace(self, name: str, tensor: Stored) -> None:
-        """Read a parameter from somewhere else from now on.
+        """Read a parameter from somewhere else from now on, unedited.
 
         Args:
             tensor: of the same shape.
         """
+        if len(self.keys[name]) > 1 or name in self.converted:
+            self.keys[name] = [name]
+            self.converted.discard(name)
         (key,) = self.keys[name]
         self.tensors[key] = tensor
+        self.edits.pop(name, None)
+
+    def untie(self, name: str, parameter: nn.Parameter) -> None:
+        """Give a parameter that is tied to another one a name of its own; it is read from where the other is.
+
+        Args:
+            parameter: what the model holds in its place from now on.
+        """
+        other = self.aliases[name]
+        self.tensors[name] = self.tensors[self.keys[other][0]]
+        self.keys[name] = [name]
+        self.names[id(parameter)] = self.aliases[name] = name
 
     def _match(self) -> set[str]:
         """Find out what every parameter is made of: transformers loads the checkpoint without its data.
@@ -209,6 +234,10 @@ class WeightSource:
             tensor = self.model.get_parameter_or_buffer(name)
             if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and not _finite(tensor.data):
                 raise RequestError(f"the weight {name} holds NaN or Inf; the checkpoint is broken, get it again.")
+        for name, edit in self.edits.items():  # of all that was read, what shares a tensor on disk included
+            if not keys.keys().isdisjoint(self.keys[name]):
+                parameter = self.model.get_parameter(name)
+                parameter.data = edit(parameter.data)
 
     def _load(self, tensors: dict[str, Any]) -> LoadStateDictInfo:
         bars = transformers_logging.is_progress_bar_enabled()

@@ -3,5 +3,7 @@
 from sinkquant.policy.edited import accept_edited
 from sinkquant.policy.headers import plan_from_shapes
 from sinkquant.policy.plan import check_same_model, make_control, make_plan
+from sinkquant.policy.transforms import require_transforms
 
-__all__ = ["accept_edited", "check_same_model", "make_control", "make_plan", "plan_from_shapes"]
+__all__ = ["accept_edited", "check_same_model", "make_control", "make_plan", "plan_from_shapes",
+           "require_transforms"]

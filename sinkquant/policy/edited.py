@@ -8,6 +8,7 @@ from sinkquant.policy.kv_cache import accept_kv
 from sinkquant.policy.plan import _finish
 from sinkquant.policy.pruning import keep_pruning
 from sinkquant.policy.rules import Choice, check_group_sizes
+from sinkquant.policy.transforms import check_transforms
 from sinkquant.recipe import Recipe, near_miss
 
 
@@ -30,8 +31,9 @@ def accept_edited(plan: Plan, shape: ModelShape) -> Plan:
     choices = {name: Choice(bits=d.bits, group_size=d.group_size, method=d.method, keep=d.keep,
                             columns=tuple(d.columns), reason=d.reason) for name, d in plan.modules.items()}
     check_group_sizes(choices, shape)
+    check_transforms(plan.transforms, shape, plan.kv_cache)
     counted = _finish(plan.name, choices, shape, Recipe.parse(plan.recipe), plan.calibration.sinks,
-                      plan.calibration.statistics)
+                      plan.calibration.statistics, plan.transforms)
     counted = keep_pruning(counted, plan, shape)
     return counted.model_copy(update={"calibration": plan.calibration, "kv_cache": accept_kv(plan.kv_cache, shape),
                                       "seed": plan.seed, "notes": plan.notes})

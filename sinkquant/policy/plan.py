@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from sinkquant.artifacts import Calibration, ModelShape, ModuleDecision, Plan, SinkMap, SinkSelector
+from sinkquant.artifacts import Calibration, ModelShape, ModuleDecision, Plan, SinkMap, SinkSelector, Transform
 from sinkquant.artifacts.plan import Statistics
 from sinkquant.artifacts.sizes import checkpoint_bytes
 from sinkquant.errors import RequestError
@@ -13,6 +13,7 @@ from sinkquant.policy.budget import choice_bytes, close_gap, evenly_spread, fill
 from sinkquant.policy.kv_cache import make_kv_control, make_kv_plan
 from sinkquant.policy.pruning import with_pruning
 from sinkquant.policy.rules import Choice, affected, base_choices, check_group_sizes, protect, share_formats
+from sinkquant.policy.transforms import choose_transforms, shape_after
 from sinkquant.recipe import Recipe
 
 EVEN_TOLERANCE = 0.002
@@ -48,7 +49,8 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> Plan:
                                "unquantized model: set kv_cache.prefix=bos, or use 'boost'.")
         sinks = [SinkSelector(token_id=token, position=place) for place, token in enumerate(own)]
     statistics = recipe.protect.statistics if recipe.protect.tokens else "all"
-    plan = _finish("sink_aware", choices, shape, recipe, sinks, statistics)
+    transforms = choose_transforms(choices, shape, recipe, kv_cache)
+    plan = _finish("sink_aware", choices, shape, recipe, sinks, statistics, transforms)
     plan = with_pruning(plan, shape, recipe)
     return plan.model_copy(update={"kv_cache": kv_cache}).made_from(sink_map)
 
@@ -62,10 +64,11 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
     """
     base = share_formats(base_choices(shape, recipe), shape)
     allowed = sum(decision.bytes for decision in aware.modules.values())
-    plan = _finish("control", _evenly(base, shape, allowed), shape, recipe, [], "all")
+    transforms = choose_transforms(base, shape, recipe, aware.kv_cache)
+    plan = _finish("control", _evenly(base, shape, allowed), shape, recipe, [], "all", transforms)
     over = plan.weight_bytes - aware.weight_bytes
     if over > 0.005 * aware.weight_bytes:  # More packed modules make a longer header: much, in a tiny model.
-        plan = _finish("control", _evenly(base, shape, allowed - over), shape, recipe, [], "all")
+        plan = _finish("control", _evenly(base, shape, allowed - over), shape, recipe, [], "all", transforms)
     gap = abs(plan.weight_bytes - aware.weight_bytes) / aware.weight_bytes
     if gap > 0.01:
         plan.notes.append(f"the control's size differs by {gap:.1%}: no raise fits the bytes that are left")
@@ -85,9 +88,9 @@ def _evenly(base: dict[str, Choice], shape: ModelShape, allowed: int) -> dict[st
 
 
 def _finish(name: str, choices: dict[str, Choice], shape: ModelShape, recipe: Recipe,
-            sinks: list[SinkSelector], statistics: Statistics) -> Plan:
+            sinks: list[SinkSelector], statistics: Statistics, transforms: list[Transform]) -> Plan:
     formats = {module: c.form for module, c in choices.items() if c.quantized}
-    total = checkpoint_bytes(shape, formats)
+    total = checkpoint_bytes(shape_after(transforms, shape), formats)
     unquantized = checkpoint_bytes(shape, {})
     weights = sum(linear.parameters for linear in shape.linears.values())
     modules = {
@@ -98,7 +101,7 @@ def _finish(name: str, choices: dict[str, Choice], shape: ModelShape, recipe: Re
     return Plan(
         name=name, bits_per_weight=8 * linear_bytes(shape, choices) / weights,
         bits_per_parameter=8 * total / _parameters(shape), weight_bytes=total, unquantized_bytes=unquantized,
-        modules=modules, seed=recipe.seed, recipe=recipe.model_dump(mode="json"),
+        modules=modules, transforms=transforms, seed=recipe.seed, recipe=recipe.model_dump(mode="json"),
         calibration=Calibration(
             text=settings.text, rows=settings.rows, length=settings.length, bos=settings.bos,
             batch_size=settings.batch_size, sinks=sinks, damping=recipe.weights.damping,

@@ -31,6 +31,7 @@ from sinkquant.quantize.ranks import add_up, hand_over, my_rows, solver, this_ra
 from sinkquant.quantize.rtn import RTN
 from sinkquant.quantize.state import ATTRIBUTE, QuantizedState, is_quantized
 from sinkquant.quantize.statistics import TokenWeights
+from sinkquant.quantize.transforms import require_equivalent, rotate
 from sinkquant.quantize.tune import Tune
 
 Progress = Callable[[int, int, str], None]
@@ -72,6 +73,7 @@ def quantize(model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerB
     decoder = Decoder.of(model)
     check(decoder, plan)
     check_finite(model)
+    rotate(decoder, plan)
     state = QuantizedState(plan)
     for block in quantized_blocks(decoder, plan, tokenizer, pick_device(device), getattr(torch, dtype), progress):
         state.weights |= block.weights
@@ -136,6 +138,9 @@ def check(decoder: Decoder, plan: Plan) -> None:
             twin = plan.modules.get(other)
             if twin is None or twin.form != decision.form:
                 raise RequestError(f"{name} and {other} are fused by engines and must share bits and group size.")
+    if decoder.source is not None and decoder.source.edits:
+        raise RequestError("this model is rotated already; open it again.")
+    require_equivalent(decoder, plan)
 
 
 def _rounded(decoder: Decoder, plan: Plan, todo: dict[str, ModuleDecision], scales: torch.dtype,
