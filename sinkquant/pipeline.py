@@ -242,9 +242,10 @@ class _Job:
             candidates.append(Candidate(one.name, place, _loader(self.work / place, dtype, device),
                                         weight_bytes(self.work / place), one.bits_per_weight, one.kv_cache))
         done = plans[MODEL].modules.values()
-        if any(d.prune is not None for d in done) and any(d.bits < 16 for d in done):
+        zeros = bool(plans[MODEL].silenced_heads) or any(d.prune is not None for d in done)
+        if zeros and any(d.bits < 16 for d in done):
             candidates += self.pruned(list(plans.values()))
-        if plans[MODEL].kv_cache is not None and any(d.bits < 16 or d.prune is not None for d in done):
+        if plans[MODEL].kv_cache is not None and (zeros or any(d.bits < 16 for d in done)):
             candidates += mechanisms(candidates[:1 + len(plans)], list(plans.values()))
         report = evaluate(candidates, self.tokenizer, self.recipe, model=self.name,
                           fidelity=fidelity({BASELINE: sink_map} | after),
@@ -338,7 +339,7 @@ def recorded_recipe(folder: Path) -> Recipe:
 def sinks_after(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, name: str,
                 progress: Progress | None = None) -> SinkMap:
     """The sinks of a quantized checkpoint on the rows that the unquantized model was detected on, without ablations."""
-    fast = recipe.replace(["detect.super_weights=false"])
+    fast = recipe.replace(["detect.super_weights=false", "prune.heads=none"])
     return detect(open_model(checkpoint), tokenizer, recipe=fast, name=name, progress=progress)
 
 

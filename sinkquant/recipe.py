@@ -140,12 +140,21 @@ class Prune(Section):
     `method`: "magnitude" needs no text; "wanda" weighs by the inputs; "sparsegpt" also lets the other weights make up
     for it. `pattern` "unstructured", or "n:m": n of every m consecutive weights of a row stay. `sparsity` is the share
     that goes; null: a half, or what the pattern says. `ignore`: patterns of modules that are not pruned.
+    `heads` "no-op" takes out heads that do nothing on any text given, as long as the loss of a token changes by no more
+    than `head_loss` nats on average, each head alone and all together.
     """
 
     method: Literal["none", "magnitude", "wanda", "sparsegpt"] = "none"
     sparsity: float | None = Field(default=None, gt=0, lt=1)
     pattern: Annotated[str, BeforeValidator(_not_base_sixty), AfterValidator(_is_a_pattern)] = "unstructured"
     ignore: list[str] = Field(default_factory=list)
+    heads: Literal["none", "no-op"] = "none"
+    head_loss: float = Field(default=0.01, gt=0)
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything is to be taken out at all."""
+        return self.method != "none" or self.heads != "none"
 
 
 class Protect(Section):

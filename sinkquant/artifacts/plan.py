@@ -8,6 +8,7 @@ from pydantic import Field, PrivateAttr
 
 from sinkquant.artifacts.base import Artifact, Strict
 from sinkquant.artifacts.formats import WeightFormat
+from sinkquant.artifacts.heads import SilencedHead
 from sinkquant.artifacts.kv import KVCachePlan
 from sinkquant.artifacts.pruning import Pruning
 from sinkquant.artifacts.sinkmap import SinkMap
@@ -97,6 +98,7 @@ class Plan(Artifact):
     `bits_per_weight` averages over the linears of the blocks, scales and modules left in 16 bits counted.
     `weight_bytes` is the size of the checkpoint's safetensors files to the byte, their headers included. `transforms`
     are carried out in their order, before anything is quantized.
+    `silenced_heads` are query heads that nothing reads any more; their weights stay where they are.
     """
 
     SCHEMA: ClassVar[str] = "sinkquant/plan@1"
@@ -109,6 +111,7 @@ class Plan(Artifact):
     unquantized_bytes: int
     modules: dict[str, ModuleDecision]
     transforms: list[Transform] = Field(default_factory=list)
+    silenced_heads: list[SilencedHead] = Field(default_factory=list)
     kv_cache: KVCachePlan | None = None
     calibration: Calibration
     seed: int
@@ -127,6 +130,13 @@ class Plan(Artifact):
     def rotation(self) -> Transform | None:
         """The rotation among the transforms."""
         return next((transform for transform in self.transforms if transform.name == "rotate"), None)
+
+    @property
+    def changed(self) -> list[str]:
+        """Linears that stay in 16 bits with other values than they had."""
+        silenced = {head.module for head in self.silenced_heads}
+        return [name for name, decision in self.modules.items()
+                if decision.bits == 16 and (decision.prune is not None or name in silenced)]
 
     @property
     def needs_rows(self) -> bool:

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from sinkquant.artifacts.base import Artifact, Strict
+from sinkquant.artifacts.heads import HeadAblations
 
 SinkKind = Literal["bos", "first_position", "delimiter", "token", "learned"]
 
@@ -115,7 +116,10 @@ class OutlierPrefix(Strict):
 
 
 class SinkMap(Artifact):
-    """What is there: tokens, heads, channels, super weights, and what they do to the input of every linear."""
+    """What is there: tokens, heads, channels, super weights, and what they do to the input of every linear.
+
+    `head_ablations` is null where nobody asked what the heads are worth.
+    """
 
     SCHEMA: ClassVar[str] = "sinkquant/sinkmap@1"
 
@@ -133,4 +137,5 @@ class SinkMap(Artifact):
     super_weights: list[SuperWeight]
     modules: dict[str, ModuleStatistics]
     outlier_prefix: OutlierPrefix | None = None
+    head_ablations: HeadAblations | None = None
     notes: list[str] = Field(default_factory=list)

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Channel, Head, SinkKind, SinkMap, SinkToken
+from sinkquant.detect.ablation import HeadAblator
 from sinkquant.detect.heads import describe_heads
 from sinkquant.detect.modules import InputRecorder
 from sinkquant.detect.outliers import outlier_prefix
@@ -96,6 +97,13 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
     if settings.super_weights:
         super_weights = confirm(decoder, spikes, rows, settings, surveyor.device, surveyor.dtype, recipe.seed, progress)
 
+    heads, ablations = _heads(surveys, found, settings), None
+    if recipe.prune.heads != "none":
+        evaluation = token_rows(tokenizer, read_text(recipe.evaluate.text, "evaluation"), len(rows), rows.shape[1],
+                                recipe.calibration.bos, decoder.vocabulary, "evaluation text")
+        ablations = HeadAblator(decoder, settings, surveyor.device, surveyor.dtype, progress).run(
+            heads, {"calibration": rows, "evaluation": evaluation}, lambda some: sink_positions(some, found))
+
     tokens = [_named(candidate, tokenizer, candidate in massive) for candidate in found]
     learned = _learned_sink(table, settings.threshold)
     if learned is not None:
@@ -110,9 +118,9 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
                     "column_ratio": settings.column_ratio, "no_op_sink_score": settings.no_op_sink_score,
                     "no_op_output_norm": settings.no_op_output_norm, "super_weight_loss": settings.super_weight_loss,
                     "outlier_ratio": settings.outlier_ratio},
-        tokens=tokens, heads=_heads(surveys, found, settings),
+        tokens=tokens, heads=heads,
         channels=channels, depth=surveys[0].stream.names, super_weights=super_weights, modules=modules,
-        outlier_prefix=outliers, notes=notes)
+        outlier_prefix=outliers, head_ablations=ablations, notes=notes)
 
 
 def sink_positions(rows: torch.Tensor, sinks: list[Candidate]) -> torch.Tensor:

@@ -125,8 +125,7 @@ def _read_from(model: PreTrainedModel, partial: Path, decoder: Decoder, plan: Pl
     assert source is not None
     bits = {name: decision.bits for name, decision in plan.modules.items()
             if decision.bits < 16 and decoder.block_of(name) < done}
-    changed = [name for name, decision in plan.modules.items()
-               if decision.prune is not None and decision.bits == 16 and decoder.block_of(name) < done]
+    changed = [name for name in plan.changed if decoder.block_of(name) < done]
     dense = dense_tensors(stored_tensors(partial), bits, model.dtype)
     for name in [*bits, *changed]:
         source.replace(f"{name}.weight", dense[f"{name}.weight"])

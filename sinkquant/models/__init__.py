@@ -3,6 +3,7 @@
 from sinkquant.models.activations import ActivationStore
 from sinkquant.models.attention import AttentionObserver, AttentionRecord, AttentionRows, observed_attention
 from sinkquant.models.decoder import Decoder, max_length, weight_matrix
+from sinkquant.models.heads import head_columns
 from sinkquant.models.loading import check_finite, load_model, load_tokenizer, pick_device, resolve
 from sinkquant.models.source import open_model, source_of
 from sinkquant.models.tensors import pieces
@@ -31,6 +32,7 @@ __all__ = [
     "check_finite",
     "documents",
     "encode",
+    "head_columns",
     "load_model",
     "load_tokenizer",
     "max_length",

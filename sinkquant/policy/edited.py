@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sinkquant.artifacts import ModelShape, Plan
 from sinkquant.errors import RequestError
+from sinkquant.policy.heads import accept_heads
 from sinkquant.policy.kv_cache import accept_kv
 from sinkquant.policy.plan import _finish
 from sinkquant.policy.pruning import keep_pruning
@@ -36,6 +37,7 @@ def accept_edited(plan: Plan, shape: ModelShape) -> Plan:
                       plan.calibration.statistics, plan.transforms)
     counted = keep_pruning(counted, plan, shape)
     return counted.model_copy(update={"calibration": plan.calibration, "kv_cache": accept_kv(plan.kv_cache, shape),
+                                      "silenced_heads": accept_heads(plan, shape),
                                       "seed": plan.seed, "notes": plan.notes})
 
 

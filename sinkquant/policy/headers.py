@@ -33,6 +33,8 @@ def _asking(recipe: Recipe) -> list[str]:
     found = []
     if recipe.protect.channels != "none":
         found.append("protect.channels")
+    if recipe.prune.heads != "none":
+        found.append("prune.heads")
     if recipe.budget != Budget():
         found.append("budget")
     if recipe.kv_cache is not None:

@@ -10,6 +10,7 @@ from sinkquant.artifacts.plan import Statistics
 from sinkquant.artifacts.sizes import checkpoint_bytes
 from sinkquant.errors import RequestError
 from sinkquant.policy.budget import choice_bytes, close_gap, evenly_spread, fill, linear_bytes
+from sinkquant.policy.heads import with_silenced_heads, with_small_heads
 from sinkquant.policy.kv_cache import make_kv_control, make_kv_plan
 from sinkquant.policy.pruning import with_pruning
 from sinkquant.policy.rules import Choice, affected, base_choices, check_group_sizes, protect, share_formats
@@ -51,7 +52,7 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> Plan:
     statistics = recipe.protect.statistics if recipe.protect.tokens else "all"
     transforms = choose_transforms(choices, shape, recipe, kv_cache)
     plan = _finish("sink_aware", choices, shape, recipe, sinks, statistics, transforms)
-    plan = with_pruning(plan, shape, recipe)
+    plan = with_silenced_heads(with_pruning(plan, shape, recipe), sink_map, recipe)
     return plan.model_copy(update={"kv_cache": kv_cache}).made_from(sink_map)
 
 
@@ -72,7 +73,7 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
     gap = abs(plan.weight_bytes - aware.weight_bytes) / aware.weight_bytes
     if gap > 0.01:
         plan.notes.append(f"the control's size differs by {gap:.1%}: no raise fits the bytes that are left")
-    plan = with_pruning(plan, shape, recipe)
+    plan = with_small_heads(with_pruning(plan, shape, recipe), aware, sink_map)
     return plan.model_copy(update={"kv_cache": make_kv_control(aware.kv_cache)}).made_from(sink_map)
 
 

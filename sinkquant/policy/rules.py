@@ -69,7 +69,7 @@ def base_choices(shape: ModelShape, recipe: Recipe) -> dict[str, Choice]:
             choices[name] = Choice(16, None, "none", f"left in 16 bits, {linear.fixed}", pinned=True)
     # A recipe may leave all weights alone and pack the cache, or prune; weights that it asks for are never left alone
     # unsaid.
-    other_work = recipe.kv_cache is not None or recipe.prune.method != "none"
+    other_work = recipe.kv_cache is not None or recipe.prune.asked
     if (asked or not other_work) and not any(choice.quantized for choice in choices.values()):
         reasons = sorted({linear.fixed for linear in shape.linears.values() if linear.fixed})
         why = reasons[0] if reasons else "weights.ignore and weights.overrides leave nothing"

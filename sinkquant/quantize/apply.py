@@ -26,7 +26,7 @@ from sinkquant.models import (
 from sinkquant.quantize.gptq import GPTQ
 from sinkquant.quantize.hessian import Hessian, collect
 from sinkquant.quantize.packed import PackedWeight, row_chunks
-from sinkquant.quantize.pruning import check_pruning, prune
+from sinkquant.quantize.pruning import check_heads, check_pruning, prune, silence, still_pruned, unheard
 from sinkquant.quantize.ranks import add_up, hand_over, my_rows, solver, this_rank
 from sinkquant.quantize.rtn import RTN
 from sinkquant.quantize.state import ATTRIBUTE, QuantizedState, is_quantized
@@ -45,6 +45,7 @@ class QuantizedBlock:
         weights: module name -> packed weight. losses: module name -> relative error that it was left with.
         dense: parameter name -> its new values in the model's dtype, for what was changed and stays in 16 bits.
         kept: module name -> bool [rows, columns], the weights that pruning has left; others are zero.
+        silent: output projection -> bool [columns], the input columns of heads that were taken out.
     """
 
     index: int
@@ -53,6 +54,7 @@ class QuantizedBlock:
     losses: dict[str, float]
     dense: dict[str, torch.Tensor] = field(default_factory=dict)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    silent: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def quantize(model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerBase | None = None,
@@ -96,7 +98,8 @@ def quantized_blocks(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenize
         RequestError: GPTQ without a tokenizer, or with too little text.
         SinkquantError: a Hessian cannot be inverted.
     """
-    todo = {name: decision for name, decision in plan.modules.items() if decision.bits < 16 or decision.prune}
+    changed = set(plan.changed)
+    todo = {name: decision for name, decision in plan.modules.items() if decision.bits < 16 or name in changed}
     scales = getattr(torch, scale_dtype(str(decoder.model.dtype).removeprefix("torch.")))
     if plan.needs_rows:
         blocks = _calibrated(decoder, plan, tokenizer, todo, scales, device, dtype, store, done)
@@ -121,6 +124,7 @@ def check(decoder: Decoder, plan: Plan) -> None:
     missing = [name for name in shape.linears if name not in plan.modules]
     if missing:
         raise RequestError(f"the plan is of another model: it says nothing of {missing[0]}; make one for this model.")
+    check_heads(decoder, plan)
     for name, decision in plan.modules.items():
         module = decoder.linears.get(name)
         if decision.prune is not None:
@@ -148,7 +152,7 @@ def _rounded(decoder: Decoder, plan: Plan, todo: dict[str, ModuleDecision], scal
     for index, (name, block) in enumerate(zip(decoder.block_names, decoder.blocks, strict=True)):
         if index >= done:
             with decoder.present([block]), torch.no_grad():
-                made = QuantizedBlock(index, name, {}, {})
+                made = QuantizedBlock(index, name, {}, {}, silent=silence(decoder, plan, index))
                 for module, decision in _inside(name, todo).items():
                     _quantize_one(decoder, module, decision, plan, made, scales, None)
                 yield made
@@ -175,7 +179,7 @@ def _calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase
         if plan.follows_unquantized and ideal is None:
             ideal = walk.hidden
         mine = _inside(step.name, todo)
-        made = QuantizedBlock(step.index, step.name, {}, {})
+        made = QuantizedBlock(step.index, step.name, {}, {}, silent=silence(decoder, plan, step.index))
         # Fused modules read one input: its Hessian is collected once.
         source = {name: shape.linears[name].fused_with[0] for name in mine}
         readers = {source[name]: decoder.linears[source[name]] for name in mine}
@@ -231,10 +235,14 @@ def _quantize_one(decoder: Decoder, name: str, decision: ModuleDecision, plan: P
     module = decoder.linears[name]
     weight = weight_matrix(module)
     settings = plan.calibration
+    silent = made.silent.get(name)
+    if seen is not None and silent is not None:
+        unheard(seen, silent)
     hessian = None if seen is None else seen.mean()
-    pruned = None
-    if decision.prune is not None:
-        pruned = prune(weight, decision.prune, hessian, settings.damping, name)
+    pruned = None if decision.prune is None else prune(weight, decision.prune, hessian, settings.damping, name)
+    if silent is not None:
+        pruned = still_pruned(pruned, weight, silent)
+    if pruned is not None:
         made.kept[name] = pruned.kept
         if decision.bits >= 16:
             _put_dense(decoder, name, pruned.weight, made, hessian)

@@ -13,10 +13,11 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sinkquant.artifacts import Plan, SinkMap
+from sinkquant.artifacts.heads import SilencedHead
 from sinkquant.errors import RequestError
-from sinkquant.formats import quantize_to, save, stream
+from sinkquant.formats import load, quantize_to, save, stream
 from sinkquant.models import Decoder, load_model, open_model
-from sinkquant.policy import make_control, make_plan
+from sinkquant.policy import accept_edited, make_control, make_plan
 from sinkquant.quantize import quantize, state_of
 from sinkquant.quantize.pruning import Magnitude
 from sinkquant.recipe import Recipe
@@ -163,3 +164,41 @@ def test_a_plan_for_another_model_is_refused(small: list[str]) -> None:
     odd = tiny_model("llama", intermediate_size=126)
     with pytest.raises(RequestError, match="pattern 2:4 does not divide the 126"):
         quantize(odd, plan)
+
+
+@pytest.mark.parametrize("more", [
+    ["weights.method=rtn"], ["weights.tune=2"], ["prune.method=sparsegpt"], ["weights.method=gptaq"],
+    ["weights.ignore=['*']", "prune.method=magnitude", "prune.ignore=['*.o_proj']"],
+    ["weights.ignore=['*']", "prune.method=sparsegpt", "prune.pattern=2:4"]])
+def test_silenced_heads_are_read_by_nothing(more: list[str], small: list[str], tmp_path: Path) -> None:
+    source, tokenizer, output = tmp_path / "source", tiny_tokenizer(), "model.layers.1.self_attn.o_proj"
+    two_blocks().save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    model = load_model(source)
+    plan, sink_map, recipe = planned(model, [*small, *more])
+    head = SilencedHead(layer=1, head=2, module=output, start=32, stop=48, reason="for a test")
+    plan = plan.model_copy(update={"silenced_heads": [head]})
+    quantize(model, plan, tokenizer)
+    weight = model.get_parameter(f"{output}.weight")
+    assert not weight[:, 32:48].any()
+    assert (weight[:, :32] != 0).float().mean() > 0.3
+    row = torch.arange(8, 40)[None]
+    with torch.no_grad():
+        before = model(row).logits
+        model.get_parameter("model.layers.1.self_attn.q_proj.weight")[32:48] += 1
+        assert torch.equal(model(row).logits, before)
+    quantize_to(tmp_path / "disk", open_model(source), plan, tokenizer, sink_map, recipe)
+    loaded, _ = load(tmp_path / "disk")
+    with torch.no_grad():
+        assert torch.equal(loaded(row).logits, before)
+
+
+def test_heads_of_another_model_are_refused(small: list[str]) -> None:
+    model = two_blocks()
+    plan, _, _ = planned(model, ["weights.method=rtn", *small])
+    for module, stop in (("model.layers.1.self_attn.o_proj", 80), ("model.layers.0.self_attn.o_proj", 48)):
+        head = SilencedHead(layer=1, head=2, module=module, start=32, stop=stop, reason="for a test")
+        with pytest.raises(RequestError, match="silences head 2 of layer 1"):
+            quantize(model, plan.model_copy(update={"silenced_heads": [head]}))
+        with pytest.raises(RequestError, match="silences head 2 of layer 1"):
+            accept_edited(plan.model_copy(update={"silenced_heads": [head]}), Decoder.of(model).shape("tiny"))

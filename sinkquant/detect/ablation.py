@@ -1,0 +1,125 @@
+"""No-op heads, each confirmed by taking it out: on every text at hand, alone and together with the others.
+
+A head that rests on a sink whose value is nearly zero writes nearly nothing (Barbero et al. 2504.02732; 2504.03889),
+but may wake on another kind of text (Guo et al. 2410.13835): what is a no-op on one text only does not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from sinkquant.artifacts import Head
+from sinkquant.artifacts.heads import HeadAblation, HeadAblations
+from sinkquant.detect.heads import describe_heads
+from sinkquant.detect.table import AttentionTable
+from sinkquant.models import Decoder, Walk, head_columns, weight_matrix
+from sinkquant.recipe import Detection
+
+ROWS = 16
+"""Rows of every text that the ablations run on."""
+PER_WALK = 8
+"""Ablations that share a walk: each keeps hidden states of its own."""
+
+Place = tuple[int, int]
+"""Layer and head."""
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class HeadAblator:
+    """Takes heads out of a decoder and looks at the loss."""
+
+    decoder: Decoder
+    settings: Detection
+    device: str
+    dtype: torch.dtype
+    progress: Progress | None = None
+
+    def run(self, known: list[list[Head]], texts: Mapping[str, torch.Tensor],
+            sinks: Callable[[torch.Tensor], torch.Tensor]) -> HeadAblations:
+        """The heads that are no-ops in `known` and on every text, and what each changes.
+
+        Args:
+            known: the heads as detection has described them, [layer][head].
+            texts: name -> rows, int64 [rows, length], all of one length.
+            sinks: rows -> bool [rows, length], the positions that hold a sink token.
+
+        Raises:
+            RequestError: the architecture has no output projection in which heads can be told apart.
+        """
+        columns = [head_columns(self.decoder, layer) for layer in range(len(self.decoder.blocks))]
+        asleep = no_ops(known)
+        for rows in texts.values():
+            if asleep:
+                asleep &= no_ops(self._describe(rows, sinks(rows)))
+        rows = torch.cat([rows[:ROWS] for rows in texts.values()])
+        alone = dict(zip(sorted(asleep), self.changes(rows, [[place] for place in sorted(asleep)]), strict=True))
+        order = sorted(alone, key=lambda place: (alone[place], place))
+        together = self.changes(rows, [order[:count + 1] for count in range(len(order))])
+        heads = []
+        for place, change in zip(order, together, strict=True):
+            module, parts = columns[place[0]]
+            part = parts[place[1]]
+            heads.append(HeadAblation(layer=place[0], head=place[1], module=module, start=part.start, stop=part.stop,
+                                      loss_change=alone[place], together=change))
+        return HeadAblations(texts=list(texts), rows=ROWS, heads=heads, weights=self._weights())
+
+    def changes(self, rows: torch.Tensor, sets: list[list[Place]]) -> list[float]:
+        """Mean |change| of the next token's loss, nats per token, for every set of heads that is taken out at once."""
+        found = []
+        for start in range(0, len(sets), PER_WALK):
+            trials = sets[start:start + PER_WALK]
+            walk = Walk(self.decoder, rows, self.settings.batch_size, self.device, self.dtype)
+            hidden: dict[int, torch.Tensor] = {}
+            for step in walk.steps():
+                for index, trial in enumerate(trials):
+                    mine = [head for layer, head in trial if layer == step.index]
+                    if mine or index in hidden:
+                        with self._without(step.index, mine):
+                            hidden[index] = step.replay(hidden.get(index, walk.hidden))
+                if self.progress:
+                    self.progress(step.index + 1, len(self.decoder.blocks), "taking heads out")
+            base = walk.losses().double()
+            found += [float((walk.losses(hidden[index]).double() - base).abs().mean()) for index in range(len(trials))]
+        return found
+
+    def _describe(self, rows: torch.Tensor, sinks: torch.Tensor) -> list[list[Head]]:
+        table = AttentionTable()
+        walk = Walk(self.decoder, rows, self.settings.batch_size, self.device, self.dtype, [table])
+        for step in walk.steps():
+            step.run()
+            table.close_layer()
+        return describe_heads(table, sinks, self.settings)
+
+    @contextlib.contextmanager
+    def _without(self, layer: int, heads: list[int]) -> Iterator[None]:
+        """The output projection of a layer does not read some heads while the context is open."""
+        name, parts = head_columns(self.decoder, layer)
+        weight = weight_matrix(self.decoder.linears[name])
+        before = {head: weight[:, parts[head]].clone() for head in heads}
+        for head in heads:
+            weight[:, parts[head]] = 0
+        try:
+            yield
+        finally:
+            for head, values in before.items():
+                weight[:, parts[head]] = values
+
+    def _weights(self) -> list[list[float]]:
+        """Norm of every head's columns of the output projection, [layer][head]."""
+        norms = []
+        for layer, block in enumerate(self.decoder.blocks):
+            name, parts = head_columns(self.decoder, layer)
+            with self.decoder.present([block]):
+                weight = weight_matrix(self.decoder.linears[name])
+                norms.append([float(weight[:, part].float().norm()) for part in parts])
+        return norms
+
+
+def no_ops(heads: list[list[Head]]) -> set[Place]:
+    """The heads that are marked as no-ops."""
+    return {(layer, head) for layer, row in enumerate(heads) for head, one in enumerate(row) if one.no_op}
