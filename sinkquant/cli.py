@@ -353,19 +353,21 @@ def _show_sink_map(sink_map: SinkMap) -> None:
 
 
 def _show_plan(made: Plan) -> None:
-    table = Table("module", "bits", "group", "method", "reason", title="Plan", title_justify="left")
+    table = Table("module", "bits", "group", "method", "inputs", "reason", title="Plan", title_justify="left")
     for name, decision in made.modules.items():
         table.add_row(name, str(decision.bits), str(decision.group_size or ""), decision.method,
-                      escape(decision.reason))
+                      decision.inputs_in_words(), escape(decision.reason))
     out.print(table)
     out.print(f"{made.bits_per_weight:.3f} bits per weight, {made.weight_bytes:,} bytes of "
               f"{made.unquantized_bytes:,}; loads in {', '.join(made.loads_in)}", soft_wrap=True)
     if made.kv_cache is not None:
         out.print(escape(made.kv_cache.in_words()), soft_wrap=True)
+    for note in made.notes:
+        out.print(f"Note: {escape(note)}", soft_wrap=True)
 
 
 def _show_report(made: Report) -> None:
-    table = Table("row", "bytes", "bits", "KV bits", title="Result", title_justify="left")
+    table = Table("row", "bytes", "bits", "activations", "KV bits", title="Result", title_justify="left")
     columns = list(dict.fromkeys((task, metric) for row in made.rows for task, metrics in row.tasks.items()
                                  for metric in metrics if metric in ("kl", "word_perplexity", "acc")))
     for task, metric in columns:
@@ -375,8 +377,8 @@ def _show_report(made: Report) -> None:
         for task, metric in columns:
             measure = row.tasks.get(task, {}).get(metric)
             cells.append("" if measure is None else f"{measure.value:.4g}")
-        table.add_row(row.name, f"{row.weight_bytes:,}", f"{row.bits_per_weight:.3f}", f"{row.kv_bits:.3g}",
-                      *cells)
+        table.add_row(row.name, f"{row.weight_bytes:,}", f"{row.bits_per_weight:.3f}", row.activations,
+                      f"{row.kv_bits:.3g}", *cells)
     out.print(table)
     out.print(escape(made.verdict.sentence), soft_wrap=True)
     for name, one in (made.fidelity.comparisons.items() if made.fidelity else ()):

@@ -29,6 +29,7 @@ from sinkquant.formats import (
     dismiss,
     follow,
     load_dense,
+    open_quantized,
     prefix_of,
     quantize_to,
     read_checkpoint,
@@ -240,7 +241,8 @@ class _Job:
             weight_bytes(self.folder), bits_on_disk(self.folder))]
         for place, one in plans.items():
             candidates.append(Candidate(one.name, place, _loader(self.work / place, dtype, device),
-                                        weight_bytes(self.work / place), one.bits_per_weight, one.kv_cache))
+                                        weight_bytes(self.work / place), one.bits_per_weight, one.kv_cache,
+                                        one.inputs_in_words()))
         done = plans[MODEL].modules.values()
         zeros = bool(plans[MODEL].silenced_heads) or any(d.prune is not None for d in done)
         if zeros and any(d.bits < 16 for d in done):
@@ -319,7 +321,8 @@ def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
             maps[name] = sinks_after(path, tokenizer, recipe, name, progress)
         bits = content["plan"].bits_per_weight if content else bits_on_disk(path)
         candidates.append(Candidate(name, str(path), _loader(path, dtype, device), weight_bytes(path), bits,
-                                    content["plan"].kv_cache if content else None))
+                                    content["plan"].kv_cache if content else None,
+                                    content["plan"].inputs_in_words() if content else "16-bit"))
     report = evaluate(candidates, tokenizer, recipe, model=baseline or str(folder),
                       fidelity=fidelity(maps) if maps else None, compare=_comparison(tokenizer, original, recipe),
                       progress=progress)
@@ -340,7 +343,7 @@ def sinks_after(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, recipe: Re
                 progress: Progress | None = None) -> SinkMap:
     """The sinks of a quantized checkpoint on the rows that the unquantized model was detected on, without ablations."""
     fast = recipe.replace(["detect.super_weights=false", "prune.heads=none"])
-    return detect(open_model(checkpoint), tokenizer, recipe=fast, name=name, progress=progress)
+    return detect(open_quantized(checkpoint), tokenizer, recipe=fast, name=name, progress=progress)
 
 
 def fidelity(maps: dict[str, SinkMap]) -> Fidelity:

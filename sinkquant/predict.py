@@ -132,7 +132,8 @@ class _Job:
         self.hidden, self.vocabulary = decoder.hidden_size, decoder.vocabulary
         self.heads = int(decoder.model.config.get_text_config(decoder=True).num_attention_heads)
         methods = {recipe.weights.method, *(o.method for o in recipe.weights.overrides)} - {None, "rtn"}
-        self.calibrated = bool(methods) or recipe.prune.method in ("wanda", "sparsegpt")
+        static = recipe.activations.format != "16-bit" and recipe.activations.scale == "tensor"
+        self.calibrated = bool(methods) or static or recipe.prune.method in ("wanda", "sparsegpt")
         self.asymmetric = "gptaq" in methods
         self.memory = memory_allowed(recipe)
 

@@ -157,6 +157,24 @@ class Prune(Section):
         return self.method != "none" or self.heads != "none"
 
 
+class Activations(Section):
+    """What the inputs of quantized linears are rounded to while a model runs; "16-bit": not at all.
+
+    "int8" and "fp8" are written into the checkpoint, so that engines do it; "fp8" takes 8-bit weights with one scale
+    per channel, which become floating-point numbers too. "int6" and "int4" are simulated when sinkquant evaluates.
+    `scale` "token": every token's inputs get a scale as they come; "tensor": one scale for all, from calibration.
+    `sinks` says what becomes of linears whose static range the sinks set (their largest input is over `range_ratio`
+    times that of all other tokens): "dynamic": one scale per token in these; "16-bit": their inputs are left alone;
+    "all": nothing, sinks count as any other token; "exclude": the tokens of the exact prefix do not count, since they
+    never come through the linears; it needs a `kv_cache.prefix`.
+    """
+
+    format: Literal["16-bit", "int8", "fp8", "int6", "int4"] = "16-bit"
+    scale: Literal["token", "tensor"] = "token"
+    sinks: Literal["dynamic", "16-bit", "all", "exclude"] = "dynamic"
+    range_ratio: float = Field(default=2.0, gt=1)
+
+
 class Protect(Section):
     """What is kept exact for the sinks.
 
@@ -263,6 +281,7 @@ class Recipe(Section):
     detect: Detection = Field(default_factory=Detection)
     prune: Prune = Field(default_factory=Prune)
     weights: Weights = Field(default_factory=Weights)
+    activations: Activations = Field(default_factory=Activations)
     protect: Protect = Field(default_factory=Protect)
     budget: Budget = Field(default_factory=Budget)
     kv_cache: KVCache | None = None

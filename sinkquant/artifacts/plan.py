@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr
 
 from sinkquant.artifacts.base import Artifact, Strict
-from sinkquant.artifacts.formats import WeightFormat
+from sinkquant.artifacts.formats import DEPLOYED, InputFormat, InputScale, WeightFormat
 from sinkquant.artifacts.heads import SilencedHead
 from sinkquant.artifacts.kv import KVCachePlan
 from sinkquant.artifacts.pruning import Pruning
@@ -25,8 +26,10 @@ class ModuleDecision(Strict):
     `bits` is 2..8, or 16 for a module that is left alone (`method` "none"). `group_size` is in input columns, -1 for
     one scale per output channel. `keep` says how its sink-related channels are kept: "module" for the whole linear
     at higher precision, "scale" for columns that are scaled up and their input down, null where nothing is kept.
-    `columns` are those channels, `activations` the number format of the inputs (16 bits in this version). `prune` says
-    which of its weights become zero, null for none: its bytes stay the same, since zeros are stored like any other
+    `columns` are those channels. `kind` "float": the weights are 8-bit floating point. `activations` is the number
+    format that inputs are rounded to ("int6" and "int4" only where sinkquant evaluates, not by the checkpoint),
+    `activation_scale` whether every token has a scale of its own or all share a stored one; null with 16 bits. `prune`
+    says which of its weights become zero, null for none: its bytes stay the same, since zeros are stored like any other
     weight.
     """
 
@@ -35,7 +38,9 @@ class ModuleDecision(Strict):
     method: Method
     keep: Literal["module", "scale"] | None = None
     columns: list[int] = Field(default_factory=list)
-    activations: str = "16-bit"
+    kind: Literal["int", "float"] = "int"
+    activations: InputFormat = "16-bit"
+    activation_scale: InputScale | None = None
     bytes: int
     reason: str
     prune: Pruning | None = None
@@ -43,7 +48,36 @@ class ModuleDecision(Strict):
     @property
     def form(self) -> WeightFormat:
         """How the weights are stored."""
-        return WeightFormat(self.bits, self.group_size)
+        return stored_form(self.bits, self.group_size, self.kind, self.activations, self.activation_scale)
+
+    @property
+    def inputs(self) -> tuple[str, str | None]:
+        """How its inputs are rounded: the format, and what a scale is of."""
+        return self.activations, self.activation_scale
+
+    @property
+    def rounded(self) -> bool:
+        """Whether its inputs are rounded at all: not where the weights stay in 16 bits."""
+        return self.bits < 16 and self.activations != "16-bit"
+
+    @property
+    def simulated(self) -> bool:
+        """Whether its inputs are rounded by sinkquant alone, since no checkpoint can ask for it."""
+        return self.rounded and self.activations not in DEPLOYED
+
+    def inputs_in_words(self) -> str:
+        """As a table has it: "int8 per token", say."""
+        if self.activation_scale is None:
+            return self.activations
+        return f"{self.activations} per {self.activation_scale}{', simulated' if self.simulated else ''}"
+
+
+def stored_form(bits: int, group_size: int | None, kind: Literal["int", "float"], activations: str,
+                scale: str | None) -> WeightFormat:
+    """How a linear is stored; inputs that are only simulated leave no trace in a checkpoint."""
+    if bits == 16 or activations not in DEPLOYED:
+        return WeightFormat(bits, group_size, kind)
+    return WeightFormat(bits, group_size, kind, activations, scale)
 
 
 class Transform(Strict):
@@ -76,6 +110,7 @@ class Calibration(Strict):
     `text` is null for the packaged text. `statistics` is the policy that says what a token weighs; without `sinks`
     every token weighs the same, but under "attention". `scale_search`: scales are searched, not taken from the range;
     `descent`: rounds of coordinate descent after GPTQ; `tune`: iterations of block-wise tuning after all.
+    `ranges`: which tokens static ranges of activations are taken from: all, or all but those of the exact prefix.
     """
 
     text: str | None
@@ -87,6 +122,7 @@ class Calibration(Strict):
     damping: float
     act_order: bool
     statistics: Statistics = "boost"
+    ranges: Literal["all", "exclude"] = "all"
     scale_search: bool = True
     descent: int = 3
     tune: int = 0
@@ -126,6 +162,12 @@ class Plan(Artifact):
         """Module name -> format of every linear that is packed."""
         return {name: decision.form for name, decision in self.modules.items() if decision.form.packed}
 
+    def inputs_in_words(self) -> str:
+        """What the inputs of its quantized linears are rounded to, the most common format first."""
+        counts = Counter(d.inputs_in_words() for d in self.modules.values() if d.form.packed)
+        return ", ".join(f"{words} ({count})" if len(counts) > 1 else words
+                         for words, count in counts.most_common()) or "16-bit"
+
     @property
     def rotation(self) -> Transform | None:
         """The rotation among the transforms."""
@@ -142,7 +184,9 @@ class Plan(Artifact):
     def needs_rows(self) -> bool:
         """Whether carrying it out takes calibration rows."""
         methods = {decision.method for decision in self.modules.values()}
-        if any(decision.prune is not None and decision.prune.needs_rows for decision in self.modules.values()):
+        decisions = self.modules.values()
+        if any(d.rounded and d.activation_scale == "tensor" for d in decisions) or any(
+                d.prune is not None and d.prune.needs_rows for d in decisions):
             return True
         scaled = any(transform.name != "rotate" for transform in self.transforms)
         return scaled or bool(methods & CALIBRATED) or (self.calibration.tune > 0 and methods != {"none"})

@@ -19,7 +19,8 @@ class Measure(Strict):
 
 class Row(Strict):
     """One evaluated model. `kv_bits` is 16 where the cache is not quantized, else bits per key and value with scales,
-    window and exact tokens counted; `kv_bytes` is what the cache of one row weighs at the plan's length."""
+    window and exact tokens counted; `kv_bytes` is what the cache of one row weighs at the plan's length.
+    `activations` says what inputs of linears are rounded to."""
 
     name: str
     path: str
@@ -27,6 +28,7 @@ class Row(Strict):
     bits_per_weight: float
     kv_bits: float = 16.0
     kv_bytes: int | None = None
+    activations: str = "16-bit"
     tasks: dict[str, dict[str, Measure]]
 
 

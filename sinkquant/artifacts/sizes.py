@@ -9,8 +9,8 @@ from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.artifacts.shapes import ModelShape
 
 DTYPES = {"int64": ("I64", 8), "float64": ("F64", 8), "float32": ("F32", 4), "int32": ("I32", 4),
-          "bfloat16": ("BF16", 2), "float16": ("F16", 2), "int16": ("I16", 2), "int8": ("I8", 1), "uint8": ("U8", 1),
-          "bool": ("BOOL", 1)}
+          "bfloat16": ("BF16", 2), "float16": ("F16", 2), "int16": ("I16", 2), "float8_e4m3fn": ("F8_E4M3", 1),
+          "int8": ("I8", 1), "uint8": ("U8", 1), "bool": ("BOOL", 1)}
 """torch's name of a dtype -> its name in safetensors and its bytes, in the order in which safetensors writes them."""
 
 FILE_BYTES = 5 * 10**9
@@ -26,11 +26,16 @@ def scale_dtype(dtype: str) -> str:
 
 
 def packed_tensors(name: str, rows: int, columns: int, form: WeightFormat, dtype: str) -> dict[str, Tensor]:
-    """The three tensors that a packed linear becomes: dense int32 words, scales, and its shape."""
+    """The tensors that a quantized linear becomes: dense int32 words, scales, and its shape; or codes of a byte each
+    and scales. One scale more where its inputs have a static one."""
     groups = 1 if form.group_size in (None, -1) else columns // int(form.group_size or 1)
-    return {f"{name}.weight_packed": ("int32", [rows, math.ceil(columns * form.bits / 32)]),
-            f"{name}.weight_scale": (scale_dtype(dtype), [rows, groups]),
-            f"{name}.weight_shape": ("int64", [2])}
+    scale = {f"{name}.weight_scale": (scale_dtype(dtype), [rows, groups])}
+    inputs = {f"{name}.input_scale": (scale_dtype(dtype), [1])} if form.static_inputs else {}
+    if form.layout != "pack-quantized":
+        codes = "float8_e4m3fn" if form.kind == "float" else "int8"
+        return {f"{name}.weight": (codes, [rows, columns])} | scale | inputs
+    return {f"{name}.weight_packed": ("int32", [rows, math.ceil(columns * form.bits / 32)])} | scale | {
+        f"{name}.weight_shape": ("int64", [2])} | inputs
 
 
 def module_bytes(shape: ModelShape, name: str, form: WeightFormat) -> int:

@@ -109,6 +109,11 @@ class SinkCache(Cache):
         if self.plan.evict is not None:
             self._take_rotary(rotary)
 
+    @property
+    def from_prefix(self) -> torch.Tensor | None:
+        """bool [batch, new]: which tokens of this pass take their keys and values from the prefix; None without one."""
+        return None if self._match is None else self._match.flags
+
     def _judge(self, new: NewTokens) -> torch.Tensor | None:
         flags = self.exact.flags(new)
         if self._match is not None:

@@ -16,6 +16,7 @@ from sinkquant.cache.prefix import Prefix, require_same_model
 from sinkquant.cache.rotary import Rotary, rotary_of
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
+from sinkquant.models.inputs import let_through, switch_of
 
 
 def prepare(model: PreTrainedModel, prefix: Prefix | None = None) -> PreTrainedModel:
@@ -34,6 +35,7 @@ def prepare(model: PreTrainedModel, prefix: Prefix | None = None) -> PreTrainedM
     before = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _BeforeForward)), None)
     if prefix is not None:
         require_same_model(prefix, model)
+        let_through(model, prefix.ids)
     if before is not None:
         if prefix is not None and before.prefix not in (None, prefix):
             raise RequestError("this model was given another KV prefix before; load it anew.")
@@ -68,6 +70,9 @@ class _BeforeForward:
         cache.see(ids, mask if isinstance(mask, torch.Tensor) else None, tokens.shape[:2], tokens.device,
                   reads_packed(module), self.prefix,
                   self.rotary)
+        switch = switch_of(module)
+        if switch is not None:
+            switch.exact = cache.from_prefix
 
 
 def _after_block(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -35,8 +35,9 @@ FILL = 0.85
 class Candidate:
     """A model to be measured: loaded when its turn comes, so that only the baseline stays in memory beside it.
 
-    `kv`: the KV cache that it is read through, null for an unquantized one. `tasks_too`: whether tasks are run, or the
-    divergence alone. `tasks` and `divergences` (nats per token, one per row) are filled by `evaluate`.
+    `kv`: the KV cache that it is read through, null for an unquantized one; `activations`: what inputs are rounded to.
+    `tasks_too`: whether tasks are run, or the divergence alone. `tasks` and `divergences` (nats per token, one per row)
+    are filled by `evaluate`.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Candidate:
     weight_bytes: int
     bits_per_weight: float
     kv: KVCachePlan | None = None
+    activations: str = "16-bit"
     tasks_too: bool = True
     tasks: dict[str, TaskResult] = field(default_factory=dict)
     divergences: list[float] = field(default_factory=list)
@@ -158,7 +160,7 @@ def _row(candidate: Candidate) -> Row:
         mean = sum(candidate.divergences) / len(candidate.divergences)
         tasks["divergence"] = {"kl": Measure(value=mean, stderr=standard_error("kl", samples))}
     return Row(name=candidate.name, path=candidate.path, weight_bytes=candidate.weight_bytes,
-               bits_per_weight=candidate.bits_per_weight, tasks=tasks,
+               bits_per_weight=candidate.bits_per_weight, tasks=tasks, activations=candidate.activations,
                kv_bits=16.0 if candidate.kv is None else candidate.kv.bits_per_value,
                kv_bytes=None if candidate.kv is None else candidate.kv.bytes)
 

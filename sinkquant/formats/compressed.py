@@ -1,4 +1,4 @@
-"""compressed-tensors' `pack-quantized` format: what vLLM and plain transformers load."""
+"""compressed-tensors' formats: what vLLM and plain transformers load."""
 
 from __future__ import annotations
 
@@ -10,34 +10,54 @@ from compressed_tensors.compressors.pack_quantized import pack_to_int32
 from transformers import PreTrainedModel
 
 from sinkquant.artifacts import Plan
+from sinkquant.artifacts.formats import WeightFormat
+from sinkquant.models.inputs import input_args
 from sinkquant.quantize import PackedWeight, row_chunks
 
 
 def quantization_config(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
     """The `quantization_config` of config.json: one group per format, every other linear ignored by name."""
-    formats: dict[tuple[int, int], list[str]] = {}
-    for name, decision in plan.modules.items():
-        if decision.bits < 16 and decision.group_size is not None:
-            formats.setdefault((decision.bits, decision.group_size), []).append(name)
+    formats: dict[WeightFormat, list[str]] = {}
+    for name, form in plan.formats.items():
+        formats.setdefault(form, []).append(name)
     groups = {}
-    for index, ((bits, size), names) in enumerate(sorted(formats.items())):
-        weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False,
-                                   "strategy": "channel" if size == -1 else "group",
-                                   "group_size": None if size == -1 else size}
+    for index, (form, names) in enumerate(sorted(formats.items(), key=lambda item: _order(item[0]))):
+        channel = form.group_size == -1
+        weights: dict[str, Any] = {"num_bits": form.bits, "type": form.kind, "symmetric": True, "dynamic": False,
+                                   "strategy": "channel" if channel else "group",
+                                   "group_size": None if channel else form.group_size}
         groups[f"group_{index}"] = {"targets": [f"re:^{re.escape(name)}$" for name in names], "weights": weights,
-                                    "input_activations": None, "output_activations": None,
-                                    "format": "pack-quantized"}
+                                    "input_activations": _inputs(form), "output_activations": None,
+                                    "format": form.layout}
     packed = {name for names in formats.values() for name in names}
     ignore = [name for name, module in model.named_modules()
               if isinstance(module, torch.nn.Linear) and name not in packed]
-    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
-            "config_groups": groups, "ignore": ignore, "kv_cache_scheme": None}
+    layouts = sorted({form.layout for form in formats})
+    return {"quant_method": "compressed-tensors", "format": layouts[0] if len(layouts) == 1 else "mixed-precision",
+            "quantization_status": "compressed", "config_groups": groups, "ignore": ignore, "kv_cache_scheme": None}
 
 
-def packed_linear(name: str, weight: PackedWeight) -> dict[str, torch.Tensor]:
-    """The three tensors that a packed linear becomes."""
+def _order(form: WeightFormat) -> tuple[int, int, str, str, str]:
+    return form.bits, form.group_size or 0, form.kind, form.inputs, form.input_scale or ""
+
+
+def _inputs(form: WeightFormat) -> dict[str, Any] | None:
+    """How an engine is asked to round inputs; null where it is not."""
+    if form.inputs == "16-bit" or form.input_scale is None:
+        return None
+    args = input_args(form.inputs, form.input_scale)
+    return {"num_bits": args.num_bits, "type": args.type, "symmetric": True, "dynamic": args.dynamic,
+            "strategy": args.strategy, "group_size": None}
+
+
+def stored_linear(name: str, weight: PackedWeight, form: WeightFormat,
+                  input_scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """The tensors that a quantized linear becomes."""
+    inputs = {f"{name}.input_scale": input_scale} if form.static_inputs and input_scale is not None else {}
+    if form.layout != "pack-quantized":
+        return {f"{name}.weight": weight.codes, f"{name}.weight_scale": weight.scale} | inputs
     return {f"{name}.weight_packed": pack(weight.codes, weight.bits), f"{name}.weight_scale": weight.scale,
-            f"{name}.weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64)}
+            f"{name}.weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64)} | inputs
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.quantization import QuantizationArgs
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan, SinkMap
 from sinkquant.cache import Prefix, install, load_prefix
 from sinkquant.errors import RequestError
 from sinkquant.formats.bars import no_bars
-from sinkquant.models import check_finite, load_model, load_tokenizer, resolve
+from sinkquant.formats.simulated import simulate
+from sinkquant.models import check_finite, load_model, load_tokenizer, open_model, resolve
+from sinkquant.models.inputs import let_through, round_inputs
 from sinkquant.quantize import UNPACKED
 
 KV_PREFIX = "kv_prefix/prefix.safetensors"
@@ -29,8 +33,8 @@ def load(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto",
     checkpoint's plan packs the KV cache, `generate` does so unless it is given another cache.
 
     Raises:
-        RequestError: the folder is not a complete checkpoint, has no tokenizer, or is quantized in a way that dense
-            weights cannot show.
+        RequestError: the folder is not a complete checkpoint, has no tokenizer, or is quantized in a way that is not
+            read here.
     """
     path = resolve(str(folder))
     tokenizer = load_tokenizer(path)
@@ -48,16 +52,17 @@ def prefix_of(path: Path) -> Prefix | None:
 
 
 def load_dense(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> PreTrainedModel:
-    """The model of a folder in evaluation mode, packed weights made dense.
+    """The model of a folder in evaluation mode, packed weights made dense. Where the checkpoint rounds the inputs of
+    linears, so does the model, to the bit as plain transformers does; simulated inputs are rounded too.
 
     Raises:
-        RequestError: it is quantized in another format than compressed-tensors, quantizes more than weights, lacks
+        RequestError: it is quantized in another format than compressed-tensors, quantizes outputs or its cache, lacks
             tensors or cannot be unpacked.
     """
     config = _read_json(path / "config.json")
     if "quantization_config" not in config:
         return load_model(path, dtype, device)
-    _check_weights_only(path, config["quantization_config"])
+    _check_readable(path, config["quantization_config"])
     try:
         with no_bars():
             model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
@@ -71,36 +76,77 @@ def load_dense(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise RequestError(f"{path} is a compressed-tensors checkpoint that cannot be loaded: {reason}.") from error
+    inputs = _Inputs({}, {}, {})
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            _plain(module, name)
+            _plain(module, name, inputs)
     check_finite(model)
+    round_inputs(model, dict(model.named_modules()), inputs.args, inputs.scales, inputs.zero_points)
+    content = read_checkpoint(path)
+    if content:
+        simulate(model, content["plan"], path)
     del model.config.quantization_config
     model.hf_quantizer = None
     setattr(model, UNPACKED, True)
     return model
 
 
-def _check_weights_only(path: Path, settings: dict[str, Any]) -> None:
-    """Dense weights show neither quantized inputs nor a quantized cache, so such checkpoints are refused."""
+def open_quantized(path: Path) -> PreTrainedModel:
+    """The model of a checkpoint with no weight read yet, for a walk: simulated inputs are rounded, and the tokens of
+    its exact prefix let through.
+
+    Raises:
+        RequestError: it is quantized in a format that sinkquant does not write.
+    """
+    model, content = open_model(path), read_checkpoint(path)
+    if content:
+        simulate(model, content["plan"], path)
+        let_through(model, content["plan"].kv_cache.prefix if content["plan"].kv_cache else [])
+    return model
+
+
+def _check_readable(path: Path, settings: dict[str, Any]) -> None:
+    """Dense weights and rounded inputs show neither quantized outputs nor a quantized cache: such checkpoints are
+    refused."""
     method = settings.get("quant_method")
     if method != "compressed-tensors":
         raise RequestError(f"{path} is quantized in the {method} format, which is not read here; "
                            "give a compressed-tensors checkpoint or the unquantized model.")
     for name, group in (settings.get("config_groups") or {}).items():
-        if group.get("input_activations") or group.get("output_activations"):
-            raise RequestError(f"{path} quantizes activations too (its {name}), which dense weights cannot show; "
+        inputs = group.get("input_activations") or {}
+        if group.get("output_activations"):
+            raise RequestError(f"{path} quantizes what linears give (its {name}), which is not read here; "
                                "load it with transformers.")
+        if inputs.get("strategy") not in (None, "token", "tensor"):
+            raise RequestError(f"{path} quantizes activations by {inputs['strategy']} (its {name}), which is not read "
+                               "here; load it with transformers.")
     if settings.get("kv_cache_scheme"):
         raise RequestError(f"{path} quantizes its KV cache, which dense weights cannot show; "
                            "load it with transformers.")
 
 
-def _plain(module: torch.nn.Linear, name: str) -> None:
-    """Take away what compressed-tensors leaves on a linear, whose forward would round its dense weight once more."""
+@dataclass(frozen=True)
+class _Inputs:
+    """By module name: how inputs are rounded, and the stored scale and zero point of static ones."""
+
+    args: dict[str, QuantizationArgs]
+    scales: dict[str, torch.Tensor]
+    zero_points: dict[str, torch.Tensor]
+
+
+def _plain(module: torch.nn.Linear, name: str, inputs: _Inputs) -> None:
+    """Take away what compressed-tensors leaves on a linear, whose forward would round its dense weight once more, and
+    put down how it rounds inputs."""
     if not isinstance(getattr(module, "weight", None), torch.Tensor):
         raise RequestError(f"{name} was not unpacked by compressed-tensors; install a newer version of it.")
-    for leftover in ("weight_scale", "weight_shape", "weight_zero_point", "weight_packed"):
+    scheme = getattr(module, "quantization_scheme", None)
+    if scheme is not None and scheme.input_activations is not None:
+        inputs.args[name] = scheme.input_activations
+        for place, leaf in ((inputs.scales, "input_scale"), (inputs.zero_points, "input_zero_point")):
+            if isinstance(found := getattr(module, leaf, None), torch.Tensor):
+                place[name] = found.detach().clone()
+    for leftover in ("weight_scale", "weight_shape", "weight_zero_point", "weight_packed", "input_scale",
+                     "input_zero_point"):
         module._parameters.pop(leftover, None)
         module._buffers.pop(leftover, None)
     for attribute in ("quantization_scheme", "quantization_status", "forward"):

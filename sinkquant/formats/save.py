@@ -18,17 +18,20 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan, SinkMap
+from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.artifacts.sizes import checkpoint_tensors
 from sinkquant.errors import RequestError, SinkquantError
-from sinkquant.formats.compressed import packed_linear, quantization_config
+from sinkquant.formats.compressed import quantization_config, stored_linear
 from sinkquant.formats.load import load_dense
+from sinkquant.formats.simulated import save_simulated
 from sinkquant.formats.writer import CheckpointWriter
 from sinkquant.models import Decoder, pieces
 from sinkquant.quantize import PackedWeight, state_of
 from sinkquant.recipe import Recipe
 
 CHECKPOINT_SCHEMA = "sinkquant/checkpoint@1"
-PACKED = (".weight_packed", ".weight_scale", ".weight_shape")
+STORED = ("weight", "weight_packed", "weight_scale", "weight_shape", "input_scale")
+"""What is stored of a quantized linear beside its bias."""
 PACKAGES = ("sinkquant", "torch", "transformers", "compressed-tensors", "safetensors")
 
 
@@ -47,9 +50,10 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
     require_free(target)
     with written_aside(target) as temporary:
         writer = open_writer(temporary, model, state.plan)
-        copy_dense(writer, Decoder.of(model))
+        copy_dense(writer, Decoder.of(model), state.plan)
         for name, weight in state.weights.items():
-            write_packed(writer, name, weight)
+            write_packed(writer, name, weight, state.plan.formats[name], state.input_scales.get(name))
+        save_simulated(temporary, state.plan, state.input_scales)
         write_files(temporary, model, tokenizer, state.plan, sink_map or state.plan.sink_map, recipe)
         check_reload(model, temporary)
     return target
@@ -60,17 +64,19 @@ def open_writer(folder: Path, model: PreTrainedModel, plan: Plan) -> CheckpointW
     return CheckpointWriter(folder, checkpoint_tensors(Decoder.of(model).shape(""), plan.formats))
 
 
-def copy_dense(writer: CheckpointWriter, decoder: Decoder) -> None:
+def copy_dense(writer: CheckpointWriter, decoder: Decoder, plan: Plan) -> None:
     """Write every tensor that the plan leaves as it is."""
     for name in writer.tensors:
-        if not name.endswith(PACKED):
+        module, _, leaf = name.rpartition(".")
+        if module not in plan.formats or leaf not in STORED:
             for start, rows in pieces(decoder, name):
                 writer.write(name, rows, start)
 
 
-def write_packed(writer: CheckpointWriter, name: str, weight: PackedWeight) -> None:
-    """Write the three tensors of a packed linear."""
-    for key, tensor in packed_linear(name, weight).items():
+def write_packed(writer: CheckpointWriter, name: str, weight: PackedWeight, form: WeightFormat,
+                 input_scale: torch.Tensor | None = None) -> None:
+    """Write the tensors of a quantized linear."""
+    for key, tensor in stored_linear(name, weight, form, input_scale).items():
         writer.write(key, tensor)
 
 

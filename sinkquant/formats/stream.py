@@ -18,9 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.artifacts import Plan, SinkMap
 from sinkquant.artifacts.base import write_atomically
 from sinkquant.errors import SinkquantError
-from sinkquant.formats.compressed import packed_linear
+from sinkquant.formats.compressed import stored_linear
 from sinkquant.formats.load import load_dense
 from sinkquant.formats.save import copy_dense, disk_errors, open_writer, require_free, write_files, write_packed
+from sinkquant.formats.simulated import save_simulated
 from sinkquant.formats.writer import CheckpointWriter
 from sinkquant.models import ActivationStore, Decoder, open_model, source_of
 from sinkquant.models.shards import dense_tensors, stored_tensors
@@ -57,26 +58,29 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
         partial.mkdir(parents=True, exist_ok=True)
         rotate(decoder, plan)
         writer = open_writer(partial, model, plan)
-        done, losses = _state(partial)
+        done, losses, scales = _state(partial)
         if done and plan.follows_unquantized:
             # The unquantized weights of the blocks that are done are no longer there to be followed: begin again.
-            done = 0
-            _remember(partial, done, {})
-        tell({"folder": str(folder), "plan": plan.to_json(), "done": done or 0, "device": device, "dtype": dtype})
+            done, scales = 0, {}
+            _remember(partial, done, {}, scales)
+        tell({"folder": str(folder), "plan": plan.to_json(), "done": done or 0, "device": device, "dtype": dtype,
+              "scales": scales})
         if done is None:
-            copy_dense(writer, decoder)
+            copy_dense(writer, decoder, plan)
             writer.sync()
             done = 0
-            _remember(partial, done, losses)
+            _remember(partial, done, losses, scales)
         elif done:
             _read_from(model, partial, decoder, plan, done)
             LOG.info("%s: goes on after %d of %d blocks", folder.name, done, len(decoder.blocks))
-        for block in quantized_blocks(decoder, plan, tokenizer, device, dtype, progress, store, done):
-            _write_block(writer, block)
+        for block in quantized_blocks(decoder, plan, tokenizer, device, dtype, progress, store, done, scales):
+            _write_block(writer, block, plan)
             losses |= block.losses
-            _remember(partial, block.index + 1, losses)
+            scales = scales | block.input_scales
+            _remember(partial, block.index + 1, losses, scales)
             LOG.info("block %d of %d: %s", block.index + 1, len(decoder.blocks), _losses(block))
         leave()
+        save_simulated(partial, plan, scales)
         write_files(partial, model, tokenizer, plan, sink_map, recipe)
         (partial / STATE).unlink()
         _check_reload(partial, decoder)
@@ -96,7 +100,8 @@ def follow(open_source: Callable[[], PreTrainedModel], tokenizer: PreTrainedToke
             folder = Path(job["folder"])
             _read_from(model, folder.with_name(f"{folder.name}.partial"), decoder, plan, job["done"])
         if plan.needs_rows:  # rounding is over before it could be shared out
-            for _ in quantized_blocks(decoder, plan, tokenizer, job["device"], job["dtype"], None, store, job["done"]):
+            for _ in quantized_blocks(decoder, plan, tokenizer, job["device"], job["dtype"], None, store, job["done"],
+                                      job["scales"]):
                 pass
     leave()
 
@@ -107,16 +112,21 @@ def dismiss() -> None:
     leave()
 
 
-def _state(partial: Path) -> tuple[int | None, dict[str, float]]:
-    """Blocks that are done and the losses of their modules; None where nothing was written yet."""
+def _state(partial: Path) -> tuple[int | None, dict[str, float], dict[str, torch.Tensor]]:
+    """Blocks that are done, the losses of their modules and the stored scales of their inputs; None where nothing was
+    written yet."""
     if not (partial / STATE).is_file():
-        return None, {}
+        return None, {}, {}
     content = json.loads((partial / STATE).read_text(encoding="utf-8"))
-    return int(content["done"]), dict(content["losses"])
+    scales = {name: torch.tensor([value], dtype=getattr(torch, dtype))
+              for name, (dtype, value) in content["input_scales"].items()}
+    return int(content["done"]), dict(content["losses"]), scales
 
 
-def _remember(partial: Path, done: int, losses: dict[str, float]) -> None:
-    write_atomically(partial / STATE, json.dumps({"done": done, "losses": losses}) + "\n")
+def _remember(partial: Path, done: int, losses: dict[str, float], scales: dict[str, torch.Tensor]) -> None:
+    stored = {name: (str(scale.dtype).removeprefix("torch."), float(scale)) for name, scale in scales.items()}
+    content = {"done": done, "losses": losses, "input_scales": stored}
+    write_atomically(partial / STATE, json.dumps(content) + "\n")
 
 
 def _read_from(model: PreTrainedModel, partial: Path, decoder: Decoder, plan: Plan, done: int) -> None:
@@ -131,20 +141,26 @@ def _read_from(model: PreTrainedModel, partial: Path, decoder: Decoder, plan: Pl
         source.replace(f"{name}.weight", dense[f"{name}.weight"])
 
 
-def _write_block(writer: CheckpointWriter, block: QuantizedBlock) -> None:
+def _write_block(writer: CheckpointWriter, block: QuantizedBlock, plan: Plan) -> None:
     """Write what a block has that is new, and compare what the disk gives back."""
-    for name, weight in block.weights.items():
-        write_packed(writer, name, weight)
+    stored = {name: (weight, plan.formats[name], block.input_scales.get(name))
+              for name, weight in block.weights.items()}
+    for name, parts in stored.items():
+        write_packed(writer, name, *parts)
     for name, tensor in block.dense.items():
         writer.write(name, tensor)
     writer.sync()
-    for name, weight in block.weights.items():
-        for key, expected in packed_linear(name, weight).items():
-            if not torch.equal(writer.read(key), expected):
+    for name, parts in stored.items():
+        for key, expected in stored_linear(name, *parts).items():
+            if not _same_bytes(writer.read(key), expected):
                 raise SinkquantError(f"{key} reads back differently from what was written; check the disk.")
     for name, tensor in block.dense.items():
         if not torch.equal(writer.read(name), tensor):
             raise SinkquantError(f"{name} reads back differently from what was written; check the disk.")
+
+
+def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 def _losses(block: QuantizedBlock) -> str:

@@ -94,6 +94,25 @@ class PackedTensor:
         return dense.reshape(self.shape).to(self.dtype)
 
 
+@dataclass(frozen=True)
+class ScaledTensor:
+    """The dense weight that codes of a byte each and scales stand for, [rows, columns] in `dtype`."""
+
+    codes: StoredTensor
+    scale: StoredTensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As it is read."""
+        return self.codes.shape
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        scale = self.scale[...].float()
+        dense = self.codes[...].float().reshape(*scale.shape, -1) * scale[..., None]
+        return dense.reshape(self.shape).to(self.dtype)
+
+
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint by the name that it has on disk.
 
@@ -113,15 +132,18 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 def dense_tensors(tensors: Mapping[str, StoredTensor], bits: Mapping[str, int],
                   dtype: torch.dtype) -> dict[str, Stored]:
-    """Replace the three tensors of every packed linear by the dense weight that they stand for.
+    """Replace the tensors of every quantized linear by the dense weight that they stand for.
 
     Args:
-        bits: module name -> bits of every packed linear. dtype: of the dense weights.
+        bits: module name -> bits of every quantized linear. dtype: of the dense weights.
     """
     dense: dict[str, Stored] = {
         name: tensor for name, tensor in tensors.items()
-        if not (name.rpartition(".")[0] in bits and name.rpartition(".")[2].startswith("weight_"))}
+        if not (name.rpartition(".")[0] in bits and name.rpartition(".")[2].startswith(("weight", "input_")))}
     for name, width in bits.items():
+        if f"{name}.weight_packed" not in tensors:
+            dense[f"{name}.weight"] = ScaledTensor(tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"], dtype)
+            continue
         shape = tuple(int(size) for size in tensors[f"{name}.weight_shape"][...])
         dense[f"{name}.weight"] = PackedTensor(tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"],
                                                width, shape, dtype)

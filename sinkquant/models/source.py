@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from compressed_tensors.quantization import QuantizationArgs
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -31,10 +32,12 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.models.edits import Edit, EditedTensor
+from sinkquant.models.inputs import round_inputs
 from sinkquant.models.loading import loading_errors, read_config
 from sinkquant.models.shards import Stored, StoredTensor, dense_tensors, stored_tensors
 
 ATTRIBUTE = "sinkquant_source"
+FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "mixed-precision")
 COMPARED = 1 << 24
 """Values of two tensors that are compared at a time."""
 
@@ -57,9 +60,16 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel
     model.tie_weights()
     quantization = getattr(config, "quantization_config", None)
     tensors: dict[str, Stored] = dict(stored)
+    groups: dict[str, dict[str, Any]] = {}
     if quantization is not None:
-        tensors = dense_tensors(stored, _packed_bits(folder, quantization, stored), dtype)
+        groups = _groups(folder, quantization, stored)
+        bits = {name: int(group["weights"]["num_bits"]) for name, group in groups.items()}
+        tensors = dense_tensors(stored, bits, dtype)
     setattr(model, ATTRIBUTE, WeightSource(folder, model, tensors, dtype))
+    args = {name: QuantizationArgs(**group["input_activations"]) for name, group in groups.items()
+            if group.get("input_activations")}
+    round_inputs(model, dict(model.named_modules()), args,
+                 {name: stored[f"{name}.input_scale"][...] for name, one in args.items() if not one.dynamic})
     return model.eval()
 
 
@@ -256,24 +266,34 @@ def _finite(tensor: torch.Tensor) -> bool:
     return tensor.numel() == 0 or all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor))
 
 
-def _packed_bits(folder: Path, quantization: Any, stored: dict[str, StoredTensor]) -> dict[str, int]:
-    """Module name -> bits of every linear that is packed in compressed-tensors' symmetric `pack-quantized` format."""
+def _groups(folder: Path, quantization: Any, stored: dict[str, StoredTensor]) -> dict[str, dict[str, Any]]:
+    """Module name -> configuration group of every linear that is quantized in one of compressed-tensors' symmetric
+    formats that sinkquant writes."""
     settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
     settings = settings.get("quantization_config", settings)
-    if settings.get("quant_method") != "compressed-tensors" or settings.get("format") != "pack-quantized":
+    if settings.get("quant_method") != "compressed-tensors" or settings.get("format") not in FORMATS:
         raise RequestError(f"{folder} is quantized as {settings.get('quant_method')!r}; start from the unquantized "
                            "model.")
-    packed = {}
+    found = {}
     for name in stored:
         module, _, leaf = name.rpartition(".")
-        if leaf == "weight_packed":
+        if leaf == "weight_scale":
             groups = [group for group in settings["config_groups"].values()
                       if any(_matches(target, module) for target in group["targets"])]
-            if not groups or f"{module}.weight_zero_point" in stored:
+            if not groups or f"{module}.weight_zero_point" in stored or not _read_here(module, groups[0], stored):
                 raise RequestError(f"{folder} packs {module} in a way that sinkquant does not read; start from the "
                                    "unquantized model.")
-            packed[module] = int(groups[0]["weights"]["num_bits"])
-    return packed
+            found[module] = groups[0]
+    return found
+
+
+def _read_here(module: str, group: dict[str, Any], stored: dict[str, StoredTensor]) -> bool:
+    inputs = group.get("input_activations")
+    if group["weights"].get("strategy") not in ("group", "channel") or group.get("output_activations"):
+        return False
+    static = inputs is not None and not inputs.get("dynamic")
+    return inputs is None or (inputs.get("symmetric", True) and inputs.get("strategy") in ("token", "tensor")
+                              and (not static or f"{module}.input_scale" in stored))
 
 
 def _matches(target: str, module: str) -> bool:

@@ -21,6 +21,7 @@ from sinkquant.models.activations import ActivationStore
 from sinkquant.models.attention import AttentionObserver, observed_attention
 from sinkquant.models.decoder import Decoder
 from sinkquant.models.ends import next_token_losses, outside_modules, token_table
+from sinkquant.models.inputs import switch_of
 from sinkquant.models.memory import give_back
 from sinkquant.models.placement import compute_in
 
@@ -68,6 +69,9 @@ class Step:
         Raises:
             SinkquantError: it is not finite.
         """
+        switch = switch_of(self.walk.decoder.model)
+        if switch is not None:
+            switch.exact = None if self.walk.exact is None else self.walk.exact[self.batch]
         result = self.block(inputs.to(self.walk.device), **self.walk.arguments[self.index])
         given: torch.Tensor = result[0] if isinstance(result, tuple) else result
         if not torch.isfinite(given).all():
@@ -83,6 +87,8 @@ class Walk:
         rows: int64 [rows, length], all of one length, without padding.
         observers: see the attention of every layer while the walk goes on.
         store: where the hidden states of all rows live; RAM by default.
+
+    A model whose inputs are rounded lets the tokens of its exact prefix through as they are.
     """
 
     def __init__(self, decoder: Decoder, rows: torch.Tensor, batch_size: int, device: str = "cpu",
@@ -97,6 +103,7 @@ class Walk:
         self.store = store or ActivationStore()
         self.hidden = torch.empty(0)
         self.arguments: list[dict[str, Any]] = []
+        self.exact: torch.Tensor | None = None
         self._watching: list[AttentionObserver] = []
 
     def steps(self) -> Iterator[Step]:
@@ -139,6 +146,8 @@ class Walk:
     def _enter(self, watching: list[AttentionObserver]) -> None:
         """Embed all rows, and record the other arguments that the model hands to each of its blocks."""
         self._watching = watching
+        switch = switch_of(self.decoder.model)
+        self.exact = None if switch is None else switch.begun_with_prefix(self.rows)
         recorded: list[list[dict[str, Any]]] = []
         for probe in (self.rows[:1], self.rows[-1:]):
             with _recorded(self.decoder) as (_, arguments):

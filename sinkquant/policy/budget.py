@@ -141,6 +141,8 @@ def _one_more_bit(choice: Choice, columns: int) -> Choice | None:
 
 def _half_the_group(choice: Choice, columns: int) -> Choice | None:
     size = columns if choice.group_size == -1 else choice.group_size
+    if choice.kind == "float":  # engines multiply FP8 with one scale per channel
+        return None
     if size is None or size % 2 or size // 2 < SMALLEST_GROUP or columns % (size // 2):
         return None
     return replace(choice, group_size=size // 2)

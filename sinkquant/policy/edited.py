@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sinkquant.artifacts import ModelShape, Plan
 from sinkquant.errors import RequestError
+from sinkquant.policy.activations import check_inputs
 from sinkquant.policy.heads import accept_heads
 from sinkquant.policy.kv_cache import accept_kv
 from sinkquant.policy.plan import _finish
@@ -29,16 +30,20 @@ def accept_edited(plan: Plan, shape: ModelShape) -> Plan:
         raise RequestError(f"the plan lacks {missing[0]!r}; give it 16 bits to leave it alone.")
     for name in plan.modules:
         _check(name, plan, shape)
+    if plan.calibration.ranges == "exclude" and not (plan.kv_cache and plan.kv_cache.prefix):
+        raise RequestError("the plan's static ranges leave out the tokens of a prefix that its kv_cache does not have; "
+                           "set calibration.ranges to 'all'.")
     choices = {name: Choice(bits=d.bits, group_size=d.group_size, method=d.method, keep=d.keep,
-                            columns=tuple(d.columns), reason=d.reason) for name, d in plan.modules.items()}
+                            columns=tuple(d.columns), reason=d.reason, kind=d.kind, activations=d.activations,
+                            activation_scale=d.activation_scale) for name, d in plan.modules.items()}
     check_group_sizes(choices, shape)
     check_transforms(plan.transforms, shape, plan.kv_cache)
     counted = _finish(plan.name, choices, shape, Recipe.parse(plan.recipe), plan.calibration.sinks,
                       plan.calibration.statistics, plan.transforms)
     counted = keep_pruning(counted, plan, shape)
     return counted.model_copy(update={"calibration": plan.calibration, "kv_cache": accept_kv(plan.kv_cache, shape),
-                                      "silenced_heads": accept_heads(plan, shape),
-                                      "seed": plan.seed, "notes": plan.notes})
+                                      "silenced_heads": accept_heads(plan, shape), "seed": plan.seed,
+                                      "notes": list(dict.fromkeys([*plan.notes, *counted.notes]))})
 
 
 def _check(name: str, plan: Plan, shape: ModelShape) -> None:
@@ -53,6 +58,7 @@ def _check(name: str, plan: Plan, shape: ModelShape) -> None:
                            f"{shape.linears[name].fixed}.")
     for twin in shape.linears[name].fused_with:
         other = plan.modules.get(twin)
-        if other is not None and other.form != decision.form:
+        if other is not None and (other.form, other.inputs) != (decision.form, decision.inputs):
             raise RequestError(f"the plan gives {name} and {twin} different formats, but engines fuse them; "
-                               "give both the same bits and group_size.")
+                               "give both the same bits, group_size and activations.")
+    check_inputs(name, decision)

@@ -35,6 +35,9 @@ def _asking(recipe: Recipe) -> list[str]:
         found.append("protect.channels")
     if recipe.prune.heads != "none":
         found.append("prune.heads")
+    rounded = recipe.activations
+    if rounded.format != "16-bit" and rounded.scale == "tensor" and rounded.sinks in ("dynamic", "16-bit"):
+        found.append("activations.sinks")
     if recipe.budget != Budget():
         found.append("budget")
     if recipe.kv_cache is not None:

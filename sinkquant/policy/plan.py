@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from sinkquant.artifacts import Calibration, ModelShape, ModuleDecision, Plan, SinkMap, SinkSelector, Transform
 from sinkquant.artifacts.plan import Statistics
 from sinkquant.artifacts.sizes import checkpoint_bytes
 from sinkquant.errors import RequestError
+from sinkquant.policy.activations import (
+    EXCLUDED,
+    check_exclusion,
+    simulated_notes,
+    spare_sinks,
+    vllm_inputs,
+    with_inputs,
+)
 from sinkquant.policy.budget import choice_bytes, close_gap, evenly_spread, fill, linear_bytes
 from sinkquant.policy.heads import with_silenced_heads, with_small_heads
 from sinkquant.policy.kv_cache import make_kv_control, make_kv_plan
@@ -33,14 +42,16 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> Plan:
     check_same_model(shape, sink_map)
     asked = base_choices(shape, recipe)
     check_group_sizes(asked, shape)
-    base = share_formats(asked, shape)
-    choices = share_formats(protect(base, shape, sink_map, recipe), shape)
+    base = share_formats(with_inputs(asked, recipe), shape)
+    choices = share_formats(with_inputs(protect(base, shape, sink_map, recipe), recipe), shape)
     if recipe.budget.bits is not None:
         order = [name for name, _ in affected(shape, sink_map)]
         order += [name for name in evenly_spread(list(shape.linears)) if name not in order]
         choices = _within_budget(base, choices, shape, recipe.budget.bits, order)
+    choices = spare_sinks(choices, shape, sink_map, recipe)
     check_group_sizes(choices, shape)
     kv_cache = make_kv_plan(shape, sink_map, recipe)
+    excluded = check_exclusion(recipe, kv_cache)
     sinks = _selectors(sink_map, recipe) if recipe.protect.tokens else []
     if recipe.protect.tokens and recipe.protect.statistics == "exclude":
         # Every token reads the sink: leaving it out is only harmless where its keys and values stay as they were.
@@ -52,6 +63,9 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> Plan:
     statistics = recipe.protect.statistics if recipe.protect.tokens else "all"
     transforms = choose_transforms(choices, shape, recipe, kv_cache)
     plan = _finish("sink_aware", choices, shape, recipe, sinks, statistics, transforms)
+    if excluded:
+        plan.calibration.ranges = "exclude"
+        plan.notes.append(EXCLUDED)
     plan = with_silenced_heads(with_pruning(plan, shape, recipe), sink_map, recipe)
     return plan.model_copy(update={"kv_cache": kv_cache}).made_from(sink_map)
 
@@ -63,7 +77,7 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
     Args:
         aware: the plan to be matched.
     """
-    base = share_formats(base_choices(shape, recipe), shape)
+    base = share_formats(with_inputs(base_choices(shape, recipe), recipe), shape)
     allowed = sum(decision.bytes for decision in aware.modules.values())
     transforms = choose_transforms(base, shape, recipe, aware.kv_cache)
     plan = _finish("control", _evenly(base, shape, allowed), shape, recipe, [], "all", transforms)
@@ -96,7 +110,8 @@ def _finish(name: str, choices: dict[str, Choice], shape: ModelShape, recipe: Re
     weights = sum(linear.parameters for linear in shape.linears.values())
     modules = {
         module: ModuleDecision(bits=c.bits, group_size=c.group_size, method=c.method, keep=c.keep,  # type: ignore[arg-type]
-                               columns=list(c.columns), bytes=choice_bytes(shape, module, c), reason=c.reason)
+                               columns=list(c.columns), bytes=choice_bytes(shape, module, c), reason=c.reason,
+                               **_inputs(c))
         for module, c in choices.items()}
     settings = recipe.calibration
     return Plan(
@@ -109,7 +124,14 @@ def _finish(name: str, choices: dict[str, Choice], shape: ModelShape, recipe: Re
             act_order=recipe.weights.act_order, scale_search=recipe.weights.scale_search,
             descent=recipe.weights.descent, tune=recipe.weights.tune, statistics=statistics),
         predicted={"weight_bytes": float(total), "size_ratio": total / unquantized},
-        loads_in=_engines(choices))
+        loads_in=_engines(choices), notes=simulated_notes(choices))
+
+
+def _inputs(choice: Choice) -> dict[str, Any]:
+    """The fields of a decision that say what its inputs are rounded to; a linear that is left alone has none."""
+    if not choice.quantized:
+        return {}
+    return {"kind": choice.kind, "activations": choice.activations, "activation_scale": choice.activation_scale}
 
 
 def _selectors(sink_map: SinkMap, recipe: Recipe) -> list[SinkSelector]:
@@ -153,7 +175,8 @@ def _within_budget(base: dict[str, Choice], choices: dict[str, Choice], shape: M
 
 def _engines(choices: dict[str, Choice]) -> list[str]:
     formats = {(c.bits, c.group_size) for c in choices.values() if c.quantized}
-    vllm = all(bits in VLLM_BITS and size in VLLM_GROUPS for bits, size in formats)
+    vllm = all(bits in VLLM_BITS and size in VLLM_GROUPS for bits, size in formats) and all(
+        vllm_inputs(c) for c in choices.values() if c.quantized)
     return ["transformers", "vllm"] if vllm else ["transformers"]
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from sinkquant.artifacts import LinearShape, ModelShape, SinkMap
 from sinkquant.artifacts.formats import WeightFormat
-from sinkquant.artifacts.plan import Method
+from sinkquant.artifacts.plan import Method, stored_form
 from sinkquant.errors import RequestError
 from sinkquant.policy.patterns import match
 from sinkquant.recipe import Recipe
@@ -18,7 +19,8 @@ MIN_SINK_ENERGY = 0.05
 @dataclass(frozen=True)
 class Choice:
     """The format of one linear while a plan is being made. `bits` 16: left alone; `pinned`: the recipe names it, so
-    that neither a rule nor a budget changes it; `why`: what it is kept for."""
+    that neither a rule nor a budget changes it; `why`: what it is kept for; `kind`, `activations` and
+    `activation_scale` as in `ModuleDecision`."""
 
     bits: int
     group_size: int | None
@@ -28,16 +30,19 @@ class Choice:
     columns: tuple[int, ...] = field(default_factory=tuple)
     pinned: bool = False
     why: str = ""
+    kind: Literal["int", "float"] = "int"
+    activations: str = "16-bit"
+    activation_scale: str | None = None
 
     @property
     def quantized(self) -> bool:
         """Whether the linear is packed at all."""
-        return self.form.packed
+        return self.bits < 16
 
     @property
     def form(self) -> WeightFormat:
         """How the weights will be stored."""
-        return WeightFormat(self.bits, self.group_size)
+        return stored_form(self.bits, self.group_size, self.kind, self.activations, self.activation_scale)
 
 
 def base_choices(shape: ModelShape, recipe: Recipe) -> dict[str, Choice]:

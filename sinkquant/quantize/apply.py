@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -23,8 +23,11 @@ from sinkquant.models import (
     token_rows,
     weight_matrix,
 )
+from sinkquant.models.inputs import inputs_left_alone
+from sinkquant.quantize.fp8 import FP8
 from sinkquant.quantize.gptq import GPTQ
 from sinkquant.quantize.hessian import Hessian, collect
+from sinkquant.quantize.inputs import get_ready, in_front, put, round_block
 from sinkquant.quantize.packed import PackedWeight, row_chunks
 from sinkquant.quantize.pruning import check_heads, check_pruning, prune, silence, still_pruned, unheard
 from sinkquant.quantize.ranks import add_up, hand_over, my_rows, solver, this_rank
@@ -46,6 +49,7 @@ class QuantizedBlock:
         dense: parameter name -> its new values in the model's dtype, for what was changed and stays in 16 bits.
         kept: module name -> bool [rows, columns], the weights that pruning has left; others are zero.
         silent: output projection -> bool [columns], the input columns of heads that were taken out.
+        input_scales: module name -> stored scale of its inputs, [1], where it has one.
     """
 
     index: int
@@ -55,6 +59,7 @@ class QuantizedBlock:
     dense: dict[str, torch.Tensor] = field(default_factory=dict)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     silent: dict[str, torch.Tensor] = field(default_factory=dict)
+    input_scales: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def quantize(model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerBase | None = None,
@@ -80,19 +85,21 @@ def quantize(model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerB
     for block in quantized_blocks(decoder, plan, tokenizer, pick_device(device), getattr(torch, dtype), progress):
         state.weights |= block.weights
         state.losses |= block.losses
+        state.input_scales |= block.input_scales
     setattr(model, ATTRIBUTE, state)
     return model
 
 
 def quantized_blocks(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase | None, device: str,
                      dtype: torch.dtype, progress: Progress | None = None, store: ActivationStore | None = None,
-                     done: int = 0) -> Iterator[QuantizedBlock]:
+                     done: int = 0, input_scales: Mapping[str, torch.Tensor] | None = None) -> Iterator[QuantizedBlock]:
     """Carry out a plan block by block; each is yielded while its weights, dense and quantized, are in memory.
 
     Args:
         device, dtype: where Hessians and GPTQ are computed, and in which precision rows walk.
         store: where the hidden states of the calibration rows live.
         done: so many blocks are quantized already: rows walk through them as they are, and nothing is yielded.
+        input_scales: the stored scales of the inputs of these.
 
     Raises:
         RequestError: GPTQ without a tokenizer, or with too little text.
@@ -101,6 +108,7 @@ def quantized_blocks(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenize
     changed = set(plan.changed)
     todo = {name: decision for name, decision in plan.modules.items() if decision.bits < 16 or name in changed}
     scales = getattr(torch, scale_dtype(str(decoder.model.dtype).removeprefix("torch.")))
+    get_ready(decoder, plan, done, input_scales or {})
     if plan.needs_rows:
         blocks = _calibrated(decoder, plan, tokenizer, todo, scales, device, dtype, store, done)
     else:
@@ -140,8 +148,9 @@ def check(decoder: Decoder, plan: Plan) -> None:
             raise RequestError(f"the plan was made for another size of {name}; make a plan for this model.")
         for other in shape.linears[name].fused_with:
             twin = plan.modules.get(other)
-            if twin is None or twin.form != decision.form:
-                raise RequestError(f"{name} and {other} are fused by engines and must share bits and group size.")
+            if twin is None or (twin.form, twin.inputs) != (decision.form, decision.inputs):
+                raise RequestError(f"{name} and {other} are fused by engines and must share bits, group size and "
+                                   "activations.")
     if decoder.source is not None and decoder.source.edits:
         raise RequestError("this model is rotated already; open it again.")
     require_equivalent(decoder, plan)
@@ -155,6 +164,7 @@ def _rounded(decoder: Decoder, plan: Plan, todo: dict[str, ModuleDecision], scal
                 made = QuantizedBlock(index, name, {}, {}, silent=silence(decoder, plan, index))
                 for module, decision in _inside(name, todo).items():
                     _quantize_one(decoder, module, decision, plan, made, scales, None)
+                put(decoder, _inside(name, todo), {})  # no static ones: those need rows
                 yield made
 
 
@@ -166,7 +176,7 @@ def _calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase
     settings = plan.calibration
     rows = token_rows(tokenizer, read_text(settings.text, "calibration"), settings.rows,
                       min(settings.length, decoder.max_length), settings.bos, decoder.vocabulary)
-    rows = my_rows(rows, plan)
+    rows = my_rows(in_front(rows, plan, decoder.max_length), plan)
     weights = TokenWeights(rows, settings)
     rank, ranks = this_rank()
     shape = decoder.shape("")
@@ -179,7 +189,8 @@ def _calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase
         if plan.follows_unquantized and ideal is None:
             ideal = walk.hidden
         mine = _inside(step.name, todo)
-        made = QuantizedBlock(step.index, step.name, {}, {}, silent=silence(decoder, plan, step.index))
+        made = QuantizedBlock(step.index, step.name, {}, {}, silent=silence(decoder, plan, step.index),
+                              input_scales=round_block(step, decoder, plan, scales))
         # Fused modules read one input: its Hessian is collected once.
         source = {name: shape.linears[name].fused_with[0] for name in mine}
         readers = {source[name]: decoder.linears[source[name]] for name in mine}
@@ -187,7 +198,8 @@ def _calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase
         hessians = collect(step, readers, weights, ideal if asymmetric else None) if readers else {}
         add_up(hessians, readers, asymmetric)
         if ideal is not None:
-            ideal = step.replay(ideal)
+            with inputs_left_alone(decoder.model):
+                ideal = step.replay(ideal)
         last = {source[name]: name for name in mine}
         tuned = [name for name in mine if mine[name].bits < 16] if tune else []
         originals = {name: weight_matrix(decoder.linears[name]) for name in tuned}
@@ -255,6 +267,9 @@ def _quantize_one(decoder: Decoder, name: str, decision: ModuleDecision, plan: P
                       settings.scale_search, passes=settings.descent)
         packed = method.quantize(weight, hessian, name, seen.cross() if decision.method == "gptaq" else None,
                                  None if pruned is None else pruned.kept)
+    elif decision.kind == "float":
+        packed = FP8(scales, settings.scale_search).quantize(
+            weight if pruned is None else pruned.weight, None if hessian is None else hessian.diagonal())
     else:
         packed = RTN(decision.bits, decision.group_size, scales, settings.scale_search).quantize(
             weight if pruned is None else pruned.weight, None if hessian is None else hessian.diagonal())

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sinkquant.models import Step
+from sinkquant.models.inputs import inputs_left_alone
 from sinkquant.quantize.statistics import TokenWeights
 
 
@@ -43,7 +44,8 @@ class Hessian:
 
 def collect(step: Step, linears: dict[str, nn.Module], weights: TokenWeights,
             ideal: torch.Tensor | None = None) -> dict[str, Hessian]:
-    """Replay the rows through a block and take the Hessian of the input of some of its linears.
+    """Replay the rows through a block and take the Hessian of the input of some of its linears: as they come out of
+    its rounding, where inputs are rounded.
 
     Args:
         linears: name -> linear. Those that no token reaches are missing in the answer.
@@ -77,7 +79,8 @@ def collect(step: Step, linears: dict[str, nn.Module], weights: TokenWeights,
             step.batch = slice(start, min(start + size, len(step.walk.hidden)))
             if ideal is not None:
                 comparing = True
-                step.forward(ideal[step.batch])
+                with inputs_left_alone(step.walk.decoder.model):
+                    step.forward(ideal[step.batch])
                 comparing = False
             step.forward(step.walk.hidden[step.batch])
     finally:

@@ -14,7 +14,8 @@ CHUNK = 1 << 17
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """codes: int8 [rows, columns] in -2^(bits-1) .. 2^(bits-1) - 1; scale: 16-bit float [rows, groups]."""
+    """codes: int8 [rows, columns] in -2^(bits-1) .. 2^(bits-1) - 1, or float8_e4m3fn; scale: 16-bit float
+    [rows, groups]."""
 
     codes: torch.Tensor
     scale: torch.Tensor

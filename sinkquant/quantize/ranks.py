@@ -16,6 +16,7 @@ from torch import nn
 
 from sinkquant.artifacts import Plan
 from sinkquant.errors import RequestError
+from sinkquant.models.inputs import InputRanges
 from sinkquant.quantize.hessian import Hessian
 from sinkquant.quantize.packed import PackedWeight
 
@@ -87,6 +88,18 @@ def add_up(hessians: dict[str, Hessian], linears: Mapping[str, nn.Module], cross
             matrix.copy_(everywhere)
         if hessian.weight > 0:
             hessians[name] = hessian
+
+
+def widest(ranges: InputRanges, names: list[str]) -> None:
+    """Give every rank the smallest and the largest input that any rank has seen, in place."""
+    if this_rank()[1] == 1:
+        return
+    for name in sorted(names):
+        seen = name in ranges.low
+        ends = torch.tensor([-float(ranges.low[name]), float(ranges.high[name])] if seen else [-torch.inf, -torch.inf])
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+        if ends[1] > -torch.inf:
+            ranges.low[name], ranges.high[name] = -ends[0], ends[1]
 
 
 def solver(index: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from sinkquant.artifacts import Plan
@@ -17,11 +18,13 @@ UNPACKED = "sinkquant_unpacked"
 
 @dataclass
 class QuantizedState:
-    """The plan that was carried out, the packed weights, and the relative error that every module was left with."""
+    """The plan that was carried out, the packed weights, the relative error that every module was left with, and the
+    stored scales, [1], of inputs that have one."""
 
     plan: Plan
     weights: dict[str, PackedWeight] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
+    input_scales: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def state_of(model: nn.Module) -> QuantizedState:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sinkquant.models import Step
+from sinkquant.models.inputs import switch_of
 from sinkquant.quantize.packed import PackedWeight
 from sinkquant.quantize.scales import storable
 from sinkquant.quantize.statistics import TokenWeights
@@ -118,6 +119,9 @@ def _loss(step: Step, dense: dict[str, torch.Tensor], chosen: torch.Tensor, targ
     device = step.walk.device
     inputs, wanted = step.walk.hidden[chosen].to(device), target[chosen].to(device).float()
     dense = {name: weight.to(inputs.dtype) for name, weight in dense.items()}
+    switch = switch_of(step.walk.decoder.model)
+    if switch is not None:
+        switch.exact = None if step.walk.exact is None else step.walk.exact[chosen]
     result = torch.func.functional_call(step.block, dense, (inputs,), step.walk.arguments[step.index])
     given = (result[0] if isinstance(result, tuple) else result).float()
     relative = (given - wanted).square().mean(-1) / wanted.square().mean(-1).clamp(min=1e-30)

@@ -87,13 +87,15 @@ def test_other_formats_are_refused_by_name(copy: Path, method: str) -> None:
         load(copy)
 
 
-def test_quantized_activations_and_caches_are_refused(copy: Path) -> None:
+def test_quantized_outputs_and_caches_are_refused(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())["quantization_config"]
     inputs = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
-    groups = {name: group | {"input_activations": inputs} for name, group in config["config_groups"].items()}
-    edit(copy, config_groups=groups)
-    with pytest.raises(RequestError, match="quantizes activations too"):
-        load(copy)
+    for changes, message in (({"output_activations": inputs}, "quantizes what linears give"),
+                             ({"input_activations": inputs | {"strategy": "group", "group_size": 32}}, "by group")):
+        groups = {name: group | changes for name, group in config["config_groups"].items()}
+        edit(copy, config_groups=groups)
+        with pytest.raises(RequestError, match=message):
+            load(copy)
     edit(copy, config_groups=config["config_groups"], kv_cache_scheme={"num_bits": 8, "type": "float"})
     with pytest.raises(RequestError, match="quantizes its KV cache"):
         load(copy)

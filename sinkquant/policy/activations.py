@@ -1,0 +1,122 @@
+"""What the inputs of every linear are rounded to, and where the sinks ask for more than one scale for all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from sinkquant.artifacts import KVCachePlan, ModelShape, ModuleDecision, SinkMap
+from sinkquant.artifacts.formats import DEPLOYED
+from sinkquant.errors import RequestError
+from sinkquant.policy.rules import Choice
+from sinkquant.recipe import Recipe
+
+
+def with_inputs(choices: dict[str, Choice], recipe: Recipe) -> dict[str, Choice]:
+    """The recipe's input format for every linear whose weights are quantized.
+
+    Raises:
+        RequestError: FP8 with weights that no engine multiplies with FP8 inputs, or no quantized linear at all.
+    """
+    settings = recipe.activations
+    if settings.format == "16-bit":
+        return choices
+    if not any(choice.quantized for choice in choices.values()):
+        raise RequestError(f"activations.format {settings.format} rounds the inputs of quantized linears, and the "
+                           "recipe leaves all weights alone; quantize some, or set activations.format=16-bit.")
+    if settings.format == "fp8":
+        for name, choice in choices.items():
+            if choice.quantized and (choice.bits, choice.group_size) != (8, -1):
+                raise RequestError(f"FP8 inputs are multiplied with FP8 weights of one scale per channel, but {name} "
+                                   f"gets {choice.bits} bits in groups of {choice.group_size}; set weights.bits=8 and "
+                                   "weights.group_size=-1 (and its override).")
+            if choice.quantized and choice.method != "rtn":
+                raise RequestError(f"FP8 weights are rounded to nearest, but {name} gets {choice.method}; set "
+                                   "weights.method=rtn (and its override).")
+        if recipe.weights.tune:
+            raise RequestError("FP8 weights are not tuned; set weights.tune=0.")
+    kind: Literal["int", "float"] = "float" if settings.format == "fp8" else "int"
+    return {name: replace(choice, kind=kind, activations=settings.format, activation_scale=settings.scale)
+            if choice.quantized else choice for name, choice in choices.items()}
+
+
+def spare_sinks(choices: dict[str, Choice], shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> dict[str, Choice]:
+    """Linears whose static range the sinks would set get a scale per token, or inputs of 16 bits, as the recipe says;
+    with all that engines fuse with them."""
+    settings = recipe.activations
+    if settings.format == "16-bit" or settings.scale == "token" or settings.sinks not in ("dynamic", "16-bit"):
+        return choices
+    chosen = dict(choices)
+    for name, statistics in sink_map.modules.items():
+        others = statistics.input_max_without_sinks
+        if name not in chosen or statistics.input_max <= settings.range_ratio * others:
+            continue
+        why = (f"sinks set their range ({statistics.input_max:.3g} against {others:.3g} elsewhere)")
+        for member in shape.linears[name].fused_with or [name]:
+            choice = chosen[member]
+            if not choice.quantized or choice.activation_scale != "tensor":
+                continue
+            if settings.sinks == "dynamic":
+                chosen[member] = replace(choice, activation_scale="token",
+                                         reason=f"{choice.reason}; its inputs get a scale per token: {why}")
+            else:
+                chosen[member] = replace(choice, activations="16-bit", activation_scale=None,
+                                         reason=f"{choice.reason}; its inputs stay in 16 bits: {why}")
+    return chosen
+
+
+def check_exclusion(recipe: Recipe, kv_cache: KVCachePlan | None) -> bool:
+    """Whether static ranges leave the exact prefix out.
+
+    Raises:
+        RequestError: they are to, and there is none: sinks would then be clipped.
+    """
+    settings = recipe.activations
+    if settings.format == "16-bit" or settings.scale != "tensor" or settings.sinks != "exclude":
+        return False
+    if kv_cache is None or not kv_cache.prefix:
+        raise RequestError("activations.sinks 'exclude' clips the sinks unless they never come through the quantized "
+                           "linears: set kv_cache.prefix=bos or found, or use 'dynamic'.")
+    return True
+
+
+def check_inputs(name: str, decision: ModuleDecision) -> None:
+    """Refuse inputs that an edited plan gives and nothing could carry out.
+
+    Raises:
+        RequestError: a format without a scale or the other way round, or one that does not go with the weights.
+    """
+    rounded = decision.activations != "16-bit"
+    if rounded != (decision.activation_scale is not None):
+        raise RequestError(f"the plan gives {name} activations {decision.activations!r} with the activation_scale "
+                           f"{decision.activation_scale!r}; '16-bit' goes with null, all others with 'token' or "
+                           "'tensor'.")
+    if rounded and decision.bits == 16:
+        raise RequestError(f"the plan rounds the inputs of {name}, whose weights stay in 16 bits; give it "
+                           "activations '16-bit'.")
+    fp8 = decision.kind == "float"
+    if (decision.activations == "fp8" and not fp8) or (fp8 and decision.activations not in ("fp8", "16-bit")):
+        raise RequestError(f"the plan gives {name} {decision.activations} activations and weights of the kind "
+                           f"{decision.kind!r}; 'fp8' goes with 'float'.")
+    if fp8 and (decision.bits, decision.group_size, decision.method) != (8, -1, "rtn"):
+        raise RequestError(f"the plan gives {name} floating-point weights, which take 8 bits, group_size -1 and the "
+                           "method 'rtn'.")
+
+
+def simulated_notes(choices: dict[str, Choice]) -> list[str]:
+    """A sentence for every input format that no checkpoint can ask for."""
+    forms = sorted({c.activations for c in choices.values() if c.quantized and c.activations != "16-bit"} - DEPLOYED)
+    return [f"{form} activations are simulated: sinkquant rounds inputs when it evaluates, no engine does, and the "
+            "checkpoint holds the quantized weights alone" for form in forms]
+
+
+EXCLUDED = ("static ranges leave the exact prefix out: the checkpoint is right only where rows start from the keys and "
+            "values in kv_prefix; an engine that computes the prefix itself clips the sinks")
+"""What a reader of such a plan has to know."""
+
+
+def vllm_inputs(choice: Choice) -> bool:
+    """Whether vLLM multiplies such inputs with such weights: 8-bit ones with 8-bit weights of one scale per channel."""
+    if choice.activations not in DEPLOYED:
+        return True
+    return choice.bits == 8 and choice.group_size == -1
