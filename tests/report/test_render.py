@@ -62,7 +62,7 @@ def test_json_and_markdown_hold_the_same(folder, report):
     for table in tables:
         assert len({line.count("|") for line in table.strip().splitlines()}) == 1
         assert len(table.strip().splitlines()) > 2
-    assert "| sink-aware | 1,000 | 25.0 % | 4.500 | 16 |" in markdown
+    assert "| sink-aware | 1,000 | 25.0 % | 4.500 | 16-bit | 16 |" in markdown
 
 
 def test_two_renderings_have_the_same_bytes(tmp_path, report, sink_map, plan):
