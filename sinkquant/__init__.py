@@ -1,6 +1,7 @@
 """sinkquant: find the attention sinks, decide what to keep exact, quantize the rest, prove it."""
 
 from sinkquant.artifacts import Diagnosis, Plan, Report, SinkMap
+from sinkquant.cut import cut_heads
 from sinkquant.detect import detect
 from sinkquant.diagnose import diagnose
 from sinkquant.errors import RequestError, SinkquantError
@@ -20,6 +21,7 @@ __all__ = [
     "RequestError",
     "SinkMap",
     "SinkquantError",
+    "cut_heads",
     "detect",
     "diagnose",
     "evaluate",

@@ -236,6 +236,27 @@ def _checkpoint_of(place: str) -> str:
     return f"{place}/model" if Path(place, "model", "config.json").is_file() else place
 
 
+@app.command(name="cut-heads")
+def cut(model: ModelArgument,
+        output: Annotated[Path, typer.Option("-o", "--output", help="The smaller model's folder; must not exist yet.")],
+        sink_map: Annotated[Path | None, typer.Option(help="A sink map made with prune.heads=no-op; default: detect "
+                                                           "now.")] = None,
+        assignments: SetOption = None, text: TextOption = None, trust_remote_code: TrustOption = False) -> None:
+    """Write a model without the heads that do nothing, in smaller shapes that plain transformers loads."""
+    recipe = Recipe().replace(["prune.heads=no-op", *(assignments or [])])
+    from sinkquant.cut import cut_heads
+    from sinkquant.formats import require_free
+    from sinkquant.models import load_tokenizer, open_model, resolve
+
+    require_free(output)
+    folder = resolve(model)
+    found = SinkMap.load(sink_map) if sink_map else _detect(model, text, recipe, trust_remote_code)
+    kept = cut_heads(open_model(folder, trust_remote_code=trust_remote_code),
+                     load_tokenizer(folder, trust_remote_code), found, output, recipe)
+    out.print(f"{len(kept[0])} of {found.model.kv_heads} key-value heads are left in every layer: {output}",
+              soft_wrap=True, highlight=False)
+
+
 @app.command()
 def report(folders: Annotated[list[Path], typer.Argument(help="One run's folder, or several to compare.")],
            output: Annotated[Path | None, typer.Option("-o", "--output", help="Where the page goes.")] = None) -> None:
