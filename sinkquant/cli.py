@@ -334,12 +334,10 @@ class _Bars:
 @contextmanager
 def _progress() -> Iterator[_Bars]:
     """Bars on a terminal, silence elsewhere; the libraries' own chatter is turned off."""
-    from datasets.utils.logging import disable_progress_bar
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    disable_progress_bar()
     logging.getLogger("compressed_tensors").setLevel(logging.ERROR)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, disable=not err.is_terminal) as progress:

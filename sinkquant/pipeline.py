@@ -55,7 +55,6 @@ from sinkquant.quantize import quantize
 from sinkquant.quantize.ranks import join, this_rank
 from sinkquant.quantize.transforms import rotate
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe
-from sinkquant.report import write
 from sinkquant.workfolder import WorkFolder, run_key, work_folder
 
 Progress = Callable[[int, int, str], None]
@@ -185,6 +184,8 @@ class _Job:
                 after[one.name] = self.look_again(place, one.name)
         with self.work.timed("evaluate"):
             report = self.evaluate(plans, sink_map, after)
+        from sinkquant.report import write  # matplotlib
+
         return write(self.work.path, report.model_copy(update={"resources": self.resources(aware)}), sink_map, aware,
                      after["sink_aware"])
 

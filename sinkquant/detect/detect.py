@@ -190,6 +190,7 @@ class _Surveyor:
                 watched = self.inputs.watching(step) if survey is surveys[recorded] else contextlib.nullcontext()
                 with watched, survey.spikes.watching(step.index):
                     survey.stream.run(step)
+                step.advance()
                 survey.table.require_causal(len(survey.rows), type(self.decoder.model).__name__)
                 survey.table.close_layer()
             if self.progress:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from sinkquant.recipe import Detection
 
 TOP = 4
 """Channels remembered per token: more than one, since a token may carry several massive channels."""
+PIECE = 1 << 20
+"""Values that are looked at at a time."""
 
 
 class ResidualStream:
@@ -33,15 +35,19 @@ class ResidualStream:
         self.top_values: list[torch.Tensor] = []
         self.top_channels: list[torch.Tensor] = []
 
-    def add(self, name: str, states: list[torch.Tensor]) -> None:
+    def add(self, name: str, states: Iterable[torch.Tensor]) -> None:
         """One boundary: hidden states of all rows, as batches of [rows, length, hidden_size]."""
-        magnitudes = [state.abs().float() for state in states]
+        boundary = _Boundary()
+        for state in states:
+            boundary.add(state)
+        self._close(name, boundary)
+
+    def _close(self, name: str, boundary: _Boundary) -> None:
         self.names.append(name)
-        self.maximum.append(torch.stack([m.amax(dim=(0, 1)) for m in magnitudes]).amax(0).cpu())
-        self.median.append(float(torch.stack([m.median() for m in magnitudes]).mean()))
-        top = [m.topk(min(TOP, m.shape[-1]), dim=-1) for m in magnitudes]
-        self.top_values.append(torch.cat([t.values for t in top]).cpu())
-        self.top_channels.append(torch.cat([t.indices for t in top]).cpu())
+        self.maximum.append(torch.stack(boundary.maximum).amax(0))
+        self.median.append(float(torch.tensor(boundary.median).mean()))
+        self.top_values.append(torch.cat(boundary.top_values))
+        self.top_channels.append(torch.cat(boundary.top_channels))
 
     def ratio(self, boundary: int) -> torch.Tensor:
         """[hidden_size], largest |h| of every channel over the boundary's median |h|."""
@@ -51,13 +57,53 @@ class ResidualStream:
         """Run a step of the walk and record the boundaries in and after its block."""
         if step.index == 0:
             self.add("embedding", [step.walk.hidden])
-        with _recorded(find_middle(step)) as recorded:
+        middle, between = find_middle(step), _Boundary()
+        with _watched(middle, between, step.walk.hidden.shape[1:]):
             outputs = step.run()
-        # Some blocks flatten rows and positions between their sub-blocks (OPT).
-        states = [state.reshape(-1, *outputs.shape[1:]) for state in recorded]
-        if states:
-            self.add(f"layers.{step.index}.attention", states)
-        self.add(f"layers.{step.index}.mlp" if states else f"layers.{step.index}", [outputs])
+        if middle is not None:
+            self._close(f"layers.{step.index}.attention", between)
+        self.add(f"layers.{step.index}.mlp" if middle is not None else f"layers.{step.index}", [outputs])
+
+
+class _Boundary:
+    """What is kept of the batches of one boundary; the hidden states themselves are not."""
+
+    def __init__(self) -> None:
+        self.maximum: list[torch.Tensor] = []
+        self.median: list[float] = []
+        self.top_values: list[torch.Tensor] = []
+        self.top_channels: list[torch.Tensor] = []
+
+    def add(self, states: torch.Tensor) -> None:
+        """states: [rows, length, hidden_size]."""
+        for part in states.split(max(1, PIECE // states[0].numel())):
+            magnitudes = part.abs().float()
+            self.maximum.append(magnitudes.amax(dim=(0, 1)).cpu())
+            top = magnitudes.topk(min(TOP, part.shape[-1]), dim=-1)
+            self.top_values.append(top.values.cpu())
+            self.top_channels.append(top.indices.cpu())
+        self.median.append(median_magnitude(states))
+
+
+def median_magnitude(states: torch.Tensor) -> float:
+    """`states.abs().float().median()`, of at least one finite value, without a copy of `states`.
+
+    The bits of a float that is not negative are ordered as the float is: their upper half is counted over all values,
+    then the lower half of those whose upper half is the median's.
+    """
+    rank, bits = (states.numel() - 1) // 2, 0
+    for shift in (16, 0):
+        counts = torch.zeros(1 << 16, dtype=torch.long, device=states.device)
+        for part in states.reshape(-1).split(PIECE):
+            ordered = part.abs().float().view(torch.int32)
+            if shift == 0:
+                ordered = ordered[ordered >> 16 == bits >> 16]
+            counts += torch.bincount(ordered >> shift & 0xFFFF, minlength=1 << 16)
+        below = counts.cumsum(0)
+        half = int(torch.searchsorted(below, rank, right=True))
+        rank -= int(below[half] - counts[half])
+        bits |= half << shift
+    return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
 
 
 class MassiveChannel:
@@ -176,24 +222,33 @@ def _close(a: torch.Tensor, b: torch.Tensor, probe: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _recorded(middle: Middle | None) -> Iterator[list[torch.Tensor]]:
-    """The residual stream at `middle` for every batch that runs in the context; an empty list for None."""
-    states: list[torch.Tensor] = []
+def _watched(middle: Middle | None, boundary: _Boundary, shape: torch.Size) -> Iterator[None]:
+    """Add the residual stream at `middle` to `boundary` for every batch that runs in the context; nothing for None.
+
+    Args:
+        shape: [length, hidden_size]; some blocks flatten rows and positions between their sub-blocks (OPT).
+    """
     if middle is None:
-        yield states
+        yield
         return
+    parallel, entered = middle.parallel_to, []
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states.append(args[0] if args else kwargs["hidden_states"])
+        state = args[0] if args else kwargs["hidden_states"]
+        if parallel is None:
+            boundary.add(state.reshape(-1, *shape))
+        else:
+            entered.append(state)
 
     def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        states[-1] = states[-1] + (output[0] if isinstance(output, tuple) else output)
+        state = entered.pop() + (output[0] if isinstance(output, tuple) else output)
+        boundary.add(state.reshape(-1, *shape))
 
-    handles = [(middle.parallel_to or middle.module).register_forward_pre_hook(before, with_kwargs=True)]
-    if middle.parallel_to is not None:
+    handles = [(parallel or middle.module).register_forward_pre_hook(before, with_kwargs=True)]
+    if parallel is not None:
         handles.append(middle.module.register_forward_hook(after))
     try:
-        yield states
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -1,9 +1,10 @@
 """Checkpoint -> Report, with lm-eval, beside the unquantized model and a control of the same size."""
 
+from typing import Any
+
 from sinkquant.evaluate.divergence import Divergence, compare_rows, row_divergences
 from sinkquant.evaluate.evaluate import BASELINE, Candidate, Compare, evaluate, require_tasks_possible
-from sinkquant.evaluate.harness import SinkLM
-from sinkquant.evaluate.run import TaskResult, run_tasks
+from sinkquant.evaluate.results import TaskResult
 from sinkquant.evaluate.statistics import paired_difference
 from sinkquant.evaluate.tasks import LOCAL_TASKS, build_tasks
 
@@ -23,3 +24,16 @@ __all__ = [
     "row_divergences",
     "run_tasks",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`SinkLM` and `run_tasks` bring lm-eval with them: 130 MB that nothing but evaluation needs."""
+    if name == "SinkLM":
+        from sinkquant.evaluate.harness import SinkLM
+
+        return SinkLM
+    if name == "run_tasks":
+        from sinkquant.evaluate.run import run_tasks
+
+        return run_tasks
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,7 @@ from sinkquant.artifacts import KVCachePlan, Measure, Paired, Report, Row, SinkF
 from sinkquant.artifacts.report import Fidelity
 from sinkquant.errors import RequestError
 from sinkquant.evaluate.divergence import row_divergences
-from sinkquant.evaluate.run import TaskResult, require_tasks, run_tasks
+from sinkquant.evaluate.results import TaskResult
 from sinkquant.evaluate.statistics import Samples, paired_difference, recovery, standard_error
 from sinkquant.evaluate.tasks import LOCAL_TASKS, build_tasks, ready_tasks
 from sinkquant.evaluate.verdict import judge
@@ -72,6 +72,8 @@ def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, re
     names = [candidate.name for candidate in candidates]
     if not names or len(set(names)) < len(names):
         raise RequestError(f"evaluation needs candidates with names of their own, not {names}.")
+    from sinkquant.evaluate.run import run_tasks  # lm-eval takes 130 MB, which detection and quantization do without
+
     settings = recipe.evaluate
     bos = starts_with_bos(tokenizer, recipe.calibration.bos)
     content = read_text(settings.text, "evaluation")
@@ -132,6 +134,8 @@ def require_tasks_possible(recipe: Recipe) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             build_tasks(documents(content), Path(temporary), recipe.seed, tasks=settings.tasks)
     if set(settings.tasks) - set(LOCAL_TASKS):
+        from sinkquant.evaluate.run import require_tasks
+
         require_tasks(settings.tasks)
 
 

@@ -8,7 +8,6 @@ import logging
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +24,10 @@ from sinkquant.artifacts import KVCachePlan, Measure
 from sinkquant.errors import RequestError
 from sinkquant.evaluate.cached import CachedSinkLM
 from sinkquant.evaluate.harness import SinkLM
+from sinkquant.evaluate.results import TaskResult
 from sinkquant.evaluate.statistics import Samples, standard_error, value_of
 from sinkquant.evaluate.tasks import LOCAL_TASKS
 from sinkquant.recipe import near_miss
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """One task of one model.
-
-    Attributes:
-        measures: metric -> value and standard error. Metrics behind a filter of lm-eval are named "metric,filter".
-        samples: metric -> (numerators, denominators) per document, for paired statistics; metrics that are not a
-            function of the ratio of their sums have none.
-        higher_is_better: by metric.
-        documents: how many were scored.
-    """
-
-    measures: dict[str, Measure]
-    samples: dict[str, Samples]
-    higher_is_better: dict[str, bool] = field(default_factory=dict)
-    documents: int = 0
 
 
 def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], folder: Path | None,

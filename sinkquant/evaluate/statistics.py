@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.stats import bootstrap
 
 Samples = tuple[list[float], list[float]]
 """Per document: numerators, denominators. The metric is a function of the ratio of their sums."""
@@ -51,6 +50,8 @@ def paired_difference(metric: str, a: Samples, b: Samples, resamples: int, seed:
     Raises:
         ValueError: the two were not measured on the same number of documents.
     """
+    from scipy.stats import bootstrap  # large, and only evaluation needs it
+
     columns = [np.asarray(part, dtype=np.float64) for part in (*a, *b)]
     if len({len(column) for column in columns}) != 1 or not len(columns[0]):
         raise ValueError("paired samples need the same documents, at least one")

@@ -12,8 +12,8 @@ from torch import nn
 from sinkquant.models.decoder import Decoder
 from sinkquant.models.placement import compute_in
 
-HEAD_ROWS = 1 << 15
-"""Rows of the output head that are computed with at a time."""
+HEAD_VALUES = 1 << 25
+"""Weights of the output head that are computed with at a time: 128 MB in float32."""
 
 
 def outside_modules(decoder: Decoder) -> list[nn.Module]:
@@ -83,15 +83,16 @@ def _head_pieces(decoder: Decoder, device: str, dtype: torch.dtype) -> Iterator[
     """Put one piece of the output head after the other into its place: the rows start..stop; stop is None where the
     head is small enough to be one piece, or is no linear."""
     head = decoder.model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or len(head.weight) <= HEAD_ROWS:
+    if not isinstance(head, nn.Linear) or head.weight.numel() <= HEAD_VALUES:
         heads = [] if head is None else [head]
         with decoder.present(heads), compute_in(heads, device, dtype):
             yield 0, None
         return
     before = dict(head._parameters)
+    count, piece = len(head.weight), max(1, HEAD_VALUES // head.weight.shape[1])
     try:
-        for start in range(0, len(head.weight), HEAD_ROWS):
-            stop = min(start + HEAD_ROWS, len(before["weight"]))  # type: ignore[arg-type]
+        for start in range(0, count, piece):
+            stop = min(start + piece, count)
             for leaf, parameter in before.items():
                 if parameter is not None:
                     part = _rows_of(decoder, parameter, torch.arange(start, stop)).to(device, dtype)

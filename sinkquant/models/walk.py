@@ -49,6 +49,11 @@ class Step:
         self.outputs = self.replay(self.walk.hidden)
         return self.outputs
 
+    def advance(self) -> None:
+        """Let the walk hold the outputs of a step that was run, so that its inputs can go. It cannot run again."""
+        assert self.outputs is not None
+        self.walk.hidden = self.outputs
+
     def replay(self, inputs: torch.Tensor) -> torch.Tensor:
         """What the block makes of other inputs than the walk's, without any effect on the walk. Same shapes as `run`.
 

@@ -74,7 +74,7 @@ def test_losses_with_a_head_in_pieces(tiny: PreTrainedModel, monkeypatch: pytest
     for _ in walk.steps():
         pass
     whole = walk.losses()
-    monkeypatch.setattr("sinkquant.models.ends.HEAD_ROWS", 50)
+    monkeypatch.setattr("sinkquant.models.ends.HEAD_VALUES", 50 * 64)
     torch.testing.assert_close(walk.losses(), whole, rtol=1e-6, atol=1e-6)
     with torch.no_grad():
         logits = tiny(ROWS).logits.double()
