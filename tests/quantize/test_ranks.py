@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_runs import model_folder, small_recipe
 
 import sinkquant as sq
@@ -26,7 +27,8 @@ sq.run(recipe, model, out)
 
 def test_two_processes_give_what_one_gives(tmp_path: Path, text_file: Path) -> None:
     model = model_folder(tmp_path / "model")
-    recipe = small_recipe(text_file, "evaluate.skip=true", "weights.descent=0", "calibration.rows=5")
+    recipe = small_recipe(text_file, "evaluate.skip=true", "weights.descent=0", "calibration.rows=5",
+                          "activations.format=int8", "activations.scale=tensor", "activations.sinks=all")
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     (tmp_path / "task.py").write_text(TASK, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
@@ -35,6 +37,10 @@ def test_two_processes_give_what_one_gives(tmp_path: Path, text_file: Path) -> N
                                                           "OMP_NUM_THREADS": "1"})
     sq.run(recipe, model, tmp_path / "one")
     one, two = (load_dense(tmp_path / name / "model").state_dict() for name in ("one", "two"))
+    scales = [{name: float(tensor) for name, tensor in load_file(tmp_path / place / "model/model.safetensors").items()
+               if name.endswith("layers.0.self_attn.q_proj.input_scale")} for place in ("one", "two")]
+    assert len(scales[0]) == 1
+    assert scales[0] == scales[1]  # the range is that of all rows
     for name, weight in one.items():
         # The sums differ by rounding, so that a code on the edge may fall to the other side, and what follows with it.
         differs = ((weight - two[name]).abs() > 1e-6 * weight.abs().max()).float().mean()
