@@ -116,7 +116,7 @@ class Weights(Section):
     loss instead of the whole range; `descent`: rounds of coordinate descent over codes and scales after GPTQ; `tune`:
     iterations of sign-gradient tuning of every block's codes and scales at the end; slow, and not better everywhere.
     Before all that, changes after which the model computes the same: `rotate` by a Hadamard matrix, "values" of every
-    head or "full", the residual stream as well.
+    head or "full", the residual stream as well; `smooth` channels, by "smoothquant" with `smooth_strength` or "awq".
     """
 
     method: Literal["rtn", "gptq", "gptaq"] = "gptq"
@@ -124,6 +124,8 @@ class Weights(Section):
     group_size: GroupSize = 64
     symmetric: Literal[True] = True
     rotate: Literal["none", "values", "full"] = "none"
+    smooth: Literal["none", "smoothquant", "awq"] = "none"
+    smooth_strength: float = Field(default=0.5, ge=0, le=1)
     damping: float = Field(default=0.01, gt=0, lt=1)
     act_order: bool = True
     scale_search: bool = True
@@ -181,14 +183,15 @@ class Protect(Section):
     `tokens`: sink tokens count in the statistics of calibration as `statistics` says, which costs no bytes. "boost":
     as often as they are read, up to `sink_weight` (1: as any other); "cap": no more than the mean token; "attention":
     every token by the attention that it receives; "exclude": not at all; "all": as any other.
-    `channels` "module": linears whose input ranges the sinks set get `bits`, at most `max_share` of all weights.
+    `channels` "module": linears whose input ranges the sinks set get `bits`, at most `max_share` of all weights;
+    "scale": their sink columns are scaled up, and the norm or the linear before them down, at no cost in bytes.
     `modules`: patterns protected in any case. The defaults are what measured best beside controls of the same size.
     """
 
     tokens: bool = True
     statistics: Literal["all", "boost", "attention", "cap", "exclude"] = "boost"
     sink_weight: float = Field(default=16.0, ge=1)
-    channels: Literal["none", "module"] = "none"
+    channels: Literal["none", "module", "scale"] = "none"
     bits: Bits = Field(default=8, ge=3, le=16)
     max_share: float = Field(default=0.1, ge=0, le=1)
     modules: list[str] = Field(default_factory=list)

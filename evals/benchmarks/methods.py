@@ -1,7 +1,8 @@
 """Method x bits x statistics policy: mean KL divergence and perplexity on held-out rows, with paired intervals.
 
     python evals/benchmarks/methods.py MODEL [--methods rtn gptq gptaq] [--statistics all boost] [--bits 4 3 2]
-                                             [--set weights.descent=0 ...] [--checkpoint NAME=DIR ...]
+                                             [--transforms none awq rotate ...] [--set weights.descent=0 ...]
+                                             [--checkpoint NAME=DIR ...]
     python evals/benchmarks/methods.py MODEL --rows rows.safetensors
 
 Every line is one quantization of the whole model, on the same calibration rows. A `--checkpoint`, a peer's for
@@ -11,6 +12,7 @@ instance (`peers.py` makes them, from the rows that `--rows` writes), is measure
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from sinkquant.artifacts import Transform
 from sinkquant.detect import detect
 from sinkquant.evaluate.divergence import Divergence, compare_rows
 from sinkquant.evaluate.statistics import paired_difference
@@ -31,6 +34,11 @@ from sinkquant.recipe import Recipe
 HEADER = ("| | bits | tokens | KL, nats | 95 % interval | less than the first line of these bits | perplexity | "
           "CPU s |\n|---|---:|---|---:|---|---|---:|---:|")
 RESAMPLES = 2000
+TRANSFORMS = {"none": [], "values": ["weights.rotate=values"], "rotate": ["weights.rotate=full"],
+              "smoothquant": ["weights.smooth=smoothquant"], "awq": ["weights.smooth=awq"],
+              "scale": ["protect.channels=scale"], "weighed": []}
+"""What is done before quantizing. "weighed" does nothing, but lets rounding to nearest see the calibration rows, as the
+transforms that need them do: its scale search weighs columns by their inputs then."""
 
 
 def main() -> None:
@@ -39,6 +47,8 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--methods", nargs="*", default=["rtn", "gptq", "gptaq"])
     parser.add_argument("--statistics", nargs="+", default=["all", "boost"])
+    parser.add_argument("--transforms", nargs="+", default=["none"], choices=list(TRANSFORMS))
+    parser.add_argument("--held-out", type=int, default=64, help="held-out rows")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more of the recipe")
     parser.add_argument("--checkpoint", nargs="*", default=[], metavar="NAME:BITS=DIR")
@@ -49,7 +59,8 @@ def main() -> None:
     tokenizer = load_tokenizer(resolve(arguments.model))
     recipe = Recipe().replace(["detect.super_weights=false", *arguments.set])
     settings, limit = recipe.calibration, Decoder.of(base).max_length
-    held_out = token_rows(tokenizer, read_text(arguments.text, "evaluation"), 64, min(512, limit))
+    held_out = token_rows(tokenizer, read_text(arguments.text, "evaluation"), arguments.held_out,
+                          min(512, limit))
     if arguments.rows:
         calibration = token_rows(tokenizer, read_text(settings.text, "calibration"), settings.rows,
                                  min(settings.length, limit), settings.bos)
@@ -73,15 +84,20 @@ def candidates(arguments: argparse.Namespace, base: PreTrainedModel,
     sink_map = detect(base, tokenizer, recipe=recipe, name=arguments.model)
     shape = Decoder.of(base).shape(arguments.model)
     for bits in arguments.bits:
-        for method in arguments.methods:
-            # Rounding to nearest takes no statistics.
-            for statistics in arguments.statistics if method != "rtn" else ["none"]:
-                assigned = [f"weights.bits={bits}", f"weights.method={method}"]
+        for method, transform in itertools.product(arguments.methods, arguments.transforms):
+            # Rounding to nearest alone, and a rotation, take no statistics.
+            plain = method == "rtn" and transform in ("none", "values", "rotate")
+            for statistics in ["none"] if plain else arguments.statistics:
+                assigned = [f"weights.bits={bits}", f"weights.method={method}", *TRANSFORMS[transform]]
                 assigned += [f"protect.statistics={statistics}"] if statistics != "none" else []
                 model = load_model(resolve(arguments.model), torch.float32)
                 start = time.process_time()
-                quantize(model, make_plan(shape, sink_map, recipe.replace(assigned)), tokenizer)
-                yield method, str(bits), statistics, model, time.process_time() - start
+                plan = make_plan(shape, sink_map, recipe.replace(assigned))
+                if transform == "weighed":
+                    plan = plan.model_copy(update={"transforms": [Transform(name="scale")]})
+                quantize(model, plan, tokenizer)
+                name = method if transform == "none" else f"{method}, {transform}"
+                yield name, str(bits), statistics, model, time.process_time() - start
 
 
 def line(name: str, bits: str, tokens: str, found: Divergence, first: Divergence, seconds: float | None,

@@ -137,8 +137,12 @@ def _read_from(model: PreTrainedModel, partial: Path, decoder: Decoder, plan: Pl
             if decision.bits < 16 and decoder.block_of(name) < done}
     changed = [name for name in plan.changed if decoder.block_of(name) < done]
     dense = dense_tensors(stored_tensors(partial), bits, model.dtype)
-    for name in [*bits, *changed]:
-        source.replace(f"{name}.weight", dense[f"{name}.weight"])
+    names = {f"{name}.weight" for name in [*bits, *changed]}
+    if any(transform.name != "rotate" for transform in plan.transforms):  # norms and biases have changed as well
+        names |= {name for name, _ in model.named_parameters() if name.startswith(
+            tuple(f"{block}." for block in decoder.block_names[:done]))}
+    for name in sorted(names):
+        source.replace(name, dense[name])
 
 
 def _write_block(writer: CheckpointWriter, block: QuantizedBlock, plan: Plan) -> None:

@@ -23,7 +23,7 @@ from sinkquant.policy.heads import with_silenced_heads, with_small_heads
 from sinkquant.policy.kv_cache import make_kv_control, make_kv_plan
 from sinkquant.policy.pruning import with_pruning
 from sinkquant.policy.rules import Choice, affected, base_choices, check_group_sizes, protect, share_formats
-from sinkquant.policy.transforms import choose_transforms, shape_after
+from sinkquant.policy.transforms import choose_transforms, scale_sinks, shape_after
 from sinkquant.recipe import Recipe
 
 EVEN_TOLERANCE = 0.002
@@ -43,7 +43,8 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> Plan:
     asked = base_choices(shape, recipe)
     check_group_sizes(asked, shape)
     base = share_formats(with_inputs(asked, recipe), shape)
-    choices = share_formats(with_inputs(protect(base, shape, sink_map, recipe), recipe), shape)
+    protected = scale_sinks(protect(base, shape, sink_map, recipe), shape, sink_map, recipe)
+    choices = share_formats(with_inputs(protected, recipe), shape)
     if recipe.budget.bits is not None:
         order = [name for name, _ in affected(shape, sink_map)]
         order += [name for name in evenly_spread(list(shape.linears)) if name not in order]
@@ -165,7 +166,7 @@ def _within_budget(base: dict[str, Choice], choices: dict[str, Choice], shape: M
     for name in reversed(order):
         if linear_bytes(shape, choices) <= allowed:
             break
-        if choices[name].keep and not choices[name].pinned:
+        if choices[name].keep not in (None, "scale") and not choices[name].pinned:
             choices = choices | {
                 member: replace(floor[member], reason=f"{floor[member].bits} bits: the budget of {bits} bits does not "
                                                       f"pay for its protection ({choices[member].why})")

@@ -34,7 +34,7 @@ from sinkquant.quantize.ranks import add_up, hand_over, my_rows, solver, this_ra
 from sinkquant.quantize.rtn import RTN
 from sinkquant.quantize.state import ATTRIBUTE, QuantizedState, is_quantized
 from sinkquant.quantize.statistics import TokenWeights
-from sinkquant.quantize.transforms import require_equivalent, rotate
+from sinkquant.quantize.transforms import require_equivalent, rotate, scale_block
 from sinkquant.quantize.tune import Tune
 
 Progress = Callable[[int, int, str], None]
@@ -189,7 +189,9 @@ def _calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase
         if plan.follows_unquantized and ideal is None:
             ideal = walk.hidden
         mine = _inside(step.name, todo)
-        made = QuantizedBlock(step.index, step.name, {}, {}, silent=silence(decoder, plan, step.index),
+        silent = silence(decoder, plan, step.index)
+        scaled = scale_block(decoder, step, plan, weights, shape)
+        made = QuantizedBlock(step.index, step.name, {}, {}, silent=silent,
                               input_scales=round_block(step, decoder, plan, scales))
         # Fused modules read one input: its Hessian is collected once.
         source = {name: shape.linears[name].fused_with[0] for name in mine}
@@ -216,7 +218,9 @@ def _calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase
             for name, packed in tune.run(step, linears, made.weights, originals, ideal, weights, made.kept).items():
                 seen = hessians.get(source[name])
                 _put(decoder, name, packed, made, originals[name], None if seen is None else seen.mean())
-        if mine:
+        made.dense.update({parameter: decoder.model.get_parameter(parameter).data.to("cpu", stored)
+                           for parameter, stored in scaled.items()})
+        if mine or scaled:
             step.run()  # the next block must see what this one gives now
         yield made
 

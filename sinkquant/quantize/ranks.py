@@ -62,8 +62,10 @@ def my_rows(rows: torch.Tensor, plan: Plan) -> torch.Tensor:
         return rows
     if len(rows) < ranks:
         raise RequestError(f"there are {len(rows)} calibration rows for {ranks} processes; start fewer.")
-    if plan.calibration.tune or plan.calibration.statistics == "cap":
-        raise RequestError("weights.tune and capped statistics need all rows in one process; start without torchrun.")
+    scaled = any(transform.name != "rotate" for transform in plan.transforms)
+    if plan.calibration.tune or plan.calibration.statistics == "cap" or scaled:
+        raise RequestError("weights.tune, weights.smooth, protect.channels=scale and capped statistics need all rows "
+                           "in one process; start without torchrun.")
     return rows.tensor_split(ranks)[rank]
 
 

@@ -25,12 +25,18 @@ from sinkquant.policy import make_plan
 ROWS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
 CASES = [
     ("llama", {"tie_word_embeddings": True}, ["weights.rotate=full"]),
-    ("llama", {}, ["weights.rotate=values", "weights.method=rtn"]),
     ("mixtral", {}, ["weights.rotate=full", "weights.method=rtn"]),
     ("gpt_oss", {"num_hidden_layers": 3}, ["weights.rotate=full"]),
     ("gpt_neox", {}, ["weights.rotate=full", "weights.method=gptaq"]),
     ("opt", {"tie_word_embeddings": True}, ["weights.rotate=full", "weights.ignore=['*.fc1']"]),
-    ("phi3", {}, ["weights.rotate=full", "weights.tune=2"]),
+    ("phi3", {}, ["weights.rotate=full", "weights.method=rtn"]),
+    ("qwen2", {}, ["weights.smooth=awq", "weights.method=rtn"]),
+    ("gemma2", {}, ["weights.smooth=smoothquant", "weights.ignore=['*.gate_proj']", "weights.method=gptaq"]),
+    ("opt", {}, ["weights.rotate=values", "weights.smooth=awq", "protect.channels=scale"]),
+    ("llama", {"tie_word_embeddings": True}, ["weights.rotate=full", "weights.smooth=awq", "weights.tune=2"]),
+    ("mixtral", {}, ["protect.channels=scale", "weights.method=rtn"]),
+    ("llama", {}, ["weights.smooth=smoothquant", "weights.bits=8", "weights.group_size=-1", "activations.format=int8",
+                   "activations.scale=tensor"]),
 ]
 
 
@@ -44,10 +50,10 @@ def prepared(folder: Path, text: Path, family: str, config: dict[str, Any],
     model_folder(folder, family, torch.bfloat16, **config)
     jolt(load_model(folder)).save_pretrained(folder)
     decoder = Decoder.of(open_model(folder))
-    down = next(name for name in decoder.linears if decoder.block_of(name) == 1)
-    sink_map = sink_map_of(decoder, {down: 0.5})
-    recipe = sq.Recipe().replace(["weights.group_size=32", "weights.descent=0", "calibration.rows=4",
-                                  "calibration.length=16",
+    first = next(name for name in decoder.linears if decoder.block_of(name) == 1)
+    sink_map = sink_map_of(decoder, {first: 0.5})
+    recipe = sq.Recipe().replace(["weights.group_size=32", "weights.scale_search=false", "weights.descent=0",
+                                  "calibration.rows=4", "calibration.length=16",
                                   f"calibration.text={text}", *changes])
     return folder, make_plan(decoder.shape("tiny"), sink_map, recipe), sink_map
 
@@ -66,11 +72,12 @@ def test_memory_disk_and_plain_transformers_agree(family: str, config: dict[str,
         assert torch.equal(plain(ROWS, use_cache=False).logits, model(ROWS, use_cache=False).logits)
 
 
-@pytest.mark.parametrize("changes", [["weights.rotate=full"]], ids=str)
-def test_a_killed_run_ends_with_the_same_bytes(changes: list[str], tmp_path: Path, text_file: Path,
+@pytest.mark.parametrize(("family", "changes"), [
+    ("qwen2", ["weights.rotate=full", "weights.smooth=awq"]), ("mixtral", ["weights.smooth=smoothquant"])])
+def test_a_killed_run_ends_with_the_same_bytes(family: str, changes: list[str], tmp_path: Path, text_file: Path,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, plan, _ = prepared(tmp_path / "in", text_file, "llama", {"tie_word_embeddings": True},
-                               [*changes, "weights.ignore=['*.1.*.up_proj']"])
+    folder, plan, _ = prepared(tmp_path / "in", text_file, family, {"tie_word_embeddings": True},
+                               [*changes, "weights.ignore=['*.1.*.v_proj']"])
     quantize_to(tmp_path / "whole", open_model(folder), plan, tiny_tokenizer())
     write, left = stream._write_block, [2]
 

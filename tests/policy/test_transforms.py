@@ -15,8 +15,12 @@ from sinkquant.recipe import Recipe
 RECIPE = Recipe().replace(["weights.group_size=32"])
 
 
-def planned(decoder: Decoder, *changes: str) -> Plan:
-    return make_plan(decoder.shape("tiny"), sink_map_of(decoder), RECIPE.replace(changes))
+Q, K, DOWN, OUT = (f"model.layers.1.{leaf}" for leaf in (
+    "self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj", "self_attn.o_proj"))
+
+
+def planned(decoder: Decoder, *changes: str, energies: dict[str, float] | None = None) -> Plan:
+    return make_plan(decoder.shape("tiny"), sink_map_of(decoder, energies), RECIPE.replace(changes))
 
 
 def test_a_plan_without_transforms_is_what_it_was() -> None:
@@ -55,3 +59,61 @@ def test_a_gate_on_channels_that_a_rotation_spreads_is_refused() -> None:
     with pytest.raises(RequestError, match="min_massive_overlap compares channels"):
         planned(decoder, "weights.rotate=full", "gate.min_massive_overlap=0.5")
     assert planned(decoder, "weights.rotate=values", "gate.min_massive_overlap=0.5").transforms
+
+
+def test_smoothing_takes_rows_and_says_so() -> None:
+    decoder = Decoder.of(tiny_model("llama"))
+    plan = planned(decoder, "weights.method=rtn", "weights.rotate=values", "weights.smooth=smoothquant",
+                   "weights.smooth_strength=0.7")
+    assert [transform.name for transform in plan.transforms] == ["rotate", "smoothquant"]
+    assert plan.transforms[1].strength == 0.7
+    assert plan.needs_rows
+    assert planned(decoder, "weights.smooth=awq").transforms == [Transform(name="awq")]
+
+
+def test_sink_columns_are_scaled_where_something_before_takes_it_and_cost_nothing() -> None:
+    decoder = Decoder.of(tiny_model("llama"))
+    found = {Q: 0.5, DOWN: 0.4, OUT: 0.3}
+    plain = planned(decoder, energies=found)
+    plan = planned(decoder, "protect.channels=scale", energies=found)
+    assert plan.weight_bytes == plain.weight_bytes
+    assert plan.transforms == [Transform(name="scale")]
+    kept = {name for name, decision in plan.modules.items() if decision.keep == "scale"}
+    assert kept == {Q, K, K.replace("k_proj", "v_proj"), DOWN, OUT}
+    assert all(plan.modules[name].columns == [3] for name in kept)
+    assert "model.layers.1.mlp.up_proj down" in plan.modules[DOWN].reason
+    assert "it reads what model.layers.1.self_attn.q_proj reads" in plan.modules[K].reason
+    aware = make_control(decoder.shape("tiny"), sink_map_of(decoder, found),
+                         RECIPE.replace(["protect.channels=scale"]), plan)
+    assert aware.transforms == []
+
+
+def test_sink_columns_are_left_unprotected_with_the_reason_where_nothing_takes_a_scale() -> None:
+    neox = Decoder.of(tiny_model("gpt_neox"))
+    down = "gpt_neox.layers.1.mlp.dense_4h_to_h"
+    plan = planned(neox, "protect.channels=scale", energies={down: 0.5})
+    assert plan.transforms == []
+    assert "left unprotected, since no norm or linear that is known stands before it" in plan.modules[down].reason
+    decoder = Decoder.of(tiny_model("llama"))
+    plan = planned(decoder, "protect.channels=scale", "weights.rotate=full", energies={Q: 0.5, OUT: 0.4, DOWN: 0.3})
+    assert {name for name, decision in plan.modules.items() if decision.keep} == {DOWN}
+    assert "weights.rotate=full spreads" in plan.modules[Q].reason
+    plan = planned(decoder, "protect.channels=scale", "weights.rotate=values", energies={OUT: 0.4})
+    assert "weights.rotate=values spreads" in plan.modules[OUT].reason
+
+
+def test_values_that_a_prefix_has_to_fit_are_not_scaled() -> None:
+    decoder = Decoder.of(tiny_model("llama", head_dim=32))
+    cached = ("kv_cache.prefix=bos", "kv_cache.group_size=32")
+    plan = planned(decoder, "weights.smooth=awq", "protect.channels=scale", *cached, energies={OUT: 0.5, DOWN: 0.4})
+    assert [transform.values for transform in plan.transforms] == [False, False]
+    assert "the prefix of the KV cache" in plan.modules[OUT].reason
+    plan.transforms[0] = Transform(name="awq")
+    with pytest.raises(RequestError, match="scales values, which the prefix"):
+        accept_edited(plan, decoder.shape("tiny"))
+
+
+def test_a_budget_does_not_give_up_what_costs_nothing() -> None:
+    decoder = Decoder.of(tiny_model("llama"))
+    plan = planned(decoder, "protect.channels=scale", "budget.bits=5", "weights.bits=4", energies={DOWN: 0.5})
+    assert plan.modules[DOWN].keep == "scale"

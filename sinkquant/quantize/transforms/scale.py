@@ -1,0 +1,55 @@
+"""A plan's scales, block by block while the calibration rows walk."""
+
+from __future__ import annotations
+
+import torch
+
+from sinkquant.artifacts import ModelShape, Plan, Transform
+from sinkquant.models import Decoder, Step
+from sinkquant.quantize.statistics import TokenWeights
+from sinkquant.quantize.transforms.places import Inputs, Place, fold, places, watch, weight_of
+from sinkquant.quantize.transforms.search import Reader
+from sinkquant.quantize.transforms.smooth import AWQ, ScaleSinks, SmoothQuant
+
+
+def scale_block(decoder: Decoder, step: Step, plan: Plan, weights: TokenWeights,
+                shape: ModelShape) -> dict[str, torch.dtype]:
+    """Carry out the scales of a plan on the block at hand, whose weights are not quantized yet.
+
+    Args:
+        shape: of the model as it is stored; in the walk its dtypes are those of the computation.
+
+    Returns:
+        the parameters that have changed and are not packed later on, each with its dtype in the checkpoint.
+    """
+    asked = [transform for transform in plan.transforms if transform.name != "rotate"]
+    if not asked:
+        return {}
+    stored = {name: getattr(torch, dtype) for name, (dtype, _) in shape.tensors.items()}
+    packed = frozenset(plan.formats)
+    block = decoder.structure.blocks[step.index]
+    changed: set[str] = set()
+    for transform in asked:
+        found = list(places(block, transform.values))
+        for place, seen in zip(found, watch(decoder, step, found, weights), strict=True):
+            scale = None if seen is None else _scale(decoder, plan, transform, place, seen)
+            if scale is not None and not bool((scale == 1).all()):
+                changed |= fold(decoder, place, scale, stored, packed)
+    return {name: stored[name] for name in sorted(changed) if name.removesuffix(".weight") not in packed}
+
+
+def _scale(decoder: Decoder, plan: Plan, transform: Transform, place: Place, seen: Inputs) -> torch.Tensor | None:
+    """The scale of a place's channels; None where nothing that reads them is packed, or asks for it."""
+    mine = [matrix for matrix in place.readers if matrix.module in plan.formats]
+    if not mine:
+        return None
+    readers = [Reader(weight_of(decoder, matrix), plan.formats[matrix.module]) for matrix in mine]
+    search = plan.calibration.scale_search
+    if transform.name == "smoothquant":
+        strength = 0.5 if transform.strength is None else transform.strength
+        return SmoothQuant(strength).scale(place, seen, [weight_of(decoder, matrix) for matrix in place.readers])
+    if transform.name == "awq":
+        return AWQ(search).scale(place, seen, readers)
+    decisions = [plan.modules[matrix.module] for matrix in mine]
+    columns = frozenset(column for one in decisions if one.keep == "scale" for column in one.columns)
+    return ScaleSinks(columns, search).scale(place, seen, readers) if columns else None

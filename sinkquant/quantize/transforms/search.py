@@ -1,0 +1,68 @@
+"""What a scale of channels is worth: the error that rounding to nearest leaves in the linears that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from sinkquant.artifacts.formats import WeightFormat
+from sinkquant.quantize.packed import dequantize, group_scales, to_codes
+
+ROWS = 128
+"""Rows of a weight that the error is taken over, evenly spread: rows are rounded one by one."""
+SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+"""Shares of a group's range that are tried where scales are searched: coarse, since scales of channels are compared."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A linear that will be packed: its weight, float32 [rows, columns], and its format."""
+
+    weight: torch.Tensor
+    form: WeightFormat
+
+    def sample(self) -> Reader:
+        """The same with at most `ROWS` rows."""
+        step = -(-len(self.weight) // ROWS)
+        return Reader(self.weight[::step], self.form)
+
+
+def best(candidates: Iterable[torch.Tensor], readers: list[Reader], hessian: torch.Tensor,
+         scale_search: bool) -> torch.Tensor:
+    """The scale of the columns, of several [columns], that leaves the least error, the first of equals.
+
+    The error of a reader is trace(dW H dW^T) / trace(W H W^T): the weighted squared error of what it gives.
+    """
+    metric = hessian.float()
+    sampled = [reader.sample() for reader in readers]
+    totals = [max(_norm(reader.weight, metric), 1e-30) for reader in sampled]
+    found, least = None, float("inf")
+    for scale in candidates:
+        error = sum(_rounding_error(reader, scale, metric, scale_search) / total
+                    for reader, total in zip(sampled, totals, strict=True))
+        if found is None or error < least:
+            found, least = scale, error
+    assert found is not None
+    return found
+
+
+def _rounding_error(reader: Reader, scale: torch.Tensor, metric: torch.Tensor, scale_search: bool) -> float:
+    assert reader.form.group_size is not None
+    weight = reader.weight * scale
+    reach = group_scales(weight, reader.form.bits, reader.form.group_size, torch.bfloat16).float()
+    groups = (*reach.shape, -1)
+    grouped, cost = weight.reshape(groups), (metric.diagonal() / scale.square()).reshape(1, reach.shape[1], -1)
+    rounded, least = torch.empty_like(grouped), torch.full_like(reach, torch.inf)
+    for share in SHARES if scale_search else SHARES[:1]:
+        part = dequantize(to_codes(weight, reach * share, reader.form.bits), reach * share).reshape(groups)
+        error = ((part - grouped).square() * cost).sum(-1)
+        rounded = torch.where((error < least)[..., None], part, rounded)
+        least = torch.minimum(least, error)
+    return _norm(rounded.reshape(weight.shape) / scale - reader.weight, metric)
+
+
+def _norm(rows: torch.Tensor, metric: torch.Tensor) -> float:
+    """trace(X H X^T) of some rows."""
+    return float(((rows @ metric) * rows).sum(dtype=torch.float64))
