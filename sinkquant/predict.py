@@ -133,7 +133,8 @@ class _Job:
         self.heads = int(decoder.model.config.get_text_config(decoder=True).num_attention_heads)
         methods = {recipe.weights.method, *(o.method for o in recipe.weights.overrides)} - {None, "rtn"}
         static = recipe.activations.format != "16-bit" and recipe.activations.scale == "tensor"
-        self.calibrated = bool(methods) or static or recipe.prune.method in ("wanda", "sparsegpt")
+        scaled = recipe.weights.smooth != "none" or recipe.protect.channels == "scale"
+        self.calibrated = bool(methods) or static or scaled or recipe.prune.method in ("wanda", "sparsegpt")
         self.asymmetric = "gptaq" in methods
         self.memory = memory_allowed(recipe)
 

@@ -289,6 +289,8 @@ def _inner(block: nn.Module, matrices: dict[str, Matrix]) -> Iterator[Pair]:
         prefix = f"{parent}." if parent else ""
         columns = _size(block, path, columns=True)
         every = torch.arange(columns)
+        if any("norm" in child for child, _ in block.get_submodule(parent).named_children() if parent):
+            continue
         if leaf in ("down_proj", "w2"):
             gate, up = ("gate_proj", "up_proj") if leaf == "down_proj" else ("w1", "w3")
             if f"{prefix}{gate}" in matrices and f"{prefix}{up}" in matrices:

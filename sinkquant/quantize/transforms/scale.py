@@ -5,11 +5,15 @@ from __future__ import annotations
 import torch
 
 from sinkquant.artifacts import ModelShape, Plan, Transform
+from sinkquant.errors import SinkquantError
 from sinkquant.models import Decoder, Step
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.quantize.transforms.places import Inputs, Place, fold, places, watch, weight_of
 from sinkquant.quantize.transforms.search import Reader
 from sinkquant.quantize.transforms.smooth import AWQ, ScaleSinks, SmoothQuant
+
+TOLERANCE = 0.03
+"""Largest difference of a block's outputs over the largest output; linears that stay in 16 bits are rounded anew."""
 
 
 def scale_block(decoder: Decoder, step: Step, plan: Plan, weights: TokenWeights,
@@ -21,6 +25,9 @@ def scale_block(decoder: Decoder, step: Step, plan: Plan, weights: TokenWeights,
 
     Returns:
         the parameters that have changed and are not packed later on, each with its dtype in the checkpoint.
+
+    Raises:
+        SinkquantError: the block does not compute the same afterwards.
     """
     asked = [transform for transform in plan.transforms if transform.name != "rotate"]
     if not asked:
@@ -29,12 +36,17 @@ def scale_block(decoder: Decoder, step: Step, plan: Plan, weights: TokenWeights,
     packed = frozenset(plan.formats)
     block = decoder.structure.blocks[step.index]
     changed: set[str] = set()
+    row = step.walk.hidden[:1]
+    expected = step.forward(row)
     for transform in asked:
         found = list(places(block, transform.values))
         for place, seen in zip(found, watch(decoder, step, found, weights), strict=True):
             scale = None if seen is None else _scale(decoder, plan, transform, place, seen)
             if scale is not None and not bool((scale == 1).all()):
                 changed |= fold(decoder, place, scale, stored, packed)
+    if float((step.forward(row) - expected).abs().max()) > TOLERANCE * float(expected.abs().max()):
+        raise SinkquantError(f"{step.name} does not compute the same after its channels were scaled; leave out "
+                             "weights.smooth and protect.channels=scale for this architecture.")
     return {name: stored[name] for name in sorted(changed) if name.removesuffix(".weight") not in packed}
 
 

@@ -56,6 +56,16 @@ def test_widths_that_are_no_powers_of_two(family: str, size: dict[str, int], mon
         torch.testing.assert_close(model(ROWS).logits, expected, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("family", ["olmo", "cohere", "nemotron", "starcoder2", "phi", "gemma"])
+def test_families_that_nobody_named(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, family, FAMILIES["llama"] | {"head_dim": 16})
+    model = jolt(tiny_model(family))
+    with torch.no_grad():
+        expected = model(ROWS).logits
+        Rotate("full", 1).apply(Decoder.of(model))
+        torch.testing.assert_close(model(ROWS).logits, expected, rtol=0, atol=1e-5)
+
+
 def test_it_spreads_a_massive_channel() -> None:
     model = tiny_model("llama")
     model.get_input_embeddings().weight.data[:, 7] = 50

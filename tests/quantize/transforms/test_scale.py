@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 
 from sinkquant.artifacts import Plan
 from sinkquant.artifacts.formats import WeightFormat
+from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.models import Decoder, Step, Walk
 from sinkquant.policy import make_plan
+from sinkquant.quantize import ranks
 from sinkquant.quantize.rtn import RTN
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.quantize.transforms import scale_block
@@ -178,6 +180,16 @@ def test_where_scales_are_searched_the_error_is_that_of_clipped_ranges(seen: tup
     assert not torch.equal(plain, searched)
 
 
+def test_a_block_that_computes_something_else_than_its_names_say_is_noticed() -> None:
+    model = jolt(tiny_model("llama"))
+    mlp = model.model.layers[0].mlp
+    mlp.forward = lambda x: mlp.down_proj((mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)).sign())
+    with pytest.raises(SinkquantError, match=r"model.layers.0 does not compute the same"):
+        scaled(model, "weights.smooth=smoothquant")
+    mlp.ffn_sub_norm = torch.nn.LayerNorm(128)
+    assert not Decoder.of(model).structure.blocks[0].inner
+
+
 def test_what_sinks_weigh_moves_the_scales() -> None:
     def weights(policy: str) -> torch.Tensor:
         model = tiny_model("llama")
@@ -191,9 +203,6 @@ def test_what_sinks_weigh_moves_the_scales() -> None:
 
 
 def test_scales_are_refused_under_several_processes(monkeypatch: pytest.MonkeyPatch, tiny: PreTrainedModel) -> None:
-    from sinkquant.errors import RequestError
-    from sinkquant.quantize import ranks
-
     monkeypatch.setattr(ranks, "this_rank", lambda: (0, 2))
     decoder = Decoder.of(tiny)
     ranks.my_rows(CALIBRATION, planned(decoder, "weights.rotate=full"))
