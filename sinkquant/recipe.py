@@ -113,8 +113,8 @@ class Weights(Section):
     """How weights are quantized where nothing is protected. `group_size` -1 is one scale per output channel.
 
     `method` "gptaq" is GPTQ that also makes up for what earlier blocks lost. `scale_search`: scales with the least
-    loss instead of the whole range; `descent`: rounds of coordinate descent over codes and scales after GPTQ; `tune`:
-    iterations of sign-gradient tuning of every block's codes and scales at the end; slow, and not better everywhere.
+    loss instead of the whole range; `descent`: rounds of coordinate descent after GPTQ (codes, scales) and SparseGPT;
+    `tune`: iterations of sign-gradient tuning of every block's codes and scales at the end; slow, not always better.
     Before all that, changes after which the model computes the same: `rotate` by a Hadamard matrix, "values" of every
     head or "full", the residual stream as well; `smooth` channels, by "smoothquant" with `smooth_strength` or "awq".
     """

@@ -109,7 +109,7 @@ class Calibration(Strict):
 
     `text` is null for the packaged text. `statistics` is the policy that says what a token weighs; without `sinks`
     every token weighs the same, but under "attention". `scale_search`: scales are searched, not taken from the range;
-    `descent`: rounds of coordinate descent after GPTQ; `tune`: iterations of block-wise tuning after all.
+    `descent`: rounds of coordinate descent after GPTQ or SparseGPT; `tune`: iterations of block-wise tuning after all.
     `ranges`: which tokens static ranges of activations are taken from: all, or all but those of the exact prefix.
     """
 

@@ -255,7 +255,9 @@ def _quantize_one(decoder: Decoder, name: str, decision: ModuleDecision, plan: P
     if seen is not None and silent is not None:
         unheard(seen, silent)
     hessian = None if seen is None else seen.mean()
-    pruned = None if decision.prune is None else prune(weight, decision.prune, hessian, settings.damping, name)
+    # GPTQ takes the zeros alone, and comes back to the other weights itself.
+    passes = 0 if decision.method in CALIBRATED else settings.descent
+    pruned = None if decision.prune is None else prune(weight, decision.prune, hessian, settings.damping, passes, name)
     if silent is not None:
         pruned = still_pruned(pruned, weight, silent)
     if pruned is not None:

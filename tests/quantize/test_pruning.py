@@ -16,6 +16,7 @@ from sinkquant.quantize import GPTQ, RTN
 from sinkquant.quantize.descent import descend
 from sinkquant.quantize.pruning import Magnitude, SparseGPT, Wanda
 from sinkquant.quantize.pruning.masks import least
+from sinkquant.quantize.pruning.refine import refine
 
 PATTERNS: list[tuple[float, tuple[int, int] | None]] = [(0.5, None), (0.5, (2, 4)), (0.3, None), (0.75, (1, 4)),
                                                         (0.5, (4, 8))]
@@ -72,6 +73,24 @@ def test_each_method_beats_the_one_that_knows_less() -> None:
         weighed = loss(Wanda(0.5, group).prune(weight, hessian.diagonal()).weight, weight, hessian)
         made_up = loss(SparseGPT(0.5, group).prune(weight, hessian).weight, weight, hessian)
         assert made_up < 0.8 * weighed < 0.8 * small
+
+
+@pytest.mark.parametrize("group", [None, (2, 4)])
+def test_descent_ends_where_no_weight_that_is_left_can_be_improved(group: tuple[int, int] | None) -> None:
+    weight, hessian = problem(6, 160)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(160)
+    pruned = SparseGPT(0.5, group).prune(weight, hessian)
+    before = loss(pruned.weight, weight, damped)
+    for passes in (1, 3, 200):
+        refined = refine(pruned, weight, damped, passes)
+        assert not refined.weight[~pruned.kept].any()
+        after = loss(refined.weight, weight, damped)
+        assert after < before
+        before = after
+    for row in range(6):  # the least squares of every row over the columns that it keeps
+        kept = pruned.kept[row]
+        best = torch.linalg.solve(damped[kept][:, kept], (damped @ weight[row].double())[kept])
+        assert torch.allclose(refined.weight[row, kept].double(), best, atol=1e-3)
 
 
 @settings(max_examples=25)

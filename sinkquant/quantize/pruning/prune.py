@@ -8,17 +8,21 @@ from torch import nn
 from sinkquant.artifacts.pruning import Pruning
 from sinkquant.errors import RequestError
 from sinkquant.models import weight_matrix
+from sinkquant.quantize.factor import damped_hessian
 from sinkquant.quantize.pruning.magnitude import Magnitude
 from sinkquant.quantize.pruning.masks import Pruned
+from sinkquant.quantize.pruning.refine import refine
 from sinkquant.quantize.pruning.sparsegpt import SparseGPT
 from sinkquant.quantize.pruning.wanda import Wanda
 
 
-def prune(weight: torch.Tensor, decision: Pruning, hessian: torch.Tensor | None, damping: float, name: str) -> Pruned:
+def prune(weight: torch.Tensor, decision: Pruning, hessian: torch.Tensor | None, damping: float, passes: int,
+          name: str) -> Pruned:
     """Prune one matrix.
 
     Args:
         weight: float [rows, columns]. hessian: [columns, columns], of its input; None where none was taken.
+        passes: rounds of coordinate descent after SparseGPT.
 
     Raises:
         RequestError: the method needs a Hessian, and no token reached the module.
@@ -31,7 +35,8 @@ def prune(weight: torch.Tensor, decision: Pruning, hessian: torch.Tensor | None,
                            "magnitude.")
     if decision.method == "wanda":
         return Wanda(decision.sparsity, decision.group).prune(weight, hessian.diagonal())
-    return SparseGPT(decision.sparsity, decision.group, damping).prune(weight, hessian, name)
+    pruned = SparseGPT(decision.sparsity, decision.group, damping).prune(weight, hessian, name)
+    return refine(pruned, weight, damped_hessian(hessian, damping, name)[0], passes) if passes else pruned
 
 
 def check_pruning(name: str, decision: Pruning, module: nn.Module | None) -> None:
