@@ -65,7 +65,8 @@ class Compute(Section):
 class CalibrationText(Section):
     """The rows that the quantizer sees: `rows` x `length` tokens of `text` (null: the packaged prose).
 
-    `bos` "auto" puts `<bos>` in front exactly once where the tokenizer adds it at all.
+    `bos` "auto" puts `<bos>` in front exactly once where the tokenizer adds it at all. An expert that fewer than
+    `min_expert_tokens` tokens go to is named, and quantized as if all tokens of its layer went to it.
     """
 
     text: str | None = None
@@ -73,6 +74,7 @@ class CalibrationText(Section):
     length: int = Field(default=512, ge=2)
     bos: Literal["auto", "always", "never"] = "auto"
     batch_size: int = Field(default=8, ge=1)
+    min_expert_tokens: int = Field(default=256, ge=0)
 
 
 class Detection(Section):

@@ -111,6 +111,7 @@ class Calibration(Strict):
     every token weighs the same, but under "attention". `scale_search`: scales are searched, not taken from the range;
     `descent`: rounds of coordinate descent after GPTQ or SparseGPT; `tune`: iterations of block-wise tuning after all.
     `ranges`: which tokens static ranges of activations are taken from: all, or all but those of the exact prefix.
+    `min_expert_tokens`: an expert that fewer tokens went to has the Hessians of all tokens of its layer.
     """
 
     text: str | None
@@ -126,6 +127,7 @@ class Calibration(Strict):
     scale_search: bool = True
     descent: int = 3
     tune: int = 0
+    min_expert_tokens: int = 256
 
 
 class Plan(Artifact):

@@ -15,7 +15,10 @@ class LinearShape(Strict):
     `fused_with` lists the modules (itself included) that an inference engine fuses into one and that therefore must
     share a format; `fixed` says why the module has to stay in 16 bits, or is null. `reads` is what its input is, null
     where that is not known: the residual "stream" behind a norm, attention's "values", or the "inner" channels of an
-    MLP; `scaled_by` the norm or the linear that can take a scale of the input's channels, or null.
+    MLP; `scaled_by` the norm or the linear that can take a scale of the input's channels, or null. `part_of` is the
+    fused parameter that an expert's weights are a part of as long as they are not packed, null for a linear of its own;
+    experts are listed with all experts of the model in `fused_with`, and `artifacts/experts.py` says what they must
+    share.
     """
 
     rows: int
@@ -25,6 +28,7 @@ class LinearShape(Strict):
     fixed: str | None = None
     reads: Literal["stream", "values", "inner"] | None = None
     scaled_by: str | None = None
+    part_of: str | None = None
 
     @property
     def parameters(self) -> int:

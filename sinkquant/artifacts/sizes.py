@@ -25,11 +25,19 @@ def scale_dtype(dtype: str) -> str:
     return "float16" if dtype == "float16" else "bfloat16"
 
 
-def packed_tensors(name: str, rows: int, columns: int, form: WeightFormat, dtype: str) -> dict[str, Tensor]:
+def expert_scale_dtype(dtype: str) -> str:
+    """Scales of experts have the model's own dtype: transformers makes the experts that it unpacks as wide as their
+    scales, and does not cast them to the dtype of the rest."""
+    return "float32" if dtype == "float32" else scale_dtype(dtype)
+
+
+def packed_tensors(name: str, rows: int, columns: int, form: WeightFormat, dtype: str,
+                   expert: bool = False) -> dict[str, Tensor]:
     """The tensors that a quantized linear becomes: dense int32 words, scales, and its shape; or codes of a byte each
     and scales. One scale more where its inputs have a static one."""
     groups = 1 if form.group_size in (None, -1) else columns // int(form.group_size or 1)
-    scale = {f"{name}.weight_scale": (scale_dtype(dtype), [rows, groups])}
+    scales = expert_scale_dtype(dtype) if expert else scale_dtype(dtype)
+    scale = {f"{name}.weight_scale": (scales, [rows, groups])}
     inputs = {f"{name}.input_scale": (scale_dtype(dtype), [1])} if form.static_inputs else {}
     if form.layout != "pack-quantized":
         codes = "float8_e4m3fn" if form.kind == "float" else "int8"
@@ -43,9 +51,10 @@ def module_bytes(shape: ModelShape, name: str, form: WeightFormat) -> int:
     unquantized checkpoint where it is left alone."""
     linear = shape.linears[name]
     if not form.packed:
-        dtype, _ = shape.tensors.get(f"{name}.weight") or shape.tensors.get(name) or (shape.dtype, [])
+        stored = linear.part_of or f"{name}.weight"
+        dtype, _ = shape.tensors.get(stored) or shape.tensors.get(name) or (shape.dtype, [])
         return DTYPES[dtype][1] * linear.parameters
-    packed = packed_tensors(name, linear.rows, linear.columns, form, shape.dtype)
+    packed = packed_tensors(name, linear.rows, linear.columns, form, shape.dtype, linear.part_of is not None)
     return sum(tensor_bytes(*tensor) for tensor in packed.values())
 
 
@@ -53,14 +62,23 @@ def checkpoint_tensors(shape: ModelShape, formats: dict[str, WeightFormat]) -> d
     """Every tensor of a checkpoint, name -> (dtype, shape), in the order of the model.
 
     Args:
-        formats: module name -> format of every packed linear; the rest stays as it is.
+        formats: module name -> format of every packed linear; the rest stays as it is. Parts of a fused parameter
+            come one by one where they are packed.
     """
+    parts: dict[str, list[str]] = {}
+    for name, linear in shape.linears.items():
+        if linear.part_of and name in formats:
+            parts.setdefault(linear.part_of, []).append(name)
     tensors: dict[str, Tensor] = {}
     for name, tensor in shape.tensors.items():
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and module in formats:
             linear = shape.linears[module]
             tensors |= packed_tensors(module, linear.rows, linear.columns, formats[module], shape.dtype)
+        elif name in parts:
+            for part in parts[name]:
+                linear = shape.linears[part]
+                tensors |= packed_tensors(part, linear.rows, linear.columns, formats[part], shape.dtype, expert=True)
         else:
             tensors[name] = tensor
     return tensors

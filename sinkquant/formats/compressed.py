@@ -14,6 +14,9 @@ from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.models.inputs import input_args
 from sinkquant.quantize import PackedWeight, row_chunks
 
+EXPERT = re.compile(r"\.experts\.\d+\.(\w+)$")
+"""What ends the name of one projection of one expert."""
+
 
 def quantization_config(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
     """The `quantization_config` of config.json: one group per format, every other linear ignored by name."""
@@ -21,12 +24,14 @@ def quantization_config(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
     for name, form in plan.formats.items():
         formats.setdefault(form, []).append(name)
     groups = {}
-    for index, (form, names) in enumerate(sorted(formats.items(), key=lambda item: _order(item[0]))):
+    # transformers takes the scheme of all experts from the first group that names any, shared ones included.
+    ordered = sorted(formats.items(), key=lambda item: (not any(map(EXPERT.search, item[1])), _order(item[0])))
+    for index, (form, names) in enumerate(ordered):
         channel = form.group_size == -1
         weights: dict[str, Any] = {"num_bits": form.bits, "type": form.kind, "symmetric": True, "dynamic": False,
                                    "strategy": "channel" if channel else "group",
                                    "group_size": None if channel else form.group_size}
-        groups[f"group_{index}"] = {"targets": [f"re:^{re.escape(name)}$" for name in names], "weights": weights,
+        groups[f"group_{index}"] = {"targets": _targets(names), "weights": weights,
                                     "input_activations": _inputs(form), "output_activations": None,
                                     "format": form.layout}
     packed = {name for names in formats.values() for name in names}
@@ -35,6 +40,20 @@ def quantization_config(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
     layouts = sorted({form.layout for form in formats})
     return {"quant_method": "compressed-tensors", "format": layouts[0] if len(layouts) == 1 else "mixed-precision",
             "quantization_status": "compressed", "config_groups": groups, "ignore": ignore, "kv_cache_scheme": None}
+
+
+def _targets(names: list[str]) -> list[str]:
+    """One pattern per linear, and one for all packed experts: there are thousands, and no module has their names."""
+    layers: dict[str, set[str]] = {}
+    for name in names:
+        if found := EXPERT.search(name):
+            layers.setdefault(name[:found.start()], set()).add(found[1])
+    targets = [f"re:^{re.escape(name)}$" for name in names if not EXPERT.search(name)]
+    if layers:
+        owners = "|".join(map(re.escape, layers))
+        leaves = "|".join(sorted(set().union(*layers.values())))
+        targets.append(rf"re:^(?:{owners})\.experts\.\d+\.(?:{leaves})$")
+    return targets
 
 
 def _order(form: WeightFormat) -> tuple[int, int, str, str, str]:

@@ -17,7 +17,7 @@ from sinkquant.cache import Prefix, install, load_prefix
 from sinkquant.errors import RequestError
 from sinkquant.formats.bars import no_bars
 from sinkquant.formats.simulated import simulate
-from sinkquant.models import check_finite, load_model, load_tokenizer, open_model, resolve
+from sinkquant.models import cast_experts, check_finite, load_model, load_tokenizer, open_model, resolve
 from sinkquant.models.inputs import let_through, round_inputs
 from sinkquant.quantize import UNPACKED
 
@@ -70,6 +70,7 @@ def load_dense(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu
                 raise RequestError(f"{path} lacks the tensor {sorted(info['missing_keys'])[0]}; "
                                    "its weights do not belong to its config.json.")
             model = model.to(device).eval()
+            cast_experts(model)
             with torch.no_grad():
                 # compressed-tensors unpacks every weight in a hook of the first forward pass.
                 model(torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)

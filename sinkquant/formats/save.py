@@ -54,7 +54,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
         for name, weight in state.weights.items():
             write_packed(writer, name, weight, state.plan.formats[name], state.input_scales.get(name))
         save_simulated(temporary, state.plan, state.input_scales)
-        write_files(temporary, model, tokenizer, state.plan, sink_map or state.plan.sink_map, recipe)
+        write_files(temporary, model, tokenizer, state.plan, sink_map or state.plan.sink_map, recipe, state.tokens)
         check_reload(model, temporary)
     return target
 
@@ -128,8 +128,12 @@ def versions() -> dict[str, str]:
 
 
 def write_files(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan,
-                sink_map: SinkMap | None, recipe: Recipe | None) -> None:
-    """Everything of a checkpoint but its weights: config.json, the tokenizer, sinkquant.json."""
+                sink_map: SinkMap | None, recipe: Recipe | None, tokens: dict[str, list[int]] | None = None) -> None:
+    """Everything of a checkpoint but its weights: config.json, the tokenizer, sinkquant.json.
+
+    Args:
+        tokens: module name of a layer's experts -> calibration tokens that went to each of them.
+    """
     packed = any(decision.bits < 16 for decision in plan.modules.values())
     if packed:
         model.config.quantization_config = quantization_config(model, plan)
@@ -151,6 +155,8 @@ def write_files(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
         "recipe": recipe.model_dump(mode="json") if recipe else plan.recipe,
         "plan": plan.model_dump(mode="json", by_alias=True),
         "sink_map": sink_map.model_dump(mode="json", by_alias=True) if sink_map else None}
+    if tokens:
+        content["expert_tokens"] = tokens
     ours = folder / "sinkquant.json"
     ours.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for path in folder.iterdir():  # safetensors makes files that only their owner may read.

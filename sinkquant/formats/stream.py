@@ -20,11 +20,12 @@ from sinkquant.artifacts.base import write_atomically
 from sinkquant.errors import SinkquantError
 from sinkquant.formats.compressed import stored_linear
 from sinkquant.formats.load import load_dense
+from sinkquant.formats.log import in_words
 from sinkquant.formats.save import copy_dense, disk_errors, open_writer, require_free, write_files, write_packed
 from sinkquant.formats.simulated import save_simulated
 from sinkquant.formats.writer import CheckpointWriter
 from sinkquant.models import ActivationStore, Decoder, open_model, source_of
-from sinkquant.models.shards import dense_tensors, stored_tensors
+from sinkquant.models.shards import Stored, dense_tensors, stored_tensors
 from sinkquant.quantize import QuantizedBlock, check, quantized_blocks
 from sinkquant.quantize.ranks import leave, tell
 from sinkquant.quantize.transforms import rotate
@@ -58,18 +59,18 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
         partial.mkdir(parents=True, exist_ok=True)
         rotate(decoder, plan)
         writer = open_writer(partial, model, plan)
-        done, losses, scales = _state(partial)
+        done, losses, scales, tokens = _state(partial)
         if done and plan.follows_unquantized:
             # The unquantized weights of the blocks that are done are no longer there to be followed: begin again.
             done, scales = 0, {}
-            _remember(partial, done, {}, scales)
+            _remember(partial, done, {}, scales, {})
         tell({"folder": str(folder), "plan": plan.to_json(), "done": done or 0, "device": device, "dtype": dtype,
               "scales": scales})
         if done is None:
             copy_dense(writer, decoder, plan)
             writer.sync()
             done = 0
-            _remember(partial, done, losses, scales)
+            _remember(partial, done, losses, scales, tokens)
         elif done:
             _read_from(model, partial, decoder, plan, done)
             LOG.info("%s: goes on after %d of %d blocks", folder.name, done, len(decoder.blocks))
@@ -77,11 +78,12 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
             _write_block(writer, block, plan)
             losses |= block.losses
             scales = scales | block.input_scales
-            _remember(partial, block.index + 1, losses, scales)
-            LOG.info("block %d of %d: %s", block.index + 1, len(decoder.blocks), _losses(block))
+            tokens |= block.tokens
+            _remember(partial, block.index + 1, losses, scales, tokens)
+            LOG.info("block %d of %d: %s", block.index + 1, len(decoder.blocks), in_words(block, plan))
         leave()
         save_simulated(partial, plan, scales)
-        write_files(partial, model, tokenizer, plan, sink_map, recipe)
+        write_files(partial, model, tokenizer, plan, sink_map, recipe, tokens)
         (partial / STATE).unlink()
         _check_reload(partial, decoder)
         partial.rename(folder)
@@ -112,20 +114,22 @@ def dismiss() -> None:
     leave()
 
 
-def _state(partial: Path) -> tuple[int | None, dict[str, float], dict[str, torch.Tensor]]:
-    """Blocks that are done, the losses of their modules and the stored scales of their inputs; None where nothing was
+def _state(partial: Path) -> tuple[int | None, dict[str, float], dict[str, torch.Tensor], dict[str, list[int]]]:
+    """Blocks that are done, the losses of their modules, the stored scales of their inputs and the tokens of their
+    experts; None where nothing was
     written yet."""
     if not (partial / STATE).is_file():
-        return None, {}, {}
+        return None, {}, {}, {}
     content = json.loads((partial / STATE).read_text(encoding="utf-8"))
     scales = {name: torch.tensor([value], dtype=getattr(torch, dtype))
               for name, (dtype, value) in content["input_scales"].items()}
-    return int(content["done"]), dict(content["losses"]), scales
+    return int(content["done"]), dict(content["losses"]), scales, dict(content["tokens"])
 
 
-def _remember(partial: Path, done: int, losses: dict[str, float], scales: dict[str, torch.Tensor]) -> None:
+def _remember(partial: Path, done: int, losses: dict[str, float], scales: dict[str, torch.Tensor],
+              tokens: dict[str, list[int]]) -> None:
     stored = {name: (str(scale.dtype).removeprefix("torch."), float(scale)) for name, scale in scales.items()}
-    content = {"done": done, "losses": losses, "input_scales": stored}
+    content = {"done": done, "losses": losses, "input_scales": stored, "tokens": tokens}
     write_atomically(partial / STATE, json.dumps(content) + "\n")
 
 
@@ -137,12 +141,20 @@ def _read_from(model: PreTrainedModel, partial: Path, decoder: Decoder, plan: Pl
             if decision.bits < 16 and decoder.block_of(name) < done}
     changed = [name for name in plan.changed if decoder.block_of(name) < done]
     dense = dense_tensors(stored_tensors(partial), bits, model.dtype)
-    names = {f"{name}.weight" for name in [*bits, *changed]}
+    names = {f"{name}.weight" for name in [*bits, *changed] if name not in decoder.experts}
+    fused = {part.parameter for part in decoder.experts.values()}
     if any(transform.name != "rotate" for transform in plan.transforms):  # norms and biases have changed as well
-        names |= {name for name, _ in model.named_parameters() if name.startswith(
+        names |= {name for name, _ in model.named_parameters() if name not in fused and name.startswith(
             tuple(f"{block}." for block in decoder.block_names[:done]))}
     for name in sorted(names):
         source.replace(name, dense[name])
+    parts: dict[str, dict[str, Stored]] = {}
+    for name in [*bits, *changed]:
+        if part := decoder.experts.get(name):
+            key = f"{name}.weight" if name in bits else part.parameter  # which as a whole stays in 16 bits
+            parts.setdefault(part.parameter, {})[key] = dense[key]
+    for name, tensors in parts.items():
+        source.replace_parts(name, tensors)
 
 
 def _write_block(writer: CheckpointWriter, block: QuantizedBlock, plan: Plan) -> None:
@@ -165,10 +177,6 @@ def _write_block(writer: CheckpointWriter, block: QuantizedBlock, plan: Plan) ->
 
 def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
-
-
-def _losses(block: QuantizedBlock) -> str:
-    return ", ".join(f"{name.removeprefix(block.name + '.')} {loss:.3g}" for name, loss in block.losses.items())
 
 
 def _check_reload(partial: Path, decoder: Decoder) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -16,15 +16,14 @@ from transformers.pytorch_utils import Conv1D
 from sinkquant.artifacts import LinearShape, ModelFacts, ModelShape
 from sinkquant.errors import RequestError
 from sinkquant.models.attention import require_attention_interface
+from sinkquant.models.experts import EXPERTS_REASON, ExpertLinear, expert_linears, fused_parameters
 from sinkquant.models.kv import kv_layers
 from sinkquant.models.source import WeightSource, source_of
 from sinkquant.models.structure import Structure, inputs, refusals, structure_of
 
 FUSED_BY_ENGINES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")
-EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
 CONV1D_REASON = "Conv1D: compressed-tensors checkpoints hold nn.Linear only"
-EXPERTS_REASON = "fused experts stay in 16 bits: this version quantizes nn.Linear only"
 ROUTER_REASON = "router: its few weights decide which expert is read"
 
 
@@ -37,12 +36,14 @@ class Decoder:
         block_names: module name of every block, in order.
         blocks: the blocks.
         linears: module name -> `nn.Linear` or `Conv1D`, for every one inside the blocks, in order.
+        experts: name -> projection of one expert, for those that are parts of fused parameters.
     """
 
     model: PreTrainedModel
     block_names: tuple[str, ...]
     blocks: tuple[nn.Module, ...]
     linears: dict[str, nn.Module]
+    experts: dict[str, ExpertLinear] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Decoder:
@@ -71,7 +72,7 @@ class Decoder:
         names = tuple(f"{name}.{i}" for i in range(layers))
         linears = {f"{name}.{path}": module for path, module in blocks.named_modules()
                    if isinstance(module, nn.Linear | Conv1D)}
-        return cls(model, names, tuple(blocks), linears)
+        return cls(model, names, tuple(blocks), linears, expert_linears(model, names))
 
     @property
     def source(self) -> WeightSource | None:
@@ -105,6 +106,17 @@ class Decoder:
         """Number of rows of the input embedding."""
         return int(self.model.get_input_embeddings().weight.shape[0])
 
+    def weight(self, name: str) -> torch.Tensor:
+        """The weight of a linear, or of a part of a fused parameter, [out_features, in_features]; no copy."""
+        return self.experts[name].weight if name in self.experts else weight_matrix(self.linears[name])
+
+    def put(self, name: str, new: torch.Tensor) -> None:
+        """Let an nn.Linear, or a part of a fused parameter, hold another weight of the same shape and dtype."""
+        if name in self.experts:
+            self.experts[name].weight.copy_(new)
+        else:
+            self.linears[name].weight.data = new
+
     def block_of(self, name: str) -> int:
         """Index of the block that a module name lies in."""
         for index, block in enumerate(self.block_names):
@@ -125,17 +137,13 @@ class Decoder:
     def shape(self, name: str) -> ModelShape:
         """Names and shapes of everything that a checkpoint of this model holds."""
         linears = {path: _linear_shape(self, path, module) for path, module in self.linears.items()}
-        prefixes = tuple(f"{block}." for block in self.block_names)
-        for path, parameter in self.model.named_parameters():
-            if parameter.dim() == 3 and EXPERTS.search(path) and path.startswith(prefixes):
-                linears[path] = LinearShape(rows=parameter.shape[0] * parameter.shape[1], columns=parameter.shape[2],
-                                            block=self.block_of(path), fused_with=[], fixed=EXPERTS_REASON)
         structure = self.structure
         reads = inputs(structure)
         for path, linear in list(linears.items()):
             kind, takes = reads.get(path, (None, None))
             linears[path] = linear.model_copy(update={"fused_with": _fused_with(path, linears), "reads": kind,
                                                       "scaled_by": takes})
+        linears |= self._expert_shapes()
         ignored = self.model._keys_to_ignore_on_save or ()
         state = {key: value for key, value in self.model.state_dict().items() if key not in ignored}
         tensors = {key: (str(value.dtype).removeprefix("torch."), list(value.shape))
@@ -154,6 +162,20 @@ class Decoder:
                 norm.gain is None):
             return {}
         return {structure.head.weight: (str(head.weight.dtype).removeprefix("torch."), list(head.weight.shape))}
+
+    def _expert_shapes(self) -> dict[str, LinearShape]:
+        """Every projection of every expert; fused parameters whose experts cannot be told apart as a whole."""
+        together = list(self.experts)
+        split = {part.parameter for part in self.experts.values()}
+        shapes = {}
+        for name, parameter in fused_parameters(self.model, self.block_names).items():
+            if name not in split:
+                shapes[name] = LinearShape(rows=parameter.shape[0] * parameter.shape[1], columns=parameter.shape[2],
+                                           block=self.block_of(name), fused_with=[name], fixed=EXPERTS_REASON)
+        for name, part in self.experts.items():
+            shapes[name] = LinearShape(rows=part.rows, columns=part.weight.shape[1], block=self.block_of(name),
+                                       part_of=part.parameter).model_copy(update={"fused_with": together})
+        return dict(sorted(shapes.items(), key=lambda item: item[1].block))
 
 
 def max_length(model: PreTrainedModel) -> int:

@@ -169,6 +169,16 @@ class WeightSource:
         self.keys[name] = [name]
         self.names[id(parameter)] = self.aliases[name] = name
 
+    def replace_parts(self, name: str, tensors: dict[str, Stored]) -> None:
+        """Read a fused parameter from other tensors from now on.
+
+        Args:
+            tensors: what it is stacked from, under names that transformers knows for them.
+        """
+        self.tensors |= tensors
+        self.keys[name] = list(tensors)
+        self.converted.add(name)
+
     def _match(self) -> set[str]:
         """Find out what every parameter is made of: transformers loads the checkpoint without its data.
 

@@ -12,8 +12,9 @@ from sinkquant.policy.rules import Choice
 from sinkquant.recipe import Recipe
 
 
-def with_inputs(choices: dict[str, Choice], recipe: Recipe) -> dict[str, Choice]:
-    """The recipe's input format for every linear whose weights are quantized.
+def with_inputs(choices: dict[str, Choice], shape: ModelShape, recipe: Recipe) -> dict[str, Choice]:
+    """The recipe's input format for every linear whose weights are quantized; experts read 16 bits, since transformers
+    rounds the inputs of nn.Linear alone.
 
     Raises:
         RequestError: FP8 with weights that no engine multiplies with FP8 inputs, or no quantized linear at all.
@@ -36,8 +37,9 @@ def with_inputs(choices: dict[str, Choice], recipe: Recipe) -> dict[str, Choice]
         if recipe.weights.tune:
             raise RequestError("FP8 weights are not tuned; set weights.tune=0.")
     kind: Literal["int", "float"] = "float" if settings.format == "fp8" else "int"
-    return {name: replace(choice, kind=kind, activations=settings.format, activation_scale=settings.scale)
-            if choice.quantized else choice for name, choice in choices.items()}
+    rounded = {name: replace(choice, kind=kind, activations=settings.format, activation_scale=settings.scale)
+               for name, choice in choices.items() if choice.quantized and not shape.linears[name].part_of}
+    return choices | rounded
 
 
 def spare_sinks(choices: dict[str, Choice], shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> dict[str, Choice]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from sinkquant.artifacts import ModelShape
 from sinkquant.artifacts.sizes import module_bytes
 from sinkquant.policy.rules import Choice
+from sinkquant.policy.sharing import moves_together
 
 SMALLEST_GROUP = 32
 
@@ -81,8 +82,8 @@ def _moves(choices: dict[str, Choice], floor: dict[str, Choice],
     first; no change at all is one of them."""
     moves: list[tuple[int, str, dict[str, Choice]]] = [(0, "", {})]
     for name in choices:
-        members = shape.linears[name].fused_with or [name]
-        if members[0] == name and all(floor[m].quantized and not floor[m].pinned for m in members):
+        members = moves_together(name, choices, shape)
+        if members and all(floor[m].quantized and not floor[m].pinned for m in members):
             for option in _formats(floor[name], shape.linears[name].columns):
                 changed = {m: replace(option, method=floor[m].method if option.quantized else option.method)
                            for m in members}
@@ -111,9 +112,7 @@ def _raise_together(name: str, choices: dict[str, Choice], shape: ModelShape,
                     raise_format: Callable[[Choice, int], Choice | None]) -> dict[str, Choice]:
     """The raised formats of a module and those fused with it; empty where one of them cannot be raised, or where
     another member of the group speaks for it."""
-    members = shape.linears[name].fused_with or [name]
-    if members[0] != name:
-        return {}
+    members = moves_together(name, choices, shape)
     raised: dict[str, Choice] = {}
     for member in members:
         choice = choices[member]

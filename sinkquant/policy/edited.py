@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from sinkquant.artifacts import ModelShape, Plan
+from sinkquant.artifacts.experts import mixed_experts
+from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.errors import RequestError
 from sinkquant.policy.activations import check_inputs
 from sinkquant.policy.heads import accept_heads
@@ -33,6 +35,10 @@ def accept_edited(plan: Plan, shape: ModelShape) -> Plan:
     if plan.calibration.ranges == "exclude" and not (plan.kv_cache and plan.kv_cache.prefix):
         raise RequestError("the plan's static ranges leave out the tokens of a prefix that its kv_cache does not have; "
                            "set calibration.ranges to 'all'.")
+    mixed = mixed_experts(shape, {name: decision.form for name, decision in plan.modules.items()})
+    if mixed:
+        raise RequestError(f"the plan gives {mixed[0]} and {mixed[1]} different formats, but transformers loads all "
+                           "packed experts in one, and a layer's all packed or all dense; make them agree.")
     choices = {name: Choice(bits=d.bits, group_size=d.group_size, method=d.method, keep=d.keep,
                             columns=tuple(d.columns), reason=d.reason, kind=d.kind, activations=d.activations,
                             activation_scale=d.activation_scale) for name, d in plan.modules.items()}
@@ -56,9 +62,12 @@ def _check(name: str, plan: Plan, shape: ModelShape) -> None:
     if decision.bits < 16 and shape.linears[name].fixed:
         raise RequestError(f"the plan gives {name} {decision.bits} bits, but it has to stay in 16: "
                            f"{shape.linears[name].fixed}.")
-    for twin in shape.linears[name].fused_with:
+    for twin in [] if shape.linears[name].part_of else shape.linears[name].fused_with:
         other = plan.modules.get(twin)
         if other is not None and (other.form, other.inputs) != (decision.form, decision.inputs):
             raise RequestError(f"the plan gives {name} and {twin} different formats, but engines fuse them; "
                                "give both the same bits, group_size and activations.")
     check_inputs(name, decision)
+    if shape.linears[name].part_of and decision.form != WeightFormat(decision.bits, decision.group_size):
+        raise RequestError(f"the plan rounds the inputs of the expert {name}, which transformers does not; give it "
+                           "activations '16-bit' and weights of the kind 'int'.")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from sinkquant.artifacts import Calibration, ModelShape, ModuleDecision, Plan, SinkMap, SinkSelector, Transform
+from sinkquant.artifacts.experts import TUNE_AND_EXPERTS
 from sinkquant.artifacts.plan import Statistics
 from sinkquant.artifacts.sizes import checkpoint_bytes
 from sinkquant.errors import RequestError
@@ -22,7 +23,8 @@ from sinkquant.policy.budget import choice_bytes, close_gap, evenly_spread, fill
 from sinkquant.policy.heads import with_silenced_heads, with_small_heads
 from sinkquant.policy.kv_cache import make_kv_control, make_kv_plan
 from sinkquant.policy.pruning import with_pruning
-from sinkquant.policy.rules import Choice, affected, base_choices, check_group_sizes, protect, share_formats
+from sinkquant.policy.rules import Choice, affected, base_choices, check_group_sizes, protect
+from sinkquant.policy.sharing import share_formats
 from sinkquant.policy.transforms import choose_transforms, scale_sinks, shape_after
 from sinkquant.recipe import Recipe
 
@@ -42,9 +44,9 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> Plan:
     check_same_model(shape, sink_map)
     asked = base_choices(shape, recipe)
     check_group_sizes(asked, shape)
-    base = share_formats(with_inputs(asked, recipe), shape)
+    base = share_formats(with_inputs(asked, shape, recipe), shape)
     protected = scale_sinks(protect(base, shape, sink_map, recipe), shape, sink_map, recipe)
-    choices = share_formats(with_inputs(protected, recipe), shape)
+    choices = share_formats(with_inputs(protected, shape, recipe), shape)
     if recipe.budget.bits is not None:
         order = [name for name, _ in affected(shape, sink_map)]
         order += [name for name in evenly_spread(list(shape.linears)) if name not in order]
@@ -78,7 +80,7 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
     Args:
         aware: the plan to be matched.
     """
-    base = share_formats(with_inputs(base_choices(shape, recipe), recipe), shape)
+    base = share_formats(with_inputs(base_choices(shape, recipe), shape, recipe), shape)
     allowed = sum(decision.bytes for decision in aware.modules.values())
     transforms = choose_transforms(base, shape, recipe, aware.kv_cache)
     plan = _finish("control", _evenly(base, shape, allowed), shape, recipe, [], "all", transforms)
@@ -115,6 +117,8 @@ def _finish(name: str, choices: dict[str, Choice], shape: ModelShape, recipe: Re
                                **_inputs(c))
         for module, c in choices.items()}
     settings = recipe.calibration
+    if recipe.weights.tune and any(shape.linears[module].part_of for module in formats):
+        raise RequestError(TUNE_AND_EXPERTS)
     return Plan(
         name=name, bits_per_weight=8 * linear_bytes(shape, choices) / weights,
         bits_per_parameter=8 * total / _parameters(shape), weight_bytes=total, unquantized_bytes=unquantized,
@@ -123,9 +127,10 @@ def _finish(name: str, choices: dict[str, Choice], shape: ModelShape, recipe: Re
             text=settings.text, rows=settings.rows, length=settings.length, bos=settings.bos,
             batch_size=settings.batch_size, sinks=sinks, damping=recipe.weights.damping,
             act_order=recipe.weights.act_order, scale_search=recipe.weights.scale_search,
-            descent=recipe.weights.descent, tune=recipe.weights.tune, statistics=statistics),
+            descent=recipe.weights.descent, tune=recipe.weights.tune, statistics=statistics,
+            min_expert_tokens=settings.min_expert_tokens),
         predicted={"weight_bytes": float(total), "size_ratio": total / unquantized},
-        loads_in=_engines(choices), notes=simulated_notes(choices))
+        loads_in=_engines(choices, shape), notes=simulated_notes(choices))
 
 
 def _inputs(choice: Choice) -> dict[str, Any]:
@@ -174,7 +179,11 @@ def _within_budget(base: dict[str, Choice], choices: dict[str, Choice], shape: M
     return fill(choices, shape, allowed - linear_bytes(shape, choices), order, f"the budget of {bits} bits allows it")
 
 
-def _engines(choices: dict[str, Choice]) -> list[str]:
+def _engines(choices: dict[str, Choice], shape: ModelShape) -> list[str]:
+    for name, linear in shape.linears.items():
+        # vLLM asks for one tensor per expert, under the name that most families give it.
+        if linear.part_of and not (choices[name].quantized and name.endswith("_proj")):
+            return ["transformers"]
     formats = {(c.bits, c.group_size) for c in choices.values() if c.quantized}
     vllm = all(bits in VLLM_BITS and size in VLLM_GROUPS for bits, size in formats) and all(
         vllm_inputs(c) for c in choices.values() if c.quantized)

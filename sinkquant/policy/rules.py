@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from sinkquant.artifacts import LinearShape, ModelShape, SinkMap
+from sinkquant.artifacts import ModelShape, SinkMap
 from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.artifacts.plan import Method, stored_form
 from sinkquant.errors import RequestError
@@ -117,8 +117,8 @@ def affected(shape: ModelShape, sink_map: SinkMap) -> list[tuple[str, str]]:
     ranked = []
     sinks = " and ".join(repr(token.text) for token in sink_map.tokens[:2] if token.text) or "the sink position"
     for name, statistics in sink_map.modules.items():
-        if name not in shape.linears or shape.linears[name].fixed:
-            continue
+        if name not in shape.linears or shape.linears[name].fixed or shape.linears[name].part_of:
+            continue  # an expert cannot have a format of its own
         supers = [weight for weight in sink_map.super_weights if weight.module == name]
         if not supers and (not statistics.sink_columns or statistics.sink_energy < MIN_SINK_ENERGY):
             continue
@@ -135,25 +135,6 @@ def affected(shape: ModelShape, sink_map: SinkMap) -> list[tuple[str, str]]:
         loss = sum(weight.loss_increase for weight in supers)
         ranked.append((loss + statistics.sink_energy, name, "; ".join(parts)))
     return [(name, why) for _, name, why in sorted(ranked, key=lambda item: (-item[0], item[1]))]
-
-
-def share_formats(choices: dict[str, Choice], shape: ModelShape) -> dict[str, Choice]:
-    """Give modules that engines fuse one format: that of their most precise member."""
-    shared = dict(choices)
-    for name, linear in shape.linears.items():
-        group = [member for member in linear.fused_with if not shape.linears[member].fixed]
-        if len(group) < 2 or name != group[0]:
-            continue
-        best = max(group, key=lambda member: (shared[member].bits, -_columns_per_scale(shared[member], linear)))
-        for member in group:
-            if shared[member].form != shared[best].form:
-                shared[member] = replace(
-                    shared[best], reason=f"{shared[best].bits} bits: engines fuse it with {best}", columns=())
-    return shared
-
-
-def _columns_per_scale(choice: Choice, linear: LinearShape) -> int:
-    return linear.columns if choice.group_size in (None, -1) else int(choice.group_size or 0)
 
 
 def check_group_sizes(choices: dict[str, Choice], shape: ModelShape) -> None:

@@ -10,12 +10,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import ModuleDecision, Plan
+from sinkquant.artifacts.experts import TUNE_AND_EXPERTS, mixed_experts
 from sinkquant.artifacts.plan import CALIBRATED
-from sinkquant.artifacts.sizes import module_bytes, scale_dtype
+from sinkquant.artifacts.sizes import expert_scale_dtype, module_bytes, scale_dtype
 from sinkquant.errors import RequestError
 from sinkquant.models import (
     ActivationStore,
     Decoder,
+    Step,
     Walk,
     check_finite,
     pick_device,
@@ -24,6 +26,7 @@ from sinkquant.models import (
     weight_matrix,
 )
 from sinkquant.models.inputs import inputs_left_alone
+from sinkquant.quantize.experts import Routed, record
 from sinkquant.quantize.fp8 import FP8
 from sinkquant.quantize.gptq import GPTQ
 from sinkquant.quantize.hessian import Hessian, collect
@@ -50,6 +53,7 @@ class QuantizedBlock:
         kept: module name -> bool [rows, columns], the weights that pruning has left; others are zero.
         silent: output projection -> bool [columns], the input columns of heads that were taken out.
         input_scales: module name -> stored scale of its inputs, [1], where it has one.
+        tokens: module name of a layer's experts -> calibration tokens that went to each of them.
     """
 
     index: int
@@ -60,6 +64,7 @@ class QuantizedBlock:
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     silent: dict[str, torch.Tensor] = field(default_factory=dict)
     input_scales: dict[str, torch.Tensor] = field(default_factory=dict)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
 
 
 def quantize(model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerBase | None = None,
@@ -86,6 +91,7 @@ def quantize(model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerB
         state.weights |= block.weights
         state.losses |= block.losses
         state.input_scales |= block.input_scales
+        state.tokens |= block.tokens
     setattr(model, ATTRIBUTE, state)
     return model
 
@@ -107,12 +113,11 @@ def quantized_blocks(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenize
     """
     changed = set(plan.changed)
     todo = {name: decision for name, decision in plan.modules.items() if decision.bits < 16 or name in changed}
-    scales = getattr(torch, scale_dtype(str(decoder.model.dtype).removeprefix("torch.")))
     get_ready(decoder, plan, done, input_scales or {})
     if plan.needs_rows:
-        blocks = _calibrated(decoder, plan, tokenizer, todo, scales, device, dtype, store, done)
+        blocks = _calibrated(decoder, plan, tokenizer, todo, device, dtype, store, done)
     else:
-        blocks = _rounded(decoder, plan, todo, scales, done)
+        blocks = _rounded(decoder, plan, todo, done)
     for block in blocks:
         yield block
         if progress:
@@ -134,19 +139,19 @@ def check(decoder: Decoder, plan: Plan) -> None:
         raise RequestError(f"the plan is of another model: it says nothing of {missing[0]}; make one for this model.")
     check_heads(decoder, plan)
     for name, decision in plan.modules.items():
-        module = decoder.linears.get(name)
+        linear = shape.linears.get(name)
         if decision.prune is not None:
-            check_pruning(name, decision.prune, module)
+            check_pruning(name, decision.prune, None if linear is None else linear.columns)
         if decision.bits >= 16:
             continue
-        if not isinstance(module, nn.Linear):
+        if linear is None or not (name in decoder.experts or isinstance(decoder.linears.get(name), nn.Linear)):
             raise RequestError(f"the plan quantizes {name}, which is no nn.Linear of this model; make a plan for it.")
-        if decision.group_size is None or (decision.group_size != -1 and module.in_features % decision.group_size):
-            raise RequestError(f"group size {decision.group_size} does not divide the {module.in_features} input "
+        if decision.group_size is None or (decision.group_size != -1 and linear.columns % decision.group_size):
+            raise RequestError(f"group size {decision.group_size} does not divide the {linear.columns} input "
                                f"columns of {name}.")
         if decision.bytes != module_bytes(shape, name, decision.form):
             raise RequestError(f"the plan was made for another size of {name}; make a plan for this model.")
-        for other in shape.linears[name].fused_with:
+        for other in [] if linear.part_of else linear.fused_with:
             twin = plan.modules.get(other)
             if twin is None or (twin.form, twin.inputs) != (decision.form, decision.inputs):
                 raise RequestError(f"{name} and {other} are fused by engines and must share bits, group size and "
@@ -154,23 +159,28 @@ def check(decoder: Decoder, plan: Plan) -> None:
     if decoder.source is not None and decoder.source.edits:
         raise RequestError("this model is rotated already; open it again.")
     require_equivalent(decoder, plan)
+    if mixed := mixed_experts(shape, {name: decision.form for name, decision in plan.modules.items()}):
+        raise RequestError(f"{mixed[0]} and {mixed[1]} cannot stand in one checkpoint: packed experts must share one "
+                           "format, and a layer's be all packed or all in 16 bits.")
+    if plan.calibration.tune and any(plan.modules[name].bits < 16 for name in decoder.experts):
+        raise RequestError(TUNE_AND_EXPERTS)
 
 
-def _rounded(decoder: Decoder, plan: Plan, todo: dict[str, ModuleDecision], scales: torch.dtype,
-             done: int) -> Iterator[QuantizedBlock]:
+def _rounded(decoder: Decoder, plan: Plan, todo: dict[str, ModuleDecision], done: int) -> Iterator[QuantizedBlock]:
     for index, (name, block) in enumerate(zip(decoder.block_names, decoder.blocks, strict=True)):
         if index >= done:
             with decoder.present([block]), torch.no_grad():
                 made = QuantizedBlock(index, name, {}, {}, silent=silence(decoder, plan, index))
                 for module, decision in _inside(name, todo).items():
-                    _quantize_one(decoder, module, decision, plan, made, scales, None)
+                    _quantize_one(decoder, module, decision, plan, made, None)
+                _keep_dense(decoder, _inside(name, todo), made)
                 put(decoder, _inside(name, todo), {})  # no static ones: those need rows
                 yield made
 
 
 def _calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase | None,
-                todo: dict[str, ModuleDecision], scales: torch.dtype, device: str, dtype: torch.dtype,
-                store: ActivationStore | None, done: int) -> Iterator[QuantizedBlock]:
+                todo: dict[str, ModuleDecision], device: str, dtype: torch.dtype, store: ActivationStore | None,
+                done: int) -> Iterator[QuantizedBlock]:
     if tokenizer is None:
         raise RequestError("the plan uses a method that needs calibration rows; hand over the tokenizer.")
     settings = plan.calibration
@@ -189,16 +199,19 @@ def _calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase
         if plan.follows_unquantized and ideal is None:
             ideal = walk.hidden
         mine = _inside(step.name, todo)
+        experts = {name: mine.pop(name) for name in list(mine) if name in decoder.experts}
         silent = silence(decoder, plan, step.index)
         scaled = scale_block(decoder, step, plan, weights, shape)
         made = QuantizedBlock(step.index, step.name, {}, {}, silent=silent,
-                              input_scales=round_block(step, decoder, plan, scales))
+                              input_scales=round_block(step, decoder, plan, getattr(torch, scale_dtype(
+                                  str(decoder.model.dtype).removeprefix("torch.")))))
         # Fused modules read one input: its Hessian is collected once.
         source = {name: shape.linears[name].fused_with[0] for name in mine}
         readers = {source[name]: decoder.linears[source[name]] for name in mine}
         asymmetric = any(decision.method == "gptaq" for decision in mine.values())
-        hessians = collect(step, readers, weights, ideal if asymmetric else None) if readers else {}
+        hessians = collect(step, readers, weights, ideal if asymmetric else None) if readers or experts else {}
         add_up(hessians, readers, asymmetric)
+        routed = _record(step, decoder, experts, ideal)
         if ideal is not None:
             with inputs_left_alone(decoder.model):
                 ideal = step.replay(ideal)
@@ -208,7 +221,7 @@ def _calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase
         for place_in_block, (name, decision) in enumerate(mine.items()):
             # What stays in 16 bits is pruned by every rank: the sums are the same, and it is quickly done.
             if solver(place_in_block) == rank or decision.bits >= 16:
-                _quantize_one(decoder, name, decision, plan, made, scales, hessians.get(source[name]))
+                _quantize_one(decoder, name, decision, plan, made, hessians.get(source[name]))
             if last[source[name]] == name and not tune:
                 hessians.pop(source[name], None)
         if ranks > 1:
@@ -218,9 +231,10 @@ def _calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase
             for name, packed in tune.run(step, linears, made.weights, originals, ideal, weights, made.kept).items():
                 seen = hessians.get(source[name])
                 _put(decoder, name, packed, made, originals[name], None if seen is None else seen.mean())
+        _quantize_experts(step, decoder, experts, routed, weights, plan, made)
         made.dense.update({parameter: decoder.model.get_parameter(parameter).data.to("cpu", stored)
                            for parameter, stored in scaled.items()})
-        if mine or scaled:
+        if mine or experts or scaled:
             step.run()  # the next block must see what this one gives now
         yield made
 
@@ -232,10 +246,8 @@ def _exchange(decoder: Decoder, mine: dict[str, ModuleDecision], made: Quantized
         if mine[name].bits >= 16:
             continue
         made.weights[name], made.losses[name] = hand_over(solver(index), weights.get(name), losses.get(name))
-        module = decoder.linears[name]
-        assert isinstance(module.weight, torch.Tensor)
-        new = made.weights[name].dequantized(decoder.model.dtype)
-        module.weight.data = new.to(module.weight.device, module.weight.dtype)
+        old = decoder.weight(name)
+        decoder.put(name, made.weights[name].dequantized(decoder.model.dtype).to(old.device, old.dtype))
     for kept in (made.weights, made.losses):  # in the order of the module names, as one process has them
         ordered = {name: kept[name] for name in mine if name in kept}
         kept.clear()
@@ -246,10 +258,61 @@ def _inside(block: str, todo: dict[str, ModuleDecision]) -> dict[str, ModuleDeci
     return {name: decision for name, decision in todo.items() if name.startswith(f"{block}.")}
 
 
+def _record(step: Step, decoder: Decoder, experts: dict[str, ModuleDecision],
+            ideal: torch.Tensor | None) -> dict[str, Routed]:
+    """What the layer's experts are handed, before anything of the block is changed."""
+    if not experts:
+        return {}
+    asymmetric = any(decision.method == "gptaq" for decision in experts.values())
+    parts = [decoder.experts[name] for name in experts]
+    return record(step, {part.owner: part.module for part in parts}, ideal if asymmetric else None)
+
+
+def _quantize_experts(step: Step, decoder: Decoder, todo: dict[str, ModuleDecision], routed: dict[str, Routed],
+                      weights: TokenWeights, plan: Plan, made: QuantizedBlock) -> None:
+    """One expert after the other, with its Hessians in memory alone; with several ranks, as many at a time as ranks."""
+    rank, ranks = this_rank()
+    for owner, one in routed.items():
+        experts: dict[int, dict[str, ModuleDecision]] = {}
+        for name, decision in todo.items():
+            if decoder.experts[name].owner == owner:
+                experts.setdefault(decoder.experts[name].index, {})[name] = decision
+        made.tokens[owner] = one.counts()
+        for start in range(0, len(experts), ranks):
+            together = dict(list(experts.items())[start:start + ranks])
+            hessians = {}
+            for index in together:
+                few = made.tokens[owner][index] < plan.calibration.min_expert_tokens
+                for role, hessian in one.hessians(index, weights, few, step.walk.device, step.walk.dtype).items():
+                    hessians[f"{index} {role}"] = hessian
+            add_up(hessians, dict.fromkeys(hessians, one.module), one.ideal is not None)
+            solved = QuantizedBlock(step.index, step.name, {}, {})
+            decisions = {name: decision for members in together.values() for name, decision in members.items()}
+            for place, (name, decision) in enumerate(decisions.items()):
+                if solver(place) == rank or decision.bits >= 16:
+                    part = decoder.experts[name]
+                    _quantize_one(decoder, name, decision, plan, solved, hessians[f"{part.index} {part.role}"])
+            if ranks > 1:
+                _exchange(decoder, decisions, solved)
+            made.weights.update(solved.weights)
+            made.losses.update(solved.losses)
+            made.kept.update(solved.kept)
+    _keep_dense(decoder, todo, made)
+
+
+def _keep_dense(decoder: Decoder, todo: dict[str, ModuleDecision], made: QuantizedBlock) -> None:
+    """The fused parameters whose experts were changed and stay in 16 bits."""
+    for name, decision in todo.items():
+        part = decoder.experts.get(name)
+        if decision.bits >= 16 and part is not None and (key := part.parameter) not in made.dense:
+            made.dense[key] = decoder.model.get_parameter(key).data.to("cpu", decoder.model.dtype)
+
+
 def _quantize_one(decoder: Decoder, name: str, decision: ModuleDecision, plan: Plan, made: QuantizedBlock,
-                  scales: torch.dtype, seen: Hessian | None) -> None:
-    module = decoder.linears[name]
-    weight = weight_matrix(module)
+                  seen: Hessian | None) -> None:
+    weight = decoder.weight(name)
+    kind = expert_scale_dtype if name in decoder.experts else scale_dtype
+    scales = getattr(torch, kind(str(decoder.model.dtype).removeprefix("torch.")))
     settings = plan.calibration
     silent = made.silent.get(name)
     if seen is not None and silent is not None:
@@ -288,17 +351,19 @@ def _put(decoder: Decoder, name: str, packed: PackedWeight, made: QuantizedBlock
     # What the checkpoint will give: rounded to the model's own dtype, whatever the walk computes in.
     new = packed.dequantized(decoder.model.dtype).to(weight.dtype)
     made.losses[name] = relative_error(weight, new, hessian)
-    decoder.linears[name].weight.data = new
+    decoder.put(name, new)
     made.weights[name] = PackedWeight(packed.codes.cpu(), packed.scale.cpu(), packed.bits)
 
 
 def _put_dense(decoder: Decoder, name: str, new: torch.Tensor, made: QuantizedBlock,
                hessian: torch.Tensor | None) -> None:
     """Let a module that stays in 16 bits hold another weight, [rows, columns]."""
-    weight = weight_matrix(decoder.linears[name])
+    weight = decoder.weight(name)
     stored = new.to(decoder.model.dtype)  # what the checkpoint will hold, whatever the walk computes in
     made.losses[name] = relative_error(weight, stored.to(weight.dtype), hessian)
     weight.copy_(stored)
+    if name in decoder.experts:
+        return  # `_keep_dense` takes the fused parameter, once it is done
     parameter = decoder.linears[name].weight
     assert isinstance(parameter, torch.Tensor)
     made.dense[f"{name}.weight"] = parameter.data.to("cpu", decoder.model.dtype)

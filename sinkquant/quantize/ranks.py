@@ -69,14 +69,24 @@ def my_rows(rows: torch.Tensor, plan: Plan) -> torch.Tensor:
     return rows.tensor_split(ranks)[rank]
 
 
+def total(counts: torch.Tensor) -> torch.Tensor:
+    """The sum of every rank's counts, on every rank."""
+    if this_rank()[1] > 1:
+        counts = counts.cpu()
+        dist.all_reduce(counts)
+    return counts
+
+
 def add_up(hessians: dict[str, Hessian], linears: Mapping[str, nn.Module], cross: bool) -> None:
     """Give every rank the sums over all ranks. A linear that no token reached on any rank stays missing."""
     if this_rank()[1] == 1:
         return
     for name in sorted(linears):
-        weight = linears[name].weight
-        assert isinstance(weight, torch.Tensor)
-        hessian = hessians.get(name) or Hessian(weight.shape[1], weight.device)
+        hessian = hessians.get(name)
+        if hessian is None:
+            weight = linears[name].weight
+            assert isinstance(weight, torch.Tensor)
+            hessian = Hessian(weight.shape[1], weight.device)
         total = torch.tensor([hessian.weight], dtype=torch.float64)
         dist.all_reduce(total)
         hessian.weight = float(total)

@@ -19,12 +19,14 @@ UNPACKED = "sinkquant_unpacked"
 @dataclass
 class QuantizedState:
     """The plan that was carried out, the packed weights, the relative error that every module was left with, and the
-    stored scales, [1], of inputs that have one."""
+    stored scales, [1], of inputs that have one; and the calibration tokens that went to every one of a layer's experts.
+    """
 
     plan: Plan
     weights: dict[str, PackedWeight] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     input_scales: dict[str, torch.Tensor] = field(default_factory=dict)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
 
 
 def state_of(model: nn.Module) -> QuantizedState:

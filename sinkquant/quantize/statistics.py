@@ -61,18 +61,28 @@ class TokenWeights:
     def of(self, step: Step, inputs: torch.Tensor) -> torch.Tensor:
         """Weights of the tokens of the batch that the step replays, float32 [tokens] on the inputs' device.
 
-        Tokens that a router sends to one expert only weigh 1 each, since their places are not known.
+        Tokens that a router sends to an expert that is a linear of its own weigh 1 each, since their places are not
+        known.
 
         Args:
             inputs: [tokens, columns], what the tokens feed to the linear at hand.
         """
-        weights = self.weights[step.batch].flatten().to(inputs.device)
+        weights = self.weights[step.batch].flatten()
         if len(weights) != len(inputs):
             return torch.ones(len(inputs), device=inputs.device)
+        return self.on(inputs, weights, self.sinks[step.batch].flatten())
+
+    def on(self, inputs: torch.Tensor, weights: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+        """Weights of some tokens, float32 [tokens] on the inputs' device.
+
+        Args:
+            inputs: [tokens, columns]. weights, sinks: [tokens], what of `self.weights` and `self.sinks` is theirs.
+        """
+        weights, sinks = weights.to(inputs.device), sinks.to(inputs.device)
         if self.calibration.statistics == "cap":
             energy = inputs.float().square().sum(1)
             capped = (energy.mean() / energy.clamp(min=1e-30)).clamp(max=1.0)
-            return torch.where(self.sinks[step.batch].flatten().to(inputs.device), capped, weights)
+            return torch.where(sinks, capped, weights)
         return weights
 
 

@@ -57,7 +57,7 @@ def test_what_cannot_be_quantized_says_why() -> None:
     assert all("Conv1D" in str(linear.fixed) for linear in gpt2.shape("x").linears.values())
     conv = gpt2.linears["transformer.h.0.mlp.c_fc"]
     assert weight_matrix(conv).shape == (256, 64)
-    moe = Decoder.of(tiny_model("qwen3_moe")).shape("x").linears
+    moe = Decoder.of(tiny_model("gpt_oss")).shape("x").linears
     assert "fused experts" in str(moe["model.layers.0.mlp.experts.down_proj"].fixed)
 
 

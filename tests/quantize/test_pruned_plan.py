@@ -100,7 +100,7 @@ def test_every_family_is_pruned_and_quantized(family: str, small: list[str], tmp
     assert any(decision.prune for decision in plan.modules.values())
     for name, decision in plan.modules.items():
         if decision.prune is not None:
-            weight = model.get_parameter(f"{name}.weight")
+            weight = Decoder.of(model).weight(name)
             assert ((weight != 0).unflatten(1, (-1, 4)).sum(-1) <= 2).all()
     save(model, tiny_tokenizer(), tmp_path / "out")
     assert weight_bytes(tmp_path / "out") == plan.weight_bytes

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from sinkquant.artifacts.pruning import Pruning
 from sinkquant.errors import RequestError
-from sinkquant.models import weight_matrix
 from sinkquant.quantize.factor import damped_hessian
 from sinkquant.quantize.pruning.magnitude import Magnitude
 from sinkquant.quantize.pruning.masks import Pruned
@@ -39,14 +37,13 @@ def prune(weight: torch.Tensor, decision: Pruning, hessian: torch.Tensor | None,
     return refine(pruned, weight, damped_hessian(hessian, damping, name)[0], passes) if passes else pruned
 
 
-def check_pruning(name: str, decision: Pruning, module: nn.Module | None) -> None:
-    """Refuse pruning that does not fit a module.
+def check_pruning(name: str, decision: Pruning, columns: int | None) -> None:
+    """Refuse pruning that does not fit a module of so many columns, None where there is no such module.
 
     Raises:
         RequestError: there is no such linear, or whole groups of the pattern do not make up its columns.
     """
-    if module is None:
+    if columns is None:
         raise RequestError(f"the plan prunes {name}, which is no linear of this model; make a plan for it.")
-    columns = weight_matrix(module).shape[1]
     if decision.group is not None and columns % decision.group[1]:
         raise RequestError(f"the pattern {decision.pattern} does not divide the {columns} input columns of {name}.")

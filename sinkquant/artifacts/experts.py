@@ -1,0 +1,61 @@
+"""What the experts of a model must share for plain transformers to load them, and their token counts in words.
+
+transformers (5.23) reads all packed experts of a checkpoint by one scheme, and stacks a layer's experts from tensors
+that are either all packed or all dense.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from sinkquant.artifacts.formats import WeightFormat
+from sinkquant.artifacts.shapes import ModelShape
+
+TUNE_AND_EXPERTS = ("weights.tune does not reach packed experts; set weights.tune=0, or leave the experts in 16 bits "
+                    "with weights.ignore=['*.experts.*'].")
+
+SHOWN = 32
+"""So many token counts are listed one by one."""
+
+
+def mixed_experts(shape: ModelShape, formats: Mapping[str, WeightFormat]) -> tuple[str, str] | None:
+    """Two experts whose formats cannot stand in one checkpoint, or None.
+
+    Args:
+        formats: name -> format of every linear of the model.
+    """
+    one: str | None = None
+    in_block: dict[int, str] = {}
+    for name, linear in shape.linears.items():
+        if not linear.part_of:
+            continue
+        first = in_block.setdefault(linear.block, name)
+        if formats[first].packed != formats[name].packed:
+            return first, name
+        if formats[name].packed:
+            one = one or name
+            if formats[one] != formats[name]:
+                return one, name
+    return None
+
+
+def in_short(counts: Sequence[int]) -> str:
+    """The spread of the experts' token counts, or all of them where they are few."""
+    if len(counts) <= SHOWN:
+        return " ".join(map(str, counts))
+    return f"{min(counts)} to {max(counts)}, {statistics.median(counts):g} in the median of {len(counts)}"
+
+
+def few_tokens(tokens: Mapping[str, Sequence[int]], least: int) -> str:
+    """The experts that fewer than `least` tokens went to, each with its count; empty where there is none.
+
+    Args:
+        tokens: module name of a layer's experts -> tokens per expert.
+    """
+    named = []
+    for owner, counts in tokens.items():
+        few = [f"{index} ({count})" for index, count in enumerate(counts) if count < least]
+        if few:
+            named.append(f"{owner} {', '.join(few)}")
+    return "; ".join(named)

@@ -1,0 +1,143 @@
+"""Fused experts: a parameter of three dimensions that holds one projection of all experts of a layer.
+
+On disk most families keep one tensor per expert, and transformers stacks them while it loads. What a fused parameter
+is made of, and under which names, is read from transformers' own conversion of that family, so that a checkpoint with
+packed experts is one that plain transformers loads.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
+
+EXPERTS = re.compile(r"(^|\.)experts\.\w+$")
+EXPERTS_REASON = ("fused experts: plain transformers loads packed ones only of families whose checkpoints hold a gate, "
+                  "an up and a down projection without biases for every expert")
+
+
+@dataclass(frozen=True)
+class ExpertLinear:
+    """One projection of one expert, under the name that it has in a checkpoint.
+
+    Attributes:
+        owner: module name of the layer's experts. module: that module. leaf: its parameter that holds the projection.
+        index: the expert. start, rows: where in the expert's slice the projection lies.
+        role: "up" for what reads the layer's hidden states (gate and up projections), "down" for what reads theirs.
+    """
+
+    owner: str
+    module: nn.Module
+    leaf: str
+    index: int
+    start: int
+    rows: int
+    role: str
+
+    @property
+    def parameter(self) -> str:
+        """The name of the fused parameter."""
+        return f"{self.owner}.{self.leaf}"
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[rows, columns], a view of the fused parameter as it is now."""
+        fused = getattr(self.module, self.leaf).data
+        assert isinstance(fused, torch.Tensor)
+        return fused[self.index, self.start:self.start + self.rows]
+
+
+def fused_parameters(model: PreTrainedModel, blocks: tuple[str, ...]) -> dict[str, nn.Parameter]:
+    """Name -> parameter, [experts, ...], of every fused parameter inside the blocks."""
+    prefixes = tuple(f"{block}." for block in blocks)
+    return {name: parameter for name, parameter in model.named_parameters()
+            if parameter.dim() == 3 and EXPERTS.search(name) and name.startswith(prefixes)}
+
+
+def expert_linears(model: PreTrainedModel, blocks: tuple[str, ...]) -> dict[str, ExpertLinear]:
+    """Name -> linear for every expert that can be packed: layer by layer, expert by expert, what reads the hidden
+    states first. A layer's experts are all here or none of them."""
+    fused = fused_parameters(model, blocks)
+    if not fused:
+        return {}
+    names = _Names(model)
+    owners: dict[str, list[str]] = {}
+    for name in fused:
+        owners.setdefault(name.rpartition(".")[0], []).append(name)
+    found: dict[str, ExpertLinear] = {}
+    for owner, parameters in owners.items():
+        module = model.get_submodule(owner)
+        parts = {name: names.parts(name) for name in parameters}
+        if _walks_plainly(module) and all(parts.values()):
+            for index in range(len(fused[parameters[0]])):
+                for name in sorted(parameters, key=lambda name: "down" in name.rpartition(".")[2]):
+                    leaf = name.rpartition(".")[2]
+                    rows = fused[name].shape[1] // len(parts[name])
+                    for place, part in enumerate(parts[name]):
+                        found[part.replace("*", str(index))] = ExpertLinear(
+                            owner, module, leaf, index, place * rows, rows, "down" if "down" in leaf else "up")
+    return found
+
+
+def cast_experts(model: PreTrainedModel) -> None:
+    """Give fused experts the model's dtype: transformers leaves those that it unpacks as wide as their scales."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 3 and EXPERTS.search(name) and parameter.dtype != model.dtype:
+            parameter.data = parameter.data.to(model.dtype)
+
+
+def _walks_plainly(module: nn.Module) -> bool:
+    """Whether an expert is down(gate(up_and_gate(x))) of weights stored [out, in], without biases: then what it
+    reads can be computed from the layer's hidden states, whichever implementation runs the layer."""
+    leaves = {name for name, _ in module.named_parameters()}
+    return (leaves == {"gate_up_proj", "down_proj"} and bool(getattr(module, "has_gate", False))
+            and not getattr(module, "has_bias", True) and not getattr(module, "is_transposed", True))
+
+
+class _Names:
+    """How transformers names the tensors that a fused parameter is stacked from."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        mapping = get_model_conversion_mapping(model)
+        self.renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self.converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self.prefix, self.state = model.base_model_prefix, model.state_dict()
+
+    def parts(self, name: str) -> list[str]:
+        """Module names, with "*" for the expert, of the matrices whose rows follow one another in an expert's slice;
+        empty where the parameter is not stacked from such."""
+        for converter in self.converters:
+            sources = [_literal(source) for source in converter._original_source_patterns]
+            target = _literal(converter._original_target_patterns[0])
+            if name.endswith(target) and _stacks(converter) and all(s.endswith(".weight") for s in sources):
+                parts = [name.removesuffix(target) + source.removesuffix(".weight") for source in sources]
+                if all(self._becomes(part) == name for part in parts):
+                    return parts
+        return []
+
+    def _becomes(self, part: str) -> str:
+        key = f"{part.replace('*', '0')}.weight"
+        return rename_source_key(key, self.renamings, self.converters, self.prefix, self.state)[0]
+
+
+def _stacks(converter: WeightConverter) -> bool:
+    """Whether it stacks one tensor per expert, or several after they were joined by rows."""
+    merge, *rest = converter.operations
+    joins = [isinstance(step, Concatenate) and step.dim == 1 for step in rest]
+    return (isinstance(merge, MergeModulelist) and merge.dim == 0
+            and joins == [True] * (len(converter._original_source_patterns) > 1))
+
+
+def _literal(pattern: str) -> str:
+    return pattern.replace("\\", "")

@@ -1,0 +1,153 @@
+"""Mixtures of 16 experts: plain transformers gives the logits of the quantized model, a resumed run the same bytes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import weight_bytes
+from families import MIXTURES, tiny_mixture
+from safetensors.torch import load_file, save_file
+from sinkmaps import sink_map_of
+from tiny_tokenizer import tiny_tokenizer
+from transformers import PreTrainedModel
+
+from sinkquant.artifacts import Plan
+from sinkquant.artifacts.experts import few_tokens
+from sinkquant.formats import load_dense, quantize_to, save, stream
+from sinkquant.models import Decoder, load_model, open_model
+from sinkquant.policy import make_plan
+from sinkquant.quantize import quantize
+from sinkquant.recipe import Recipe
+
+QUICK = ["weights.group_size=32", "weights.descent=0", "weights.scale_search=false", "calibration.rows=4",
+         "calibration.length=16"]
+
+
+@dataclass(frozen=True)
+class Case:
+    family: str
+    dtype: torch.dtype
+    more: tuple[str, ...]
+    layers: int = 2
+
+
+CASES = [
+    Case("mixtral", torch.bfloat16, ("weights.method=gptq", "weights.bits=3"), 1),
+    Case("qwen3_moe", torch.float32, ("weights.method=gptq", "weights.group_size=-1"), 1),
+    Case("qwen2_moe", torch.float16, ("weights.method=rtn", "weights.bits=5")),
+    Case("olmoe", torch.bfloat16, ("weights.method=rtn", "weights.bits=8")),
+    # A first layer without experts; shared experts in another format than the routed ones.
+    Case("deepseek_v3", torch.bfloat16, ("weights.method=rtn", "weights.overrides=[{pattern: '*shared*', bits: 2}]")),
+    # The experts of one layer stay as they are.
+    Case("qwen3_moe", torch.bfloat16, ("weights.method=rtn", "weights.ignore=['*layers.1.*.experts.*']"))]
+
+
+def planned(model: PreTrainedModel, text: Path, *more: str) -> Plan:
+    decoder = Decoder.of(model)
+    recipe = Recipe().replace([*QUICK, f"calibration.text={text}", *more])
+    return make_plan(decoder.shape("tiny"), sink_map_of(decoder), recipe)
+
+
+def test_plain_transformers_gives_the_same_logits_and_the_plan_the_size(text_file: Path, tmp_path: Path) -> None:
+    rows = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
+    save_file({"rows": rows}, tmp_path / "rows.safetensors")
+    expected = []
+    for index, case in enumerate(CASES):
+        model = tiny_mixture(case.family, dtype=case.dtype, num_hidden_layers=case.layers)
+        plan = planned(model, text_file, *case.more)
+        packed = [name for name in Decoder.of(model).experts if plan.modules[name].bits < 16]
+        assert len(packed) == 48 * (2 if index in (2, 3) else 1)
+        save(quantize(model, plan, tiny_tokenizer()), tiny_tokenizer(), tmp_path / str(index))
+        assert weight_bytes(tmp_path / str(index)) == plan.weight_bytes
+        with torch.no_grad():
+            expected.append(model(rows, use_cache=False).logits)
+    subprocess.run([sys.executable, "-W", "ignore", Path(__file__).with_name("plain_transformers.py"),
+                    tmp_path / "rows.safetensors", tmp_path / "logits.safetensors",
+                    *(tmp_path / str(index) for index in range(len(CASES)))], check=True, cwd=tmp_path,
+                   capture_output=True)
+    found = load_file(tmp_path / "logits.safetensors")
+    for index, one in enumerate(expected):
+        assert torch.equal(found[str(index)], one), CASES[index]
+
+
+@pytest.mark.parametrize(("family", "more"), [
+    ("mixtral", ["weights.method=rtn"]), ("qwen3_moe", ["weights.method=gptq"]),
+    ("olmoe", ["prune.method=wanda", "weights.method=rtn", "weights.ignore=['*.0.*.experts.*']"])])
+def test_the_same_bytes_from_memory_from_disk_and_after_an_interruption(
+        family: str, more: list[str], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, tokenizer = tmp_path / "source", tiny_tokenizer()
+    tiny_mixture(family, dtype=torch.bfloat16).save_pretrained(source)  # one tensor per expert
+    tokenizer.save_pretrained(source)
+    model = load_model(source)
+    plan = planned(model, text_file, *more)
+    assert planned(open_model(source), text_file, *more) == plan
+    save(quantize(model, plan, tokenizer), tokenizer, tmp_path / "memory", plan.sink_map)
+    write, left = stream._write_block, [1]
+
+    def failing(*args: object) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        write(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stream, "_write_block", failing)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_to(tmp_path / "disk", open_model(source), plan, tokenizer, plan.sink_map)
+    monkeypatch.undo()
+    quantize_to(tmp_path / "disk", open_model(source), plan, tokenizer, plan.sink_map)
+    for path in (tmp_path / "memory").iterdir():
+        assert (tmp_path / "disk" / path.name).read_bytes() == path.read_bytes(), path.name
+    content = json.loads((tmp_path / "disk" / "sinkquant.json").read_text())
+    if plan.needs_rows:
+        tokens = content["expert_tokens"]
+        assert {owner: sum(counts) for owner, counts in tokens.items()} == {
+            f"model.layers.{i}.mlp.experts": 2 * 4 * 16 for i in range(2)}
+        assert few_tokens(tokens, 256).count("(") == 32
+    else:
+        assert "expert_tokens" not in content
+
+
+def test_the_log_says_how_many_tokens_went_where(text_file: Path, tmp_path: Path,
+                                                 caplog: pytest.LogCaptureFixture) -> None:
+    source, tokenizer = tmp_path / "source", tiny_tokenizer()
+    tiny_mixture("qwen3_moe").save_pretrained(source)
+    plan = planned(open_model(source), text_file, "weights.ignore=['*self_attn*']", "calibration.min_expert_tokens=4")
+    with caplog.at_level("INFO", "sinkquant"):
+        quantize_to(tmp_path / "out", open_model(source), plan, tokenizer, plan.sink_map)
+    tokens = json.loads((tmp_path / "out" / "sinkquant.json").read_text())["expert_tokens"]
+    for place, counts in enumerate(tokens.values()):
+        assert f"tokens per expert of mlp.experts {' '.join(map(str, counts))}" in caplog.messages[place]
+        named = [f"{i} ({count})" for i, count in enumerate(counts) if count < 4]
+        assert ("as if all tokens went there" in caplog.messages[place]) == bool(named)
+        assert all(name in caplog.messages[place] for name in named)
+
+
+def test_a_checkpoint_loads_in_another_dtype_too(text_file: Path, tmp_path: Path) -> None:
+    model = tiny_mixture("qwen3_moe", dtype=torch.bfloat16)
+    save(quantize(model, planned(model, text_file, "weights.method=rtn"), tiny_tokenizer()), tiny_tokenizer(),
+         tmp_path / "out")
+    wide = load_dense(tmp_path / "out", torch.float32)
+    assert {parameter.dtype for parameter in wide.parameters()} == {torch.float32}
+    for name, part in Decoder.of(wide).experts.items():
+        assert torch.equal(part.weight, Decoder.of(model).weight(name).float())
+
+
+def test_a_quantized_mixture_can_be_walked_through_from_disk(text_file: Path, tmp_path: Path) -> None:
+    model = tiny_mixture("mixtral", dtype=torch.bfloat16)
+    save(quantize(model, planned(model, text_file, "weights.method=rtn"), tiny_tokenizer()), tiny_tokenizer(),
+         tmp_path / "out")
+    decoder = Decoder.of(open_model(tmp_path / "out"))
+    with decoder.present(decoder.blocks):
+        for name in decoder.experts:
+            assert torch.equal(decoder.weight(name), Decoder.of(model).weight(name))
+
+
+def test_every_mixture_is_known() -> None:
+    for family in MIXTURES:
+        assert len(Decoder.of(tiny_mixture(family)).experts) == 48 * (1 if family == "deepseek_v3" else 2)
