@@ -18,6 +18,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan, Report, SinkMap
+from sinkquant.artifacts.experts import few_tokens, in_short
 from sinkquant.artifacts.report import Fidelity
 from sinkquant.cache import make_prefix, prepare, save_prefix
 from sinkquant.detect import detect
@@ -255,6 +256,7 @@ class _Job:
                           compare=_comparison(self.tokenizer, sink_map, self.recipe), progress=self.progress)
         LOG.info("verdict: %s", report.verdict.sentence)
         notes = [note for one in plans.values() for note in one.notes]
+        notes += [note for place, one in plans.items() for note in expert_notes(self.work / place, one)]
         return report.model_copy(update={
             "versions": versions(), "notes": list(dict.fromkeys([*sink_map.notes, *notes, *report.notes]))})
 
@@ -338,6 +340,20 @@ def recorded_recipe(folder: Path) -> Recipe:
         if content:
             return Recipe.parse(content["recipe"], f"the recipe in {place / 'sinkquant.json'}")
     return Recipe()
+
+
+def expert_notes(checkpoint: Path, one: Plan) -> list[str]:
+    """How many calibration tokens went to the experts of a checkpoint, and to whom too few; empty without experts."""
+    content = read_checkpoint(checkpoint)
+    tokens = content.get("expert_tokens") if content else None
+    if not tokens:
+        return []
+    least = one.calibration.min_expert_tokens
+    notes = [f"{one.name}: tokens per expert of {owner}: {in_short(counts)}" for owner, counts in tokens.items()]
+    if few := few_tokens(tokens, least):
+        notes.append(f"{one.name}: fewer than {least} tokens went to these experts, quantized as if all tokens of "
+                     f"their layer had (expert, with its tokens): {few}")
+    return notes
 
 
 def sinks_after(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, name: str,
