@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from sinkquant.artifacts import LinearShape
 from sinkquant.errors import RequestError
 from sinkquant.evaluate.divergence import LOGITS_BYTES
 from sinkquant.models import Decoder
@@ -128,6 +129,7 @@ class _Job:
         self.all_blocks = sum(p.numel() for block in decoder.blocks for p in block.parameters())
         self.total = sum(p.numel() for p in decoder.model.parameters())
         self.largest = max(linear.parameters for block in self.linears for linear in block)
+        self.tensor = max(p.numel() for block in decoder.blocks for p in block.parameters())
         self.widest = max(max(linear.columns, linear.rows) for block in self.linears for linear in block)
         self.hidden, self.vocabulary = decoder.hidden_size, decoder.vocabulary
         self.heads = int(decoder.model.config.get_text_config(decoder=True).num_attention_heads)
@@ -159,8 +161,7 @@ class _Job:
         buffers = 0 if states > self.memory / SPILL_SHARE else 3 * states
         hessians, solve = 0.0, 0.0
         for block in self.linears:
-            inputs = {linear.fused_with[0] if linear.fused_with else str(i): linear for i, linear in enumerate(block)
-                      if not linear.fixed}
+            inputs = {_input(linear, i): linear for i, linear in enumerate(block) if not linear.fixed}
             sums = 8.0 * sum(linear.columns ** 2 for linear in inputs.values())
             hessians = max(hessians, sums + 4 * max((linear.columns ** 2 for linear in inputs.values()), default=0))
             solve = max([solve, *(sums + 48.0 * linear.columns ** 2 + 16 * linear.parameters
@@ -186,7 +187,8 @@ class _Job:
         tokens = self.recipe.calibration.rows * self.recipe.calibration.length
         operations = 4.0 * self.all_blocks * tokens
         for block in self.linears:
-            inputs = {linear.fused_with[0] if linear.fused_with else str(i): linear for i, linear in enumerate(block)}
+            inputs = {_input(linear, i): linear for i, linear in enumerate(block)}
+            operations += sum(4.0 * x.columns ** 3 for x in block if x.part_of)
             operations += sum(2.0 * tokens * x.columns ** 2 + 4.0 * x.columns ** 3 for x in inputs.values())
             operations += sum(6.0 * x.rows * x.columns ** 2 for x in block if not x.fixed)
         return count * (operations / _rate() + rounding + 2 * self._reading())
@@ -199,7 +201,7 @@ class _Job:
 
     def _walked(self) -> float:
         """A block that is being walked: cast tensor by tensor, its stored values gone."""
-        kept = self.block * self.stored if self.item <= self.stored else self.largest * self.stored
+        kept = self.block * self.stored if self.item <= self.stored else self.tensor * self.stored
         return self.block * self.item + kept
 
     def _activations(self, tokens: int, length: int) -> float:
@@ -210,6 +212,12 @@ class _Job:
     def _reading(self) -> float:
         """Reading all blocks once, at a gigabyte per second."""
         return self.all_blocks * self.stored / 1e9
+
+
+def _input(linear: LinearShape, index: int) -> str:
+    """What linears with one Hessian in memory have in common: engines fuse them, or they are experts, whose turn comes
+    one after the other."""
+    return linear.part_of or (linear.fused_with[0] if linear.fused_with else str(index))
 
 
 def _rate() -> float:
