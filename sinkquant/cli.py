@@ -338,7 +338,8 @@ def _progress() -> Iterator[_Bars]:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    logging.getLogger("compressed_tensors").setLevel(logging.ERROR)
+    for library in ("compressed_tensors", "bitsandbytes"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
         yield _Bars(progress)

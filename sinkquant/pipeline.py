@@ -29,12 +29,15 @@ from sinkquant.formats import (
     KV_PREFIX,
     dismiss,
     follow,
+    is_backend,
     load_dense,
+    open_checkpoint,
     open_quantized,
     prefix_of,
     quantize_to,
     read_checkpoint,
     require_free,
+    rounds_inputs,
     versions,
 )
 from sinkquant.models import (
@@ -49,10 +52,17 @@ from sinkquant.models import (
 )
 from sinkquant.models.loading import has_tokenizer, weight_files
 from sinkquant.planning import plan_ready, with_calibration_notes
-from sinkquant.policy import accept_edited, check_same_model, make_control, make_plan, require_transforms
+from sinkquant.policy import (
+    accept_edited,
+    check_recipe,
+    check_same_model,
+    make_control,
+    make_plan,
+    require_transforms,
+)
 from sinkquant.policy.pruning import pruning_alone
 from sinkquant.predict import Prediction, require_memory, spill_limit
-from sinkquant.quantize import quantize
+from sinkquant.quantize import quantize, require_packages
 from sinkquant.quantize.ranks import join, this_rank
 from sinkquant.quantize.transforms import rotate
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe
@@ -98,6 +108,10 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     target = Path(output)
     require_free(target)
+    if edited is None:
+        check_recipe(recipe)
+    if not plan_only:
+        require_packages(edited.backend if edited else recipe.backend)
     folder = resolve(str(model))
     decoder = Decoder.of(open_model(folder, trust_remote_code))
     shape = decoder.shape(str(model))
@@ -258,7 +272,8 @@ class _Job:
         notes = [note for one in plans.values() for note in one.notes]
         notes += [note for place, one in plans.items() for note in expert_notes(self.work / place, one)]
         return report.model_copy(update={
-            "versions": versions(), "notes": list(dict.fromkeys([*sink_map.notes, *notes, *report.notes]))})
+            "versions": versions(plans[MODEL].backend),
+            "notes": list(dict.fromkeys([*sink_map.notes, *notes, *report.notes]))})
 
     def pruned(self, plans: list[Plan]) -> list[Candidate]:
         """Rows for the pruning alone, beside its control where there is one; measured by divergence only."""
@@ -360,7 +375,11 @@ def sinks_after(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, recipe: Re
                 progress: Progress | None = None) -> SinkMap:
     """The sinks of a quantized checkpoint on the rows that the unquantized model was detected on, without ablations."""
     fast = recipe.replace(["detect.super_weights=false", "prune.heads=none"])
-    return detect(open_quantized(checkpoint), tokenizer, recipe=fast, name=name, progress=progress)
+    if is_backend(checkpoint):
+        model = load_dense(checkpoint) if rounds_inputs(checkpoint) else open_checkpoint(checkpoint)
+    else:
+        model = open_quantized(checkpoint)
+    return detect(model, tokenizer, recipe=fast, name=name, progress=progress)
 
 
 def fidelity(maps: dict[str, SinkMap]) -> Fidelity:
@@ -423,6 +442,9 @@ def weight_bytes(folder: Path) -> int:
 
 def bits_on_disk(folder: Path) -> float:
     """Average bits per value of a checkpoint as it is stored; scales count, and packed words as what they hold."""
+    if is_backend(folder):  # its tensors hold several codes each: the model tells how many weights they stand for
+        values = sum(parameter.numel() for parameter in open_checkpoint(folder).parameters())
+        return 8 * weight_bytes(folder) / max(values, 1)
     size, values = 0, 0
     for path in weight_files(folder):
         with path.open("rb") as file:

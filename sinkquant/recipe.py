@@ -119,9 +119,13 @@ class Weights(Section):
     `tune`: iterations of sign-gradient tuning of every block's codes and scales at the end; slow, not always better.
     Before all that, changes after which the model computes the same: `rotate` by a Hadamard matrix, "values" of every
     head or "full", the residual stream as well; `smooth` channels, by "smoothquant" with `smooth_strength` or "awq".
+    `format` other than "int" and `double_quantization` (scales quantized once more) are for backends that hold them:
+    bitsandbytes nf4 and fp4, quanto float8.
     """
 
     method: Literal["rtn", "gptq", "gptaq"] = "gptq"
+    format: Literal["int", "nf4", "fp4", "float8"] = "int"
+    double_quantization: bool = False
     bits: int = Field(default=4, ge=2, le=8)
     group_size: GroupSize = 64
     symmetric: Literal[True] = True
@@ -276,11 +280,15 @@ class Gate(Section):
 
 
 class Recipe(Section):
-    """The whole request. `Recipe()` is the default recipe; `Recipe.load` reads a file or a packaged name."""
+    """The whole request. `Recipe()` is the default recipe; `Recipe.load` reads a file or a packaged name.
+
+    `backend`: whose files the checkpoint is made of. What a backend cannot hold is refused before anything is computed.
+    """
 
     name: str = "custom"
     description: str = ""
     seed: int = Field(default=0, ge=0)
+    backend: Literal["compressed-tensors", "bitsandbytes", "quanto", "gptq"] = "compressed-tensors"
     compute: Compute = Field(default_factory=Compute)
     calibration: CalibrationText = Field(default_factory=CalibrationText)
     detect: Detection = Field(default_factory=Detection)

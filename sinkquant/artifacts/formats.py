@@ -11,6 +11,16 @@ InputScale = Literal["token", "tensor"]
 DEPLOYED = frozenset({"int8", "fp8"})
 """Formats of inputs that checkpoints can ask engines for; narrower ones are simulated when sinkquant evaluates."""
 INPUT_BITS: dict[str, int] = {"16-bit": 16, "int8": 8, "fp8": 8, "int6": 6, "int4": 4}
+Storage = Literal["pack-quantized", "nf4", "nf4-double", "fp4", "fp4-double", "llm.int8", "quanto", "quanto-float8",
+                  "gptq"]
+PLAIN: Storage = "pack-quantized"
+"""compressed-tensors' integers, the default."""
+BACKENDS: dict[str, frozenset[str]] = {
+    "compressed-tensors": frozenset({PLAIN}),
+    "bitsandbytes": frozenset({"nf4", "nf4-double", "fp4", "fp4-double", "llm.int8"}),
+    "quanto": frozenset({"quanto", "quanto-float8"}),
+    "gptq": frozenset({"gptq"})}
+"""Backend -> the storage of linears that its checkpoints hold."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +31,7 @@ class WeightFormat:
     output channel, null with 16 bits. `kind` "float": 8-bit floating point (float8_e4m3fn). `inputs` is the number
     format that the checkpoint asks an engine to round the linear's inputs to, `input_scale` "token" where an engine
     takes a scale per token as it goes, "tensor" where one scale for all is stored with the weights.
+    `storage`: the tensors that the linear becomes, compressed-tensors' or another backend's.
     """
 
     bits: int
@@ -28,6 +39,7 @@ class WeightFormat:
     kind: Literal["int", "float"] = "int"
     inputs: str = "16-bit"
     input_scale: str | None = None
+    storage: Storage = PLAIN
 
     @property
     def packed(self) -> bool:
@@ -47,3 +59,7 @@ class WeightFormat:
     def static_inputs(self) -> bool:
         """Whether a scale of the inputs is stored."""
         return self.packed and self.inputs != "16-bit" and self.input_scale == "tensor"
+
+def backend_of(storages: set[str]) -> str:
+    """The backend whose checkpoints hold these storages; compressed-tensors where there are none."""
+    return next((name for name, held in BACKENDS.items() if storages and storages <= held), "compressed-tensors")

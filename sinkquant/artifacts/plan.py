@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, PrivateAttr
 
 from sinkquant.artifacts.base import Artifact, Strict
-from sinkquant.artifacts.formats import DEPLOYED, InputFormat, InputScale, WeightFormat
+from sinkquant.artifacts.formats import DEPLOYED, PLAIN, InputFormat, InputScale, Storage, WeightFormat, backend_of
 from sinkquant.artifacts.heads import SilencedHead
 from sinkquant.artifacts.kv import KVCachePlan
 from sinkquant.artifacts.pruning import Pruning
@@ -30,7 +30,7 @@ class ModuleDecision(Strict):
     format that inputs are rounded to ("int6" and "int4" only where sinkquant evaluates, not by the checkpoint),
     `activation_scale` whether every token has a scale of its own or all share a stored one; null with 16 bits. `prune`
     says which of its weights become zero, null for none: its bytes stay the same, since zeros are stored like any other
-    weight.
+    weight. `storage` says which tensors it becomes: integers of compressed-tensors or a format of another backend.
     """
 
     bits: Literal[2, 3, 4, 5, 6, 7, 8, 16]
@@ -41,6 +41,7 @@ class ModuleDecision(Strict):
     kind: Literal["int", "float"] = "int"
     activations: InputFormat = "16-bit"
     activation_scale: InputScale | None = None
+    storage: Storage = PLAIN
     bytes: int
     reason: str
     prune: Pruning | None = None
@@ -48,7 +49,8 @@ class ModuleDecision(Strict):
     @property
     def form(self) -> WeightFormat:
         """How the weights are stored."""
-        return stored_form(self.bits, self.group_size, self.kind, self.activations, self.activation_scale)
+        return stored_form(self.bits, self.group_size, self.kind, self.activations, self.activation_scale,
+                           self.storage)
 
     @property
     def inputs(self) -> tuple[str, str | None]:
@@ -73,11 +75,11 @@ class ModuleDecision(Strict):
 
 
 def stored_form(bits: int, group_size: int | None, kind: Literal["int", "float"], activations: str,
-                scale: str | None) -> WeightFormat:
+                scale: str | None, storage: Storage = PLAIN) -> WeightFormat:
     """How a linear is stored; inputs that are only simulated leave no trace in a checkpoint."""
     if bits == 16 or activations not in DEPLOYED:
-        return WeightFormat(bits, group_size, kind)
-    return WeightFormat(bits, group_size, kind, activations, scale)
+        return WeightFormat(bits, group_size, kind, storage=PLAIN if bits == 16 else storage)
+    return WeightFormat(bits, group_size, kind, activations, scale, storage)
 
 
 class Transform(Strict):
@@ -169,6 +171,11 @@ class Plan(Artifact):
         counts = Counter(d.inputs_in_words() for d in self.modules.values() if d.form.packed)
         return ", ".join(f"{words} ({count})" if len(counts) > 1 else words
                          for words, count in counts.most_common()) or "16-bit"
+
+    @property
+    def backend(self) -> str:
+        """The backend whose checkpoint it makes."""
+        return backend_of({form.storage for form in self.formats.values()})
 
     @property
     def rotation(self) -> Transform | None:

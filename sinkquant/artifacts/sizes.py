@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 
-from sinkquant.artifacts.formats import WeightFormat
+from sinkquant.artifacts.formats import PLAIN, WeightFormat
 from sinkquant.artifacts.shapes import ModelShape
+from sinkquant.artifacts.storages import backend_tensors
 
 DTYPES = {"int64": ("I64", 8), "float64": ("F64", 8), "float32": ("F32", 4), "int32": ("I32", 4),
           "bfloat16": ("BF16", 2), "float16": ("F16", 2), "int16": ("I16", 2), "float8_e4m3fn": ("F8_E4M3", 1),
@@ -34,7 +35,10 @@ def expert_scale_dtype(dtype: str) -> str:
 def packed_tensors(name: str, rows: int, columns: int, form: WeightFormat, dtype: str,
                    expert: bool = False) -> dict[str, Tensor]:
     """The tensors that a quantized linear becomes: dense int32 words, scales, and its shape; or codes of a byte each
-    and scales. One scale more where its inputs have a static one."""
+    and scales; or what another backend makes of it. One scale more where its inputs have a static one."""
+    if form.storage != PLAIN:
+        leaves = backend_tensors(rows, columns, form, dtype)
+        return {f"{name}.{leaf}": tensor for leaf, tensor in leaves.items()}
     groups = 1 if form.group_size in (None, -1) else columns // int(form.group_size or 1)
     scales = expert_scale_dtype(dtype) if expert else scale_dtype(dtype)
     scale = {f"{name}.weight_scale": (scales, [rows, groups])}

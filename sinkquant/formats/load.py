@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from sinkquant.artifacts import Plan, SinkMap
 from sinkquant.cache import Prefix, install, load_prefix
 from sinkquant.errors import RequestError
+from sinkquant.formats.backends import dense_of, is_backend, open_checkpoint, rounds_inputs
 from sinkquant.formats.bars import no_bars
 from sinkquant.formats.simulated import simulate
 from sinkquant.models import cast_experts, check_finite, load_model, load_tokenizer, open_model, resolve
 from sinkquant.models.inputs import let_through, round_inputs
+from sinkquant.models.loading import loading_errors
 from sinkquant.quantize import UNPACKED
 
 KV_PREFIX = "kv_prefix/prefix.safetensors"
@@ -60,6 +62,8 @@ def load_dense(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu
             tensors or cannot be unpacked.
     """
     config = _read_json(path / "config.json")
+    if is_backend(path):
+        return _load_backend(path, dtype, device)
     if "quantization_config" not in config:
         return load_model(path, dtype, device)
     _check_readable(path, config["quantization_config"])
@@ -90,6 +94,25 @@ def load_dense(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu
     model.hf_quantizer = None
     setattr(model, UNPACKED, True)
     return model
+
+
+def _load_backend(path: Path, dtype: torch.dtype | str, device: str) -> PreTrainedModel:
+    """A checkpoint of another library: dense where only weights are rounded, so that what is measured is what they are
+    worth and not which kernel a CPU has; the library's own modules where inputs are rounded too."""
+    if rounds_inputs(path):
+        with loading_errors(path), no_bars():
+            model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device},
+                                                               output_loading_info=True)
+        if info.get("missing_keys"):
+            raise RequestError(f"{path} lacks the tensor {sorted(info['missing_keys'])[0]}; "
+                               "its weights do not belong to its config.json.")
+    else:
+        model = dense_of(open_checkpoint(path, dtype=dtype if isinstance(dtype, torch.dtype) else None)).to(device)
+        if getattr(model.config, "quantization_config", None) is not None:
+            del model.config.quantization_config
+    check_finite(model)
+    setattr(model, UNPACKED, True)
+    return model.eval()
 
 
 def open_quantized(path: Path) -> PreTrainedModel:

@@ -18,20 +18,19 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan, SinkMap
-from sinkquant.artifacts.formats import WeightFormat
-from sinkquant.artifacts.sizes import checkpoint_tensors
+from sinkquant.artifacts.formats import WeightFormat, backend_of
+from sinkquant.artifacts.sizes import checkpoint_tensors, packed_tensors
 from sinkquant.errors import RequestError, SinkquantError
+from sinkquant.formats.backends import BACKENDS
 from sinkquant.formats.compressed import quantization_config, stored_linear
 from sinkquant.formats.load import load_dense
 from sinkquant.formats.simulated import save_simulated
 from sinkquant.formats.writer import CheckpointWriter
 from sinkquant.models import Decoder, pieces
-from sinkquant.quantize import PackedWeight, state_of
+from sinkquant.quantize import BackendWeight, PackedWeight, packages_of, state_of
 from sinkquant.recipe import Recipe
 
 CHECKPOINT_SCHEMA = "sinkquant/checkpoint@1"
-STORED = ("weight", "weight_packed", "weight_scale", "weight_shape", "input_scale")
-"""What is stored of a quantized linear beside its bias."""
 PACKAGES = ("sinkquant", "torch", "transformers", "compressed-tensors", "safetensors")
 
 
@@ -66,18 +65,30 @@ def open_writer(folder: Path, model: PreTrainedModel, plan: Plan) -> CheckpointW
 
 def copy_dense(writer: CheckpointWriter, decoder: Decoder, plan: Plan) -> None:
     """Write every tensor that the plan leaves as it is."""
+    shape = decoder.shape("")
+    packed = {key for name, form in plan.formats.items() for key in packed_tensors(
+        name, shape.linears[name].rows, shape.linears[name].columns, form, shape.dtype)}
     for name in writer.tensors:
-        module, _, leaf = name.rpartition(".")
-        if module not in plan.formats or leaf not in STORED:
+        if name not in packed:
             for start, rows in pieces(decoder, name):
                 writer.write(name, rows, start)
 
 
-def write_packed(writer: CheckpointWriter, name: str, weight: PackedWeight, form: WeightFormat,
+def write_packed(writer: CheckpointWriter, name: str, weight: PackedWeight | BackendWeight, form: WeightFormat,
                  input_scale: torch.Tensor | None = None) -> None:
     """Write the tensors of a quantized linear."""
-    for key, tensor in stored_linear(name, weight, form, input_scale).items():
+    for key, tensor in linear_tensors(name, weight, form, input_scale).items():
         writer.write(key, tensor)
+
+
+def linear_tensors(name: str, weight: PackedWeight | BackendWeight, form: WeightFormat,
+                   input_scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """The tensors that a quantized linear becomes in its backend."""
+    backend = BACKENDS.get(backend_of({form.storage}))
+    if backend is not None:
+        return {f"{name}.{leaf}": tensor for leaf, tensor in backend.leaves(weight).items()}
+    assert isinstance(weight, PackedWeight)
+    return stored_linear(name, weight, form, input_scale)
 
 
 def require_free(folder: Path) -> None:
@@ -122,9 +133,9 @@ def disk_errors(target: Path) -> Iterator[None]:
         raise SinkquantError(f"cannot write {target}: {reason}.") from error
 
 
-def versions() -> dict[str, str]:
+def versions(backend: str = "compressed-tensors") -> dict[str, str]:
     """Versions of the packages that decide what a checkpoint holds."""
-    return {package: importlib.metadata.version(package) for package in PACKAGES}
+    return {package: importlib.metadata.version(package) for package in (*PACKAGES, *packages_of(backend))}
 
 
 def write_files(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan,
@@ -136,7 +147,8 @@ def write_files(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
     """
     packed = any(decision.bits < 16 for decision in plan.modules.values())
     if packed:
-        model.config.quantization_config = quantization_config(model, plan)
+        settings = BACKENDS[plan.backend].settings if plan.backend in BACKENDS else quantization_config
+        model.config.quantization_config = settings(model, plan)
     try:
         model.config.dtype = str(model.dtype).removeprefix("torch.")
         model.config.architectures = [type(model).__name__]
@@ -150,8 +162,10 @@ def write_files(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
         tokenizer.save_pretrained(folder)
     except Exception as error:  # The tokenizers library raises bare ones, for a full disk too.
         raise OSError(str(error)) from error
+    if plan.backend in BACKENDS:
+        BACKENDS[plan.backend].write_more(folder, plan)
     content: dict[str, Any] = {
-        "schema": CHECKPOINT_SCHEMA, "versions": versions(), "seed": plan.seed,
+        "schema": CHECKPOINT_SCHEMA, "versions": versions(plan.backend), "seed": plan.seed,
         "recipe": recipe.model_dump(mode="json") if recipe else plan.recipe,
         "plan": plan.model_dump(mode="json", by_alias=True),
         "sink_map": sink_map.model_dump(mode="json", by_alias=True) if sink_map else None}

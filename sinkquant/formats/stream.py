@@ -18,13 +18,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.artifacts import Plan, SinkMap
 from sinkquant.artifacts.base import write_atomically
 from sinkquant.errors import SinkquantError
-from sinkquant.formats.compressed import stored_linear
+from sinkquant.formats.backends import BACKENDS, open_checkpoint
+from sinkquant.formats.backends.base import dense_view
 from sinkquant.formats.load import load_dense
 from sinkquant.formats.log import in_words
-from sinkquant.formats.save import copy_dense, disk_errors, open_writer, require_free, write_files, write_packed
+from sinkquant.formats.save import (
+    copy_dense,
+    disk_errors,
+    linear_tensors,
+    open_writer,
+    require_free,
+    write_files,
+    write_packed,
+)
 from sinkquant.formats.simulated import save_simulated
 from sinkquant.formats.writer import CheckpointWriter
-from sinkquant.models import ActivationStore, Decoder, open_model, source_of
+from sinkquant.models import ActivationStore, Decoder, source_of
 from sinkquant.models.shards import Stored, dense_tensors, stored_tensors
 from sinkquant.quantize import QuantizedBlock, check, quantized_blocks
 from sinkquant.quantize.ranks import leave, tell
@@ -85,7 +94,7 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
         save_simulated(partial, plan, scales)
         write_files(partial, model, tokenizer, plan, sink_map, recipe, tokens)
         (partial / STATE).unlink()
-        _check_reload(partial, decoder)
+        _check_reload(partial, decoder, plan)
         partial.rename(folder)
     return losses
 
@@ -137,11 +146,16 @@ def _read_from(model: PreTrainedModel, partial: Path, decoder: Decoder, plan: Pl
     """Let the model read the linears of the blocks that are done from what was written of them."""
     source = source_of(model)
     assert source is not None
-    bits = {name: decision.bits for name, decision in plan.modules.items()
-            if decision.bits < 16 and decoder.block_of(name) < done}
+    forms = {name: form for name, form in plan.formats.items() if decoder.block_of(name) < done}
     changed = [name for name in plan.changed if decoder.block_of(name) < done]
-    dense = dense_tensors(stored_tensors(partial), bits, model.dtype)
-    names = {f"{name}.weight" for name in [*bits, *changed] if name not in decoder.experts}
+    stored = stored_tensors(partial)
+    dense: dict[str, Stored]
+    if plan.backend in BACKENDS:
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        dense = dense_view(stored, forms, shapes, model.dtype)
+    else:
+        dense = dense_tensors(stored, {name: form.bits for name, form in forms.items()}, model.dtype)
+    names = {f"{name}.weight" for name in [*forms, *changed] if name not in decoder.experts}
     fused = {part.parameter for part in decoder.experts.values()}
     if any(transform.name != "rotate" for transform in plan.transforms):  # norms and biases have changed as well
         names |= {name for name, _ in model.named_parameters() if name not in fused and name.startswith(
@@ -149,9 +163,9 @@ def _read_from(model: PreTrainedModel, partial: Path, decoder: Decoder, plan: Pl
     for name in sorted(names):
         source.replace(name, dense[name])
     parts: dict[str, dict[str, Stored]] = {}
-    for name in [*bits, *changed]:
+    for name in [*forms, *changed]:
         if part := decoder.experts.get(name):
-            key = f"{name}.weight" if name in bits else part.parameter  # which as a whole stays in 16 bits
+            key = f"{name}.weight" if name in forms else part.parameter  # which as a whole stays in 16 bits
             parts.setdefault(part.parameter, {})[key] = dense[key]
     for name, tensors in parts.items():
         source.replace_parts(name, tensors)
@@ -167,7 +181,7 @@ def _write_block(writer: CheckpointWriter, block: QuantizedBlock, plan: Plan) ->
         writer.write(name, tensor)
     writer.sync()
     for name, parts in stored.items():
-        for key, expected in stored_linear(name, *parts).items():
+        for key, expected in linear_tensors(name, *parts).items():
             if not _same_bytes(writer.read(key), expected):
                 raise SinkquantError(f"{key} reads back differently from what was written; check the disk.")
     for name, tensor in block.dense.items():
@@ -179,8 +193,9 @@ def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
-def _check_reload(partial: Path, decoder: Decoder) -> None:
-    """Load the checkpoint as any user would and compare every weight with what this package reads of it.
+def _check_reload(partial: Path, decoder: Decoder, plan: Plan) -> None:
+    """Load the checkpoint as any user would and compare every weight with what this package reads of it. A backend
+    whose library cannot be run here leaves it at what `_write_block` has read back.
 
     Raises:
         SinkquantError: they differ.
@@ -189,9 +204,13 @@ def _check_reload(partial: Path, decoder: Decoder) -> None:
     if size > RELOADED:
         LOG.info("not loaded as a whole by transformers, since it would take %d bytes", size)
         return
-    again = load_dense(partial, dtype=decoder.model.dtype).state_dict()
-    mine = Decoder.of(open_model(partial))
+    backend, dtype = BACKENDS.get(plan.backend), decoder.model.dtype
+    again = backend.reload(partial, dtype) if backend else load_dense(partial, dtype=dtype).state_dict()
+    if again is None:
+        LOG.info("not loaded by %s itself, which cannot be run here", plan.backend)
+        return
+    mine = Decoder.of(open_checkpoint(partial))
     with mine.present([mine.model]):
         for name, tensor in mine.model.state_dict().items():
-            if not torch.equal(again[name], tensor):
+            if name in again and not torch.equal(again[name], tensor):
                 raise SinkquantError(f"{name} of the checkpoint is not what transformers loads; nothing was written.")

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,20 @@ from sinkquant.models.shards import Stored, StoredTensor, dense_tensors, stored_
 
 ATTRIBUTE = "sinkquant_source"
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "mixed-precision")
+Unpack = Callable[[Mapping[str, StoredTensor], PreTrainedModel, torch.dtype], dict[str, Stored]]
 COMPARED = 1 << 24
 """Values of two tensors that are compared at a time."""
 
 
-def open_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+def open_model(folder: Path, trust_remote_code: bool = False, dtype: torch.dtype | None = None,
+               unpack: Unpack | None = None) -> PreTrainedModel:
     """The folder's causal language model in evaluation mode, with no weight read yet.
 
     `Decoder` and `Walk` read its weights block by block; anything else finds tensors on the meta device.
+
+    Args:
+        dtype: of the weights; None for the folder's own.
+        unpack: gives the dense weights that the tensors of another library's format stand for.
 
     Raises:
         RequestError: no causal decoder of that architecture, missing tensors or wrong shapes, or a quantization format
@@ -53,7 +59,7 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel
     """
     config = read_config(folder, trust_remote_code)
     stored = stored_tensors(folder)
-    dtype = getattr(config, "dtype", None) or next(
+    dtype = dtype or getattr(config, "dtype", None) or next(
         (tensor.dtype for tensor in stored.values() if tensor.dtype.is_floating_point), torch.float32)
     with loading_errors(folder), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -61,7 +67,9 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel
     quantization = getattr(config, "quantization_config", None)
     tensors: dict[str, Stored] = dict(stored)
     groups: dict[str, dict[str, Any]] = {}
-    if quantization is not None:
+    if unpack is not None:
+        tensors = unpack(stored, model, dtype)
+    elif quantization is not None:
         groups = _groups(folder, quantization, stored)
         bits = {name: int(group["weights"]["num_bits"]) for name, group in groups.items()}
         tensors = dense_tensors(stored, bits, dtype)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from sinkquant.artifacts import ModelShape
+from sinkquant.artifacts.formats import PLAIN
 from sinkquant.artifacts.sizes import module_bytes
+from sinkquant.policy.backends import more_bits
 from sinkquant.policy.rules import Choice
 from sinkquant.policy.sharing import moves_together
 
@@ -99,6 +101,10 @@ def _formats(choice: Choice, columns: int) -> list[Choice]:
     while (smaller := _half_the_group(sizes[-1], columns)) is not None:
         sizes.append(smaller)
     found = [replace(size, bits=bits) for size in sizes for bits in range(choice.bits, 9)]
+    if choice.storage != PLAIN:
+        found = sizes
+        while (higher := more_bits(found[-1], columns)) is not None:
+            found = [*found, higher]
     return [*found, replace(choice, bits=16, group_size=None, method="none")]
 
 
@@ -135,12 +141,14 @@ def evenly_spread(names: Sequence[str]) -> list[str]:
 
 
 def _one_more_bit(choice: Choice, columns: int) -> Choice | None:
+    if choice.storage != PLAIN:
+        return more_bits(choice, columns)
     return replace(choice, bits=choice.bits + 1) if choice.bits < 8 else None
 
 
 def _half_the_group(choice: Choice, columns: int) -> Choice | None:
     size = columns if choice.group_size == -1 else choice.group_size
-    if choice.kind == "float":  # engines multiply FP8 with one scale per channel
+    if choice.kind == "float" or choice.storage != PLAIN:  # engines multiply FP8 with one scale per channel
         return None
     if size is None or size % 2 or size // 2 < SMALLEST_GROUP or columns % (size // 2):
         return None
@@ -148,4 +156,5 @@ def _half_the_group(choice: Choice, columns: int) -> Choice | None:
 
 
 def _left_alone(choice: Choice, columns: int) -> Choice | None:
-    return replace(choice, bits=16, group_size=None, method="none") if choice.bits == 8 else None
+    return replace(choice, bits=16, group_size=None, method="none") if (
+        choice.bits == 8 or (choice.storage != PLAIN and more_bits(choice, columns) is None)) else None

@@ -7,6 +7,7 @@ from sinkquant.artifacts.experts import mixed_experts
 from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.errors import RequestError
 from sinkquant.policy.activations import check_inputs
+from sinkquant.policy.backends import check_choices
 from sinkquant.policy.heads import accept_heads
 from sinkquant.policy.kv_cache import accept_kv
 from sinkquant.policy.plan import _finish
@@ -41,9 +42,11 @@ def accept_edited(plan: Plan, shape: ModelShape) -> Plan:
                            "packed experts in one, and a layer's all packed or all dense; make them agree.")
     choices = {name: Choice(bits=d.bits, group_size=d.group_size, method=d.method, keep=d.keep,
                             columns=tuple(d.columns), reason=d.reason, kind=d.kind, activations=d.activations,
-                            activation_scale=d.activation_scale) for name, d in plan.modules.items()}
+                            activation_scale=d.activation_scale, storage=d.storage)
+               for name, d in plan.modules.items()}
     check_group_sizes(choices, shape)
     check_transforms(plan.transforms, shape, plan.kv_cache)
+    check_choices(choices, shape)
     counted = _finish(plan.name, choices, shape, Recipe.parse(plan.recipe), plan.calibration.sinks,
                       plan.calibration.statistics, plan.transforms)
     counted = keep_pruning(counted, plan, shape)

@@ -8,6 +8,7 @@ from typing import Any
 
 from sinkquant.artifacts import Calibration, ModelShape, ModuleDecision, Plan, SinkMap, SinkSelector, Transform
 from sinkquant.artifacts.experts import TUNE_AND_EXPERTS
+from sinkquant.artifacts.formats import PLAIN
 from sinkquant.artifacts.plan import Statistics
 from sinkquant.artifacts.sizes import checkpoint_bytes
 from sinkquant.errors import RequestError
@@ -19,6 +20,7 @@ from sinkquant.policy.activations import (
     vllm_inputs,
     with_inputs,
 )
+from sinkquant.policy.backends import carried, check_recipe, engines, notes
 from sinkquant.policy.budget import choice_bytes, close_gap, evenly_spread, fill, linear_bytes
 from sinkquant.policy.heads import with_silenced_heads, with_small_heads
 from sinkquant.policy.kv_cache import make_kv_control, make_kv_plan
@@ -42,11 +44,12 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> Plan:
             can be quantized, or the budget cannot be met.
     """
     check_same_model(shape, sink_map)
-    asked = base_choices(shape, recipe)
+    check_recipe(recipe)
+    asked = _base(shape, recipe)
     check_group_sizes(asked, shape)
     base = share_formats(with_inputs(asked, shape, recipe), shape)
     protected = scale_sinks(protect(base, shape, sink_map, recipe), shape, sink_map, recipe)
-    choices = share_formats(with_inputs(protected, shape, recipe), shape)
+    choices = share_formats(carried(with_inputs(protected, shape, recipe), shape, recipe), shape)
     if recipe.budget.bits is not None:
         order = [name for name, _ in affected(shape, sink_map)]
         order += [name for name in evenly_spread(list(shape.linears)) if name not in order]
@@ -80,7 +83,7 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
     Args:
         aware: the plan to be matched.
     """
-    base = share_formats(with_inputs(base_choices(shape, recipe), shape, recipe), shape)
+    base = share_formats(with_inputs(_base(shape, recipe), shape, recipe), shape)
     allowed = sum(decision.bytes for decision in aware.modules.values())
     transforms = choose_transforms(base, shape, recipe, aware.kv_cache)
     plan = _finish("control", _evenly(base, shape, allowed), shape, recipe, [], "all", transforms)
@@ -92,6 +95,11 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
         plan.notes.append(f"the control's size differs by {gap:.1%}: no raise fits the bytes that are left")
     plan = with_small_heads(with_pruning(plan, shape, recipe), aware, sink_map)
     return plan.model_copy(update={"kv_cache": make_kv_control(aware.kv_cache)}).made_from(sink_map)
+
+
+def _base(shape: ModelShape, recipe: Recipe) -> dict[str, Choice]:
+    """The recipe's format for every linear as far as its backend can hold it, before anything is protected."""
+    return carried(base_choices(shape, recipe), shape, recipe)
 
 
 def _evenly(base: dict[str, Choice], shape: ModelShape, allowed: int) -> dict[str, Choice]:
@@ -113,8 +121,8 @@ def _finish(name: str, choices: dict[str, Choice], shape: ModelShape, recipe: Re
     weights = sum(linear.parameters for linear in shape.linears.values())
     modules = {
         module: ModuleDecision(bits=c.bits, group_size=c.group_size, method=c.method, keep=c.keep,  # type: ignore[arg-type]
-                               columns=list(c.columns), bytes=choice_bytes(shape, module, c), reason=c.reason,
-                               **_inputs(c))
+                               columns=list(c.columns), storage=c.form.storage, bytes=choice_bytes(shape, module, c),
+                               reason=c.reason, **_inputs(c))
         for module, c in choices.items()}
     settings = recipe.calibration
     if recipe.weights.tune and any(shape.linears[module].part_of for module in formats):
@@ -130,7 +138,7 @@ def _finish(name: str, choices: dict[str, Choice], shape: ModelShape, recipe: Re
             descent=recipe.weights.descent, tune=recipe.weights.tune, statistics=statistics,
             min_expert_tokens=settings.min_expert_tokens),
         predicted={"weight_bytes": float(total), "size_ratio": total / unquantized},
-        loads_in=_engines(choices, shape), notes=simulated_notes(choices))
+        loads_in=_engines(choices, shape), notes=[*simulated_notes(choices), *notes(choices.values(), recipe)])
 
 
 def _inputs(choice: Choice) -> dict[str, Any]:
@@ -180,6 +188,8 @@ def _within_budget(base: dict[str, Choice], choices: dict[str, Choice], shape: M
 
 
 def _engines(choices: dict[str, Choice], shape: ModelShape) -> list[str]:
+    if any(c.quantized and c.storage != PLAIN for c in choices.values()):
+        return engines(choices.values())
     for name, linear in shape.linears.items():
         # vLLM asks for one tensor per expert, under the name that most families give it.
         if linear.part_of and not (choices[name].quantized and name.endswith("_proj")):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from sinkquant.artifacts import ModelShape, SinkMap
-from sinkquant.artifacts.formats import WeightFormat
+from sinkquant.artifacts.formats import PLAIN, Storage, WeightFormat
 from sinkquant.artifacts.plan import Method, stored_form
 from sinkquant.errors import RequestError
 from sinkquant.policy.patterns import match
@@ -33,6 +33,7 @@ class Choice:
     kind: Literal["int", "float"] = "int"
     activations: str = "16-bit"
     activation_scale: str | None = None
+    storage: Storage = PLAIN
 
     @property
     def quantized(self) -> bool:
@@ -42,7 +43,8 @@ class Choice:
     @property
     def form(self) -> WeightFormat:
         """How the weights will be stored."""
-        return stored_form(self.bits, self.group_size, self.kind, self.activations, self.activation_scale)
+        return stored_form(self.bits, self.group_size, self.kind, self.activations, self.activation_scale,
+                           self.storage)
 
 
 def base_choices(shape: ModelShape, recipe: Recipe) -> dict[str, Choice]:

@@ -26,6 +26,7 @@ from sinkquant.models import (
     weight_matrix,
 )
 from sinkquant.models.inputs import inputs_left_alone
+from sinkquant.quantize.backend import BackendWeight, install_modules, require_packages, rounds_itself
 from sinkquant.quantize.experts import Routed, record
 from sinkquant.quantize.fp8 import FP8
 from sinkquant.quantize.gptq import GPTQ
@@ -58,7 +59,7 @@ class QuantizedBlock:
 
     index: int
     name: str
-    weights: dict[str, PackedWeight]
+    weights: dict[str, PackedWeight | BackendWeight]
     losses: dict[str, float]
     dense: dict[str, torch.Tensor] = field(default_factory=dict)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -92,6 +93,7 @@ def quantize(model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerB
         state.losses |= block.losses
         state.input_scales |= block.input_scales
         state.tokens |= block.tokens
+    install_modules(model, {name: w for name, w in state.weights.items() if isinstance(w, BackendWeight)})
     setattr(model, ATTRIBUTE, state)
     return model
 
@@ -133,6 +135,9 @@ def check(decoder: Decoder, plan: Plan) -> None:
     """
     if is_quantized(decoder.model):
         raise RequestError("this model is quantized already; start from the unquantized one.")
+    require_packages(plan.backend)
+    if plan.needs_rows and this_rank()[1] > 1 and any(rounds_itself(form) for form in plan.formats.values()):
+        raise RequestError(f"weights that {plan.backend} rounds are not shared among processes; run it in one.")
     shape = decoder.shape("")
     missing = [name for name in shape.linears if name not in plan.modules]
     if missing:
@@ -228,7 +233,8 @@ def _calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase
             _exchange(decoder, mine, made)
         if tune and tuned and ideal is not None:
             linears = {name: module for name in tuned if isinstance(module := decoder.linears[name], nn.Linear)}
-            for name, packed in tune.run(step, linears, made.weights, originals, ideal, weights, made.kept).items():
+            codes = _ours(made.weights)
+            for name, packed in tune.run(step, linears, codes, originals, ideal, weights, made.kept).items():
                 seen = hessians.get(source[name])
                 _put(decoder, name, packed, made, originals[name], None if seen is None else seen.mean())
         _quantize_experts(step, decoder, experts, routed, weights, plan, made)
@@ -239,9 +245,14 @@ def _calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase
         yield made
 
 
+def _ours(weights: dict[str, PackedWeight | BackendWeight]) -> dict[str, PackedWeight]:
+    """Those that are on our grids: a backend's are neither tuned nor handed over."""
+    return {name: weight for name, weight in weights.items() if isinstance(weight, PackedWeight)}
+
+
 def _exchange(decoder: Decoder, mine: dict[str, ModuleDecision], made: QuantizedBlock) -> None:
     """Let every rank hold what each of them has solved of a block."""
-    weights, losses = dict(made.weights), dict(made.losses)
+    weights, losses = _ours(made.weights), dict(made.losses)
     for index, name in enumerate(mine):
         if mine[name].bits >= 16:
             continue
@@ -329,6 +340,12 @@ def _quantize_one(decoder: Decoder, name: str, decision: ModuleDecision, plan: P
             _put_dense(decoder, name, pruned.weight, made, hessian)
             return
     assert decision.group_size is not None
+    if rounds_itself(decision.form):
+        whole = (weight if pruned is None else pruned.weight).to(decoder.model.dtype)
+        _put(decoder, name, BackendWeight.of(whole, decision.form), made, weight, hessian)
+        return
+    if decision.storage == "gptq":
+        scales = torch.float16  # whatever the model's dtype is
     if decision.method in CALIBRATED:
         if seen is None or hessian is None:
             raise RequestError(f"no calibration token reached {name}; give more text, or set its method to rtn.")
@@ -345,14 +362,14 @@ def _quantize_one(decoder: Decoder, name: str, decision: ModuleDecision, plan: P
     _put(decoder, name, packed, made, weight, hessian)
 
 
-def _put(decoder: Decoder, name: str, packed: PackedWeight, made: QuantizedBlock, weight: torch.Tensor,
+def _put(decoder: Decoder, name: str, packed: PackedWeight | BackendWeight, made: QuantizedBlock, weight: torch.Tensor,
          hessian: torch.Tensor | None) -> None:
     """Let a module hold a packed weight in place of `weight`."""
     # What the checkpoint will give: rounded to the model's own dtype, whatever the walk computes in.
     new = packed.dequantized(decoder.model.dtype).to(weight.dtype)
     made.losses[name] = relative_error(weight, new, hessian)
     decoder.put(name, new)
-    made.weights[name] = PackedWeight(packed.codes.cpu(), packed.scale.cpu(), packed.bits)
+    made.weights[name] = packed.cpu()
 
 
 def _put_dense(decoder: Decoder, name: str, new: torch.Tensor, made: QuantizedBlock,

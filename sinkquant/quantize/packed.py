@@ -31,6 +31,10 @@ class PackedWeight:
             dense[rows] = dequantize(self.codes[rows], self.scale[rows])
         return dense
 
+    def cpu(self) -> PackedWeight:
+        """The same in main memory."""
+        return PackedWeight(self.codes.cpu(), self.scale.cpu(), self.bits)
+
 
 def group_scales(weight: torch.Tensor, bits: int, group_size: int, dtype: torch.dtype) -> torch.Tensor:
     """Scales that reach the largest |weight| of every group, rounded to the 16-bit `dtype` that stores them.

@@ -80,10 +80,19 @@ def test_another_tools_checkpoint_loads_without_our_file(copy: Path, saved: tupl
     assert all(torch.equal(parameter, found[name]) for name, parameter in saved[0].named_parameters())
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "quanto", "fp8"])
+@pytest.mark.parametrize("method", ["awq", "fp8"])
 def test_other_formats_are_refused_by_name(copy: Path, method: str) -> None:
     edit(copy, quant_method=method)
     with pytest.raises(RequestError, match=rf"quantized in the {method} format, which is not read here"):
+        load(copy)
+
+
+@pytest.mark.parametrize(("method", "message"), [("bitsandbytes", "holds no packed weight"),
+                                                 ("gptq", "GPTQ weights of None bits"),
+                                                 ("quanto", "no readable quanto_qmap.json")])
+def test_backends_whose_files_are_not_there_are_refused(copy: Path, method: str, message: str) -> None:
+    edit(copy, quant_method=method)
+    with pytest.raises(RequestError, match=message):
         load(copy)
 
 
