@@ -27,6 +27,7 @@ from sinkquant.errors import RequestError
 from sinkquant.evaluate import BASELINE, Candidate, Compare, evaluate, require_tasks_possible
 from sinkquant.formats import (
     KV_PREFIX,
+    STORED,
     dismiss,
     follow,
     is_backend,
@@ -454,6 +455,6 @@ def bits_on_disk(folder: Path) -> float:
             for name in names:
                 if name.endswith(".weight_shape") and name.replace(".weight_shape", ".weight_packed") in names:
                     values += math.prod(tensors.get_tensor(name).tolist())
-                elif not name.endswith((".weight_packed", ".weight_scale")):
+                elif name.endswith(".weight") or name.rpartition(".")[2] not in STORED:
                     values += math.prod(tensors.get_slice(name).get_shape())
     return 8 * size / max(values, 1)

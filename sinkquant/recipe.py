@@ -190,14 +190,16 @@ class Protect(Section):
     as often as they are read, up to `sink_weight` (1: as any other); "cap": no more than the mean token; "attention":
     every token by the attention that it receives; "exclude": not at all; "all": as any other.
     `channels` "module": linears whose input ranges the sinks set get `bits`, at most `max_share` of all weights;
-    "scale": their sink columns are scaled up, and the norm or the linear before them down, at no cost in bytes.
+    "scale": their sink columns are scaled up, and the norm or the linear before them down, at no cost in bytes;
+    "split": of such linears the columns that the sinks set and the super weights stay in 16 bits beside the codes, at
+    most `max_share` of all weights; such a checkpoint loads in sinkquant only.
     `modules`: patterns protected in any case. The defaults are what measured best beside controls of the same size.
     """
 
     tokens: bool = True
     statistics: Literal["all", "boost", "attention", "cap", "exclude"] = "boost"
     sink_weight: float = Field(default=16.0, ge=1)
-    channels: Literal["none", "module", "scale"] = "none"
+    channels: Literal["none", "module", "scale", "split"] = "none"
     bits: Bits = Field(default=8, ge=3, le=16)
     max_share: float = Field(default=0.1, ge=0, le=1)
     modules: list[str] = Field(default_factory=list)

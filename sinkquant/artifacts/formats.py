@@ -31,7 +31,8 @@ class WeightFormat:
     output channel, null with 16 bits. `kind` "float": 8-bit floating point (float8_e4m3fn). `inputs` is the number
     format that the checkpoint asks an engine to round the linear's inputs to, `input_scale` "token" where an engine
     takes a scale per token as it goes, "tensor" where one scale for all is stored with the weights.
-    `storage`: the tensors that the linear becomes, compressed-tensors' or another backend's.
+    `storage`: the tensors that the linear becomes, compressed-tensors' or another backend's. `columns` input columns
+    and `scalars` single weights stand beside the codes in 16 bits each.
     """
 
     bits: int
@@ -40,6 +41,8 @@ class WeightFormat:
     inputs: str = "16-bit"
     input_scale: str | None = None
     storage: Storage = PLAIN
+    columns: int = 0
+    scalars: int = 0
 
     @property
     def packed(self) -> bool:
@@ -59,6 +62,12 @@ class WeightFormat:
     def static_inputs(self) -> bool:
         """Whether a scale of the inputs is stored."""
         return self.packed and self.inputs != "16-bit" and self.input_scale == "tensor"
+
+    @property
+    def split(self) -> bool:
+        """Whether a part of the weight stands beside the codes, which takes sinkquant to load."""
+        return self.packed and self.columns + self.scalars > 0
+
 
 def backend_of(storages: set[str]) -> str:
     """The backend whose checkpoints hold these storages; compressed-tensors where there are none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr
@@ -25,9 +26,10 @@ class ModuleDecision(Strict):
 
     `bits` is 2..8, or 16 for a module that is left alone (`method` "none"). `group_size` is in input columns, -1 for
     one scale per output channel. `keep` says how its sink-related channels are kept: "module" for the whole linear
-    at higher precision, "scale" for columns that are scaled up and their input down, null where nothing is kept.
-    `columns` are those channels. `kind` "float": the weights are 8-bit floating point. `activations` is the number
-    format that inputs are rounded to ("int6" and "int4" only where sinkquant evaluates, not by the checkpoint),
+    at higher precision, "scale" for columns that are scaled up and their input down, "split" for `columns` and
+    `scalars` in 16 bits beside the codes, null where nothing is kept. `columns` are those channels, `scalars` single
+    weights as (output row, input column). `kind` "float": the weights are 8-bit floating point. `activations` is the
+    number format that inputs are rounded to ("int6" and "int4" only where sinkquant evaluates, not by the checkpoint),
     `activation_scale` whether every token has a scale of its own or all share a stored one; null with 16 bits. `prune`
     says which of its weights become zero, null for none: its bytes stay the same, since zeros are stored like any other
     weight. `storage` says which tensors it becomes: integers of compressed-tensors or a format of another backend.
@@ -36,8 +38,9 @@ class ModuleDecision(Strict):
     bits: Literal[2, 3, 4, 5, 6, 7, 8, 16]
     group_size: int | None
     method: Method
-    keep: Literal["module", "scale"] | None = None
+    keep: Literal["module", "scale", "split"] | None = None
     columns: list[int] = Field(default_factory=list)
+    scalars: list[tuple[int, int]] = Field(default_factory=list)
     kind: Literal["int", "float"] = "int"
     activations: InputFormat = "16-bit"
     activation_scale: InputScale | None = None
@@ -49,8 +52,15 @@ class ModuleDecision(Strict):
     @property
     def form(self) -> WeightFormat:
         """How the weights are stored."""
-        return stored_form(self.bits, self.group_size, self.kind, self.activations, self.activation_scale,
-                           self.storage)
+        stored = stored_form(self.bits, self.group_size, self.kind, self.activations, self.activation_scale,
+                             self.storage)
+        beside = self.columns if self.keep == "split" else []
+        return replace(stored, columns=len(beside), scalars=len(self.scalars))
+
+    def shares_format(self, other: ModuleDecision) -> bool:
+        """Whether an engine can fuse the two: the same codes and inputs, and the same columns beside the codes."""
+        same = (self.form, self.inputs) == (other.form, other.inputs)
+        return same and (self.keep != "split" or self.columns == other.columns)
 
     @property
     def inputs(self) -> tuple[str, str | None]:

@@ -18,7 +18,7 @@ class LinearShape(Strict):
     MLP; `scaled_by` the norm or the linear that can take a scale of the input's channels, or null. `part_of` is the
     fused parameter that an expert's weights are a part of as long as they are not packed, null for a linear of its own;
     experts are listed with all experts of the model in `fused_with`, and `artifacts/experts.py` says what they must
-    share.
+    share. `transposed`: the model stores the weight as [columns, rows].
     """
 
     rows: int
@@ -29,6 +29,7 @@ class LinearShape(Strict):
     reads: Literal["stream", "values", "inner"] | None = None
     scaled_by: str | None = None
     part_of: str | None = None
+    transposed: bool = False
 
     @property
     def parameters(self) -> int:

@@ -20,6 +20,10 @@ FILE_BYTES = 5 * 10**9
 Tensor = tuple[str, list[int]]
 """dtype and shape."""
 
+GUARD: Tensor = ("int8", [0])
+"""Stands under the name of the first packed weight of a checkpoint in sinkquant's own format. A transformers that does
+not know the format would only warn and run a random model; a weight of the wrong shape it refuses to load."""
+
 
 def scale_dtype(dtype: str) -> str:
     """Scales take 16 bits: float16 in a float16 model, bfloat16 in any other."""
@@ -35,7 +39,8 @@ def expert_scale_dtype(dtype: str) -> str:
 def packed_tensors(name: str, rows: int, columns: int, form: WeightFormat, dtype: str,
                    expert: bool = False) -> dict[str, Tensor]:
     """The tensors that a quantized linear becomes: dense int32 words, scales, and its shape; or codes of a byte each
-    and scales; or what another backend makes of it. One scale more where its inputs have a static one."""
+    and scales; or what another backend makes of it. One scale more where its inputs have a static one; and the columns
+    and single weights that stand beside the codes, where there are any."""
     if form.storage != PLAIN:
         leaves = backend_tensors(rows, columns, form, dtype)
         return {f"{name}.{leaf}": tensor for leaf, tensor in leaves.items()}
@@ -46,8 +51,24 @@ def packed_tensors(name: str, rows: int, columns: int, form: WeightFormat, dtype
     if form.layout != "pack-quantized":
         codes = "float8_e4m3fn" if form.kind == "float" else "int8"
         return {f"{name}.weight": (codes, [rows, columns])} | scale | inputs
+    beside: dict[str, Tensor] = {}
+    if form.columns:
+        beside |= {f"{name}.weight_columns": ("int32", [form.columns]),
+                   f"{name}.weight_exact": (scale_dtype(dtype), [rows, form.columns])}
+    if form.scalars:
+        beside |= {f"{name}.weight_places": ("int32", [form.scalars, 2]),
+                   f"{name}.weight_values": (scale_dtype(dtype), [form.scalars])}
     return {f"{name}.weight_packed": ("int32", [rows, math.ceil(columns * form.bits / 32)])} | scale | {
-        f"{name}.weight_shape": ("int64", [2])} | inputs
+        f"{name}.weight_shape": ("int64", [2])} | inputs | beside
+
+
+def own_format(shape: ModelShape, formats: dict[str, WeightFormat]) -> bool:
+    """Whether a checkpoint has to be in sinkquant's own format: a weight is split, or stored transposed.
+
+    Args:
+        formats: module name -> format of every packed linear.
+    """
+    return any(form.split or shape.linears[name].transposed for name, form in formats.items())
 
 
 def module_bytes(shape: ModelShape, name: str, form: WeightFormat) -> int:
@@ -74,11 +95,15 @@ def checkpoint_tensors(shape: ModelShape, formats: dict[str, WeightFormat]) -> d
         if linear.part_of and name in formats:
             parts.setdefault(linear.part_of, []).append(name)
     tensors: dict[str, Tensor] = {}
+    guarded = own_format(shape, formats)
     for name, tensor in shape.tensors.items():
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and module in formats:
             linear = shape.linears[module]
             tensors |= packed_tensors(module, linear.rows, linear.columns, formats[module], shape.dtype)
+            if guarded:
+                tensors[name] = GUARD
+                guarded = False
         elif name in parts:
             for part in parts[name]:
                 linear = shape.linears[part]

@@ -75,8 +75,10 @@ def stored_linear(name: str, weight: PackedWeight, form: WeightFormat,
     inputs = {f"{name}.input_scale": input_scale} if form.static_inputs and input_scale is not None else {}
     if form.layout != "pack-quantized":
         return {f"{name}.weight": weight.codes, f"{name}.weight_scale": weight.scale} | inputs
+    beside = {} if weight.side is None else weight.side.tensors()
     return {f"{name}.weight_packed": pack(weight.codes, weight.bits), f"{name}.weight_scale": weight.scale,
-            f"{name}.weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64)} | inputs
+            f"{name}.weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64),
+            **{f"{name}.{leaf}": tensor for leaf, tensor in beside.items()}} | inputs
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -17,6 +17,7 @@ from sinkquant.cache import Prefix, install, load_prefix
 from sinkquant.errors import RequestError
 from sinkquant.formats.backends import dense_of, is_backend, open_checkpoint, rounds_inputs
 from sinkquant.formats.bars import no_bars
+from sinkquant.formats.own import METHOD, made_dense
 from sinkquant.formats.simulated import simulate
 from sinkquant.models import cast_experts, check_finite, load_model, load_tokenizer, open_model, resolve
 from sinkquant.models.inputs import let_through, round_inputs
@@ -67,6 +68,7 @@ def load_dense(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu
     if "quantization_config" not in config:
         return load_model(path, dtype, device)
     _check_readable(path, config["quantization_config"])
+    method = config["quantization_config"]["quant_method"]
     try:
         with no_bars():
             model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
@@ -76,11 +78,13 @@ def load_dense(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu
             model = model.to(device).eval()
             cast_experts(model)
             with torch.no_grad():
-                # compressed-tensors unpacks every weight in a hook of the first forward pass.
-                model(torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+                if method == METHOD:
+                    made_dense(model, model.dtype)
+                else:  # compressed-tensors unpacks every weight in a hook of the first forward pass.
+                    model(torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise RequestError(f"{path} is a compressed-tensors checkpoint that cannot be loaded: {reason}.") from error
+        raise RequestError(f"{path} is a {method} checkpoint that cannot be loaded: {reason}.") from error
     inputs = _Inputs({}, {}, {})
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
@@ -133,7 +137,7 @@ def _check_readable(path: Path, settings: dict[str, Any]) -> None:
     """Dense weights and rounded inputs show neither quantized outputs nor a quantized cache: such checkpoints are
     refused."""
     method = settings.get("quant_method")
-    if method != "compressed-tensors":
+    if method not in ("compressed-tensors", METHOD):
         raise RequestError(f"{path} is quantized in the {method} format, which is not read here; "
                            "give a compressed-tensors checkpoint or the unquantized model.")
     for name, group in (settings.get("config_groups") or {}).items():

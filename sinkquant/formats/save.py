@@ -19,11 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan, SinkMap
 from sinkquant.artifacts.formats import WeightFormat, backend_of
-from sinkquant.artifacts.sizes import checkpoint_tensors, packed_tensors
+from sinkquant.artifacts.sizes import GUARD, checkpoint_tensors, own_format, packed_tensors
 from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.formats.backends import BACKENDS
 from sinkquant.formats.compressed import quantization_config, stored_linear
 from sinkquant.formats.load import load_dense
+from sinkquant.formats.own import own_config
 from sinkquant.formats.simulated import save_simulated
 from sinkquant.formats.writer import CheckpointWriter
 from sinkquant.models import Decoder, pieces
@@ -31,6 +32,9 @@ from sinkquant.quantize import BackendWeight, PackedWeight, packages_of, state_o
 from sinkquant.recipe import Recipe
 
 CHECKPOINT_SCHEMA = "sinkquant/checkpoint@1"
+STORED = ("weight", "weight_packed", "weight_scale", "weight_shape", "input_scale", "weight_columns", "weight_exact",
+          "weight_places", "weight_values")
+"""What is stored of a quantized linear beside its bias."""
 PACKAGES = ("sinkquant", "torch", "transformers", "compressed-tensors", "safetensors")
 
 
@@ -69,7 +73,7 @@ def copy_dense(writer: CheckpointWriter, decoder: Decoder, plan: Plan) -> None:
     packed = {key for name, form in plan.formats.items() for key in packed_tensors(
         name, shape.linears[name].rows, shape.linears[name].columns, form, shape.dtype)}
     for name in writer.tensors:
-        if name not in packed:
+        if name not in packed and writer.tensors[name] != GUARD:
             for start, rows in pieces(decoder, name):
                 writer.write(name, rows, start)
 
@@ -148,7 +152,9 @@ def write_files(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
     packed = any(decision.bits < 16 for decision in plan.modules.values())
     if packed:
         settings = BACKENDS[plan.backend].settings if plan.backend in BACKENDS else quantization_config
-        model.config.quantization_config = settings(model, plan)
+        asked = settings(model, plan)
+        needs_own = own_format(Decoder.of(model).shape(""), plan.formats)
+        model.config.quantization_config = own_config(asked, plan, model.dtype) if needs_own else asked
     try:
         model.config.dtype = str(model.dtype).removeprefix("torch.")
         model.config.architectures = [type(model).__name__]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from sinkquant.artifacts import Plan, SinkMap
 from sinkquant.artifacts.base import write_atomically
@@ -154,7 +155,8 @@ def _read_from(model: PreTrainedModel, partial: Path, decoder: Decoder, plan: Pl
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         dense = dense_view(stored, forms, shapes, model.dtype)
     else:
-        dense = dense_tensors(stored, {name: form.bits for name, form in forms.items()}, model.dtype)
+        transposed = {name for name, linear in decoder.linears.items() if isinstance(linear, Conv1D)}
+        dense = dense_tensors(stored, {name: form.bits for name, form in forms.items()}, model.dtype, transposed)
     names = {f"{name}.weight" for name in [*forms, *changed] if name not in decoder.experts}
     fused = {part.parameter for part in decoder.experts.values()}
     if any(transform.name != "rotate" for transform in plan.transforms):  # norms and biases have changed as well

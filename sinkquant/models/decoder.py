@@ -23,7 +23,6 @@ from sinkquant.models.structure import Structure, inputs, refusals, structure_of
 
 FUSED_BY_ENGINES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")
-CONV1D_REASON = "Conv1D: compressed-tensors checkpoints hold nn.Linear only"
 ROUTER_REASON = "router: its few weights decide which expert is read"
 
 
@@ -111,11 +110,12 @@ class Decoder:
         return self.experts[name].weight if name in self.experts else weight_matrix(self.linears[name])
 
     def put(self, name: str, new: torch.Tensor) -> None:
-        """Let an nn.Linear, or a part of a fused parameter, hold another weight of the same shape and dtype."""
+        """Let a linear, or a part of a fused parameter, hold another weight [out_features, in_features] of the same
+        dtype."""
         if name in self.experts:
             self.experts[name].weight.copy_(new)
         else:
-            self.linears[name].weight.data = new
+            self.linears[name].weight.data = as_stored(self.linears[name], new)
 
     def block_of(self, name: str) -> int:
         """Index of the block that a module name lies in."""
@@ -191,14 +191,15 @@ def weight_matrix(module: nn.Module) -> torch.Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
+def as_stored(module: nn.Module, matrix: torch.Tensor) -> torch.Tensor:
+    """A weight [out_features, in_features] the way the module stores it."""
+    return matrix.T.contiguous() if isinstance(module, Conv1D) else matrix
+
+
 def _linear_shape(decoder: Decoder, path: str, module: nn.Module) -> LinearShape:
     rows, columns = weight_matrix(module).shape
-    fixed = None
-    if isinstance(module, Conv1D):
-        fixed = CONV1D_REASON
-    elif ROUTER.search(path):
-        fixed = ROUTER_REASON
-    return LinearShape(rows=rows, columns=columns, block=decoder.block_of(path), fixed=fixed)
+    return LinearShape(rows=rows, columns=columns, block=decoder.block_of(path),
+                       fixed=ROUTER_REASON if ROUTER.search(path) else None, transposed=isinstance(module, Conv1D))
 
 
 def _fused_with(path: str, linears: dict[str, LinearShape]) -> list[str]:

@@ -7,7 +7,7 @@ look like the dense weights that they stand for.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,9 @@ from sinkquant.models.loading import read_header, weight_files
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+
+PARTS = ("weight_packed", "weight_scale", "weight_columns", "weight_exact", "weight_places", "weight_values")
+"""What a packed linear's weight is read from."""
 
 
 class Stored(Protocol):
@@ -79,19 +82,32 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """The dense weight that packed int32 words and scales stand for, [rows, columns] in `dtype`."""
+    """The dense weight that packed int32 words and scales stand for, with what stands beside them, in `dtype`:
+    [rows, columns], or the other way round where the model stores it `transposed`."""
 
-    words: StoredTensor
-    scale: StoredTensor
+    parts: Mapping[str, StoredTensor]
     bits: int
-    shape: tuple[int, ...]
+    size: tuple[int, int]
     dtype: torch.dtype
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As it is read."""
+        return self.size[::-1] if self.transposed else self.size
 
     def __getitem__(self, _: Any) -> torch.Tensor:
-        codes = unpack_from_int32(self.words[...], self.bits, torch.Size(self.shape))
-        scale = self.scale[...].float()
-        dense = codes.float().reshape(*scale.shape, -1) * scale[..., None]
-        return dense.reshape(self.shape).to(self.dtype)
+        parts = {leaf: tensor[...] for leaf, tensor in self.parts.items()}
+        codes = unpack_from_int32(parts["weight_packed"], self.bits, torch.Size(self.size))
+        scale = parts["weight_scale"].float()
+        dense = (codes.float().reshape(*scale.shape, -1) * scale[..., None]).reshape(self.size)
+        if "weight_columns" in parts:
+            dense[:, parts["weight_columns"].long()] += parts["weight_exact"].float()
+        if "weight_places" in parts:
+            row, column = parts["weight_places"].long().unbind(1)
+            dense[row, column] += parts["weight_values"].float()
+        dense = dense.to(self.dtype)
+        return dense.T.contiguous() if self.transposed else dense
 
 
 @dataclass(frozen=True)
@@ -130,12 +146,13 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def dense_tensors(tensors: Mapping[str, StoredTensor], bits: Mapping[str, int],
-                  dtype: torch.dtype) -> dict[str, Stored]:
+def dense_tensors(tensors: Mapping[str, StoredTensor], bits: Mapping[str, int], dtype: torch.dtype,
+                  transposed: Collection[str] = ()) -> dict[str, Stored]:
     """Replace the tensors of every quantized linear by the dense weight that they stand for.
 
     Args:
-        bits: module name -> bits of every quantized linear. dtype: of the dense weights.
+        bits: module name -> bits of every quantized linear. dtype: of the dense weights. transposed: modules that store
+            their weight as [columns, rows].
     """
     dense: dict[str, Stored] = {
         name: tensor for name, tensor in tensors.items()
@@ -144,7 +161,7 @@ def dense_tensors(tensors: Mapping[str, StoredTensor], bits: Mapping[str, int],
         if f"{name}.weight_packed" not in tensors:
             dense[f"{name}.weight"] = ScaledTensor(tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"], dtype)
             continue
-        shape = tuple(int(size) for size in tensors[f"{name}.weight_shape"][...])
-        dense[f"{name}.weight"] = PackedTensor(tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"],
-                                               width, shape, dtype)
+        rows, columns = (int(size) for size in tensors[f"{name}.weight_shape"][...])
+        parts = {leaf: tensors[f"{name}.{leaf}"] for leaf in PARTS if f"{name}.{leaf}" in tensors}
+        dense[f"{name}.weight"] = PackedTensor(parts, width, (rows, columns), dtype, name in transposed)
     return dense

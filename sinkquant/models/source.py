@@ -27,6 +27,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 from transformers.utils.loading_report import LoadStateDictInfo
 
@@ -72,7 +73,8 @@ def open_model(folder: Path, trust_remote_code: bool = False, dtype: torch.dtype
     elif quantization is not None:
         groups = _groups(folder, quantization, stored)
         bits = {name: int(group["weights"]["num_bits"]) for name, group in groups.items()}
-        tensors = dense_tensors(stored, bits, dtype)
+        transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
+        tensors = dense_tensors(stored, bits, dtype, transposed)
     setattr(model, ATTRIBUTE, WeightSource(folder, model, tensors, dtype))
     args = {name: QuantizationArgs(**group["input_activations"]) for name, group in groups.items()
             if group.get("input_activations")}
@@ -286,10 +288,11 @@ def _finite(tensor: torch.Tensor) -> bool:
 
 def _groups(folder: Path, quantization: Any, stored: dict[str, StoredTensor]) -> dict[str, dict[str, Any]]:
     """Module name -> configuration group of every linear that is quantized in one of compressed-tensors' symmetric
-    formats that sinkquant writes."""
+    formats that sinkquant writes, or in sinkquant's own, which adds to them."""
     settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
     settings = settings.get("quantization_config", settings)
-    if settings.get("quant_method") != "compressed-tensors" or settings.get("format") not in FORMATS:
+    known = settings.get("quant_method") in ("compressed-tensors", "sinkquant")
+    if not known or settings.get("format") not in FORMATS:
         raise RequestError(f"{folder} is quantized as {settings.get('quant_method')!r}; start from the unquantized "
                            "model.")
     found = {}

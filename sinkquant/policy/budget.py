@@ -156,5 +156,7 @@ def _half_the_group(choice: Choice, columns: int) -> Choice | None:
 
 
 def _left_alone(choice: Choice, columns: int) -> Choice | None:
-    return replace(choice, bits=16, group_size=None, method="none") if (
-        choice.bits == 8 or (choice.storage != PLAIN and more_bits(choice, columns) is None)) else None
+    if not (choice.bits == 8 or (choice.storage != PLAIN and more_bits(choice, columns) is None)):
+        return None
+    alone = replace(choice, bits=16, group_size=None, method="none", scalars=())
+    return replace(alone, keep=None, columns=()) if choice.keep == "split" else alone

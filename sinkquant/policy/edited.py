@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sinkquant.artifacts import ModelShape, Plan
+from sinkquant.artifacts import LinearShape, ModelShape, ModuleDecision, Plan
 from sinkquant.artifacts.experts import mixed_experts
 from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.errors import RequestError
@@ -42,7 +42,7 @@ def accept_edited(plan: Plan, shape: ModelShape) -> Plan:
                            "packed experts in one, and a layer's all packed or all dense; make them agree.")
     choices = {name: Choice(bits=d.bits, group_size=d.group_size, method=d.method, keep=d.keep,
                             columns=tuple(d.columns), reason=d.reason, kind=d.kind, activations=d.activations,
-                            activation_scale=d.activation_scale, storage=d.storage)
+                            activation_scale=d.activation_scale, scalars=tuple(d.scalars), storage=d.storage)
                for name, d in plan.modules.items()}
     check_group_sizes(choices, shape)
     check_transforms(plan.transforms, shape, plan.kv_cache)
@@ -65,12 +65,30 @@ def _check(name: str, plan: Plan, shape: ModelShape) -> None:
     if decision.bits < 16 and shape.linears[name].fixed:
         raise RequestError(f"the plan gives {name} {decision.bits} bits, but it has to stay in 16: "
                            f"{shape.linears[name].fixed}.")
+    _check_beside(name, decision, shape.linears[name])
     for twin in [] if shape.linears[name].part_of else shape.linears[name].fused_with:
         other = plan.modules.get(twin)
-        if other is not None and (other.form, other.inputs) != (decision.form, decision.inputs):
+        if other is not None and not other.shares_format(decision):
             raise RequestError(f"the plan gives {name} and {twin} different formats, but engines fuse them; "
-                               "give both the same bits, group_size and activations.")
+                               "give both the same bits, group_size, activations and split columns.")
     check_inputs(name, decision)
     if shape.linears[name].part_of and decision.form != WeightFormat(decision.bits, decision.group_size):
         raise RequestError(f"the plan rounds the inputs of the expert {name}, which transformers does not; give it "
                            "activations '16-bit' and weights of the kind 'int'.")
+
+
+def _check_beside(name: str, decision: ModuleDecision, linear: LinearShape) -> None:
+    """What stands beside the codes must lie in the weight, once, and only where there are codes."""
+    if decision.bits == 16 and (decision.keep == "split" or decision.scalars):
+        raise RequestError(f"the plan splits {name}, which it leaves in 16 bits; give it 2 to 8 bits, or no 'split'.")
+    outside = [c for c in decision.columns if not 0 <= c < linear.columns]
+    outside += [c for r, c in decision.scalars if not (0 <= r < linear.rows and 0 <= c < linear.columns)]
+    if outside:
+        raise RequestError(f"the plan keeps column {outside[0]} of {name}, which has {linear.columns} input columns "
+                           f"and {linear.rows} rows.")
+    ascending = decision.columns == sorted(set(decision.columns))
+    twice = len(set(decision.scalars)) < len(decision.scalars) or (
+        decision.keep == "split" and any(column in decision.columns for _, column in decision.scalars))
+    if (decision.keep == "split" and not ascending) or twice:
+        raise RequestError(f"the plan's columns of {name} must be ascending, and its scalars in none of them, each "
+                           "once.")

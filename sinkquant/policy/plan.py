@@ -10,7 +10,7 @@ from sinkquant.artifacts import Calibration, ModelShape, ModuleDecision, Plan, S
 from sinkquant.artifacts.experts import TUNE_AND_EXPERTS
 from sinkquant.artifacts.formats import PLAIN
 from sinkquant.artifacts.plan import Statistics
-from sinkquant.artifacts.sizes import checkpoint_bytes
+from sinkquant.artifacts.sizes import checkpoint_bytes, own_format
 from sinkquant.errors import RequestError
 from sinkquant.policy.activations import (
     EXCLUDED,
@@ -27,6 +27,7 @@ from sinkquant.policy.kv_cache import make_kv_control, make_kv_plan
 from sinkquant.policy.pruning import with_pruning
 from sinkquant.policy.rules import Choice, affected, base_choices, check_group_sizes, protect
 from sinkquant.policy.sharing import share_formats
+from sinkquant.policy.split import split_channels
 from sinkquant.policy.transforms import choose_transforms, scale_sinks, shape_after
 from sinkquant.recipe import Recipe
 
@@ -49,6 +50,7 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> Plan:
     check_group_sizes(asked, shape)
     base = share_formats(with_inputs(asked, shape, recipe), shape)
     protected = scale_sinks(protect(base, shape, sink_map, recipe), shape, sink_map, recipe)
+    protected = split_channels(protected, shape, sink_map, recipe)
     choices = share_formats(carried(with_inputs(protected, shape, recipe), shape, recipe), shape)
     if recipe.budget.bits is not None:
         order = [name for name, _ in affected(shape, sink_map)]
@@ -116,13 +118,24 @@ def _evenly(base: dict[str, Choice], shape: ModelShape, allowed: int) -> dict[st
 def _finish(name: str, choices: dict[str, Choice], shape: ModelShape, recipe: Recipe,
             sinks: list[SinkSelector], statistics: Statistics, transforms: list[Transform]) -> Plan:
     formats = {module: c.form for module, c in choices.items() if c.quantized}
+    own = own_format(shape, formats)
+    if own and any(form.storage != PLAIN for form in formats.values()):
+        raise RequestError("protect.channels 'split' and Conv1D take sinkquant's own format, which no other backend "
+                           "holds; leave backend at compressed-tensors.")
+    if own and any(choice.quantized and (choice.kind == "float" or choice.activations != "16-bit")
+                   for choice in choices.values()):
+        raise RequestError("protect.channels 'split' and Conv1D take sinkquant's own format, which holds integer "
+                           "weights and leaves inputs in 16 bits; leave the section activations out.")
+    if own and any(shape.linears[module].part_of for module in formats):
+        raise RequestError("protect.channels 'split' takes sinkquant's own format, which holds no packed experts; set "
+                           "weights.ignore=['*.experts.*'], or another protect.channels.")
     total = checkpoint_bytes(shape_after(transforms, shape), formats)
     unquantized = checkpoint_bytes(shape, {})
     weights = sum(linear.parameters for linear in shape.linears.values())
     modules = {
         module: ModuleDecision(bits=c.bits, group_size=c.group_size, method=c.method, keep=c.keep,  # type: ignore[arg-type]
-                               columns=list(c.columns), storage=c.form.storage, bytes=choice_bytes(shape, module, c),
-                               reason=c.reason, **_inputs(c))
+                               columns=list(c.columns), scalars=list(c.scalars), storage=c.form.storage,
+                               bytes=choice_bytes(shape, module, c), reason=c.reason, **_inputs(c))
         for module, c in choices.items()}
     settings = recipe.calibration
     if recipe.weights.tune and any(shape.linears[module].part_of for module in formats):
@@ -138,7 +151,8 @@ def _finish(name: str, choices: dict[str, Choice], shape: ModelShape, recipe: Re
             descent=recipe.weights.descent, tune=recipe.weights.tune, statistics=statistics,
             min_expert_tokens=settings.min_expert_tokens),
         predicted={"weight_bytes": float(total), "size_ratio": total / unquantized},
-        loads_in=_engines(choices, shape), notes=[*simulated_notes(choices), *notes(choices.values(), recipe)])
+        loads_in=["sinkquant"] if own else _engines(choices, shape),
+        notes=[*simulated_notes(choices), *notes(choices.values(), recipe)])
 
 
 def _inputs(choice: Choice) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class Choice:
     activations: str = "16-bit"
     activation_scale: str | None = None
     storage: Storage = PLAIN
+    scalars: tuple[tuple[int, int], ...] = ()
 
     @property
     def quantized(self) -> bool:
@@ -43,8 +44,10 @@ class Choice:
     @property
     def form(self) -> WeightFormat:
         """How the weights will be stored."""
-        return stored_form(self.bits, self.group_size, self.kind, self.activations, self.activation_scale,
-                           self.storage)
+        stored = stored_form(self.bits, self.group_size, self.kind, self.activations, self.activation_scale,
+                             self.storage)
+        beside = len(self.columns) if self.keep == "split" else 0
+        return replace(stored, columns=beside, scalars=len(self.scalars))
 
 
 def base_choices(shape: ModelShape, recipe: Recipe) -> dict[str, Choice]:

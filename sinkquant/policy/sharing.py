@@ -20,8 +20,9 @@ def share_formats(choices: dict[str, Choice], shape: ModelShape) -> dict[str, Ch
         best = max(group, key=lambda member: (shared[member].bits, -_columns_per_scale(shared[member], linear)))
         for member in group:
             if shared[member].form != shared[best].form:
+                kept = shared[best].columns if shared[best].keep == "split" else ()
                 shared[member] = replace(
-                    shared[best], reason=f"{shared[best].bits} bits: engines fuse it with {best}", columns=())
+                    shared[best], reason=f"{shared[best].bits} bits: engines fuse it with {best}", columns=kept)
     return _share_experts(shared, shape)
 
 

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinkquant.artifacts import ModuleDecision, Plan
+from sinkquant.artifacts import Calibration, ModuleDecision, Plan
 from sinkquant.artifacts.experts import TUNE_AND_EXPERTS, mixed_experts
 from sinkquant.artifacts.plan import CALIBRATED
 from sinkquant.artifacts.sizes import expert_scale_dtype, module_bytes, scale_dtype
@@ -33,9 +32,10 @@ from sinkquant.quantize.gptq import GPTQ
 from sinkquant.quantize.hessian import Hessian, collect
 from sinkquant.quantize.inputs import get_ready, in_front, put, round_block
 from sinkquant.quantize.packed import PackedWeight, row_chunks
-from sinkquant.quantize.pruning import check_heads, check_pruning, prune, silence, still_pruned, unheard
+from sinkquant.quantize.pruning import Pruned, check_heads, check_pruning, prune, silence, still_pruned, unheard
 from sinkquant.quantize.ranks import add_up, hand_over, my_rows, solver, this_rank
 from sinkquant.quantize.rtn import RTN
+from sinkquant.quantize.split import Solve, Split
 from sinkquant.quantize.state import ATTRIBUTE, QuantizedState, is_quantized
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.quantize.transforms import require_equivalent, rotate, scale_block
@@ -130,7 +130,7 @@ def check(decoder: Decoder, plan: Plan) -> None:
     """Refuse a plan that does not fit a model, before anything is computed.
 
     Raises:
-        RequestError: modules or sizes of another model, a module that is no nn.Linear, a group size that does not
+        RequestError: modules or sizes of another model, a module that is no linear, a group size that does not
             divide, fused modules in several formats, a model that is quantized already.
     """
     if is_quantized(decoder.model):
@@ -149,7 +149,7 @@ def check(decoder: Decoder, plan: Plan) -> None:
             check_pruning(name, decision.prune, None if linear is None else linear.columns)
         if decision.bits >= 16:
             continue
-        if linear is None or not (name in decoder.experts or isinstance(decoder.linears.get(name), nn.Linear)):
+        if linear is None or not (name in decoder.experts or name in decoder.linears):
             raise RequestError(f"the plan quantizes {name}, which is no nn.Linear of this model; make a plan for it.")
         if decision.group_size is None or (decision.group_size != -1 and linear.columns % decision.group_size):
             raise RequestError(f"group size {decision.group_size} does not divide the {linear.columns} input "
@@ -158,9 +158,9 @@ def check(decoder: Decoder, plan: Plan) -> None:
             raise RequestError(f"the plan was made for another size of {name}; make a plan for this model.")
         for other in [] if linear.part_of else linear.fused_with:
             twin = plan.modules.get(other)
-            if twin is None or (twin.form, twin.inputs) != (decision.form, decision.inputs):
-                raise RequestError(f"{name} and {other} are fused by engines and must share bits, group size and "
-                                   "activations.")
+            if twin is None or not twin.shares_format(decision):
+                raise RequestError(f"{name} and {other} are fused by engines and must share bits, group size, "
+                                   "activations and the columns that are kept.")
     if decoder.source is not None and decoder.source.edits:
         raise RequestError("this model is rotated already; open it again.")
     require_equivalent(decoder, plan)
@@ -232,7 +232,7 @@ def _calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase
         if ranks > 1:
             _exchange(decoder, mine, made)
         if tune and tuned and ideal is not None:
-            linears = {name: module for name in tuned if isinstance(module := decoder.linears[name], nn.Linear)}
+            linears = {name: decoder.linears[name] for name in tuned}
             codes = _ours(made.weights)
             for name, packed in tune.run(step, linears, codes, originals, ideal, weights, made.kept).items():
                 seen = hessians.get(source[name])
@@ -335,31 +335,46 @@ def _quantize_one(decoder: Decoder, name: str, decision: ModuleDecision, plan: P
     if silent is not None:
         pruned = still_pruned(pruned, weight, silent)
     if pruned is not None:
+        if decision.form.split:
+            raise RequestError(f"the plan both prunes and splits {name}; it can do one of the two.")
         made.kept[name] = pruned.kept
         if decision.bits >= 16:
             _put_dense(decoder, name, pruned.weight, made, hessian)
             return
-    assert decision.group_size is not None
     if rounds_itself(decision.form):
         whole = (weight if pruned is None else pruned.weight).to(decoder.model.dtype)
         _put(decoder, name, BackendWeight.of(whole, decision.form), made, weight, hessian)
         return
     if decision.storage == "gptq":
         scales = torch.float16  # whatever the model's dtype is
-    if decision.method in CALIBRATED:
-        if seen is None or hessian is None:
-            raise RequestError(f"no calibration token reached {name}; give more text, or set its method to rtn.")
-        method = GPTQ(decision.bits, decision.group_size, settings.damping, settings.act_order, scales,
-                      settings.scale_search, passes=settings.descent)
-        packed = method.quantize(weight, hessian, name, seen.cross() if decision.method == "gptaq" else None,
-                                 None if pruned is None else pruned.kept)
-    elif decision.kind == "float":
-        packed = FP8(scales, settings.scale_search).quantize(
-            weight if pruned is None else pruned.weight, None if hessian is None else hessian.diagonal())
+    if decision.method in CALIBRATED and hessian is None:
+        raise RequestError(f"no calibration token reached {name}; give more text, or set its method to rtn.")
+    cross = seen.cross() if seen is not None and decision.method == "gptaq" else None
+    solve = _method(decision, settings, scales, name, pruned)
+    if decision.form.split:
+        packed = Split.of(decision, settings, scales).quantize(weight, hessian, solve, cross, name)
     else:
-        packed = RTN(decision.bits, decision.group_size, scales, settings.scale_search).quantize(
-            weight if pruned is None else pruned.weight, None if hessian is None else hessian.diagonal())
+        packed = solve(weight, hessian, cross)
     _put(decoder, name, packed, made, weight, hessian)
+
+
+def _method(decision: ModuleDecision, settings: Calibration, scales: torch.dtype, name: str,
+            pruned: Pruned | None) -> Solve:
+    """The decision's method as a function of weight, Hessian and cross. `pruned`: what of the weight is zero."""
+    assert decision.group_size is not None
+    if decision.method in CALIBRATED:
+        gptq = GPTQ(decision.bits, decision.group_size, settings.damping, settings.act_order, scales,
+                    settings.scale_search, passes=settings.descent)
+
+        def solve(weight: torch.Tensor, hessian: torch.Tensor | None, cross: torch.Tensor | None) -> PackedWeight:
+            assert hessian is not None
+            return gptq.quantize(weight, hessian, name, cross, None if pruned is None else pruned.kept)
+
+        return solve
+    nearest = (FP8(scales, settings.scale_search) if decision.kind == "float"
+               else RTN(decision.bits, decision.group_size, scales, settings.scale_search))
+    return lambda weight, hessian, _: nearest.quantize(weight if pruned is None else pruned.weight,
+                                                       None if hessian is None else hessian.diagonal())
 
 
 def _put(decoder: Decoder, name: str, packed: PackedWeight | BackendWeight, made: QuantizedBlock, weight: torch.Tensor,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sinkquant.models import Step
+from sinkquant.models import Step, as_stored
 from sinkquant.models.inputs import switch_of
 from sinkquant.quantize.packed import PackedWeight
 from sinkquant.quantize.scales import storable
@@ -35,7 +35,7 @@ class Tune:
     seed: int = 0
     rows: int = 4
 
-    def run(self, step: Step, linears: dict[str, nn.Linear], packed: dict[str, PackedWeight],
+    def run(self, step: Step, linears: dict[str, nn.Module], packed: dict[str, PackedWeight],
             originals: dict[str, torch.Tensor], target: torch.Tensor, weights: TokenWeights,
             kept: dict[str, torch.Tensor] | None = None) -> dict[str, PackedWeight]:
         """Tune the linears of one block together.
@@ -56,12 +56,14 @@ class Tune:
             rate = (1 - iteration / self.iterations) / self.iterations
             chosen = torch.randperm(len(target), generator=generator)[:self.rows]
             with torch.enable_grad():
-                dense = {paths[name]: variable.dense() for name, variable in variables.items()}
+                dense = {paths[name]: as_stored(linears[name], variable.dense())
+                         for name, variable in variables.items()}
                 _loss(step, dense, chosen, target, weights).backward()
             for variable in variables.values():
                 variable.step(rate)
         found = {name: variable.packed() for name, variable in variables.items()}
-        before, after = (self._total(step, {paths[name]: weight.dequantized() for name, weight in candidate.items()},
+        before, after = (self._total(step, {paths[name]: as_stored(linears[name], weight.dequantized())
+                                            for name, weight in candidate.items()},
                                      target, weights) for candidate in (packed, found))
         return found if after < before else packed
 
@@ -76,14 +78,17 @@ class _Variables:
 
     def __init__(self, packed: PackedWeight, original: torch.Tensor, kept: torch.Tensor | None) -> None:
         device = original.device
-        self.bits, self.dtype = packed.bits, packed.scale.dtype
+        self.bits, self.dtype, self.side = packed.bits, packed.scale.dtype, packed.side
         self.codes, self.scale = packed.codes.float().to(device), packed.scale.float().to(device)
         self.size = self.codes.shape[1] // self.scale.shape[1]
-        nearest = original.float() / self.scale.repeat_interleave(self.size, dim=1) - self.codes
-        if kept is not None:
-            nearest *= kept.to(device)
-        self.kept = None if kept is None else kept.to(device)
-        self.shift = nearest.clamp(-NEAR, NEAR).requires_grad_()
+        # Neither what stands beside the codes is tuned, nor the columns that it takes over, nor weights pruned to zero.
+        self.beside = torch.zeros_like(self.codes)
+        self.free = torch.ones_like(self.codes) if kept is None else kept.to(device).float()
+        if self.side is not None:
+            self.side.to(device).add_to(self.beside)
+            self.free[:, self.side.columns.long().to(device)] = 0
+        nearest = (original.float() - self.beside) / self.scale.repeat_interleave(self.size, dim=1) - self.codes
+        self.shift = (nearest.clamp(-NEAR, NEAR) * self.free).requires_grad_()
         self.stretch = torch.zeros_like(self.scale).requires_grad_()
 
     def dense(self) -> torch.Tensor:
@@ -92,15 +97,14 @@ class _Variables:
         codes = torch.clamp(moved + (moved.round() - moved).detach(), -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1)
         scale = self.scale * (1 + self.stretch)
         scale = scale + (storable(scale, self.bits, self.dtype).float() - scale).detach()
-        return codes * scale.repeat_interleave(self.size, dim=1)
+        return codes * scale.repeat_interleave(self.size, dim=1) + self.beside
 
     def step(self, rate: float) -> None:
         """One step of all against the sign of their gradient."""
         assert self.shift.grad is not None
         assert self.stretch.grad is not None
         with torch.no_grad():
-            turn = self.shift.grad.sign()
-            self.shift -= rate * (turn if self.kept is None else turn * self.kept)
+            self.shift -= rate * self.shift.grad.sign() * self.free
             self.shift.clamp_(-REACH, REACH)
             self.stretch -= SCALE_RATE * rate * self.stretch.grad.sign()
         self.shift.grad = self.stretch.grad = None
@@ -110,7 +114,7 @@ class _Variables:
         with torch.no_grad():
             codes = (self.codes + self.shift).round().clamp(-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1)
             return PackedWeight(codes.to(torch.int8), storable(self.scale * (1 + self.stretch), self.bits, self.dtype),
-                                self.bits)
+                                self.bits, self.side)
 
 
 def _loss(step: Step, dense: dict[str, torch.Tensor], chosen: torch.Tensor, target: torch.Tensor,
