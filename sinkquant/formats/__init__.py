@@ -6,5 +6,5 @@ from sinkquant.formats.save import STORED, require_free, save, versions, written
 from sinkquant.formats.stream import dismiss, follow, quantize_to
 
 __all__ = ["KV_PREFIX", "STORED", "dismiss", "follow", "is_backend", "load", "load_dense", "open_checkpoint",
-           "open_quantized", "prefix_of", "quantize_to", "read_checkpoint", "require_free", "rounds_inputs", "save", "versions",
-           "written_aside"]
+           "open_quantized", "prefix_of", "quantize_to", "read_checkpoint", "require_free", "rounds_inputs", "save",
+           "versions", "written_aside"]
