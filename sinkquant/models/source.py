@@ -180,7 +180,7 @@ class WeightSource:
         self.names[id(parameter)] = self.aliases[name] = name
 
     def replace_parts(self, name: str, tensors: dict[str, Stored]) -> None:
-        """Read a fused parameter from other tensors from now on.
+        """Read a fused parameter from other tensors from now on, unedited.
 
         Args:
             tensors: what it is stacked from, under names that transformers knows for them.
@@ -188,6 +188,7 @@ class WeightSource:
         self.tensors |= tensors
         self.keys[name] = list(tensors)
         self.converted.add(name)
+        self.edits.pop(name, None)
 
     def _match(self) -> set[str]:
         """Find out what every parameter is made of: transformers loads the checkpoint without its data.

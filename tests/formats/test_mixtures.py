@@ -77,7 +77,8 @@ def test_plain_transformers_gives_the_same_logits_and_the_plan_the_size(text_fil
 
 
 @pytest.mark.parametrize(("family", "more"), [
-    ("mixtral", ["weights.method=rtn"]), ("qwen3_moe", ["weights.method=gptq"]),
+    ("mixtral", ["weights.method=rtn"]), ("qwen3_moe", ["weights.method=rtn", "weights.rotate=full"]),
+    ("qwen3_moe", ["weights.method=gptq"]),
     ("olmoe", ["prune.method=wanda", "weights.method=rtn", "weights.ignore=['*.0.*.experts.*']"])])
 def test_the_same_bytes_from_memory_from_disk_and_after_an_interruption(
         family: str, more: list[str], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
