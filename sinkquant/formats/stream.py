@@ -192,7 +192,8 @@ def _write_block(writer: CheckpointWriter, block: QuantizedBlock, plan: Plan) ->
 
 
 def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    return one.shape == other.shape and torch.equal(one.reshape(-1).view(torch.uint8),
+                                                    other.reshape(-1).view(torch.uint8))
 
 
 def _check_reload(partial: Path, decoder: Decoder, plan: Plan) -> None:
