@@ -95,13 +95,13 @@ def run(recipe: Annotated[str | None, typer.Argument(help="A recipe file or the 
     edited = Plan.load(plan_file) if plan_file else None
     known = SinkMap.load(sink_map) if sink_map else None
     chosen = _recipe_of_run(recipe, edited, assignments or [])
+    from sinkquant.models.processes import this_process
     from sinkquant.pipeline import run as run_pipeline
-    from sinkquant.quantize.ranks import this_rank
 
     with _progress() as progress:
         report = run_pipeline(chosen, model, output, edited=edited, sink_map=known, plan_only=plan_only, resume=resume,
                               trust_remote_code=trust_remote_code, progress=progress)
-    if report is None and this_rank()[0] > 0:
+    if this_process()[0] > 0:
         return
     if report is None:
         _show_plan(Plan.load(output / "plan.json"))
@@ -176,11 +176,14 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A run's folder or a ch
     extra += [f"evaluate.tasks=[{tasks}]"] if tasks else []
     if not folder.is_dir():
         raise RequestError(f"{folder} is no folder; give a run's folder or a checkpoint.")
+    from sinkquant.models.processes import this_process
     from sinkquant.pipeline import evaluate_folder, recorded_recipe
 
     recipe = recorded_recipe(folder).replace([*extra, *(assignments or [])])
     with _progress() as progress:
         made = evaluate_folder(folder, recipe, baseline, progress)
+    if this_process()[0] > 0:
+        return
     if output:
         made.save(output)
     if json:

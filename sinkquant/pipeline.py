@@ -23,7 +23,6 @@ from sinkquant.artifacts.report import Fidelity
 from sinkquant.cache import make_prefix, prepare, save_prefix
 from sinkquant.detect import detect
 from sinkquant.diagnose import sink_fidelity
-from sinkquant.errors import RequestError
 from sinkquant.evaluate import BASELINE, Candidate, Compare, evaluate, require_tasks_possible
 from sinkquant.formats import (
     KV_PREFIX,
@@ -52,6 +51,7 @@ from sinkquant.models import (
     resolve,
 )
 from sinkquant.models.loading import has_tokenizer, weight_files
+from sinkquant.models.processes import this_process
 from sinkquant.planning import plan_ready, with_calibration_notes
 from sinkquant.policy import (
     accept_edited,
@@ -64,10 +64,10 @@ from sinkquant.policy import (
 from sinkquant.policy.pruning import pruning_alone
 from sinkquant.predict import Prediction, require_memory, spill_limit
 from sinkquant.quantize import quantize, require_packages
-from sinkquant.quantize.ranks import join, this_rank
+from sinkquant.quantize.ranks import join
 from sinkquant.quantize.transforms import rotate
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe
-from sinkquant.workfolder import WorkFolder, run_key, work_folder
+from sinkquant.workfolder import WorkFolder, partial_folder, run_key, work_folder
 
 Progress = Callable[[int, int, str], None]
 MODEL, CONTROL = "model", "model-control"
@@ -128,12 +128,12 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
     read_text(recipe.evaluate.text, "evaluation")
     if not plan_only and not recipe.evaluate.skip:
         require_tasks_possible(recipe)
-    join()
-    if this_rank()[1] > 1 and not (recipe.evaluate.skip or plan_only):
-        raise RequestError("several processes share the work of quantizing, not of evaluating; set evaluate.skip=true "
-                           "and evaluate the checkpoint afterwards with quantize-model eval.")
-    if this_rank()[0] > 0:
+    if this_process()[0] > 0:
         follow(lambda: open_model(folder, trust_remote_code), tokenizer)
+        if tokenizer is not None and not (recipe.evaluate.skip or plan_only):
+            begun = WorkFolder(partial_folder(target), "")
+            _Job(recipe, str(model), folder, tokenizer, begun, trust_remote_code, None, Prediction({}, {}),
+                 None).evaluate_along()
         return None
     predicted = require_memory(decoder, recipe, None if not plan_only else () if ready else ("detect",))
     key = run_key(recipe, folder, edited.to_json() if edited else None, sink_map.to_json() if sink_map else None)
@@ -151,7 +151,8 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
         else:
             job = _Job(recipe, str(model), folder, tokenizer, work, trust_remote_code, progress, predicted, sink_map)
             report = job.run(edited, plan_only)
-        dismiss()
+        if plan_only or recipe.evaluate.skip:
+            dismiss()
     return report
 
 
@@ -198,12 +199,21 @@ class _Job:
                 return None
             with self.work.timed(f"detect {one.name}"):
                 after[one.name] = self.look_again(place, one.name)
+        dismiss()
         with self.work.timed("evaluate"):
             report = self.evaluate(plans, sink_map, after)
         from sinkquant.report import write  # matplotlib
 
         return write(self.work.path, report.model_copy(update={"resources": self.resources(aware)}), sink_map, aware,
                      after["sink_aware"])
+
+    def evaluate_along(self) -> None:
+        """Share the evaluation of the first process, once its checkpoints are there."""
+        plans = {MODEL: Plan.load(self.work / "plan.json")}
+        if self.recipe.evaluate.control:
+            plans[CONTROL] = Plan.load(self.work / "plan-control.json")
+        self.evaluate(plans, SinkMap.load(self.work / "sinkmap.json"),
+                      {one.name: SinkMap.load(self.work / f"sinkmap-{one.name}.json") for one in plans.values()})
 
     def load(self) -> PreTrainedModel:
         return open_model(self.folder, trust_remote_code=self.trust_remote_code)
@@ -224,6 +234,7 @@ class _Job:
         if (self.work / place).is_dir():
             return
         compute = self.recipe.compute
+        join()
         quantize_to(self.work / place, self.load(), one, self.tokenizer, sink_map, self.recipe,
                     pick_device(compute.device), getattr(torch, compute.dtype),
                     ActivationStore(self.work.path, spill_limit(self.recipe)), self.progress)
@@ -395,7 +406,7 @@ def fidelity(maps: dict[str, SinkMap]) -> Fidelity:
 
 def _comparison(tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap | None, recipe: Recipe) -> Compare | None:
     """Sink fidelity of a quantized model, where the sinks of the original are known and the recipe asks for it."""
-    if sink_map is None or not recipe.evaluate.fidelity:
+    if sink_map is None or not recipe.evaluate.fidelity or this_process()[0] > 0:  # the first process reports
         return None
     return lambda original, quantized: sink_fidelity(original, quantized, tokenizer, sink_map.tokens, recipe)
 

@@ -47,6 +47,11 @@ class WorkFolder:
         write_atomically(self.path / MANIFEST, json.dumps(content) + "\n")
 
 
+def partial_folder(target: Path) -> Path:
+    """Where a run's folder lies until the run is done."""
+    return target.with_name(f"{target.name}.partial")
+
+
 @contextlib.contextmanager
 def work_folder(target: Path, key: str, resume: bool) -> Iterator[WorkFolder]:
     """`<target>.partial` while the run goes on, `target` once it is done; with `resume` it outlives a failure.
@@ -54,7 +59,7 @@ def work_folder(target: Path, key: str, resume: bool) -> Iterator[WorkFolder]:
     Raises:
         RequestError: there is something to resume, and it was another run.
     """
-    work = WorkFolder(target.with_name(f"{target.name}.partial"), key)
+    work = WorkFolder(partial_folder(target), key)
     manifest = work / MANIFEST
     if resume and manifest.is_file():
         found = json.loads(manifest.read_text(encoding="utf-8"))

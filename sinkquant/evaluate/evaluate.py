@@ -20,6 +20,7 @@ from sinkquant.evaluate.statistics import Samples, paired_difference, recovery, 
 from sinkquant.evaluate.tasks import LOCAL_TASKS, build_tasks, ready_tasks
 from sinkquant.evaluate.verdict import judge
 from sinkquant.models import documents, encode, max_length, read_text, starts_with_bos, token_rows
+from sinkquant.models.processes import shared
 from sinkquant.recipe import Recipe
 
 BASELINE = "unquantized"
@@ -99,7 +100,7 @@ def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, re
             if candidate.name == BASELINE:
                 baseline = loaded
             elif baseline is not None:
-                candidate.divergences = row_divergences(baseline, loaded, rows, kv=candidate.kv)
+                candidate.divergences = _divergences(baseline, loaded, rows, candidate.kv)
                 if compare is not None and candidate.tasks_too:
                     comparisons[candidate.name] = compare(baseline, loaded)
             del loaded  # before the next one is loaded: only the baseline stays
@@ -118,6 +119,12 @@ def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, re
     facts |= {f"documents: {task}": result.documents for task, result in candidates[0].tasks.items()}
     return Report(model=model, recipe=recipe.name, rows=found, paired=paired, recovery=left, fidelity=fidelity,
                   verdict=judge(found, paired, left, fidelity, recipe.gate), evaluation=facts)
+
+
+def _divergences(baseline: PreTrainedModel, other: PreTrainedModel, rows: torch.Tensor,
+                 kv: KVCachePlan | None) -> list[float]:
+    """`row_divergences`; several processes compare a share of the rows each."""
+    return shared(range(len(rows)), lambda mine: row_divergences(baseline, other, rows[mine], kv=kv))
 
 
 def require_tasks_possible(recipe: Recipe) -> None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.errors import RequestError
 from sinkquant.models import encode
+from sinkquant.models.processes import shared
 
 
 class SinkLM(HFLM):
@@ -99,7 +100,7 @@ class SinkLM(HFLM):
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of continuations, in nats, and whether each is what greedy decoding would give."""
         pairs = [(request.args, *self._encode_pair(*request.args)) for request in requests]
-        return list(self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm or self._quiet))
+        return [(float(score), bool(greedy)) for score, greedy in self._shared(pairs, disable_tqdm)]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole documents in nats; every token is scored once, in disjoint windows."""
@@ -109,8 +110,7 @@ class SinkLM(HFLM):
                 windows.append((None, context, scored))
                 owners.append(index)
         scores = [0.0] * len(requests)
-        answers = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm or self._quiet)
-        for owner, (score, _) in zip(owners, answers, strict=True):
+        for owner, (score, _) in zip(owners, self._shared(windows, disable_tqdm), strict=True):
             scores[owner] += score
         return scores
 
@@ -131,7 +131,13 @@ class SinkLM(HFLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Generated texts; see `tok_batch_encode` for the prompts."""
-        return list(super().generate_until(requests, disable_tqdm=disable_tqdm or self._quiet))
+        quiet, generate = disable_tqdm or self._quiet, super().generate_until
+        return shared(requests, lambda mine: list(generate(mine, disable_tqdm=quiet)))
+
+    def _shared(self, pairs: list[Any], disable_tqdm: bool) -> list[Any]:
+        """Scores of (request, context, scored tokens); several processes score a share each."""
+        return shared(pairs, lambda mine: list(self._loglikelihood_tokens(
+            mine, disable_tqdm=disable_tqdm or self._quiet)))
 
     def get_model_info(self) -> dict[str, Any]:
         """Nothing: HFLM would ask the hub for the model's commit."""

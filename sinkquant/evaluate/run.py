@@ -35,7 +35,8 @@ def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks:
               quiet: bool = True, kv: KVCachePlan | None = None) -> dict[str, TaskResult]:
     """Score a model on tasks with lm-eval's `simple_evaluate`.
 
-    Local tasks need no network. A group of tasks comes back as its tasks.
+    Local tasks need no network. A group of tasks comes back as its tasks. Several processes of torchrun share the
+    requests; the first one gets the results, another may get none.
 
     Args:
         folder: holds the YAML of local tasks; any other name is looked up among lm-eval's own.
@@ -55,6 +56,8 @@ def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks:
             model=harness, tasks=list(tasks), task_manager=manager,
             limit=limit, log_samples=True, bootstrap_iters=0, random_seed=seed, numpy_random_seed=seed,
             torch_random_seed=seed, fewshot_random_seed=seed)
+    if result is None:  # lm-eval hands it to the first process of torchrun on a machine, which reports it
+        return {}
     return {task: _result(samples, result["results"][task], result["higher_is_better"].get(task) or {})
             for task, samples in result["samples"].items()}
 

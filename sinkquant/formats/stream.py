@@ -37,7 +37,7 @@ from sinkquant.formats.writer import CheckpointWriter
 from sinkquant.models import ActivationStore, Decoder, source_of
 from sinkquant.models.shards import Stored, dense_tensors, stored_tensors
 from sinkquant.quantize import QuantizedBlock, check, quantized_blocks
-from sinkquant.quantize.ranks import leave, tell
+from sinkquant.quantize.ranks import join, leave, tell
 from sinkquant.quantize.transforms import rotate
 from sinkquant.recipe import Recipe
 
@@ -102,9 +102,10 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
 
 def follow(open_source: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase | None,
            store: ActivationStore | None = None) -> None:
-    """What every rank but the first does: share the work of the first one's `quantize_to`, or be dismissed."""
-    job = tell(None)
-    if job is not None:
+    """What every rank but the first does: share the work of each `quantize_to` of the first one until it is
+    dismissed."""
+    join()
+    while (job := tell(None)) is not None:
         model = open_source()
         decoder, plan = Decoder.of(model), Plan.parse(json.loads(job["plan"]), "the first process's plan")
         rotate(decoder, plan)
@@ -115,11 +116,14 @@ def follow(open_source: Callable[[], PreTrainedModel], tokenizer: PreTrainedToke
             for _ in quantized_blocks(decoder, plan, tokenizer, job["device"], job["dtype"], None, store, job["done"],
                                       job["scales"]):
                 pass
+        leave()
+        join()
     leave()
 
 
 def dismiss() -> None:
-    """The first rank has no work for the others, if they still wait for some."""
+    """The first rank has no more blocks for the others. To be called once."""
+    join()
     tell(None)
     leave()
 

@@ -7,7 +7,6 @@ Without a process group of torch.distributed there is one rank, and nothing here
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,17 +16,17 @@ from torch import nn
 from sinkquant.artifacts import Plan
 from sinkquant.errors import RequestError
 from sinkquant.models.inputs import InputRanges
+from sinkquant.models.processes import PATIENCE, new_store, this_process
 from sinkquant.quantize.hessian import Hessian
 from sinkquant.quantize.packed import PackedWeight
 
-PATIENCE = timedelta(days=7)
-"""How long the others wait for the first rank, which detects and evaluates by itself."""
-
 
 def join() -> None:
-    """Join the process group of torchrun, if it started this process; gloo, which every machine has."""
+    """Join a process group with all processes of torchrun, if it started this one; gloo, which every machine has.
+    Whoever left one joins the next."""
     if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        rank, ranks = this_process()
+        dist.init_process_group("gloo", store=new_store(), rank=rank, world_size=ranks, timeout=PATIENCE)
 
 
 def leave() -> None:

@@ -25,17 +25,38 @@ sq.run(recipe, model, out)
 """
 
 
+def run_twice(folder: Path, recipe: sq.Recipe, model: Path) -> sq.Report | None:
+    """One process writes `folder / "one"`, two write `folder / "two"`. Returns the first one's report."""
+    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    (folder / "task.py").write_text(TASK, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               folder / "task.py", folder / "recipe.yaml", model, folder / "two"]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path),
+                                                          "OMP_NUM_THREADS": "1"})
+    return sq.run(recipe, model, folder / "one")
+
+
+def test_two_processes_evaluate_as_one_does(tmp_path: Path, text_file: Path) -> None:
+    recipe = small_recipe(text_file, "weights.method=rtn", "weights.scale_search=false", "evaluate.divergence_rows=5",
+                          "evaluate.limit=3", "evaluate.tasks=[sink_perplexity, sink_cloze]")
+    alone = run_twice(tmp_path, recipe, model_folder(tmp_path / "model"))
+    assert alone is not None
+    together = sq.Report.load(tmp_path / "two" / "report.json")
+    assert [row.name for row in together.rows] == ["unquantized", "sink_aware", "control"]
+    for one, two in zip(alone.rows, together.rows, strict=True):
+        for task, measures in one.tasks.items():
+            for metric, measure in measures.items():
+                assert two.tasks[task][metric].value == pytest.approx(measure.value, rel=1e-4, abs=1e-7), (task, metric)
+    assert together.evaluation == alone.evaluation
+    assert together.verdict.answer == alone.verdict.answer
+    assert together.fidelity == alone.fidelity
+
+
 def test_two_processes_give_what_one_gives(tmp_path: Path, text_file: Path) -> None:
     model = model_folder(tmp_path / "model")
     recipe = small_recipe(text_file, "evaluate.skip=true", "weights.descent=0", "calibration.rows=5",
                           "activations.format=int8", "activations.scale=tensor", "activations.sinks=all")
-    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    (tmp_path / "task.py").write_text(TASK, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               tmp_path / "task.py", tmp_path / "recipe.yaml", model, tmp_path / "two"]
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path),
-                                                          "OMP_NUM_THREADS": "1"})
-    sq.run(recipe, model, tmp_path / "one")
+    run_twice(tmp_path, recipe, model)
     one, two = (load_dense(tmp_path / name / "model").state_dict() for name in ("one", "two"))
     scales = [{name: float(tensor) for name, tensor in load_file(tmp_path / place / "model/model.safetensors").items()
                if name.endswith("layers.0.self_attn.q_proj.input_scale")} for place in ("one", "two")]
