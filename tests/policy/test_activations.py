@@ -114,7 +114,7 @@ def test_an_edited_plan_is_counted_anew(decoder: Decoder) -> None:
     counted = accept_edited(plan, shape)
     assert counted.modules[DOWN].bytes == plan.modules[DOWN].bytes - 2
     plan.modules[GATE] = plan.modules[GATE].model_copy(update={"activation_scale": "token"})
-    with pytest.raises(RequestError, match="give both the same bits, group_size and activations"):
+    with pytest.raises(RequestError, match="give both the same bits, group_size, activations"):
         accept_edited(plan, shape)
     plan = planned(decoder, *STATIC, "activations.sinks=exclude", PREFIX)
     with pytest.raises(RequestError, match="a prefix that its kv_cache does not have"):
