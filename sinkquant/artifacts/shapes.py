@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field
@@ -65,3 +66,8 @@ class ModelShape(Strict):
     kv_layers: list[KVLayerShape] = Field(default_factory=list)
     not_rotated: dict[str, str] = Field(default_factory=dict)
     untied: dict[str, tuple[str, list[int]]] = Field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        """Number of values in all tensors of the unquantized checkpoint."""
+        return sum(math.prod(size) for _, size in self.tensors.values())

@@ -130,8 +130,7 @@ def dismiss() -> None:
 
 def _state(partial: Path) -> tuple[int | None, dict[str, float], dict[str, torch.Tensor], dict[str, list[int]]]:
     """Blocks that are done, the losses of their modules, the stored scales of their inputs and the tokens of their
-    experts; None where nothing was
-    written yet."""
+    experts; None where nothing was written yet."""
     if not (partial / STATE).is_file():
         return None, {}, {}, {}
     content = json.loads((partial / STATE).read_text(encoding="utf-8"))

@@ -48,14 +48,8 @@ def _asking(recipe: Recipe) -> list[str]:
 
 def _nothing_found(shape: ModelShape) -> SinkMap:
     """A sink map without a finding, for a recipe that does not look into it."""
-    parameters = 0
-    for _, size in shape.tensors.values():
-        count = 1
-        for dimension in size:
-            count *= dimension
-        parameters += count
     facts = ModelFacts(name=shape.name, architecture=shape.architecture, layers=shape.blocks, heads=0, kv_heads=0,
-                       hidden_size=0, parameters=parameters, dtype=shape.dtype)
+                       hidden_size=0, parameters=shape.parameters, dtype=shape.dtype)
     return SinkMap(model=facts, tokenization=TokenizationFacts(bos_token_id=None, adds_bos="none",
                                                                rows_start_with_bos=False, rows=0, length=0),
                    sink_rate={}, sink_rate_repeated_token={}, thresholds={}, tokens=[], heads=[], channels=[],

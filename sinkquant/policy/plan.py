@@ -142,7 +142,7 @@ def _finish(name: str, choices: dict[str, Choice], shape: ModelShape, recipe: Re
         raise RequestError(TUNE_AND_EXPERTS)
     return Plan(
         name=name, bits_per_weight=8 * linear_bytes(shape, choices) / weights,
-        bits_per_parameter=8 * total / _parameters(shape), weight_bytes=total, unquantized_bytes=unquantized,
+        bits_per_parameter=8 * total / shape.parameters, weight_bytes=total, unquantized_bytes=unquantized,
         modules=modules, transforms=transforms, seed=recipe.seed, recipe=recipe.model_dump(mode="json"),
         calibration=Calibration(
             text=settings.text, rows=settings.rows, length=settings.length, bos=settings.bos,
@@ -214,16 +214,6 @@ def _engines(choices: dict[str, Choice], shape: ModelShape) -> list[str]:
     return ["transformers", "vllm"] if vllm else ["transformers"]
 
 
-def _parameters(shape: ModelShape) -> int:
-    count = 0
-    for _, size in shape.tensors.values():
-        product = 1
-        for dimension in size:
-            product *= dimension
-        count += product
-    return count
-
-
 def check_same_model(shape: ModelShape, sink_map: SinkMap) -> None:
     """Refuse the sink map of another model.
 
@@ -233,7 +223,7 @@ def check_same_model(shape: ModelShape, sink_map: SinkMap) -> None:
     facts = sink_map.model
     foreign = any(name not in shape.linears for name in sink_map.modules)
     # Persistent buffers count in the shape alone, so that the two numbers may differ a little.
-    other_size = not math.isclose(facts.parameters, _parameters(shape), rel_tol=0.01)
+    other_size = not math.isclose(facts.parameters, shape.parameters, rel_tol=0.01)
     if foreign or other_size or facts.layers != shape.blocks or facts.architecture != shape.architecture:
         raise RequestError(f"the sink map is of another model ({facts.name}, {facts.architecture}, {facts.layers} "
                            f"layers, {facts.parameters} parameters); run detect on this one.")

@@ -19,14 +19,18 @@ PACKAGES = {"bitsandbytes": {"bitsandbytes": "bitsandbytes"}, "quanto": {"optimu
 """Backend -> the distributions that it needs, with the module of each."""
 
 
-class Codec(Protocol):
-    """One number format."""
-
-    def encode(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Float [rows, columns] -> leaf name -> tensor."""
+class Reader(Protocol):
+    """One number format, read."""
 
     def decode(self, leaves: dict[str, torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """What the tensors stand for, [rows, columns] in `dtype`."""
+
+
+class Codec(Reader, Protocol):
+    """One number format that a backend rounds to by itself."""
+
+    def encode(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Float [rows, columns] -> leaf name -> tensor."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class BackendWeight:
     @classmethod
     def of(cls, weight: torch.Tensor, form: WeightFormat) -> Self:
         """Let the backend round a weight, float [rows, columns]."""
-        return cls(form, codec(form).encode(weight), tuple(weight.shape))
+        return cls(form, _rounder(form).encode(weight), tuple(weight.shape))
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """What it stands for, [rows, columns]."""
@@ -52,12 +56,15 @@ class BackendWeight:
         return type(self)(self.form, {name: leaf.cpu() for name, leaf in self.leaves.items()}, self.shape)
 
 
-def codec(form: WeightFormat) -> Codec:
+def codec(form: WeightFormat) -> Reader:
     """The number format of a linear, compressed-tensors' own excepted."""
+    return GPTQWords(form.bits) if form.storage == "gptq" else _rounder(form)
+
+
+def _rounder(form: WeightFormat) -> Codec:
+    """The number format of a linear whose codes the backend chooses."""
     if form.storage == "llm.int8":
         return LLMInt8()
-    if form.storage == "gptq":
-        return GPTQWords(form.bits)
     if form.storage.startswith("quanto"):
         return Quanto(form.bits, form.group_size or -1, form.storage == "quanto-float8")
     return FourBit(form.storage)

@@ -32,10 +32,6 @@ class GPTQWords:
 
     bits: int
 
-    def encode(self, weight: torch.Tensor) -> Leaves:
-        """Codes of this format come from a method, never from rounding here."""
-        raise NotImplementedError("GPTQ's format holds what a method has found")
-
     def decode(self, leaves: Leaves, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """(code - zero) * scale, [rows, columns] in `dtype`."""
         rows, columns = shape

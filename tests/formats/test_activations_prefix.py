@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import tiny_model
+from interruptions import killed
 from planter import Plant, plant
 from sinkmaps import sink_map_of
 from small_runs import fingerprint, model_folder
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import sinkquant as sq
 from sinkquant.cache import cached_logits, load_prefix, make_prefix, save_prefix
 from sinkquant.errors import RequestError
-from sinkquant.formats import KV_PREFIX, quantize_to, stream
+from sinkquant.formats import KV_PREFIX, quantize_to
 from sinkquant.formats.simulated import SCALES
 from sinkquant.models import Decoder, load_model, open_model
 from sinkquant.policy import make_plan
@@ -59,7 +60,7 @@ def test_a_plain_engine_gives_the_same_with_the_prefix_and_clips_the_sink_withou
 
 @pytest.mark.parametrize("form", ["int8", "int4"])
 def test_stored_scales_are_the_same_from_memory_from_disk_and_after_a_crash(
-        form: str, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        form: str, text_file: Path, tmp_path: Path) -> None:
     source = model_folder(tmp_path / "source", dtype=torch.bfloat16)
     recipe = sq.Recipe().replace([f"calibration.text={text_file}", *SETTINGS, f"activations.format={form}",
                                   "weights.method=gptq"])
@@ -67,18 +68,8 @@ def test_stored_scales_are_the_same_from_memory_from_disk_and_after_a_crash(
     plan = make_plan(decoder.shape("tiny"), sink_map_of(decoder, {"model.layers.1.mlp.down_proj": 0.6}), recipe)
     model = load_model(source)
     sq.save(sq.quantize(model, plan, tiny_tokenizer()), tiny_tokenizer(), tmp_path / "memory", recipe=recipe)
-    real, left = stream._write_block, [2]
-
-    def once(*args: object) -> object:
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return real(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(stream, "_write_block", once)
-    with pytest.raises(KeyboardInterrupt):
+    with killed(2):
         quantize_to(tmp_path / "disk", open_model(source), plan, tiny_tokenizer())
-    monkeypatch.undo()
     seen: list[int] = []
     quantize_to(tmp_path / "disk", open_model(source), plan, tiny_tokenizer(), plan.sink_map, recipe,
                 progress=lambda done, *_: seen.append(done))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from checkpoints import weight_bytes
 from families import MIXTURES, tiny_mixture
+from interruptions import killed
 from safetensors.torch import load_file, save_file
 from sinkmaps import sink_map_of
 from tiny_tokenizer import tiny_tokenizer
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 
 from sinkquant.artifacts import Plan
 from sinkquant.artifacts.experts import few_tokens
-from sinkquant.formats import load_dense, quantize_to, save, stream
+from sinkquant.formats import load_dense, quantize_to, save
 from sinkquant.models import Decoder, load_model, open_model
 from sinkquant.policy import make_plan
 from sinkquant.quantize import quantize
@@ -81,7 +82,7 @@ def test_plain_transformers_gives_the_same_logits_and_the_plan_the_size(text_fil
     ("qwen3_moe", ["weights.method=gptq"]),
     ("olmoe", ["prune.method=wanda", "weights.method=rtn", "weights.ignore=['*.0.*.experts.*']"])])
 def test_the_same_bytes_from_memory_from_disk_and_after_an_interruption(
-        family: str, more: list[str], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        family: str, more: list[str], text_file: Path, tmp_path: Path) -> None:
     source, tokenizer = tmp_path / "source", tiny_tokenizer()
     tiny_mixture(family, dtype=torch.bfloat16).save_pretrained(source)  # one tensor per expert
     tokenizer.save_pretrained(source)
@@ -89,18 +90,8 @@ def test_the_same_bytes_from_memory_from_disk_and_after_an_interruption(
     plan = planned(model, text_file, *more)
     assert planned(open_model(source), text_file, *more) == plan
     save(quantize(model, plan, tokenizer), tokenizer, tmp_path / "memory", plan.sink_map)
-    write, left = stream._write_block, [1]
-
-    def failing(*args: object) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        write(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(stream, "_write_block", failing)
-    with pytest.raises(KeyboardInterrupt):
+    with killed(1):
         quantize_to(tmp_path / "disk", open_model(source), plan, tokenizer, plan.sink_map)
-    monkeypatch.undo()
     quantize_to(tmp_path / "disk", open_model(source), plan, tokenizer, plan.sink_map)
     for path in (tmp_path / "memory").iterdir():
         assert (tmp_path / "disk" / path.name).read_bytes() == path.read_bytes(), path.name

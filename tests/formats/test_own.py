@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoints import digest, quantized, weight_bytes
 from families import tiny_model
+from interruptions import killed
 from safetensors import safe_open
 from sinkmaps import sink_map_of
 from small_runs import model_folder, small_recipe
@@ -19,7 +20,7 @@ from transformers.quantizers import auto
 import sinkquant as sq
 from sinkquant.artifacts import Plan, SinkMap, SuperWeight
 from sinkquant.errors import RequestError
-from sinkquant.formats import load, quantize_to, save, stream
+from sinkquant.formats import load, quantize_to, save
 from sinkquant.models import Decoder, load_tokenizer, open_model
 from sinkquant.policy import make_plan
 from sinkquant.quantize import quantize
@@ -108,24 +109,14 @@ def test_what_was_loaded_is_not_quantized_twice(saved: tuple[PreTrainedModel, Pa
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_from_disk_and_resumed_it_has_the_bytes_of_the_one_in_memory(text_file: Path, tmp_path: Path, family: str,
-                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_disk_and_resumed_it_has_the_bytes_of_the_one_in_memory(text_file: Path, tmp_path: Path,
+                                                                     family: str) -> None:
     source = model_folder(tmp_path / "source", family, torch.bfloat16)
     tokenizer = load_tokenizer(source)
     model, plan = split(text_file, family, "gptq", 3, torch.bfloat16)
     save(model, tokenizer, tmp_path / "memory")
-    real, left = stream._write_block, [2]
-
-    def once(*args: object) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        real(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(stream, "_write_block", once)
-    with pytest.raises(KeyboardInterrupt):
+    with killed(2):
         quantize_to(tmp_path / "disk", open_model(source), plan, tokenizer)
-    monkeypatch.undo()
     quantize_to(tmp_path / "disk", open_model(source), plan, tokenizer)
     weights = [digest(tmp_path / place)["model.safetensors"] for place in ("memory", "disk")]
     assert weights[0] == weights[1]

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from families import tiny_model
+from interruptions import killed
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import sinkquant as sq
 from sinkquant.artifacts.sizes import checkpoint_files, file_header
 from sinkquant.errors import SinkquantError
-from sinkquant.formats import quantize_to, stream, writer
+from sinkquant.formats import quantize_to, writer
 from sinkquant.models import load_model, open_model
 
 QUICK = ["calibration.rows=6", "calibration.length=64", "weights.group_size=32", "detect.rows=8", "detect.long_rows=0"]
@@ -124,43 +125,29 @@ quantize_to(Path(target), open_model(source), sq.Plan.load(plan), load_tokenizer
 """
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL where starting a process for it would take long."""
-
-
 @pytest.mark.parametrize(("place", "calls", "really"), [
     ("copy_dense", 0, False), ("_write_block", 0, False), ("_write_block", 2, True), ("_remember", 3, False),
     ("write_packed", 16, True), ("_check_reload", 0, False)])
 def test_killed_anywhere_and_resumed_to_the_same_bytes(
         source: Path, tokenizer: PreTrainedTokenizerFast, recipe: sq.Recipe, sink_map: sq.SinkMap, place: str,
-        calls: int, really: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls: int, really: bool, tmp_path: Path) -> None:
     sq.plan(open_model(source), sink_map, recipe).save(tmp_path / "plan.json")
     plan = sq.Plan.load(tmp_path / "plan.json")
-    killed = tmp_path / "killed"
+    target = tmp_path / "killed"
     if really:
-        ended = subprocess.run([sys.executable, "-c", KILLED, source, tmp_path / "plan.json", killed, place,
+        ended = subprocess.run([sys.executable, "-c", KILLED, source, tmp_path / "plan.json", target, place,
                                 str(calls)], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, check=False)
         assert ended.returncode == -signal.SIGKILL
     else:
-        real, left = getattr(stream, place), [calls]
-
-        def once(*args: object) -> object:
-            left[0] -= 1
-            if left[0] < 0:
-                raise Killed
-            return real(*args)
-
-        monkeypatch.setattr(stream, place, once)
-        with pytest.raises(Killed):
-            quantize_to(killed, open_model(source), plan, tokenizer)
-        monkeypatch.undo()
-    assert not killed.exists()
+        with killed(calls, place):
+            quantize_to(target, open_model(source), plan, tokenizer)
+    assert not target.exists()
     seen: list[int] = []
-    quantize_to(killed, open_model(source), plan, tokenizer, progress=lambda done, *_: seen.append(done))
+    quantize_to(target, open_model(source), plan, tokenizer, progress=lambda done, *_: seen.append(done))
     if place == "_write_block":
         assert seen == list(range(calls + 1, 5))  # blocks that were done are not done again
     quantize_to(tmp_path / "whole", open_model(source), plan, tokenizer)
-    assert contents(killed) == contents(tmp_path / "whole")
+    assert contents(target) == contents(tmp_path / "whole")
 
 
 def test_a_disk_that_gives_back_something_else_is_noticed(

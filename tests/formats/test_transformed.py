@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoints import digest, weight_bytes
 from exact_norms import jolt
+from interruptions import killed
 from sinkmaps import sink_map_of
 from small_runs import model_folder, small_recipe
 from tiny_tokenizer import tiny_tokenizer
@@ -18,7 +19,7 @@ import sinkquant as sq
 from sinkquant.artifacts import Plan
 from sinkquant.cache import make_prefix
 from sinkquant.errors import RequestError
-from sinkquant.formats import load_dense, prefix_of, quantize_to, stream
+from sinkquant.formats import load_dense, prefix_of, quantize_to
 from sinkquant.models import Decoder, load_model, open_model
 from sinkquant.policy import make_plan
 
@@ -38,10 +39,6 @@ CASES = [
     ("llama", {}, ["weights.smooth=smoothquant", "weights.bits=8", "weights.group_size=-1", "activations.format=int8",
                    "activations.scale=tensor"]),
 ]
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL."""
 
 
 def prepared(folder: Path, text: Path, family: str, config: dict[str, Any],
@@ -74,23 +71,13 @@ def test_memory_disk_and_plain_transformers_agree(family: str, config: dict[str,
 
 @pytest.mark.parametrize(("family", "changes"), [
     ("qwen2", ["weights.rotate=full", "weights.smooth=awq"]), ("mixtral", ["weights.smooth=smoothquant"])])
-def test_a_killed_run_ends_with_the_same_bytes(family: str, changes: list[str], tmp_path: Path, text_file: Path,
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_ends_with_the_same_bytes(family: str, changes: list[str], tmp_path: Path,
+                                               text_file: Path) -> None:
     folder, plan, _ = prepared(tmp_path / "in", text_file, family, {"tie_word_embeddings": True},
                                [*changes, "weights.ignore=['*.1.*.v_proj']"])
     quantize_to(tmp_path / "whole", open_model(folder), plan, tiny_tokenizer())
-    write, left = stream._write_block, [2]
-
-    def once(*args: object) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise Killed
-        write(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(stream, "_write_block", once)
-    with pytest.raises(Killed):
+    with killed(2):
         quantize_to(tmp_path / "killed", open_model(folder), plan, tiny_tokenizer())
-    monkeypatch.undo()
     seen: list[int] = []
     quantize_to(tmp_path / "killed", open_model(folder), plan, tiny_tokenizer(),
                 progress=lambda done, *_: seen.append(done))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from checkpoints import weight_bytes
 from families import tiny_model
+from interruptions import killed
 from sinkmaps import sink_map_of
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from sinkquant.artifacts import Plan, SinkMap
 from sinkquant.artifacts.heads import SilencedHead
 from sinkquant.errors import RequestError
-from sinkquant.formats import load, quantize_to, save, stream
+from sinkquant.formats import load, quantize_to, save
 from sinkquant.models import Decoder, load_model, open_model
 from sinkquant.policy import accept_edited, make_control, make_plan
 from sinkquant.quantize import quantize, state_of
@@ -109,25 +110,15 @@ def test_every_family_is_pruned_and_quantized(family: str, small: list[str], tmp
 @pytest.mark.parametrize("more", [
     ["weights.ignore=['*.down_proj']"], ["weights.ignore=['*']", "prune.method=magnitude"]])
 def test_the_same_bytes_from_memory_from_disk_and_after_an_interruption(
-        more: list[str], small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        more: list[str], small: list[str], tmp_path: Path) -> None:
     source, tokenizer = tmp_path / "source", tiny_tokenizer()
     two_blocks(dtype=torch.bfloat16).save_pretrained(source)
     tokenizer.save_pretrained(source)
     model = load_model(source)
     plan, sink_map, recipe = planned(model, [*small, "prune.method=sparsegpt", *more])
     save(quantize(model, plan, tokenizer), tokenizer, tmp_path / "memory", sink_map, recipe)
-    write, left = stream._write_block, [1]
-
-    def failing(*args: object) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        write(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(stream, "_write_block", failing)
-    with pytest.raises(KeyboardInterrupt):
+    with killed(1):
         quantize_to(tmp_path / "disk", open_model(source), plan, tokenizer, sink_map, recipe)
-    monkeypatch.undo()
     losses = quantize_to(tmp_path / "disk", open_model(source), plan, tokenizer, sink_map, recipe)
     assert losses.keys() == plan.modules.keys()
     contents = [{path.name: path.read_bytes() for path in sorted((tmp_path / place).iterdir())}
