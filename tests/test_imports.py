@@ -42,3 +42,4 @@ def test_what_only_evaluation_needs_is_imported_by_it() -> None:
             waiting += [module.rpartition(".")[0]] if "." in module else []
     assert "sinkquant.evaluate.evaluate" in seen
     assert not {module.split(".")[0] for module in seen} & ONLY_FOR_EVALUATION
+    assert not any("bitsandbytes" in module for module in seen if not module.startswith("sinkquant"))

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
-from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from sinkquant.artifacts import Plan
 from sinkquant.artifacts.formats import WeightFormat
@@ -61,6 +60,8 @@ class BitsAndBytes:
 
     def reload(self, folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
         """By transformers."""
+        from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # brings bitsandbytes along
+
         with no_bars():
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         dense = {}
