@@ -1,6 +1,6 @@
 """sinkquant: find the attention sinks, decide what to keep exact, quantize the rest, prove it."""
 
-from sinkquant.artifacts import Diagnosis, Plan, Report, SinkMap
+from sinkquant.artifacts import Diagnosis, Plan, Report, Sensitivity, SinkMap
 from sinkquant.cut import cut_heads
 from sinkquant.detect import detect
 from sinkquant.diagnose import diagnose
@@ -10,6 +10,7 @@ from sinkquant.formats import load, save
 from sinkquant.pipeline import plan, run
 from sinkquant.quantize import quantize
 from sinkquant.recipe import Recipe
+from sinkquant.sensitivity import find_sensitivity
 
 __version__ = "0.1.0"
 
@@ -19,12 +20,14 @@ __all__ = [
     "Recipe",
     "Report",
     "RequestError",
+    "Sensitivity",
     "SinkMap",
     "SinkquantError",
     "cut_heads",
     "detect",
     "diagnose",
     "evaluate",
+    "find_sensitivity",
     "load",
     "plan",
     "quantize",

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sinkquant.artifacts import Plan, Report, SinkMap
+from sinkquant.artifacts import Plan, Report, Sensitivity, SinkMap
 from sinkquant.artifacts.base import write_atomically
 from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe, recipe_names
@@ -32,6 +32,8 @@ out, err = Console(), Console(stderr=True)
 ModelArgument = Annotated[str, typer.Argument(help="A model folder, a hub id, or 'demo'.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Set a recipe key.")]
 TextOption = Annotated[str | None, typer.Option("--text", help="A file of your own text; default: packaged prose.")]
+SensitivityOption = Annotated[Path | None, typer.Option("--sensitivity", help="Take sensitivities from this file, or "
+                                                        "write them there; a solved budget needs them.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the artifact as JSON.")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model folder carries.")]
 
@@ -87,6 +89,7 @@ def run(recipe: Annotated[str | None, typer.Argument(help="A recipe file or the 
         plan_file: Annotated[Path | None, typer.Option("--plan", help="Carry out this plan, edited or not, with the "
                                                                       "recipe that it was made with.")] = None,
         sink_map: Annotated[Path | None, typer.Option(help="A sink map made before; default: detect.")] = None,
+        sensitivity: SensitivityOption = None,
         resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run, and keep this one if it "
                                                               "is interrupted.")] = False,
         plan_only: Annotated[bool, typer.Option("--plan-only", help="Stop before anything is quantized.")] = False,
@@ -99,8 +102,9 @@ def run(recipe: Annotated[str | None, typer.Argument(help="A recipe file or the 
     from sinkquant.pipeline import run as run_pipeline
 
     with _progress() as progress:
-        report = run_pipeline(chosen, model, output, edited=edited, sink_map=known, plan_only=plan_only, resume=resume,
-                              trust_remote_code=trust_remote_code, progress=progress)
+        report = run_pipeline(chosen, model, output, edited=edited, sink_map=known, sensitivity=sensitivity,
+                              plan_only=plan_only, resume=resume, trust_remote_code=trust_remote_code,
+                              progress=progress)
     if this_process()[0] > 0:
         return
     if report is None:
@@ -143,6 +147,7 @@ def plan(model: ModelArgument,
          recipe: Annotated[str, typer.Option("-r", "--recipe", help="A recipe file or name.")] = DEFAULT_RECIPE,
          assignments: SetOption = None, text: TextOption = None, json: JsonOption = False,
          sink_map: Annotated[Path | None, typer.Option(help="A sink map made before; default: detect now.")] = None,
+         sensitivity: SensitivityOption = None,
          output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan here.")] = None,
          trust_remote_code: TrustOption = False) -> None:
     """Decide bits per module, with reasons and exact bytes; quantizes nothing."""
@@ -153,15 +158,41 @@ def plan(model: ModelArgument,
 
     known = SinkMap.load(sink_map) if sink_map else None
     shape = Decoder.of(open_model(resolve(model), trust_remote_code=trust_remote_code)).shape(model)
-    made, _ = plan_ready(shape, chosen, None, known)
+    made, _ = plan_ready(shape, chosen, None, known) if sensitivity is None else (None, [])
     if made is None:
-        made = make_plan(shape, _detect(model, text, chosen, trust_remote_code), chosen)
+        found = known or _detect(model, text, chosen, trust_remote_code)
+        costs = (_sensitivity(model, text, found, chosen, sensitivity, trust_remote_code)
+                 if chosen.budget.solved or sensitivity else None)
+        made = make_plan(shape, found, chosen, costs)
     if output:
         made.save(output)
     if json:
         print(made.to_json(), end="")
     else:
         _show_plan(made)
+
+
+@app.command()
+def sensitivity(model: ModelArgument,
+                recipe: Annotated[str, typer.Option("-r", "--recipe", help="A recipe file or name.")] = DEFAULT_RECIPE,
+                assignments: SetOption = None, text: TextOption = None, json: JsonOption = False,
+                sink_map: Annotated[Path | None, typer.Option(help="A sink map made before; default: detect now.")] =
+                None,
+                output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the sensitivities here, "
+                                                            "or take them from there.")] = None,
+                trust_remote_code: TrustOption = False) -> None:
+    """What every format of every linear would lose, through the sinks and through all other tokens."""
+    chosen = Recipe.load(recipe).replace(assignments or [])
+    from sinkquant.sensitivity.show import ranking_in_words, table
+
+    found = SinkMap.load(sink_map) if sink_map else _detect(model, text, chosen, trust_remote_code)
+    made = _sensitivity(model, text, found, chosen, output, trust_remote_code)
+    if json:
+        print(made.to_json(), end="")
+        return
+    out.print(table(made))
+    for line in [*ranking_in_words(made), *(f"Note: {note}" for note in made.notes)]:
+        out.print(escape(line), soft_wrap=True)
 
 
 @app.command(name="eval")
@@ -176,8 +207,8 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A run's folder or a ch
     extra += [f"evaluate.tasks=[{tasks}]"] if tasks else []
     if not folder.is_dir():
         raise RequestError(f"{folder} is no folder; give a run's folder or a checkpoint.")
-    from sinkquant.measure import evaluate_folder, recorded_recipe
     from sinkquant.models.processes import this_process
+    from sinkquant.pipeline import evaluate_folder, recorded_recipe
 
     recipe = recorded_recipe(folder).replace([*extra, *(assignments or [])])
     with _progress() as progress:
@@ -321,6 +352,18 @@ def _detect(model: str, text: str | None, recipe: Recipe, trust_remote_code: boo
         return find(loaded, tokenizer, text, recipe, model, progress)
 
 
+def _sensitivity(model: str, text: str | None, sink_map: SinkMap, recipe: Recipe, cache: Path | None,
+                 trust_remote_code: bool) -> Sensitivity:
+    from sinkquant.models import load_tokenizer, open_model, resolve
+    from sinkquant.sensitivity import find_sensitivity
+
+    folder = resolve(model)
+    asked = recipe.replace([f"calibration.text={text}"]) if text else recipe
+    with _progress() as progress:
+        return find_sensitivity(open_model(folder, trust_remote_code), load_tokenizer(folder, trust_remote_code),
+                                sink_map, asked, cache, progress=progress)
+
+
 class _Bars:
     """One progress bar per label, with the time left."""
 
@@ -383,6 +426,9 @@ def _show_plan(made: Plan) -> None:
     out.print(table)
     out.print(f"{made.bits_per_weight:.3f} bits per weight, {made.weight_bytes:,} bytes of "
               f"{made.unquantized_bytes:,}; loads in {', '.join(made.loads_in)}", soft_wrap=True)
+    if "kl" in made.predicted:
+        out.print(f"Predicted KL divergence {made.predicted['kl']:.4g} nats per token, of which "
+                  f"{made.predicted['kl_sinks']:.2g} through sinks", soft_wrap=True)
     if made.kv_cache is not None:
         out.print(escape(made.kv_cache.in_words()), soft_wrap=True)
     for note in made.notes:

@@ -18,13 +18,15 @@ def plan_ready(shape: ModelShape, recipe: Recipe, edited: Plan | None,
         edited, sink_map: the plan and the sink map that were given, if any.
 
     Returns:
-        the plan and an empty list; or None and the settings that ask for detection.
+        the plan and an empty list; or None and the settings that ask for detection or sensitivities.
 
     Raises:
         RequestError: the plan cannot be made for this model.
     """
     if edited is not None:
         return accept_edited(edited, shape), []
+    if recipe.budget.solved:
+        return None, ["budget"]
     if sink_map is not None:
         return make_plan(shape, sink_map, recipe), []
     return plan_from_shapes(shape, recipe)

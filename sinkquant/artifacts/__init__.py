@@ -10,6 +10,7 @@ from sinkquant.artifacts.fidelity import SinkFidelity
 from sinkquant.artifacts.kv import KVCachePlan, KVLayer, KVSink, MassiveCarriers
 from sinkquant.artifacts.plan import Calibration, ModuleDecision, Plan, SinkSelector, Transform
 from sinkquant.artifacts.report import Measure, Paired, Report, Row
+from sinkquant.artifacts.sensitivity import FormatLoss, Ranking, Sensitivity, Terms, UnitSensitivity
 from sinkquant.artifacts.shapes import KVLayerShape, LinearShape, ModelShape
 from sinkquant.artifacts.sinkmap import (
     Channel,
@@ -29,6 +30,7 @@ __all__ = [
     "Calibration",
     "Channel",
     "Diagnosis",
+    "FormatLoss",
     "Head",
     "KVCachePlan",
     "KVLayer",
@@ -44,14 +46,18 @@ __all__ = [
     "OutlierPrefix",
     "Paired",
     "Plan",
+    "Ranking",
     "Report",
     "Row",
+    "Sensitivity",
     "SinkFidelity",
     "SinkKind",
     "SinkMap",
     "SinkSelector",
     "SinkToken",
     "SuperWeight",
+    "Terms",
     "TokenizationFacts",
     "Transform",
+    "UnitSensitivity",
 ]

@@ -133,7 +133,7 @@ class Walk:
             batch = slice(start, start + self.batch_size)
 
             def logits(rows: torch.Tensor, hidden: torch.Tensor = ended[batch]) -> torch.Tensor:
-                with _stubbed(self.decoder, hidden.to(self.device)):
+                with stubbed(self.decoder, hidden.to(self.device)):
                     return torch.as_tensor(self.decoder.model(rows, use_cache=False).logits)
 
             losses.append(next_token_losses(self.decoder, self.rows[batch], logits, self.device, self.dtype))
@@ -229,7 +229,7 @@ def _recorded(decoder: Decoder) -> Iterator[tuple[list[torch.Tensor], list[dict[
 
 
 @contextlib.contextmanager
-def _stubbed(decoder: Decoder, hidden: torch.Tensor) -> Iterator[None]:
+def stubbed(decoder: Decoder, hidden: torch.Tensor) -> Iterator[None]:
     """Make every block return the given hidden states, so that only what follows the blocks is computed."""
     with _replaced_forward(decoder, lambda *_, **__: hidden):
         yield

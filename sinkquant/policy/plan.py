@@ -6,7 +6,16 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from sinkquant.artifacts import Calibration, ModelShape, ModuleDecision, Plan, SinkMap, SinkSelector, Transform
+from sinkquant.artifacts import (
+    Calibration,
+    ModelShape,
+    ModuleDecision,
+    Plan,
+    Sensitivity,
+    SinkMap,
+    SinkSelector,
+    Transform,
+)
 from sinkquant.artifacts.experts import TUNE_AND_EXPERTS
 from sinkquant.artifacts.formats import PLAIN
 from sinkquant.artifacts.plan import Statistics
@@ -20,8 +29,11 @@ from sinkquant.policy.activations import (
     vllm_inputs,
     with_inputs,
 )
+from sinkquant.policy.allocate import Allocation, solve
 from sinkquant.policy.backends import carried, check_recipe, engines, notes
 from sinkquant.policy.budget import choice_bytes, close_gap, evenly_spread, fill, linear_bytes
+from sinkquant.policy.engines import in_vllm
+from sinkquant.policy.expected import with_expected_loss
 from sinkquant.policy.heads import with_silenced_heads, with_small_heads
 from sinkquant.policy.kv_cache import make_kv_control, make_kv_plan
 from sinkquant.policy.pruning import with_pruning
@@ -33,16 +45,17 @@ from sinkquant.recipe import Recipe
 
 EVEN_TOLERANCE = 0.002
 """Share of the linears' bytes that an even spread may leave unspent before the control is made less even."""
-VLLM_BITS = frozenset({4, 8})
-VLLM_GROUPS = frozenset({-1, 32, 64, 128})
 
 
-def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> Plan:
+def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity: Sensitivity | None = None) -> Plan:
     """Decide on every linear, with a reason in words. Costs no quantization.
+
+    Args:
+        sensitivity: what formats cost; a budget that is solved for needs it, and any plan then predicts its loss.
 
     Raises:
         RequestError: the sink map is of another model, a pattern matches nothing, a group size does not fit, nothing
-            can be quantized, or the budget cannot be met.
+            can be quantized, the budget cannot be met, or it is to be solved for and there are no sensitivities.
     """
     check_same_model(shape, sink_map)
     check_recipe(recipe)
@@ -52,15 +65,19 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> Plan:
     protected = scale_sinks(protect(base, shape, sink_map, recipe), shape, sink_map, recipe)
     protected = split_channels(protected, shape, sink_map, recipe)
     choices = share_formats(carried(with_inputs(protected, shape, recipe), shape, recipe), shape)
-    if recipe.budget.bits is not None:
+    kv_cache = make_kv_plan(shape, sink_map, recipe)
+    solved: Allocation | None = None
+    if recipe.budget.solved:
+        solved = solve(choices, shape, sink_map, recipe, sensitivity, kv_cache)
+        choices = solved.choices
+    elif recipe.budget.limited:
         order = [name for name, _ in affected(shape, sink_map)]
         order += [name for name in evenly_spread(list(shape.linears)) if name not in order]
-        choices = _within_budget(base, choices, shape, recipe.budget.bits, order)
+        choices = _within_budget(base, choices, shape, recipe, order)
     choices = spare_sinks(choices, shape, sink_map, recipe)
     check_group_sizes(choices, shape)
-    kv_cache = make_kv_plan(shape, sink_map, recipe)
     excluded = check_exclusion(recipe, kv_cache)
-    sinks = _selectors(sink_map, recipe) if recipe.protect.tokens else []
+    sinks = sink_selectors(sink_map, recipe) if recipe.protect.tokens else []
     if recipe.protect.tokens and recipe.protect.statistics == "exclude":
         # Every token reads the sink: leaving it out is only harmless where its keys and values stay as they were.
         own = [] if kv_cache is None else kv_cache.prefix[len(kv_cache.front):]
@@ -75,16 +92,23 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> Plan:
         plan.calibration.ranges = "exclude"
         plan.notes.append(EXCLUDED)
     plan = with_silenced_heads(with_pruning(plan, shape, recipe), sink_map, recipe)
+    if sensitivity is not None:
+        plan = with_expected_loss(plan, sensitivity, solved.gap if solved else None)
     return plan.model_copy(update={"kv_cache": kv_cache}).made_from(sink_map)
 
 
-def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Plan) -> Plan:
+def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Plan,
+                 sensitivity: Sensitivity | None = None) -> Plan:
     """The same recipe with every protection off; the bytes that protection cost are spent on more bits or smaller
-    groups, spread evenly over the model, so that both have one size.
+    groups, spread evenly over the model, so that both have one size. Beside a plan that was solved for, the control is
+    uniform: it starts from the fewest bits that the solver might have taken.
 
     Args:
         aware: the plan to be matched.
+        sensitivity: lets the control predict its loss as well.
     """
+    if recipe.budget.solved:
+        recipe = recipe.replace([f"weights.bits={min(recipe.sensitivity.bits)}"])
     base = share_formats(with_inputs(_base(shape, recipe), shape, recipe), shape)
     allowed = sum(decision.bytes for decision in aware.modules.values())
     transforms = choose_transforms(base, shape, recipe, aware.kv_cache)
@@ -96,6 +120,8 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
     if gap > 0.01:
         plan.notes.append(f"the control's size differs by {gap:.1%}: no raise fits the bytes that are left")
     plan = with_small_heads(with_pruning(plan, shape, recipe), aware, sink_map)
+    if sensitivity is not None:
+        plan = with_expected_loss(plan, sensitivity)
     return plan.model_copy(update={"kv_cache": make_kv_control(aware.kv_cache)}).made_from(sink_map)
 
 
@@ -162,7 +188,7 @@ def _inputs(choice: Choice) -> dict[str, Any]:
     return {"kind": choice.kind, "activations": choice.activations, "activation_scale": choice.activation_scale}
 
 
-def _selectors(sink_map: SinkMap, recipe: Recipe) -> list[SinkSelector]:
+def sink_selectors(sink_map: SinkMap, recipe: Recipe) -> list[SinkSelector]:
     """What every sink token weighs in the statistics: as often as it is read, over as often as it stands there, and at
     most `protect.sink_weight`. A delimiter in every sentence is read by the few tokens after it; `<bos>` stands in a
     row once and is read by all of it."""
@@ -176,29 +202,45 @@ def _selectors(sink_map: SinkMap, recipe: Recipe) -> list[SinkSelector]:
     return selectors
 
 
-def _within_budget(base: dict[str, Choice], choices: dict[str, Choice], shape: ModelShape, bits: float,
+def _within_budget(base: dict[str, Choice], choices: dict[str, Choice], shape: ModelShape, recipe: Recipe,
                    order: list[str]) -> dict[str, Choice]:
     weights = sum(linear.parameters for linear in shape.linears.values())
-    allowed = int(bits * weights / 8)
     named = {name: choice for name, choice in choices.items() if choice.keep and choice.pinned}
     floor = share_formats(base | named, shape)
     least = linear_bytes(shape, floor)
-    if least > allowed:
-        # Rounded up, so that the number in the message is itself feasible.
-        nearest = math.ceil(8000 * least / weights) / 1000
-        raise RequestError(f"budget.bits {bits} is not feasible: weights.bits and weights.group_size, and what "
-                           f"stays in 16 bits, take {nearest:.3f} bits per weight without any protection; raise "
-                           "budget.bits to that, or lower weights.bits.")
+    if recipe.budget.bytes is not None:
+        smallest = checkpoint_bytes(shape, {name: c.form for name, c in floor.items() if c.quantized})
+        allowed, words = recipe.budget.bytes - (smallest - least), f"the budget of {recipe.budget.bytes:,} bytes"
+        if least > allowed:
+            raise RequestError(f"budget.bytes {recipe.budget.bytes:,} is not feasible: weights.bits and "
+                               "weights.group_size, and what stays in 16 bits, take a checkpoint of "
+                               f"{smallest:,} bytes without any protection; raise budget.bytes to that, or lower "
+                               "weights.bits.")
+    else:
+        bits = float(recipe.budget.bits or 16)
+        allowed, words = int(bits * weights / 8), f"the budget of {recipe.budget.bits} bits"
+        if least > allowed:
+            # Rounded up, so that the number in the message is itself feasible.
+            nearest = math.ceil(8000 * least / weights) / 1000
+            raise RequestError(f"budget.bits {bits} is not feasible: weights.bits and weights.group_size, and what "
+                               f"stays in 16 bits, take {nearest:.3f} bits per weight without any protection; raise "
+                               "budget.bits to that, or lower weights.bits.")
     # Protections that the budget cannot pay are given up from the least affected on.
     for name in reversed(order):
         if linear_bytes(shape, choices) <= allowed:
             break
         if choices[name].keep not in (None, "scale") and not choices[name].pinned:
             choices = choices | {
-                member: replace(floor[member], reason=f"{floor[member].bits} bits: the budget of {bits} bits does not "
-                                                      f"pay for its protection ({choices[member].why})")
+                member: replace(floor[member], reason=f"{floor[member].bits} bits: {words} does not pay for its "
+                                                      f"protection ({choices[member].why})")
                 for member in shape.linears[name].fused_with or [name]}
-    return fill(choices, shape, allowed - linear_bytes(shape, choices), order, f"the budget of {bits} bits allows it")
+    filled = fill(choices, shape, allowed - linear_bytes(shape, choices), order, f"{words} allows it")
+    if recipe.budget.bytes is not None:
+        over = checkpoint_bytes(shape, {n: c.form for n, c in filled.items() if c.quantized}) - recipe.budget.bytes
+        if over > 0:  # the header of the files is longer for longer numbers
+            spare = allowed - over - linear_bytes(shape, choices)
+            filled = fill(choices, shape, max(0, spare), order, f"{words} allows it")
+    return filled
 
 
 def _engines(choices: dict[str, Choice], shape: ModelShape) -> list[str]:
@@ -208,9 +250,7 @@ def _engines(choices: dict[str, Choice], shape: ModelShape) -> list[str]:
         # vLLM asks for one tensor per expert, under the name that most families give it.
         if linear.part_of and not (choices[name].quantized and name.endswith("_proj")):
             return ["transformers"]
-    formats = {(c.bits, c.group_size) for c in choices.values() if c.quantized}
-    vllm = all(bits in VLLM_BITS and size in VLLM_GROUPS for bits, size in formats) and all(
-        vllm_inputs(c) for c in choices.values() if c.quantized)
+    vllm = all(in_vllm(c.form) and vllm_inputs(c) for c in choices.values() if c.quantized)
     return ["transformers", "vllm"] if vllm else ["transformers"]
 
 

@@ -1,0 +1,99 @@
+"""Sensitivity: what quantizing each linear would cost, through the sink tokens and through all others."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from sinkquant.artifacts.base import Artifact, Strict
+from sinkquant.artifacts.formats import PLAIN, WeightFormat
+from sinkquant.artifacts.plan import Method
+
+
+class Terms(Strict):
+    """KL divergence from the unquantized model, nats per token, with the quantized weights applied everywhere
+    (`total`), at the sink tokens only (`sinks`) and at all others only (`others`).
+
+    `sinks` is what a format loses through the sinks: their own hidden states, their keys and values, and what others
+    read of them. The two do not add up to `total` where errors at both make each other worse, or cancel. Sharing that
+    rest evenly (Shapley) was tried and dropped: a share is a small difference of large numbers, and its rank follows
+    their noise.
+    """
+
+    sinks: float
+    others: float
+    total: float
+
+
+class FormatLoss(Strict):
+    """One candidate format of a unit and what it costs: `predicted` to second order, `measured` by forward passes, null
+    where that was not done. `diagonal` is the score that sums over all tokens and channels at once, half of
+    sum g^2 e^2, as ModelOpt's auto_quantize has it: kept for comparison."""
+
+    bits: int
+    group_size: int
+    method: Method
+    predicted: Terms
+    measured: Terms | None = None
+    diagonal: float
+
+    @property
+    def form(self) -> WeightFormat:
+        """How the weights would be stored."""
+        return WeightFormat(self.bits, self.group_size)
+
+    @property
+    def terms(self) -> Terms:
+        """What was measured, or else predicted."""
+        return self.measured or self.predicted
+
+
+class UnitSensitivity(Strict):
+    """The linears that share a format, because engines fuse them or because they are the experts of one layer, or one
+    linear. `placed` is false where the model routes tokens to linears of their own: then sinks cannot be told from
+    others and the whole loss is the others'."""
+
+    modules: list[str]
+    placed: bool = True
+    losses: list[FormatLoss]
+
+    def loss(self, form: WeightFormat) -> FormatLoss | None:
+        """What a format costs, or None where it was no candidate. What inputs are rounded to makes no difference."""
+        if form.kind != "int" or form.storage not in (PLAIN, "gptq"):
+            return None
+        weights = WeightFormat(form.bits, form.group_size, columns=form.columns, scalars=form.scalars)
+        return next((loss for loss in self.losses if loss.form == weights), None)
+
+
+class Ranking(Strict):
+    """Spearman's rank correlation of predicted and measured losses over all units and formats, per term; `between`: the
+    mean over formats of that among the units in one format. Null where one of the two is constant. `ratio`: all
+    predicted losses over all measured ones."""
+
+    total: float | None
+    sinks: float | None
+    others: float | None
+    between: float | None
+    ratio: float | None
+    pairs: int
+
+
+class Sensitivity(Artifact):
+    """What each linear costs in each candidate format.
+
+    `key` is a hash of the model, the rows, the sinks and the candidates: another one of these makes other numbers.
+    """
+
+    SCHEMA: ClassVar[str] = "sinkquant/sensitivity@1"
+
+    schema_: Literal["sinkquant/sensitivity@1"] = Field(default="sinkquant/sensitivity@1", alias="schema")
+    key: str
+    model: str
+    rows: int
+    length: int
+    sinks: list[str]
+    sink_positions: float
+    units: list[UnitSensitivity]
+    ranking: Ranking | None = None
+    notes: list[str] = Field(default_factory=list)

@@ -1,0 +1,266 @@
+"""Sensitivities + budget -> formats: the least predicted loss for the bytes, or the fewest bytes for the loss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from sinkquant.artifacts import FormatLoss, KVCachePlan, ModelShape, Sensitivity, SinkMap, Terms, UnitSensitivity
+from sinkquant.artifacts.formats import PLAIN, WeightFormat
+from sinkquant.artifacts.kv import cache_bytes
+from sinkquant.artifacts.sizes import checkpoint_bytes, module_bytes
+from sinkquant.errors import RequestError
+from sinkquant.policy.backends import storage_of
+from sinkquant.policy.engines import engine_loads
+from sinkquant.policy.expected import expect_loss
+from sinkquant.policy.rules import Choice, affected
+from sinkquant.policy.solver import Option, Solution, fewest_bytes, least_loss
+from sinkquant.recipe import Budget, Recipe
+
+EXACT = WeightFormat(16, None)
+NAMED = 4
+"""No unit of an engine's fusing has more modules."""
+HARDLY = 0.01
+"""A smaller share of a loss is not worth a number."""
+ROUNDS = 6
+"""How often a budget of bytes is solved again because a longer header took it over the limit."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What the solver chose.
+
+    Attributes:
+        choices: every linear, those that were not free included.
+        gap: how far below what was found the optimum may lie, as a share of it.
+    """
+
+    choices: dict[str, Choice]
+    gap: float
+
+
+def solve(base: dict[str, Choice], shape: ModelShape, sink_map: SinkMap, recipe: Recipe,
+          sensitivity: Sensitivity | None, kv_cache: KVCachePlan | None) -> Allocation:
+    """Solve the recipe's budget exactly.
+
+    Args:
+        base: formats before anything is solved for. Pinned ones stay, and so do those that are kept for the sinks as
+            the recipe says, and linears without sensitivities.
+
+    Raises:
+        RequestError: there are no sensitivities, or they are of another model or of weights that the recipe changes
+            before it quantizes them; or the budget cannot be met, with the nearest that can.
+    """
+    _check_request(recipe)
+    if sensitivity is None:
+        raise RequestError("a budget that is solved for needs sensitivities; make them with "
+                           "sinkquant.find_sensitivity, or run quantize-model plan, which makes them itself.")
+    reasons = dict(affected(shape, sink_map))
+    free = _Free(shape, base, sensitivity, recipe)
+    solved = free.solve(kv_bytes_of(shape, recipe.budget, kv_cache))
+    choices = dict(base)
+    for unit, forms, option in zip(free.units, free.options, solved.chosen, strict=True):
+        for name in unit.modules:
+            choices[name] = replace(_in_format(base[name], forms[option]),
+                                    reason=_reason(unit, forms[option], sensitivity, reasons.get(name, "")))
+    _check_engine(choices, shape, recipe.budget)
+    return Allocation(choices, solved.gap)
+
+
+def _check_request(recipe: Recipe) -> None:
+    """Refuse what sensitivities say nothing about."""
+    weights = recipe.weights
+    for key, value in (("rotate", weights.rotate), ("smooth", weights.smooth)):
+        if value != "none":
+            raise RequestError(f"weights.{key}={value} changes the weights that sensitivities are taken of; set it to "
+                               "none, or budget.solver=even.")
+    if recipe.activations.format == "fp8":
+        raise RequestError("FP8 weights have one format, so that there is nothing to solve for; leave the budget out.")
+    if storage_of(recipe) != PLAIN:
+        raise RequestError(f"a budget is solved for in the formats of compressed-tensors, not of {recipe.backend}; "
+                           "leave backend at compressed-tensors, or set budget.solver=even.")
+
+
+def _check_engine(choices: dict[str, Choice], shape: ModelShape, budget: Budget) -> None:
+    """Refuse a plan that the budget's engine cannot load because of what the recipe fixes."""
+    for name, choice in choices.items():
+        if choice.quantized and not engine_loads(budget.engine, choice.form, shape.linears[name]):
+            raise RequestError(f"budget.engine {budget.engine} does not load {name} in {choice.form.bits} bits, groups "
+                               f"of {choice.form.group_size}, which the recipe fixes; change that, or the engine.")
+
+
+def _in_format(choice: Choice, form: WeightFormat) -> Choice:
+    if form.packed:
+        return replace(choice, bits=form.bits, group_size=form.group_size)
+    return replace(choice, bits=16, group_size=None, method="none", keep=None, columns=(), scalars=())
+
+
+def kv_bytes_of(shape: ModelShape, budget: Budget, plan: KVCachePlan | None) -> int:
+    """Bytes of the KV cache that a budget counts: `batch` rows of `context` tokens, packed as the plan says, or in 16
+    bits; 0 where the budget has no context."""
+    if budget.context is None:
+        return 0
+    if plan is not None:
+        packed = cache_bytes(plan, budget.context, min(plan.expected_exact, budget.context), budget.batch)
+        left = [real for real, one in zip(shape.kv_layers, plan.layers, strict=True) if not one.packed]
+    else:
+        packed, left = 0, shape.kv_layers
+
+    def held(window: int | None) -> int:
+        return int(budget.context or 0) if window is None else min(int(budget.context or 0), window - 1)
+
+    return packed + 2 * budget.batch * sum(held(one.sliding_window) * one.heads * (one.key_dim + one.value_dim)
+                                           for one in left)
+
+
+class _Free:
+    """The units that the solver may choose for, and what it may choose."""
+
+    def __init__(self, shape: ModelShape, base: dict[str, Choice], sensitivity: Sensitivity, recipe: Recipe) -> None:
+        self.shape, self.base, self.recipe = shape, base, recipe
+        foreign = [name for unit in sensitivity.units for name in unit.modules if name not in shape.linears]
+        if foreign:
+            raise RequestError(f"the sensitivities are of another model: it has no {foreign[0]}; make them for this "
+                               "one.")
+        free = [unit for unit in sensitivity.units if not any(_fixed(base[name]) for name in unit.modules)]
+        self.units = _experts_together(free, base, shape)
+        if not self.units:
+            raise RequestError("there is nothing to solve for: weights.overrides, weights.ignore or protect.modules "
+                               "name every linear; leave some out or drop the budget.")
+        self.options = [self._formats(unit) for unit in self.units]
+        if all(forms == [EXACT] for forms in self.options):
+            raise RequestError(f"budget.engine {recipe.budget.engine} loads no candidate format of "
+                               f"{shape.architecture}; use another engine, or add to sensitivity.bits and "
+                               "sensitivity.group_sizes.")
+        chosen = {name for unit in self.units for name in unit.modules}
+        self.fixed = {name: base[name].form for name in base if name not in chosen}
+        self.fixed_loss = expect_loss({name: self.fixed.get(name, EXACT) for name in base}, sensitivity)
+        self.table = [[Option(sum(module_bytes(shape, name, self._stored(name, form)) for name in unit.modules),
+                              _loss(unit, form, recipe.sensitivity.score)) for form in forms]
+                      for unit, forms in zip(self.units, self.options, strict=True)]
+
+    def _formats(self, unit: UnitSensitivity) -> list[WeightFormat]:
+        loads = [loss.form for loss in unit.losses if all(
+            engine_loads(self.recipe.budget.engine, self._stored(name, loss.form), self.shape.linears[name])
+            for name in unit.modules)]
+        return [*loads, EXACT]
+
+    def _stored(self, name: str, form: WeightFormat) -> WeightFormat:
+        return _in_format(self.base[name], form).form
+
+    def solve(self, kv_bytes: int) -> Solution:
+        budget = self.recipe.budget
+        if budget.bits is not None:
+            return self._bits(budget.bits)
+        if budget.bytes is not None:
+            return self._bytes(budget.bytes, kv_bytes)
+        assert budget.loss is not None
+        found = fewest_bytes(self.table, budget.loss - self.fixed_loss.total)
+        if found is None:
+            raise RequestError(f"budget.loss {budget.loss:g} is not feasible: what the recipe fixes loses "
+                               f"{self.fixed_loss.total:.3g} nats by itself; raise budget.loss to that, or free "
+                               "modules of weights.overrides.")
+        return found
+
+    def _bits(self, bits: float) -> Solution:
+        weights = sum(linear.parameters for linear in self.shape.linears.values())
+        fixed = sum(module_bytes(self.shape, name, form) for name, form in self.fixed.items())
+        found = least_loss(self.table, int(bits * weights / 8) - fixed)
+        if found is None:
+            least = fixed + sum(min(option.bytes for option in unit) for unit in self.table)
+            raise RequestError(f"budget.bits {bits:g} is not feasible: the smallest candidates and what is fixed take "
+                               f"{math.ceil(8000 * least / weights) / 1000:.3f} bits per weight; raise budget.bits to "
+                               "that, or name fewer bits in sensitivity.bits.")
+        return found
+
+    def _bytes(self, allowed: int, kv_bytes: int) -> Solution:
+        smallest = self._checkpoint([unit.index(min(unit, key=lambda option: option.bytes)) for unit in self.table])
+        least = sum(min(option.bytes for option in unit) for unit in self.table)
+        room = allowed - kv_bytes - (smallest - least)
+        for _ in range(ROUNDS):
+            found = least_loss(self.table, room)
+            over = 0 if found is None else self._checkpoint(list(found.chosen)) + kv_bytes - allowed
+            if found is not None and over <= 0:
+                return found
+            if found is None:
+                break
+            room -= over  # the header is longer where more modules are packed
+        cache = f" and {kv_bytes:,} of the KV cache" if kv_bytes else ""
+        raise RequestError(f"budget.bytes {allowed:,} is not feasible: the smallest checkpoint has {smallest:,} "
+                           f"bytes{cache}; raise budget.bytes to {smallest + kv_bytes:,}, or name fewer bits in "
+                           "sensitivity.bits.")
+
+    def _checkpoint(self, chosen: list[int]) -> int:
+        formats = dict(self.fixed)
+        for unit, forms, option in zip(self.units, self.options, chosen, strict=True):
+            formats |= {name: self._stored(name, forms[option]) for name in unit.modules}
+        return checkpoint_bytes(self.shape, {name: form for name, form in formats.items() if form.packed})
+
+
+def _fixed(choice: Choice) -> bool:
+    """Whether the recipe has decided: by a pattern, or by keeping the linear for the sinks in a way that has bits."""
+    return choice.pinned or not choice.quantized or choice.keep in ("module", "split")
+
+
+def _experts_together(units: list[UnitSensitivity], base: dict[str, Choice],
+                      shape: ModelShape) -> list[UnitSensitivity]:
+    """Experts share one format in the whole model (`artifacts/experts.py`), so that they are one unit; none where the
+    recipe fixes that of some."""
+    plain = [unit for unit in units if not shape.linears[unit.modules[0]].part_of]
+    experts = [unit for unit in units if shape.linears[unit.modules[0]].part_of]
+    free = {name for unit in experts for name in unit.modules}
+    if any(linear.part_of and name not in free and base[name].quantized for name, linear in shape.linears.items()):
+        return plain
+    return [*plain, *([_added_up(experts)] if experts else [])]
+
+
+def _added_up(units: list[UnitSensitivity]) -> UnitSensitivity:
+    """Units that take one format, with the sums of their losses; formats that each of them was tried in."""
+    def total(terms: list[Terms]) -> Terms:
+        return Terms(**{field: sum(getattr(one, field) for one in terms) for field in Terms.model_fields})
+
+    losses = []
+    for first in units[0].losses:
+        alike = [loss for unit in units if (loss := unit.loss(first.form)) is not None]
+        if len(alike) == len(units):
+            measured = [loss.measured for loss in alike if loss.measured is not None]
+            losses.append(first.model_copy(update={
+                "predicted": total([loss.predicted for loss in alike]),
+                "measured": total(measured) if len(measured) == len(alike) else None,
+                "diagonal": sum(loss.diagonal for loss in alike)}))
+    return UnitSensitivity(modules=[name for unit in units for name in unit.modules],
+                           placed=all(unit.placed for unit in units), losses=losses)
+
+
+def _loss(unit: UnitSensitivity, form: WeightFormat, score: str) -> float:
+    loss = unit.loss(form)
+    if loss is None:  # 16 bits
+        return 0.0
+    return loss.diagonal if score == "diagonal" else loss.terms.total
+
+
+def _reason(unit: UnitSensitivity, form: WeightFormat, sensitivity: Sensitivity, why: str) -> str:
+    """A sentence with its figures: this format's loss, and that of the next smaller one that was given up."""
+    parts = [f"{form.bits} bits" if form.packed else "left in 16 bits"]
+    if why:
+        parts[0] += f", {why}"
+    through = f"through {' and '.join(map(repr, sensitivity.sinks[:2]))}" if sensitivity.sinks else "through sinks"
+    shared = ""
+    if len(unit.modules) > NAMED:
+        shared = f" for {len(unit.modules)} linears of experts together"
+    elif len(unit.modules) > 1:
+        shared = f" for {' + '.join(m.rpartition('.')[2] for m in unit.modules)} together"
+    here = unit.loss(form)
+    if here is not None:
+        parts.append(f"predicted {_figures(here, through)}{shared}")
+    lower = [loss for loss in unit.losses if loss.bits < form.bits]
+    if lower:
+        below = max(lower, key=lambda loss: (loss.bits, -loss.group_size))
+        parts.append(f"at {below.bits} bits {'predicted ' if here is None else ''}{_figures(below, through)}")
+    return "; ".join(parts)
+
+
+def _figures(loss: FormatLoss, through: str) -> str:
+    total, sinks = loss.terms.total, loss.terms.sinks
+    share = f"of which {sinks:.2g}" if abs(sinks) >= HARDLY * total else "hardly any of it"
+    return f"{total:+.2g} nats, {share} {through}"

@@ -1,0 +1,71 @@
+"""What a plan is predicted to lose: the sum over its modules, from their sensitivities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sinkquant.artifacts import Plan, Sensitivity
+from sinkquant.artifacts.formats import WeightFormat
+
+
+@dataclass(frozen=True)
+class ExpectedLoss:
+    """KL divergence from the unquantized model, nats per token, and the sinks' part of it. `unknown`: modules whose
+    format was no candidate, and that are not counted."""
+
+    total: float
+    sinks: float
+    unknown: list[str]
+
+
+def expect_loss(formats: Mapping[str, WeightFormat], sensitivity: Sensitivity) -> ExpectedLoss:
+    """What formats cost together: the sum over units, to second order. 16 bits cost nothing."""
+    total = sinks = 0.0
+    unknown = []
+    known = {name for unit in sensitivity.units for name in unit.modules}
+    for unit in sensitivity.units:
+        form = formats[unit.modules[0]]
+        if not form.packed:
+            continue
+        loss = unit.loss(form)
+        if loss is None:
+            unknown += unit.modules
+        else:
+            total += loss.terms.total
+            sinks += loss.terms.sinks
+    unknown += [name for name, form in formats.items() if form.packed and name not in known]
+    return ExpectedLoss(total, sinks, unknown)
+
+
+def with_expected_loss(plan: Plan, sensitivity: Sensitivity, gap: float | None = None) -> Plan:
+    """The plan with what it is predicted to lose among its predictions: `kl`, and `kl_sinks` through the sinks alone,
+    in nats per token. What the predictions leave out is said in the notes.
+
+    Args:
+        gap: the solver's, where the plan was solved for.
+    """
+    found = expect_loss({name: decision.form for name, decision in plan.modules.items()}, sensitivity)
+    predicted = dict(plan.predicted)
+    notes = list(plan.notes)
+    if gap is not None:
+        predicted["solver_gap"] = gap
+        limit = next(f"{key} {value:,}" for key, value in plan.recipe["budget"].items()
+                     if key in ("bits", "bytes", "loss") and value is not None)
+        notes.append(f"solved for the budget of {limit} over {len(sensitivity.units)} modules or groups of them, with "
+                     f"a gap of {gap:.2g} to the optimum")
+    if found.unknown:
+        notes.append(f"no loss is predicted: {len(found.unknown)} quantized modules are in formats without a "
+                     f"sensitivity, among them {found.unknown[0]}")
+    else:
+        predicted |= {"kl": found.total, "kl_sinks": found.sinks}
+    notes += [f"the predicted loss is that of the weights' formats; what {what} loses is not in it"
+              for what in _left_out(plan)]
+    return plan.model_copy(update={"predicted": predicted, "notes": notes})
+
+
+def _left_out(plan: Plan) -> list[str]:
+    decisions = plan.modules.values()
+    found = ["pruning"] if any(decision.prune is not None for decision in decisions) or plan.silenced_heads else []
+    found += ["rounding inputs"] if any(decision.rounded for decision in decisions) else []
+    return found + (["the KV cache"] if plan.kv_cache is not None else [])

@@ -1,0 +1,137 @@
+"""Sensitivities of a model: the key that says what they are of, the cheap estimate, and the measured one beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sinkquant.artifacts import Calibration, Sensitivity, SinkMap, SinkToken
+from sinkquant.errors import RequestError
+from sinkquant.models import ActivationStore, Decoder, Walk, load_model, pick_device, read_text, token_rows
+from sinkquant.policy.plan import sink_selectors
+from sinkquant.quantize.statistics import TokenWeights
+from sinkquant.recipe import Recipe
+from sinkquant.sensitivity.candidates import units_of
+from sinkquant.sensitivity.estimate import estimate
+from sinkquant.sensitivity.measure import measure
+from sinkquant.sensitivity.ranking import ranking
+
+Progress = Callable[[int, int, str], None]
+SAMPLED = 8
+"""Rows of a weight matrix that tell it from another one."""
+
+
+def find_sensitivity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap, recipe: Recipe,
+                     cache: str | os.PathLike[str] | None = None, store: ActivationStore | None = None,
+                     progress: Progress | None = None) -> Sensitivity:
+    """What every linear would cost in every candidate format.
+
+    Args:
+        cache: a file; read where it holds the sensitivities of this very request, else written.
+        store: where hidden states live; RAM by default.
+
+    Raises:
+        RequestError: the calibration text is too short, or `cache` holds those of another model, text or recipe.
+        SinkquantError: hidden states or Hessians are not finite.
+    """
+    decoder, settings = Decoder.of(model), recipe.sensitivity
+    length = min(settings.length, decoder.max_length)
+    text = read_text(recipe.calibration.text, "calibration")
+    rows = token_rows(tokenizer, text, settings.rows, length, recipe.calibration.bos, decoder.vocabulary)
+    key = sensitivity_key(decoder, rows, sink_map, recipe)
+    if cache is not None and Path(cache).is_file():
+        kept = Sensitivity.load(cache)
+        if kept.key != key:
+            raise RequestError(f"{cache} holds the sensitivities of another model, text or recipe; name another file.")
+        return kept
+    units = units_of(decoder, recipe)
+    weights = TokenWeights(rows, _calibration(sink_map, recipe))
+    sinks = sink_places(rows, sink_map)
+    device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
+    walk = Walk(decoder, rows, settings.batch_size, device, dtype, store=store)
+    found = estimate(walk, units, sinks, weights, recipe, progress)
+    notes = [f"the calibration text holds {len(rows)} rows of {length} tokens for the sensitivities; {settings.rows} "
+             "were asked for"] if len(rows) < settings.rows else []
+    made = Sensitivity(
+        key=key, model=sink_map.model.name, rows=len(rows), length=length,
+        sinks=[token.text or str(token.token_id) for token in _placed(sink_map)],
+        sink_positions=float(sinks.sum(1).double().mean()), units=found, notes=notes)
+    if settings.measure_rows:
+        made = _measured(made, decoder, tokenizer, sink_map, weights, recipe, progress)
+    if cache is not None:
+        made.save(cache)
+    return made
+
+
+def sensitivity_key(decoder: Decoder, rows: torch.Tensor, sink_map: SinkMap, recipe: Recipe) -> str:
+    """A hash of all that decides sensitivities: some rows of every weight matrix, the shapes, the text's rows, the
+    sinks, and the recipe's part in it."""
+    asked = recipe.sensitivity.model_dump(mode="json", exclude={"score"})
+    parts = [asked, recipe.weights.model_dump(mode="json", exclude={"bits", "ignore", "overrides", "tune", "descent"}),
+             recipe.protect.model_dump(mode="json", include={"tokens", "statistics", "sink_weight"}),
+             recipe.compute.dtype, recipe.seed, [token.model_dump(mode="json") for token in _placed(sink_map)],
+             decoder.shape("").model_dump(mode="json", include={"architecture", "dtype", "linears", "tensors"})]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    digest.update(rows.numpy().tobytes())
+    fused = dict.fromkeys(part.parameter for part in decoder.experts.values())
+    for name in [*(f"{linear}.weight" for linear in decoder.linears), *fused]:
+        digest.update(_sample(decoder, name).float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sample(decoder: Decoder, name: str) -> torch.Tensor:
+    """A few rows of a weight matrix, from memory or from disk; none of one that is stored in another form."""
+    weight = decoder.model.get_parameter(name)
+    ids = torch.arange(0, len(weight), max(1, len(weight) // SAMPLED))
+    if decoder.source is None or not weight.is_meta:
+        return weight.data[ids.to(weight.device)].cpu()
+    stored = decoder.source.stored(name)
+    return torch.empty(0) if stored is None else stored.pick(ids).to(weight.dtype)
+
+
+def _calibration(sink_map: SinkMap, recipe: Recipe) -> Calibration:
+    """What tokens weigh in the candidates' Hessians: as they will when the plan is carried out."""
+    settings, protect = recipe.calibration, recipe.protect
+    return Calibration(
+        text=settings.text, rows=settings.rows, length=settings.length, bos=settings.bos,
+        batch_size=settings.batch_size, sinks=sink_selectors(sink_map, recipe) if protect.tokens else [],
+        damping=recipe.weights.damping, act_order=recipe.weights.act_order,
+        statistics=protect.statistics if protect.tokens else "all")
+
+
+def _measured(made: Sensitivity, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap,
+              weights: TokenWeights, recipe: Recipe, progress: Progress | None) -> Sensitivity:
+    """The same with every candidate measured on rows of their own, and how the two rank."""
+    settings = recipe.sensitivity
+    source = decoder.source
+    if source is not None:
+        remote = type(decoder.model).__module__.startswith("transformers_modules")
+        decoder = Decoder.of(load_model(source.folder, trust_remote_code=remote))
+    units = units_of(decoder, recipe)
+    text = read_text(recipe.calibration.text, "calibration")
+    rows = token_rows(tokenizer, text, settings.measure_rows, min(settings.measure_length, decoder.max_length),
+                      recipe.calibration.bos, decoder.vocabulary)
+    terms = measure(decoder, units, rows, sink_places(rows, sink_map), weights, recipe, progress)
+    measured = [unit.model_copy(update={"losses": [
+        loss.model_copy(update={"measured": found}) for loss, found in zip(unit.losses, ones, strict=True)]})
+        for unit, ones in zip(made.units, terms, strict=True)]
+    return made.model_copy(update={"units": measured, "ranking": ranking(measured)})
+
+
+def sink_places(rows: torch.Tensor, sink_map: SinkMap) -> torch.Tensor:
+    """Where the sinks of a map stand in rows int64 [rows, length]: bool, alike."""
+    places = torch.zeros(rows.shape, dtype=torch.bool)
+    for token in _placed(sink_map):
+        here = torch.ones_like(places) if token.token_id is None else rows == token.token_id
+        places |= here if token.position is None else here & (torch.arange(rows.shape[1]) == token.position)
+    return places
+
+
+def _placed(sink_map: SinkMap) -> list[SinkToken]:
+    return [token for token in sink_map.tokens if token.kind != "learned"]

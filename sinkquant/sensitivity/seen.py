@@ -1,0 +1,179 @@
+"""What the linears of a block get and what comes back to them, while the block is replayed with gradients."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sinkquant.errors import RequestError
+from sinkquant.models import Decoder
+from sinkquant.models.backward import BackStep
+from sinkquant.models.experts import ExpertLinear
+from sinkquant.quantize.experts import Routed, handed_to_experts
+from sinkquant.quantize.hessian import Hessian
+from sinkquant.quantize.statistics import TokenWeights
+from sinkquant.recipe import Recipe
+from sinkquant.sensitivity.candidates import Unit
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some tokens of one linear.
+
+    Attributes:
+        inputs: [tokens, columns]. gradients: [tokens, rows], of the outputs.
+        places: int64 [tokens], where they stand in the flattened rows; None where the model routes tokens to it.
+        batch: the rows that they are of.
+    """
+
+    inputs: torch.Tensor
+    gradients: torch.Tensor
+    places: torch.Tensor | None
+    batch: slice
+
+
+@dataclass
+class Handed:
+    """What the experts of a layer got in one batch, and the gradient of what they gave, [tokens, hidden_size].
+
+    Attributes:
+        hidden: [tokens, hidden_size]. chosen: int64 [tokens, experts per token]. shares: float, alike.
+    """
+
+    hidden: torch.Tensor
+    chosen: torch.Tensor
+    shares: torch.Tensor
+    batch: slice
+    gradient: torch.Tensor = field(init=False)
+
+
+class Seen:
+    """What one replay of a block showed.
+
+    Args:
+        back: the block's step; it is pulled here.
+        units: those of the block.
+
+    Raises:
+        RequestError: the block has experts that do not weigh and add up their outputs as is known.
+    """
+
+    def __init__(self, back: BackStep, decoder: Decoder, units: list[Unit], weights: TokenWeights,
+                 recipe: Recipe) -> None:
+        self.back, self.decoder, self.weights, self.recipe = back, decoder, weights, recipe
+        self.linears: dict[str, list[Part]] = {name: [] for unit in units if not unit.owner for name in unit.modules}
+        self.handed: dict[str, list[Handed]] = {unit.owner: [] for unit in units if unit.owner}
+        self.expert: tuple[str, int, dict[str, list[Part]], dict[str, torch.Tensor]] | None = None
+        with self._watching():
+            back.pull()
+
+    def of(self, unit: Unit, name: str) -> tuple[list[Part], torch.Tensor]:
+        """What a linear of a unit saw, and the Hessian of its input, [columns, columns]; zeros where no token came.
+        Linears that engines fuse read one input."""
+        if unit.owner is None:
+            return self.linears[name], self._hessian(unit.modules[0], name)
+        part = self.decoder.experts[name]
+        if self.expert is None or self.expert[:2] != (part.owner, part.index):
+            self.expert = (part.owner, part.index, self._expert(part), self._expert_hessians(part))
+        _, _, parts, hessians = self.expert
+        rows = slice(part.start, part.start + part.rows)
+        mine = [Part(one.inputs, one.gradients[:, rows], one.places, one.batch) for one in parts[part.role]]
+        return mine, hessians[part.role]
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        handles = [self.decoder.linears[name].register_forward_hook(self._linear_hook(name)) for name in self.linears]
+        handles += [self.decoder.model.get_submodule(owner).register_forward_hook(
+            self._experts_hook(owner), with_kwargs=True) for owner in self.handed]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _linear_hook(self, name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            if not output.requires_grad:
+                return
+            inputs, batch = args[0].detach().flatten(0, -2), self.back.step.batch
+            places = self._places(batch, len(inputs))
+            output.register_hook(lambda gradient: self.linears[name].append(
+                Part(inputs, gradient.detach().flatten(0, -2), places, batch)))
+
+        return hook
+
+    def _experts_hook(self, owner: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
+            states, chosen = handed_to_experts(args, kwargs)
+            shares = [value for value in (*args, *kwargs.values())
+                      if isinstance(value, torch.Tensor) and value.is_floating_point()][1].reshape(chosen.shape)
+            one = Handed(states.detach(), chosen, shares.detach(), self.back.step.batch)
+            if not self.handed[owner]:
+                _require_known(module, one, output.detach(), owner)
+            self.handed[owner].append(one)
+            output.register_hook(lambda gradient: setattr(one, "gradient", gradient.detach().flatten(0, -2)))
+
+        return hook
+
+    def _places(self, batch: slice, tokens: int) -> torch.Tensor | None:
+        length = self.back.step.walk.rows.shape[1]
+        start, stop = batch.start * length, batch.stop * length
+        return torch.arange(start, stop) if stop - start == tokens else None
+
+    def _hessian(self, first: str, name: str) -> torch.Tensor:
+        hessian = Hessian(self.decoder.weight(name).shape[1], torch.device(self.back.step.walk.device))
+        for one in self.linears[first]:
+            self.back.step.batch = one.batch
+            hessian.add(one.inputs, self.weights.of(self.back.step, one.inputs))
+        return hessian.mean()
+
+    def _expert(self, part: ExpertLinear) -> dict[str, list[Part]]:
+        """What the gate and up projections ("up"), and the down projection of one expert saw."""
+        found: dict[str, list[Part]] = {"up": [], "down": []}
+        length = self.back.step.walk.rows.shape[1]
+        for one in self.handed[part.owner]:
+            tokens, slots = torch.where(one.chosen == part.index)
+            states, inner, middle = _through(part.module, part.index, one.hidden[tokens])
+            arriving = one.gradient[tokens] * one.shares[tokens, slots][:, None]
+            fused: Any = part.module
+            (up,) = torch.autograd.grad(middle, inner, arriving @ fused.down_proj[part.index])
+            places = tokens.cpu() + one.batch.start * length
+            found["up"].append(Part(states, up, places, one.batch))
+            found["down"].append(Part(middle.detach(), arriving, places, one.batch))
+        return found
+
+    def _expert_hessians(self, part: ExpertLinear) -> dict[str, torch.Tensor]:
+        handed, walk = self.handed[part.owner], self.back.step.walk
+        routed = Routed(part.module, torch.cat([one.hidden for one in handed]),
+                        torch.cat([one.chosen for one in handed]).cpu(), None)
+        few = int((routed.chosen == part.index).sum()) < self.recipe.calibration.min_expert_tokens
+        found = routed.hessians(part.index, self.weights, few, walk.device, walk.dtype)
+        return {role: hessian.mean() for role, hessian in found.items()}
+
+
+def _through(module: nn.Module, index: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """States [tokens, hidden_size], what an expert's first projections make of them, and what its last one reads;
+    the third with a graph back to the second."""
+    fused: Any = module
+    with torch.enable_grad():
+        inner = F.linear(states, fused.gate_up_proj[index]).detach().requires_grad_()
+        return states, inner, fused._apply_gate(inner)
+
+
+def _require_known(module: nn.Module, one: Handed, output: torch.Tensor, owner: str) -> None:
+    """Refuse experts whose output is not the sum of what each makes of a token, times the token's share."""
+    fused: Any = module
+    made = torch.zeros_like(output.flatten(0, -2))
+    for index in range(len(fused.down_proj)):
+        tokens, slots = torch.where(one.chosen == index)
+        _, _, middle = _through(module, index, one.hidden[tokens])
+        made[tokens] += F.linear(middle.detach(), fused.down_proj[index]) * one.shares[tokens, slots][:, None]
+    if not torch.allclose(made, output.flatten(0, -2), rtol=1e-2, atol=1e-3 * float(output.abs().max())):
+        raise RequestError(f"{owner} does not add up its experts by their shares, so that their sensitivities cannot "
+                           "be told; set budget.solver=even.")

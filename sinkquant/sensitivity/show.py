@@ -1,0 +1,49 @@
+"""Sensitivities as a table for the terminal."""
+
+from __future__ import annotations
+
+from rich.markup import escape
+from rich.table import Table
+
+from sinkquant.artifacts import Sensitivity, UnitSensitivity
+
+
+def table(found: Sensitivity) -> Table:
+    """One row per module, or group of them, one column per format: thousandths of a nat per token; and the share that
+    the sinks lose by themselves in the smallest format."""
+    forms = list(dict.fromkeys((loss.bits, loss.group_size) for unit in found.units for loss in unit.losses))
+    several = len({group for _, group in forms}) > 1
+    measured = all(loss.measured is not None for unit in found.units for loss in unit.losses)
+    title = f"KL divergence in 0.001 nats per token, {'measured' if measured else 'predicted to second order'}"
+    shown = Table("module", title=title, title_justify="left",
+                  caption=f"through sinks: {', '.join(map(repr, found.sinks)) or 'none found'}, in the first format",
+                  caption_justify="left")
+    for bits, group in forms:
+        shown.add_column(f"{bits} bits{f', {group}' if several else ''}", justify="right", no_wrap=True)
+    shown.add_column("through sinks", justify="right")
+    for unit in found.units:
+        cells = {(loss.bits, loss.group_size): loss.terms for loss in unit.losses}
+        first = unit.losses[0].terms
+        shown.add_row(escape(_name(unit)), *(f"{1000 * cells[form].total:.2g}" if form in cells else ""
+                                             for form in forms),
+                      f"{first.sinks / first.total:.1%}" if first.total > 0 else "")
+    return shown
+
+
+def ranking_in_words(found: Sensitivity) -> list[str]:
+    """How well what was predicted ranks like what was measured; empty where nothing was measured."""
+    ranking = found.ranking
+    if ranking is None:
+        return []
+    terms = ((ranking.total, "in all"), (ranking.sinks, "through sinks"), (ranking.others, "through all other tokens"),
+             (ranking.between, "between modules in one format"))
+    parts = [f"{value:.3f} {words}" for value, words in terms if value is not None]
+    size = "" if ranking.ratio is None else f"; predicted losses add up to {ranking.ratio:.2f} of the measured ones"
+    return [f"Rank correlation of predicted and measured losses over {ranking.pairs} formats: {', '.join(parts)}{size}"]
+
+
+def _name(unit: UnitSensitivity) -> str:
+    first, *rest = unit.modules
+    if len(rest) > 3:
+        return f"{first} and {len(rest)} other linears of experts"
+    return " + ".join([first, *(module.rpartition(".")[2] for module in rest)])

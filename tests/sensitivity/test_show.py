@@ -1,0 +1,39 @@
+"""Sensitivities in a terminal, and the command that makes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from sinkmaps import sink_map_of
+from tiny_tokenizer import random_text
+from transformers import PreTrainedModel
+from typer.testing import CliRunner
+
+from sinkquant.artifacts import Sensitivity
+from sinkquant.cli import app
+from sinkquant.models import Decoder
+from sinkquant.sensitivity.show import ranking_in_words, table
+
+
+def test_the_command_writes_a_file_and_shows_it_with_its_ranking(tiny: PreTrainedModel, tiny_folder: Path,
+                                                                tmp_path: Path) -> None:
+    text, known, out = tmp_path / "words.txt", tmp_path / "sinkmap.json", tmp_path / "sensitivity.json"
+    text.write_text(random_text(200))
+    sink_map_of(Decoder.of(tiny)).save(known)
+    settings = ["weights.group_size=32", "weights.method=rtn", "weights.scale_search=false", "sensitivity.rows=2",
+                "sensitivity.length=16", "sensitivity.bits=[3,8]", "sensitivity.measure_rows=1",
+                "sensitivity.measure_length=8"]
+    done = CliRunner().invoke(app, [
+        "sensitivity", str(tiny_folder), "--text", str(text), "--sink-map", str(known), "-o", str(out),
+        *(part for one in settings for part in ("--set", one))], catch_exceptions=False)
+    assert done.exit_code == 0
+    found = Sensitivity.load(out)
+    assert "Rank correlation of predicted and measured losses over 24 formats" in done.output
+    with (console := Console(width=200)).capture() as shown:
+        console.print(table(found))
+    row = next(line for line in shown.get().splitlines() if "model.layers.1.self_attn.q_proj + k_proj + v_proj" in line)
+    first = next(unit for unit in found.units if unit.modules[0] == "model.layers.1.self_attn.q_proj").losses[0].terms
+    assert f"{1000 * first.total:.2g}" in row
+    assert f"{first.sinks / first.total:.1%}" in row
+    assert ranking_in_words(found.model_copy(update={"ranking": None})) == []
