@@ -207,8 +207,8 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A run's folder or a ch
     extra += [f"evaluate.tasks=[{tasks}]"] if tasks else []
     if not folder.is_dir():
         raise RequestError(f"{folder} is no folder; give a run's folder or a checkpoint.")
+    from sinkquant.measure import evaluate_folder, recorded_recipe
     from sinkquant.models.processes import this_process
-    from sinkquant.pipeline import evaluate_folder, recorded_recipe
 
     recipe = recorded_recipe(folder).replace([*extra, *(assignments or [])])
     with _progress() as progress:

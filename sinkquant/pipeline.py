@@ -3,41 +3,37 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import resource
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import psutil
 import torch
-from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan, Report, Sensitivity, SinkMap
-from sinkquant.artifacts.experts import few_tokens, in_short
-from sinkquant.artifacts.report import Fidelity
-from sinkquant.cache import make_prefix, prepare, save_prefix
+from sinkquant.cache import make_prefix, save_prefix
+from sinkquant.candidates import (
+    bits_on_disk,
+    comparison,
+    expert_notes,
+    fidelity,
+    loader,
+    mechanisms,
+    sinks_after,
+    weight_bytes,
+)
 from sinkquant.detect import detect
-from sinkquant.diagnose import sink_fidelity
-from sinkquant.evaluate import BASELINE, Candidate, Compare, evaluate, require_tasks_possible
+from sinkquant.evaluate import BASELINE, Candidate, evaluate, require_tasks_possible
 from sinkquant.formats import (
     KV_PREFIX,
-    STORED,
     dismiss,
     follow,
-    is_backend,
-    load_dense,
-    open_checkpoint,
-    open_quantized,
-    prefix_of,
     quantize_to,
-    read_checkpoint,
     require_free,
-    rounds_inputs,
     versions,
 )
 from sinkquant.models import (
@@ -50,7 +46,7 @@ from sinkquant.models import (
     read_text,
     resolve,
 )
-from sinkquant.models.loading import has_tokenizer, weight_files
+from sinkquant.models.loading import has_tokenizer
 from sinkquant.models.processes import this_process
 from sinkquant.planning import plan_ready, with_calibration_notes
 from sinkquant.policy import (
@@ -68,11 +64,9 @@ from sinkquant.quantize.ranks import join
 from sinkquant.quantize.transforms import rotate
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe
 from sinkquant.sensitivity import find_sensitivity
-from sinkquant.workfolder import WorkFolder, partial_folder, run_key, work_folder
+from sinkquant.workfolder import CONTROL, MODEL, WorkFolder, partial_folder, run_key, work_folder
 
 Progress = Callable[[int, int, str], None]
-MODEL, CONTROL = "model", "model-control"
-"""Where a run's folder keeps the checkpoint, and its sink-unaware control of the same size."""
 LOG = logging.getLogger("sinkquant")
 
 
@@ -287,7 +281,7 @@ class _Job:
             BASELINE, self.name, lambda: load_model(self.folder, dtype, device, self.trust_remote_code),
             weight_bytes(self.folder), bits_on_disk(self.folder))]
         for place, one in plans.items():
-            candidates.append(Candidate(one.name, place, _loader(self.work / place, dtype, device),
+            candidates.append(Candidate(one.name, place, loader(self.work / place, dtype, device),
                                         weight_bytes(self.work / place), one.bits_per_weight, one.kv_cache,
                                         one.inputs_in_words()))
         done = plans[MODEL].modules.values()
@@ -298,7 +292,7 @@ class _Job:
             candidates += mechanisms(candidates[:1 + len(plans)], list(plans.values()))
         report = evaluate(candidates, self.tokenizer, self.recipe, model=self.name,
                           fidelity=fidelity({BASELINE: sink_map} | after),
-                          compare=_comparison(self.tokenizer, sink_map, self.recipe), progress=self.progress)
+                          compare=comparison(self.tokenizer, sink_map, self.recipe), progress=self.progress)
         LOG.info("verdict: %s", report.verdict.sentence)
         notes = [note for one in plans.values() for note in one.notes]
         notes += [note for place, one in plans.items() for note in expert_notes(self.work / place, one)]
@@ -336,155 +330,3 @@ class _Job:
 def _resident() -> float:
     """Bytes that this process has in memory now."""
     return float(psutil.Process().memory_info().rss)
-
-
-def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
-                    progress: Progress | None = None) -> Report:
-    """Measure a checkpoint, or a run's folder with its control, beside a baseline.
-
-    Args:
-        recipe: how to measure; `recorded_recipe` gives the one that the checkpoint was made with.
-        baseline: the unquantized model; without it there is neither divergence nor recovery.
-
-    Raises:
-        RequestError: the folder holds no checkpoint.
-    """
-    places = {"sink_aware": folder / MODEL, "control": folder / CONTROL}
-    places = {name: path for name, path in places.items() if (path / "config.json").is_file()}
-    if not places:
-        content = read_checkpoint(folder)
-        places = {content["plan"].name if content else "quantized": folder}
-    tokenizer = load_tokenizer(resolve(str(next(iter(places.values())))))
-    require_tasks_possible(recipe)
-    device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
-    candidates, maps, original = [], {}, None
-    if baseline is not None:
-        source = resolve(baseline)
-        candidates.append(Candidate(BASELINE, baseline, lambda: load_model(source, dtype, device),
-                                    weight_bytes(source), bits_on_disk(source)))
-    for name, path in places.items():
-        content = read_checkpoint(resolve(str(path)))
-        original = original or (content["sink_map"] if content else None) or None
-        if content and content["sink_map"] and recipe.gate.max_sink_rate_change is not None:
-            maps[BASELINE] = content["sink_map"]
-            maps[name] = sinks_after(path, tokenizer, recipe, name, progress)
-        bits = content["plan"].bits_per_weight if content else bits_on_disk(path)
-        candidates.append(Candidate(name, str(path), _loader(path, dtype, device), weight_bytes(path), bits,
-                                    content["plan"].kv_cache if content else None,
-                                    content["plan"].inputs_in_words() if content else "16-bit"))
-    report = evaluate(candidates, tokenizer, recipe, model=baseline or str(folder),
-                      fidelity=fidelity(maps) if maps else None, compare=_comparison(tokenizer, original, recipe),
-                      progress=progress)
-    return report.model_copy(update={"versions": versions()})
-
-
-def recorded_recipe(folder: Path) -> Recipe:
-    """The recipe that a checkpoint, or the checkpoint of a run's folder, was made with; the default where none is
-    recorded."""
-    for place in (folder / MODEL, folder):
-        content = read_checkpoint(place)
-        if content:
-            return Recipe.parse(content["recipe"], f"the recipe in {place / 'sinkquant.json'}")
-    return Recipe()
-
-
-def expert_notes(checkpoint: Path, one: Plan) -> list[str]:
-    """How many calibration tokens went to the experts of a checkpoint, and to whom too few; empty without experts."""
-    content = read_checkpoint(checkpoint)
-    tokens = content.get("expert_tokens") if content else None
-    if not tokens:
-        return []
-    least = one.calibration.min_expert_tokens
-    notes = [f"{one.name}: tokens per expert of {owner}: {in_short(counts)}" for owner, counts in tokens.items()]
-    if few := few_tokens(tokens, least):
-        notes.append(f"{one.name}: fewer than {least} tokens went to these experts, quantized as if all tokens of "
-                     f"their layer had (expert, with its tokens): {few}")
-    return notes
-
-
-def sinks_after(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, name: str,
-                progress: Progress | None = None) -> SinkMap:
-    """The sinks of a quantized checkpoint on the rows that the unquantized model was detected on, without ablations."""
-    fast = recipe.replace(["detect.super_weights=false", "prune.heads=none"])
-    if is_backend(checkpoint):
-        model = load_dense(checkpoint) if rounds_inputs(checkpoint) else open_checkpoint(checkpoint)
-    else:
-        model = open_quantized(checkpoint)
-    return detect(model, tokenizer, recipe=fast, name=name, progress=progress)
-
-
-def fidelity(maps: dict[str, SinkMap]) -> Fidelity:
-    """Sink rates and the largest massive activation of several models on the same rows."""
-    def largest(sink_map: SinkMap, field: str) -> float:
-        return max((float(getattr(channel, field)) for channel in sink_map.channels), default=0.0)
-
-    return Fidelity(sink_rate={name: one.sink_rate for name, one in maps.items()},
-                    massive_peak={name: largest(one, "peak") for name, one in maps.items()},
-                    massive_ratio={name: largest(one, "ratio") for name, one in maps.items()})
-
-
-def _comparison(tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap | None, recipe: Recipe) -> Compare | None:
-    """Sink fidelity of a quantized model, where the sinks of the original are known and the recipe asks for it."""
-    if sink_map is None or not recipe.evaluate.fidelity or this_process()[0] > 0:  # the first process reports
-        return None
-    return lambda original, quantized: sink_fidelity(original, quantized, tokenizer, sink_map.tokens, recipe)
-
-
-def mechanisms(candidates: list[Candidate], plans: list[Plan]) -> list[Candidate]:
-    """Rows that tell the weights from the KV cache where both are quantized: each alone, beside its control. They are
-    measured by divergence only.
-
-    Args:
-        candidates: the unquantized model first, then one per plan.
-        plans: the sink-aware one, and the control where there is one.
-    """
-    base, *quantized = candidates
-    rows = []
-    for candidate, one, name in zip(quantized, plans, ("", "_control"), strict=False):
-        rows.append(replace(candidate, name=f"weights{name}", kv=None, tasks_too=False, tasks={}, divergences=[]))
-        load = _with_own_prefix(base.load, one.kv_cache.prefix) if one.kv_cache is not None else base.load
-        rows.append(replace(base, name=f"cache{name}", load=load, kv=one.kv_cache, tasks_too=False, tasks={},
-                            divergences=[]))
-    return rows
-
-
-def _with_own_prefix(load: Callable[[], PreTrainedModel], ids: list[int]) -> Callable[[], PreTrainedModel]:
-    """The unquantized model; its own keys and values of the prefix are those that a checkpoint is given."""
-    def loaded() -> PreTrainedModel:
-        model = load()
-        return prepare(model, make_prefix(model, ids)) if ids else model
-
-    return loaded
-
-
-def _loader(path: Path, dtype: torch.dtype, device: str) -> Callable[[], PreTrainedModel]:
-    """A checkpoint's model, given its KV prefix where it has one."""
-    def load() -> PreTrainedModel:
-        model, prefix = load_dense(path, dtype, device), prefix_of(path)
-        return model if prefix is None else prepare(model, prefix)
-
-    return load
-
-
-def weight_bytes(folder: Path) -> int:
-    """Bytes of a checkpoint's safetensors files."""
-    return sum(path.stat().st_size for path in weight_files(folder))
-
-
-def bits_on_disk(folder: Path) -> float:
-    """Average bits per value of a checkpoint as it is stored; scales count, and packed words as what they hold."""
-    if is_backend(folder):  # its tensors hold several codes each: the model tells how many weights they stand for
-        values = sum(parameter.numel() for parameter in open_checkpoint(folder).parameters())
-        return 8 * weight_bytes(folder) / max(values, 1)
-    size, values = 0, 0
-    for path in weight_files(folder):
-        with path.open("rb") as file:
-            size += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
-        with safe_open(path, framework="pt") as tensors:
-            names = set(tensors.keys())
-            for name in names:
-                if name.endswith(".weight_shape") and name.replace(".weight_shape", ".weight_packed") in names:
-                    values += math.prod(tensors.get_tensor(name).tolist())
-                elif name.endswith(".weight") or name.rpartition(".")[2] not in STORED:
-                    values += math.prod(tensors.get_slice(name).get_shape())
-    return 8 * size / max(values, 1)

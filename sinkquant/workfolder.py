@@ -17,6 +17,8 @@ from sinkquant.formats import versions
 from sinkquant.recipe import Recipe
 
 LOG = logging.getLogger("sinkquant")
+MODEL, CONTROL = "model", "model-control"
+"""Where a run's folder keeps the checkpoint, and its sink-unaware control of the same size."""
 MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = "sinkquant/manifest@1"
 

@@ -12,7 +12,8 @@ from small_runs import fingerprint, model_folder, small_recipe
 from transformers import AutoModelForCausalLM
 
 from sinkquant import Plan, Report, RequestError, SinkquantError, pipeline, run
-from sinkquant.pipeline import bits_on_disk, evaluate_folder, recorded_recipe
+from sinkquant.candidates import bits_on_disk
+from sinkquant.measure import evaluate_folder, recorded_recipe
 
 UNTIMED = {"report.json", "report.md", "report.html", "run.log"}
 """Files that hold seconds and peak memory beside results."""

@@ -1,0 +1,137 @@
+"""The models that are measured, and what is known of them before and beside their evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sinkquant.artifacts import Plan, SinkMap
+from sinkquant.artifacts.experts import few_tokens, in_short
+from sinkquant.artifacts.report import Fidelity
+from sinkquant.cache import make_prefix, prepare
+from sinkquant.detect import detect
+from sinkquant.diagnose import sink_fidelity
+from sinkquant.evaluate import Candidate, Compare
+from sinkquant.formats import (
+    STORED,
+    is_backend,
+    load_dense,
+    open_checkpoint,
+    open_quantized,
+    prefix_of,
+    read_checkpoint,
+    rounds_inputs,
+)
+from sinkquant.models.loading import weight_files
+from sinkquant.models.processes import this_process
+from sinkquant.recipe import Recipe
+
+Progress = Callable[[int, int, str], None]
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a checkpoint's safetensors files."""
+    return sum(path.stat().st_size for path in weight_files(folder))
+
+
+def bits_on_disk(folder: Path) -> float:
+    """Average bits per value of a checkpoint as it is stored; scales count, and packed words as what they hold."""
+    if is_backend(folder):  # its tensors hold several codes each: the model tells how many weights they stand for
+        values = sum(parameter.numel() for parameter in open_checkpoint(folder).parameters())
+        return 8 * weight_bytes(folder) / max(values, 1)
+    size, values = 0, 0
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            size += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+        with safe_open(path, framework="pt") as tensors:
+            names = set(tensors.keys())
+            for name in names:
+                if name.endswith(".weight_shape") and name.replace(".weight_shape", ".weight_packed") in names:
+                    values += math.prod(tensors.get_tensor(name).tolist())
+                elif name.endswith(".weight") or name.rpartition(".")[2] not in STORED:
+                    values += math.prod(tensors.get_slice(name).get_shape())
+    return 8 * size / max(values, 1)
+
+
+def loader(path: Path, dtype: torch.dtype, device: str) -> Callable[[], PreTrainedModel]:
+    """A checkpoint's model, given its KV prefix where it has one."""
+    def load() -> PreTrainedModel:
+        model, prefix = load_dense(path, dtype, device), prefix_of(path)
+        return model if prefix is None else prepare(model, prefix)
+
+    return load
+
+
+def mechanisms(candidates: list[Candidate], plans: list[Plan]) -> list[Candidate]:
+    """Rows that tell the weights from the KV cache where both are quantized: each alone, beside its control. They are
+    measured by divergence only.
+
+    Args:
+        candidates: the unquantized model first, then one per plan.
+        plans: the sink-aware one, and the control where there is one.
+    """
+    base, *quantized = candidates
+    rows = []
+    for candidate, one, name in zip(quantized, plans, ("", "_control"), strict=False):
+        rows.append(replace(candidate, name=f"weights{name}", kv=None, tasks_too=False, tasks={}, divergences=[]))
+        load = _with_own_prefix(base.load, one.kv_cache.prefix) if one.kv_cache is not None else base.load
+        rows.append(replace(base, name=f"cache{name}", load=load, kv=one.kv_cache, tasks_too=False, tasks={},
+                            divergences=[]))
+    return rows
+
+
+def _with_own_prefix(load: Callable[[], PreTrainedModel], ids: list[int]) -> Callable[[], PreTrainedModel]:
+    """The unquantized model; its own keys and values of the prefix are those that a checkpoint is given."""
+    def loaded() -> PreTrainedModel:
+        model = load()
+        return prepare(model, make_prefix(model, ids)) if ids else model
+
+    return loaded
+
+
+def sinks_after(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, name: str,
+                progress: Progress | None = None) -> SinkMap:
+    """The sinks of a quantized checkpoint on the rows that the unquantized model was detected on, without ablations."""
+    fast = recipe.replace(["detect.super_weights=false", "prune.heads=none"])
+    if is_backend(checkpoint):
+        model = load_dense(checkpoint) if rounds_inputs(checkpoint) else open_checkpoint(checkpoint)
+    else:
+        model = open_quantized(checkpoint)
+    return detect(model, tokenizer, recipe=fast, name=name, progress=progress)
+
+
+def fidelity(maps: dict[str, SinkMap]) -> Fidelity:
+    """Sink rates and the largest massive activation of several models on the same rows."""
+    def largest(sink_map: SinkMap, field: str) -> float:
+        return max((float(getattr(channel, field)) for channel in sink_map.channels), default=0.0)
+
+    return Fidelity(sink_rate={name: one.sink_rate for name, one in maps.items()},
+                    massive_peak={name: largest(one, "peak") for name, one in maps.items()},
+                    massive_ratio={name: largest(one, "ratio") for name, one in maps.items()})
+
+
+def comparison(tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap | None, recipe: Recipe) -> Compare | None:
+    """Sink fidelity of a quantized model, where the sinks of the original are known and the recipe asks for it."""
+    if sink_map is None or not recipe.evaluate.fidelity or this_process()[0] > 0:  # the first process reports
+        return None
+    return lambda original, quantized: sink_fidelity(original, quantized, tokenizer, sink_map.tokens, recipe)
+
+
+def expert_notes(checkpoint: Path, one: Plan) -> list[str]:
+    """How many calibration tokens went to the experts of a checkpoint, and to whom too few; empty without experts."""
+    content = read_checkpoint(checkpoint)
+    tokens = content.get("expert_tokens") if content else None
+    if not tokens:
+        return []
+    least = one.calibration.min_expert_tokens
+    notes = [f"{one.name}: tokens per expert of {owner}: {in_short(counts)}" for owner, counts in tokens.items()]
+    if few := few_tokens(tokens, least):
+        notes.append(f"{one.name}: fewer than {least} tokens went to these experts, quantized as if all tokens of "
+                     f"their layer had (expert, with its tokens): {few}")
+    return notes

@@ -1,0 +1,68 @@
+"""A checkpoint, or a run's folder, measured after the fact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from sinkquant.artifacts import Report
+from sinkquant.candidates import bits_on_disk, comparison, fidelity, loader, sinks_after, weight_bytes
+from sinkquant.evaluate import BASELINE, Candidate, evaluate, require_tasks_possible
+from sinkquant.formats import read_checkpoint, versions
+from sinkquant.models import load_model, load_tokenizer, pick_device, resolve
+from sinkquant.recipe import Recipe
+from sinkquant.workfolder import CONTROL, MODEL
+
+Progress = Callable[[int, int, str], None]
+
+
+def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
+                    progress: Progress | None = None) -> Report:
+    """Measure a checkpoint, or a run's folder with its control, beside a baseline.
+
+    Args:
+        recipe: how to measure; `recorded_recipe` gives the one that the checkpoint was made with.
+        baseline: the unquantized model; without it there is neither divergence nor recovery.
+
+    Raises:
+        RequestError: the folder holds no checkpoint.
+    """
+    places = {"sink_aware": folder / MODEL, "control": folder / CONTROL}
+    places = {name: path for name, path in places.items() if (path / "config.json").is_file()}
+    if not places:
+        content = read_checkpoint(folder)
+        places = {content["plan"].name if content else "quantized": folder}
+    tokenizer = load_tokenizer(resolve(str(next(iter(places.values())))))
+    require_tasks_possible(recipe)
+    device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
+    candidates, maps, original = [], {}, None
+    if baseline is not None:
+        source = resolve(baseline)
+        candidates.append(Candidate(BASELINE, baseline, lambda: load_model(source, dtype, device),
+                                    weight_bytes(source), bits_on_disk(source)))
+    for name, path in places.items():
+        content = read_checkpoint(resolve(str(path)))
+        original = original or (content["sink_map"] if content else None) or None
+        if content and content["sink_map"] and recipe.gate.max_sink_rate_change is not None:
+            maps[BASELINE] = content["sink_map"]
+            maps[name] = sinks_after(path, tokenizer, recipe, name, progress)
+        bits = content["plan"].bits_per_weight if content else bits_on_disk(path)
+        candidates.append(Candidate(name, str(path), loader(path, dtype, device), weight_bytes(path), bits,
+                                    content["plan"].kv_cache if content else None,
+                                    content["plan"].inputs_in_words() if content else "16-bit"))
+    report = evaluate(candidates, tokenizer, recipe, model=baseline or str(folder),
+                      fidelity=fidelity(maps) if maps else None, compare=comparison(tokenizer, original, recipe),
+                      progress=progress)
+    return report.model_copy(update={"versions": versions()})
+
+
+def recorded_recipe(folder: Path) -> Recipe:
+    """The recipe that a checkpoint, or the checkpoint of a run's folder, was made with; the default where none is
+    recorded."""
+    for place in (folder / MODEL, folder):
+        content = read_checkpoint(place)
+        if content:
+            return Recipe.parse(content["recipe"], f"the recipe in {place / 'sinkquant.json'}")
+    return Recipe()
