@@ -16,7 +16,7 @@ demo: $(VENV)/ready
 	@echo "Open out/demo/report.html in a browser."
 
 test: $(VENV)/ready
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 check: $(VENV)/ready
 	$(VENV)/bin/ruff check sinkquant evals tests
