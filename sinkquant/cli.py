@@ -19,6 +19,7 @@ from rich.table import Table
 
 from sinkquant.artifacts import Plan, Report, Sensitivity, SinkMap
 from sinkquant.artifacts.base import write_atomically
+from sinkquant.artifacts.experts import in_lines
 from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe, recipe_names
 
@@ -412,6 +413,8 @@ def _show_sink_map(sink_map: SinkMap) -> None:
     for weight in sink_map.super_weights:
         out.print(f"Super weight {weight.module}[{weight.row}, {weight.column}] = {weight.value:.4g}: "
                   f"+{weight.loss_increase:.3g} nats without it", soft_wrap=True, markup=False)
+    for line in in_lines(sink_map):
+        out.print(line, soft_wrap=True, markup=False, highlight=False)
     no_ops = sum(head.no_op for layer in sink_map.heads for head in layer)
     out.print(f"{no_ops} no-op heads, {len(sink_map.super_weights)} super weights")
     for note in sink_map.notes:

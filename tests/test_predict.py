@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 from accelerate import init_empty_weights
+from families import tiny_model
 from small_runs import fingerprint, model_folder, small_recipe
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sinkquant as sq
+from sinkquant.detect.detect import batch_rows
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
 from sinkquant.predict import predict, require_memory, spill_limit
@@ -51,6 +53,13 @@ def test_what_costs_more_is_predicted_to_cost_more(large: Decoder) -> None:
     assert predict(large, least.replace(["weights.method=gptq"])).peak_bytes["quantize"] > 1e9
     assert predict(large, least.replace(["detect.rows=1000"])).peak_bytes["detect"] > base.peak_bytes["detect"]
     assert base.peak_bytes.keys() == {"detect", "quantize"}
+
+
+def test_wide_models_walk_with_fewer_rows_at_a_time(large: Decoder) -> None:
+    recipe = sq.Recipe().replace(["compute.device=cpu"])
+    assert batch_rows(large, recipe, 64) == 8  # 512 tokens of 8192 values each are 16 MB
+    assert batch_rows(large, recipe, 4096) == 1
+    assert batch_rows(Decoder.of(tiny_model("llama")), recipe, 64) == recipe.detect.batch_size
 
 
 def test_hidden_states_leave_memory_at_an_eighth_of_what_is_allowed() -> None:

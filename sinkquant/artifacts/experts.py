@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 
 from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.artifacts.shapes import ModelShape
+from sinkquant.artifacts.sinkmap import SinkMap
 
 TUNE_AND_EXPERTS = ("weights.tune does not reach packed experts; set weights.tune=0, or leave the experts in 16 bits "
                     "with weights.ignore=['*.experts.*'].")
 
-SHOWN = 32
-"""So many token counts are listed one by one."""
+SHOWN, SINKS_SHOWN = 32, 8
+"""So many token counts, and experts that sinks go to, are listed one by one."""
 
 
 def mixed_experts(shape: ModelShape, formats: Mapping[str, WeightFormat]) -> tuple[str, str] | None:
@@ -45,6 +46,16 @@ def in_short(counts: Sequence[int]) -> str:
     if len(counts) <= SHOWN:
         return " ".join(map(str, counts))
     return f"{min(counts)} to {max(counts)}, {statistics.median(counts):g} in the median of {len(counts)}"
+
+
+def in_lines(sink_map: SinkMap) -> list[str]:
+    """One line for every layer of experts: the tokens of each, and which of them the sinks go to."""
+    lines = []
+    for owner, found in sink_map.experts.items():
+        to = [f"{index} ({count} of {found.tokens[index]})" for index, count in enumerate(found.sink_tokens) if count]
+        sinks = ", ".join(to[:SINKS_SHOWN]) + (f" and {len(to) - SINKS_SHOWN} more" if len(to) > SINKS_SHOWN else "")
+        lines.append(f"{owner}: tokens per expert {in_short(found.tokens)}; sinks go to {sinks or 'none'}")
+    return lines
 
 
 def few_tokens(tokens: Mapping[str, Sequence[int]], least: int) -> str:

@@ -100,6 +100,22 @@ class ModuleStatistics(Strict):
     sink_columns: list[int]
 
 
+class ExpertStatistics(Strict):
+    """The experts of one layer; every list has a number for each of them.
+
+    `tokens`: how many went to it, `sink_tokens`: of these the sinks. `input_max`: the largest input of its gate and up
+    projections, and without sink tokens; `down_input_max`: of its down projection, empty where that cannot be computed
+    from outside.
+    """
+
+    tokens: list[int]
+    sink_tokens: list[int]
+    input_max: list[float]
+    input_max_without_sinks: list[float]
+    down_input_max: list[float]
+    down_input_max_without_sinks: list[float]
+
+
 class OutlierPrefix(Strict):
     """The tokens that take the outliers of down projections upon themselves when they stand in front of every row
     (PrefixQuant 2410.05265): the most frequent outlier tokens, then `<bos>` where rows start with it.
@@ -116,7 +132,8 @@ class OutlierPrefix(Strict):
 
 
 class SinkMap(Artifact):
-    """What is there: tokens, heads, channels, super weights, and what they do to the input of every linear.
+    """What is there: tokens, heads, channels, super weights, and what they do to the input of every linear. `experts`:
+    module name of a layer's experts -> what they were handed in the rows that `modules` is of.
 
     `head_ablations` is null where nobody asked what the heads are worth.
     """
@@ -136,6 +153,7 @@ class SinkMap(Artifact):
     depth: list[str] = Field(default_factory=list)
     super_weights: list[SuperWeight]
     modules: dict[str, ModuleStatistics]
+    experts: dict[str, ExpertStatistics] = Field(default_factory=dict)
     outlier_prefix: OutlierPrefix | None = None
     head_ablations: HeadAblations | None = None
     notes: list[str] = Field(default_factory=list)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Channel, Head, SinkKind, SinkMap, SinkToken
 from sinkquant.detect.ablation import HeadAblator
+from sinkquant.detect.experts import ExpertRecorder
 from sinkquant.detect.heads import describe_heads
 from sinkquant.detect.modules import InputRecorder
 from sinkquant.detect.outliers import outlier_prefix
@@ -28,6 +29,7 @@ from sinkquant.models import (
     together,
     token_rows,
     tokenization_facts,
+    weight_matrix,
 )
 from sinkquant.recipe import Detection, Recipe
 
@@ -35,6 +37,8 @@ PUBLISHED_THRESHOLDS = ("0.1", "0.3", "0.8")
 REPEATED_ROWS = 20
 REPEATS_ONE_TOKEN = 0.95
 CARRIERS_SHOWN = 10
+FORWARD_VALUES = 1 << 22
+"""What a linear gives for one batch, in values: 16 MB in float32."""
 SHARERS = 3
 """Looks beside the known sinks: each may find one more that shares their heads."""
 
@@ -89,6 +93,7 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
         spikes.spikes = other.spikes.spikes | spikes.spikes
 
     modules = surveyor.inputs.summary(sink_positions(surveys[-1].rows, found))
+    experts = surveyor.experts.summary(sink_positions(surveys[-1].rows, found))
     outliers = outlier_prefix(decoder, surveyor.inputs, surveys[-1].rows, settings.outlier_ratio,
                               facts.bos_token_id if facts.rows_start_with_bos else None, tokenizer)
     if outliers is None:
@@ -119,7 +124,7 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
                     "no_op_output_norm": settings.no_op_output_norm, "super_weight_loss": settings.super_weight_loss,
                     "outlier_ratio": settings.outlier_ratio},
         tokens=tokens, heads=heads,
-        channels=channels, depth=surveys[0].stream.names, super_weights=super_weights, modules=modules,
+        channels=channels, depth=surveys[0].stream.names, super_weights=super_weights, modules=modules, experts=experts,
         outlier_prefix=outliers, head_ablations=ablations, notes=notes)
 
 
@@ -150,7 +155,7 @@ class _Survey:
 class _Surveyor:
     """Walks sets of rows through the decoder with everything watching that detection needs.
 
-    `inputs` records the inputs of all linears for one of the sets.
+    `inputs` and `experts` record the inputs of all linears for one of the sets.
     """
 
     def __init__(self, decoder: Decoder, recipe: Recipe, progress: Progress | None) -> None:
@@ -158,6 +163,7 @@ class _Surveyor:
         self.device = pick_device(recipe.compute.device)
         self.dtype = getattr(torch, recipe.compute.dtype)
         self.inputs = InputRecorder(decoder, recipe.detect.column_ratio)
+        self.experts = ExpertRecorder(decoder)
 
     def rows(self, tokenizer: PreTrainedTokenizerBase, content: str, count: int, length: int) -> torch.Tensor:
         if length > self.decoder.max_length:
@@ -183,12 +189,15 @@ class _Surveyor:
             rows, AttentionTable(), ResidualStream(), SpikeWatcher(self.decoder, self.recipe.detect.massive_ratio))
             for rows in sets]
         there = [survey for survey in surveys if survey is not None]
-        walks = [Walk(self.decoder, survey.rows, max(1, self.recipe.detect.batch_size * 64 // survey.rows.shape[1]),
+        walks = [Walk(self.decoder, survey.rows, batch_rows(self.decoder, self.recipe, survey.rows.shape[1]),
                       self.device, self.dtype, [survey.table]) for survey in there]
         for steps in together(walks):
             for survey, step in zip(there, steps, strict=True):
-                watched = self.inputs.watching(step) if survey is surveys[recorded] else contextlib.nullcontext()
-                with watched, survey.spikes.watching(step.index):
+                with contextlib.ExitStack() as watching:
+                    watching.enter_context(survey.spikes.watching(step.index))
+                    if survey is surveys[recorded]:
+                        watching.enter_context(self.inputs.watching(step))
+                        watching.enter_context(self.experts.watching(step))
                     survey.stream.run(step)
                 step.advance()
                 survey.table.require_causal(len(survey.rows), type(self.decoder.model).__name__)
@@ -196,6 +205,16 @@ class _Surveyor:
             if self.progress:
                 self.progress(steps[0].index + 1, len(self.decoder.blocks), "reading attention")
         return surveys
+
+
+def batch_rows(decoder: Decoder, recipe: Recipe, length: int) -> int:
+    """Rows of a length that run through a block together: `detect.batch_size` of 64 tokens, and on a CPU no more than
+    keep what the widest linear gives within `FORWARD_VALUES`. More would take memory and no time off."""
+    tokens = recipe.detect.batch_size * 64
+    if pick_device(recipe.compute.device) == "cpu":
+        widest = max(max(weight_matrix(linear).shape) for linear in decoder.linears.values())
+        tokens = min(tokens, FORWARD_VALUES // widest)
+    return max(1, tokens // length)
 
 
 def _repeated_rows(rows: torch.Tensor, seed: int) -> torch.Tensor:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -95,6 +97,28 @@ def cast_experts(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dim() == 3 and EXPERTS.search(name) and parameter.dtype != model.dtype:
             parameter.data = parameter.data.to(model.dtype)
+
+
+def handed_to_experts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states [tokens, hidden_size] and chosen experts, int64 [tokens, experts per token], among the arguments
+    that transformers calls a layer's experts with. `hands_over_choice` tells whether both are there."""
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    states = tensors[0].flatten(0, -2)
+    routes = next(tensor for tensor in tensors if not tensor.is_floating_point())
+    return states, routes.reshape(len(states), -1).long()
+
+
+def hands_over_choice(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a layer's experts are told which tokens are theirs, or have them in rows already (Llama 4)."""
+    return any(isinstance(value, torch.Tensor) and not value.is_floating_point() for value in (*args, *kwargs.values()))
+
+
+def read_by_expert(module: nn.Module, index: int, states: torch.Tensor) -> torch.Tensor:
+    """What an expert's down projection reads, from the hidden states of the tokens that go to it."""
+    fused: Any = module
+    read = fused._apply_gate(F.linear(states, fused.gate_up_proj[index]))
+    assert isinstance(read, torch.Tensor)
+    return read
 
 
 def _walks_plainly(module: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from sinkquant.models.attention import AttentionObserver, observed_attention
 from sinkquant.models.decoder import Decoder
 from sinkquant.models.ends import next_token_losses, outside_modules, token_table
 from sinkquant.models.inputs import switch_of
-from sinkquant.models.memory import give_back
+from sinkquant.models.memory import give_back, map_large
 from sinkquant.models.placement import compute_in
 
 
@@ -191,6 +191,7 @@ def together(walks: Sequence[Walk]) -> Generator[tuple[Step, ...], None, None]:
     watching: list[AttentionObserver] = []
     was_training = decoder.model.training
     decoder.model.eval()
+    map_large()
     try:
         with torch.no_grad(), observed_attention(decoder.model, watching):
             rows = torch.cat([walk.rows.flatten() for walk in walks])

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from sinkquant.models import Step
+from sinkquant.models.experts import handed_to_experts, read_by_expert
 from sinkquant.models.inputs import inputs_left_alone
 from sinkquant.quantize.hessian import Hessian
 from sinkquant.quantize.ranks import total
@@ -126,19 +126,9 @@ class _ReachedError(Exception):
     """All experts of the block have been handed their tokens."""
 
 
-def handed_to_experts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states [tokens, hidden_size] and chosen experts, int64 [tokens, experts per token], among the arguments
-    that transformers calls a layer's experts with."""
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-    states = tensors[0].flatten(0, -2)
-    routes = next(tensor for tensor in tensors if not tensor.is_floating_point())
-    return states, routes.reshape(len(states), -1).long()
-
-
 def _read(module: nn.Module, index: int, states: torch.Tensor) -> dict[str, torch.Tensor]:
     """What an expert's projections read, from the hidden states of the tokens that go to it."""
-    fused: Any = module
-    return {"up": states, "down": fused._apply_gate(F.linear(states, fused.gate_up_proj[index]))}
+    return {"up": states, "down": read_by_expert(module, index, states)}
 
 
 def _widths(module: nn.Module) -> Iterator[int]:
