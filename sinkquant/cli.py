@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sinkquant.artifacts import Plan, Report, Sensitivity, SinkMap
+from sinkquant.artifacts import Frontier, Plan, Report, Sensitivity, SinkMap
 from sinkquant.artifacts.base import write_atomically
 from sinkquant.artifacts.experts import in_lines
 from sinkquant.errors import RequestError, SinkquantError
@@ -149,17 +149,25 @@ def plan(model: ModelArgument,
          assignments: SetOption = None, text: TextOption = None, json: JsonOption = False,
          sink_map: Annotated[Path | None, typer.Option(help="A sink map made before; default: detect now.")] = None,
          sensitivity: SensitivityOption = None,
-         output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan here.")] = None,
+         frontier: Annotated[bool, typer.Option("--frontier", help="Solve a sweep of budgets: predicted loss against "
+                                                "bytes, with uniform plans and the control.")] = False,
+         output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan here; with --frontier a "
+                                                     "page, and its figures as JSON beside it.")] = None,
          trust_remote_code: TrustOption = False) -> None:
     """Decide bits per module, with reasons and exact bytes; quantizes nothing."""
     chosen = Recipe.load(recipe).replace(assignments or [])
     from sinkquant.models import Decoder, open_model, resolve
     from sinkquant.planning import plan_ready
-    from sinkquant.policy import make_plan
+    from sinkquant.policy import make_frontier, make_plan
 
     known = SinkMap.load(sink_map) if sink_map else None
     shape = Decoder.of(open_model(resolve(model), trust_remote_code=trust_remote_code)).shape(model)
-    made, _ = plan_ready(shape, chosen, None, known) if sensitivity is None else (None, [])
+    made, _ = plan_ready(shape, chosen, None, known) if sensitivity is None and not frontier else (None, [])
+    if frontier:
+        known = known or _detect(model, text, chosen, trust_remote_code)
+        lost = _sensitivity(model, text, known, chosen, sensitivity, trust_remote_code)
+        _show_frontier(make_frontier(shape, known, chosen, lost), output, json)
+        return
     if made is None:
         found = known or _detect(model, text, chosen, trust_remote_code)
         costs = (_sensitivity(model, text, found, chosen, sensitivity, trust_remote_code)
@@ -436,6 +444,22 @@ def _show_plan(made: Plan) -> None:
         out.print(escape(made.kv_cache.in_words()), soft_wrap=True)
     for note in made.notes:
         out.print(f"Note: {escape(note)}", soft_wrap=True)
+
+
+def _show_frontier(found: Frontier, output: Path | None, json: bool) -> None:
+    from sinkquant.report.frontier import page, table
+
+    if output:
+        found.save(output.with_suffix(".json"))
+        write_atomically(output.with_suffix(".html"), page(found))
+    if json:
+        print(found.to_json(), end="")
+        return
+    out.print(table(found))
+    for note in found.notes:
+        out.print(f"Note: {escape(note)}", soft_wrap=True)
+    if output:
+        out.print(f"Frontier: {output.with_suffix('.html')}", soft_wrap=True, highlight=False)
 
 
 def _show_report(made: Report) -> None:

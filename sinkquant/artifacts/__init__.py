@@ -7,6 +7,7 @@ Nothing here imports torch.
 from sinkquant.artifacts.base import Artifact
 from sinkquant.artifacts.diagnosis import Diagnosis
 from sinkquant.artifacts.fidelity import SinkFidelity
+from sinkquant.artifacts.frontier import Frontier, FrontierPoint
 from sinkquant.artifacts.kv import KVCachePlan, KVLayer, KVSink, MassiveCarriers
 from sinkquant.artifacts.plan import Calibration, ModuleDecision, Plan, SinkSelector, Transform
 from sinkquant.artifacts.report import Measure, Paired, Report, Row
@@ -31,6 +32,8 @@ __all__ = [
     "Channel",
     "Diagnosis",
     "FormatLoss",
+    "Frontier",
+    "FrontierPoint",
     "Head",
     "KVCachePlan",
     "KVLayer",

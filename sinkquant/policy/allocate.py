@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sinkquant.artifacts import FormatLoss, KVCachePlan, ModelShape, Sensitivity, SinkMap, Terms, UnitSensitivity
@@ -51,12 +52,12 @@ def solve(base: dict[str, Choice], shape: ModelShape, sink_map: SinkMap, recipe:
         RequestError: there are no sensitivities, or they are of another model or of weights that the recipe changes
             before it quantizes them; or the budget cannot be met, with the nearest that can.
     """
-    _check_request(recipe)
+    check_solvable(recipe)
     if sensitivity is None:
         raise RequestError("a budget that is solved for needs sensitivities; make them with "
                            "sinkquant.find_sensitivity, or run quantize-model plan, which makes them itself.")
     reasons = dict(affected(shape, sink_map))
-    free = _Free(shape, base, sensitivity, recipe)
+    free = Problem(shape, base, sensitivity, recipe)
     solved = free.solve(kv_bytes_of(shape, recipe.budget, kv_cache))
     choices = dict(base)
     for unit, forms, option in zip(free.units, free.options, solved.chosen, strict=True):
@@ -67,8 +68,12 @@ def solve(base: dict[str, Choice], shape: ModelShape, sink_map: SinkMap, recipe:
     return Allocation(choices, solved.gap)
 
 
-def _check_request(recipe: Recipe) -> None:
-    """Refuse what sensitivities say nothing about."""
+def check_solvable(recipe: Recipe) -> None:
+    """Refuse what sensitivities say nothing about.
+
+    Raises:
+        RequestError: weights that are changed before they are quantized, FP8, or another backend.
+    """
     weights = recipe.weights
     for key, value in (("rotate", weights.rotate), ("smooth", weights.smooth)):
         if value != "none":
@@ -113,7 +118,7 @@ def kv_bytes_of(shape: ModelShape, budget: Budget, plan: KVCachePlan | None) -> 
                                            for one in left)
 
 
-class _Free:
+class Problem:
     """The units that the solver may choose for, and what it may choose."""
 
     def __init__(self, shape: ModelShape, base: dict[str, Choice], sensitivity: Sensitivity, recipe: Recipe) -> None:
@@ -174,12 +179,12 @@ class _Free:
         return found
 
     def _bytes(self, allowed: int, kv_bytes: int) -> Solution:
-        smallest = self._checkpoint([unit.index(min(unit, key=lambda option: option.bytes)) for unit in self.table])
+        smallest = self.checkpoint([unit.index(min(unit, key=lambda option: option.bytes)) for unit in self.table])
         least = sum(min(option.bytes for option in unit) for unit in self.table)
         room = allowed - kv_bytes - (smallest - least)
         for _ in range(ROUNDS):
             found = least_loss(self.table, room)
-            over = 0 if found is None else self._checkpoint(list(found.chosen)) + kv_bytes - allowed
+            over = 0 if found is None else self.checkpoint(found.chosen) + kv_bytes - allowed
             if found is not None and over <= 0:
                 return found
             if found is None:
@@ -190,11 +195,16 @@ class _Free:
                            f"bytes{cache}; raise budget.bytes to {smallest + kv_bytes:,}, or name fewer bits in "
                            "sensitivity.bits.")
 
-    def _checkpoint(self, chosen: list[int]) -> int:
+    def checkpoint(self, chosen: Sequence[int]) -> int:
+        """Bytes of the checkpoint with these options."""
+        return checkpoint_bytes(self.shape, {name: form for name, form in self.formats(chosen).items() if form.packed})
+
+    def formats(self, chosen: Sequence[int]) -> dict[str, WeightFormat]:
+        """The format of every linear with these options."""
         formats = dict(self.fixed)
         for unit, forms, option in zip(self.units, self.options, chosen, strict=True):
             formats |= {name: self._stored(name, forms[option]) for name in unit.modules}
-        return checkpoint_bytes(self.shape, {name: form for name, form in formats.items() if form.packed})
+        return formats
 
 
 def _fixed(choice: Choice) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sinkquant.artifacts import Plan, Sensitivity
+from sinkquant.artifacts import FormatLoss, Plan, Sensitivity, UnitSensitivity
 from sinkquant.artifacts.formats import WeightFormat
 
 
@@ -20,7 +21,8 @@ class ExpectedLoss:
 
 
 def expect_loss(formats: Mapping[str, WeightFormat], sensitivity: Sensitivity) -> ExpectedLoss:
-    """What formats cost together: the sum over units, to second order. 16 bits cost nothing."""
+    """What formats cost together: the sum over units, to second order. 16 bits cost nothing; smaller groups than were
+    tried cost what the smallest tried ones do."""
     total = sinks = 0.0
     unknown = []
     known = {name for unit in sensitivity.units for name in unit.modules}
@@ -28,7 +30,7 @@ def expect_loss(formats: Mapping[str, WeightFormat], sensitivity: Sensitivity) -
         form = formats[unit.modules[0]]
         if not form.packed:
             continue
-        loss = unit.loss(form)
+        loss = unit.loss(form) or _of_larger_groups(unit, form)
         if loss is None:
             unknown += unit.modules
         else:
@@ -36,6 +38,15 @@ def expect_loss(formats: Mapping[str, WeightFormat], sensitivity: Sensitivity) -
             sinks += loss.terms.sinks
     unknown += [name for name, form in formats.items() if form.packed and name not in known]
     return ExpectedLoss(total, sinks, unknown)
+
+
+def _of_larger_groups(unit: UnitSensitivity, form: WeightFormat) -> FormatLoss | None:
+    """What the same bits cost in the smallest groups that were tried and are larger: a bound."""
+    if form.kind != "int" or form.split or form.group_size == -1:
+        return None
+    larger = [loss for loss in unit.losses if loss.bits == form.bits and not loss.form.split
+              and (loss.group_size == -1 or loss.group_size > (form.group_size or 0))]
+    return min(larger, key=lambda loss: math.inf if loss.group_size == -1 else loss.group_size, default=None)
 
 
 def with_expected_loss(plan: Plan, sensitivity: Sensitivity, gap: float | None = None) -> Plan:

@@ -57,14 +57,7 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
         RequestError: the sink map is of another model, a pattern matches nothing, a group size does not fit, nothing
             can be quantized, the budget cannot be met, or it is to be solved for and there are no sensitivities.
     """
-    check_same_model(shape, sink_map)
-    check_recipe(recipe)
-    asked = _base(shape, recipe)
-    check_group_sizes(asked, shape)
-    base = share_formats(with_inputs(asked, shape, recipe), shape)
-    protected = scale_sinks(protect(base, shape, sink_map, recipe), shape, sink_map, recipe)
-    protected = split_channels(protected, shape, sink_map, recipe)
-    choices = share_formats(carried(with_inputs(protected, shape, recipe), shape, recipe), shape)
+    base, choices = choices_of(shape, sink_map, recipe)
     kv_cache = make_kv_plan(shape, sink_map, recipe)
     solved: Allocation | None = None
     if recipe.budget.solved:
@@ -95,6 +88,22 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
     if sensitivity is not None:
         plan = with_expected_loss(plan, sensitivity, solved.gap if solved else None)
     return plan.model_copy(update={"kv_cache": kv_cache}).made_from(sink_map)
+
+
+def choices_of(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> tuple[dict[str, Choice], dict[str, Choice]]:
+    """A format for every linear before there is a budget: without protection, and with what the recipe protects.
+
+    Raises:
+        RequestError: as `make_plan`.
+    """
+    check_same_model(shape, sink_map)
+    check_recipe(recipe)
+    asked = _base(shape, recipe)
+    check_group_sizes(asked, shape)
+    base = share_formats(with_inputs(asked, shape, recipe), shape)
+    protected = scale_sinks(protect(base, shape, sink_map, recipe), shape, sink_map, recipe)
+    protected = split_channels(protected, shape, sink_map, recipe)
+    return base, share_formats(carried(with_inputs(protected, shape, recipe), shape, recipe), shape)
 
 
 def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Plan,

@@ -3,6 +3,7 @@ the multiple-choice knapsack, solved exactly as a mixed-integer program by HiGHS
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,6 +58,42 @@ def fewest_bytes(units: Options, ceiling: float) -> Solution | None:
     return _solve(units, sizes, losses, (ceiling - least) / largest * RESOLUTION)
 
 
+def efficient(units: Options) -> list[Solution]:
+    """All solutions of the relaxed problem, in which options may be mixed, that need no mixing: from the smallest
+    options on, the step that saves most loss per byte first. Each is the least loss for its bytes, and no more than
+    one step away from the next, so that a sweep of budgets takes no solver."""
+    steps, chosen = [], []
+    for index, unit in enumerate(units):
+        hull = _hull(unit)
+        chosen.append(hull[0])
+        steps += [((unit[one].loss - unit[other].loss) / (unit[other].bytes - unit[one].bytes), index, other)
+                  for one, other in itertools.pairwise(hull)]
+    found = [_of(units, chosen, 0.0)]
+    for _, index, option in sorted(steps, key=lambda step: -step[0]):  # stable: a unit's own steps stay in order
+        chosen[index] = option
+        found.append(_of(units, chosen, 0.0))
+    return found
+
+
+def _hull(unit: Sequence[Option]) -> list[int]:
+    """Options on the lower convex hull of loss over bytes, by bytes ascending."""
+    kept: list[int] = []
+    for option in _undominated([o.loss for o in unit], [float(o.bytes) for o in unit]):
+        while len(kept) > 1 and _slope(unit, kept[-2], kept[-1]) >= _slope(unit, kept[-1], option):
+            kept.pop()
+        kept.append(option)
+    return kept
+
+
+def _slope(unit: Sequence[Option], one: int, other: int) -> float:
+    return (unit[other].loss - unit[one].loss) / (unit[other].bytes - unit[one].bytes)
+
+
+def _of(units: Options, chosen: Sequence[int], gap: float) -> Solution:
+    return Solution(tuple(chosen), sum(unit[o].bytes for unit, o in zip(units, chosen, strict=True)),
+                    sum(unit[o].loss for unit, o in zip(units, chosen, strict=True)), gap)
+
+
 def _whole(units: Options) -> tuple[list[list[float]], int]:
     """Bytes above the smallest option of each unit, in the largest unit that leaves them whole."""
     above = [[option.bytes - min(o.bytes for o in unit) for option in unit] for unit in units]
@@ -89,8 +126,7 @@ def _solve(units: Options, costs: list[list[float]], weights: list[list[float]],
         else:
             chosen = [options[int(np.argmax(found.x[owner == unit]))] for unit, options in enumerate(kept)]
             gap = float(found.mip_gap or 0.0)
-    return Solution(tuple(chosen), sum(unit[o].bytes for unit, o in zip(units, chosen, strict=True)),
-                    sum(unit[o].loss for unit, o in zip(units, chosen, strict=True)), gap)
+    return _of(units, chosen, gap)
 
 
 def _undominated(costs: list[float], weights: list[float]) -> list[int]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from costs import sensitivity_of
 from families import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +14,7 @@ from sinkmaps import sink_map_of
 from tiny_tokenizer import tiny_tokenizer
 
 from sinkquant import quantize, save
-from sinkquant.artifacts import FormatLoss, ModelShape, Plan, Sensitivity, Terms, UnitSensitivity
+from sinkquant.artifacts import ModelShape, Plan
 from sinkquant.artifacts.sizes import module_bytes
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
@@ -26,24 +26,6 @@ SHAPE = DECODER.shape("tiny")
 DOWN = "model.layers.1.mlp.down_proj"
 SINKS = sink_map_of(DECODER, {DOWN: 0.6})
 Q, K, V = (f"model.layers.0.self_attn.{leaf}_proj" for leaf in "qkv")
-
-
-def sensitivity_of(shape: ModelShape, weight: dict[str, float] | None = None, bits: Iterable[int] = range(2, 9),
-                   groups: Iterable[int] = (32,)) -> Sensitivity:
-    """Losses of 4^-bits times a weight (1 for modules that are not named), a tenth of them through sinks; smaller
-    groups lose less."""
-    units = []
-    for name, linear in shape.linears.items():
-        members = linear.fused_with or [name]
-        if linear.fixed or members[0] != name:
-            continue
-        losses = []
-        for one, group in itertools.product(bits, groups):
-            total = (weight or {}).get(name, 1.0) * 4.0 ** -one * (1.0 if group == -1 else group / 100)
-            losses.append(FormatLoss(bits=one, group_size=group, method="rtn", diagonal=1.0 / total, predicted=Terms(
-                sinks=0.1 * total, others=0.9 * total, total=total)))
-        units.append(UnitSensitivity(modules=members, losses=losses))
-    return Sensitivity(key="k", model="tiny", rows=1, length=1, sinks=["<s>"], sink_positions=1.0, units=units)
 
 
 def solved(*assignments: str, weight: dict[str, float] | None = None, groups: Iterable[int] = (32,)) -> Plan:

@@ -1,4 +1,4 @@
-"""Sensitivities in a terminal, and the command that makes them."""
+"""Sensitivities and sweeps of budgets on the command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tiny_tokenizer import random_text
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
-from sinkquant.artifacts import Sensitivity
+from sinkquant.artifacts import Frontier, Sensitivity
 from sinkquant.cli import app
 from sinkquant.models import Decoder
 from sinkquant.sensitivity.show import ranking_in_words, table
@@ -24,9 +24,9 @@ def test_the_command_writes_a_file_and_shows_it_with_its_ranking(tiny: PreTraine
     settings = ["weights.group_size=32", "weights.method=rtn", "weights.scale_search=false", "sensitivity.rows=2",
                 "sensitivity.length=16", "sensitivity.bits=[3,8]", "sensitivity.measure_rows=1",
                 "sensitivity.measure_length=8"]
-    done = CliRunner().invoke(app, [
-        "sensitivity", str(tiny_folder), "--text", str(text), "--sink-map", str(known), "-o", str(out),
-        *(part for one in settings for part in ("--set", one))], catch_exceptions=False)
+    common = [str(tiny_folder), "--text", str(text), "--sink-map", str(known),
+              *(part for one in settings for part in ("--set", one))]
+    done = CliRunner().invoke(app, ["sensitivity", *common, "-o", str(out)], catch_exceptions=False)
     assert done.exit_code == 0
     found = Sensitivity.load(out)
     assert "Rank correlation of predicted and measured losses over 24 formats" in done.output
@@ -37,3 +37,10 @@ def test_the_command_writes_a_file_and_shows_it_with_its_ranking(tiny: PreTraine
     assert f"{1000 * first.total:.2g}" in row
     assert f"{first.sinks / first.total:.1%}" in row
     assert ranking_in_words(found.model_copy(update={"ranking": None})) == []
+    swept = CliRunner().invoke(app, ["plan", *common, "--sensitivity", str(out), "--frontier", "--set", "budget.bits=5",
+                                     "--set", "kv_cache=null", "-o", str(tmp_path / "sweep.html")],
+                               catch_exceptions=False)
+    assert swept.exit_code == 0
+    sweep = Frontier.load(tmp_path / "sweep.json")
+    assert {point.kind for point in sweep.points} == {"solved", "uniform", "control", "asked"}
+    assert (tmp_path / "sweep.html").read_text().count("<tr>") == len(sweep.points) + 1
