@@ -18,10 +18,12 @@ from sinkquant.artifacts import LinearShape
 from sinkquant.errors import RequestError
 from sinkquant.evaluate.divergence import LOGITS_BYTES
 from sinkquant.models import Decoder
+from sinkquant.quantize.distill import LOGITS_BYTES as DISTILL_LOGITS
+from sinkquant.quantize.distill import ROWS as DISTILL_ROWS
 from sinkquant.recipe import Recipe
 
 CHEAPER = ("evaluate.skip=true", "calibration.batch_size=1", "detect.batch_size=1", "compute.dtype=bfloat16",
-           "weights.method=rtn")
+           "weights.method=rtn", "weights.distill=0")
 """Settings that take less memory, in the order in which they are proposed."""
 RELOADED = 1 << 30
 SPILL_SHARE = 8
@@ -99,6 +101,8 @@ def predict(decoder: Decoder, recipe: Recipe) -> Prediction:
     job = _Job(decoder, recipe)
     peaks = {"detect": job.detect_bytes(), "quantize": job.quantize_bytes()}
     seconds = {"detect": job.detect_seconds(), "quantize": job.quantize_seconds()}
+    if recipe.weights.distill:
+        peaks["distill"] = job.distill_bytes()
     if not recipe.evaluate.skip:
         peaks["evaluate"] = job.evaluate_bytes()
     return Prediction(peaks, seconds)
@@ -136,7 +140,8 @@ class _Job:
         methods = {recipe.weights.method, *(o.method for o in recipe.weights.overrides)} - {None, "rtn"}
         static = recipe.activations.format != "16-bit" and recipe.activations.scale == "tensor"
         scaled = recipe.weights.smooth != "none" or recipe.protect.channels == "scale"
-        self.calibrated = bool(methods) or static or scaled or recipe.prune.method in ("wanda", "sparsegpt")
+        self.calibrated = bool(methods) or static or scaled or recipe.weights.distill > 0 or (
+            recipe.prune.method in ("wanda", "sparsegpt"))
         self.asymmetric = "gptaq" in methods
         self.memory = memory_allowed(recipe)
 
@@ -169,6 +174,16 @@ class _Job:
         return max(self._walked() + self.block + buffers + max(
             hessians + self._activations(settings.batch_size * settings.length, settings.length), solve), dense)
 
+    def distill_bytes(self) -> float:
+        settings, tuned = self.recipe.calibration, sum(x.parameters for block in self.linears for x in block)
+        rows = max(1, min(DISTILL_ROWS, DISTILL_LOGITS // (4 * self.vocabulary * settings.length)))
+        tokens = rows * settings.length
+        # Dense weights, and of every tuned one its gradient, how far its code has moved, and what it started from.
+        weights = self.total * self.item + tuned * (self.item + 4 + 3) + 24 * self.largest
+        states = settings.rows * settings.length * self.hidden * self.item
+        blocks = len(self.linears) * tokens * (6 * self.widest + 12 * self.hidden) * self.item
+        return KEPT_BY_ALLOCATOR * (weights + states + blocks + 7 * 4.0 * tokens * self.vocabulary)
+
     def evaluate_bytes(self) -> float:
         settings = self.recipe.evaluate
         logits = 4.0 * self.vocabulary * max(
@@ -191,6 +206,10 @@ class _Job:
             operations += sum(4.0 * x.columns ** 3 for x in block if x.part_of)
             operations += sum(2.0 * tokens * x.columns ** 2 + 4.0 * x.columns ** 3 for x in inputs.values())
             operations += sum(6.0 * x.rows * x.columns ** 2 for x in block if not x.fixed)
+        if self.recipe.weights.distill:
+            tuned = self.recipe.weights.distill * DISTILL_ROWS * self.recipe.calibration.length
+            head = 2.0 * self.vocabulary * self.hidden  # once more for what the unquantized model predicts
+            operations += tuned * (6.0 * self.all_blocks + 3 * head) + tokens * (4.0 * self.all_blocks + 4 * head)
         return count * (operations / _rate() + rounding + 2 * self._reading())
 
     def _detected_tokens(self) -> list[int]:

@@ -117,6 +117,8 @@ class Weights(Section):
     `method` "gptaq" is GPTQ that also makes up for what earlier blocks lost. `scale_search`: scales with the least
     loss instead of the whole range; `descent`: rounds of coordinate descent after GPTQ (codes, scales) and SparseGPT;
     `tune`: iterations of sign-gradient tuning of every block's codes and scales at the end; slow, not always better.
+    `distill`: after all blocks, iterations of tuning the codes and scales of the whole model, which is in memory then,
+    towards what the unquantized one predicts.
     Before all that, changes after which the model computes the same: `rotate` by a Hadamard matrix, "values" of every
     head or "full", the residual stream as well; `smooth` channels, by "smoothquant" with `smooth_strength` or "awq".
     `format` other than "int" and `double_quantization` (scales quantized once more) are for backends that hold them:
@@ -137,6 +139,7 @@ class Weights(Section):
     scale_search: bool = True
     descent: int = Field(default=3, ge=0)
     tune: int = Field(default=0, ge=0)
+    distill: int = Field(default=0, ge=0)
     ignore: list[str] = Field(default_factory=list)
     overrides: list[ModuleOverride] = Field(default_factory=list)
 

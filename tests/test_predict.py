@@ -53,6 +53,11 @@ def test_what_costs_more_is_predicted_to_cost_more(large: Decoder) -> None:
     assert predict(large, least.replace(["weights.method=gptq"])).peak_bytes["quantize"] > 1e9
     assert predict(large, least.replace(["detect.rows=1000"])).peak_bytes["detect"] > base.peak_bytes["detect"]
     assert base.peak_bytes.keys() == {"detect", "quantize"}
+    whole = predict(large, least.replace(["weights.distill=100"]))  # the whole model is in memory, with its gradient
+    assert whole.peak_bytes["distill"] > 10 * large.model.num_parameters()
+    assert whole.seconds["quantize"] > 2 * base.seconds["quantize"]
+    with pytest.raises(RequestError, match=r"to distill, and .* 6.0 GB; --set weights.distill=0 makes it fit"):
+        require_memory(large, least.replace(["weights.distill=100", "compute.memory_limit=6"]))
 
 
 def test_wide_models_walk_with_fewer_rows_at_a_time(large: Decoder) -> None:

@@ -121,7 +121,8 @@ class Calibration(Strict):
 
     `text` is null for the packaged text. `statistics` is the policy that says what a token weighs; without `sinks`
     every token weighs the same, but under "attention". `scale_search`: scales are searched, not taken from the range;
-    `descent`: rounds of coordinate descent after GPTQ or SparseGPT; `tune`: iterations of block-wise tuning after all.
+    `descent`: rounds of coordinate descent after GPTQ or SparseGPT; `tune`: iterations of block-wise tuning after all;
+    `distill`: iterations of tuning the whole model after that.
     `ranges`: which tokens static ranges of activations are taken from: all, or all but those of the exact prefix.
     `min_expert_tokens`: an expert that fewer tokens went to has the Hessians of all tokens of its layer.
     """
@@ -139,6 +140,7 @@ class Calibration(Strict):
     scale_search: bool = True
     descent: int = 3
     tune: int = 0
+    distill: int = 0
     min_expert_tokens: int = 256
 
 
@@ -208,7 +210,8 @@ class Plan(Artifact):
                 d.prune is not None and d.prune.needs_rows for d in decisions):
             return True
         scaled = any(transform.name != "rotate" for transform in self.transforms)
-        return scaled or bool(methods & CALIBRATED) or (self.calibration.tune > 0 and methods != {"none"})
+        tuned = self.calibration.tune > 0 or self.calibration.distill > 0
+        return scaled or bool(methods & CALIBRATED) or (tuned and methods != {"none"})
 
     @property
     def follows_unquantized(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -32,11 +32,12 @@ from sinkquant.formats.save import (
     write_files,
     write_packed,
 )
+from sinkquant.formats.scratch import Scratch
 from sinkquant.formats.simulated import save_simulated
 from sinkquant.formats.writer import CheckpointWriter
 from sinkquant.models import ActivationStore, Decoder, source_of
 from sinkquant.models.shards import Stored, dense_tensors, stored_tensors
-from sinkquant.quantize import QuantizedBlock, check, quantized_blocks
+from sinkquant.quantize import PackedWeight, QuantizedBlock, check, distilled, lesson_of, quantized_blocks
 from sinkquant.quantize.ranks import join, leave, tell
 from sinkquant.quantize.transforms import rotate
 from sinkquant.recipe import Recipe
@@ -55,7 +56,7 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
     """Quantize a model from `open_model` into a checkpoint, or go on where a run that was killed has left it.
 
     Returns:
-        module name -> relative error that it was left with.
+        module name -> relative error that it was left with, before the whole model is tuned.
 
     Raises:
         RequestError: the plan does not fit the model, or the folder is not free.
@@ -70,6 +71,9 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
         rotate(decoder, plan)
         writer = open_writer(partial, model, plan)
         done, losses, scales, tokens = _state(partial)
+        scratch = Scratch(partial)
+        # The last stage learns from the unquantized model, before any block is read from what was written of it.
+        lesson = None if _is_distilled(partial) else lesson_of(decoder, plan, tokenizer, device, dtype, store)
         if done and plan.follows_unquantized:
             # The unquantized weights of the blocks that are done are no longer there to be followed: begin again.
             done, scales = 0, {}
@@ -86,12 +90,21 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
             LOG.info("%s: goes on after %d of %d blocks", folder.name, done, len(decoder.blocks))
         for block in quantized_blocks(decoder, plan, tokenizer, device, dtype, progress, store, done, scales):
             _write_block(writer, block, plan)
+            if lesson is not None:
+                scratch.keep(block)
             losses |= block.losses
             scales = scales | block.input_scales
             tokens |= block.tokens
             _remember(partial, block.index + 1, losses, scales, tokens)
             LOG.info("block %d of %d: %s", block.index + 1, len(decoder.blocks), in_words(block, plan))
         leave()
+        if lesson is not None:
+            _read_from(model, partial, decoder, plan, len(decoder.blocks))
+            found = distilled(decoder, plan, lesson, scratch.starts(len(decoder.blocks)), device, dtype, progress)
+            for block in _by_block(decoder, found, scales):
+                _write_block(writer, block, plan)
+            _remember(partial, len(decoder.blocks), losses, scales, tokens, distilled=True)
+        scratch.clear()
         save_simulated(partial, plan, scales)
         write_files(partial, model, tokenizer, plan, sink_map, recipe, tokens)
         (partial / STATE).unlink()
@@ -139,10 +152,25 @@ def _state(partial: Path) -> tuple[int | None, dict[str, float], dict[str, torch
     return int(content["done"]), dict(content["losses"]), scales, dict(content["tokens"])
 
 
+def _is_distilled(partial: Path) -> bool:
+    """Whether the whole model was tuned, after its last block."""
+    state = partial / STATE
+    return state.is_file() and bool(json.loads(state.read_text(encoding="utf-8")).get("distilled", False))
+
+
+def _by_block(decoder: Decoder, weights: dict[str, PackedWeight],
+              scales: dict[str, torch.Tensor]) -> Iterator[QuantizedBlock]:
+    """What the tuning of the whole model has changed, a block at a time."""
+    for index, name in enumerate(decoder.block_names):
+        mine = {module: weight for module, weight in weights.items() if module.startswith(f"{name}.")}
+        yield QuantizedBlock(index, name, dict(mine), {}, input_scales={
+            module: scale for module, scale in scales.items() if module in mine})
+
+
 def _remember(partial: Path, done: int, losses: dict[str, float], scales: dict[str, torch.Tensor],
-              tokens: dict[str, list[int]]) -> None:
+              tokens: dict[str, list[int]], distilled: bool = False) -> None:
     stored = {name: (str(scale.dtype).removeprefix("torch."), float(scale)) for name, scale in scales.items()}
-    content = {"done": done, "losses": losses, "input_scales": stored, "tokens": tokens}
+    content = {"done": done, "losses": losses, "input_scales": stored, "tokens": tokens, "distilled": distilled}
     write_atomically(partial / STATE, json.dumps(content) + "\n")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sinkquant.artifacts import LinearShape, ModelShape, ModuleDecision, Plan
+from sinkquant.artifacts.distill import check_distill
 from sinkquant.artifacts.experts import mixed_experts
 from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.errors import RequestError
@@ -50,9 +51,11 @@ def accept_edited(plan: Plan, shape: ModelShape) -> Plan:
     counted = _finish(plan.name, choices, shape, Recipe.parse(plan.recipe), plan.calibration.sinks,
                       plan.calibration.statistics, plan.transforms)
     counted = keep_pruning(counted, plan, shape)
-    return counted.model_copy(update={"calibration": plan.calibration, "kv_cache": accept_kv(plan.kv_cache, shape),
-                                      "silenced_heads": accept_heads(plan, shape), "seed": plan.seed,
-                                      "notes": list(dict.fromkeys([*plan.notes, *counted.notes]))})
+    counted = counted.model_copy(update={"calibration": plan.calibration, "kv_cache": accept_kv(plan.kv_cache, shape),
+                                         "silenced_heads": accept_heads(plan, shape), "seed": plan.seed,
+                                         "notes": list(dict.fromkeys([*plan.notes, *counted.notes]))})
+    check_distill(counted, shape)
+    return counted
 
 
 def _check(name: str, plan: Plan, shape: ModelShape) -> None:

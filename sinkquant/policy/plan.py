@@ -16,6 +16,7 @@ from sinkquant.artifacts import (
     SinkSelector,
     Transform,
 )
+from sinkquant.artifacts.distill import check_distill
 from sinkquant.artifacts.experts import TUNE_AND_EXPERTS
 from sinkquant.artifacts.formats import PLAIN
 from sinkquant.artifacts.plan import Statistics
@@ -87,7 +88,9 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
     plan = with_silenced_heads(with_pruning(plan, shape, recipe), sink_map, recipe)
     if sensitivity is not None:
         plan = with_expected_loss(plan, sensitivity, solved.gap if solved else None)
-    return plan.model_copy(update={"kv_cache": kv_cache}).made_from(sink_map)
+    plan = plan.model_copy(update={"kv_cache": kv_cache})
+    check_distill(plan, shape)
+    return plan.made_from(sink_map)
 
 
 def choices_of(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> tuple[dict[str, Choice], dict[str, Choice]]:
@@ -183,8 +186,8 @@ def _finish(name: str, choices: dict[str, Choice], shape: ModelShape, recipe: Re
             text=settings.text, rows=settings.rows, length=settings.length, bos=settings.bos,
             batch_size=settings.batch_size, sinks=sinks, damping=recipe.weights.damping,
             act_order=recipe.weights.act_order, scale_search=recipe.weights.scale_search,
-            descent=recipe.weights.descent, tune=recipe.weights.tune, statistics=statistics,
-            min_expert_tokens=settings.min_expert_tokens),
+            descent=recipe.weights.descent, tune=recipe.weights.tune, distill=recipe.weights.distill,
+            statistics=statistics, min_expert_tokens=settings.min_expert_tokens),
         predicted={"weight_bytes": float(total), "size_ratio": total / unquantized},
         loads_in=["sinkquant"] if own else _engines(choices, shape),
         notes=[*simulated_notes(choices), *notes(choices.values(), recipe)])

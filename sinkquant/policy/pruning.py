@@ -63,7 +63,7 @@ def pruning_alone(plan: Plan, shape: ModelShape) -> Plan:
     return plan.model_copy(update={
         "modules": modules, "kv_cache": None, "weight_bytes": plan.unquantized_bytes,
         "bits_per_weight": 8 * sum(decision.bytes for decision in modules.values()) / weights,
-        "calibration": plan.calibration.model_copy(update={"tune": 0})})
+        "calibration": plan.calibration.model_copy(update={"tune": 0, "distill": 0})})
 
 
 def require_fit(name: str, pruning: Pruning, shape: ModelShape) -> None:

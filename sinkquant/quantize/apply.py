@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Calibration, ModuleDecision, Plan
+from sinkquant.artifacts.distill import check_distill
 from sinkquant.artifacts.experts import TUNE_AND_EXPERTS, mixed_experts
 from sinkquant.artifacts.plan import CALIBRATED
 from sinkquant.artifacts.sizes import expert_scale_dtype, module_bytes, scale_dtype
@@ -20,20 +21,21 @@ from sinkquant.models import (
     Walk,
     check_finite,
     pick_device,
-    read_text,
-    token_rows,
     weight_matrix,
 )
 from sinkquant.models.inputs import inputs_left_alone
 from sinkquant.quantize.backend import BackendWeight, install_modules, require_packages, rounds_itself
+from sinkquant.quantize.end_to_end import Start, distilled, lesson_of
 from sinkquant.quantize.experts import Routed, record
 from sinkquant.quantize.fp8 import FP8
 from sinkquant.quantize.gptq import GPTQ
 from sinkquant.quantize.hessian import Hessian, collect
-from sinkquant.quantize.inputs import get_ready, in_front, put, round_block
+from sinkquant.quantize.inputs import get_ready, put, round_block
+from sinkquant.quantize.offsets import leanings
 from sinkquant.quantize.packed import PackedWeight, row_chunks
 from sinkquant.quantize.pruning import Pruned, check_heads, check_pruning, prune, silence, still_pruned, unheard
-from sinkquant.quantize.ranks import add_up, hand_over, my_rows, solver, this_rank
+from sinkquant.quantize.ranks import add_up, hand_over, solver, this_rank
+from sinkquant.quantize.rows import calibration_rows
 from sinkquant.quantize.rtn import RTN
 from sinkquant.quantize.split import Solve, Split
 from sinkquant.quantize.state import ATTRIBUTE, QuantizedState, is_quantized
@@ -55,6 +57,7 @@ class QuantizedBlock:
         silent: output projection -> bool [columns], the input columns of heads that were taken out.
         input_scales: module name -> stored scale of its inputs, [1], where it has one.
         tokens: module name of a layer's experts -> calibration tokens that went to each of them.
+        leanings: module name -> where its weights lie beside their codes, where the whole model is tuned in the end.
     """
 
     index: int
@@ -66,6 +69,7 @@ class QuantizedBlock:
     silent: dict[str, torch.Tensor] = field(default_factory=dict)
     input_scales: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)
+    leanings: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def quantize(model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerBase | None = None,
@@ -88,11 +92,18 @@ def quantize(model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerB
     check_finite(model)
     rotate(decoder, plan)
     state = QuantizedState(plan)
-    for block in quantized_blocks(decoder, plan, tokenizer, pick_device(device), getattr(torch, dtype), progress):
+    place, kind = pick_device(device), getattr(torch, dtype)
+    lesson = lesson_of(decoder, plan, tokenizer, place, kind)
+    starts: dict[str, Start] = {}
+    for block in quantized_blocks(decoder, plan, tokenizer, place, kind, progress):
         state.weights |= block.weights
         state.losses |= block.losses
         state.input_scales |= block.input_scales
         state.tokens |= block.tokens
+        codes = _ours(block.weights)
+        starts |= {name: Start(codes[name], lean) for name, lean in block.leanings.items()}
+    if lesson is not None:
+        state.weights |= distilled(decoder, plan, lesson, starts, place, kind, progress)
     install_modules(model, {name: w for name, w in state.weights.items() if isinstance(w, BackendWeight)})
     setattr(model, ATTRIBUTE, state)
     return model
@@ -167,6 +178,7 @@ def check(decoder: Decoder, plan: Plan) -> None:
     if mixed := mixed_experts(shape, {name: decision.form for name, decision in plan.modules.items()}):
         raise RequestError(f"{mixed[0]} and {mixed[1]} cannot stand in one checkpoint: packed experts must share one "
                            "format, and a layer's be all packed or all in 16 bits.")
+    check_distill(plan, shape)
     if plan.calibration.tune and any(plan.modules[name].bits < 16 for name in decoder.experts):
         raise RequestError(TUNE_AND_EXPERTS)
 
@@ -186,12 +198,8 @@ def _rounded(decoder: Decoder, plan: Plan, todo: dict[str, ModuleDecision], done
 def _calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase | None,
                 todo: dict[str, ModuleDecision], device: str, dtype: torch.dtype, store: ActivationStore | None,
                 done: int) -> Iterator[QuantizedBlock]:
-    if tokenizer is None:
-        raise RequestError("the plan uses a method that needs calibration rows; hand over the tokenizer.")
     settings = plan.calibration
-    rows = token_rows(tokenizer, read_text(settings.text, "calibration"), settings.rows,
-                      min(settings.length, decoder.max_length), settings.bos, decoder.vocabulary)
-    rows = my_rows(in_front(rows, plan, decoder.max_length), plan)
+    rows = calibration_rows(decoder, plan, tokenizer)
     weights = TokenWeights(rows, settings)
     rank, ranks = this_rank()
     shape = decoder.shape("")
@@ -221,7 +229,7 @@ def _calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase
             with inputs_left_alone(decoder.model):
                 ideal = step.replay(ideal)
         last = {source[name]: name for name in mine}
-        tuned = [name for name in mine if mine[name].bits < 16] if tune else []
+        tuned = [name for name in mine if mine[name].bits < 16] if tune or settings.distill else []
         originals = {name: weight_matrix(decoder.linears[name]) for name in tuned}
         for place_in_block, (name, decision) in enumerate(mine.items()):
             # What stays in 16 bits is pruned by every rank: the sums are the same, and it is quickly done.
@@ -237,6 +245,9 @@ def _calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase
             for name, packed in tune.run(step, linears, codes, originals, ideal, weights, made.kept).items():
                 seen = hessians.get(source[name])
                 _put(decoder, name, packed, made, originals[name], None if seen is None else seen.mean())
+        if settings.distill:
+            codes = _ours(made.weights)
+            made.leanings.update({name: leanings(codes[name], originals[name], made.kept.get(name)) for name in tuned})
         _quantize_experts(step, decoder, experts, routed, weights, plan, made)
         made.dense.update({parameter: decoder.model.get_parameter(parameter).data.to("cpu", stored)
                            for parameter, stored in scaled.items()})

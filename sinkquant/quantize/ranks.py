@@ -62,9 +62,9 @@ def my_rows(rows: torch.Tensor, plan: Plan) -> torch.Tensor:
     if len(rows) < ranks:
         raise RequestError(f"there are {len(rows)} calibration rows for {ranks} processes; start fewer.")
     scaled = any(transform.name != "rotate" for transform in plan.transforms)
-    if plan.calibration.tune or plan.calibration.statistics == "cap" or scaled:
-        raise RequestError("weights.tune, weights.smooth, protect.channels=scale and capped statistics need all rows "
-                           "in one process; start without torchrun.")
+    if plan.calibration.tune or plan.calibration.distill or plan.calibration.statistics == "cap" or scaled:
+        raise RequestError("weights.tune, weights.distill, weights.smooth, protect.channels=scale and capped "
+                           "statistics need all rows in one process; start without torchrun.")
     return rows.tensor_split(ranks)[rank]
 
 

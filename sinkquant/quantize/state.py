@@ -19,8 +19,9 @@ UNPACKED = "sinkquant_unpacked"
 
 @dataclass
 class QuantizedState:
-    """The plan that was carried out, the packed weights, the relative error that every module was left with, and the
-    stored scales, [1], of inputs that have one; and the calibration tokens that went to every one of a layer's experts.
+    """The plan that was carried out, the packed weights, the relative error that every module was left with (before
+    the whole model was tuned, where it was), and the stored scales, [1], of inputs that have one; and the calibration
+    tokens that went to every one of a layer's experts.
     """
 
     plan: Plan

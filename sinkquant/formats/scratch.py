@@ -1,0 +1,60 @@
+"""Where end-to-end tuning starts from, on disk beside a checkpoint that grows: a run that was killed begins there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from sinkquant.quantize import PackedWeight, QuantizedBlock, Side, Start
+
+FOLDER = "distill"
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """One file per block in a folder of the checkpoint's own, which goes before the checkpoint is complete."""
+
+    partial: Path
+
+    def keep(self, block: QuantizedBlock) -> None:
+        """Write down what a block's linears start from."""
+        folder = self.partial / FOLDER
+        folder.mkdir(exist_ok=True)
+        tensors: dict[str, torch.Tensor] = {}
+        for name, lean in block.leanings.items():
+            packed = block.weights[name]
+            assert isinstance(packed, PackedWeight)
+            parts = {"codes": packed.codes, "scale": packed.scale, "bits": torch.tensor(packed.bits), "lean": lean}
+            parts |= {} if packed.side is None else packed.side.tensors()
+            tensors |= {f"{name}:{leaf}": tensor.contiguous() for leaf, tensor in parts.items()}
+        path = folder / f"{block.index}.safetensors"
+        save_file(tensors, path)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+    def starts(self, blocks: int) -> dict[str, Start]:
+        """Module name -> where it starts from, over all blocks."""
+        found = {}
+        for index in range(blocks):
+            parts: dict[str, dict[str, torch.Tensor | None]] = {}
+            for key, tensor in load_file(self.partial / FOLDER / f"{index}.safetensors").items():
+                name, _, leaf = key.rpartition(":")
+                parts.setdefault(name, {})[leaf] = tensor
+            for name in sorted(parts):
+                codes, scale, bits, lean = (parts[name][leaf] for leaf in ("codes", "scale", "bits", "lean"))
+                assert codes is not None
+                assert scale is not None
+                assert bits is not None
+                assert lean is not None
+                side = Side.of(parts[name], len(codes), scale.dtype)
+                found[name] = Start(PackedWeight(codes, scale, int(bits), side), lean)
+        return found
+
+    def clear(self) -> None:
+        """Take it away."""
+        shutil.rmtree(self.partial / FOLDER, ignore_errors=True)

@@ -1,0 +1,79 @@
+"""The last stage of a plan: what `Distill` needs from before and from during quantization, and its run at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from sinkquant.artifacts import Plan
+from sinkquant.models import ActivationStore, Decoder, Walk
+from sinkquant.models.placement import compute_in
+from sinkquant.quantize.distill import Distill
+from sinkquant.quantize.offsets import Offsets
+from sinkquant.quantize.packed import PackedWeight
+from sinkquant.quantize.rows import calibration_rows
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where tuning starts from in one linear: what was packed, and where its weights lie beside the codes
+    (`offsets.leanings`)."""
+
+    packed: PackedWeight
+    lean: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the unquantized model has to say about the calibration rows.
+
+    rows: int64 [rows, length]. target: [rows, length, hidden_size], what its last block gives, in the compute dtype.
+    """
+
+    rows: torch.Tensor
+    target: torch.Tensor
+
+
+def lesson_of(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase | None, device: str,
+              dtype: torch.dtype, store: ActivationStore | None = None) -> Lesson | None:
+    """Walk through the model before anything is quantized, rotated as the plan says; None where the plan does not
+    distill.
+
+    Raises:
+        RequestError: no tokenizer, or too little text.
+    """
+    if not plan.calibration.distill:
+        return None
+    rows = calibration_rows(decoder, plan, tokenizer)
+    walk = Walk(decoder, rows, plan.calibration.batch_size, device, dtype, store=store)
+    for _ in walk.steps():
+        pass
+    return Lesson(rows, walk.hidden)
+
+
+def distilled(decoder: Decoder, plan: Plan, lesson: Lesson, starts: Mapping[str, Start], device: str,
+              dtype: torch.dtype, progress: Progress | None = None) -> dict[str, PackedWeight]:
+    """Tune all quantized linears of a model whose blocks are done, in memory as a whole.
+
+    Returns:
+        module name -> packed weight, in main memory; a model that holds its weights holds these now.
+
+    Raises:
+        SinkquantError: the divergence is not finite.
+    """
+    model, stored = decoder.model, decoder.model.dtype
+    was_training = model.training
+    model.eval()
+    try:
+        with decoder.present([model]), compute_in([model], device, dtype):
+            tuned = {name: Offsets.of(start.packed, start.lean, device) for name, start in starts.items()}
+            method = Distill(plan.calibration.distill, plan.seed)
+            found = method.run(decoder, tuned, lesson.rows, lesson.target, device, stored, progress)
+    finally:
+        model.train(was_training)
+    return {name: packed.cpu() for name, packed in found.items()}

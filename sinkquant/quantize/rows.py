@@ -1,0 +1,26 @@
+"""The calibration rows of a plan."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from sinkquant.artifacts import Plan
+from sinkquant.errors import RequestError
+from sinkquant.models import Decoder, read_text, token_rows
+from sinkquant.quantize.inputs import in_front
+from sinkquant.quantize.ranks import my_rows
+
+
+def calibration_rows(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase | None) -> torch.Tensor:
+    """This rank's share of the rows, int64 [rows, length].
+
+    Raises:
+        RequestError: no tokenizer, too little text, or rows that cannot be shared.
+    """
+    if tokenizer is None:
+        raise RequestError("the plan uses a method that needs calibration rows; hand over the tokenizer.")
+    settings = plan.calibration
+    rows = token_rows(tokenizer, read_text(settings.text, "calibration"), settings.rows,
+                      min(settings.length, decoder.max_length), settings.bos, decoder.vocabulary)
+    return my_rows(in_front(rows, plan, decoder.max_length), plan)

@@ -1,0 +1,149 @@
+"""End-to-end tuning: it brings the model's predictions nearer, stays on the grid, and holds what is to be held."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, tiny_model
+from sinkmaps import sink_map_of
+from tiny_tokenizer import tiny_tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import sinkquant as sq
+from sinkquant.artifacts import Plan
+from sinkquant.errors import RequestError
+from sinkquant.evaluate.divergence import row_divergences
+from sinkquant.models import Decoder, read_text, token_rows
+from sinkquant.policy import make_plan
+from sinkquant.quantize import PackedWeight, distill, quantize, ranks, state_of
+from sinkquant.quantize.offsets import HELD, Offsets, leanings
+from sinkquant.quantize.rtn import RTN
+from sinkquant.quantize.tune import SCALE_RATE, _Variables
+from sinkquant.recipe import Recipe
+
+ROWS, LENGTH = 4, 32
+
+
+def planned(model: PreTrainedModel, text: Path, iterations: int, *more: str) -> Plan:
+    """A 2-bit plan of a tiny model with so many iterations; experts are left alone."""
+    decoder = Decoder.of(model)
+    recipe = Recipe().replace([
+        f"calibration.text={text}", f"calibration.rows={ROWS}", f"calibration.length={LENGTH}", "weights.bits=2",
+        "weights.group_size=32", "weights.method=rtn", f"weights.distill={iterations}"])
+    if decoder.experts or "expert" in str(decoder.model):
+        recipe = recipe.replace(["weights.ignore=['*experts*']"])
+    return make_plan(decoder.shape(""), sink_map_of(decoder), recipe.replace(more))
+
+
+def divergence(family: str, model: PreTrainedModel, text: Path) -> float:
+    """From the unquantized bfloat16 model, on the calibration rows, computed in float32."""
+    rows = token_rows(tiny_tokenizer(), read_text(str(text), "calibration"), ROWS, LENGTH)
+    found = row_divergences(tiny_model(family, dtype=torch.bfloat16).float(), copy.deepcopy(model).float(), rows)
+    return sum(found) / len(found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_comes_nearer_and_loads_as_it_was(family: str, text_file: Path, tmp_path: Path,
+                                                       caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model(family, dtype=torch.bfloat16)
+    with caplog.at_level("INFO", "sinkquant"):
+        quantize(model, planned(model, text_file, 12), tiny_tokenizer())
+    first, last = map(float, re.findall(r"\d\.\d+", caplog.messages[-1]))
+    assert last < 0.9 * first
+    assert divergence(family, model, text_file) == pytest.approx(last, rel=0.03, abs=1e-5)
+    for packed in state_of(model).weights.values():
+        assert isinstance(packed, PackedWeight)
+        assert packed.codes.min() >= -2
+        assert packed.codes.max() <= 1
+        assert packed.scale.dtype == torch.bfloat16
+    sq.save(model, tiny_tokenizer(), tmp_path / "saved")  # which compares logits after loading, bit by bit
+    if family in ("llama", "opt"):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+        row = torch.arange(8, 40)[None]
+        with torch.no_grad():
+            assert torch.equal(again(row).logits, model(row).logits)
+
+
+@pytest.mark.parametrize("more", [
+    ["weights.rotate=values", "weights.smooth=smoothquant", "weights.tune=2", "activations.format=int8"],
+    ["weights.method=gptq", "prune.method=wanda", "prune.pattern=2:4"], ["backend=gptq"]])
+def test_it_comes_last_in_whatever_a_recipe_composes(more: list[str], text_file: Path, tmp_path: Path) -> None:
+    plain, better = (tiny_model("llama", dtype=torch.bfloat16) for _ in range(2))
+    for model, iterations in ((plain, 0), (better, 24)):
+        quantize(model, planned(model, text_file, iterations, *more), tiny_tokenizer())
+    assert divergence("llama", better, text_file) < divergence("llama", plain, text_file)
+    sq.save(better, tiny_tokenizer(), tmp_path / "saved")
+    for name, packed in state_of(better).weights.items():
+        before = state_of(plain).weights[name]
+        assert isinstance(packed, PackedWeight)
+        assert isinstance(before, PackedWeight)
+        assert (packed.codes != before.codes).any()
+        if "prune.method=wanda" in more:
+            assert (packed.codes.unflatten(1, (-1, 4)) == 0).sum(-1).min() >= 2
+
+
+def test_one_step_is_that_of_automatic_differentiation() -> None:
+    generator = torch.Generator().manual_seed(0)
+    original = torch.randn(8, 64, generator=generator)
+    packed = RTN(3, 32, torch.bfloat16, True).quantize(original)
+    # Moved, so that the nearest codes are not all its own; and with some on the end of the grid.
+    packed = PackedWeight((packed.codes + torch.randint(-1, 2, packed.codes.shape, generator=generator)).clamp(-4, 3)
+                          .to(torch.int8), packed.scale, 3)
+    kept = torch.rand(8, 64, generator=generator) < 0.8
+    packed = PackedWeight(packed.codes * kept, packed.scale, 3)
+    reference = _Variables(packed, original, kept)
+    mine = Offsets.of(packed, leanings(packed, original, kept), "cpu")
+    assert torch.equal(leanings(packed, original, kept) == HELD, ~kept)
+    for rate in (0.3, 0.2, 0.1):
+        gradient = torch.randn(8, 64, generator=generator)
+        reference.dense().backward(gradient)
+        reference.step(rate)
+        mine.step(gradient, rate, rate * SCALE_RATE)
+        assert torch.equal(mine.stretch, reference.stretch.detach())
+        off = (mine.shift.nan_to_num(0.0) - reference.shift.detach()).abs().max()
+        assert off <= 0.4 / 127  # what the steps of a leaning are apart
+    assert torch.equal(mine.now().scale, reference.packed().scale)
+    assert (mine.now().codes[~kept] == 0).all()
+    assert (mine.now().codes != packed.codes).any()
+
+
+def test_two_runs_give_the_same_codes_and_another_seed_others(text_file: Path) -> None:
+    found = []
+    for seed in (0, 0, 1):
+        model = tiny_model("llama")
+        plan = planned(model, text_file, 5, f"seed={seed}", "calibration.rows=8")
+        found.append(state_of(quantize(model, plan, tiny_tokenizer())).weights)
+    same = [all(torch.equal(found[0][name].dequantized(), other[name].dequantized()) for name in other)
+            for other in found[1:]]
+    assert same == [True, False]
+
+
+def test_what_does_not_help_is_not_kept(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill, "RATE", -8.0)  # uphill
+    plain, worse = (tiny_model("llama") for _ in range(2))
+    for model, iterations in ((plain, 0), (worse, 2)):
+        quantize(model, planned(model, text_file, iterations, "weights.method=gptq"), tiny_tokenizer())
+    for name, weight in plain.state_dict().items():
+        assert torch.equal(worse.state_dict()[name], weight)
+
+
+@pytest.mark.parametrize(("family", "more", "sentence"), [
+    ("qwen3_moe", ["weights.ignore=[]"], r"weights\.distill does not reach packed experts; set weights\.distill=0"),
+    ("llama", ["activations.format=fp8", "weights.bits=8", "weights.group_size=-1"], "FP8 weights are not tuned"),
+    ("llama", ["backend=quanto", "weights.bits=8", "weights.group_size=-1"], r"quanto rounds weights by itself"),
+    ("llama", ["activations.format=int8", "weights.bits=8", "kv_cache.prefix=bos", "kv_cache.group_size=32"],
+     "does not let the tokens of an exact prefix through")])
+def test_what_it_cannot_do_is_refused_in_the_plan(family: str, more: list[str], sentence: str,
+                                                  text_file: Path) -> None:
+    with pytest.raises(RequestError, match=sentence):
+        planned(tiny_model(family), text_file, 5, *more)
+
+
+def test_several_processes_are_refused(tiny: PreTrainedModel, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "this_rank", lambda: (0, 2))
+    with pytest.raises(RequestError, match=r"weights\.distill.* start without torchrun"):
+        ranks.my_rows(torch.zeros(8, 4), planned(tiny, text_file, 5))
