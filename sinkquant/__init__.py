@@ -7,6 +7,7 @@ from sinkquant.diagnose import diagnose
 from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.evaluate import evaluate
 from sinkquant.formats import load, save
+from sinkquant.inference import Packing, packing
 from sinkquant.pipeline import plan, run
 from sinkquant.quantize import quantize
 from sinkquant.recipe import Recipe
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Diagnosis",
+    "Packing",
     "Plan",
     "Recipe",
     "Report",
@@ -29,6 +31,7 @@ __all__ = [
     "evaluate",
     "find_sensitivity",
     "load",
+    "packing",
     "plan",
     "quantize",
     "run",

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan, SinkMap
@@ -17,7 +14,9 @@ from sinkquant.cache import Prefix, install, load_prefix
 from sinkquant.errors import RequestError
 from sinkquant.formats.backends import dense_of, is_backend, open_checkpoint, rounds_inputs
 from sinkquant.formats.bars import no_bars
+from sinkquant.formats.opened import Inputs, check_readable, plain, read_json, require_complete
 from sinkquant.formats.own import METHOD, made_dense
+from sinkquant.formats.packed import load_packed
 from sinkquant.formats.simulated import simulate
 from sinkquant.models import cast_experts, check_finite, load_model, load_tokenizer, open_model, resolve
 from sinkquant.models.inputs import let_through, round_inputs
@@ -29,10 +28,11 @@ KV_PREFIX = "kv_prefix/prefix.safetensors"
 
 
 def load(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto",
-         device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+         device: str = "cpu", packed: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a checkpoint that sinkquant wrote, or any other that transformers can.
 
-    Packed weights are made dense at once, so that the model can be observed, evaluated and generated from. Where the
+    Packed weights are made dense at once, so that the model can be observed, evaluated and generated from. With
+    `packed` they stay packed, to generate from in less memory and faster; `packing` says which do. Where the
     checkpoint's plan packs the KV cache, `generate` does so unless it is given another cache.
 
     Raises:
@@ -41,8 +41,10 @@ def load(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto",
     """
     path = resolve(str(folder))
     tokenizer = load_tokenizer(path)
-    model = load_dense(path, dtype, device)
+    model = load_packed(path, dtype, device) if packed else load_dense(path, dtype, device)
     content = read_checkpoint(path)
+    if content and packed:
+        simulate(model, content["plan"], path)
     if content and content["plan"].kv_cache is not None:
         install(model, content["plan"].kv_cache, prefix_of(path))
     return model, tokenizer
@@ -62,19 +64,17 @@ def load_dense(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu
         RequestError: it is quantized in another format than compressed-tensors, quantizes outputs or its cache, lacks
             tensors or cannot be unpacked.
     """
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     if is_backend(path):
         return _load_backend(path, dtype, device)
     if "quantization_config" not in config:
         return load_model(path, dtype, device)
-    _check_readable(path, config["quantization_config"])
+    check_readable(path, config["quantization_config"])
     method = config["quantization_config"]["quant_method"]
     try:
         with no_bars():
             model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
-            if info.get("missing_keys"):
-                raise RequestError(f"{path} lacks the tensor {sorted(info['missing_keys'])[0]}; "
-                                   "its weights do not belong to its config.json.")
+            require_complete(path, info)
             model = model.to(device).eval()
             cast_experts(model)
             with torch.no_grad():
@@ -85,10 +85,10 @@ def load_dense(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise RequestError(f"{path} is a {method} checkpoint that cannot be loaded: {reason}.") from error
-    inputs = _Inputs({}, {}, {})
+    inputs = Inputs()
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            _plain(module, name, inputs)
+            plain(module, name, inputs)
     check_finite(model)
     round_inputs(model, dict(model.named_modules()), inputs.args, inputs.scales, inputs.zero_points)
     content = read_checkpoint(path)
@@ -107,9 +107,7 @@ def _load_backend(path: Path, dtype: torch.dtype | str, device: str) -> PreTrain
         with loading_errors(path), no_bars():
             model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device},
                                                                output_loading_info=True)
-        if info.get("missing_keys"):
-            raise RequestError(f"{path} lacks the tensor {sorted(info['missing_keys'])[0]}; "
-                               "its weights do not belong to its config.json.")
+        require_complete(path, info)
     else:
         model = dense_of(open_checkpoint(path, dtype=dtype if isinstance(dtype, torch.dtype) else None)).to(device)
         if getattr(model.config, "quantization_config", None) is not None:
@@ -133,54 +131,6 @@ def open_quantized(path: Path) -> PreTrainedModel:
     return model
 
 
-def _check_readable(path: Path, settings: dict[str, Any]) -> None:
-    """Dense weights and rounded inputs show neither quantized outputs nor a quantized cache: such checkpoints are
-    refused."""
-    method = settings.get("quant_method")
-    if method not in ("compressed-tensors", METHOD):
-        raise RequestError(f"{path} is quantized in the {method} format, which is not read here; "
-                           "give a compressed-tensors checkpoint or the unquantized model.")
-    for name, group in (settings.get("config_groups") or {}).items():
-        inputs = group.get("input_activations") or {}
-        if group.get("output_activations"):
-            raise RequestError(f"{path} quantizes what linears give (its {name}), which is not read here; "
-                               "load it with transformers.")
-        if inputs.get("strategy") not in (None, "token", "tensor"):
-            raise RequestError(f"{path} quantizes activations by {inputs['strategy']} (its {name}), which is not read "
-                               "here; load it with transformers.")
-    if settings.get("kv_cache_scheme"):
-        raise RequestError(f"{path} quantizes its KV cache, which dense weights cannot show; "
-                           "load it with transformers.")
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """By module name: how inputs are rounded, and the stored scale and zero point of static ones."""
-
-    args: dict[str, QuantizationArgs]
-    scales: dict[str, torch.Tensor]
-    zero_points: dict[str, torch.Tensor]
-
-
-def _plain(module: torch.nn.Linear, name: str, inputs: _Inputs) -> None:
-    """Take away what compressed-tensors leaves on a linear, whose forward would round its dense weight once more, and
-    put down how it rounds inputs."""
-    if not isinstance(getattr(module, "weight", None), torch.Tensor):
-        raise RequestError(f"{name} was not unpacked by compressed-tensors; install a newer version of it.")
-    scheme = getattr(module, "quantization_scheme", None)
-    if scheme is not None and scheme.input_activations is not None:
-        inputs.args[name] = scheme.input_activations
-        for place, leaf in ((inputs.scales, "input_scale"), (inputs.zero_points, "input_zero_point")):
-            if isinstance(found := getattr(module, leaf, None), torch.Tensor):
-                place[name] = found.detach().clone()
-    for leftover in ("weight_scale", "weight_shape", "weight_zero_point", "weight_packed", "input_scale",
-                     "input_zero_point"):
-        module._parameters.pop(leftover, None)
-        module._buffers.pop(leftover, None)
-    for attribute in ("quantization_scheme", "quantization_status", "forward"):
-        module.__dict__.pop(attribute, None)
-
-
 def read_checkpoint(folder: Path) -> dict[str, Any] | None:
     """`sinkquant.json` of a checkpoint with "plan" and "sink_map" parsed, or None where there is none.
 
@@ -190,18 +140,8 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | None:
     path = folder / "sinkquant.json"
     if not path.is_file():
         return None
-    content = _read_json(path)
+    content = read_json(path)
     content["plan"] = Plan.parse(content.get("plan"), str(path))
     if content.get("sink_map"):
         content["sink_map"] = SinkMap.parse(content["sink_map"], str(path))
-    return content
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RequestError(f"{path} cannot be read ({error}); get the checkpoint again.") from error
-    if not isinstance(content, dict):
-        raise RequestError(f"{path} is no JSON object; get the checkpoint again.")
     return content

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from sinkquant.artifacts import Plan
 from sinkquant.errors import RequestError
-from sinkquant.models import Decoder
 from sinkquant.models.inputs import input_args, round_inputs
 
 SCALES = "simulated/input_scales.safetensors"
@@ -44,5 +43,5 @@ def simulate(model: PreTrainedModel, plan: Plan, folder: Path) -> PreTrainedMode
                                "the checkpoint again.")
         scales = {name: found[f"{name}.input_scale"] for name in static}
     if args:
-        round_inputs(model, Decoder.of(model).linears, args, scales)
+        round_inputs(model, dict(model.named_modules()), args, scales)
     return model

@@ -17,6 +17,7 @@ SCRIPT = Path(__file__).parents[2] / "evals" / "benchmarks" / "methods.py"
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
 

@@ -1,0 +1,181 @@
+"""What the benchmarks share: carrying out a plan, measuring it, and tables of what was measured.
+
+    python evals/benchmarks/measure.py LINES.jsonl [...] [--same bits method] [--only bits=3 ...]
+
+prints the lines that a benchmark kept with `--lines FILE` as a Markdown table. A line that is kept already is not
+measured again: a benchmark that was stopped goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sinkquant.artifacts import Plan
+from sinkquant.cache import make_prefix, prepare
+from sinkquant.evaluate import Divergence, compare_rows, paired_difference
+from sinkquant.models import load_model
+from sinkquant.quantize import quantize
+
+RESAMPLES = 2000
+EXTRA = {"size": ("bytes", ",d"), "speed": ("tokens per CPU s", ".0f"), "seconds": ("CPU s", ".0f")}
+"""Field of a line that not every table has -> its column and how its values are written."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One quantized model on the held-out rows.
+
+    Attributes:
+        labels: column of the table -> what was measured.
+        kl, loss, unquantized: nats per token, a number per row: KL divergence, cross-entropy of this and of the
+            unquantized model.
+        seconds: processor time of making it. size: bytes of its checkpoint. speed: tokens decoded per second of
+            processor time. Null where nobody asks.
+    """
+
+    labels: dict[str, str]
+    kl: list[float]
+    loss: list[float]
+    unquantized: list[float]
+    seconds: float | None = None
+    size: int | None = None
+    speed: float | None = None
+
+    @classmethod
+    def of(cls, labels: dict[str, str], found: Divergence, seconds: float | None = None,
+           size: int | None = None, speed: float | None = None) -> Line:
+        """A line of what was found, rounded as it is kept."""
+        kl, loss, unquantized = ([float(f"{value:.6g}") for value in values]
+                                 for values in (found.kl, found.other_loss, found.baseline_loss))
+        return cls(labels, kl, loss, unquantized, None if seconds is None else round(seconds, 1), size,
+                   None if speed is None else round(speed, 1))
+
+
+def carry_out(folder: Path, base: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerBase,
+              keep_weights: bool = False) -> tuple[PreTrainedModel, float]:
+    """The model of a folder quantized as a plan says, with the exact prefix of its cache, and the processor time of it.
+
+    Args:
+        keep_weights: put the unquantized weights back, so that only the inputs of linears are rounded.
+    """
+    model = load_model(folder, torch.float32)
+    start = time.process_time()
+    quantize(model, plan, tokenizer)
+    seconds = time.process_time() - start
+    if keep_weights:
+        model.load_state_dict(base.state_dict())
+    if plan.kv_cache is not None:
+        prepare(model, make_prefix(base, plan.kv_cache.prefix))
+    return model, seconds
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """A model that runs over every batch once: the unquantized one, with which all others are compared."""
+
+    model: Any
+    answers: dict[bytes, Any] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def __call__(self, rows: torch.Tensor, **settings: Any) -> Any:
+        """The model's output for int64 [rows, length]."""
+        key = rows.numpy().tobytes()
+        if key not in self.answers:
+            self.answers[key] = self.model(rows, **settings)
+        return self.answers[key]
+
+
+class Lines:
+    """What was measured so far, in a file where one is given."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.lines = read([path]) if path is not None and path.exists() else []
+        self.known: Remembered | None = None
+
+    def has(self, labels: dict[str, str]) -> bool:
+        """Whether there is such a line."""
+        return any(line.labels == labels for line in self.lines)
+
+    def add(self, line: Line) -> None:
+        """Keep a line."""
+        self.lines.append(line)
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(line)) + "\n")
+
+    def measure(self, labels: dict[str, str], folder: Path, base: PreTrainedModel, plan: Plan,
+                tokenizer: PreTrainedTokenizerBase, rows: torch.Tensor, size: int | None = None,
+                keep_weights: bool = False) -> None:
+        """Carry out a plan and keep what comes of it, unless there is such a line; `base` is the same in all calls."""
+        if not self.has(labels):
+            self.known = self.known or Remembered(base)
+            model, seconds = carry_out(folder, base, plan, tokenizer, keep_weights)
+            found = compare_rows(cast(PreTrainedModel, self.known), model, rows, kv=plan.kv_cache)
+            self.add(Line.of(labels, found, seconds, size))
+
+
+def read(paths: Iterable[Path]) -> list[Line]:
+    """The lines of some files."""
+    return [Line(**json.loads(text)) for path in paths for text in path.read_text(encoding="utf-8").splitlines()]
+
+
+def table(lines: Sequence[Line], same: Sequence[str], seed: int = 0) -> str:
+    """Markdown. Every line is compared with the first that has the same labels in the columns `same`, row by row."""
+    if not lines:
+        return "Nothing was measured."
+    shown = [name for name in EXTRA if any(getattr(line, name) is not None for line in lines)]
+    names = list(dict.fromkeys(name for line in lines for name in line.labels))
+    head = [*names, "KL, nats", "95 % interval", "less than the first of its kind", "95 % interval", "perplexity",
+            "more than unquantized, 95 % interval", *(EXTRA[name][0] for name in shown)]
+    rows = [head, ["---"] * len(names) + ["---:"] * (len(head) - len(names))]
+    first: dict[tuple[str, ...], Line] = {}
+    for line in lines:
+        known = first.setdefault(tuple(line.labels.get(name, "") for name in same), line)
+        rows.append([line.labels.get(name, "") for name in names] + _cells(line, known, shown, seed))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def _cells(line: Line, first: Line, shown: list[str], seed: int) -> list[str]:
+    ones, zeros = [1.0] * len(line.kl), [0.0] * len(line.kl)
+    kl, low, high = paired_difference("kl", (line.kl, ones), (zeros, ones), RESAMPLES, seed)
+    less, least, most = paired_difference("kl", (first.kl, ones), (line.kl, ones), RESAMPLES, seed)
+    loss, before = ([-value for value in values] for values in (line.loss, line.unquantized))
+    more, fewest, greatest = paired_difference("perplexity", (loss, ones), (before, ones), RESAMPLES, seed)
+    perplexity = torch.tensor(line.loss, dtype=torch.float64).mean().exp()
+    gain = ["", ""] if line is first else [f"{less:.5f} ({less / (kl + less):.0%})", f"{least:.5f} to {most:.5f}"]
+    extra = ((getattr(line, name), EXTRA[name][1]) for name in shown)
+    return [f"{kl:.5f}", f"{low:.5f} to {high:.5f}", *gain, f"{perplexity:.3f}",
+            f"{more:+.3f}, {fewest:+.3f} to {greatest:+.3f}",
+            *("" if value is None else format(value, form) for value, form in extra)]
+
+
+def main() -> None:
+    """Print a table of lines that were kept."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--same", nargs="*", default=["bits"], help="columns of the lines that are compared")
+    parser.add_argument("--only", nargs="*", default=[], metavar="COLUMN=VALUE")
+    parser.add_argument("--sort", nargs="*", default=[], help="columns to sort by; numbers from the largest down")
+    arguments = parser.parse_args()
+    wanted = dict(one.split("=", 1) for one in arguments.only)
+    lines = [line for line in read(arguments.files) if all(line.labels.get(k) == v for k, v in wanted.items())]
+    for name in reversed(arguments.sort):
+        order = {value: at for at, value in enumerate(dict.fromkeys(line.labels.get(name, "") for line in lines))}
+        lines.sort(key=lambda line: (-float(value) if (value := line.labels.get(name, "")).isdigit() else order[value]))
+    print(table(lines, arguments.same))
+
+
+if __name__ == "__main__":
+    main()

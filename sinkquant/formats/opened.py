@@ -1,0 +1,95 @@
+"""What every way of loading a compressed-tensors checkpoint takes: what is refused, how inputs are rounded, and linears
+that are plain again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+
+from sinkquant.errors import RequestError
+from sinkquant.formats.own import METHOD
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        RequestError: there is none in the file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RequestError(f"{path} cannot be read ({error}); get the checkpoint again.") from error
+    if not isinstance(content, dict):
+        raise RequestError(f"{path} is no JSON object; get the checkpoint again.")
+    return content
+
+
+def check_readable(path: Path, settings: dict[str, Any]) -> None:
+    """Dense weights and rounded inputs show neither quantized outputs nor a quantized cache.
+
+    Args:
+        settings: the `quantization_config` of config.json.
+
+    Raises:
+        RequestError: the checkpoint has such, or is in a format that is not read here.
+    """
+    method = settings.get("quant_method")
+    if method not in ("compressed-tensors", METHOD):
+        raise RequestError(f"{path} is quantized in the {method} format, which is not read here; "
+                           "give a compressed-tensors checkpoint or the unquantized model.")
+    for name, group in (settings.get("config_groups") or {}).items():
+        inputs = group.get("input_activations") or {}
+        if group.get("output_activations"):
+            raise RequestError(f"{path} quantizes what linears give (its {name}), which is not read here; "
+                               "load it with transformers.")
+        if inputs.get("strategy") not in (None, "token", "tensor"):
+            raise RequestError(f"{path} quantizes activations by {inputs['strategy']} (its {name}), which is not read "
+                               "here; load it with transformers.")
+    if settings.get("kv_cache_scheme"):
+        raise RequestError(f"{path} quantizes its KV cache, which dense weights cannot show; "
+                           "load it with transformers.")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """By module name: how inputs are rounded, and the stored scale and zero point of static ones."""
+
+    args: dict[str, QuantizationArgs] = field(default_factory=dict)
+    scales: dict[str, torch.Tensor] = field(default_factory=dict)
+    zero_points: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def note(self, name: str, module: torch.nn.Module) -> None:
+        """Put down how a linear that compressed-tensors made rounds its inputs."""
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is not None and scheme.input_activations is not None:
+            self.args[name] = scheme.input_activations
+            for place, leaf in ((self.scales, "input_scale"), (self.zero_points, "input_zero_point")):
+                if isinstance(found := getattr(module, leaf, None), torch.Tensor):
+                    place[name] = found.detach().clone()
+
+
+def plain(module: torch.nn.Linear, name: str, inputs: Inputs) -> None:
+    """Take away what compressed-tensors leaves on a linear, whose forward would round its dense weight once more, and
+    put down how it rounds inputs."""
+    if not isinstance(getattr(module, "weight", None), torch.Tensor):
+        raise RequestError(f"{name} was not unpacked by compressed-tensors; install a newer version of it.")
+    inputs.note(name, module)
+    for leftover in ("weight_scale", "weight_shape", "weight_zero_point", "weight_packed", "input_scale",
+                     "input_zero_point"):
+        module._parameters.pop(leftover, None)
+        module._buffers.pop(leftover, None)
+    for attribute in ("quantization_scheme", "quantization_status", "forward"):
+        module.__dict__.pop(attribute, None)
+
+
+def require_complete(path: Path, info: dict[str, Any]) -> None:
+    """Raises RequestError if `from_pretrained` reports tensors that a folder lacks."""
+    if info.get("missing_keys"):
+        raise RequestError(f"{path} lacks the tensor {sorted(info['missing_keys'])[0]}; "
+                           "its weights do not belong to its config.json.")

@@ -1,0 +1,148 @@
+"""A checkpoint -> a model whose weights stay packed in memory: transformers reads it, then every packed linear makes
+way for one that computes with torch's kernels."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from sinkquant.artifacts.formats import WeightFormat
+from sinkquant.errors import RequestError
+from sinkquant.formats.backends import backend_in
+from sinkquant.formats.bars import no_bars
+from sinkquant.formats.opened import Inputs, check_readable, plain, read_json, require_complete
+from sinkquant.formats.own import SinkquantQuantizer
+from sinkquant.inference import PACKING, Int4, KernelLinear, Packing, int4_on, kernel_for
+from sinkquant.models import cast_experts, check_finite
+from sinkquant.models.experts import EXPERTS
+from sinkquant.models.inputs import round_inputs
+from sinkquant.models.loading import loading_errors
+from sinkquant.quantize import UNPACKED, PackedWeight
+from sinkquant.quantize.packed_linear import PackedLinear
+from sinkquant.quantize.unpack import unpack
+
+LOG = logging.getLogger("sinkquant")
+LEFT = "left in 16 bits by the checkpoint"
+FUSED = "fused experts: transformers computes with a layer's experts as one dense tensor"
+
+
+def load_packed(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> PreTrainedModel:
+    """The model of a compressed-tensors checkpoint, or one in sinkquant's own format, in bfloat16; weights that no
+    kernel takes are dense, and named with the reason by `packing`.
+
+    Raises:
+        RequestError: the folder's weights are not packed, or packed by another library; another dtype is asked for; the
+            device has no kernel; or as `load_dense`.
+    """
+    if dtype not in ("auto", "bfloat16", torch.bfloat16):
+        raise RequestError(f"packed=True computes in bfloat16, as torch's kernels do, not in {dtype}; leave dtype away "
+                           "or load without packed=True.")
+    settings = read_json(path / "config.json").get("quantization_config")
+    if backend_in(path) is not None:
+        raise RequestError(f"packed=True reads compressed-tensors and sinkquant's own format, and {path} is in another "
+                           "library's; load it without packed=True, or with transformers for that library's kernels.")
+    if settings is None:
+        raise RequestError(f"{path} holds no packed weights; quantize it first, or load it without packed=True.")
+    check_readable(path, settings)
+    int4 = int4_on(torch.device(device))
+    with loading_errors(path), no_bars():
+        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, output_loading_info=True)
+        require_complete(path, info)
+        model = model.to(device).eval()
+        cast_experts(model)
+        inputs = _replace(model, int4)
+    check_finite(model)
+    round_inputs(model, dict(model.named_modules()), inputs.args, inputs.scales, inputs.zero_points)
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    setattr(model, UNPACKED, True)
+    LOG.info("%s: %s", path.name, getattr(model, PACKING))
+    return model
+
+
+@dataclass
+class _Found:
+    """`inputs`: how linears round them. `dense`: name -> why it is not packed. `stored`: bytes in the checkpoint of
+    those that are."""
+
+    inputs: Inputs = field(default_factory=Inputs)
+    dense: dict[str, str] = field(default_factory=dict)
+    stored: int = 0
+
+
+@torch.no_grad()
+def _replace(model: PreTrainedModel, int4: Int4) -> Inputs:
+    """Put kernels in place of the packed linears, one after the other, and make dense what none takes."""
+    found = _Found()
+    for name, module in list(model.named_modules()):
+        form = _form_of(module)
+        if form is None:
+            if isinstance(module, nn.Linear | Conv1D):
+                found.dense[name] = LEFT
+            continue
+        kernel = form if isinstance(form, str) else kernel_for(form, module.in_features)
+        if isinstance(kernel, str):
+            found.dense[name] = kernel
+            continue
+        assert isinstance(form, WeightFormat)
+        weight = _weight_of(module, form)
+        if not torch.isfinite(weight.scale).all():
+            raise RequestError(f"the scales of {name} hold NaN or Inf; the checkpoint is broken, get it again.")
+        found.inputs.note(name, module)
+        found.stored += sum(tensor.nbytes for key, tensor in module.state_dict().items() if key != "bias")
+        bias = None if module.bias is None else nn.Parameter(module.bias.detach(), requires_grad=False)
+        linear = KernelLinear(weight, kernel, int4, bias, getattr(module, "transposed", False))
+        model.set_submodule(name, linear.eval())
+    _make_dense(model, found)
+    found.dense |= {name: FUSED for name, parameter in model.named_parameters()
+                    if parameter.dim() == 3 and EXPERTS.search(name)}
+    setattr(model, PACKING, Packing.of(model, found.dense, found.stored))
+    return found.inputs
+
+
+def _make_dense(model: PreTrainedModel, found: _Found) -> None:
+    """The linears that are still packed, by whoever packed them."""
+    if isinstance(model.hf_quantizer, SinkquantQuantizer):
+        for name in found.dense:
+            module = model.get_submodule(name)
+            if isinstance(module, PackedLinear):
+                model.set_submodule(name, module.dense(model.dtype))
+        return
+    compressor = model.hf_quantizer.compressor
+    compressor.decompress_model(model)  # takes its hook away too
+    for name in found.dense:
+        if isinstance(module := model.get_submodule(name), nn.Linear):
+            plain(module, name, found.inputs)
+
+
+def _form_of(module: nn.Module) -> WeightFormat | str | None:
+    """How a linear is packed, in words what is not read here, or None where it is dense."""
+    if isinstance(module, PackedLinear):
+        return module.form
+    scheme = getattr(module, "quantization_scheme", None)
+    if not isinstance(module, nn.Linear) or scheme is None or scheme.weights is None:
+        return None
+    weights = scheme.weights
+    if not weights.symmetric or weights.strategy not in ("group", "channel") or hasattr(module, "weight_g_idx"):
+        how = f"{'' if weights.symmetric else 'asymmetrically '}by {weights.strategy}"
+        return f"packed {how}, which is not read here"
+    return WeightFormat(weights.num_bits, weights.group_size or -1, weights.type)
+
+
+def _weight_of(module: nn.Module, form: WeightFormat) -> PackedWeight:
+    """The codes of a packed linear, and what stands beside them."""
+    if isinstance(module, PackedLinear):
+        words, side = module.get_buffer("weight_packed"), module.side
+        return PackedWeight(unpack(words, form.bits, module.in_features), module.get_buffer("weight_scale"), form.bits,
+                            side)
+    assert isinstance(module, nn.Linear)
+    scale = module.get_parameter("weight_scale").data
+    stored = module._parameters.get("weight_packed")
+    codes = module.weight.data if stored is None else unpack(stored.data, form.bits, module.in_features)
+    return PackedWeight(codes, scale, form.bits)

@@ -1,0 +1,77 @@
+"""Lines that benchmarks keep, and the benchmarks of backends and of kept channels: a line beside every control."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "evals" / "benchmarks"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
+
+
+def cells(printed: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()]
+
+
+@pytest.fixture
+def common(tiny_folder: Path, text_file: Path) -> list[str]:
+    return [str(tiny_folder), "--text", str(text_file), "--held-out", "2", "--set", f"calibration.text={text_file}",
+            "calibration.rows=2", "calibration.length=32", "detect.rows=8", "detect.long_rows=0"]
+
+
+def test_kept_lines_are_compared_and_not_measured_again(common: list[str], tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    kept = tmp_path / "lines.jsonl"
+    rows = [([0.5, 0.5], 2.0), ([0.25, 0.25], 1.5)]
+    kept.write_text("".join(json.dumps({"labels": {"method": name, "bits": "2"}, "kl": kl, "loss": [loss] * 2,
+                                        "unquantized": [1.0, 1.0]}) + "\n"
+                            for name, (kl, loss) in zip(["control", "ours"], rows, strict=True)))
+    run(monkeypatch, "measure.py", str(kept), "--same", "bits")
+    head, _, control, ours = cells(capsys.readouterr().out)
+    assert head[:3] == ["method", "bits", "KL, nats"]
+    assert control[2] == "0.50000"
+    assert control[4] == ""
+    assert ours[4:6] == ["0.25000 (50%)", "0.25000 to 0.25000"]
+    assert ours[6] == "4.482"
+    assert ours[7].startswith("+1.763")  # exp(1.5), and that less exp(1)
+
+    run(monkeypatch, "pruning.py", *common, "--methods", "magnitude", "--patterns", "2:4", "--lines", str(kept))
+    before = kept.read_text()
+    assert cells(capsys.readouterr().out)[-1][:4] == ["magnitude", "16", "2:4", "all"]
+    assert len(before.splitlines()) == 3
+    run(monkeypatch, "pruning.py", *common, "--methods", "magnitude", "--patterns", "2:4", "--lines", str(kept))
+    assert kept.read_text() == before
+
+
+def test_a_backend_stands_beside_its_control(common: list[str], monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "backends.py", *common, "weights.group_size=32", "--formats", "rtn w4, groups of 64")
+    lines = cells(capsys.readouterr().out)
+    assert [line[:3] for line in lines[2:]] == [["none", "bfloat16", "unquantized"],
+                                                *(["compressed-tensors", "rtn w4, groups of 64", row]
+                                                  for row in ("control", "sink-aware"))]
+    assert float(lines[2][3]) == 0
+    assert float(lines[3][3]) > 0
+    assert int(lines[3][9].replace(",", "")) < int(lines[2][9].replace(",", ""))
+    assert all(float(line[10]) > 0 for line in lines[2:])  # tokens per second
+
+
+def test_kept_channels_stand_beside_controls_of_the_same_bytes(common: list[str], monkeypatch: pytest.MonkeyPatch,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "channels.py", *common, "weights.group_size=32", "--methods", "rtn", "--bits", "2", "--channels",
+        "split", "module", "scale")
+    lines = cells(capsys.readouterr().out)[2:]
+    assert [line[2:4] for line in lines] == [
+        ["nothing", ""], ["split", "evenly"], ["split", "elsewhere"], ["split", "sinks"],
+        ["module", "evenly"], ["module", "elsewhere"], ["module", "sinks"], ["scale", "sinks"]]
+    assert lines[2][-2] == lines[3][-2]  # bytes

@@ -1,0 +1,151 @@
+"""sq.load(folder, packed=True): the logits of the dense weights to the noise of bfloat16, and nothing dense unsaid."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import quantized
+from families import FAMILIES, tiny_model
+from sinkmaps import sink_map_of
+from tiny_tokenizer import tiny_tokenizer
+from transformers import PreTrainedModel
+
+import sinkquant as sq
+from sinkquant.errors import RequestError
+from sinkquant.formats import load, save
+from sinkquant.inference import KernelLinear
+from sinkquant.models import Decoder
+from sinkquant.policy import make_plan
+from sinkquant.quantize import quantize
+from sinkquant.recipe import Recipe
+
+WIDTHS = [2, 3, 4, 5, 6, 7, 8]
+CASES = [(family, WIDTHS[place % 7], (32, -1, 64)[place % 3]) for place, family in enumerate(FAMILIES)]
+ROWS = torch.arange(3, 40)[None]
+
+
+@pytest.fixture(scope="module")
+def folder(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 4 bits in groups of 32; one linear is in 16 bits, another has groups that no kernel takes."""
+    model, *_ = quantized(text_file, dtype=torch.bfloat16, more=(
+        "weights.ignore=['*layers.0.self_attn.o_proj']",
+        "weights.overrides=[{pattern: '*layers.1.mlp.down_proj', bits: 3, group_size: 16}]"))
+    return save(model, tiny_tokenizer(), tmp_path_factory.mktemp("packed") / "out")
+
+
+def logits(model: PreTrainedModel, rows: torch.Tensor = ROWS) -> torch.Tensor:
+    with torch.no_grad():
+        return model(rows).logits.float()
+
+
+def distance(model: PreTrainedModel, other: PreTrainedModel, rows: torch.Tensor = ROWS) -> float:
+    """Relative, of the median token: a last bit can send a token to another expert."""
+    expected = logits(other, rows)
+    return float(((logits(model, rows) - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
+
+
+@pytest.mark.parametrize(("family", "bits", "group"), CASES)
+def test_every_family_gives_the_logits_of_its_dense_weights(text_file: Path, tmp_path: Path, family: str, bits: int,
+                                                            group: int) -> None:
+    model, plan, _ = quantized(text_file, family, bits=bits, group=group, dtype=torch.bfloat16)
+    out = save(model, tiny_tokenizer(), tmp_path / "out")
+    packed, tokenizer = load(out, packed=True)
+    assert distance(packed, model) < 0.03
+    found = sq.packing(packed)
+    experts = set(Decoder.of(model).experts)
+    assert set(found.kernels) == set(plan.formats) - experts
+    assert all("fused experts" in why or "16 bits" in why for why in found.dense.values())
+    fused = any("fused experts" in why for why in found.dense.values())
+    assert fused == (family in ("mixtral", "qwen3_moe", "gpt_oss"))
+    made = packed.generate(**tokenizer("w9 w10", return_tensors="pt"), max_new_tokens=4)
+    assert made.shape[1] > 3
+
+
+def test_what_is_dense_is_named_and_what_it_takes_is_counted(folder: Path) -> None:
+    packed = load(folder, packed=True)[0]
+    found = sq.packing(packed)
+    assert found.dense["model.layers.0.self_attn.o_proj"] == "left in 16 bits by the checkpoint"
+    assert "group size 16" in found.dense["model.layers.1.mlp.down_proj"]
+    assert "lm_head" in found.dense
+    assert len(found.kernels) == 19
+    assert distance(packed, load(folder)[0]) < 0.02
+    linears = [module for module in packed.modules() if isinstance(module, KernelLinear)]
+    weights = sum(module.in_features * module.out_features for module in linears)
+    assert found.linear_bfloat16_bytes == 2 * weights
+    assert found.linear_bytes == weights * 5 // 8  # 4 bits, and 32 for every 32 weights
+    assert found.expanded_bytes == weights // 16 - 16 * len(linears)  # a zero beside every scale; no shape
+    dense = load(folder)[0].to(torch.bfloat16)
+    assert found.bfloat16_bytes == sum(t.nbytes for t in (*dense.parameters(), *dense.buffers()))
+    with pytest.raises(RequestError, match="not packed"):
+        sq.packing(dense)
+
+
+def test_many_tokens_and_few_give_the_same(folder: Path) -> None:
+    packed = load(folder, packed=True)[0]
+    many = ROWS.repeat(8, 1)
+    assert distance(packed, load(folder)[0], many) < 0.02
+    assert float((logits(packed, many)[:1] - logits(packed)).norm() / logits(packed).norm()) < 0.02
+
+
+def test_columns_and_super_weights_beside_the_codes_are_added(text_file: Path, tmp_path: Path) -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    decoder = Decoder.of(model)
+    names = list(decoder.shape("").linears)
+    recipe = Recipe().replace(["weights.method=rtn", "weights.group_size=32", "protect.channels=split",
+                               "protect.max_share=0.5"])
+    plan = make_plan(decoder.shape("llama"), sink_map_of(decoder, {names[0]: 0.6, names[-1]: 0.3}), recipe)
+    assert any(form.columns for form in plan.formats.values())
+    out = save(quantize(model, plan, tiny_tokenizer()), tiny_tokenizer(), tmp_path / "out")
+    packed = load(out, packed=True)[0]
+    assert set(sq.packing(packed).kernels) == set(plan.formats)
+    assert distance(packed, model) < 0.02
+    module = packed.get_submodule(names[0])
+    assert isinstance(module, KernelLinear)
+    assert module.side is not None
+
+
+@pytest.mark.parametrize("more", [
+    ("weights.bits=8", "weights.group_size=-1", "activations.format=int8"),
+    ("activations.format=int8", "activations.scale=tensor"), ("activations.format=int4",)])
+def test_inputs_are_rounded_as_the_checkpoint_asks(text_file: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+    model = quantized(text_file, dtype=torch.bfloat16, more=more)[0]
+    out = save(model, tiny_tokenizer(), tmp_path / "out")
+    packed, dense = load(out, packed=True)[0], load(out)[0]
+    assert sq.packing(packed).kernels
+    hooks = [len(module._forward_pre_hooks) for module in packed.modules() if isinstance(module, KernelLinear)]
+    assert set(hooks) == {1}
+    assert distance(packed, dense) < 0.1  # a last bit decides about a code of the inputs now and then
+
+
+def test_a_packed_cache_is_installed_too(text_file: Path, tmp_path: Path) -> None:
+    model = quantized(text_file, dtype=torch.bfloat16, more=(
+        "kv_cache.key_bits=4", "kv_cache.value_bits=4", "kv_cache.exact=first-n", "kv_cache.window=8"))[0]
+    out = save(model, tiny_tokenizer(), tmp_path / "out")
+    packed, dense = load(out, packed=True)[0], load(out)[0]
+    found = [one.generate(ROWS, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+             for one in (packed, dense)]
+    assert type(found[0].past_key_values) is type(found[1].past_key_values)
+    assert "sinkquant" in type(found[0].past_key_values).__module__
+
+
+def test_what_cannot_be_packed_is_refused(folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="computes in bfloat16"):
+        load(folder, torch.float32, packed=True)
+    with pytest.raises(RequestError, match="holds no packed weights"):
+        load(tiny_folder, packed=True)
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes"}
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RequestError, match="in another library's"):
+        load(other, packed=True)
+
+
+def test_a_packed_model_is_not_quantized_again(folder: Path, text_file: Path) -> None:
+    plan = quantized(text_file)[1]
+    with pytest.raises(RequestError, match="quantized already"):
+        quantize(load(folder, packed=True)[0], plan)
