@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sinkquant.artifacts import Frontier, Plan, Report, Sensitivity, SinkMap
+from sinkquant.artifacts import Frontier, Plan, Report, SinkMap
 from sinkquant.artifacts.base import write_atomically
 from sinkquant.artifacts.experts import in_lines
+from sinkquant.cli_parts import (
+    JsonOption,
+    ModelArgument,
+    SensitivityOption,
+    SetOption,
+    TextOption,
+    TrustOption,
+    err,
+    find_costs,
+    find_sinks,
+    out,
+    shown_progress,
+)
+from sinkquant.cli_policy import diff
 from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe, recipe_names
 
@@ -28,16 +37,6 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 INTERRUPTED = 130
 """What typer makes of Ctrl-C."""
-out, err = Console(), Console(stderr=True)
-
-ModelArgument = Annotated[str, typer.Argument(help="A model folder, a hub id, or 'demo'.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Set a recipe key.")]
-TextOption = Annotated[str | None, typer.Option("--text", help="A file of your own text; default: packaged prose.")]
-SensitivityOption = Annotated[Path | None, typer.Option("--sensitivity", help="Take sensitivities from this file, or "
-                                                        "write them there; a solved budget needs them.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the artifact as JSON.")]
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model folder carries.")]
-
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong request, 3 below the quality gate."""
@@ -102,7 +101,7 @@ def run(recipe: Annotated[str | None, typer.Argument(help="A recipe file or the 
     from sinkquant.models.processes import this_process
     from sinkquant.pipeline import run as run_pipeline
 
-    with _progress() as progress:
+    with shown_progress() as progress:
         report = run_pipeline(chosen, model, output, edited=edited, sink_map=known, sensitivity=sensitivity,
                               plan_only=plan_only, resume=resume, trust_remote_code=trust_remote_code,
                               progress=progress)
@@ -134,7 +133,7 @@ def detect(model: ModelArgument, text: TextOption = None, assignments: SetOption
            output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the sink map here.")] = None,
            trust_remote_code: TrustOption = False) -> None:
     """Find sink tokens, heads, channels and super weights."""
-    sink_map = _detect(model, text, Recipe().replace(assignments or []), trust_remote_code)
+    sink_map = find_sinks(model, text, Recipe().replace(assignments or []), trust_remote_code)
     if output:
         sink_map.save(output)
     if json:
@@ -164,13 +163,13 @@ def plan(model: ModelArgument,
     shape = Decoder.of(open_model(resolve(model), trust_remote_code=trust_remote_code)).shape(model)
     made, _ = plan_ready(shape, chosen, None, known) if sensitivity is None and not frontier else (None, [])
     if frontier:
-        known = known or _detect(model, text, chosen, trust_remote_code)
-        lost = _sensitivity(model, text, known, chosen, sensitivity, trust_remote_code)
+        known = known or find_sinks(model, text, chosen, trust_remote_code)
+        lost = find_costs(model, text, known, chosen, sensitivity, trust_remote_code)
         _show_frontier(make_frontier(shape, known, chosen, lost), output, json)
         return
     if made is None:
-        found = known or _detect(model, text, chosen, trust_remote_code)
-        costs = (_sensitivity(model, text, found, chosen, sensitivity, trust_remote_code)
+        found = known or find_sinks(model, text, chosen, trust_remote_code)
+        costs = (find_costs(model, text, found, chosen, sensitivity, trust_remote_code)
                  if chosen.budget.solved or sensitivity else None)
         made = make_plan(shape, found, chosen, costs)
     if output:
@@ -194,14 +193,17 @@ def sensitivity(model: ModelArgument,
     chosen = Recipe.load(recipe).replace(assignments or [])
     from sinkquant.sensitivity.show import ranking_in_words, table
 
-    found = SinkMap.load(sink_map) if sink_map else _detect(model, text, chosen, trust_remote_code)
-    made = _sensitivity(model, text, found, chosen, output, trust_remote_code)
+    found = SinkMap.load(sink_map) if sink_map else find_sinks(model, text, chosen, trust_remote_code)
+    made = find_costs(model, text, found, chosen, output, trust_remote_code)
     if json:
         print(made.to_json(), end="")
         return
     out.print(table(made))
     for line in [*ranking_in_words(made), *(f"Note: {note}" for note in made.notes)]:
         out.print(escape(line), soft_wrap=True)
+
+
+app.command()(diff)
 
 
 @app.command(name="eval")
@@ -220,7 +222,7 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A run's folder or a ch
     from sinkquant.models.processes import this_process
 
     recipe = recorded_recipe(folder).replace([*extra, *(assignments or [])])
-    with _progress() as progress:
+    with shown_progress() as progress:
         made = evaluate_folder(folder, recipe, baseline, progress)
     if this_process()[0] > 0:
         return
@@ -255,7 +257,7 @@ def diagnose(models: Annotated[list[str], typer.Argument(help="A model folder, a
     read_text(text, "evaluation")
     other = resolve(_checkpoint_of(against)) if against else None
     found = []
-    with _progress() as progress:
+    with shown_progress() as progress:
         for name, folder, tokenizer in zip(models, folders, tokenizers, strict=True):
             quantized = load_dense(other) if other else None
             found.append(examine(load_dense(folder), tokenizer, text, recipe, name, against=quantized,
@@ -293,7 +295,7 @@ def cut(model: ModelArgument,
 
     require_free(output)
     folder = resolve(model)
-    found = SinkMap.load(sink_map) if sink_map else _detect(model, text, recipe, trust_remote_code)
+    found = SinkMap.load(sink_map) if sink_map else find_sinks(model, text, recipe, trust_remote_code)
     kept = cut_heads(open_model(folder, trust_remote_code=trust_remote_code),
                      load_tokenizer(folder, trust_remote_code), found, output, recipe)
     out.print(f"{len(kept[0])} of {found.model.kv_heads} key-value heads are left in every layer: {output}",
@@ -347,57 +349,6 @@ def recipes(action: Annotated[str | None, typer.Argument(help="'show' to print o
         print(Recipe.load(name).to_yaml(), end="")
     else:
         raise RequestError("write 'quantize-model recipes' or 'quantize-model recipes show NAME'.")
-
-
-def _detect(model: str, text: str | None, recipe: Recipe, trust_remote_code: bool) -> SinkMap:
-    from sinkquant.detect import detect as find
-    from sinkquant.models import load_tokenizer, open_model, read_text, resolve
-
-    folder = resolve(model)
-    tokenizer = load_tokenizer(folder, trust_remote_code)
-    read_text(text or recipe.calibration.text, "calibration")
-    with _progress() as progress:
-        loaded = open_model(folder, trust_remote_code=trust_remote_code)
-        return find(loaded, tokenizer, text, recipe, model, progress)
-
-
-def _sensitivity(model: str, text: str | None, sink_map: SinkMap, recipe: Recipe, cache: Path | None,
-                 trust_remote_code: bool) -> Sensitivity:
-    from sinkquant.models import load_tokenizer, open_model, resolve
-    from sinkquant.sensitivity import find_sensitivity
-
-    folder = resolve(model)
-    asked = recipe.replace([f"calibration.text={text}"]) if text else recipe
-    with _progress() as progress:
-        return find_sensitivity(open_model(folder, trust_remote_code), load_tokenizer(folder, trust_remote_code),
-                                sink_map, asked, cache, progress=progress)
-
-
-class _Bars:
-    """One progress bar per label, with the time left."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.tasks: dict[str, TaskID] = {}
-
-    def __call__(self, done: int, total: int, label: str) -> None:
-        if label not in self.tasks:
-            self.tasks[label] = self.progress.add_task(label, total=total)
-        self.progress.update(self.tasks[label], completed=done, total=total)
-
-
-@contextmanager
-def _progress() -> Iterator[_Bars]:
-    """Bars on a terminal, silence elsewhere; the libraries' own chatter is turned off."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    for library in ("compressed_tensors", "bitsandbytes"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
-        yield _Bars(progress)
 
 
 def _show_sink_map(sink_map: SinkMap) -> None:

@@ -9,7 +9,7 @@ from sinkquant.artifacts.diagnosis import Diagnosis
 from sinkquant.artifacts.fidelity import SinkFidelity
 from sinkquant.artifacts.frontier import Frontier, FrontierPoint
 from sinkquant.artifacts.kv import KVCachePlan, KVLayer, KVSink, MassiveCarriers
-from sinkquant.artifacts.plan import Calibration, ModuleDecision, Plan, SinkSelector, Transform
+from sinkquant.artifacts.plan import Calibration, ModuleDecision, Plan, PredictedLoss, SinkSelector, Transform
 from sinkquant.artifacts.report import Measure, Paired, Report, Row
 from sinkquant.artifacts.sensitivity import FormatLoss, Ranking, Sensitivity, Terms, UnitSensitivity
 from sinkquant.artifacts.shapes import KVLayerShape, LinearShape, ModelShape
@@ -49,6 +49,7 @@ __all__ = [
     "OutlierPrefix",
     "Paired",
     "Plan",
+    "PredictedLoss",
     "Ranking",
     "Report",
     "Row",

@@ -144,13 +144,22 @@ class Calibration(Strict):
     min_expert_tokens: int = 256
 
 
+class PredictedLoss(Strict):
+    """What modules that share a format are predicted to lose together, nats per token, and through the sinks alone."""
+
+    modules: list[str]
+    total: float
+    sinks: float
+
+
 class Plan(Artifact):
     """Bits per module with reasons, exact bytes, and what loads the result.
 
     `bits_per_weight` averages over the linears of the blocks, scales and modules left in 16 bits counted.
     `weight_bytes` is the size of the checkpoint's safetensors files to the byte, their headers included. `transforms`
     are carried out in their order, before anything is quantized.
-    `silenced_heads` are query heads that nothing reads any more; their weights stay where they are.
+    `silenced_heads` are query heads that nothing reads any more; their weights stay where they are. `losses` are the
+    parts of the predicted loss, empty where nothing was known of it.
     """
 
     SCHEMA: ClassVar[str] = "sinkquant/plan@1"
@@ -168,6 +177,7 @@ class Plan(Artifact):
     calibration: Calibration
     seed: int
     predicted: dict[str, float]
+    losses: list[PredictedLoss] = Field(default_factory=list)
     loads_in: list[str]
     notes: list[str] = Field(default_factory=list)
     recipe: dict[str, Any] = Field(default_factory=dict)

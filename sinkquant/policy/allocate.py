@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sinkquant.artifacts import FormatLoss, KVCachePlan, ModelShape, Sensitivity, SinkMap, Terms, UnitSensitivity
+from sinkquant.artifacts import KVCachePlan, ModelShape, Sensitivity, SinkMap, Terms, UnitSensitivity
 from sinkquant.artifacts.formats import PLAIN, WeightFormat
 from sinkquant.artifacts.kv import cache_bytes
 from sinkquant.artifacts.sizes import checkpoint_bytes, module_bytes
@@ -14,15 +14,12 @@ from sinkquant.errors import RequestError
 from sinkquant.policy.backends import storage_of
 from sinkquant.policy.engines import engine_loads
 from sinkquant.policy.expected import expect_loss
-from sinkquant.policy.rules import Choice, affected
+from sinkquant.policy.explain import found_in, sentence
+from sinkquant.policy.rules import Choice
 from sinkquant.policy.solver import Option, Solution, fewest_bytes, least_loss
 from sinkquant.recipe import Budget, Recipe
 
 EXACT = WeightFormat(16, None)
-NAMED = 4
-"""No unit of an engine's fusing has more modules."""
-HARDLY = 0.01
-"""A smaller share of a loss is not worth a number."""
 ROUNDS = 6
 """How often a budget of bytes is solved again because a longer header took it over the limit."""
 
@@ -34,10 +31,12 @@ class Allocation:
     Attributes:
         choices: every linear, those that were not free included.
         gap: how far below what was found the optimum may lie, as a share of it.
+        explained: the linears whose reason says what was weighed against what.
     """
 
     choices: dict[str, Choice]
     gap: float
+    explained: frozenset[str]
 
 
 def solve(base: dict[str, Choice], shape: ModelShape, sink_map: SinkMap, recipe: Recipe,
@@ -56,16 +55,16 @@ def solve(base: dict[str, Choice], shape: ModelShape, sink_map: SinkMap, recipe:
     if sensitivity is None:
         raise RequestError("a budget that is solved for needs sensitivities; make them with "
                            "sinkquant.find_sensitivity, or run quantize-model plan, which makes them itself.")
-    reasons = dict(affected(shape, sink_map))
+    reasons = found_in(shape, sink_map)
     free = Problem(shape, base, sensitivity, recipe)
     solved = free.solve(kv_bytes_of(shape, recipe.budget, kv_cache))
     choices = dict(base)
     for unit, forms, option in zip(free.units, free.options, solved.chosen, strict=True):
         for name in unit.modules:
             choices[name] = replace(_in_format(base[name], forms[option]),
-                                    reason=_reason(unit, forms[option], sensitivity, reasons.get(name, "")))
+                                    reason=sentence(unit, forms[option], sensitivity, reasons.get(name, "")))
     _check_engine(choices, shape, recipe.budget)
-    return Allocation(choices, solved.gap)
+    return Allocation(choices, solved.gap, frozenset(name for unit in free.units for name in unit.modules))
 
 
 def check_solvable(recipe: Recipe) -> None:
@@ -247,30 +246,3 @@ def _loss(unit: UnitSensitivity, form: WeightFormat, score: str) -> float:
     if loss is None:  # 16 bits
         return 0.0
     return loss.diagonal if score == "diagonal" else loss.terms.total
-
-
-def _reason(unit: UnitSensitivity, form: WeightFormat, sensitivity: Sensitivity, why: str) -> str:
-    """A sentence with its figures: this format's loss, and that of the next smaller one that was given up."""
-    parts = [f"{form.bits} bits" if form.packed else "left in 16 bits"]
-    if why:
-        parts[0] += f", {why}"
-    through = f"through {' and '.join(map(repr, sensitivity.sinks[:2]))}" if sensitivity.sinks else "through sinks"
-    shared = ""
-    if len(unit.modules) > NAMED:
-        shared = f" for {len(unit.modules)} linears of experts together"
-    elif len(unit.modules) > 1:
-        shared = f" for {' + '.join(m.rpartition('.')[2] for m in unit.modules)} together"
-    here = unit.loss(form)
-    if here is not None:
-        parts.append(f"predicted {_figures(here, through)}{shared}")
-    lower = [loss for loss in unit.losses if loss.bits < form.bits]
-    if lower:
-        below = max(lower, key=lambda loss: (loss.bits, -loss.group_size))
-        parts.append(f"at {below.bits} bits {'predicted ' if here is None else ''}{_figures(below, through)}")
-    return "; ".join(parts)
-
-
-def _figures(loss: FormatLoss, through: str) -> str:
-    total, sinks = loss.terms.total, loss.terms.sinks
-    share = f"of which {sinks:.2g}" if abs(sinks) >= HARDLY * total else "hardly any of it"
-    return f"{total:+.2g} nats, {share} {through}"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sinkquant.artifacts import FormatLoss, Plan, Sensitivity, UnitSensitivity
+from sinkquant.artifacts import FormatLoss, Plan, PredictedLoss, Sensitivity, UnitSensitivity
 from sinkquant.artifacts.formats import WeightFormat
 
 
@@ -30,7 +30,7 @@ def expect_loss(formats: Mapping[str, WeightFormat], sensitivity: Sensitivity) -
         form = formats[unit.modules[0]]
         if not form.packed:
             continue
-        loss = unit.loss(form) or _of_larger_groups(unit, form)
+        loss = loss_of(unit, form)
         if loss is None:
             unknown += unit.modules
         else:
@@ -40,9 +40,14 @@ def expect_loss(formats: Mapping[str, WeightFormat], sensitivity: Sensitivity) -
     return ExpectedLoss(total, sinks, unknown)
 
 
+def loss_of(unit: UnitSensitivity, form: WeightFormat) -> FormatLoss | None:
+    """What a format costs, or at most costs; None where neither is known, and for 16 bits."""
+    return unit.loss(form) or _of_larger_groups(unit, form)
+
+
 def _of_larger_groups(unit: UnitSensitivity, form: WeightFormat) -> FormatLoss | None:
     """What the same bits cost in the smallest groups that were tried and are larger: a bound."""
-    if form.kind != "int" or form.split or form.group_size == -1:
+    if form.kind != "int" or form.split or form.group_size == -1 or not form.packed:
         return None
     larger = [loss for loss in unit.losses if loss.bits == form.bits and not loss.form.split
               and (loss.group_size == -1 or loss.group_size > (form.group_size or 0))]
@@ -65,6 +70,10 @@ def with_expected_loss(plan: Plan, sensitivity: Sensitivity, gap: float | None =
                      if key in ("bits", "bytes", "loss") and value is not None)
         notes.append(f"solved for the budget of {limit} over {len(sensitivity.units)} modules or groups of them, with "
                      f"a gap of {gap:.2g} to the optimum")
+    if plan.transforms:
+        notes.append("no loss is predicted: the sensitivities are of the weights before "
+                     f"{' and '.join(transform.name for transform in plan.transforms)}")
+        return plan.model_copy(update={"notes": notes})
     if found.unknown:
         notes.append(f"no loss is predicted: {len(found.unknown)} quantized modules are in formats without a "
                      f"sensitivity, among them {found.unknown[0]}")
@@ -72,7 +81,8 @@ def with_expected_loss(plan: Plan, sensitivity: Sensitivity, gap: float | None =
         predicted |= {"kl": found.total, "kl_sinks": found.sinks}
     notes += [f"the predicted loss is that of the weights' formats; what {what} loses is not in it"
               for what in _left_out(plan)]
-    return plan.model_copy(update={"predicted": predicted, "notes": notes})
+    losses = [loss for unit in sensitivity.units if (loss := _of_unit(unit, plan)) is not None]
+    return plan.model_copy(update={"predicted": predicted, "notes": notes, "losses": losses})
 
 
 def _left_out(plan: Plan) -> list[str]:
@@ -80,3 +90,10 @@ def _left_out(plan: Plan) -> list[str]:
     found = ["pruning"] if any(decision.prune is not None for decision in decisions) or plan.silenced_heads else []
     found += ["rounding inputs"] if any(decision.rounded for decision in decisions) else []
     return found + (["the KV cache"] if plan.kv_cache is not None else [])
+
+
+def _of_unit(unit: UnitSensitivity, plan: Plan) -> PredictedLoss | None:
+    """What a unit's format in the plan is predicted to lose; None where that is not known, or nothing."""
+    loss = loss_of(unit, plan.modules[unit.modules[0]].form)
+    return None if loss is None else PredictedLoss(modules=unit.modules, total=loss.terms.total,
+                                                   sinks=loss.terms.sinks)

@@ -11,7 +11,8 @@ FOR_SINKS = frozenset({"boost", "cap", "exclude"})
 
 
 def plan_from_shapes(shape: ModelShape, recipe: Recipe) -> tuple[Plan | None, list[str]]:
-    """The plan that `make_plan` would make with any sink map, where the recipe takes nothing from it.
+    """The plan that `make_plan` would make with any sink map, where the recipe takes nothing from it; reasons do not
+    tell of sinks that nobody looked for.
 
     Returns:
         the plan and an empty list; or None and the settings that take what only detection finds.

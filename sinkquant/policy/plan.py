@@ -35,6 +35,7 @@ from sinkquant.policy.backends import carried, check_recipe, engines, notes
 from sinkquant.policy.budget import choice_bytes, close_gap, evenly_spread, fill, linear_bytes
 from sinkquant.policy.engines import in_vllm
 from sinkquant.policy.expected import with_expected_loss
+from sinkquant.policy.explain import explained
 from sinkquant.policy.heads import with_silenced_heads, with_small_heads
 from sinkquant.policy.kv_cache import make_kv_control, make_kv_plan
 from sinkquant.policy.pruning import with_pruning
@@ -68,6 +69,7 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
         order = [name for name, _ in affected(shape, sink_map)]
         order += [name for name in evenly_spread(list(shape.linears)) if name not in order]
         choices = _within_budget(base, choices, shape, recipe, order)
+    choices = explained(choices, shape, sink_map, recipe, sensitivity, solved.explained if solved else frozenset())
     choices = spare_sinks(choices, shape, sink_map, recipe)
     check_group_sizes(choices, shape)
     excluded = check_exclusion(recipe, kv_cache)

@@ -14,6 +14,8 @@ from sinkquant.recipe import Recipe
 
 MIN_SINK_ENERGY = 0.05
 """A linear in which sink tokens give less of trace(H) is not theirs."""
+NAMED = 3
+"""A reason lists no more super weights than that."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def base_choices(shape: ModelShape, recipe: Recipe) -> dict[str, Choice]:
     weights = recipe.weights
     names = list(shape.linears)
     plain = Choice(weights.bits, weights.group_size, weights.method,
-                   f"{weights.bits} bits: nothing here depends on a sink more than elsewhere")
+                   f"{weights.bits} bits: as weights.bits asks")
     choices = dict.fromkeys(names, plain)
     for index, override in enumerate(weights.overrides):
         for name in match(override.pattern, names, f"weights.overrides[{index}]"):
@@ -128,15 +130,16 @@ def affected(shape: ModelShape, sink_map: SinkMap) -> list[tuple[str, str]]:
         if not supers and (not statistics.sink_columns or statistics.sink_energy < MIN_SINK_ENERGY):
             continue
         parts = []
-        born = _born_here(name, shape, sink_map)
-        if born:
-            parts.append(f"the massive activation in channel {born} is born here")
+        if born := born_here(name, shape, sink_map):
+            parts.append(born)
         if statistics.sink_columns:
             parts.append(f"{sinks} sets its input range ({statistics.input_max:.3g} against "
                          f"{statistics.input_max_without_sinks:.3g} elsewhere) and gives "
                          f"{statistics.sink_energy:.0%} of trace(H)")
         if supers:
-            parts.append(f"it holds a super weight (+{supers[0].loss_increase:.3g} nats without it)")
+            places = ", ".join(f"[{weight.row}, {weight.column}]" for weight in supers[:NAMED])
+            parts.append(f"it holds the super weight{'s' if len(supers) > 1 else ''} {places} "
+                         f"(+{supers[0].loss_increase:.3g} nats without {'the first' if len(supers) > 1 else 'it'})")
         loss = sum(weight.loss_increase for weight in supers)
         ranked.append((loss + statistics.sink_energy, name, "; ".join(parts)))
     return [(name, why) for _, name, why in sorted(ranked, key=lambda item: (-item[0], item[1]))]
@@ -165,11 +168,17 @@ def _raised(choice: Choice, recipe: Recipe, why: str, columns: tuple[int, ...]) 
     return Choice(bits, choice.group_size, choice.method, f"{bits} bits: {why}", "module", columns, why=why)
 
 
-def _born_here(name: str, shape: ModelShape, sink_map: SinkMap) -> str:
-    """Channels whose birth sub-block ends with this linear, as text."""
-    block = f"layers.{shape.linears[name].block}"
-    writes = shape.linears[name].rows == sink_map.model.hidden_size
-    is_attention = any(part in name for part in ("attn", "attention"))
-    here = [str(c.channel) for c in sink_map.channels if writes and (
-        c.born == block or c.born == f"{block}.{'attention' if is_attention else 'mlp'}")]
-    return ", ".join(here)
+def born_here(name: str, shape: ModelShape, sink_map: SinkMap) -> str:
+    """Which massive activations this linear writes into the residual stream first, in words; empty where none."""
+    linear = shape.linears[name]
+    if linear.rows != sink_map.model.hidden_size or linear.reads == "stream" or linear.part_of:
+        return ""
+    block = f"layers.{linear.block}"
+    is_attention = linear.reads == "values" or any(part in name for part in ("attn", "attention"))
+    half = f"{block}.{'attention' if is_attention else 'mlp'}"
+    here = [str(channel.channel) for channel in sink_map.channels if channel.born in (block, half)]
+    if not here:
+        return ""
+    many = len(here) > 1
+    return (f"the massive activation{'s' if many else ''} in channel{'s' if many else ''} {', '.join(here)} "
+            f"{'are' if many else 'is'} born here")

@@ -60,7 +60,7 @@ def find_sensitivity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
              "were asked for"] if len(rows) < settings.rows else []
     made = Sensitivity(
         key=key, model=sink_map.model.name, rows=len(rows), length=length,
-        sinks=[token.text or str(token.token_id) for token in _placed(sink_map)],
+        sinks=[token.text or f"position {token.position}" for token in _placed(sink_map)],
         sink_positions=float(sinks.sum(1).double().mean()), units=found, notes=notes)
     if settings.measure_rows:
         made = _measured(made, decoder, tokenizer, sink_map, weights, recipe, progress)

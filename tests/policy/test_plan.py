@@ -53,7 +53,7 @@ def test_linears_that_sinks_dominate_are_raised_with_the_reason_in_words(decoder
                  "60% of trace(H)"):
         assert part in down.reason
     assert plan.modules[K].reason == f"8 bits: fused with {Q}"
-    assert "super weight (+0.4 nats" in plan.modules[OUT].reason
+    assert "super weight [1, 2] (+0.4 nats" in plan.modules[OUT].reason
     assert plan.modules[UP].keep is None
 
 

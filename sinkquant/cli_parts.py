@@ -1,0 +1,79 @@
+"""What the commands of quantize-model share: options, consoles, bars of progress, and the first steps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from sinkquant.artifacts import Sensitivity, SinkMap
+from sinkquant.recipe import Recipe
+
+out, err = Console(), Console(stderr=True)
+
+ModelArgument = Annotated[str, typer.Argument(help="A model folder, a hub id, or 'demo'.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Set a recipe key.")]
+TextOption = Annotated[str | None, typer.Option("--text", help="A file of your own text; default: packaged prose.")]
+SensitivityOption = Annotated[Path | None, typer.Option("--sensitivity", help="Take sensitivities from this file, or "
+                                                        "write them there; a solved budget needs them.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the artifact as JSON.")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model folder carries.")]
+
+
+def find_sinks(model: str, text: str | None, recipe: Recipe, trust_remote_code: bool) -> SinkMap:
+    """The sink map of a model, with bars."""
+    from sinkquant.detect import detect as find
+    from sinkquant.models import load_tokenizer, open_model, read_text, resolve
+
+    folder = resolve(model)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    read_text(text or recipe.calibration.text, "calibration")
+    with shown_progress() as progress:
+        loaded = open_model(folder, trust_remote_code=trust_remote_code)
+        return find(loaded, tokenizer, text, recipe, model, progress)
+
+
+def find_costs(model: str, text: str | None, sink_map: SinkMap, recipe: Recipe, cache: Path | None,
+                 trust_remote_code: bool) -> Sensitivity:
+    """The sensitivities of a model, from a file or made now."""
+    from sinkquant.models import load_tokenizer, open_model, resolve
+    from sinkquant.sensitivity import find_sensitivity
+
+    folder = resolve(model)
+    asked = recipe.replace([f"calibration.text={text}"]) if text else recipe
+    with shown_progress() as progress:
+        return find_sensitivity(open_model(folder, trust_remote_code), load_tokenizer(folder, trust_remote_code),
+                                sink_map, asked, cache, progress=progress)
+
+
+class Bars:
+    """One progress bar per label, with the time left."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.tasks: dict[str, TaskID] = {}
+
+    def __call__(self, done: int, total: int, label: str) -> None:
+        if label not in self.tasks:
+            self.tasks[label] = self.progress.add_task(label, total=total)
+        self.progress.update(self.tasks[label], completed=done, total=total)
+
+
+@contextmanager
+def shown_progress() -> Iterator[Bars]:
+    """Bars on a terminal, silence elsewhere; the libraries' own chatter is turned off."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    for library in ("compressed_tensors", "bitsandbytes"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
+        yield Bars(progress)
