@@ -55,12 +55,13 @@ from sinkquant.policy import (
     check_same_model,
     make_control,
     make_plan,
+    require_distill,
     require_transforms,
 )
 from sinkquant.policy.pruning import pruning_alone
 from sinkquant.predict import Prediction, require_memory, spill_limit
 from sinkquant.quantize import quantize, require_packages
-from sinkquant.quantize.ranks import join
+from sinkquant.quantize.ranks import join, require_one_process
 from sinkquant.quantize.transforms import rotate
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe
 from sinkquant.sensitivity import find_sensitivity
@@ -119,6 +120,8 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
     shape = decoder.shape(str(model))
     if edited is None:
         require_transforms(shape, recipe)
+        require_distill(shape, recipe)
+    require_one_process(edited.calibration.distill if edited else recipe.weights.distill)
     if sink_map is not None:
         check_same_model(shape, sink_map)
     ready, asking = plan_ready(shape, recipe, edited, sink_map) if plan_only else (None, [])

@@ -35,9 +35,11 @@ from sinkquant.recipe import Recipe
 PREFIX = "kv_cache={key_bits: 16, value_bits: 16, group_size: 128, window: 512, prefix: bos}"
 TRANSFORMS = {"none": [], "values": ["weights.rotate=values"], "rotate": ["weights.rotate=full"],
               "smoothquant": ["weights.smooth=smoothquant"], "awq": ["weights.smooth=awq"],
-              "scale": ["protect.channels=scale"], "weighed": [], "tune": ["weights.tune=30"]}
+              "scale": ["protect.channels=scale"], "weighed": [], "tune": ["weights.tune=30"],
+              "distill": ["weights.distill=60"]}
 """What is done before quantizing. "weighed" does nothing, but lets rounding to nearest see the calibration rows, as the
-transforms that need them do: its scale search weighs columns by their inputs then. "tune" is done afterwards."""
+transforms that need them do: its scale search weighs columns by their inputs then. "tune" and "distill" are done
+afterwards."""
 
 
 def main() -> None:

@@ -68,6 +68,12 @@ def my_rows(rows: torch.Tensor, plan: Plan) -> torch.Tensor:
     return rows.tensor_split(ranks)[rank]
 
 
+def require_one_process(distill: int) -> None:
+    """Raises RequestError where torchrun started several processes and a model is to be tuned end to end."""
+    if distill and this_process()[1] > 1:
+        raise RequestError("weights.distill tunes the whole model in one process; start without torchrun.")
+
+
 def total(counts: torch.Tensor) -> torch.Tensor:
     """The sum of every rank's counts, on every rank."""
     if this_rank()[1] > 1:

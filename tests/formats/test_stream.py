@@ -150,22 +150,22 @@ def test_killed_anywhere_and_resumed_to_the_same_bytes(
     assert contents(target) == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("place", "calls"), [("_write_block", 1), ("_write_block", 6), ("distilled", 0),
-                                              ("write_files", 0)])
-def test_tuned_end_to_end_and_killed_anywhere(
-        source: Path, tokenizer: PreTrainedTokenizerFast, recipe: sq.Recipe, sink_map: sq.SinkMap, place: str,
-        calls: int, tmp_path: Path) -> None:
+def test_tuned_end_to_end_and_killed_anywhere(source: Path, tokenizer: PreTrainedTokenizerFast, recipe: sq.Recipe,
+                                              sink_map: sq.SinkMap, tmp_path: Path) -> None:
     chosen = recipe.replace(["weights.distill=6", "weights.method=rtn", "calibration.length=32", "weights.bits=2"])
     model = load_model(source)
     plan = sq.plan(model, sink_map, chosen)
-    with killed(calls, place):
-        quantize_to(tmp_path / "disk", open_model(source), plan, tokenizer, sink_map, chosen)
-    said: list[str] = []
-    quantize_to(tmp_path / "disk", open_model(source), plan, tokenizer, sink_map, chosen,
-                progress=lambda *now: said.append(now[2]))
-    assert said.count("tuning end to end") == (0 if place == "write_files" else 6)  # done is not done again
     sq.save(sq.quantize(model, plan, tokenizer), tokenizer, tmp_path / "memory", sink_map, chosen)
-    assert contents(tmp_path / "disk") == contents(tmp_path / "memory")
+    # In the middle of writing what was tuned, and when that is done but nothing else.
+    for place, calls, again in (("_write_block", 6, 6), ("write_files", 0, 0)):
+        folder = tmp_path / place
+        with killed(calls, place):
+            quantize_to(folder, open_model(source), plan, tokenizer, sink_map, chosen)
+        said: list[str] = []
+        quantize_to(folder, open_model(source), plan, tokenizer, sink_map, chosen,
+                    progress=lambda *now, said=said: said.append(now[2]))
+        assert said.count("tuning end to end") == again  # what is done is not done again
+        assert contents(folder) == contents(tmp_path / "memory")
 
 
 def test_a_disk_that_gives_back_something_else_is_noticed(

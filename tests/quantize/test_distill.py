@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from sinkquant.artifacts import Plan
 from sinkquant.errors import RequestError
 from sinkquant.evaluate.divergence import row_divergences
 from sinkquant.models import Decoder, read_text, token_rows
-from sinkquant.policy import make_plan
+from sinkquant.policy import make_plan, require_distill
 from sinkquant.quantize import PackedWeight, distill, quantize, ranks, state_of
 from sinkquant.quantize.offsets import HELD, Offsets, leanings
 from sinkquant.quantize.rtn import RTN
@@ -39,10 +40,11 @@ def planned(model: PreTrainedModel, text: Path, iterations: int, *more: str) -> 
     return make_plan(decoder.shape(""), sink_map_of(decoder), recipe.replace(more))
 
 
-def divergence(family: str, model: PreTrainedModel, text: Path) -> float:
+def divergence(family: str, model: PreTrainedModel, text: Path, **overrides: Any) -> float:
     """From the unquantized bfloat16 model, on the calibration rows, computed in float32."""
     rows = token_rows(tiny_tokenizer(), read_text(str(text), "calibration"), ROWS, LENGTH)
-    found = row_divergences(tiny_model(family, dtype=torch.bfloat16).float(), copy.deepcopy(model).float(), rows)
+    found = row_divergences(tiny_model(family, dtype=torch.bfloat16, **overrides).float(),
+                            copy.deepcopy(model).float(), rows)
     return sum(found) / len(found)
 
 
@@ -72,10 +74,11 @@ def test_every_family_comes_nearer_and_loads_as_it_was(family: str, text_file: P
     ["weights.rotate=values", "weights.smooth=smoothquant", "weights.tune=2", "activations.format=int8"],
     ["weights.method=gptq", "prune.method=wanda", "prune.pattern=2:4"], ["backend=gptq"]])
 def test_it_comes_last_in_whatever_a_recipe_composes(more: list[str], text_file: Path, tmp_path: Path) -> None:
-    plain, better = (tiny_model("llama", dtype=torch.bfloat16) for _ in range(2))
+    plain, better = (tiny_model("llama", dtype=torch.bfloat16, num_hidden_layers=2) for _ in range(2))
     for model, iterations in ((plain, 0), (better, 24)):
         quantize(model, planned(model, text_file, iterations, *more), tiny_tokenizer())
-    assert divergence("llama", better, text_file) < divergence("llama", plain, text_file)
+    before, after = (divergence("llama", model, text_file, num_hidden_layers=2) for model in (plain, better))
+    assert after < before
     sq.save(better, tiny_tokenizer(), tmp_path / "saved")
     for name, packed in state_of(better).weights.items():
         before = state_of(plain).weights[name]
@@ -114,8 +117,8 @@ def test_one_step_is_that_of_automatic_differentiation() -> None:
 def test_two_runs_give_the_same_codes_and_another_seed_others(text_file: Path) -> None:
     found = []
     for seed in (0, 0, 1):
-        model = tiny_model("llama")
-        plan = planned(model, text_file, 5, f"seed={seed}", "calibration.rows=8")
+        model = tiny_model("llama", num_hidden_layers=1)
+        plan = planned(model, text_file, 9, f"seed={seed}", "calibration.rows=8")
         found.append(state_of(quantize(model, plan, tiny_tokenizer())).weights)
     same = [all(torch.equal(found[0][name].dequantized(), other[name].dequantized()) for name in other)
             for other in found[1:]]
@@ -139,11 +142,19 @@ def test_what_does_not_help_is_not_kept(text_file: Path, monkeypatch: pytest.Mon
      "does not let the tokens of an exact prefix through")])
 def test_what_it_cannot_do_is_refused_in_the_plan(family: str, more: list[str], sentence: str,
                                                   text_file: Path) -> None:
+    model = tiny_model(family)
     with pytest.raises(RequestError, match=sentence):
-        planned(tiny_model(family), text_file, 5, *more)
+        planned(model, text_file, 5, *more)
+    shape = Decoder.of(model).shape("")
+    recipe = Recipe().replace(["weights.distill=5", "weights.method=rtn", *more])
+    with pytest.raises(RequestError, match=sentence):  # and before the sinks are looked for
+        require_distill(shape, recipe)
 
 
 def test_several_processes_are_refused(tiny: PreTrainedModel, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "this_rank", lambda: (0, 2))
     with pytest.raises(RequestError, match=r"weights\.distill.* start without torchrun"):
         ranks.my_rows(torch.zeros(8, 4), planned(tiny, text_file, 5))
+    monkeypatch.setattr(ranks, "this_process", lambda: (1, 2))
+    with pytest.raises(RequestError, match="in one process; start without torchrun"):
+        ranks.require_one_process(5)
