@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sinkquant.formats.bars import no_bars
 from sinkquant.formats.opened import Inputs, check_readable, plain, read_json, require_complete
 from sinkquant.formats.own import METHOD, made_dense
 from sinkquant.formats.packed import load_packed
+from sinkquant.formats.placed import DeviceMap, Placement
 from sinkquant.formats.simulated import simulate
 from sinkquant.models import cast_experts, check_finite, load_model, load_tokenizer, open_model, resolve
 from sinkquant.models.inputs import let_through, round_inputs
@@ -27,24 +29,37 @@ KV_PREFIX = "kv_prefix/prefix.safetensors"
 """In a folder of its own: some engines load every safetensors file beside config.json as weights."""
 
 
-def load(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto",
-         device: str = "cpu", packed: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto", device: str = "cpu", *,
+         packed: bool = False, head_bits: int = 16, device_map: DeviceMap | None = None,
+         max_memory: Mapping[int | str, int | str] | None = None,
+         offload_folder: str | os.PathLike[str] | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a checkpoint that sinkquant wrote, or any other that transformers can.
 
     Packed weights are made dense at once, so that the model can be observed, evaluated and generated from. With
-    `packed` they stay packed, to generate from in less memory and faster; `packing` says which do. Where the
-    checkpoint's plan packs the KV cache, `generate` does so unless it is given another cache.
+    `packed` they stay packed, to generate from in less memory and faster; `packing` says which do. `head_bits` 8 then
+    rounds the token embedding and the output head too, which changes what the model computes. Where the checkpoint's
+    plan packs the KV cache, `generate` does so unless it is given another cache.
+
+    `device_map`, `max_memory` and `offload_folder` are accelerate's. What is offloaded of an unquantized model is never
+    in memory as a whole; a quantized one is loaded into main memory first, dense or packed, then sent where it belongs.
 
     Raises:
         RequestError: the folder is not a complete checkpoint, has no tokenizer, or is quantized in a way that is not
-            read here.
+            read here; or the model cannot be packed or placed as asked.
     """
+    if head_bits != 16 and not packed:
+        raise RequestError("head_bits rounds a model that is loaded with packed=True; give that too.")
+    placement = Placement.asked(device_map, max_memory, offload_folder, device)
     path = resolve(str(folder))
     tokenizer = load_tokenizer(path)
-    model = load_packed(path, dtype, device) if packed else load_dense(path, dtype, device)
+    if placement is not None and not packed and "quantization_config" not in read_json(path / "config.json"):
+        return load_model(path, dtype, placement=placement.arguments()), tokenizer
+    model = load_packed(path, dtype, device, head_bits) if packed else load_dense(path, dtype, device)
     content = read_checkpoint(path)
     if content and packed:
         simulate(model, content["plan"], path)
+    if placement is not None:
+        placement.apply(model, packed)
     if content and content["plan"].kv_cache is not None:
         install(model, content["plan"].kv_cache, prefix_of(path))
     return model, tokenizer

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from compressed_tensors.compressors.base import decompress_module
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -15,10 +16,12 @@ from transformers.pytorch_utils import Conv1D
 from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.errors import RequestError
 from sinkquant.formats.backends import backend_in
+from sinkquant.formats.backends.gptq import GPTQFiles
 from sinkquant.formats.bars import no_bars
 from sinkquant.formats.opened import Inputs, check_readable, plain, read_json, require_complete
+from sinkquant.formats.optimum import load_by_optimum
 from sinkquant.formats.own import SinkquantQuantizer
-from sinkquant.inference import PACKING, Int4, KernelLinear, Packing, int4_on, kernel_for
+from sinkquant.inference import PACKING, Int4, KernelLinear, Packing, int4_on, kernel_for, round_ends
 from sinkquant.models import cast_experts, check_finite
 from sinkquant.models.experts import EXPERTS
 from sinkquant.models.inputs import round_inputs
@@ -32,9 +35,11 @@ LEFT = "left in 16 bits by the checkpoint"
 FUSED = "fused experts: transformers computes with a layer's experts as one dense tensor"
 
 
-def load_packed(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> PreTrainedModel:
+def load_packed(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu",
+                head_bits: int = 16) -> PreTrainedModel:
     """The model of a compressed-tensors checkpoint, or one in sinkquant's own format, in bfloat16; weights that no
-    kernel takes are dense, and named with the reason by `packing`.
+    kernel takes are dense, and named with the reason by `packing`. `head_bits` 8 rounds the token embedding and the
+    output head, which the checkpoint has in 16 bits, as it is loaded.
 
     Raises:
         RequestError: the folder's weights are not packed, or packed by another library; another dtype is asked for; the
@@ -43,7 +48,11 @@ def load_packed(path: Path, dtype: torch.dtype | str = "auto", device: str = "cp
     if dtype not in ("auto", "bfloat16", torch.bfloat16):
         raise RequestError(f"packed=True computes in bfloat16, as torch's kernels do, not in {dtype}; leave dtype away "
                            "or load without packed=True.")
+    if head_bits not in (8, 16):
+        raise RequestError(f"head_bits is 8 or 16, not {head_bits}.")
     settings = read_json(path / "config.json").get("quantization_config")
+    if isinstance(backend_in(path), GPTQFiles):
+        return load_by_optimum(path, device)
     if backend_in(path) is not None:
         raise RequestError(f"packed=True reads compressed-tensors and sinkquant's own format, and {path} is in another "
                            "library's; load it without packed=True, or with transformers for that library's kernels.")
@@ -56,7 +65,7 @@ def load_packed(path: Path, dtype: torch.dtype | str = "auto", device: str = "cp
         require_complete(path, info)
         model = model.to(device).eval()
         cast_experts(model)
-        inputs = _replace(model, int4)
+        inputs = _replace(model, int4, head_bits)
     check_finite(model)
     round_inputs(model, dict(model.named_modules()), inputs.args, inputs.scales, inputs.zero_points)
     del model.config.quantization_config
@@ -77,7 +86,7 @@ class _Found:
 
 
 @torch.no_grad()
-def _replace(model: PreTrainedModel, int4: Int4) -> Inputs:
+def _replace(model: PreTrainedModel, int4: Int4, head_bits: int) -> Inputs:
     """Put kernels in place of the packed linears, one after the other, and make dense what none takes."""
     found = _Found()
     for name, module in list(model.named_modules()):
@@ -102,7 +111,9 @@ def _replace(model: PreTrainedModel, int4: Int4) -> Inputs:
     _make_dense(model, found)
     found.dense |= {name: FUSED for name, parameter in model.named_parameters()
                     if parameter.dim() == 3 and EXPERTS.search(name)}
-    setattr(model, PACKING, Packing.of(model, found.dense, found.stored))
+    ends, end_bytes = round_ends(model, int4) if head_bits == 8 else ({}, 0)
+    dense = {name: why for name, why in found.dense.items() if name not in ends}
+    setattr(model, PACKING, Packing.of(model, dense, found.stored, ends, end_bytes))
     return found.inputs
 
 
@@ -114,10 +125,10 @@ def _make_dense(model: PreTrainedModel, found: _Found) -> None:
             if isinstance(module, PackedLinear):
                 model.set_submodule(name, module.dense(model.dtype))
         return
-    compressor = model.hf_quantizer.compressor
-    compressor.decompress_model(model)  # takes its hook away too
+    model.hf_quantizer.compressor.remove_decompression_hook(model)
     for name in found.dense:
         if isinstance(module := model.get_submodule(name), nn.Linear):
+            decompress_module(module)
             plain(module, name, found.inputs)
 
 

@@ -21,9 +21,9 @@ class Packing:
     """Bytes are those of parameters and buffers in memory.
 
     `kernels`: module name -> kernel that computes with it; `dense`: name of a weight that is not packed -> the reason.
-    `linear_bytes`: of the packed linears, of `linear_bfloat16_bytes` that they have in bfloat16; `bytes` and
-    `bfloat16_bytes`: of the whole model, tied weights once. `expanded_bytes`: by how much the packed linears take more
-    than in the checkpoint, since torch's kernels have codes of 4 and 8 bits alone and a zero beside every scale.
+    `linear_bytes`: of the packed linears of the blocks, of `linear_bfloat16_bytes` that they have in bfloat16; `bytes`
+    and `bfloat16_bytes`: of the whole model, tied weights once. `expanded_bytes`: by how much the packed linears take
+    more than in the checkpoint, since torch's kernels have codes of 4 and 8 bits alone and a zero beside every scale.
     """
 
     kernels: dict[str, str]
@@ -35,19 +35,24 @@ class Packing:
     expanded_bytes: int
 
     @classmethod
-    def of(cls, model: PreTrainedModel, dense: dict[str, str], stored_bytes: int) -> Packing:
+    def of(cls, model: PreTrainedModel, dense: dict[str, str], stored_bytes: int, ends: dict[str, str] | None = None,
+           end_bytes: int = 0) -> Packing:
         """Count a model whose linears were replaced.
 
         Args:
-            stored_bytes: of the same linears in the checkpoint.
+            stored_bytes: of the same linears in the checkpoint. ends, end_bytes: what `round_ends` gives.
         """
-        packed = {name: module for name, module in model.named_modules() if isinstance(module, KernelLinear)}
+        ends = ends or {}
+        packed = {name: module for name, module in model.named_modules()
+                  if isinstance(module, KernelLinear) and name not in ends}
         weights = sum(2 * module.out_features * module.in_features for module in packed.values())
-        biases = sum(_bytes([module.bias]) for module in packed.values() if module.bias is not None)
+        biases = sum(module.bias.nbytes for module in packed.values() if module.bias is not None)
         inside = sum(_bytes([*module.parameters(), *module.buffers()]) for module in packed.values())
         everything = _bytes([*model.parameters(), *model.buffers()])
-        return cls({name: str(module.kernel) for name, module in packed.items()}, dense, inside, weights + biases,
-                   everything, everything - inside + weights + biases, inside - biases - stored_bytes)
+        rounded = _bytes([buffer for name in ends for buffer in model.get_submodule(name).buffers()])
+        kernels = {name: str(module.kernel) for name, module in packed.items()} | ends
+        return cls(kernels, dense, inside, weights + biases, everything,
+                   everything - inside - rounded + weights + biases + end_bytes, inside - biases - stored_bytes)
 
     def __str__(self) -> str:
         """In a few words, for a log."""

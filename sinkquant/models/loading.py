@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -138,8 +139,11 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def load_model(folder: Path, dtype: torch.dtype | str = "auto", device: str = "cpu",
-               trust_remote_code: bool = False) -> PreTrainedModel:
+               trust_remote_code: bool = False, placement: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """The folder's causal language model in evaluation mode, every weight present and finite.
+
+    Args:
+        placement: arguments of `from_pretrained` that say where weights go, instead of `device`.
 
     Raises:
         RequestError: no causal decoder of that architecture, missing tensors, NaN or Inf among the weights.
@@ -147,12 +151,13 @@ def load_model(folder: Path, dtype: torch.dtype | str = "auto", device: str = "c
     config = read_config(folder, trust_remote_code)
     with loading_errors(folder):
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code)
+            folder, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code,
+            **(placement or {}))
     if info.get("missing_keys"):
         raise RequestError(f"{folder} lacks the tensor {sorted(info['missing_keys'])[0]}; "
                            "the checkpoint does not belong to its config.json.")
     check_finite(model)
-    return model.to(device).eval()
+    return (model if placement else model.to(device)).eval()
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
