@@ -1,7 +1,7 @@
 """Every backend's checkpoint beside its sink-unaware control of the same size: bytes on disk, mean KL divergence and
 perplexity on held-out rows with paired intervals, and the speed of greedy decoding.
 
-    python evals/benchmarks/backends.py MODEL [--formats nf4 "quanto int4" ...] [--held-out 32] [--set KEY=VALUE ...]
+    python evals/benchmarks/backends.py MODEL [--formats nf4 "quanto-int4" ...] [--held-out 32] [--set KEY=VALUE ...]
                                         [--lines FILE.jsonl]
 
 Checkpoints are written as a run writes them, read back with `sinkquant.load` to be measured in float32, and read back
@@ -34,13 +34,13 @@ from sinkquant.recipe import Recipe
 
 PROMPT, TOKENS, ROUNDS = 64, 33, 2
 FORMATS = {
-    "gptq w4, groups of 64": ("w4a16-sink", []), "rtn w4, groups of 64": ("w4a16-sink-rtn", []),
-    "gptq's format, gptq w4": ("gptq-w4-sink", []), "nf4": ("nf4-sink", []),
-    "nf4, double": ("nf4-sink", ["weights.double_quantization=true"]),
-    "fp4": ("nf4-sink", ["weights.format=fp4"]), "LLM.int8()": ("int8-bnb-sink", []),
-    "quanto int2": ("quanto-w4-sink", ["weights.bits=2"]), "quanto int4": ("quanto-w4-sink", []),
-    "quanto int8": ("quanto-w4-sink", ["weights.bits=8", "weights.group_size=-1", "protect.bits=16"]),
-    "quanto float8": ("quanto-w4-sink", ["weights.format=float8", "weights.bits=8", "weights.group_size=-1",
+    "gptq-w4": ("w4a16-sink", []), "rtn-w4": ("w4a16-sink-rtn", []),
+    "gptq-format-w4": ("gptq-w4-sink", []), "nf4": ("nf4-sink", []),
+    "nf4-double": ("nf4-sink", ["weights.double_quantization=true"]),
+    "fp4": ("nf4-sink", ["weights.format=fp4"]), "llm.int8": ("int8-bnb-sink", []),
+    "quanto-int2": ("quanto-w4-sink", ["weights.bits=2"]), "quanto-int4": ("quanto-w4-sink", []),
+    "quanto-int8": ("quanto-w4-sink", ["weights.bits=8", "weights.group_size=-1", "protect.bits=16"]),
+    "quanto-float8": ("quanto-w4-sink", ["weights.format=float8", "weights.bits=8", "weights.group_size=-1",
                                          "protect.bits=16"])}
 
 

@@ -55,10 +55,10 @@ def test_kept_lines_are_compared_and_not_measured_again(common: list[str], tmp_p
 
 def test_a_backend_stands_beside_its_control(common: list[str], monkeypatch: pytest.MonkeyPatch,
                                              capsys: pytest.CaptureFixture[str]) -> None:
-    run(monkeypatch, "backends.py", *common, "weights.group_size=32", "--formats", "rtn w4, groups of 64")
+    run(monkeypatch, "backends.py", *common, "weights.group_size=32", "--formats", "rtn-w4")
     lines = cells(capsys.readouterr().out)
     assert [line[:3] for line in lines[2:]] == [["none", "bfloat16", "unquantized"],
-                                                *(["compressed-tensors", "rtn w4, groups of 64", row]
+                                                *(["compressed-tensors", "rtn-w4", row]
                                                   for row in ("control", "sink-aware"))]
     assert float(lines[2][3]) == 0
     assert float(lines[3][3]) > 0
