@@ -73,8 +73,9 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
         done, losses, scales, tokens = _state(partial)
         scratch = Scratch(partial)
         # The last stage learns from the unquantized model, before any block is read from what was written of it.
-        lesson = None if _is_distilled(partial) else lesson_of(decoder, plan, tokenizer, device, dtype, store)
-        if done and plan.follows_unquantized:
+        over = _is_distilled(partial)
+        lesson = None if over else lesson_of(decoder, plan, tokenizer, device, dtype, store)
+        if done and plan.follows_unquantized and not over:
             # The unquantized weights of the blocks that are done are no longer there to be followed: begin again.
             done, scales = 0, {}
             _remember(partial, done, {}, scales, {})

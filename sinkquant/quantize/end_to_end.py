@@ -76,4 +76,8 @@ def distilled(decoder: Decoder, plan: Plan, lesson: Lesson, starts: Mapping[str,
             found = method.run(decoder, tuned, lesson.rows, lesson.target, device, stored, progress)
     finally:
         model.train(was_training)
+    if decoder.source is None:  # exactly what the checkpoint gives, whatever was computed in
+        for name, packed in found.items():
+            old = decoder.weight(name)
+            decoder.put(name, packed.dequantized(stored).to(old.device))
     return {name: packed.cpu() for name, packed in found.items()}
