@@ -191,7 +191,7 @@ def sensitivity(model: ModelArgument,
                 trust_remote_code: TrustOption = False) -> None:
     """What every format of every linear would lose, through the sinks and through all other tokens."""
     chosen = Recipe.load(recipe).replace(assignments or [])
-    from sinkquant.sensitivity.show import ranking_in_words, table
+    from sinkquant.sensitivity.show import cache_table, ranking_in_words, table
 
     found = SinkMap.load(sink_map) if sink_map else find_sinks(model, text, chosen, trust_remote_code)
     made = find_costs(model, text, found, chosen, output, trust_remote_code)
@@ -199,6 +199,8 @@ def sensitivity(model: ModelArgument,
         print(made.to_json(), end="")
         return
     out.print(table(made))
+    if made.kv:
+        out.print(cache_table(made))
     for line in [*ranking_in_words(made), *(f"Note: {note}" for note in made.notes)]:
         out.print(escape(line), soft_wrap=True)
 

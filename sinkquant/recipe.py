@@ -296,6 +296,8 @@ class SensitivitySettings(Section):
 
     `measure_rows`: measure every candidate too, by forward passes over so many rows of `measure_length` tokens; 0:
     trust the walk. `score` "diagonal" lets the solver see what tools see that sum over all tokens and channels at once.
+    `kv_bits`: numbers of bits that the keys and the values of every KV head are tried in, on `kv_rows` x `kv_length`
+    tokens; empty: the KV cache stays as the section `kv_cache` says. A budget of bytes with a `context` then chooses.
     """
 
     rows: int = Field(default=64, ge=1)
@@ -306,6 +308,9 @@ class SensitivitySettings(Section):
     measure_rows: int = Field(default=0, ge=0)
     measure_length: int = Field(default=64, ge=2)
     score: Literal["second-order", "diagonal"] = "second-order"
+    kv_bits: list[Literal[2, 3, 4, 8]] = Field(default_factory=list)
+    kv_rows: int = Field(default=8, ge=1)
+    kv_length: int = Field(default=512, ge=16)
 
 
 class Evaluation(Section):

@@ -3,7 +3,7 @@ fed with sensitivities that sum over all tokens and channels at once; how the ch
 ones; predicted against measured loss. Held-out rows, paired bootstrap intervals.
 
     python evals/benchmarks/policy.py MODEL [--bits 3.0 3.5 4.25] [--text FILE] [--heldout FILE] [--rows 64]
-                                      [--set KEY=VALUE ...] [--measure-rows 0]
+                                      [--set KEY=VALUE ...] [--measure-rows 0] [--sensitivity FILE]
 
 Every plan is carried out with the same calibration and the same statistics of sink tokens; only the formats differ.
 "solved": the solver with predicted losses. "solved, measured": with losses measured by forward passes, where
@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--measure-rows", type=int, default=0)
+    parser.add_argument("--sensitivity", help="taken from this file, or written there")
     parser.add_argument("--set", nargs="*", default=[], dest="settings")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -92,7 +93,7 @@ def main() -> None:
     rows = token_rows(tokenizer, read_text(arguments.heldout, "evaluation"), arguments.rows,
                       min(arguments.length, stored.max_length), recipe.calibration.bos)
     started = time.monotonic()
-    costs = find_sensitivity(stored.model, tokenizer, sink_map, recipe)
+    costs = find_sensitivity(stored.model, tokenizer, sink_map, recipe, arguments.sensitivity)
     print(f"Sensitivities of {len(costs.units)} units: {time.monotonic() - started:.0f} s. "
           f"{' '.join(ranking_in_words(costs))}\n")
     print("| bits asked | plan | bytes | KL predicted | KL measured | more than solved, 95 % interval | perplexity | "

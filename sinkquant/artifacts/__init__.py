@@ -11,7 +11,7 @@ from sinkquant.artifacts.frontier import Frontier, FrontierPoint
 from sinkquant.artifacts.kv import KVCachePlan, KVLayer, KVSink, MassiveCarriers
 from sinkquant.artifacts.plan import Calibration, ModuleDecision, Plan, PredictedLoss, SinkSelector, Transform
 from sinkquant.artifacts.report import Measure, Paired, Report, Row
-from sinkquant.artifacts.sensitivity import FormatLoss, Ranking, Sensitivity, Terms, UnitSensitivity
+from sinkquant.artifacts.sensitivity import FormatLoss, KVLoss, Ranking, Sensitivity, Terms, UnitSensitivity
 from sinkquant.artifacts.shapes import KVLayerShape, LinearShape, ModelShape
 from sinkquant.artifacts.sinkmap import (
     Channel,
@@ -38,6 +38,7 @@ __all__ = [
     "KVCachePlan",
     "KVLayer",
     "KVLayerShape",
+    "KVLoss",
     "KVSink",
     "LinearShape",
     "MassiveCarriers",

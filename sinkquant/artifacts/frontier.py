@@ -11,7 +11,8 @@ from sinkquant.artifacts.base import Artifact, Strict
 
 class FrontierPoint(Strict):
     """One plan. `bits_per_weight` averages over the linears of the blocks, scales counted; `bytes` are those of the
-    checkpoint, and of the KV cache where the budget counts it. `kl` and `kl_sinks` are predicted, nats per token."""
+    checkpoint, and of the KV cache where the budget counts it. `kl` and `kl_sinks` are predicted, nats per token; `kl`
+    holds the cache's part where the budget counts the cache and its heads have sensitivities."""
 
     name: str
     kind: Literal["solved", "uniform", "control", "asked"]

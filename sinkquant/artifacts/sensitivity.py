@@ -66,6 +66,26 @@ class UnitSensitivity(Strict):
         return next((loss for loss in self.losses if loss.form == weights), None)
 
 
+class KVLoss(Strict):
+    """What it costs to pack the keys, or the values, of one KV head of one layer in so many bits, nats per token of
+    rows of `kv_length` tokens; the exact tokens and the window of the cache stay as they are. `no_op` and `sink_score`:
+    of the query heads that read it, whether all are no-ops, and the largest share of attention on sinks."""
+
+    layer: int
+    head: int
+    kind: Literal["key", "value"]
+    bits: int
+    predicted: float
+    measured: float | None = None
+    no_op: bool = False
+    sink_score: float = 0.0
+
+    @property
+    def loss(self) -> float:
+        """What was measured, or else predicted."""
+        return self.predicted if self.measured is None else self.measured
+
+
 class Ranking(Strict):
     """Spearman's rank correlation of predicted and measured losses over all units and formats, per term; `between`: the
     mean over formats of that among the units in one format. Null where one of the two is constant. `ratio`: all
@@ -83,6 +103,8 @@ class Sensitivity(Artifact):
     """What each linear costs in each candidate format.
 
     `key` is a hash of the model, the rows, the sinks and the candidates: another one of these makes other numbers.
+    `kv` is empty where the recipe names no `kv_bits`; `kv_ranking`: Spearman's rank correlation of its predicted and
+    measured losses.
     """
 
     SCHEMA: ClassVar[str] = "sinkquant/sensitivity@1"
@@ -96,4 +118,7 @@ class Sensitivity(Artifact):
     sink_positions: float
     units: list[UnitSensitivity]
     ranking: Ranking | None = None
+    kv: list[KVLoss] = Field(default_factory=list)
+    kv_length: int = 0
+    kv_ranking: float | None = None
     notes: list[str] = Field(default_factory=list)

@@ -36,6 +36,7 @@ class AttentionRecord:
         visible: [length] number of queries that may see each position.
         uniform: [length] float32, what `received` would be if every query spread its attention evenly: the null.
         output: [batch, heads, length, head_dim], attention-weighted values before the output projection.
+        scale: what query . key is multiplied by.
     """
 
     layer: int
@@ -48,6 +49,7 @@ class AttentionRecord:
     uniform: torch.Tensor
     output: torch.Tensor
     has_learned_sink: bool
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,8 @@ def _attend(observers: Sequence[AttentionObserver], module: nn.Module, query: to
     for observer in observers:
         observer.attention(AttentionRecord(
             layer=layer, query=query, key=key, value=value, received=received,
-            learned=learned, visible=visible, uniform=uniform, output=output, has_learned_sink=s_aux is not None))
+            learned=learned, visible=visible, uniform=uniform, output=output, has_learned_sink=s_aux is not None,
+            scale=float(scale)))
     return output.transpose(1, 2).contiguous()
 
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 
 from sinkquant.artifacts import KVCachePlan, ModelShape, Sensitivity, SinkMap, Terms, UnitSensitivity
 from sinkquant.artifacts.formats import PLAIN, WeightFormat
-from sinkquant.artifacts.kv import cache_bytes
 from sinkquant.artifacts.sizes import checkpoint_bytes, module_bytes
 from sinkquant.errors import RequestError
 from sinkquant.policy.backends import storage_of
 from sinkquant.policy.engines import engine_loads
 from sinkquant.policy.expected import expect_loss
 from sinkquant.policy.explain import found_in, sentence
+from sinkquant.policy.kv_budget import kv_bytes_of, kv_options, kv_units, solved_cache
 from sinkquant.policy.rules import Choice
 from sinkquant.policy.solver import Option, Solution, fewest_bytes, least_loss
 from sinkquant.recipe import Budget, Recipe
@@ -32,11 +32,13 @@ class Allocation:
         choices: every linear, those that were not free included.
         gap: how far below what was found the optimum may lie, as a share of it.
         explained: the linears whose reason says what was weighed against what.
+        kv_cache: the cache, with the bits that were chosen where the solver had a choice.
     """
 
     choices: dict[str, Choice]
     gap: float
     explained: frozenset[str]
+    kv_cache: KVCachePlan | None
 
 
 def solve(base: dict[str, Choice], shape: ModelShape, sink_map: SinkMap, recipe: Recipe,
@@ -56,15 +58,16 @@ def solve(base: dict[str, Choice], shape: ModelShape, sink_map: SinkMap, recipe:
         raise RequestError("a budget that is solved for needs sensitivities; make them with "
                            "sinkquant.find_sensitivity, or run quantize-model plan, which makes them itself.")
     reasons = found_in(shape, sink_map)
-    free = Problem(shape, base, sensitivity, recipe)
-    solved = free.solve(kv_bytes_of(shape, recipe.budget, kv_cache))
+    free = Problem(shape, base, sensitivity, recipe, kv_cache)
+    solved = free.solve()
     choices = dict(base)
-    for unit, forms, option in zip(free.units, free.options, solved.chosen, strict=True):
+    for unit, forms, option in zip(free.units, free.options, solved.chosen, strict=False):
         for name in unit.modules:
             choices[name] = replace(_in_format(base[name], forms[option]),
                                     reason=sentence(unit, forms[option], sensitivity, reasons.get(name, "")))
     _check_engine(choices, shape, recipe.budget)
-    return Allocation(choices, solved.gap, frozenset(name for unit in free.units for name in unit.modules))
+    explained = frozenset(name for unit in free.units for name in unit.modules)
+    return Allocation(choices, solved.gap, explained, free.cache(solved.chosen))
 
 
 def check_solvable(recipe: Recipe) -> None:
@@ -99,29 +102,12 @@ def _in_format(choice: Choice, form: WeightFormat) -> Choice:
     return replace(choice, bits=16, group_size=None, method="none", keep=None, columns=(), scalars=())
 
 
-def kv_bytes_of(shape: ModelShape, budget: Budget, plan: KVCachePlan | None) -> int:
-    """Bytes of the KV cache that a budget counts: `batch` rows of `context` tokens, packed as the plan says, or in 16
-    bits; 0 where the budget has no context."""
-    if budget.context is None:
-        return 0
-    if plan is not None:
-        packed = cache_bytes(plan, budget.context, min(plan.expected_exact, budget.context), budget.batch)
-        left = [real for real, one in zip(shape.kv_layers, plan.layers, strict=True) if not one.packed]
-    else:
-        packed, left = 0, shape.kv_layers
-
-    def held(window: int | None) -> int:
-        return int(budget.context or 0) if window is None else min(int(budget.context or 0), window - 1)
-
-    return packed + 2 * budget.batch * sum(held(one.sliding_window) * one.heads * (one.key_dim + one.value_dim)
-                                           for one in left)
-
-
 class Problem:
-    """The units that the solver may choose for, and what it may choose."""
+    """The units that the solver may choose for, and what it may choose: linears, then keys and values of KV heads."""
 
-    def __init__(self, shape: ModelShape, base: dict[str, Choice], sensitivity: Sensitivity, recipe: Recipe) -> None:
-        self.shape, self.base, self.recipe = shape, base, recipe
+    def __init__(self, shape: ModelShape, base: dict[str, Choice], sensitivity: Sensitivity, recipe: Recipe,
+                 kv_cache: KVCachePlan | None = None) -> None:
+        self.shape, self.base, self.recipe, self.kv_cache = shape, base, recipe, kv_cache
         foreign = [name for unit in sensitivity.units for name in unit.modules if name not in shape.linears]
         if foreign:
             raise RequestError(f"the sensitivities are of another model: it has no {foreign[0]}; make them for this "
@@ -142,6 +128,8 @@ class Problem:
         self.table = [[Option(sum(module_bytes(shape, name, self._stored(name, form)) for name in unit.modules),
                               _loss(unit, form, recipe.sensitivity.score)) for form in forms]
                       for unit, forms in zip(self.units, self.options, strict=True)]
+        self.kv = kv_units(kv_cache, sensitivity, recipe)
+        self.kv_table = kv_options(self.kv, kv_cache, recipe.budget) if kv_cache is not None and self.kv else []
 
     def _formats(self, unit: UnitSensitivity) -> list[WeightFormat]:
         loads = [loss.form for loss in unit.losses if all(
@@ -152,12 +140,24 @@ class Problem:
     def _stored(self, name: str, form: WeightFormat) -> WeightFormat:
         return _in_format(self.base[name], form).form
 
-    def solve(self, kv_bytes: int) -> Solution:
+    def cache(self, chosen: Sequence[int]) -> KVCachePlan | None:
+        """The KV cache with these options, those of the linears first."""
+        if self.kv_cache is None or not self.kv:
+            return self.kv_cache
+        return solved_cache(self.shape, self.kv_cache, {unit: unit.bits[option] for unit, option in zip(
+            self.kv, chosen[len(self.units):], strict=True)})
+
+    def solve(self) -> Solution:
+        """The best options for the recipe's budget.
+
+        Raises:
+            RequestError: there are none; with the nearest budget that has some.
+        """
         budget = self.recipe.budget
         if budget.bits is not None:
             return self._bits(budget.bits)
         if budget.bytes is not None:
-            return self._bytes(budget.bytes, kv_bytes)
+            return self._bytes(budget.bytes)
         assert budget.loss is not None
         found = fewest_bytes(self.table, budget.loss - self.fixed_loss.total)
         if found is None:
@@ -177,13 +177,15 @@ class Problem:
                                "that, or name fewer bits in sensitivity.bits.")
         return found
 
-    def _bytes(self, allowed: int, kv_bytes: int) -> Solution:
-        smallest = self.checkpoint([unit.index(min(unit, key=lambda option: option.bytes)) for unit in self.table])
-        least = sum(min(option.bytes for option in unit) for unit in self.table)
+    def _bytes(self, allowed: int) -> Solution:
+        table = self.table + self.kv_table
+        fewest = [unit.index(min(unit, key=lambda option: option.bytes)) for unit in table]
+        smallest, kv_bytes = self.checkpoint(fewest), self._cache_bytes(fewest)
+        least = sum(min(option.bytes for option in unit) for unit in table)
         room = allowed - kv_bytes - (smallest - least)
         for _ in range(ROUNDS):
-            found = least_loss(self.table, room)
-            over = 0 if found is None else self.checkpoint(found.chosen) + kv_bytes - allowed
+            found = least_loss(table, room)
+            over = 0 if found is None else self.checkpoint(found.chosen) + self._cache_bytes(found.chosen) - allowed
             if found is not None and over <= 0:
                 return found
             if found is None:
@@ -194,6 +196,9 @@ class Problem:
                            f"bytes{cache}; raise budget.bytes to {smallest + kv_bytes:,}, or name fewer bits in "
                            "sensitivity.bits.")
 
+    def _cache_bytes(self, chosen: Sequence[int]) -> int:
+        return kv_bytes_of(self.shape, self.recipe.budget, self.cache(chosen))
+
     def checkpoint(self, chosen: Sequence[int]) -> int:
         """Bytes of the checkpoint with these options."""
         return checkpoint_bytes(self.shape, {name: form for name, form in self.formats(chosen).items() if form.packed})
@@ -201,7 +206,7 @@ class Problem:
     def formats(self, chosen: Sequence[int]) -> dict[str, WeightFormat]:
         """The format of every linear with these options."""
         formats = dict(self.fixed)
-        for unit, forms, option in zip(self.units, self.options, chosen, strict=True):
+        for unit, forms, option in zip(self.units, self.options, chosen, strict=False):  # the cache's follow
             formats |= {name: self._stored(name, forms[option]) for name in unit.modules}
         return formats
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from sinkquant.artifacts import FormatLoss, Plan, PredictedLoss, Sensitivity, UnitSensitivity
 from sinkquant.artifacts.formats import WeightFormat
+from sinkquant.policy.kv_budget import expected_kv_loss
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def _of_larger_groups(unit: UnitSensitivity, form: WeightFormat) -> FormatLoss |
 
 def with_expected_loss(plan: Plan, sensitivity: Sensitivity, gap: float | None = None) -> Plan:
     """The plan with what it is predicted to lose among its predictions: `kl`, and `kl_sinks` through the sinks alone,
-    in nats per token. What the predictions leave out is said in the notes.
+    in nats per token; `kl_kv` what its KV cache is, where that is known. What they leave out is said in the notes.
 
     Args:
         gap: the solver's, where the plan was solved for.
@@ -79,17 +80,20 @@ def with_expected_loss(plan: Plan, sensitivity: Sensitivity, gap: float | None =
                      f"sensitivity, among them {found.unknown[0]}")
     else:
         predicted |= {"kl": found.total, "kl_sinks": found.sinks}
+    cache = expected_kv_loss(plan.kv_cache, sensitivity)
+    if cache is not None:
+        predicted["kl_kv"] = cache
     notes += [f"the predicted loss is that of the weights' formats; what {what} loses is not in it"
-              for what in _left_out(plan)]
+              for what in _left_out(plan, cache is not None)]
     losses = [loss for unit in sensitivity.units if (loss := _of_unit(unit, plan)) is not None]
     return plan.model_copy(update={"predicted": predicted, "notes": notes, "losses": losses})
 
 
-def _left_out(plan: Plan) -> list[str]:
+def _left_out(plan: Plan, cache_known: bool) -> list[str]:
     decisions = plan.modules.values()
     found = ["pruning"] if any(decision.prune is not None for decision in decisions) or plan.silenced_heads else []
     found += ["rounding inputs"] if any(decision.rounded for decision in decisions) else []
-    return found + (["the KV cache"] if plan.kv_cache is not None else [])
+    return found + (["the KV cache"] if plan.kv_cache is not None and not cache_known else [])
 
 
 def _of_unit(unit: UnitSensitivity, plan: Plan) -> PredictedLoss | None:

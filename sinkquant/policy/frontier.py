@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from sinkquant.artifacts import ModelShape, Sensitivity, SinkMap
+from sinkquant.artifacts import KVCachePlan, ModelShape, Sensitivity, SinkMap
 from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.artifacts.frontier import Frontier, FrontierPoint
 from sinkquant.artifacts.sizes import checkpoint_bytes, module_bytes
-from sinkquant.policy.allocate import Problem, check_solvable, kv_bytes_of
+from sinkquant.policy.allocate import Problem, check_solvable
 from sinkquant.policy.expected import expect_loss
+from sinkquant.policy.kv_budget import expected_kv_loss, kv_bytes_of
+from sinkquant.policy.kv_cache import make_kv_plan
 from sinkquant.policy.plan import choices_of, make_control, make_plan
 from sinkquant.policy.solver import efficient
 from sinkquant.recipe import Recipe
@@ -33,38 +35,42 @@ def make_frontier(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitiv
     plan = make_plan(shape, sink_map, recipe, sensitivity)
     control = make_control(shape, sink_map, recipe, plan, sensitivity)
     _, choices = choices_of(shape, sink_map, recipe)
-    problem = Problem(shape, choices, sensitivity, recipe)
-    kv_bytes = kv_bytes_of(shape, recipe.budget, plan.kv_cache)
+    base = make_kv_plan(shape, sink_map, recipe)
+    problem = Problem(shape, choices, sensitivity, recipe, base)
 
-    def point(name: str, kind: str, formats: Mapping[str, WeightFormat]) -> FrontierPoint:
+    def point(name: str, kind: str, formats: Mapping[str, WeightFormat], cache: KVCachePlan | None) -> FrontierPoint:
         expected = expect_loss(formats, sensitivity)
         packed = {module: form for module, form in formats.items() if form.packed}
         weights = sum(linear.parameters for linear in shape.linears.values())
         size = sum(module_bytes(shape, module, form) for module, form in formats.items())
+        lost = expected_kv_loss(cache, sensitivity) if recipe.budget.context is not None else None
         return FrontierPoint(name=name, kind=kind, bits_per_weight=8 * size / weights,  # type: ignore[arg-type]
-                             bytes=checkpoint_bytes(shape, packed) + kv_bytes, kl=expected.total,
-                             kl_sinks=expected.sinks)
+                             bytes=checkpoint_bytes(shape, packed) + kv_bytes_of(shape, recipe.budget, cache),
+                             kl=expected.total + (lost or 0.0), kl_sinks=expected.sinks)
 
-    solutions = efficient(problem.table)
+    solutions = efficient(problem.table + problem.kv_table)
     largest = sum(max(option.bytes for option, form in zip(unit, forms, strict=True) if form.packed or len(unit) == 1)
                   for unit, forms in zip(problem.table, problem.options, strict=True))
+    largest += sum(unit[-2].bytes for unit in problem.kv_table)
     least = solutions[0].bytes
     budgets = [least + (largest - least) * step // max(points - 1, 1) for step in range(points)]
     picked = dict.fromkeys(max((s for s in solutions if s.bytes <= budget), key=lambda s: s.bytes)
                            for budget in budgets)
     found = []
     for solution in picked:
-        one = point("", "solved", problem.formats(solution.chosen))
+        one = point("", "solved", problem.formats(solution.chosen), problem.cache(solution.chosen))
         found.append(one.model_copy(update={"name": f"solved, {one.bits_per_weight:.2f} bits"}))
     for bits in sorted(set(recipe.sensitivity.bits)):
         found.append(point(f"all {bits} bits", "uniform", {
             name: replace(choice, bits=bits).form if choice.quantized and not choice.pinned else choice.form
-            for name, choice in choices.items()}))
-    found.append(point("the recipe's plan", "asked", {name: d.form for name, d in plan.modules.items()}))
-    found.append(point("its control", "control", {name: d.form for name, d in control.modules.items()}))
+            for name, choice in choices.items()}, base))
+    found.append(point("the recipe's plan", "asked", {name: d.form for name, d in plan.modules.items()}, plan.kv_cache))
+    found.append(point("its control", "control", {name: d.form for name, d in control.modules.items()},
+                       control.kv_cache))
+    kv_bytes = kv_bytes_of(shape, recipe.budget, plan.kv_cache)
     notes = ["losses of the control and of uniform plans are those of their formats; that the control's statistics do "
              "not know the sinks is not in them"]
     if kv_bytes:
-        notes.append(f"bytes count {kv_bytes:,} of the KV cache at {recipe.budget.context:,} tokens x "
-                     f"{recipe.budget.batch}")
+        notes.append(f"bytes count the KV cache at {recipe.budget.context:,} tokens x {recipe.budget.batch}, "
+                     f"{kv_bytes:,} in the recipe's plan; losses count it where its heads have sensitivities")
     return Frontier(model=shape.name, recipe=recipe.name, kv_bytes=kv_bytes, points=found, notes=notes)

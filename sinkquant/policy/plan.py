@@ -64,7 +64,7 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
     solved: Allocation | None = None
     if recipe.budget.solved:
         solved = solve(choices, shape, sink_map, recipe, sensitivity, kv_cache)
-        choices = solved.choices
+        choices, kv_cache = solved.choices, solved.kv_cache
     elif recipe.budget.limited:
         order = [name for name, _ in affected(shape, sink_map)]
         order += [name for name in evenly_spread(list(shape.linears)) if name not in order]
@@ -88,9 +88,9 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
         plan.calibration.ranges = "exclude"
         plan.notes.append(EXCLUDED)
     plan = with_silenced_heads(with_pruning(plan, shape, recipe), sink_map, recipe)
+    plan = plan.model_copy(update={"kv_cache": kv_cache})
     if sensitivity is not None:
         plan = with_expected_loss(plan, sensitivity, solved.gap if solved else None)
-    plan = plan.model_copy(update={"kv_cache": kv_cache})
     check_distill(plan, shape)
     return plan.made_from(sink_map)
 
@@ -134,9 +134,10 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
     if gap > 0.01:
         plan.notes.append(f"the control's size differs by {gap:.1%}: no raise fits the bytes that are left")
     plan = with_small_heads(with_pruning(plan, shape, recipe), aware, sink_map)
+    plan = plan.model_copy(update={"kv_cache": make_kv_control(aware.kv_cache)})
     if sensitivity is not None:
         plan = with_expected_loss(plan, sensitivity)
-    return plan.model_copy(update={"kv_cache": make_kv_control(aware.kv_cache)}).made_from(sink_map)
+    return plan.made_from(sink_map)
 
 
 def _base(shape: ModelShape, recipe: Recipe) -> dict[str, Choice]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -12,15 +13,18 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Calibration, Sensitivity, SinkMap, SinkToken
+from sinkquant.artifacts.kv import packed_tokens
 from sinkquant.errors import RequestError
 from sinkquant.models import ActivationStore, Decoder, Walk, load_model, pick_device, read_text, token_rows
+from sinkquant.policy.kv_cache import make_kv_plan
 from sinkquant.policy.plan import sink_selectors
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.recipe import Recipe
 from sinkquant.sensitivity.candidates import units_of
 from sinkquant.sensitivity.estimate import estimate
+from sinkquant.sensitivity.kv import exact_places, kv_losses, measured_kv
 from sinkquant.sensitivity.measure import measure
-from sinkquant.sensitivity.ranking import ranking
+from sinkquant.sensitivity.ranking import ranking, spearman
 
 Progress = Callable[[int, int, str], None]
 SAMPLED = 8
@@ -64,6 +68,8 @@ def find_sensitivity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         sink_positions=float(sinks.sum(1).double().mean()), units=found, notes=notes)
     if settings.measure_rows:
         made = _measured(made, decoder, tokenizer, sink_map, weights, recipe, progress)
+    if settings.kv_bits:
+        made = _with_cache(made, decoder, tokenizer, sink_map, recipe, store, progress)
     if cache is not None:
         made.save(cache)
     return made
@@ -73,7 +79,11 @@ def sensitivity_key(decoder: Decoder, rows: torch.Tensor, sink_map: SinkMap, rec
     """A hash of all that decides sensitivities: some rows of every weight matrix, the shapes, the text's rows, the
     sinks, and the recipe's part in it."""
     asked = recipe.sensitivity.model_dump(mode="json", exclude={"score"})
-    parts = [asked, recipe.weights.model_dump(mode="json", exclude={"bits", "ignore", "overrides", "tune", "descent"}),
+    cache = recipe.kv_cache if recipe.sensitivity.kv_bits else None
+    kept = None if cache is None else cache.model_dump(mode="json", exclude={"key_bits", "value_bits", "overrides",
+                                                                             "length"})
+    parts = [asked, kept,
+             recipe.weights.model_dump(mode="json", exclude={"bits", "ignore", "overrides", "tune", "descent"}),
              recipe.protect.model_dump(mode="json", include={"tokens", "statistics", "sink_weight"}),
              recipe.compute.dtype, recipe.seed, [token.model_dump(mode="json") for token in _placed(sink_map)],
              decoder.shape("").model_dump(mode="json", include={"architecture", "dtype", "linears", "tensors"})]
@@ -111,8 +121,7 @@ def _measured(made: Sensitivity, decoder: Decoder, tokenizer: PreTrainedTokenize
     settings = recipe.sensitivity
     source = decoder.source
     if source is not None:
-        remote = type(decoder.model).__module__.startswith("transformers_modules")
-        decoder = Decoder.of(load_model(source.folder, trust_remote_code=remote))
+        decoder = Decoder.of(load_model(source.folder, trust_remote_code=_remote(decoder)))
     units = units_of(decoder, recipe)
     text = read_text(recipe.calibration.text, "calibration")
     rows = token_rows(tokenizer, text, settings.measure_rows, min(settings.measure_length, decoder.max_length),
@@ -122,6 +131,47 @@ def _measured(made: Sensitivity, decoder: Decoder, tokenizer: PreTrainedTokenize
         loss.model_copy(update={"measured": found}) for loss, found in zip(unit.losses, ones, strict=True)]})
         for unit, ones in zip(made.units, terms, strict=True)]
     return made.model_copy(update={"units": measured, "ranking": ranking(measured)})
+
+
+def _with_cache(made: Sensitivity, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap,
+                recipe: Recipe, store: ActivationStore | None, progress: Progress | None) -> Sensitivity:
+    """The same with the losses of the KV cache's heads.
+
+    Raises:
+        RequestError: the recipe has no KV cache, or rows so short that nothing of it is packed.
+    """
+    settings = recipe.sensitivity
+    plan = make_kv_plan(decoder.shape(""), sink_map, recipe)
+    if plan is None:
+        raise RequestError("sensitivity.kv_bits asks for losses of a packed KV cache, and the recipe has no section "
+                           "kv_cache; add one, or leave kv_bits out.")
+    length = min(settings.kv_length, decoder.max_length)
+    if packed_tokens(length - 1, plan.window, plan.group_size) == 0:
+        raise RequestError(f"nothing of a row of {length} tokens is packed with kv_cache.window {plan.window} and "
+                           f"groups of {plan.group_size}; raise sensitivity.kv_length or lower the window.")
+    rows = token_rows(tokenizer, read_text(recipe.calibration.text, "calibration"), settings.kv_rows, length,
+                      recipe.calibration.bos, decoder.vocabulary)
+    device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
+    walk = Walk(decoder, rows, settings.batch_size, device, dtype, store=store)
+    found = kv_losses(walk, plan, exact_places(rows, plan, sink_places(rows, sink_map)), sink_map, recipe, progress)
+    ranked = None
+    if settings.measure_rows:
+        found = measured_kv(_in_memory(decoder, recipe), plan, rows[:settings.measure_rows], found, progress)
+        ranked = spearman([one.predicted for one in found], [float(one.measured or 0) for one in found])
+    return made.model_copy(update={"kv": found, "kv_length": length, "kv_ranking": ranked})
+
+
+def _in_memory(decoder: Decoder, recipe: Recipe) -> PreTrainedModel:
+    """A copy of the model, with all its weights, in the compute dtype and on the compute device."""
+    device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
+    if decoder.source is None:
+        return copy.deepcopy(decoder.model).to(device, dtype)
+    return load_model(decoder.source.folder, dtype, device, _remote(decoder))
+
+
+def _remote(decoder: Decoder) -> bool:
+    """Whether its code came with the model folder, so that it was trusted before."""
+    return type(decoder.model).__module__.startswith("transformers_modules")
 
 
 def sink_places(rows: torch.Tensor, sink_map: SinkMap) -> torch.Tensor:

@@ -27,6 +27,11 @@ def ranking(units: Sequence[UnitSensitivity]) -> Ranking:
 
 def _spearman(pairs: Sequence[tuple[Terms, Terms]], term: str) -> float | None:
     one, two = ([getattr(terms, term) for terms in side] for side in zip(*pairs, strict=True)) if pairs else ([], [])
+    return spearman(one, two)
+
+
+def spearman(one: Sequence[float], two: Sequence[float]) -> float | None:
+    """Spearman's rank correlation; None where one of the two is constant."""
     if len(set(one)) < 2 or len(set(two)) < 2:
         return None
     return float(spearmanr(one, two).statistic)

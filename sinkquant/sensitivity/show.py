@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.markup import escape
 from rich.table import Table
 
-from sinkquant.artifacts import Sensitivity, UnitSensitivity
+from sinkquant.artifacts import KVLoss, Sensitivity, UnitSensitivity
 
 
 def table(found: Sensitivity) -> Table:
@@ -30,16 +30,40 @@ def table(found: Sensitivity) -> Table:
     return shown
 
 
+def cache_table(found: Sensitivity) -> Table:
+    """One row per KV head and kind, one column per number of bits: thousandths of a nat per token."""
+    bits = sorted({loss.bits for loss in found.kv})
+    measured = all(loss.measured is not None for loss in found.kv)
+    shown = Table("layer", "KV head", "", title_justify="left",
+                  title=f"KV cache: 0.001 nats per token of rows of {found.kv_length}, "
+                        f"{'measured' if measured else 'predicted to second order'}")
+    for one in bits:
+        shown.add_column(f"{one} bits", justify="right", no_wrap=True)
+    shown.add_column("on sinks", justify="right")
+    lines: dict[tuple[int, int, str], dict[int, KVLoss]] = {}
+    for loss in found.kv:
+        lines.setdefault((loss.layer, loss.head, loss.kind), {})[loss.bits] = loss
+    for (layer, head, kind), losses in lines.items():
+        one_loss = next(iter(losses.values()))
+        shown.add_row(str(layer), str(head), f"{kind}s", *(f"{1000 * losses[one].loss:.2g}" for one in bits),
+                      "no-op" if one_loss.no_op else f"{one_loss.sink_score:.2f}")
+    return shown
+
+
 def ranking_in_words(found: Sensitivity) -> list[str]:
     """How well what was predicted ranks like what was measured; empty where nothing was measured."""
     ranking = found.ranking
+    cache = [] if found.kv_ranking is None else [
+        f"Rank correlation of predicted and measured losses of the KV cache over {len(found.kv)} formats: "
+        f"{found.kv_ranking:.3f}"]
     if ranking is None:
-        return []
+        return cache
     terms = ((ranking.total, "in all"), (ranking.sinks, "through sinks"), (ranking.others, "through all other tokens"),
              (ranking.between, "between modules in one format"))
     parts = [f"{value:.3f} {words}" for value, words in terms if value is not None]
     size = "" if ranking.ratio is None else f"; predicted losses add up to {ranking.ratio:.2f} of the measured ones"
-    return [f"Rank correlation of predicted and measured losses over {ranking.pairs} formats: {', '.join(parts)}{size}"]
+    return [f"Rank correlation of predicted and measured losses over {ranking.pairs} formats: {', '.join(parts)}{size}",
+            *cache]
 
 
 def _name(unit: UnitSensitivity) -> str:

@@ -1,0 +1,185 @@
+"""What packing the keys and values of every KV head costs: predicted by the walk back, and measured.
+
+A query sees packed keys or values of old tokens, and its head gives another output. That output is computed as it would
+be, softmax and all, with the packed states of the very cache that a plan names; its error times the gradient of the
+output is the change of the log-likelihood, and half its square the KL divergence to second order, as for weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel
+
+from sinkquant.artifacts import Head, KVCachePlan, KVLayer, KVLoss, SinkMap
+from sinkquant.artifacts.kv import packed_tokens, value_group
+from sinkquant.cache.score import cached_logits
+from sinkquant.cache.store import PackedStates
+from sinkquant.models import Walk
+from sinkquant.models.attention import AttentionRecord, AttentionRows
+from sinkquant.models.backward import BackStep, steps_back
+from sinkquant.recipe import Recipe
+
+Progress = Callable[[int, int, str], None]
+Place = tuple[int, str, int]
+"""KV head, "key" or "value", bits."""
+
+
+def kv_losses(walk: Walk, plan: KVCachePlan, exact: torch.Tensor, sink_map: SinkMap, recipe: Recipe,
+              progress: Progress | None = None) -> list[KVLoss]:
+    """The predicted loss of every KV head's keys and values in every number of bits, in the order of the layers.
+
+    Args:
+        walk: a walk that has not begun. plan: the cache; its bits do not matter.
+        exact: bool [rows, length], the tokens that stay exact.
+    """
+    found: dict[int, list[KVLoss]] = {}
+    count = len(plan.layers)
+    for done, back in enumerate(steps_back(walk, recipe.seed)):
+        layer = plan.layers[back.step.index]
+        if layer.packed:
+            seen = _HeadErrors(back, plan, layer, exact, recipe.sensitivity.kv_bits)
+            back.pull([seen])
+            readers = _readers(sink_map, back.step.index, len(layer.key_bits))
+            found[back.step.index] = [KVLoss(
+                layer=back.step.index, head=head, kind=kind, bits=bits,  # type: ignore[arg-type]
+                predicted=total / 2 / walk.rows.numel(),
+                no_op=bool(readers[head]) and all(one.no_op for one in readers[head]),
+                sink_score=max((one.sink_score for one in readers[head]), default=0.0))
+                for (head, kind, bits), total in sorted(seen.totals.items())]
+        if progress:
+            progress(done + 1, count, "sensitivities of the KV cache")
+    return [loss for index in sorted(found) for loss in found[index]]
+
+
+@torch.no_grad()
+def measured_kv(model: PreTrainedModel, plan: KVCachePlan, rows: torch.Tensor, losses: list[KVLoss],
+                progress: Progress | None = None) -> list[KVLoss]:
+    """The same with the divergence of forward passes through a cache that packs nothing else.
+
+    Args:
+        model: in memory; it is made ready for the cache. rows: int64 [rows, length].
+    """
+    totals = [0.0] * len(losses)
+    for done, row in enumerate(rows.split(1)):
+        before = torch.log_softmax(model(row.to(model.device), use_cache=False).logits[0].float(), -1)
+        for index, loss in enumerate(losses):
+            after = cached_logits(model, row.to(model.device), _alone(plan, loss))[0]
+            change = (torch.log_softmax(after.float(), -1) - before).double()
+            totals[index] += float((before.double().exp() * (change.expm1() - change)).sum())
+            if progress:
+                progress(done * len(losses) + index + 1, len(rows) * len(losses), "measuring the KV cache")
+    return [loss.model_copy(update={"measured": total / rows.numel()})
+            for loss, total in zip(losses, totals, strict=True)]
+
+
+def _alone(plan: KVCachePlan, loss: KVLoss) -> KVCachePlan:
+    """The cache with the keys or values of one head packed and nothing else."""
+    layers = [layer.model_copy(update={"key_bits": [16] * len(layer.key_bits),
+                                       "value_bits": [16] * len(layer.value_bits)}) for layer in plan.layers]
+    bits = list(layers[loss.layer].key_bits)
+    bits[loss.head] = loss.bits
+    layers[loss.layer] = layers[loss.layer].model_copy(update={f"{loss.kind}_bits": bits})
+    return plan.model_copy(update={"layers": layers, "front": [], "prefix": []})
+
+
+@dataclass
+class _HeadErrors:
+    """Sees the attention of one layer and adds up the squared scores of every candidate."""
+
+    back: BackStep
+    plan: KVCachePlan
+    layer: KVLayer
+    exact: torch.Tensor
+    bits: Sequence[int]
+    totals: dict[Place, float] = field(default_factory=dict)
+    chunks: list[torch.Tensor] = field(default_factory=list)
+
+    def attention_rows(self, rows: AttentionRows) -> None:
+        self.chunks.append(rows.probabilities.detach())
+
+    def attention(self, record: AttentionRecord) -> None:
+        probabilities, self.chunks = torch.cat(self.chunks, dim=2), []
+        if not record.output.requires_grad:
+            return
+        batch = self.back.step.batch
+        states = (record.query.detach(), record.key.detach(), record.value.detach())
+        record.output.register_hook(
+            lambda gradient: self._add(probabilities, *states, record.scale, gradient.detach(), batch))
+
+    @torch.no_grad()
+    def _add(self, probabilities: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+             scale: float, gradient: torch.Tensor, batch: slice) -> None:
+        """probabilities [batch, heads, length, length]; query and gradient [batch, heads, length, D]."""
+        length, kv_heads = key.shape[2], key.shape[1]
+        groups = query.shape[1] // kv_heads
+        packed = self._packed(length).to(key.device)
+        if not bool(packed.any()):
+            self._count({(head, kind, bits): 0.0 for head in range(kv_heads) for kind in ("key", "value")
+                         for bits in self.bits})
+            return
+        values = value.float().repeat_interleave(groups, dim=1)
+        learned = (1 - probabilities.sum(-1, keepdim=True)).clamp(min=0)
+        for bits in self.bits:
+            wrong = self._error(key, bits, None, batch).repeat_interleave(groups, dim=1)
+            change = (scale * query.float() @ wrong.mT).masked_fill(~packed, 0.0)
+            other = probabilities * change.exp()
+            other = other / (other.sum(-1, keepdim=True) + learned)
+            self._squares((other - probabilities) @ values, gradient, kv_heads, "key", bits)
+            group = value_group(self.plan.group_size, self.layer.value_dim)
+            wrong = self._error(value, bits, group, batch).repeat_interleave(groups, dim=1)
+            self._squares(probabilities.masked_fill(~packed, 0.0) @ wrong, gradient, kv_heads, "value", bits)
+
+    def _packed(self, length: int) -> torch.Tensor:
+        """bool [length, length]: which tokens a query finds packed when it is read, as decoding reads it."""
+        ends = torch.tensor([packed_tokens(i, self.plan.window, self.plan.group_size) for i in range(length)])
+        return torch.arange(length)[None] < ends[:, None]
+
+    def _error(self, states: torch.Tensor, bits: int, group: int | None, batch: slice) -> torch.Tensor:
+        """What packing changes, float32 [batch, kv_heads, length, D]; nothing at exact tokens or after whole blocks."""
+        size, length = self.plan.group_size, states.shape[2]
+        count = length // size * size
+        kept = self.exact[batch, :count].to(states.device)
+        store = PackedStates([bits] * states.shape[1], size, group, self.plan.symmetric, self.plan.rotate)
+        store.append(states[:, :, :count], ~kept)
+        error = torch.zeros_like(states, dtype=torch.float32)
+        error[:, :, :count] = store.dense(torch.float32) - states[:, :, :count].float()
+        error[:, :, :count].masked_fill_(kept[:, None, :, None], 0.0)
+        return error
+
+    def _squares(self, error: torch.Tensor, gradient: torch.Tensor, kv_heads: int, kind: str, bits: int) -> None:
+        score = (error * gradient.float()).sum(-1).unflatten(1, (kv_heads, -1)).sum(2)
+        sums = score.double().square().sum((0, 2)).tolist()
+        self._count({(head, kind, bits): total for head, total in enumerate(sums)})
+
+    def _count(self, sums: dict[Place, float]) -> None:
+        for place, total in sums.items():
+            self.totals[place] = self.totals.get(place, 0.0) + total
+
+
+def _readers(sink_map: SinkMap, layer: int, kv_heads: int) -> list[list[Head]]:
+    """For every KV head what the sink map says of the query heads that read it."""
+    heads = sink_map.heads[layer] if layer < len(sink_map.heads) else []
+    groups = max(1, len(heads) // max(1, kv_heads))
+    return [heads[head * groups:(head + 1) * groups] for head in range(kv_heads)]
+
+
+def exact_places(rows: torch.Tensor, plan: KVCachePlan, sinks: torch.Tensor) -> torch.Tensor:
+    """Which tokens of rows int64 [rows, length] the cache keeps exact: bool, alike.
+
+    Args:
+        sinks: bool, alike, the sinks of the map that `plan.exact` means.
+    """
+    places = torch.zeros_like(sinks)
+    if plan.exact in ("detected", "massive"):
+        places = sinks.clone()
+    elif plan.exact == "first-n":
+        places[:, :plan.first_n] = True
+    places &= places.cumsum(1) <= plan.max_exact + len(plan.prefix)
+    own = plan.prefix[len(plan.front):]
+    if own:
+        begins = (rows[:, :len(own)] == torch.tensor(own)).all(1)
+        places[:, :len(own)] |= begins[:, None]
+    return places

@@ -1,0 +1,78 @@
+"""What packing the keys and values of a KV head costs: predicted beside passes through the cache itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny_model
+from sinkmaps import BOS, sink_map_of
+from tiny_tokenizer import random_text, tiny_tokenizer
+
+from sinkquant import Recipe, RequestError, find_sensitivity
+from sinkquant.artifacts import Sensitivity
+from sinkquant.models import Decoder
+from sinkquant.policy.kv_cache import make_kv_plan
+from sinkquant.sensitivity.kv import exact_places
+from sinkquant.sensitivity.show import cache_table, ranking_in_words
+
+KEYS = ["weights.group_size=32", "weights.method=rtn", "weights.scale_search=false", "sensitivity.rows=1",
+        "sensitivity.length=8", "sensitivity.bits=[8]", "kv_cache={window: 32, group_size: 32}",
+        "sensitivity.kv_bits=[2,4]", "sensitivity.kv_rows=6", "sensitivity.kv_length=96"]
+
+
+def found(tmp_path: Path, family: str, *more: str) -> Sensitivity:
+    text = tmp_path / "words.txt"
+    text.write_text(random_text(700))
+    model = tiny_model(family, **({"num_hidden_layers": 2} if family == "llama" else {}))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(8)
+    recipe = Recipe().replace([f"calibration.text={text}", *KEYS, *more])
+    return find_sensitivity(model, tiny_tokenizer(), sink_map_of(Decoder.of(model)), recipe)
+
+
+def test_predicted_losses_rank_like_measured_ones(tmp_path: Path) -> None:
+    made = found(tmp_path, "llama", "sensitivity.measure_rows=2")
+    assert len(made.kv) == 2 * 2 * 2 * 2
+    assert {(one.layer, one.head, one.kind, one.bits) for one in made.kv} == {
+        (layer, head, kind, bits) for layer in range(2) for head in range(2) for kind in ("key", "value")
+        for bits in (2, 4)}
+    assert made.kv_ranking is not None
+    assert made.kv_ranking > 0.9
+    ratio = sum(one.predicted for one in made.kv) / sum(one.measured for one in made.kv if one.measured is not None)
+    assert 0.5 < ratio < 2
+    assert all(one.sink_score == 0.5 and not one.no_op for one in made.kv)
+    assert "of the KV cache over 16 formats" in ranking_in_words(made)[-1]
+    assert cache_table(made).row_count == 8
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "gpt_oss"])
+def test_other_attentions_have_losses_too(family: str, tmp_path: Path) -> None:
+    made = found(tmp_path, family)
+    assert made.kv
+    coarse, fine = ([one.predicted for one in made.kv if one.bits == bits] for bits in (2, 4))
+    assert all(a > b > 0 for a, b in zip(coarse, fine, strict=True))
+
+
+def test_exact_tokens_are_those_of_the_cache() -> None:
+    decoder = Decoder.of(tiny_model("llama"))
+    rows = torch.tensor([[1, 9, 4, 9, 4, 4], [9, 9, 4, 9, 9, 9]])
+    sinks = torch.tensor([[1, 0, 1, 0, 1, 1], [0, 0, 1, 0, 0, 0]]).bool()
+
+    def places(settings: str) -> list[list[int]]:
+        plan = make_kv_plan(decoder.shape("x"), sink_map_of(decoder, tokens=(BOS,)),
+                            Recipe().replace([f"kv_cache={settings}"]))
+        assert plan is not None
+        return exact_places(rows, plan, sinks).int().tolist()
+
+    assert places("{max_exact: 2}") == [[1, 0, 1, 0, 0, 0], [0, 0, 1, 0, 0, 0]]
+    assert places("{exact: first-n, first_n: 2}") == [[1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]]
+    assert places("{exact: none, prefix: bos}") == [[1, 0, 0, 0, 0, 0], [0] * 6]
+
+
+def test_what_nothing_is_packed_of_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="nothing of a row of 96 tokens is packed"):
+        found(tmp_path, "llama", "kv_cache={window: 90, group_size: 32}")
+    with pytest.raises(RequestError, match="the recipe has no section kv_cache"):
+        found(tmp_path, "llama", "kv_cache=null")
