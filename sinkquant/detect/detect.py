@@ -26,6 +26,7 @@ from sinkquant.models import (
     check_finite,
     pick_device,
     read_text,
+    require_dense,
     together,
     token_rows,
     tokenization_facts,
@@ -58,11 +59,12 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
         progress: called as progress(done, total, label).
 
     Raises:
-        RequestError: the architecture is not supported, the text is too short, or weights are not finite.
+        RequestError: the architecture is not supported, the text is too short, or weights are not finite or packed.
     """
     recipe = recipe or Recipe()
     settings = recipe.detect
     decoder = Decoder.of(model)
+    require_dense(model)
     check_finite(model)
     surveyor = _Surveyor(decoder, recipe, progress)
     content = read_text(text or recipe.calibration.text, "calibration")

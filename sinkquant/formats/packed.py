@@ -12,6 +12,7 @@ from compressed_tensors.compressors.base import decompress_module
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer
 
 from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.errors import RequestError
@@ -69,10 +70,26 @@ def load_packed(path: Path, dtype: torch.dtype | str = "auto", device: str = "cp
     check_finite(model)
     round_inputs(model, dict(model.named_modules()), inputs.args, inputs.scales, inputs.zero_points)
     del model.config.quantization_config
-    model.hf_quantizer = None
+    model.hf_quantizer = PackedInMemory(model.hf_quantizer.quantization_config)
     setattr(model, UNPACKED, True)
     LOG.info("%s: %s", path.name, getattr(model, PACKING))
     return model
+
+
+class PackedInMemory(HfQuantizer):
+    """What transformers asks about a model whose weights are packed for this machine: they are not saved."""
+
+    requires_calibration = True
+
+    def is_serializable(self) -> bool:
+        """Raises RequestError: the order of the codes is this machine's, and the checkpoint is there already."""
+        raise RequestError("a model with weights packed for this machine is not saved; copy the folder that it was "
+                           "loaded from.")
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes have no gradient."""
+        return False
 
 
 @dataclass

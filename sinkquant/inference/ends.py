@@ -36,6 +36,11 @@ class RoundedEmbedding(nn.Module):
         rows = self.get_buffer("codes")[ids].float() * self.get_buffer("scale")[ids].float()[..., None]
         return rows.bfloat16() * self.factor
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense weight in bfloat16, made anew at every access, without the factor."""
+        return (self.get_buffer("codes").float() * self.get_buffer("scale").float()[:, None]).bfloat16()
+
     def extra_repr(self) -> str:
         """What is shown of it."""
         return f"{self.num_embeddings}, {self.embedding_dim}, bits=8"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -30,12 +31,13 @@ class KernelLinear(nn.Module):
         bias: bfloat16 [rows] or None. transposed: it stands in for a `Conv1D`.
     """
 
+    keeps_packed: ClassVar[bool] = True
+
     def __init__(self, weight: PackedWeight, kernel: Kernel, int4: Int4, bias: nn.Parameter | None = None,
                  transposed: bool = False, zeros: torch.Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.codes.shape
         self.kernel, self.int4, self.transposed, self.bias = kernel, int4, transposed, bias
-        self.stored = (weight.bits, weight.scale.shape[1], weight.scale.dtype)
         if kernel.name == "int8":
             self.register_buffer("codes", weight.codes.contiguous())
             self.register_buffer("scale", weight.scale[:, 0].to(torch.bfloat16))
@@ -102,23 +104,9 @@ class KernelLinear(nn.Module):
         dense = torch.cat([rows.to(torch.bfloat16) for rows in self._dense_rows()])
         return dense.T if self.transposed else dense
 
-    def packed_weight(self) -> PackedWeight:
-        """Codes, scales and what stands beside them as the checkpoint has them; scales are those that the kernel has,
-        rounded to bfloat16."""
-        bits, groups, _ = self.stored
-        if self.kernel.name == "int8":
-            return PackedWeight(self.get_buffer("codes"), self.get_buffer("scale")[:, None], bits, self.side)
-        codes = [plane[:self.out_features].to(torch.int8) - 8 for plane in map(self._plane, range(self.kernel.planes))]
-        scales = self.get_buffer(f"scales_{self.kernel.planes - 1}")[:, :self.out_features, 0].T
-        both = codes[0] if len(codes) == 1 else (codes[0] << 4) + 8 + codes[1]
-        return PackedWeight(both, scales[:, ::scales.shape[1] // groups].contiguous(), bits, self.side)
-
     def extra_repr(self) -> str:
         """What is shown of it."""
         return f"in_features={self.in_features}, out_features={self.out_features}, kernel={self.kernel}"
-
-    def _plane(self, index: int) -> torch.Tensor:
-        return self.int4.unpack(self.get_buffer(f"words_{index}"), self.out_features + -self.out_features % ROWS)
 
     def _dense_rows(self) -> Iterator[torch.Tensor]:
         """The weight in float32, some rows at a time."""

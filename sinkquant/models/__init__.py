@@ -2,7 +2,7 @@
 
 from sinkquant.models.activations import ActivationStore
 from sinkquant.models.attention import AttentionObserver, AttentionRecord, AttentionRows, observed_attention
-from sinkquant.models.decoder import Decoder, as_stored, max_length, weight_matrix
+from sinkquant.models.decoder import Decoder, as_stored, max_length, require_dense, weight_matrix
 from sinkquant.models.experts import cast_experts
 from sinkquant.models.heads import head_columns
 from sinkquant.models.loading import check_finite, load_model, load_tokenizer, pick_device, resolve
@@ -44,6 +44,7 @@ __all__ = [
     "pick_device",
     "pieces",
     "read_text",
+    "require_dense",
     "resolve",
     "source_of",
     "starts_with_bos",

@@ -184,6 +184,13 @@ def max_length(model: PreTrainedModel) -> int:
     return int(limit) if limit else 1 << 20
 
 
+def require_dense(model: PreTrainedModel) -> None:
+    """Raises RequestError if a linear keeps its weights packed, which cannot be observed."""
+    for name, module in model.named_modules():
+        if getattr(type(module), "keeps_packed", False):
+            raise RequestError(f"{name} keeps its weights packed; load the checkpoint without packed=True.")
+
+
 def weight_matrix(module: nn.Module) -> torch.Tensor:
     """The weight of a linear as [out_features, in_features], whichever way the module stores it."""
     weight = module.weight.data

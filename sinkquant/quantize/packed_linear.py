@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -27,6 +28,8 @@ class PackedLinear(nn.Module):
         form: how it is stored. scale_dtype: bfloat16 or float16. dtype: the model's, which the bias has.
         transposed: it stands in for a `Conv1D`.
     """
+
+    keeps_packed: ClassVar[bool] = True
 
     def __init__(self, out_features: int, in_features: int, form: WeightFormat, scale_dtype: torch.dtype,
                  dtype: torch.dtype, bias: bool, transposed: bool = False,

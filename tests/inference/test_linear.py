@@ -85,19 +85,6 @@ def test_inputs_with_a_large_mean_cost_two_planes_nothing() -> None:
     assert far(KernelLinear(weight, kernel, INT4)(inputs), inputs.double() @ reference(weight, None).T) < BFLOAT16
 
 
-@pytest.mark.parametrize(("bits", "group"), [(2, 32), (4, -1), (5, 64), (8, 96), (7, -1)])
-def test_codes_and_scales_can_be_read_back(bits: int, group: int) -> None:
-    weight = weight_of(bits, 1 if group == -1 else 192 // group, beside=True)
-    kernel = kernel_for(WeightFormat(bits, group), 192)
-    assert not isinstance(kernel, str)
-    again = KernelLinear(weight, kernel, INT4).packed_weight()
-    assert torch.equal(again.codes, weight.codes)
-    assert torch.equal(again.scale, weight.scale)
-    assert again.side is not None
-    assert weight.side is not None
-    assert all(torch.equal(again.side.tensors()[key], tensor) for key, tensor in weight.side.tensors().items())
-
-
 def test_one_copy_of_the_codes_is_in_memory() -> None:
     linear = KernelLinear(weight_of(4, 3, rows=96), kernel_for(WeightFormat(4, 64), 192), INT4)  # type: ignore[arg-type]
     assert sum(buffer.nbytes for buffer in linear.buffers()) == 96 * 192 // 2 + 3 * 96 * 2 * 2
