@@ -29,11 +29,14 @@ class Terms(Strict):
 class FormatLoss(Strict):
     """One candidate format of a unit and what it costs: `predicted` to second order, `measured` by forward passes, null
     where that was not done. `diagonal` is the score that sums over all tokens and channels at once, half of
-    sum g^2 e^2, as ModelOpt's auto_quantize has it: kept for comparison."""
+    sum g^2 e^2, as ModelOpt's auto_quantize has it: kept for comparison. `columns` input columns and `scalars` single
+    weights of every linear stand beside the codes."""
 
     bits: int
     group_size: int
     method: Method
+    columns: int = 0
+    scalars: int = 0
     predicted: Terms
     measured: Terms | None = None
     diagonal: float
@@ -41,7 +44,7 @@ class FormatLoss(Strict):
     @property
     def form(self) -> WeightFormat:
         """How the weights would be stored."""
-        return WeightFormat(self.bits, self.group_size)
+        return WeightFormat(self.bits, self.group_size, columns=self.columns, scalars=self.scalars)
 
     @property
     def terms(self) -> Terms:

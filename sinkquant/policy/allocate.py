@@ -64,7 +64,8 @@ def solve(base: dict[str, Choice], shape: ModelShape, sink_map: SinkMap, recipe:
     for unit, forms, option in zip(free.units, free.options, solved.chosen, strict=False):
         for name in unit.modules:
             choices[name] = replace(_in_format(base[name], forms[option]),
-                                    reason=sentence(unit, forms[option], sensitivity, reasons.get(name, "")))
+                                    reason=sentence(unit, forms[option], sensitivity, base[name].why if
+                                                    forms[option].split else reasons.get(name, "")))
     _check_engine(choices, shape, recipe.budget)
     explained = frozenset(name for unit in free.units for name in unit.modules)
     return Allocation(choices, solved.gap, explained, free.cache(solved.chosen))
@@ -97,6 +98,8 @@ def _check_engine(choices: dict[str, Choice], shape: ModelShape, budget: Budget)
 
 
 def _in_format(choice: Choice, form: WeightFormat) -> Choice:
+    if form.packed and not form.split and choice.keep == "split":
+        return replace(choice, bits=form.bits, group_size=form.group_size, keep=None, columns=(), scalars=())
     if form.packed:
         return replace(choice, bits=form.bits, group_size=form.group_size)
     return replace(choice, bits=16, group_size=None, method="none", keep=None, columns=(), scalars=())
@@ -112,7 +115,7 @@ class Problem:
         if foreign:
             raise RequestError(f"the sensitivities are of another model: it has no {foreign[0]}; make them for this "
                                "one.")
-        free = [unit for unit in sensitivity.units if not any(_fixed(base[name]) for name in unit.modules)]
+        free = [unit for unit in sensitivity.units if not any(_fixed(base[name], unit) for name in unit.modules)]
         self.units = _experts_together(free, base, shape)
         if not self.units:
             raise RequestError("there is nothing to solve for: weights.overrides, weights.ignore or protect.modules "
@@ -132,8 +135,11 @@ class Problem:
         self.kv_table = kv_options(self.kv, kv_cache, recipe.budget) if kv_cache is not None and self.kv else []
 
     def _formats(self, unit: UnitSensitivity) -> list[WeightFormat]:
-        loads = [loss.form for loss in unit.losses if all(
-            engine_loads(self.recipe.budget.engine, self._stored(name, loss.form), self.shape.linears[name])
+        choice = self.base[unit.modules[0]].form
+        tried = [loss.form for loss in unit.losses if not loss.form.split or (loss.columns, loss.scalars) == (
+            choice.columns, choice.scalars)]
+        loads = [form for form in tried if all(
+            engine_loads(self.recipe.budget.engine, self._stored(name, form), self.shape.linears[name])
             for name in unit.modules)]
         return [*loads, EXACT]
 
@@ -211,9 +217,13 @@ class Problem:
         return formats
 
 
-def _fixed(choice: Choice) -> bool:
-    """Whether the recipe has decided: by a pattern, or by keeping the linear for the sinks in a way that has bits."""
-    return choice.pinned or not choice.quantized or choice.keep in ("module", "split")
+def _fixed(choice: Choice, unit: UnitSensitivity) -> bool:
+    """Whether the recipe has decided: by a pattern, or by keeping the linear for the sinks in a way that has bits and
+    was not tried."""
+    if choice.pinned or not choice.quantized or choice.keep == "module":
+        return True
+    form = choice.form
+    return form.split and not any((loss.columns, loss.scalars) == (form.columns, form.scalars) for loss in unit.losses)
 
 
 def _experts_together(units: list[UnitSensitivity], base: dict[str, Choice],

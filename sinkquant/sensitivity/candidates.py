@@ -7,22 +7,28 @@ from dataclasses import dataclass
 
 import torch
 
+from sinkquant.artifacts import ModelShape, SinkMap
 from sinkquant.artifacts.plan import CALIBRATED, Method
 from sinkquant.artifacts.sizes import expert_scale_dtype, scale_dtype
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
+from sinkquant.policy.plan import choices_of
 from sinkquant.quantize.gptq import GPTQ
+from sinkquant.quantize.packed import PackedWeight
 from sinkquant.quantize.rtn import RTN
+from sinkquant.quantize.split import Solve, Split
 from sinkquant.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One format that a unit is tried in."""
+    """One format that a unit is tried in. `columns` and `scalars` stand beside the codes, as in `ModuleDecision`."""
 
     bits: int
     group_size: int
     method: Method
+    columns: tuple[int, ...] = ()
+    scalars: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -36,15 +42,16 @@ class Unit:
     owner: str | None = None
 
 
-def units_of(decoder: Decoder, recipe: Recipe) -> list[Unit]:
+def units_of(decoder: Decoder, recipe: Recipe, sink_map: SinkMap) -> list[Unit]:
     """Every linear that may be quantized, with those that engines fuse it with, in the order of the model; all experts
-    of a layer are one unit.
+    of a layer are one unit. With `protect.channels` "split" what it would split is tried both ways.
 
     Raises:
         RequestError: no group size divides the columns of some linear.
     """
     sizes = list(dict.fromkeys(recipe.sensitivity.group_sizes or [recipe.weights.group_size]))
     shape = decoder.shape("")
+    beside = _beside(shape, recipe, sink_map)
     layers: dict[str, list[str]] = {}
     for name, part in decoder.experts.items():
         layers.setdefault(part.owner, []).append(name)
@@ -62,11 +69,21 @@ def units_of(decoder: Decoder, recipe: Recipe) -> list[Unit]:
         if not fitting:
             raise RequestError(f"no group size of {sizes} divides the {max(columns)} input columns of {members[0]}; "
                                "change weights.group_size or sensitivity.group_sizes.")
-        candidates = tuple(Candidate(bits, size, recipe.weights.method)
-                           for bits in sorted(set(recipe.sensitivity.bits)) for size in fitting)
+        candidates = tuple(Candidate(bits, size, recipe.weights.method, *kept)
+                           for bits in sorted(set(recipe.sensitivity.bits)) for size in fitting
+                           for kept in dict.fromkeys([((), ()), beside.get(members[0], ((), ()))]))
         found.append(Unit(members, shape.linears[members[0]].block, candidates, owner))
     order = {name: place for place, name in enumerate(shape.linears)}
     return sorted(found, key=lambda unit: (unit.block, order[unit.modules[0]]))
+
+
+def _beside(shape: ModelShape, recipe: Recipe,
+            sink_map: SinkMap) -> dict[str, tuple[tuple[int, ...], tuple[tuple[int, int], ...]]]:
+    """Module -> columns and single weights that the recipe would let stand beside its codes."""
+    if recipe.protect.channels != "split":
+        return {}
+    _, choices = choices_of(shape, sink_map, recipe)
+    return {name: (choice.columns, choice.scalars) for name, choice in choices.items() if choice.keep == "split"}
 
 
 def errors(decoder: Decoder, name: str, hessian: torch.Tensor, candidates: tuple[Candidate, ...],
@@ -83,9 +100,26 @@ def errors(decoder: Decoder, name: str, hessian: torch.Tensor, candidates: tuple
     kind = expert_scale_dtype if name in decoder.experts else scale_dtype
     scales = getattr(torch, kind(str(stored).removeprefix("torch.")))
     for one in candidates:
-        if one.method in CALIBRATED:
-            packed = GPTQ(one.bits, one.group_size, settings.damping, settings.act_order, scales,
-                          settings.scale_search, passes=0).quantize(weight, hessian, name)
+        solve = _method(one, recipe, scales, name)
+        if one.columns or one.scalars:
+            split = Split(one.columns, one.scalars, scales, one.method in CALIBRATED, settings.damping)
+            packed = split.quantize(weight, hessian, solve, name=name)
         else:
-            packed = RTN(one.bits, one.group_size, scales, settings.scale_search).quantize(weight)
+            packed = solve(weight, hessian, None)
         yield one, packed.dequantized(stored).float() - weight.float()
+
+
+def _method(one: Candidate, recipe: Recipe, scales: torch.dtype, name: str) -> Solve:
+    """The candidate's method as a function of weight, Hessian and cross, which is not used."""
+    settings = recipe.weights
+    if one.method in CALIBRATED:
+        gptq = GPTQ(one.bits, one.group_size, settings.damping, settings.act_order, scales, settings.scale_search,
+                    passes=0)
+
+        def solve(weight: torch.Tensor, hessian: torch.Tensor | None, _: torch.Tensor | None) -> PackedWeight:
+            assert hessian is not None
+            return gptq.quantize(weight, hessian, name)
+
+        return solve
+    nearest = RTN(one.bits, one.group_size, scales, settings.scale_search)
+    return lambda weight, _, __: nearest.quantize(weight)

@@ -54,7 +54,7 @@ def find_sensitivity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         if kept.key != key:
             raise RequestError(f"{cache} holds the sensitivities of another model, text or recipe; name another file.")
         return kept
-    units = units_of(decoder, recipe)
+    units = units_of(decoder, recipe, sink_map)
     weights = TokenWeights(rows, _calibration(sink_map, recipe))
     sinks = sink_places(rows, sink_map)
     device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
@@ -82,7 +82,9 @@ def sensitivity_key(decoder: Decoder, rows: torch.Tensor, sink_map: SinkMap, rec
     cache = recipe.kv_cache if recipe.sensitivity.kv_bits else None
     kept = None if cache is None else cache.model_dump(mode="json", exclude={"key_bits", "value_bits", "overrides",
                                                                              "length"})
-    parts = [asked, kept,
+    beside = [[unit.modules, one.columns, one.scalars] for unit in units_of(decoder, recipe, sink_map)
+              for one in unit.candidates if one.columns or one.scalars]
+    parts = [asked, kept, beside,
              recipe.weights.model_dump(mode="json", exclude={"bits", "ignore", "overrides", "tune", "descent"}),
              recipe.protect.model_dump(mode="json", include={"tokens", "statistics", "sink_weight"}),
              recipe.compute.dtype, recipe.seed, [token.model_dump(mode="json") for token in _placed(sink_map)],
@@ -122,7 +124,7 @@ def _measured(made: Sensitivity, decoder: Decoder, tokenizer: PreTrainedTokenize
     source = decoder.source
     if source is not None:
         decoder = Decoder.of(load_model(source.folder, trust_remote_code=_remote(decoder)))
-    units = units_of(decoder, recipe)
+    units = units_of(decoder, recipe, sink_map)
     text = read_text(recipe.calibration.text, "calibration")
     rows = token_rows(tokenizer, text, settings.measure_rows, min(settings.measure_length, decoder.max_length),
                       recipe.calibration.bos, decoder.vocabulary)

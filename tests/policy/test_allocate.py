@@ -14,7 +14,7 @@ from sinkmaps import sink_map_of
 from tiny_tokenizer import tiny_tokenizer
 
 from sinkquant import quantize, save
-from sinkquant.artifacts import ModelShape, Plan
+from sinkquant.artifacts import ModelShape, Plan, Terms
 from sinkquant.artifacts.sizes import module_bytes
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
@@ -219,3 +219,24 @@ def test_a_transposed_weight_is_for_sinkquant_alone() -> None:
     assert linear_bits(plan, shape) <= 6
     with pytest.raises(RequestError, match=r"budget\.engine vllm loads no candidate format of GPT2LMHeadModel"):
         make_plan(shape, sink_map_of(decoder), recipe.replace(["budget.engine=vllm"]), sensitivity_of(shape))
+
+
+def test_columns_stand_beside_the_codes_where_that_pays() -> None:
+    """Sensitivities decide whether sink columns that the recipe would split off are worth their bytes."""
+    recipe = Recipe().replace(["weights.group_size=32", "weights.method=rtn", "budget.solver=sensitivity",
+                               "budget.bits=4", "protect.channels=split", "protect.max_share=1"])
+    for gain, kept in ((1e-3, "split"), (1.01, None)):
+        costs = sensitivity_of(SHAPE, {DOWN: 100.0})
+        for unit in costs.units:
+            if unit.modules == [DOWN]:
+                unit.losses += [loss.model_copy(update={"columns": 1, "predicted": Terms(
+                    **{name: gain * value for name, value in loss.predicted.model_dump().items()})})
+                    for loss in unit.losses]
+        plan = make_plan(SHAPE, SINKS, recipe, costs)
+        assert plan.modules[DOWN].keep == kept
+        assert plan.modules[DOWN].columns == ([3] if kept else [])
+        assert ("beside the codes" in plan.modules[DOWN].reason) == bool(kept)
+        assert plan.loads_in[0] == ("sinkquant" if kept else "transformers")
+        assert linear_bits(plan) <= 4
+    untried = make_plan(SHAPE, SINKS, recipe, sensitivity_of(SHAPE))
+    assert (untried.modules[DOWN].keep, untried.modules[DOWN].bits) == ("split", recipe.weights.bits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from families import FAMILIES, tiny_mixture, tiny_model
+from sinkmaps import sink_map_of
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -37,7 +38,7 @@ def test_gradients_of_outputs_give_those_of_weights(family: str) -> None:
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(8)  # a random model predicts next to nothing
     decoder = Decoder.of(model)
-    units = units_of(decoder, Recipe().replace(["weights.group_size=32"]))
+    units = units_of(decoder, Recipe().replace(["weights.group_size=32"]), sink_map_of(decoder))
     covered = {name for unit in units for name in unit.modules}
     assert covered == {name for name, linear in decoder.shape("").linears.items() if not linear.fixed}
     for parameter in model.parameters():
@@ -73,7 +74,7 @@ def _gradient(decoder: Decoder, name: str) -> torch.Tensor:
 def test_experts_that_are_added_up_in_another_way_are_refused() -> None:
     model = tiny_model("qwen3_moe")
     decoder = Decoder.of(model)
-    units = units_of(decoder, Recipe().replace(["weights.group_size=32"]))
+    units = units_of(decoder, Recipe().replace(["weights.group_size=32"]), sink_map_of(decoder))
     back = next(iter(steps_back(Walk(decoder, ROWS, 3), 7)))
     mine = [unit for unit in units if unit.block == back.step.index]
     experts = decoder.model.get_submodule(next(unit.owner for unit in mine if unit.owner))
