@@ -1,5 +1,6 @@
 """sinkquant: find the attention sinks, decide what to keep exact, quantize the rest, prove it."""
 
+from sinkquant.advise import advise
 from sinkquant.artifacts import Diagnosis, Plan, Report, Sensitivity, SinkMap
 from sinkquant.cut import cut_heads
 from sinkquant.detect import detect
@@ -25,6 +26,7 @@ __all__ = [
     "Sensitivity",
     "SinkMap",
     "SinkquantError",
+    "advise",
     "cut_heads",
     "detect",
     "diagnose",

@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from sinkquant.artifacts import Frontier, Plan, Report, SinkMap
+from sinkquant.artifacts import Frontier, Plan, Report, Sensitivity, SinkMap
 from sinkquant.artifacts.base import write_atomically
 from sinkquant.artifacts.experts import in_lines
 from sinkquant.cli_parts import (
@@ -28,7 +28,7 @@ from sinkquant.cli_parts import (
     out,
     shown_progress,
 )
-from sinkquant.cli_policy import diff
+from sinkquant.cli_policy import advise, diff
 from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe, recipe_names
 
@@ -205,6 +205,7 @@ def sensitivity(model: ModelArgument,
         out.print(escape(line), soft_wrap=True)
 
 
+app.command()(advise)
 app.command()(diff)
 
 
@@ -213,6 +214,8 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A run's folder or a ch
              baseline: Annotated[str | None, typer.Option(help="The unquantized model.")] = None,
              text: TextOption = None, tasks: Annotated[str | None, typer.Option(help="Task names, by commas.")] = None,
              assignments: SetOption = None, json: JsonOption = False,
+             sensitivity: Annotated[Path | None, typer.Option(help="Predict the losses from this file; default: what "
+                                                                   "the plans say.")] = None,
              output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the report here.")] = None,
              ) -> None:
     """Measure a checkpoint with lm-eval, beside its baseline and its control."""
@@ -224,8 +227,9 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A run's folder or a ch
     from sinkquant.models.processes import this_process
 
     recipe = recorded_recipe(folder).replace([*extra, *(assignments or [])])
+    costs = Sensitivity.load(sensitivity) if sensitivity else None
     with shown_progress() as progress:
-        made = evaluate_folder(folder, recipe, baseline, progress)
+        made = evaluate_folder(folder, recipe, baseline, progress, costs)
     if this_process()[0] > 0:
         return
     if output:

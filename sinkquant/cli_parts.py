@@ -21,7 +21,8 @@ ModelArgument = Annotated[str, typer.Argument(help="A model folder, a hub id, or
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Set a recipe key.")]
 TextOption = Annotated[str | None, typer.Option("--text", help="A file of your own text; default: packaged prose.")]
 SensitivityOption = Annotated[Path | None, typer.Option("--sensitivity", help="Take sensitivities from this file, or "
-                                                        "write them there; a solved budget needs them.")]
+                                                        "write them there; a solved budget needs them, and "
+                                                        "any plan then predicts its loss.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the artifact as JSON.")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model folder carries.")]
 

@@ -1,4 +1,4 @@
-"""Commands about plans: what two of them decide differently."""
+"""Commands about plans: what two of them decide differently, and what protection is worth."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
-from sinkquant.artifacts import Plan, Sensitivity
-from sinkquant.cli_parts import JsonOption, out
+from sinkquant.artifacts import Plan, Sensitivity, SinkMap
+from sinkquant.cli_parts import JsonOption, ModelArgument, SetOption, TextOption, TrustOption, out, shown_progress
 from sinkquant.errors import RequestError
+from sinkquant.recipe import DEFAULT_RECIPE, Recipe
 
 PlanArgument = Annotated[Path, typer.Argument(help="A plan.json, a run's folder, or a quantized checkpoint.")]
 
@@ -34,6 +36,40 @@ def diff(a: PlanArgument, b: PlanArgument,
         out.print(settings(found))
     if not found.modules and not found.settings:
         out.print("The plans decide the same.")
+
+
+def advise(model: ModelArgument,
+           recipe: Annotated[str, typer.Option("-r", "--recipe", help="A recipe file or name.")] = DEFAULT_RECIPE,
+           assignments: SetOption = None, text: TextOption = None,
+           sink_map: Annotated[Path | None, typer.Option(help="A sink map made before; default: detect now.")] = None,
+           measure: Annotated[bool, typer.Option("--measure", help="Carry out every protection and its control, and "
+                                                 "measure both on evaluation text.")] = False,
+           only: Annotated[list[str] | None, typer.Option("--only", metavar="NAME", help="Look at this protection; "
+                                                          "may be given again. Default: all.")] = None,
+           json: JsonOption = False,
+           output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the advice here.")] = None,
+           trust_remote_code: TrustOption = False) -> None:
+    """What each kind of protection is worth on a model at a recipe's formats: predicted, and measured if asked."""
+    chosen = Recipe.load(recipe).replace([*(assignments or []), *([f"calibration.text={text}"] if text else [])])
+    known = SinkMap.load(sink_map) if sink_map else None
+    from sinkquant.advise import advise as look
+    from sinkquant.policy.show import advice_table
+
+    with shown_progress() as progress:
+        found = look(model, chosen, known, measure=measure, only=only or [], trust_remote_code=trust_remote_code,
+                     progress=progress)
+    if output:
+        found.save(output)
+    if json:
+        print(found.to_json(), end="")
+        return
+    out.print(advice_table(found))
+    for one in found.mechanisms:
+        if one.measured is None:
+            out.print(escape(f"{one.name} ({one.applies_to}): {one.sentence}"), soft_wrap=True)
+    out.print(escape(found.sentence), soft_wrap=True)
+    for note in found.notes:
+        out.print(f"Note: {escape(note)}", soft_wrap=True)
 
 
 def _plan_at(place: Path) -> Plan:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from sinkquant.artifacts import Report
+from sinkquant.artifacts import Report, Sensitivity
 from sinkquant.candidates import bits_on_disk, comparison, fidelity, loader, sinks_after, weight_bytes
-from sinkquant.evaluate import BASELINE, Candidate, evaluate, require_tasks_possible
+from sinkquant.evaluate import BASELINE, Candidate, evaluate, forecasts_of_plans, require_tasks_possible
 from sinkquant.formats import read_checkpoint, versions
 from sinkquant.models import load_model, load_tokenizer, pick_device, resolve
+from sinkquant.policy.expected import with_expected_loss
 from sinkquant.recipe import Recipe
 from sinkquant.workfolder import CONTROL, MODEL
 
@@ -19,12 +20,13 @@ Progress = Callable[[int, int, str], None]
 
 
 def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
-                    progress: Progress | None = None) -> Report:
+                    progress: Progress | None = None, sensitivity: Sensitivity | None = None) -> Report:
     """Measure a checkpoint, or a run's folder with its control, beside a baseline.
 
     Args:
         recipe: how to measure; `recorded_recipe` gives the one that the checkpoint was made with.
         baseline: the unquantized model; without it there is neither divergence nor recovery.
+        sensitivity: predicts the losses; without it they are those that the checkpoints' plans carry.
 
     Raises:
         RequestError: the folder holds no checkpoint.
@@ -37,7 +39,7 @@ def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
     tokenizer = load_tokenizer(resolve(str(next(iter(places.values())))))
     require_tasks_possible(recipe)
     device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
-    candidates, maps, original = [], {}, None
+    candidates, maps, original, plans = [], {}, None, []
     if baseline is not None:
         source = resolve(baseline)
         candidates.append(Candidate(BASELINE, baseline, lambda: load_model(source, dtype, device),
@@ -48,6 +50,9 @@ def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
         if content and content["sink_map"] and recipe.gate.max_sink_rate_change is not None:
             maps[BASELINE] = content["sink_map"]
             maps[name] = sinks_after(path, tokenizer, recipe, name, progress)
+        if content:
+            plan = content["plan"] if sensitivity is None else with_expected_loss(content["plan"], sensitivity)
+            plans.append(plan.model_copy(update={"name": name}))
         bits = content["plan"].bits_per_weight if content else bits_on_disk(path)
         candidates.append(Candidate(name, str(path), loader(path, dtype, device), weight_bytes(path), bits,
                                     content["plan"].kv_cache if content else None,
@@ -55,7 +60,8 @@ def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
     report = evaluate(candidates, tokenizer, recipe, model=baseline or str(folder),
                       fidelity=fidelity(maps) if maps else None, compare=comparison(tokenizer, original, recipe),
                       progress=progress)
-    return report.model_copy(update={"versions": versions()})
+    return report.model_copy(update={"versions": versions(),
+                                     "forecasts": forecasts_of_plans(report.rows, plans)})
 
 
 def recorded_recipe(folder: Path) -> Recipe:

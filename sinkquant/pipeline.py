@@ -27,7 +27,14 @@ from sinkquant.candidates import (
     weight_bytes,
 )
 from sinkquant.detect import detect
-from sinkquant.evaluate import BASELINE, Candidate, evaluate, require_tasks_possible
+from sinkquant.evaluate import (
+    BASELINE,
+    Candidate,
+    evaluate,
+    forecasts_of_plans,
+    forecasts_of_run,
+    require_tasks_possible,
+)
 from sinkquant.formats import (
     KV_PREFIX,
     dismiss,
@@ -58,6 +65,7 @@ from sinkquant.policy import (
     require_distill,
     require_transforms,
 )
+from sinkquant.policy.expected import with_expected_loss
 from sinkquant.policy.pruning import pruning_alone
 from sinkquant.predict import Prediction, require_memory, spill_limit
 from sinkquant.quantize import quantize, require_packages
@@ -97,7 +105,8 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
     Args:
         edited: a plan to carry out instead of the one that the recipe would give; its sizes are counted anew.
         sink_map: of this model, made before; without it the sinks are detected.
-        sensitivity: a file; a plan that is solved for takes its sensitivities from it, or writes them there.
+        sensitivity: a file to take sensitivities from, or to write them to; a plan that is solved for needs them, and
+            any other predicts its loss.
         plan_only: stop before anything is quantized. Where the plan takes nothing from detection, because of what the
             recipe asks or because it or the sink map is given, headers and configuration are all that is read.
 
@@ -124,7 +133,7 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
     require_one_process(edited.calibration.distill if edited else recipe.weights.distill)
     if sink_map is not None:
         check_same_model(shape, sink_map)
-    ready, asking = plan_ready(shape, recipe, edited, sink_map) if plan_only else (None, [])
+    ready, asking = plan_ready(shape, recipe, edited, sink_map) if plan_only and sensitivity is None else (None, [])
     # Headers alone are planned from without a tokenizer too.
     tokenizer = None if ready and not has_tokenizer(folder) else load_tokenizer(folder, trust_remote_code)
     pick_device(recipe.compute.device)
@@ -184,9 +193,12 @@ class _Job:
         with self.work.timed("detect"):
             sink_map = self.sink_map(model)
         shape = Decoder.of(model).shape(self.name)
-        costs = self.sensitivity(model, sink_map) if self.recipe.budget.solved and not edited else None
+        wanted = self.sensitivities is not None or (self.recipe.budget.solved and not edited)
+        costs = self.sensitivity(model, sink_map) if wanted else None
         aware = (accept_edited(edited, shape).made_from(sink_map) if edited else
                  make_plan(shape, sink_map, self.recipe, costs))
+        if edited and costs is not None:
+            aware = with_expected_loss(aware, costs)
         aware = with_calibration_notes(aware, Decoder.of(model), self.tokenizer)
         _save(aware, None, self.work)
         if plan_only:
@@ -211,8 +223,10 @@ class _Job:
             report = self.evaluate(plans, sink_map, after)
         from sinkquant.report import write  # matplotlib
 
-        return write(self.work.path, report.model_copy(update={"resources": self.resources(aware)}), sink_map, aware,
-                     after["sink_aware"])
+        used = self.resources(aware)
+        forecasts = [*forecasts_of_plans(report.rows, list(plans.values())), *forecasts_of_run(used)]
+        return write(self.work.path, report.model_copy(update={"resources": used, "forecasts": forecasts}), sink_map,
+                     aware, after["sink_aware"])
 
     def evaluate_along(self) -> None:
         """Share the evaluation of the first process, once its checkpoints are there."""

@@ -10,7 +10,7 @@ from sinkquant.artifacts.fidelity import SinkFidelity
 from sinkquant.artifacts.frontier import Frontier, FrontierPoint
 from sinkquant.artifacts.kv import KVCachePlan, KVLayer, KVSink, MassiveCarriers
 from sinkquant.artifacts.plan import Calibration, ModuleDecision, Plan, PredictedLoss, SinkSelector, Transform
-from sinkquant.artifacts.report import Measure, Paired, Report, Row
+from sinkquant.artifacts.report import Forecast, Measure, Paired, Report, Row
 from sinkquant.artifacts.sensitivity import FormatLoss, KVLoss, Ranking, Sensitivity, Terms, UnitSensitivity
 from sinkquant.artifacts.shapes import KVLayerShape, LinearShape, ModelShape
 from sinkquant.artifacts.sinkmap import (
@@ -31,6 +31,7 @@ __all__ = [
     "Calibration",
     "Channel",
     "Diagnosis",
+    "Forecast",
     "FormatLoss",
     "Frontier",
     "FrontierPoint",

@@ -68,10 +68,26 @@ class Verdict(Strict):
     failures: list[str] = Field(default_factory=list)
 
 
+class Forecast(Strict):
+    """A figure that was predicted before the work, beside what was measured after it.
+
+    `row`: the plan that it is of, or "run". `quantity` "kl": KL divergence from the unquantized model in nats per
+    token, by the formats of the weights, "kl_kv": by those of the KV cache; "weight_bytes"; or a name with its unit.
+    Null: not predicted, or not measured; `note` says why, or what else is in the measured figure.
+    """
+
+    row: str
+    quantity: str
+    predicted: float | None
+    measured: float | None
+    note: str = ""
+
+
 class Report(Artifact):
     """What it cost. `recovery` is quantized / unquantized by row, task and metric, 1.0 is lossless; for metrics
     where lower is better it is unquantized / quantized. `plots` maps a plot's name to its alternative text, `notes` say
-    where the run could not do what the recipe asked for (a shorter context, less text)."""
+    where the run could not do what the recipe asked for (a shorter context, less text). `forecasts`: what was predicted
+    beside what came of it."""
 
     SCHEMA: ClassVar[str] = "sinkquant/report@1"
 
@@ -83,6 +99,7 @@ class Report(Artifact):
     recovery: dict[str, dict[str, dict[str, float]]]
     fidelity: Fidelity | None
     verdict: Verdict
+    forecasts: list[Forecast] = Field(default_factory=list)
     plots: dict[str, str] = Field(default_factory=dict)
     evaluation: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
     resources: dict[str, float] = Field(default_factory=dict)

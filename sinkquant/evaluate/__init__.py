@@ -4,6 +4,7 @@ from typing import Any
 
 from sinkquant.evaluate.divergence import Divergence, compare_rows, row_divergences
 from sinkquant.evaluate.evaluate import BASELINE, Candidate, Compare, evaluate, require_tasks_possible
+from sinkquant.evaluate.forecasts import forecasts_of_plans, forecasts_of_run
 from sinkquant.evaluate.results import TaskResult
 from sinkquant.evaluate.statistics import paired_difference
 from sinkquant.evaluate.tasks import LOCAL_TASKS, build_tasks
@@ -19,6 +20,8 @@ __all__ = [
     "build_tasks",
     "compare_rows",
     "evaluate",
+    "forecasts_of_plans",
+    "forecasts_of_run",
     "paired_difference",
     "require_tasks_possible",
     "row_divergences",

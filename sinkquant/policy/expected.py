@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from sinkquant.artifacts import FormatLoss, Plan, PredictedLoss, Sensitivity, UnitSensitivity
 from sinkquant.artifacts.formats import WeightFormat
+from sinkquant.errors import RequestError
 from sinkquant.policy.kv_budget import expected_kv_loss
 
 
@@ -61,7 +62,14 @@ def with_expected_loss(plan: Plan, sensitivity: Sensitivity, gap: float | None =
 
     Args:
         gap: the solver's, where the plan was solved for.
+
+    Raises:
+        RequestError: the sensitivities are of another model.
     """
+    foreign = [name for unit in sensitivity.units for name in unit.modules if name not in plan.modules]
+    if foreign:
+        raise RequestError(f"the sensitivities are of another model: the plan has no {foreign[0]}; make them for this "
+                           "one.")
     found = expect_loss({name: decision.form for name, decision in plan.modules.items()}, sensitivity)
     predicted = dict(plan.predicted)
     notes = list(plan.notes)

@@ -23,7 +23,7 @@ def plan_from_shapes(shape: ModelShape, recipe: Recipe) -> tuple[Plan | None, li
     asking = _asking(recipe)
     if asking:
         return None, asking
-    plan = make_plan(shape, _nothing_found(shape), recipe).made_from(None)
+    plan = make_plan(shape, nothing_found(shape), recipe).made_from(None)
     if plan.needs_rows and recipe.protect.tokens and recipe.protect.statistics in FOR_SINKS:
         return None, ["protect.tokens"]
     return plan, []
@@ -47,7 +47,7 @@ def _asking(recipe: Recipe) -> list[str]:
     return found
 
 
-def _nothing_found(shape: ModelShape) -> SinkMap:
+def nothing_found(shape: ModelShape) -> SinkMap:
     """A sink map without a finding, for a recipe that does not look into it."""
     facts = ModelFacts(name=shape.name, architecture=shape.architecture, layers=shape.blocks, heads=0, kv_heads=0,
                        hidden_size=0, parameters=shape.parameters, dtype=shape.dtype)

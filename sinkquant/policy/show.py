@@ -1,4 +1,4 @@
-"""The difference of two plans as tables for the terminal."""
+"""The difference of two plans, and advice on protection, as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sinkquant.artifacts import PredictedLoss
+from sinkquant.artifacts.advice import Advice
 from sinkquant.artifacts.difference import ModuleChange, PlanDifference
 
 LONGEST = 48
@@ -56,6 +57,25 @@ def settings(found: PlanDifference) -> Table:
     table = Table("setting", "a", "b", title="Beside the linears", title_justify="left")
     for path, (one, other) in found.settings.items():
         table.add_row(escape(path), escape(_short(one)), escape(_short(other)))
+    return table
+
+
+def advice_table(found: Advice) -> Table:
+    """A line for every kind of protection: KL divergence in thousandths of a nat per token."""
+    table = Table("protection", "for", title="What protection is worth alone, KL divergence in 0.001 nats per token",
+                  title_justify="left", caption="beside a control of the same bytes with it off",
+                  caption_justify="left")
+    for name in ("predicted gain", "without", "with", "gain", "95 % interval"):
+        table.add_column(name, justify="right")
+    table.add_column("answer")
+    for one in found.mechanisms:
+        predicted = "" if one.predicted is None else (
+            f"{'at best ' if one.predicted.at_best else ''}{1000 * one.predicted.gain:.2g}")
+        figures = [""] * 4
+        if (worth := one.measured) is not None:
+            figures = [*(f"{1000 * value:.3g}" for value in (worth.control, worth.aware, worth.gain)),
+                       f"{1000 * worth.low:.2g} to {1000 * worth.high:.2g}"]
+        table.add_row(one.name, one.applies_to, predicted, *figures, one.answer)
     return table
 
 

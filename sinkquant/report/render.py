@@ -105,11 +105,23 @@ def _row_name(name: str) -> str:
     return name.replace("_", "-")
 
 
+def _quantity(name: str) -> str:
+    return {"kl": "loss", "kl_kv": "loss of the KV cache", "weight_bytes": "bytes on disk"}.get(name, name)
+
+
+def _figure(value: float | None, quantity: str, missing: str) -> str:
+    """A forecast's figure with what its quantity asks for: whole bytes, and four digits of all else."""
+    if value is None:
+        return missing
+    return f"{value:,.0f}" if "bytes" in quantity else f"{value:.4g}"
+
+
 def _environment() -> Environment:
     environment = Environment(loader=PackageLoader("sinkquant.report"), undefined=StrictUndefined, trim_blocks=True,
                               autoescape=select_autoescape(["html.j2", "html"]), keep_trailing_newline=True)
     environment.filters["row"] = _row_name
     environment.filters["visible"] = visible
+    environment.filters |= {"quantity": _quantity, "figure": _figure}
     return environment
 
 

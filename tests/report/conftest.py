@@ -66,5 +66,9 @@ def report() -> Report:
                      "massive_ratio": dict.fromkeys(rates, 90.0)},
         "verdict": {"answer": "pays", "sentence": "Protection pays on this model: it does.", "gate": "failed",
                     "failures": ["KL divergence 0.25 is over 0.1"]},
+        "forecasts": [
+            {"row": "sink_aware", "quantity": "weight_bytes", "predicted": 1000, "measured": 1000},
+            {"row": "sink_aware", "quantity": "kl", "predicted": 0.2, "measured": 0.25, "note": "no cache & no inputs"},
+            {"row": "control", "quantity": "kl", "predicted": None, "measured": 0.5}],
         "evaluation": {"rows": 4, "limit": None}, "resources": {"seconds: detect": 1.5, "peak resident bytes": 2.0**30},
         "versions": {"torch": "2.13.0"}, "notes": ["a note of the run"]}, "the fixture")

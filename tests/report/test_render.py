@@ -36,7 +36,9 @@ def test_the_page_stands_alone_and_is_sound(folder):
     assert "<script>alert(1)</script>" in page.words
     for words in ("Protection pays", "it does", "Quality gate failed", "KL divergence 0.25 is over 0.1", "m & m",
                   "25.0 %", "0.25 ± 0.01", "3.1 ± 0.1 (96.8 %)", "sink-aware is better", "no difference shown",
-                  "because a|b <i>so</i>", "a note of detection", "a note of the run", "1.5 s", "1,024.0 MiB"):
+                  "because a|b <i>so</i>", "a note of detection", "a note of the run", "1.5 s",
+                  "Predicted and measured", "bytes on disk", "not predicted", "1.250", "no cache & no inputs",
+                  "1,024.0 MiB"):
         assert words in page.words, words
     assert page.words.index("Protection pays") < page.words.index("Checkpoints on disk")
 
@@ -58,7 +60,7 @@ def test_json_and_markdown_hold_the_same(folder, report):
     markdown = (folder / "report.md").read_text(encoding="utf-8")
     assert markdown.startswith("# Protection pays: m & m, recipe w4\n\nProtection pays on this model: it does.\n")
     tables = [block for block in markdown.split("\n\n") if block.startswith("|")]
-    assert len(tables) == 5
+    assert len(tables) == 6
     for table in tables:
         assert len({line.count("|") for line in table.strip().splitlines()}) == 1
         assert len(table.strip().splitlines()) > 2
