@@ -127,7 +127,7 @@ def test_two_runs_give_the_same_codes_and_another_seed_others(text_file: Path) -
 
 def test_what_does_not_help_is_not_kept(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distill, "RATE", -8.0)  # uphill
-    plain, worse = (tiny_model("llama") for _ in range(2))
+    plain, worse = (tiny_model("llama", num_hidden_layers=1) for _ in range(2))
     for model, iterations in ((plain, 0), (worse, 2)):
         quantize(model, planned(model, text_file, iterations, "weights.method=gptq"), tiny_tokenizer())
     for name, weight in plain.state_dict().items():
