@@ -16,9 +16,8 @@ class Terms(Strict):
     (`total`), at the sink tokens only (`sinks`) and at all others only (`others`).
 
     `sinks` is what a format loses through the sinks: their own hidden states, their keys and values, and what others
-    read of them. The two do not add up to `total` where errors at both make each other worse, or cancel. Sharing that
-    rest evenly (Shapley) was tried and dropped: a share is a small difference of large numbers, and its rank follows
-    their noise.
+    read of them. The two do not add up to `total` where errors at both make each other worse, or cancel; a share that
+    does (Shapley) would be a small difference of large numbers, whose rank follows their noise.
     """
 
     sinks: float
