@@ -39,7 +39,7 @@ from sinkquant.sensitivity import find_sensitivity
 
 Progress = Callable[[int, int, str], None]
 SPARE = 16
-"""Positions that are left for a prefix."""
+"""Positions that are left for a prefix in front of rows."""
 
 
 def advise(model: str | os.PathLike[str], recipe: Recipe | None = None, sink_map: SinkMap | None = None, *,
@@ -67,6 +67,9 @@ def advise(model: str | os.PathLike[str], recipe: Recipe | None = None, sink_map
     opened, tokenizer = open_model(folder, trust_remote_code), load_tokenizer(folder, trust_remote_code)
     decoder = Decoder.of(opened)
     shape = decoder.shape(str(model))
+    room = max_length(opened) - SPARE
+    if recipe.evaluate.divergence_length > room:
+        recipe = recipe.replace([f"evaluate.divergence_length={room}"])
     # What cannot be planned at all is refused before anything is looked for.
     _named(mechanisms(shape, nothing_found(shape), recipe), only)
     if sink_map is not None:
@@ -106,10 +109,10 @@ def _named(found: list[Mechanism], only: Sequence[str]) -> list[Mechanism]:
 
 
 def _held_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> torch.Tensor:
-    """Rows of the evaluation text, int64 [rows, length], short enough for what a prefix may put in front of them."""
+    """Rows of the evaluation text, int64 [rows, length]."""
     settings = recipe.evaluate
     rows = token_rows(tokenizer, read_text(settings.text, "evaluation"), settings.divergence_rows,
-                      min(settings.divergence_length, max_length(model) - SPARE), recipe.calibration.bos,
+                      settings.divergence_length, recipe.calibration.bos,
                       model.get_input_embeddings().weight.shape[0], "evaluation text")
     if len(rows) < 2:
         raise RequestError("the evaluation text holds but one row, whose spread nobody knows; give a longer one "
@@ -145,20 +148,23 @@ class _Forecaster:
         candidates = formats_of([plan for one in mine.values() for plan in (one.aware, one.control) if plan])
         base = self._sensitivity(unprotected(self.recipe), candidates)
         own = {place: self._sensitivity(one.recipe, formats_of([one.aware])) for place, one in mine.items()
-               if one.statistics and one.aware}
+               if one.has_own_losses and one.aware}
         worth = {place: predicted_worth(one, base, own.get(place, base)) for place, one in mine.items()}
         return {place: one for place, one in worth.items() if one is not None}
 
     def _cache(self, mine: dict[int, Mechanism]) -> dict[int, PredictedWorth]:
         found: dict[int, PredictedWorth] = {}
-        base: Sensitivity | None = None
+        bases: dict[int, Sensitivity] = {}
         for place, one in mine.items():
-            kept = one.aware.kv_cache if one.aware else None
-            if kept is None or kept.front or kept.massive:  # the rows that predict do not have such tokens
-                continue
-            candidates = cache_candidates(kept, self.recipe.evaluate.divergence_length)
-            base = base or self._sensitivity(one.recipe, candidates)
-            worth = predicted_cache_worth(one, base, self._sensitivity(one.recipe.replace(one.settings), candidates))
+            aware, control = (plan.kv_cache if plan else None for plan in (one.aware, one.control))
+            if aware is None or control is None or aware.front or aware.massive:
+                continue  # the rows that predict do not have such tokens
+            candidates = cache_candidates(aware, self.recipe.evaluate.divergence_length)
+            if control.window not in bases:
+                bases[control.window] = self._sensitivity(one.recipe.replace([f"kv_cache.window={control.window}"]),
+                                                          candidates)
+            own = self._sensitivity(one.recipe.replace(one.settings), candidates)
+            worth = predicted_cache_worth(one, bases[control.window], own)
             if worth is not None:
                 found[place] = worth
         return found

@@ -74,6 +74,7 @@ def steps_back(walk: Walk, seed: int = 0) -> Iterator[BackStep]:
     inputs = [step.walk.hidden for step in walk.steps()]
     frozen = [parameter for parameter in decoder.model.parameters() if parameter.requires_grad]
     watching: list[AttentionObserver] = []
+    walk._watching = watching  # whoever replays a step forward sees its attention too
     was_training = decoder.model.training
     decoder.model.eval()
     for parameter in frozen:

@@ -47,6 +47,11 @@ class Mechanism:
     exact_sinks: Literal["none", "aware", "both", "some"] = "none"
     recipe: Recipe = field(default_factory=Recipe)
 
+    @property
+    def has_own_losses(self) -> bool:
+        """Whether it makes other codes of the same format, or has columns beside them."""
+        return self.statistics is not None or self.recipe.protect.channels == "split"
+
 
 def unprotected(recipe: Recipe) -> Recipe:
     """The recipe's weights alone, with nothing done for the sinks.
@@ -154,7 +159,9 @@ def _takes_none(one: Mechanism, base: Plan) -> Mechanism | None:
 def _for_cache(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> list[Mechanism]:
     """Ways to keep tokens of the cache, the weights left alone, beside a window that is longer by the same bytes."""
     assert recipe.kv_cache is not None
-    off = recipe.replace([*OFF, *ALONE, "kv_cache.exact=none", "kv_cache.prefix=none", "kv_cache.sliding_sinks=false"])
+    # Planned for the rows that measure it: there a longer window takes the bytes that exact tokens do.
+    off = recipe.replace([*OFF, *ALONE, "kv_cache.exact=none", "kv_cache.prefix=none", "kv_cache.sliding_sinks=false",
+                          f"kv_cache.length={recipe.evaluate.divergence_length}"])
 
     def plans(settings: list[str]) -> Callable[[], tuple[Plan, Plan]]:
         def made() -> tuple[Plan, Plan]:

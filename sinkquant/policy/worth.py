@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from sinkquant.artifacts import KVCachePlan, Plan, Sensitivity
 from sinkquant.artifacts.advice import Answer, MeasuredWorth, MechanismAdvice, PredictedWorth
@@ -36,22 +35,22 @@ def predicted_worth(one: Mechanism, base: Sensitivity, own: Sensitivity) -> Pred
     and all sinks makes the difference.
 
     Args:
-        base: with every token weighing the same. own: with the statistics of the mechanism.
+        base: with every token weighing the same. own: with the statistics, or the columns beside the codes, of the
+            mechanism.
     """
     if one.aware is None or one.control is None or one.exact_sinks == "some" or one.name.startswith("static ranges"):
         return None
     losses = []
     for plan, costs in ((one.aware, own), (one.control, base)):
-        found = expect_loss({name: replace(decision.form, columns=0, scalars=0)
-                             for name, decision in plan.modules.items()}, costs)
+        found = expect_loss({name: decision.form for name, decision in plan.modules.items()}, costs)
         if found.unknown:
             return None
-        kept = sum(loss.terms.sinks for unit in costs.units
-                   if any(plan.modules[name].keep in ("split", "scale") for name in unit.modules)
-                   and (loss := unit.loss(replace(plan.modules[unit.modules[0]].form, columns=0, scalars=0))))
+        scaled = sum(loss.terms.sinks for unit in costs.units
+                     if any(plan.modules[name].keep == "scale" for name in unit.modules)
+                     and (loss := unit.loss(plan.modules[unit.modules[0]].form)))
         exact = one.exact_sinks == "both" or (one.exact_sinks == "aware" and plan is one.aware)
-        losses.append(found.total - (found.sinks if exact else kept))
-    at_best = one.exact_sinks != "none" or any(d.keep in ("split", "scale") for d in one.aware.modules.values())
+        losses.append(found.total - (found.sinks if exact else scaled))
+    at_best = one.exact_sinks != "none" or any(d.keep == "scale" for d in one.aware.modules.values())
     return PredictedWorth(aware=losses[0], control=losses[1], at_best=at_best)
 
 

@@ -83,9 +83,16 @@ def test_predictions_count_what_is_kept_as_lost_no_more_through_the_sinks() -> N
     costs, dear = sensitivity_of(SHAPE), sensitivity_of(SHAPE, {DOWN: 4.0})
     one = 4.0 ** -4 * 0.32
     everything = one * len(costs.units)
-    split = predicted_worth(found["split columns", "weights"], costs, costs)
-    assert split.at_best
-    assert split.aware == pytest.approx(everything - 0.1 * one)
+    scaled = predicted_worth(found["scaled columns", "weights"], costs, costs)
+    assert scaled.at_best
+    assert scaled.aware == pytest.approx(everything - 0.1 * one)
+    assert predicted_worth(found["split columns", "weights"], costs, costs) is None
+    beside = costs.model_copy(update={"units": [
+        unit.model_copy(update={"losses": [*unit.losses, unit.losses[0].model_copy(update={"bits": 4, "columns": 1})]})
+        if unit.modules == [DOWN] else unit for unit in costs.units]})
+    split = predicted_worth(found["split columns", "weights"], costs, beside)
+    assert not split.at_best
+    assert split.aware == pytest.approx(everything - one + 4.0 ** -2 * 0.32)
     prefix = predicted_worth(found["prefix", "weights"], costs, costs)
     assert (prefix.aware, prefix.control) == pytest.approx((0.9 * everything, everything))
     boost = predicted_worth(found["boosted statistics", "weights"], dear, costs)

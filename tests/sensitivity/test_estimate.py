@@ -13,9 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sinkquant import Recipe, find_sensitivity
-from sinkquant.artifacts import Sensitivity
-from sinkquant.models import Decoder, token_rows
+from sinkquant.artifacts import Calibration, Sensitivity
+from sinkquant.models import Decoder, Walk, token_rows
+from sinkquant.models.backward import steps_back
 from sinkquant.quantize.rtn import RTN
+from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.sensitivity import sink_places
 
 SMALL = ["weights.group_size=32", "weights.method=rtn", "weights.scale_search=false", "sensitivity.rows=6",
@@ -134,3 +136,19 @@ def test_gptq_candidates_lose_less_than_rounding(text: Path) -> None:
         model, tiny_tokenizer(), sink_map_of(Decoder.of(model)),
         small(text, f"weights.method={method}", "sensitivity.bits=[3]")).units) for method in ("gptq", "rtn")]
     assert totals[0] < totals[1]
+
+
+def test_a_replay_in_the_walk_back_is_seen_by_the_statistics_that_weigh_by_attention(tiny) -> None:
+    rows = torch.randint(1, 128, (2, 12), generator=torch.Generator().manual_seed(0))
+    calibration = Calibration(text=None, rows=2, length=12, bos="auto", batch_size=2, sinks=[], damping=0.01,
+                              act_order=True, statistics="attention")
+    forward, back = (TokenWeights(rows, calibration) for _ in range(2))
+    seen = {}
+    for step in Walk(Decoder.of(tiny), rows, 2).steps():
+        forward.enter(step)
+        seen[step.index] = forward.weights
+        step.run()
+    for one in steps_back(Walk(Decoder.of(tiny), rows, 2)):
+        back.enter(one.step)
+        torch.testing.assert_close(back.weights, seen[one.step.index])
+    assert back.weights.max() == 1 > back.weights.min()
