@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -67,13 +65,13 @@ from sinkquant.policy import (
 )
 from sinkquant.policy.expected import with_expected_loss
 from sinkquant.policy.pruning import pruning_alone
-from sinkquant.predict import Prediction, require_memory, spill_limit
+from sinkquant.predict import Prediction, require_memory, spill_limit, with_seconds
 from sinkquant.quantize import quantize, require_packages
 from sinkquant.quantize.ranks import join, require_one_process
 from sinkquant.quantize.transforms import rotate
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe
 from sinkquant.sensitivity import find_sensitivity
-from sinkquant.workfolder import CONTROL, MODEL, WorkFolder, partial_folder, run_key, work_folder
+from sinkquant.workfolder import CONTROL, MODEL, WorkFolder, partial_folder, peak_resident, run_key, work_folder
 
 Progress = Callable[[int, int, str], None]
 LOG = logging.getLogger("sinkquant")
@@ -145,15 +143,15 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
         follow(lambda: open_model(folder, trust_remote_code), tokenizer)
         if tokenizer is not None and not (recipe.evaluate.skip or plan_only):
             begun = WorkFolder(partial_folder(target), "")
-            _Job(recipe, str(model), folder, tokenizer, begun, trust_remote_code, None, Prediction({}, {}),
+            _Job(recipe, str(model), folder, tokenizer, begun, trust_remote_code, None, Prediction({}),
                  None).evaluate_along()
         return None
     predicted = require_memory(decoder, recipe, None if not plan_only else () if ready else ("detect",))
     key = run_key(recipe, folder, edited.to_json() if edited else None, sink_map.to_json() if sink_map else None)
     with work_folder(target, key, resume) as work:
         LOG.info("recipe %s, model %s, %s", recipe.name, folder, versions())
-        LOG.info("predicted: %.2f GB of memory above what is loaded, %.0f s to detect, %.0f s to quantize",
-                 predicted.peak / 1e9, predicted.seconds["detect"], predicted.seconds["quantize"])
+        LOG.info("predicted: %.2f GB of memory above what is loaded (%s)", predicted.peak / 1e9, ", ".join(
+            f"{stage} {size / 1e9:.2f}" for stage, size in predicted.peak_bytes.items()))
         report = None
         if plan_only and ready is None:
             LOG.info("detects the sinks first, for %s", ", ".join(asking))
@@ -162,6 +160,10 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
             LOG.info("planned from headers and configuration alone")
             _save(with_calibration_notes(ready, decoder, tokenizer), sink_map, work)
         else:
+            if not plan_only:
+                predicted = with_seconds(predicted, decoder, recipe, tokenizer)
+                LOG.info("predicted: %s", ", ".join(f"{stage} {took:.0f} s" for stage, took in
+                                                    predicted.seconds.items()))
             job = _Job(recipe, str(model), folder, tokenizer, work, trust_remote_code, progress, predicted, sink_map,
                        sensitivity)
             report = job.run(edited, plan_only)
@@ -335,12 +337,15 @@ class _Job:
         return model.to(pick_device(compute.device), getattr(torch, compute.dtype))
 
     def resources(self, aware: Plan) -> dict[str, float]:
-        """Seconds per stage over all attempts, the peak of this process, bytes as they were predicted."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        """Seconds per stage over all attempts, the peak of this process until its end, and both as they were predicted;
+        bytes of the checkpoint as they were predicted."""
+        peaks = {f"peak resident bytes: {stage}": size for stage, size in self.work.peaks.items()}
+        memory = {f"predicted peak resident bytes: {stage}": self.base + size
+                  for stage, size in self.predicted.peak_bytes.items()}
         seconds = {f"seconds: {stage}": taken for stage, taken in self.work.seconds.items()}
         predicted = {f"predicted seconds: {stage}": taken for stage, taken in self.predicted.seconds.items()}
-        return seconds | predicted | {
-            "peak resident bytes": float(peak), "predicted peak resident bytes": self.base + self.predicted.peak,
+        return seconds | predicted | peaks | memory | {
+            "peak resident bytes": peak_resident(), "predicted peak resident bytes": self.base + self.predicted.peak,
             "bytes predicted": float(aware.weight_bytes)}
 
 

@@ -1,34 +1,42 @@
-"""What a run will take: peak memory and time, from shapes and the recipe alone, before any weight is read.
+"""What a run will take: peak memory, from shapes and the recipe alone, before any weight is read; and time, which is
+counted work at the pace that this machine shows with the model's first block.
 
-Every term is a buffer that a stage holds at its worst moment; the peak is that of the worst stage. Time is counted
-operations over what this machine does with a small matrix product, good to a factor of two or so.
+Every term is a buffer that a stage holds at its worst moment; the peak is that of the worst stage.
 """
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import psutil
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from sinkquant.artifacts import LinearShape
+from sinkquant.detect.residual import TOP
+from sinkquant.detect.survey import batch_rows
 from sinkquant.errors import RequestError
-from sinkquant.evaluate.divergence import LOGITS_BYTES
+from sinkquant.evaluate.divergence import LOGITS_BYTES, POSITIONS
 from sinkquant.models import Decoder
+from sinkquant.pace import measure
 from sinkquant.quantize.distill import LOGITS_BYTES as DISTILL_LOGITS
 from sinkquant.quantize.distill import ROWS as DISTILL_ROWS
 from sinkquant.recipe import Recipe
+from sinkquant.times import stages
 
-CHEAPER = ("evaluate.skip=true", "calibration.batch_size=1", "detect.batch_size=1", "compute.dtype=bfloat16",
-           "weights.method=rtn", "weights.distill=0")
+CHEAPER = ("evaluate.batch_size=1", "evaluate.skip=true", "calibration.batch_size=1", "detect.batch_size=1",
+           "compute.dtype=bfloat16", "weights.method=rtn", "weights.distill=0")
 """Settings that take less memory, in the order in which they are proposed."""
 RELOADED = 1 << 30
 SPILL_SHARE = 8
 """Hidden states that take more than this part of the memory go to a mapped file."""
-SEARCH_PASSES, ROUNDING_PASSES = 460.0, 40.0
+EVALUATED_AT_ONCE = 1024
+"""Tokens of the longest request of sinkquant's own tasks, where the model has positions for them."""
+EVALUATION_LOADS = 0.25e9
+"""lm-eval, datasets, pyarrow and matplotlib, which only evaluation needs."""
+PIECES = 32e6
+"""What is looked at of hidden states at a time, with its copies."""
 KEPT_BY_ALLOCATOR = 1.15
 """What is resident over what is in use, measured over the blocks of a walk."""
 
@@ -38,11 +46,12 @@ class Prediction:
     """What a run will take.
 
     Attributes:
-        peak_bytes: stage -> resident bytes above what the process holds now. seconds: stage -> time.
+        peak_bytes: stage -> resident bytes above what the process holds now. seconds: stage, under the name that it is
+            timed by -> time; empty where nothing was timed.
     """
 
     peak_bytes: dict[str, float]
-    seconds: dict[str, float]
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def peak(self) -> float:
@@ -97,15 +106,23 @@ def require_memory(decoder: Decoder, recipe: Recipe, stages: Sequence[str] | Non
 
 
 def predict(decoder: Decoder, recipe: Recipe) -> Prediction:
-    """Predict a run of a recipe on a model, which may be one from `open_model`."""
+    """Predict the memory of a run of a recipe on a model, which may be one from `open_model`."""
     job = _Job(decoder, recipe)
     peaks = {"detect": job.detect_bytes(), "quantize": job.quantize_bytes()}
-    seconds = {"detect": job.detect_seconds(), "quantize": job.quantize_seconds()}
     if recipe.weights.distill:
         peaks["distill"] = job.distill_bytes()
     if not recipe.evaluate.skip:
         peaks["evaluate"] = job.evaluate_bytes()
-    return Prediction(peaks, seconds)
+    return Prediction(peaks)
+
+
+def with_seconds(found: Prediction, decoder: Decoder, recipe: Recipe,
+                 tokenizer: PreTrainedTokenizerBase) -> Prediction:
+    """A prediction with the time of every stage: a few rows go through the first block, and small matrices are
+    quantized, to see what this machine takes."""
+    job = _Job(decoder, recipe)
+    pace = measure(decoder, recipe, job.calibrated)
+    return replace(found, seconds=stages(decoder, recipe, pace, tokenizer, job.linears, job.calibrated, job.asymmetric))
 
 
 def _needed(decoder: Decoder, recipe: Recipe, changed: list[str], allowed: float,
@@ -148,13 +165,13 @@ class _Job:
     def detect_bytes(self) -> float:
         settings = self.recipe.detect
         sets = self._detected_tokens()
-        batch = settings.batch_size * 64
-        buffers = 2 * sum(sets) * self.hidden * self.item
-        watched = max(sets) * self.hidden * 20.0
-        tables = sum(sets) * self.heads * 4 * len(self.linears)
-        recorded = 128 * self.widest * 32
-        return KEPT_BY_ALLOCATOR * (self._walked() + buffers + watched + tables + recorded
-                                    + self._activations(batch, settings.length))
+        batch = max(batch_rows(self.decoder, self.recipe, length) * length
+                    for length in (settings.length, min(settings.long_length, self.decoder.max_length)))
+        buffers = (sum(sets) + max(sets)) * self.hidden * self.item
+        watched = batch * (self.widest + 3 * self.hidden) * 4 + PIECES
+        tables = sum(sets) * (4 * self.heads + 2 * 12 * TOP) * len(self.linears)
+        running = self.block * self.item + watched + self._activations(batch, settings.length)
+        return max(self._walked(), running) + buffers + tables
 
     def quantize_bytes(self) -> float:
         written = self.largest * (4 + self.stored) + self.block
@@ -186,31 +203,13 @@ class _Job:
 
     def evaluate_bytes(self) -> float:
         settings = self.recipe.evaluate
-        logits = 4.0 * self.vocabulary * max(
-            settings.divergence_length, min(LOGITS_BYTES / (4 * self.vocabulary), settings.batch_size * 512))
-        return 2 * self.total * self.item + 4 * logits  # the unquantized model beside another
-
-    def detect_seconds(self) -> float:
-        return 2.0 * self.all_blocks * sum(self._detected_tokens()) / _rate() + self._reading()
-
-    def quantize_seconds(self) -> float:
-        passes = SEARCH_PASSES if self.recipe.weights.scale_search else ROUNDING_PASSES
-        count = 1 if self.recipe.evaluate.skip or not self.recipe.evaluate.control else 2
-        rounding = self.all_blocks * passes / (_rate() / 16)
-        if not self.calibrated:
-            return count * (rounding + 2 * self._reading())
-        tokens = self.recipe.calibration.rows * self.recipe.calibration.length
-        operations = 4.0 * self.all_blocks * tokens
-        for block in self.linears:
-            inputs = {_input(linear, i): linear for i, linear in enumerate(block)}
-            operations += sum(4.0 * x.columns ** 3 for x in block if x.part_of)
-            operations += sum(2.0 * tokens * x.columns ** 2 + 4.0 * x.columns ** 3 for x in inputs.values())
-            operations += sum(6.0 * x.rows * x.columns ** 2 for x in block if not x.fixed)
-        if self.recipe.weights.distill:
-            tuned = self.recipe.weights.distill * DISTILL_ROWS * self.recipe.calibration.length
-            head = 2.0 * self.vocabulary * self.hidden  # once more for what the unquantized model predicts
-            operations += tuned * (6.0 * self.all_blocks + 3 * head) + tokens * (4.0 * self.all_blocks + 4 * head)
-        return count * (operations / _rate() + rounding + 2 * self._reading())
+        # lm-eval holds the logits of a batch, their log-softmax, and that of the batch before.
+        scored = 3 * settings.batch_size * min(self.decoder.max_length, EVALUATED_AT_ONCE)
+        row = settings.divergence_length
+        compared = 2 * max(row, min(4 * row, LOGITS_BYTES / (4 * self.vocabulary))) + 6 * POSITIONS
+        logits = 4.0 * self.vocabulary * max(scored, compared)
+        # The unquantized model beside another.
+        return EVALUATION_LOADS + 2 * self.total * self.item + KEPT_BY_ALLOCATOR * logits
 
     def _detected_tokens(self) -> list[int]:
         """Tokens of every set of rows that detection walks with."""
@@ -228,23 +227,8 @@ class _Job:
         mlp = tokens * (4 * self.widest + 8 * self.hidden) * self.item
         return mlp + 5 * 4 * tokens / max(length, 1) * self.heads * min(length, 128) * length
 
-    def _reading(self) -> float:
-        """Reading all blocks once, at a gigabyte per second."""
-        return self.all_blocks * self.stored / 1e9
-
 
 def _input(linear: LinearShape, index: int) -> str:
     """What linears with one Hessian in memory have in common: engines fuse them, or they are experts, whose turn comes
     one after the other."""
     return linear.part_of or (linear.fused_with[0] if linear.fused_with else str(index))
-
-
-def _rate() -> float:
-    """Floating-point operations per second of a matrix product in float32 on this machine, measured now."""
-    a = torch.ones(512, 512)
-    best = math.inf
-    for _ in range(4):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return 2 * 512 ** 3 / best

@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import json
 import logging
+import resource
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,11 +26,15 @@ MANIFEST_SCHEMA = "sinkquant/manifest@1"
 
 
 class WorkFolder:
-    """`<target>.partial`. Its manifest holds the key of the run and the seconds that every stage has taken so far."""
+    """`<target>.partial`. Its manifest holds the key of the run and the seconds that every stage has taken so far.
+
+    `peaks`: stage -> the most bytes that this process had in memory until its end.
+    """
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
         self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, float] = {}
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -40,13 +46,19 @@ class WorkFolder:
         yield
         took = time.monotonic() - start
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + took, 3)
+        self.peaks[stage] = peak_resident()
         self.write_manifest()
-        LOG.info("%s took %.1f s", stage, took)
+        LOG.info("%s took %.1f s; peak of memory so far %.2f GB", stage, took, self.peaks[stage] / 1e9)
 
     def write_manifest(self) -> None:
         """Atomic, so that a run that is killed here can be resumed."""
         content = {"schema": MANIFEST_SCHEMA, "key": self.key, "seconds": self.seconds}
         write_atomically(self.path / MANIFEST, json.dumps(content) + "\n")
+
+
+def peak_resident() -> float:
+    """The most bytes that this process has had in memory."""
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
 
 
 def partial_folder(target: Path) -> Path:

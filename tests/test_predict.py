@@ -9,13 +9,16 @@ import pytest
 from accelerate import init_empty_weights
 from families import tiny_model
 from small_runs import fingerprint, model_folder, small_recipe
+from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sinkquant as sq
-from sinkquant.detect.detect import batch_rows
+from sinkquant.detect.survey import batch_rows
 from sinkquant.errors import RequestError
-from sinkquant.models import Decoder
+from sinkquant.models import Decoder, open_model
+from sinkquant.pace import Pace, measure
 from sinkquant.predict import predict, require_memory, spill_limit
+from sinkquant.times import stages
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +51,46 @@ def test_where_nothing_helps_the_least_is_named(large: Decoder) -> None:
 def test_what_costs_more_is_predicted_to_cost_more(large: Decoder) -> None:
     least = sq.Recipe().replace(["evaluate.skip=true", "weights.method=rtn", "weights.scale_search=false"])
     base = predict(large, least)
-    for more in ("weights.method=gptq", "weights.scale_search=true"):
-        assert predict(large, least.replace([more])).seconds["quantize"] > 2 * base.seconds["quantize"]
     assert predict(large, least.replace(["weights.method=gptq"])).peak_bytes["quantize"] > 1e9
     assert predict(large, least.replace(["detect.rows=1000"])).peak_bytes["detect"] > base.peak_bytes["detect"]
     assert base.peak_bytes.keys() == {"detect", "quantize"}
     whole = predict(large, least.replace(["weights.distill=100"]))  # the whole model is in memory, with its gradient
     assert whole.peak_bytes["distill"] > 10 * large.model.num_parameters()
-    assert whole.seconds["quantize"] > 2 * base.seconds["quantize"]
     with pytest.raises(RequestError, match=r"to distill, and .* 6.0 GB; --set weights.distill=0 makes it fit"):
         require_memory(large, least.replace(["weights.distill=100", "compute.memory_limit=6"]))
+
+
+def test_time_is_counted_work_at_the_pace_of_the_machine(large: Decoder) -> None:
+    pace = Pace(operation=2e-11, value=1e-9, watched=(1e-4, 2e-4), plain=5e-5, column=1e-3, column_row=1e-6,
+                rounded=3e-7, kept=1e-8)
+    linears = [[x for x in large.shape("").linears.values() if x.block == block] for block in range(16)]
+
+    def seconds(*assignments: str) -> dict[str, float]:
+        recipe = sq.Recipe().replace(["detect.super_weights=false", *assignments])
+        return stages(large, recipe, pace, tiny_tokenizer(), linears, recipe.weights.method != "rtn", False)
+
+    rtn = seconds("weights.method=rtn", "evaluate.skip=true")
+    reading = 16 * 60_821_504 * 2 / 1e9
+    assert rtn == {"detect": pytest.approx(16 * ((2 * 100 + 20) * 64 * 1e-4 + 8 * 512 * 2e-4) + reading),
+                   "quantize sink_aware": pytest.approx(16 * 60_821_504 * 3.1e-7 + 2 * reading)}
+    gptq = seconds("evaluate.skip=true")
+    assert gptq["quantize sink_aware"] > 2 * rtn["quantize sink_aware"]
+    assert seconds("evaluate.skip=true", "weights.distill=100")["quantize sink_aware"] > gptq["quantize sink_aware"]
+    whole = seconds()
+    assert list(whole) == ["detect", "quantize sink_aware", "detect sink_aware", "quantize control", "detect control",
+                           "evaluate"]
+    for setting in ("evaluate.limit=10", "evaluate.control=false", "evaluate.tasks=[sink_cloze]"):
+        assert 0 < seconds(setting)["evaluate"] < 0.8 * whole["evaluate"]
+
+
+def test_the_pace_is_measured_with_the_first_block(tmp_path: Path) -> None:
+    decoder = Decoder.of(open_model(model_folder(tmp_path / "model")))
+    for calibrated in (True, False):
+        found = measure(decoder, sq.Recipe().replace(["detect.long_length=64", "weights.descent=0"]), calibrated)
+        positive = {found.operation, found.value, *found.watched, found.plain, found.kept}
+        assert min(positive) > 0
+        assert (found.column_row + found.column > 0) == calibrated
+        assert (found.rounded > 0) == (not calibrated)
 
 
 def test_wide_models_walk_with_fewer_rows_at_a_time(large: Decoder) -> None:

@@ -33,6 +33,8 @@ SHAPES = {
     "llama-8b": LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
                          "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}}
 SHARD = 1 << 30
+POOL = (1 << 24) + 3
+"""Random values that weights are made of, one tensor after the other; odd, so that rows differ."""
 
 
 def make(shape: str, folder: Path) -> None:
@@ -50,7 +52,8 @@ def make(shape: str, folder: Path) -> None:
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(resolve("demo")).save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
+    # A pool that is drawn once: sixteen billion normal numbers would take longer than what is to be measured.
+    pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     shards: list[dict[str, torch.Tensor]] = [{}]
     weight_map, filled = {}, 0
 
@@ -63,9 +66,9 @@ def make(shape: str, folder: Path) -> None:
             flush()
             shards.append({})
             filled = 0
-        values = (torch.ones(parameter.shape) if parameter.dim() == 1
-                  else torch.randn(parameter.shape, generator=generator).mul_(0.02))
-        shards[-1][name] = values.bfloat16()
+        count = parameter.numel()
+        values = torch.ones(count, dtype=torch.bfloat16) if parameter.dim() == 1 else pool.repeat(count // POOL + 1)
+        shards[-1][name] = values[:count].reshape(parameter.shape).clone()
         filled += 2 * parameter.numel()
         weight_map[name] = f"model-{len(shards):05d}.safetensors"
     flush()

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Channel, Head, SinkKind, SinkMap, SinkToken
 from sinkquant.detect.ablation import HeadAblator
-from sinkquant.detect.experts import ExpertRecorder
 from sinkquant.detect.heads import describe_heads
-from sinkquant.detect.modules import InputRecorder
 from sinkquant.detect.outliers import outlier_prefix
-from sinkquant.detect.residual import MassiveChannel, ResidualStream, massive_channels
-from sinkquant.detect.super_weights import SpikeWatcher, confirm
+from sinkquant.detect.residual import MassiveChannel, massive_channels
+from sinkquant.detect.super_weights import confirm
+from sinkquant.detect.survey import Progress, Survey, Surveyor
 from sinkquant.detect.table import AttentionTable
 from sinkquant.detect.tokens import Candidate, find_sinks
-from sinkquant.errors import RequestError
 from sinkquant.models import (
     Decoder,
-    Walk,
     check_finite,
-    pick_device,
     read_text,
     require_dense,
-    together,
     token_rows,
     tokenization_facts,
-    weight_matrix,
 )
 from sinkquant.recipe import Detection, Recipe
 
@@ -38,12 +31,9 @@ PUBLISHED_THRESHOLDS = ("0.1", "0.3", "0.8")
 REPEATED_ROWS = 20
 REPEATS_ONE_TOKEN = 0.95
 CARRIERS_SHOWN = 10
-FORWARD_VALUES = 1 << 22
-"""What a linear gives for one batch, in values: 16 MB in float32."""
 SHARERS = 3
 """Looks beside the known sinks: each may find one more that shares their heads."""
 
-Progress = Callable[[int, int, str], None]
 
 
 def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | None = None,
@@ -66,7 +56,7 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
     decoder = Decoder.of(model)
     require_dense(model)
     check_finite(model)
-    surveyor = _Surveyor(decoder, recipe, progress)
+    surveyor = Surveyor(decoder, recipe, progress)
     content = read_text(text or recipe.calibration.text, "calibration")
     rows = surveyor.rows(tokenizer, content, settings.rows, settings.length)
     long_rows = surveyor.long_rows(tokenizer, content)
@@ -144,81 +134,6 @@ def sink_positions(rows: torch.Tensor, sinks: list[Candidate]) -> torch.Tensor:
     return marked
 
 
-@dataclass(frozen=True)
-class _Survey:
-    """What one set of rows showed."""
-
-    rows: torch.Tensor
-    table: AttentionTable
-    stream: ResidualStream
-    spikes: SpikeWatcher
-
-
-class _Surveyor:
-    """Walks sets of rows through the decoder with everything watching that detection needs.
-
-    `inputs` and `experts` record the inputs of all linears for one of the sets.
-    """
-
-    def __init__(self, decoder: Decoder, recipe: Recipe, progress: Progress | None) -> None:
-        self.decoder, self.recipe, self.progress = decoder, recipe, progress
-        self.device = pick_device(recipe.compute.device)
-        self.dtype = getattr(torch, recipe.compute.dtype)
-        self.inputs = InputRecorder(decoder, recipe.detect.column_ratio)
-        self.experts = ExpertRecorder(decoder)
-
-    def rows(self, tokenizer: PreTrainedTokenizerBase, content: str, count: int, length: int) -> torch.Tensor:
-        if length > self.decoder.max_length:
-            raise RequestError(f"detect.length is {length}, but the model has positions for {self.decoder.max_length} "
-                               "tokens only; set it lower.")
-        return token_rows(tokenizer, content, count, length, self.recipe.calibration.bos, self.decoder.vocabulary)
-
-    def long_rows(self, tokenizer: PreTrainedTokenizerBase, content: str) -> torch.Tensor | None:
-        """Rows for sinks further back, as long as the model and the text allow; None where they allow no more than
-        the short ones have."""
-        settings = self.recipe.detect
-        length = min(settings.long_length, self.decoder.max_length)
-        if settings.long_rows == 0 or length <= settings.length:
-            return None
-        try:
-            return self.rows(tokenizer, content, settings.long_rows, length)
-        except RequestError:
-            return None
-
-    def run(self, sets: list[torch.Tensor | None], recorded: int) -> list[_Survey | None]:
-        """Survey several sets of rows in one reading of the weights. recorded: index of the set whose inputs count."""
-        surveys = [None if rows is None else _Survey(
-            rows, AttentionTable(), ResidualStream(), SpikeWatcher(self.decoder, self.recipe.detect.massive_ratio))
-            for rows in sets]
-        there = [survey for survey in surveys if survey is not None]
-        walks = [Walk(self.decoder, survey.rows, batch_rows(self.decoder, self.recipe, survey.rows.shape[1]),
-                      self.device, self.dtype, [survey.table]) for survey in there]
-        for steps in together(walks):
-            for survey, step in zip(there, steps, strict=True):
-                with contextlib.ExitStack() as watching:
-                    watching.enter_context(survey.spikes.watching(step.index))
-                    if survey is surveys[recorded]:
-                        watching.enter_context(self.inputs.watching(step))
-                        watching.enter_context(self.experts.watching(step))
-                    survey.stream.run(step)
-                step.advance()
-                survey.table.require_causal(len(survey.rows), type(self.decoder.model).__name__)
-                survey.table.close_layer()
-            if self.progress:
-                self.progress(steps[0].index + 1, len(self.decoder.blocks), "reading attention")
-        return surveys
-
-
-def batch_rows(decoder: Decoder, recipe: Recipe, length: int) -> int:
-    """Rows of a length that run through a block together: `detect.batch_size` of 64 tokens, and on a CPU no more than
-    keep what the widest linear gives within `FORWARD_VALUES`. More would take memory and no time off."""
-    tokens = recipe.detect.batch_size * 64
-    if pick_device(recipe.compute.device) == "cpu":
-        widest = max(max(weight_matrix(linear).shape) for linear in decoder.linears.values())
-        tokens = min(tokens, FORWARD_VALUES // widest)
-    return max(1, tokens // length)
-
-
 def _repeated_rows(rows: torch.Tensor, seed: int) -> torch.Tensor:
     """The negative control of Gu et al.: rows in which one token of the text repeats, without any <bos>."""
     ids = rows[:, 1:].unique()
@@ -227,7 +142,7 @@ def _repeated_rows(rows: torch.Tensor, seed: int) -> torch.Tensor:
     return picked[:, None].expand(-1, rows.shape[1]).clone()
 
 
-def _sinks(surveys: list[_Survey], without_bos: _Survey | None,
+def _sinks(surveys: list[Survey], without_bos: Survey | None,
            settings: Detection) -> tuple[list[Candidate], set[Candidate]]:
     """The sinks of all surveys, each once, with the figures of the first that shows it; and those among them that
     carry a massive activation."""
@@ -256,7 +171,7 @@ def _sinks(surveys: list[_Survey], without_bos: _Survey | None,
     return [unbound.get(c, c) for c in found], {unbound.get(c, c) for c in massive}
 
 
-def _looks(survey: _Survey, carriers: torch.Tensor, found: list[Candidate],
+def _looks(survey: Survey, carriers: torch.Tensor, found: list[Candidate],
            settings: Detection) -> Iterator[list[Candidate]]:
     """Candidates for sinks in one survey, look by look; each look knows what the caller made of those before it."""
     table, rows = survey.table, survey.rows
@@ -278,7 +193,7 @@ def _carries(candidate: Candidate, rows: torch.Tensor, carriers: torch.Tensor) -
     return max(float(carriers[here].float().mean()), float(carriers[first].float().mean())) >= 0.5
 
 
-def _heads(surveys: list[_Survey], sinks: list[Candidate], settings: Detection) -> list[list[Head]]:
+def _heads(surveys: list[Survey], sinks: list[Candidate], settings: Detection) -> list[list[Head]]:
     """The heads, as seen in the first rows that show as many of the sinks as any."""
     marked = [sink_positions(survey.rows, sinks) for survey in surveys]
     shown = [sum(bool(sink_positions(survey.rows, [sink]).any()) for sink in sinks) for survey in surveys]
@@ -286,7 +201,7 @@ def _heads(surveys: list[_Survey], sinks: list[Candidate], settings: Detection) 
     return describe_heads(surveys[best].table, marked[best], settings)
 
 
-def _channels(surveys: list[_Survey], settings: Detection, sinks: list[Candidate],
+def _channels(surveys: list[Survey], settings: Detection, sinks: list[Candidate],
               tokenizer: PreTrainedTokenizerBase) -> list[Channel]:
     """The massive channels of all surveys, each once, with the labels of the tokens that carry it."""
     channels: dict[int, MassiveChannel] = {}

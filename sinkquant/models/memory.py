@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 
-LARGE = 1 << 20
+LARGE = 1 << 22
 """Bytes from which on a block of memory is a mapping of its own."""
 M_MMAP_THRESHOLD = -3
 """The number that glibc's `mallopt` knows the setting by."""

@@ -206,6 +206,7 @@ def together(walks: Sequence[Walk]) -> Generator[tuple[Step, ...], None, None]:
                     yield steps
                     for walk, step in zip(walks, steps, strict=True):
                         walk.hidden = step.outputs if step.outputs is not None else step.run()
+                    del step  # or the last walk's outputs would outlive the next block
     finally:
         decoder.model.train(was_training)
 

@@ -1,0 +1,117 @@
+"""One walk of several sets of rows with everything watching that detection needs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from sinkquant.detect.experts import ExpertRecorder
+from sinkquant.detect.modules import InputRecorder
+from sinkquant.detect.residual import ResidualStream
+from sinkquant.detect.super_weights import SpikeWatcher
+from sinkquant.detect.table import AttentionTable
+from sinkquant.errors import RequestError
+from sinkquant.models import Decoder, Step, Walk, pick_device, together, token_rows, weight_matrix
+from sinkquant.recipe import Recipe
+
+Progress = Callable[[int, int, str], None]
+FORWARD_VALUES = 1 << 22
+"""What a linear gives for one batch, in values: 16 MB in float32."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one set of rows showed."""
+
+    rows: torch.Tensor
+    table: AttentionTable
+    stream: ResidualStream
+    spikes: SpikeWatcher
+
+
+class Surveyor:
+    """Walks sets of rows through the decoder with everything watching that detection needs.
+
+    `inputs` and `experts` record the inputs of all linears for one of the sets.
+    """
+
+    def __init__(self, decoder: Decoder, recipe: Recipe, progress: Progress | None) -> None:
+        self.decoder, self.recipe, self.progress = decoder, recipe, progress
+        self.device = pick_device(recipe.compute.device)
+        self.dtype = getattr(torch, recipe.compute.dtype)
+        self.inputs = InputRecorder(decoder, recipe.detect.column_ratio)
+        self.experts = ExpertRecorder(decoder)
+
+    def rows(self, tokenizer: PreTrainedTokenizerBase, content: str, count: int, length: int) -> torch.Tensor:
+        if length > self.decoder.max_length:
+            raise RequestError(f"detect.length is {length}, but the model has positions for {self.decoder.max_length} "
+                               "tokens only; set it lower.")
+        return token_rows(tokenizer, content, count, length, self.recipe.calibration.bos, self.decoder.vocabulary)
+
+    def long_rows(self, tokenizer: PreTrainedTokenizerBase, content: str) -> torch.Tensor | None:
+        """Rows for sinks further back, as long as the model and the text allow; None where they allow no more than
+        the short ones have."""
+        settings = self.recipe.detect
+        length = min(settings.long_length, self.decoder.max_length)
+        if settings.long_rows == 0 or length <= settings.length:
+            return None
+        try:
+            return self.rows(tokenizer, content, settings.long_rows, length)
+        except RequestError:
+            return None
+
+    def run(self, sets: list[torch.Tensor | None], recorded: int) -> list[Survey | None]:
+        """Survey several sets of rows in one reading of the weights. recorded: index of the set whose inputs count."""
+        surveys = [None if rows is None else self._survey(rows) for rows in sets]
+        there = [survey for survey in surveys if survey is not None]
+        walks = [self._walk(survey) for survey in there]
+        for steps in together(walks):
+            for survey, step in zip(there, steps, strict=True):
+                self._look(survey, step, survey is surveys[recorded])
+            if self.progress:
+                self.progress(steps[0].index + 1, len(self.decoder.blocks), "reading attention")
+        return surveys
+
+    def pace(self, rows: torch.Tensor) -> float:
+        """Seconds that the first block takes for these rows, everything watching; its weights are read before."""
+        survey = self._survey(rows)
+        with contextlib.closing(together([self._walk(survey)])) as walking:
+            (step,) = next(walking)
+            start = time.perf_counter()
+            self._look(survey, step, True)
+            return time.perf_counter() - start
+
+    def _survey(self, rows: torch.Tensor) -> Survey:
+        return Survey(rows, AttentionTable(), ResidualStream(),
+                      SpikeWatcher(self.decoder, self.recipe.detect.massive_ratio))
+
+    def _walk(self, survey: Survey) -> Walk:
+        return Walk(self.decoder, survey.rows, batch_rows(self.decoder, self.recipe, survey.rows.shape[1]),
+                    self.device, self.dtype, [survey.table])
+
+    def _look(self, survey: Survey, step: Step, recorded: bool) -> None:
+        """Let one set of rows go through a block."""
+        with contextlib.ExitStack() as watching:
+            watching.enter_context(survey.spikes.watching(step.index))
+            if recorded:
+                watching.enter_context(self.inputs.watching(step))
+                watching.enter_context(self.experts.watching(step))
+            survey.stream.run(step)
+        step.advance()
+        survey.table.require_causal(len(survey.rows), type(self.decoder.model).__name__)
+        survey.table.close_layer()
+
+
+def batch_rows(decoder: Decoder, recipe: Recipe, length: int) -> int:
+    """Rows of a length that run through a block together: `detect.batch_size` of 64 tokens, and on a CPU no more than
+    keep what the widest linear gives within `FORWARD_VALUES`. More would take memory and no time off."""
+    tokens = recipe.detect.batch_size * 64
+    if pick_device(recipe.compute.device) == "cpu":
+        widest = max(max(weight_matrix(linear).shape) for linear in decoder.linears.values())
+        tokens = min(tokens, FORWARD_VALUES // widest)
+    return max(1, tokens // length)

@@ -1,0 +1,132 @@
+"""What this machine takes for the work at hand, measured at the start of a run: the first block of the model itself
+with a few rows, and the quantizer itself with small matrices. A few seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from sinkquant.detect.survey import Surveyor
+from sinkquant.models import Decoder, Walk, pick_device, together
+from sinkquant.quantize import GPTQ, RTN
+from sinkquant.recipe import Recipe
+
+OPERATIONS = 1e10
+"""So many floating-point operations a probe of the first block is to take at most; a quarter of a second."""
+MOST_TOKENS = 512
+FEW_ROWS, MANY_ROWS = 32, 512
+TRIES = 2
+"""The faster one counts: the other may be disturbed by what else the machine does."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds that things take here.
+
+    Attributes:
+        operation: one floating-point operation of a large product. value: one value of a log-softmax.
+        watched: one token in one block, with everything watching that detection needs, in short and in long rows.
+        plain: one token in one block of a plain forward pass.
+        column: one column of a matrix that GPTQ solves. column_row: one row in one such column.
+        rounded: rounding one weight. kept: packing, checking and comparing one that was quantized.
+    """
+
+    operation: float
+    value: float
+    watched: tuple[float, float]
+    plain: float
+    column: float
+    column_row: float
+    rounded: float
+    kept: float
+
+
+def measure(decoder: Decoder, recipe: Recipe, calibrated: bool) -> Pace:
+    """Measure what a recipe needs for a model, which may be one from `open_model`; 0 for what it does not.
+
+    Args:
+        calibrated: whether rows walk while quantizing.
+    """
+    watched = tuple(_watched(decoder, recipe, length) for length in (recipe.detect.length, recipe.detect.long_length))
+    # What rows do not walk for is rounded only, and the other way round.
+    few, many = (_solved(recipe, rows) for rows in (FEW_ROWS, MANY_ROWS)) if calibrated else (0.0, 0.0)
+    column_row = max(0.0, many - few) / (MANY_ROWS - FEW_ROWS)
+    rounded, kept = _rounded(recipe, not calibrated)
+    return Pace(operation=_operation(), value=_value(), watched=(watched[0], watched[1]), plain=_plain(decoder, recipe),
+                column=max(0.0, few - FEW_ROWS * column_row), column_row=column_row, rounded=rounded, kept=kept)
+
+
+def _rows(decoder: Decoder, length: int) -> torch.Tensor:
+    """Any rows, int64 [rows, length], with as many tokens as `OPERATIONS` allow."""
+    parameters = sum(parameter.numel() for parameter in decoder.blocks[0].parameters())
+    length = min(length, decoder.max_length)
+    tokens = min(MOST_TOKENS, int(OPERATIONS / (2 * parameters)))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(decoder.vocabulary, (max(1, tokens // length), length), generator=generator)
+
+
+def _watched(decoder: Decoder, recipe: Recipe, length: int) -> float:
+    rows = _rows(decoder, length)
+    return min(Surveyor(decoder, recipe, None).pace(rows) for _ in range(TRIES)) / rows.numel()
+
+
+def _plain(decoder: Decoder, recipe: Recipe) -> float:
+    rows = _rows(decoder, recipe.calibration.length)
+    walk = Walk(decoder, rows, recipe.calibration.batch_size, pick_device(recipe.compute.device),
+                getattr(torch, recipe.compute.dtype))
+    with contextlib.closing(together([walk])) as walking:
+        (step,) = next(walking)
+        return _fastest(lambda: step.replay(walk.hidden), TRIES) / rows.numel()
+
+
+def _solved(recipe: Recipe, rows: int) -> float:
+    """Seconds per column of a matrix of so many rows."""
+    settings = recipe.weights
+    columns = 64 if settings.group_size == -1 else max(64, settings.group_size)
+    generator = torch.Generator().manual_seed(0)
+    weight, seen = (torch.randn(size, columns, generator=generator) for size in (rows, 4 * columns))
+    solver = GPTQ(settings.bits, settings.group_size, scale_search=settings.scale_search, passes=settings.descent)
+    return _fastest(lambda: solver.quantize(weight, seen.T @ seen), TRIES) / columns
+
+
+def _rounded(recipe: Recipe, nearest: bool) -> tuple[float, float]:
+    from sinkquant.formats.compressed import pack
+    from sinkquant.quantize.apply import relative_error
+
+    settings = recipe.weights
+    columns = 1024 if settings.group_size == -1 else 8 * settings.group_size
+    weight = torch.randn(256, columns, generator=torch.Generator().manual_seed(0))
+    rtn = RTN(settings.bits, settings.group_size, scale_search=settings.scale_search)
+    packed = RTN(settings.bits, settings.group_size, scale_search=False).quantize(weight)
+
+    def keep() -> None:
+        new = packed.dequantized(torch.bfloat16).float()
+        relative_error(weight, new, None)
+        pack(packed.codes, packed.bits)
+
+    rounded = _fastest(lambda: rtn.quantize(weight), TRIES) / weight.numel() if nearest else 0.0
+    return rounded, _fastest(keep, TRIES) / weight.numel()
+
+
+def _operation() -> float:
+    a = torch.ones(512, 512)
+    return _fastest(lambda: a @ a, 4) / (2 * 512 ** 3)
+
+
+def _value() -> float:
+    a = torch.ones(256, 4096)
+    return _fastest(lambda: torch.log_softmax(a, dim=-1), 3) / a.numel()
+
+
+def _fastest(work: Callable[[], object], times: int) -> float:
+    best = math.inf
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return best
