@@ -3,6 +3,7 @@
     python evals/benchmarks/large.py make llama-1b FOLDER       # random bf16 weights in shards, and a tokenizer
     python evals/benchmarks/large.py run FOLDER OUT --method rtn|gptq [--rows 32] [--skip-detect] [--search]
     python evals/benchmarks/large.py copy FOLDER OUT            # what copying the files costs
+    python evals/benchmarks/large.py resume FOLDER OUT --set weights.method=rtn    # killed three times: the same bytes?
 
 `run` prints one JSON line: seconds and the peak of resident memory per stage, above the interpreter with torch
 imported. Random weights have no sinks and no quality to measure; what is measured is the walk.
@@ -11,9 +12,14 @@ imported. Random weights have no sinks and no quality to measure; what is measur
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import random
 import resource
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -78,29 +84,75 @@ def make(shape: str, folder: Path) -> None:
 
 def run(folder: Path, out: Path, method: str, rows: int, length: int, skip_detect: bool,
         search: bool) -> dict[str, float | str]:
-    """Detect, plan, quantize to disk. Seconds and peak bytes above the interpreter after every stage."""
+    """Detect, plan, quantize to disk. Seconds and peak bytes above the interpreter after every stage; a line for every
+    block on the way. Without detection the plan is made from the headers, and no token is weighed."""
     import sinkquant as sq
     from sinkquant.formats import quantize_to
-    from sinkquant.models import load_tokenizer, open_model
+    from sinkquant.models import Decoder, load_tokenizer, open_model
+    from sinkquant.policy import plan_from_shapes
+    from sinkquant.predict import predict
+
+    begun = time.monotonic()
+
+    def progress(done: int, total: int, label: str) -> None:
+        print(json.dumps({"at": label, "done": done, "of": total, "seconds": time.monotonic() - begun,
+                          "processor_seconds": time.process_time(), "peak_bytes": _peak()}), flush=True)
 
     found: dict[str, float | str] = {"model": folder.name, "method": method, "threads": torch.get_num_threads(),
                                      "imports_peak_bytes": _peak()}
     recipe = sq.Recipe.load("w4a16-sink").replace(
         [f"weights.method={method}", f"calibration.rows={rows}", f"calibration.length={length}",
-         f"weights.scale_search={search}"])
-    tokenizer = load_tokenizer(folder)
-    saved = folder / "sinkmap.json"
-    start = time.monotonic()
-    if not (skip_detect and saved.is_file()):
-        sq.detect(open_model(folder), tokenizer, recipe=recipe, name=folder.name).save(saved)
-        found |= {"detect_seconds": time.monotonic() - start, "detect_peak_bytes": _peak()}
-    sink_map = sq.SinkMap.load(saved)
-    start = time.monotonic()
-    plan = sq.plan(open_model(folder), sink_map, recipe)
-    quantize_to(out, open_model(folder), plan, tokenizer, sink_map, recipe)
+         f"weights.scale_search={search}", "evaluate.skip=true"])
+    tokenizer, sink_map = load_tokenizer(folder), None
+    decoder = Decoder.of(open_model(folder))
+    found |= {f"predicted_{stage}_peak_bytes": size + _peak() for stage, size in
+              predict(decoder, recipe).peak_bytes.items()}
+    if skip_detect:
+        recipe = recipe.replace(["protect.tokens=false"])
+        plan, _ = plan_from_shapes(decoder.shape(folder.name), recipe)
+        assert plan is not None
+    else:
+        start = time.process_time()
+        sink_map = sq.detect(open_model(folder), tokenizer, recipe=recipe, name=folder.name, progress=progress)
+        found |= {"detect_processor_seconds": time.process_time() - start, "detect_peak_bytes": _peak()}
+        plan = sq.plan(open_model(folder), sink_map, recipe)
+    start, processor = time.monotonic(), time.process_time()
+    quantize_to(out, open_model(folder), plan, tokenizer, sink_map, recipe, progress=progress)
     found |= {"quantize_seconds": time.monotonic() - start, "peak_bytes": _peak(),
-              "processor_seconds": time.process_time(), "written_bytes": plan.weight_bytes}
+              "quantize_processor_seconds": time.process_time() - processor, "written_bytes": plan.weight_bytes}
     return found
+
+
+def resume(folder: Path, out: Path, kills: int, recipe: list[str]) -> dict[str, object]:
+    """A whole run that nobody disturbs, and one that is killed at random moments and resumed: the same bytes?
+
+    The first kill is during detection, the others are while blocks are quantized.
+    """
+    command = [sys.executable, "-m", "sinkquant.cli", "run", "w4a16-sink", "-m", str(folder), "--resume",
+               *[word for setting in ["evaluate.skip=true", *recipe] for word in ("--set", setting)]]
+    subprocess.run([*command, "-o", str(out / "whole")], check=True, stdout=subprocess.DEVNULL)
+    chance, killed_at = random.Random(0), []
+    work = out / "killed.partial"
+    for kill in range(kills):
+        awaited = work / "manifest.json" if kill == 0 else work / "model.partial" / "blocks.json"
+        process = subprocess.Popen([*command, "-o", str(out / "killed")], stdout=subprocess.DEVNULL)
+        while not awaited.is_file():
+            time.sleep(0.1)
+        time.sleep(chance.uniform(1, 20))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        state = work / "model.partial" / "blocks.json"
+        killed_at.append(f"after block {json.loads(state.read_text())['done']}" if state.is_file() else (
+            "while quantizing" if (work / "sinkmap.json").is_file() else "while detecting"))
+    subprocess.run([*command, "-o", str(out / "killed")], check=True, stdout=subprocess.DEVNULL)
+    same = {path.name: _digest(path) == _digest(out / "killed" / path.relative_to(out / "whole"))
+            for path in sorted((out / "whole").rglob("*")) if path.is_file() and path.name != "run.log"}
+    return {"killed": killed_at, "files": len(same), "differ": [name for name, alike in same.items() if not alike]}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _peak() -> int:
@@ -110,13 +162,15 @@ def _peak() -> int:
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["make", "run", "copy"])
+    parser.add_argument("action", choices=["make", "run", "copy", "resume"])
     parser.add_argument("source")
     parser.add_argument("target", type=Path)
     parser.add_argument("--method", choices=["rtn", "gptq"], default="rtn")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--skip-detect", action="store_true", help="use the sink map of an earlier run")
+    parser.add_argument("--skip-detect", action="store_true", help="plan from the headers alone")
+    parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--set", action="append", default=[], help="resume: settings of the recipe")
     parser.add_argument("--search", action="store_true", help="search the scales: less loss, much slower")
     given = parser.parse_args()
     if given.action == "make":
@@ -125,6 +179,8 @@ def main() -> None:
         start = time.monotonic()
         shutil.copytree(given.source, given.target)
         print(json.dumps({"copy_seconds": time.monotonic() - start}))
+    elif given.action == "resume":
+        print(json.dumps(resume(Path(given.source), given.target, given.kills, given.set)))
     else:
         print(json.dumps(run(Path(given.source), given.target, given.method, given.rows, given.length,
                              given.skip_detect, given.search)))
