@@ -88,7 +88,8 @@ class KernelLinear(nn.Module):
 
     def _dense_product(self, flat: torch.Tensor) -> torch.Tensor:
         # Without instructions for bfloat16 a CPU multiplies float32 several times as fast.
-        kind = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+        fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        kind = torch.bfloat16 if fast else torch.float32
         given = flat.to(kind)
         return torch.cat([functional.linear(given, rows.to(kind)) for rows in self._dense_rows()], -1)
 
