@@ -87,7 +87,8 @@ def _plain(decoder: Decoder, recipe: Recipe) -> float:
 def _solved(recipe: Recipe, rows: int) -> float:
     """Seconds per column of a matrix of so many rows."""
     settings = recipe.weights
-    columns = 64 if settings.group_size == -1 else max(64, settings.group_size)
+    size = 64 if settings.group_size == -1 else settings.group_size
+    columns = size * -(-64 // size)  # whole groups
     generator = torch.Generator().manual_seed(0)
     weight, seen = (torch.randn(size, columns, generator=generator) for size in (rows, 4 * columns))
     solver = GPTQ(settings.bits, settings.group_size, scale_search=settings.scale_search, passes=settings.descent)

@@ -86,7 +86,8 @@ def test_time_is_counted_work_at_the_pace_of_the_machine(large: Decoder) -> None
 def test_the_pace_is_measured_with_the_first_block(tmp_path: Path) -> None:
     decoder = Decoder.of(open_model(model_folder(tmp_path / "model")))
     for calibrated in (True, False):
-        found = measure(decoder, sq.Recipe().replace(["detect.long_length=64", "weights.descent=0"]), calibrated)
+        found = measure(decoder, sq.Recipe().replace(["detect.long_length=64", "weights.descent=0",
+                                                       "weights.group_size=48"]), calibrated)
         positive = {found.operation, found.value, *found.watched, found.plain, found.kept}
         assert min(positive) > 0
         assert (found.column_row + found.column > 0) == calibrated
