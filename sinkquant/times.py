@@ -27,8 +27,8 @@ FIDELITY_PASSES = 8.0
 """Plain forward passes of its rows that `sink_fidelity` takes for each of two models: it watches, and swaps tokens."""
 VALUE_PASSES = 2.0
 """Passes over all logits, as costly as a log-softmax, that lm-eval and the divergence make."""
-OPENING_EVALUATION, PER_TASK, REPORT = 8.0, 0.4, 12.0
-"""Processor seconds of a two-core machine: importing lm-eval; a task's data for one model; the report's plots."""
+OPENING_EVALUATION, PER_TASK = 8.0, 0.4
+"""Processor seconds of a two-core machine: importing lm-eval; a task's data for one model."""
 READ_BYTES = 1e9
 """Bytes per second that files are read and written at."""
 
@@ -105,7 +105,7 @@ class _Job:
         fidelity = FIDELITY_PASSES * ROWS * LENGTH if settings.fidelity else 0.0
         seconds = models * (sum(tasks) * token + PER_TASK * len(settings.tasks))
         seconds += (models - 1) * 2 * (rows * token + fidelity * pace.plain * self.blocks)
-        return seconds + OPENING_EVALUATION + REPORT
+        return seconds + OPENING_EVALUATION
 
 
 def task_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, decoder: Decoder) -> list[float]:
