@@ -9,8 +9,8 @@ from sinkquant.artifacts import Forecast, Plan, Row
 ALONE = {"sink_aware": "weights", "control": "weights_control"}
 CACHE = {"sink_aware": "cache", "control": "cache_control"}
 """Row of a plan -> the row with its weights, or its KV cache, alone quantized, where both are."""
-STAGES = {"detect": ["detect"], "quantize": ["quantize sink_aware", "quantize control"]}
-"""Stage that is predicted -> stages of a run that it is made of."""
+PREDICTED, TOOK = "predicted seconds: ", "seconds: "
+"""What a stage of a run has in front of its name."""
 UNKNOWN = "no loss is predicted: "
 
 
@@ -37,11 +37,11 @@ def forecasts_of_plans(rows: Sequence[Row], plans: Sequence[Plan]) -> list[Forec
 def forecasts_of_run(resources: Mapping[str, float]) -> list[Forecast]:
     """Seconds per stage and peak memory, from a run's resources."""
     found = []
-    for stage, parts in STAGES.items():
-        predicted = resources.get(f"predicted seconds: {stage}")
-        took = [resources[f"seconds: {part}"] for part in parts if f"seconds: {part}" in resources]
-        if predicted is not None and took:
-            found.append(Forecast(row="run", quantity=f"seconds to {stage}", predicted=predicted, measured=sum(took)))
+    for name, predicted in resources.items():
+        stage = name.removeprefix(PREDICTED)
+        if stage != name and f"{TOOK}{stage}" in resources:
+            found.append(Forecast(row="run", quantity=f"seconds to {stage}", predicted=predicted,
+                                  measured=resources[f"{TOOK}{stage}"]))
     if "predicted peak resident bytes" in resources:
         found.append(Forecast(row="run", quantity="peak resident bytes",
                               predicted=resources["predicted peak resident bytes"],

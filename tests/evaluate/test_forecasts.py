@@ -42,8 +42,10 @@ def test_what_was_not_predicted_or_not_measured_is_null_with_the_reason() -> Non
 def test_seconds_and_memory_of_a_run() -> None:
     found = forecasts_of_run({"seconds: detect": 2.0, "seconds: detect sink_aware": 9.0,
                               "seconds: quantize sink_aware": 3.0, "seconds: quantize control": 4.0,
-                              "predicted seconds: detect": 1.0, "predicted seconds: quantize": 8.0,
+                              "predicted seconds: detect": 1.0, "predicted seconds: quantize sink_aware": 2.0,
+                              "predicted seconds: quantize control": 5.0, "predicted seconds: evaluate": 6.0,
                               "peak resident bytes": 5.0, "predicted peak resident bytes": 6.0})
     assert [(one.quantity, one.predicted, one.measured) for one in found] == [
-        ("seconds to detect", 1.0, 2.0), ("seconds to quantize", 8.0, 7.0), ("peak resident bytes", 6.0, 5.0)]
+        ("seconds to detect", 1.0, 2.0), ("seconds to quantize sink_aware", 2.0, 3.0),
+        ("seconds to quantize control", 5.0, 4.0), ("peak resident bytes", 6.0, 5.0)]
     assert forecasts_of_run({}) == []
