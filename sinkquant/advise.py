@@ -15,7 +15,7 @@ from sinkquant.artifacts.advice import Advice, MeasuredWorth, MechanismAdvice, P
 from sinkquant.cache import make_prefix, prepare
 from sinkquant.detect import detect
 from sinkquant.errors import RequestError
-from sinkquant.evaluate import paired_difference, row_divergences
+from sinkquant.evaluate import held_out_rows, paired_difference, row_divergences
 from sinkquant.models import (
     Decoder,
     load_model,
@@ -25,7 +25,6 @@ from sinkquant.models import (
     pick_device,
     read_text,
     resolve,
-    token_rows,
 )
 from sinkquant.policy import check_recipe, check_same_model
 from sinkquant.policy.headers import nothing_found
@@ -111,9 +110,7 @@ def _named(found: list[Mechanism], only: Sequence[str]) -> list[Mechanism]:
 def _held_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> torch.Tensor:
     """Rows of the evaluation text, int64 [rows, length]."""
     settings = recipe.evaluate
-    rows = token_rows(tokenizer, read_text(settings.text, "evaluation"), settings.divergence_rows,
-                      settings.divergence_length, recipe.calibration.bos,
-                      model.get_input_embeddings().weight.shape[0], "evaluation text")
+    rows = held_out_rows(model, tokenizer, read_text(settings.text, "evaluation"), recipe, max_length(model))
     if len(rows) < 2:
         raise RequestError("the evaluation text holds but one row, whose spread nobody knows; give a longer one "
                            "(evaluate.text) or shorter rows (evaluate.divergence_length).")
@@ -200,11 +197,8 @@ class _Bench:
                              high=high, rows=len(aware))
 
     def _divergences(self, plan: Plan) -> list[float]:
-        key = plan.model_dump_json(include={"modules": {"__all__": {"bits", "group_size", "method", "keep", "columns",
-                                                                    "scalars", "kind", "activations",
-                                                                    "activation_scale", "storage", "prune"}},
-                                            "transforms": True, "silenced_heads": True, "kv_cache": True,
-                                            "calibration": True})
+        key = plan.model_dump_json(include={"modules", "transforms", "silenced_heads", "kv_cache", "calibration"},
+                                   exclude={"modules": {"__all__": {"reason"}}})
         if key not in self.known:
             self.known[key] = row_divergences(self.base, self._carried_out(plan), self.rows, kv=plan.kv_cache)
         return self.known[key]

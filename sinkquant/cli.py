@@ -18,8 +18,10 @@ from sinkquant.artifacts.experts import in_lines
 from sinkquant.cli_parts import (
     JsonOption,
     ModelArgument,
+    RecipeOption,
     SensitivityOption,
     SetOption,
+    SinkMapOption,
     TextOption,
     TrustOption,
     err,
@@ -144,9 +146,9 @@ def detect(model: ModelArgument, text: TextOption = None, assignments: SetOption
 
 @app.command()
 def plan(model: ModelArgument,
-         recipe: Annotated[str, typer.Option("-r", "--recipe", help="A recipe file or name.")] = DEFAULT_RECIPE,
+         recipe: RecipeOption = DEFAULT_RECIPE,
          assignments: SetOption = None, text: TextOption = None, json: JsonOption = False,
-         sink_map: Annotated[Path | None, typer.Option(help="A sink map made before; default: detect now.")] = None,
+         sink_map: SinkMapOption = None,
          sensitivity: SensitivityOption = None,
          frontier: Annotated[bool, typer.Option("--frontier", help="Solve a sweep of budgets: predicted loss against "
                                                 "bytes, with uniform plans and the control.")] = False,
@@ -182,10 +184,9 @@ def plan(model: ModelArgument,
 
 @app.command()
 def sensitivity(model: ModelArgument,
-                recipe: Annotated[str, typer.Option("-r", "--recipe", help="A recipe file or name.")] = DEFAULT_RECIPE,
+                recipe: RecipeOption = DEFAULT_RECIPE,
                 assignments: SetOption = None, text: TextOption = None, json: JsonOption = False,
-                sink_map: Annotated[Path | None, typer.Option(help="A sink map made before; default: detect now.")] =
-                None,
+                sink_map: SinkMapOption = None,
                 output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the sensitivities here, "
                                                             "or take them from there.")] = None,
                 trust_remote_code: TrustOption = False) -> None:

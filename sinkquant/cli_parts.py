@@ -18,6 +18,8 @@ from sinkquant.recipe import Recipe
 out, err = Console(), Console(stderr=True)
 
 ModelArgument = Annotated[str, typer.Argument(help="A model folder, a hub id, or 'demo'.")]
+RecipeOption = Annotated[str, typer.Option("-r", "--recipe", help="A recipe file or name.")]
+SinkMapOption = Annotated[Path | None, typer.Option(help="A sink map made before; default: detect now.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Set a recipe key.")]
 TextOption = Annotated[str | None, typer.Option("--text", help="A file of your own text; default: packaged prose.")]
 SensitivityOption = Annotated[Path | None, typer.Option("--sensitivity", help="Take sensitivities from this file, or "
@@ -41,7 +43,7 @@ def find_sinks(model: str, text: str | None, recipe: Recipe, trust_remote_code: 
 
 
 def find_costs(model: str, text: str | None, sink_map: SinkMap, recipe: Recipe, cache: Path | None,
-                 trust_remote_code: bool) -> Sensitivity:
+               trust_remote_code: bool) -> Sensitivity:
     """The sensitivities of a model, from a file or made now."""
     from sinkquant.models import load_tokenizer, open_model, resolve
     from sinkquant.sensitivity import find_sensitivity

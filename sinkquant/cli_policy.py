@@ -9,7 +9,17 @@ import typer
 from rich.markup import escape
 
 from sinkquant.artifacts import Plan, Sensitivity, SinkMap
-from sinkquant.cli_parts import JsonOption, ModelArgument, SetOption, TextOption, TrustOption, out, shown_progress
+from sinkquant.cli_parts import (
+    JsonOption,
+    ModelArgument,
+    RecipeOption,
+    SetOption,
+    SinkMapOption,
+    TextOption,
+    TrustOption,
+    out,
+    shown_progress,
+)
 from sinkquant.errors import RequestError
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe
 
@@ -39,9 +49,9 @@ def diff(a: PlanArgument, b: PlanArgument,
 
 
 def advise(model: ModelArgument,
-           recipe: Annotated[str, typer.Option("-r", "--recipe", help="A recipe file or name.")] = DEFAULT_RECIPE,
+           recipe: RecipeOption = DEFAULT_RECIPE,
            assignments: SetOption = None, text: TextOption = None,
-           sink_map: Annotated[Path | None, typer.Option(help="A sink map made before; default: detect now.")] = None,
+           sink_map: SinkMapOption = None,
            measure: Annotated[bool, typer.Option("--measure", help="Carry out every protection and its control, and "
                                                  "measure both on evaluation text.")] = False,
            only: Annotated[list[str] | None, typer.Option("--only", metavar="NAME", help="Look at this protection; "

@@ -259,7 +259,8 @@ class _Job:
             found = find_sensitivity(model, self.tokenizer, sink_map, self.recipe,
                                      self.sensitivities or self.work / "sensitivity.json",
                                      ActivationStore(self.work.path, spill_limit(self.recipe)), self.progress)
-        found.save(self.work / "sensitivity.json")
+        if self.sensitivities:
+            found.save(self.work / "sensitivity.json")
         return found
 
     def checkpoint(self, place: str, one: Plan, sink_map: SinkMap) -> None:

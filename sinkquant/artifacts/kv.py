@@ -166,13 +166,16 @@ def cache_bytes(plan: KVCachePlan, tokens: int, exact: int, rows: int = 1, value
         layer_bytes(plan, layer, tokens, exact, rows, value_bytes) for layer in range(len(plan.layers)))
 
 
-def dense_bytes(plan: KVCachePlan, tokens: int, rows: int = 1, value_bytes: int = 2) -> int:
-    """Bytes of the same layers without quantization; a sliding window holds one token less than it sees."""
-    def held(window: int | None) -> int:
-        return tokens if window is None else min(tokens, window - 1)
+def held_tokens(tokens: int, sliding_window: int | None) -> int:
+    """How many of `tokens` a layer in 16 bits holds: a sliding window holds one token less than it sees."""
+    return tokens if sliding_window is None else min(tokens, sliding_window - 1)
 
-    return rows * value_bytes * sum(held(one.sliding_window) * len(one.key_bits) * (one.key_dim + one.value_dim)
-                                    for one in plan.layers if one.packed)
+
+def dense_bytes(plan: KVCachePlan, tokens: int, rows: int = 1, value_bytes: int = 2) -> int:
+    """Bytes of the same layers without quantization."""
+    return rows * value_bytes * sum(
+        held_tokens(tokens, one.sliding_window) * len(one.key_bits) * (one.key_dim + one.value_dim)
+        for one in plan.layers if one.packed)
 
 
 def value_group(group_size: int, width: int) -> int:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sinkquant.evaluate.divergence import Divergence, compare_rows, row_divergences
+from sinkquant.evaluate.divergence import Divergence, compare_rows, held_out_rows, row_divergences
 from sinkquant.evaluate.evaluate import BASELINE, Candidate, Compare, evaluate, require_tasks_possible
 from sinkquant.evaluate.forecasts import forecasts_of_plans, forecasts_of_run
 from sinkquant.evaluate.results import TaskResult
@@ -22,6 +22,7 @@ __all__ = [
     "evaluate",
     "forecasts_of_plans",
     "forecasts_of_run",
+    "held_out_rows",
     "paired_difference",
     "require_tasks_possible",
     "row_divergences",

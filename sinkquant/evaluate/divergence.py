@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import KVCachePlan
 from sinkquant.cache import cached_logits
+from sinkquant.models import token_rows
+from sinkquant.recipe import Recipe
 
 POSITIONS = 128
 LOGITS_BYTES = 1 << 28
@@ -55,6 +57,18 @@ def compare_rows(baseline: PreTrainedModel, other: PreTrainedModel, rows: torch.
             found.baseline_loss.extend(one.mean(1).tolist())
             found.other_loss.extend(two.mean(1).tolist())
     return found
+
+
+def held_out_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, content: str, recipe: Recipe,
+                  limit: int) -> torch.Tensor:
+    """The rows of the evaluation text `content` that models are compared on, int64 [rows, length].
+
+    Args:
+        limit: tokens that a row may have at most.
+    """
+    settings = recipe.evaluate
+    return token_rows(tokenizer, content, settings.divergence_rows, min(settings.divergence_length, limit),
+                      recipe.calibration.bos, int(model.get_input_embeddings().weight.shape[0]), "evaluation text")
 
 
 def row_divergences(baseline: PreTrainedModel, other: PreTrainedModel, rows: torch.Tensor,

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.artifacts import KVCachePlan, Measure, Paired, Report, Row, SinkFidelity
 from sinkquant.artifacts.report import Fidelity
 from sinkquant.errors import RequestError
-from sinkquant.evaluate.divergence import row_divergences
+from sinkquant.evaluate.divergence import held_out_rows, row_divergences
 from sinkquant.evaluate.results import TaskResult
 from sinkquant.evaluate.statistics import Samples, paired_difference, recovery, standard_error
 from sinkquant.evaluate.tasks import LOCAL_TASKS, build_tasks, ready_tasks
 from sinkquant.evaluate.verdict import judge
-from sinkquant.models import documents, encode, max_length, read_text, starts_with_bos, token_rows
+from sinkquant.models import documents, encode, max_length, read_text, starts_with_bos
 from sinkquant.models.processes import shared
 from sinkquant.recipe import Recipe
 
@@ -87,9 +87,7 @@ def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, re
             loaded = candidate.load()
             if rows is None:
                 limit = max_length(loaded) - max(len(c.kv.front) if c.kv else 0 for c in candidates)
-                rows = token_rows(tokenizer, content, settings.divergence_rows,
-                                  min(settings.divergence_length, limit), recipe.calibration.bos,
-                                  loaded.get_input_embeddings().weight.shape[0], "evaluation text")
+                rows = held_out_rows(loaded, tokenizer, content, recipe, limit)
                 folder = stack.enter_context(ready_tasks(
                     settings.text, content, settings.tasks, recipe.seed, _characters(tokenizer, content, limit)))
             for task in settings.tasks if candidate.tasks_too else []:

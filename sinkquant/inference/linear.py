@@ -113,10 +113,10 @@ class KernelLinear(nn.Module):
         """The weight in float32, some rows at a time."""
         block = self.int4.block if self.kernel.name == "int4" else 1
         step = max(block, CHUNK // self.in_features // block * block)
+        side = self.side
         for start in range(0, self.out_features, step):
             stop = min(start + step, self.out_features)
             dense = self._int8_rows(start, stop) if self.kernel.name == "int8" else self._int4_rows(start, stop)
-            side = self.side
             yield dense if side is None else side.add_to(dense, start)
 
     def _int8_rows(self, start: int, stop: int) -> torch.Tensor:

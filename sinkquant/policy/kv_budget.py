@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sinkquant.artifacts import KVCachePlan, KVLoss, ModelShape, Sensitivity
-from sinkquant.artifacts.kv import cache_bytes, layer_bytes
+from sinkquant.artifacts.kv import cache_bytes, held_tokens, layer_bytes
 from sinkquant.errors import RequestError
 from sinkquant.policy.kv_cache import accept_kv
 from sinkquant.policy.solver import Option
@@ -38,11 +38,8 @@ def kv_bytes_of(shape: ModelShape, budget: Budget, plan: KVCachePlan | None) -> 
     else:
         packed, left = 0, shape.kv_layers
 
-    def held(window: int | None) -> int:
-        return int(budget.context or 0) if window is None else min(int(budget.context or 0), window - 1)
-
-    return packed + 2 * budget.batch * sum(held(one.sliding_window) * one.heads * (one.key_dim + one.value_dim)
-                                           for one in left)
+    return packed + 2 * budget.batch * sum(
+        held_tokens(budget.context, one.sliding_window) * one.heads * (one.key_dim + one.value_dim) for one in left)
 
 
 def kv_units(plan: KVCachePlan | None, sensitivity: Sensitivity, recipe: Recipe) -> list[KVUnit]:

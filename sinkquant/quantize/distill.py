@@ -17,7 +17,7 @@ from torch import nn
 from sinkquant.errors import SinkquantError
 from sinkquant.models import Decoder, as_stored, weight_matrix
 from sinkquant.models.walk import stubbed
-from sinkquant.quantize.offsets import Offsets
+from sinkquant.quantize.offsets import SCALE_RATE, Offsets
 from sinkquant.quantize.packed import PackedWeight
 
 ROWS = 4
@@ -26,8 +26,6 @@ LOGITS_BYTES = 1 << 28
 """What the float32 logits of one batch may take; one row is always run."""
 RATE = 1.0
 """Steps of a code go from this over the number of iterations down to nothing."""
-SCALE_RATE = 0.1
-"""The step of a scale, relative to itself, over the step of a code."""
 LOG = logging.getLogger("sinkquant")
 Progress = Callable[[int, int, str], None]
 

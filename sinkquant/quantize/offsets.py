@@ -13,6 +13,8 @@ REACH = 1.0
 """How far from where it stood a code may move before it is rounded, in codes."""
 NEAR = 0.4
 """A weight that was rounded elsewhere than to its nearest code starts this far towards that one."""
+SCALE_RATE = 0.1
+"""The step of a scale, relative to itself, over the step of a code."""
 LEAN_STEPS = 127
 HELD = -128
 """In `leanings`: a weight that stays as it is."""

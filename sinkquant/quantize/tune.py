@@ -9,16 +9,10 @@ from torch import nn
 
 from sinkquant.models import Step, as_stored
 from sinkquant.models.inputs import switch_of
+from sinkquant.quantize.offsets import NEAR, REACH, SCALE_RATE
 from sinkquant.quantize.packed import PackedWeight
 from sinkquant.quantize.scales import storable
 from sinkquant.quantize.statistics import TokenWeights
-
-REACH = 1.0
-"""How far from where it stood a code may move before it is rounded, in codes."""
-NEAR = 0.4
-"""A weight that GPTQ rounded elsewhere than to its nearest code starts this far towards that one."""
-SCALE_RATE = 0.1
-"""The step of a scale, relative to itself, over the step of a code."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from sinkquant.policy.kv_cache import make_kv_plan
 from sinkquant.policy.plan import sink_selectors
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.recipe import Recipe
-from sinkquant.sensitivity.candidates import units_of
+from sinkquant.sensitivity.candidates import Unit, units_of
 from sinkquant.sensitivity.estimate import estimate
 from sinkquant.sensitivity.kv import exact_places, kv_losses, measured_kv
 from sinkquant.sensitivity.measure import measure
@@ -46,15 +46,14 @@ def find_sensitivity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     """
     decoder, settings = Decoder.of(model), recipe.sensitivity
     length = min(settings.length, decoder.max_length)
-    text = read_text(recipe.calibration.text, "calibration")
-    rows = token_rows(tokenizer, text, settings.rows, length, recipe.calibration.bos, decoder.vocabulary)
-    key = sensitivity_key(decoder, rows, sink_map, recipe)
+    rows = _rows(decoder, tokenizer, recipe, settings.rows, length)
+    units = units_of(decoder, recipe, sink_map)
+    key = sensitivity_key(decoder, rows, sink_map, recipe, units)
     if cache is not None and Path(cache).is_file():
         kept = Sensitivity.load(cache)
         if kept.key != key:
             raise RequestError(f"{cache} holds the sensitivities of another model, text or recipe; name another file.")
         return kept
-    units = units_of(decoder, recipe, sink_map)
     weights = TokenWeights(rows, _calibration(sink_map, recipe))
     sinks = sink_places(rows, sink_map)
     device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
@@ -75,14 +74,21 @@ def find_sensitivity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     return made
 
 
-def sensitivity_key(decoder: Decoder, rows: torch.Tensor, sink_map: SinkMap, recipe: Recipe) -> str:
+def _rows(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, count: int,
+          length: int) -> torch.Tensor:
+    """Rows of the calibration text, int64 [rows, length]."""
+    text = read_text(recipe.calibration.text, "calibration")
+    return token_rows(tokenizer, text, count, length, recipe.calibration.bos, decoder.vocabulary)
+
+
+def sensitivity_key(decoder: Decoder, rows: torch.Tensor, sink_map: SinkMap, recipe: Recipe, units: list[Unit]) -> str:
     """A hash of all that decides sensitivities: some rows of every weight matrix, the shapes, the text's rows, the
     sinks, and the recipe's part in it."""
     asked = recipe.sensitivity.model_dump(mode="json", exclude={"score"})
     cache = recipe.kv_cache if recipe.sensitivity.kv_bits else None
     kept = None if cache is None else cache.model_dump(mode="json", exclude={"key_bits", "value_bits", "overrides",
                                                                              "length"})
-    beside = [[unit.modules, one.columns, one.scalars] for unit in units_of(decoder, recipe, sink_map)
+    beside = [[unit.modules, one.columns, one.scalars] for unit in units
               for one in unit.candidates if one.columns or one.scalars]
     parts = [asked, kept, beside,
              recipe.weights.model_dump(mode="json", exclude={"bits", "ignore", "overrides", "tune", "descent"}),
@@ -125,9 +131,7 @@ def _measured(made: Sensitivity, decoder: Decoder, tokenizer: PreTrainedTokenize
     if source is not None:
         decoder = Decoder.of(load_model(source.folder, trust_remote_code=_remote(decoder)))
     units = units_of(decoder, recipe, sink_map)
-    text = read_text(recipe.calibration.text, "calibration")
-    rows = token_rows(tokenizer, text, settings.measure_rows, min(settings.measure_length, decoder.max_length),
-                      recipe.calibration.bos, decoder.vocabulary)
+    rows = _rows(decoder, tokenizer, recipe, settings.measure_rows, min(settings.measure_length, decoder.max_length))
     terms = measure(decoder, units, rows, sink_places(rows, sink_map), weights, recipe, progress)
     measured = [unit.model_copy(update={"losses": [
         loss.model_copy(update={"measured": found}) for loss, found in zip(unit.losses, ones, strict=True)]})
@@ -151,8 +155,7 @@ def _with_cache(made: Sensitivity, decoder: Decoder, tokenizer: PreTrainedTokeni
     if packed_tokens(length - 1, plan.window, plan.group_size) == 0:
         raise RequestError(f"nothing of a row of {length} tokens is packed with kv_cache.window {plan.window} and "
                            f"groups of {plan.group_size}; raise sensitivity.kv_length or lower the window.")
-    rows = token_rows(tokenizer, read_text(recipe.calibration.text, "calibration"), settings.kv_rows, length,
-                      recipe.calibration.bos, decoder.vocabulary)
+    rows = _rows(decoder, tokenizer, recipe, settings.kv_rows, length)
     device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
     walk = Walk(decoder, rows, settings.batch_size, device, dtype, store=store)
     found = kv_losses(walk, plan, exact_places(rows, plan, sink_places(rows, sink_map)), sink_map, recipe, progress)

@@ -21,6 +21,7 @@ from sinkquant.models import Walk
 from sinkquant.models.attention import AttentionRecord, AttentionRows
 from sinkquant.models.backward import BackStep, steps_back
 from sinkquant.recipe import Recipe
+from sinkquant.sensitivity.measure import divergence
 
 Progress = Callable[[int, int, str], None]
 Place = tuple[int, str, int]
@@ -67,8 +68,7 @@ def measured_kv(model: PreTrainedModel, plan: KVCachePlan, rows: torch.Tensor, l
         before = torch.log_softmax(model(row.to(model.device), use_cache=False).logits[0].float(), -1)
         for index, loss in enumerate(losses):
             after = cached_logits(model, row.to(model.device), _alone(plan, loss))[0]
-            change = (torch.log_softmax(after.float(), -1) - before).double()
-            totals[index] += float((before.double().exp() * (change.expm1() - change)).sum())
+            totals[index] += divergence(before, torch.log_softmax(after.float(), -1))
             if progress:
                 progress(done * len(losses) + index + 1, len(rows) * len(losses), "measuring the KV cache")
     return [loss.model_copy(update={"measured": total / rows.numel()})

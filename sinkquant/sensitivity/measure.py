@@ -96,12 +96,16 @@ def _divergence(decoder: Decoder, block: int, inputs: torch.Tensor, rows: torch.
         with (_changed(decoder, changes, places[batch].to(device)),
               _entered(decoder, block, inputs[batch].to(device)), torch.no_grad()):
             after = torch.log_softmax(decoder.model(rows[batch].to(device), use_cache=False).logits.float(), -1)
-        for one, other in zip(before, after, strict=True):
-            change = (other - one).double()
-            # p and q both add up to 1: so written, no term is below zero, and a small sum stays exact.
-            total += float((one.double().exp() * (change.expm1() - change)).sum())
+        total += sum(divergence(one, other) for one, other in zip(before, after, strict=True))
         start += len(before)
     return total / rows.numel()
+
+
+def divergence(before: torch.Tensor, after: torch.Tensor) -> float:
+    """KL(before || after) of log-probabilities [tokens, vocabulary] in nats, summed over the tokens. Both add up to 1:
+    so written, no term is below zero, and a small sum stays exact."""
+    change = (after - before).double()
+    return float((before.double().exp() * (change.expm1() - change)).sum())
 
 
 @contextlib.contextmanager

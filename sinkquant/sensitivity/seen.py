@@ -14,7 +14,7 @@ from torch import nn
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
 from sinkquant.models.backward import BackStep
-from sinkquant.models.experts import ExpertLinear
+from sinkquant.models.experts import ExpertLinear, read_by_expert
 from sinkquant.quantize.experts import Routed, handed_to_experts
 from sinkquant.quantize.hessian import Hessian
 from sinkquant.quantize.statistics import TokenWeights
@@ -139,7 +139,8 @@ class Seen:
         length = self.back.step.walk.rows.shape[1]
         for one in self.handed[part.owner]:
             tokens, slots = torch.where(one.chosen == part.index)
-            states, inner, middle = _through(part.module, part.index, one.hidden[tokens])
+            states = one.hidden[tokens]
+            inner, middle = _through(part.module, part.index, states)
             arriving = one.gradient[tokens] * one.shares[tokens, slots][:, None]
             fused: Any = part.module
             (up,) = torch.autograd.grad(middle, inner, arriving @ fused.down_proj[part.index])
@@ -157,13 +158,13 @@ class Seen:
         return {role: hessian.mean() for role, hessian in found.items()}
 
 
-def _through(module: nn.Module, index: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """States [tokens, hidden_size], what an expert's first projections make of them, and what its last one reads;
-    the third with a graph back to the second."""
+def _through(module: nn.Module, index: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What an expert's first projections make of states [tokens, hidden_size], and what its last one reads, with a
+    graph from the second back to the first."""
     fused: Any = module
     with torch.enable_grad():
         inner = F.linear(states, fused.gate_up_proj[index]).detach().requires_grad_()
-        return states, inner, fused._apply_gate(inner)
+        return inner, fused._apply_gate(inner)
 
 
 def _require_known(module: nn.Module, one: Handed, output: torch.Tensor, owner: str) -> None:
@@ -172,8 +173,8 @@ def _require_known(module: nn.Module, one: Handed, output: torch.Tensor, owner: 
     made = torch.zeros_like(output.flatten(0, -2))
     for index in range(len(fused.down_proj)):
         tokens, slots = torch.where(one.chosen == index)
-        _, _, middle = _through(module, index, one.hidden[tokens])
-        made[tokens] += F.linear(middle.detach(), fused.down_proj[index]) * one.shares[tokens, slots][:, None]
+        middle = read_by_expert(module, index, one.hidden[tokens]).detach()
+        made[tokens] += F.linear(middle, fused.down_proj[index]) * one.shares[tokens, slots][:, None]
     if not torch.allclose(made, output.flatten(0, -2), rtol=1e-2, atol=1e-3 * float(output.abs().max())):
         raise RequestError(f"{owner} does not add up its experts by their shares, so that their sensitivities cannot "
                            "be told; set budget.solver=even.")

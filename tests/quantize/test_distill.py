@@ -21,9 +21,9 @@ from sinkquant.evaluate.divergence import row_divergences
 from sinkquant.models import Decoder, read_text, token_rows
 from sinkquant.policy import make_plan, require_distill
 from sinkquant.quantize import PackedWeight, distill, quantize, ranks, state_of
-from sinkquant.quantize.offsets import HELD, Offsets, leanings
+from sinkquant.quantize.offsets import HELD, SCALE_RATE, Offsets, leanings
 from sinkquant.quantize.rtn import RTN
-from sinkquant.quantize.tune import SCALE_RATE, _Variables
+from sinkquant.quantize.tune import _Variables
 from sinkquant.recipe import Recipe
 
 ROWS, LENGTH = 4, 32
