@@ -1,7 +1,9 @@
 """Plan -> weights."""
 
-from sinkquant.quantize.apply import QuantizedBlock, check, quantize, quantized_blocks
+from sinkquant.quantize.apply import quantize, quantized_blocks
 from sinkquant.quantize.backend import BackendWeight, Codec, codec, packages_of, require_packages, rounds_itself
+from sinkquant.quantize.block import QuantizedBlock
+from sinkquant.quantize.check import check
 from sinkquant.quantize.end_to_end import Start, distilled, lesson_of
 from sinkquant.quantize.gptq import GPTQ
 from sinkquant.quantize.packed import PackedWeight, row_chunks

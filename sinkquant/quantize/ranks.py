@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sinkquant.artifacts import Plan
+from sinkquant.artifacts import ModuleDecision, Plan
 from sinkquant.errors import RequestError
+from sinkquant.models import Decoder
 from sinkquant.models.inputs import InputRanges
 from sinkquant.models.processes import PATIENCE, new_store, this_process
+from sinkquant.quantize.block import QuantizedBlock, ours
 from sinkquant.quantize.hessian import Hessian
 from sinkquant.quantize.packed import PackedWeight
 
@@ -124,7 +126,22 @@ def solver(index: int) -> int:
     return index % this_rank()[1]
 
 
-def hand_over(rank: int, packed: PackedWeight | None, loss: float | None) -> tuple[PackedWeight, float]:
+def exchange(decoder: Decoder, mine: dict[str, ModuleDecision], made: QuantizedBlock) -> None:
+    """Let every rank hold what each of them has solved of a block."""
+    weights, losses = ours(made.weights), dict(made.losses)
+    for index, name in enumerate(mine):
+        if mine[name].bits >= 16:
+            continue
+        made.weights[name], made.losses[name] = _hand_over(solver(index), weights.get(name), losses.get(name))
+        old = decoder.weight(name)
+        decoder.put(name, made.weights[name].dequantized(decoder.model.dtype).to(old.device, old.dtype))
+    for kept in (made.weights, made.losses):  # in the order of the module names, as one process has them
+        ordered = {name: kept[name] for name in mine if name in kept}
+        kept.clear()
+        kept.update(ordered)  # type: ignore[arg-type]
+
+
+def _hand_over(rank: int, packed: PackedWeight | None, loss: float | None) -> tuple[PackedWeight, float]:
     """The packed weight and the loss that one rank has, on every rank."""
     box = [(packed, loss)]
     dist.broadcast_object_list(box, src=rank)

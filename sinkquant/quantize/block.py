@@ -1,0 +1,47 @@
+"""What quantization makes of one block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from sinkquant.artifacts import ModuleDecision
+from sinkquant.quantize.backend import BackendWeight
+from sinkquant.quantize.packed import PackedWeight
+
+
+@dataclass(frozen=True)
+class QuantizedBlock:
+    """What `quantized_blocks` did to one block.
+
+    Attributes:
+        weights: module name -> packed weight. losses: module name -> relative error that it was left with.
+        dense: parameter name -> its new values in the model's dtype, for what was changed and stays in 16 bits.
+        kept: module name -> bool [rows, columns], the weights that pruning has left; others are zero.
+        silent: output projection -> bool [columns], the input columns of heads that were taken out.
+        input_scales: module name -> stored scale of its inputs, [1], where it has one.
+        tokens: module name of a layer's experts -> calibration tokens that went to each of them.
+        leanings: module name -> where its weights lie beside their codes, where the whole model is tuned in the end.
+    """
+
+    index: int
+    name: str
+    weights: dict[str, PackedWeight | BackendWeight]
+    losses: dict[str, float]
+    dense: dict[str, torch.Tensor] = field(default_factory=dict)
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    silent: dict[str, torch.Tensor] = field(default_factory=dict)
+    input_scales: dict[str, torch.Tensor] = field(default_factory=dict)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    leanings: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def inside(block: str, todo: dict[str, ModuleDecision]) -> dict[str, ModuleDecision]:
+    """What a plan decides about the modules of a block."""
+    return {name: decision for name, decision in todo.items() if name.startswith(f"{block}.")}
+
+
+def ours(weights: dict[str, PackedWeight | BackendWeight]) -> dict[str, PackedWeight]:
+    """Those that are on our grids: a backend's are neither tuned nor handed over."""
+    return {name: weight for name, weight in weights.items() if isinstance(weight, PackedWeight)}

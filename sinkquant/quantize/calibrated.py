@@ -1,0 +1,91 @@
+"""Blocks that are quantized while calibration rows walk through them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from sinkquant.artifacts import ModuleDecision, Plan
+from sinkquant.artifacts.sizes import scale_dtype
+from sinkquant.models import ActivationStore, Decoder, Walk, weight_matrix
+from sinkquant.models.inputs import inputs_left_alone
+from sinkquant.quantize.block import QuantizedBlock, inside, ours
+from sinkquant.quantize.hessian import collect
+from sinkquant.quantize.inputs import round_block
+from sinkquant.quantize.layer import quantize_experts, record_experts
+from sinkquant.quantize.module import put_packed, quantize_module
+from sinkquant.quantize.offsets import leanings
+from sinkquant.quantize.pruning import silence
+from sinkquant.quantize.ranks import add_up, exchange, solver, this_rank
+from sinkquant.quantize.rows import calibration_rows
+from sinkquant.quantize.statistics import TokenWeights
+from sinkquant.quantize.transforms import scale_block
+from sinkquant.quantize.tune import Tune
+
+
+def calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase | None,
+               todo: dict[str, ModuleDecision], device: str, dtype: torch.dtype, store: ActivationStore | None,
+               done: int) -> Iterator[QuantizedBlock]:
+    """Let the calibration rows walk, and quantize every block on their way; arguments as `quantized_blocks` has them.
+
+    Args:
+        todo: name -> decision of every module that is to be changed.
+    """
+    settings = plan.calibration
+    rows = calibration_rows(decoder, plan, tokenizer)
+    weights = TokenWeights(rows, settings)
+    rank, ranks = this_rank()
+    shape = decoder.shape("")
+    walk = Walk(decoder, rows, settings.batch_size, device, dtype, store=store)
+    tune = Tune(settings.tune, plan.seed) if settings.tune else None
+    ideal: torch.Tensor | None = None
+    for step in walk.steps():
+        if step.index < done:
+            continue
+        if plan.follows_unquantized and ideal is None:
+            ideal = walk.hidden
+        mine = inside(step.name, todo)
+        experts = {name: mine.pop(name) for name in list(mine) if name in decoder.experts}
+        silent = silence(decoder, plan, step.index)
+        scaled = scale_block(decoder, step, plan, weights, shape)
+        made = QuantizedBlock(step.index, step.name, {}, {}, silent=silent,
+                              input_scales=round_block(step, decoder, plan, getattr(torch, scale_dtype(
+                                  str(decoder.model.dtype).removeprefix("torch.")))))
+        # Fused modules read one input: its Hessian is collected once.
+        source = {name: shape.linears[name].fused_with[0] for name in mine}
+        readers = {source[name]: decoder.linears[source[name]] for name in mine}
+        asymmetric = any(decision.method == "gptaq" for decision in mine.values())
+        hessians = collect(step, readers, weights, ideal if asymmetric else None) if readers or experts else {}
+        add_up(hessians, readers, asymmetric)
+        routed = record_experts(step, decoder, experts, ideal)
+        if ideal is not None:
+            with inputs_left_alone(decoder.model):
+                ideal = step.replay(ideal)
+        last = {source[name]: name for name in mine}
+        tuned = [name for name in mine if mine[name].bits < 16] if tune or settings.distill else []
+        originals = {name: weight_matrix(decoder.linears[name]) for name in tuned}
+        for place_in_block, (name, decision) in enumerate(mine.items()):
+            # What stays in 16 bits is pruned by every rank: the sums are the same, and it is quickly done.
+            if solver(place_in_block) == rank or decision.bits >= 16:
+                quantize_module(decoder, name, decision, plan, made, hessians.get(source[name]))
+            if last[source[name]] == name and not tune:
+                hessians.pop(source[name], None)
+        if ranks > 1:
+            exchange(decoder, mine, made)
+        if tune and tuned and ideal is not None:
+            linears = {name: decoder.linears[name] for name in tuned}
+            codes = ours(made.weights)
+            for name, packed in tune.run(step, linears, codes, originals, ideal, weights, made.kept).items():
+                seen = hessians.get(source[name])
+                put_packed(decoder, name, packed, made, originals[name], None if seen is None else seen.mean())
+        if settings.distill:
+            codes = ours(made.weights)
+            made.leanings.update({name: leanings(codes[name], originals[name], made.kept.get(name)) for name in tuned})
+        quantize_experts(step, decoder, experts, routed, weights, plan, made)
+        made.dense.update({parameter: decoder.model.get_parameter(parameter).data.to("cpu", stored)
+                           for parameter, stored in scaled.items()})
+        if mine or experts or scaled:
+            step.run()  # the next block must see what this one gives now
+        yield made

@@ -1,0 +1,61 @@
+"""Whether a plan fits a model, before anything is computed."""
+
+from __future__ import annotations
+
+from sinkquant.artifacts import Plan
+from sinkquant.artifacts.distill import check_distill
+from sinkquant.artifacts.experts import TUNE_AND_EXPERTS, mixed_experts
+from sinkquant.artifacts.sizes import module_bytes
+from sinkquant.errors import RequestError
+from sinkquant.models import Decoder
+from sinkquant.quantize.backend import require_packages, rounds_itself
+from sinkquant.quantize.pruning import check_heads, check_pruning
+from sinkquant.quantize.ranks import this_rank
+from sinkquant.quantize.state import is_quantized
+from sinkquant.quantize.transforms import require_equivalent
+
+
+def check(decoder: Decoder, plan: Plan) -> None:
+    """Refuse a plan that does not fit a model, before anything is computed.
+
+    Raises:
+        RequestError: modules or sizes of another model, a module that is no linear, a group size that does not
+            divide, fused modules in several formats, a model that is quantized already.
+    """
+    if is_quantized(decoder.model):
+        raise RequestError("this model is quantized already; start from the unquantized one.")
+    require_packages(plan.backend)
+    if plan.needs_rows and this_rank()[1] > 1 and any(rounds_itself(form) for form in plan.formats.values()):
+        raise RequestError(f"weights that {plan.backend} rounds are not shared among processes; run it in one.")
+    shape = decoder.shape("")
+    missing = [name for name in shape.linears if name not in plan.modules]
+    if missing:
+        raise RequestError(f"the plan is of another model: it says nothing of {missing[0]}; make one for this model.")
+    check_heads(decoder, plan)
+    for name, decision in plan.modules.items():
+        linear = shape.linears.get(name)
+        if decision.prune is not None:
+            check_pruning(name, decision.prune, None if linear is None else linear.columns)
+        if decision.bits >= 16:
+            continue
+        if linear is None or not (name in decoder.experts or name in decoder.linears):
+            raise RequestError(f"the plan quantizes {name}, which is no nn.Linear of this model; make a plan for it.")
+        if decision.group_size is None or (decision.group_size != -1 and linear.columns % decision.group_size):
+            raise RequestError(f"group size {decision.group_size} does not divide the {linear.columns} input "
+                               f"columns of {name}.")
+        if decision.bytes != module_bytes(shape, name, decision.form):
+            raise RequestError(f"the plan was made for another size of {name}; make a plan for this model.")
+        for other in [] if linear.part_of else linear.fused_with:
+            twin = plan.modules.get(other)
+            if twin is None or not twin.shares_format(decision):
+                raise RequestError(f"{name} and {other} are fused by engines and must share bits, group size, "
+                                   "activations and the columns that are kept.")
+    if decoder.source is not None and decoder.source.edits:
+        raise RequestError("this model is rotated already; open it again.")
+    require_equivalent(decoder, plan)
+    if mixed := mixed_experts(shape, {name: decision.form for name, decision in plan.modules.items()}):
+        raise RequestError(f"{mixed[0]} and {mixed[1]} cannot stand in one checkpoint: packed experts must share one "
+                           "format, and a layer's be all packed or all in 16 bits.")
+    check_distill(plan, shape)
+    if plan.calibration.tune and any(plan.modules[name].bits < 16 for name in decoder.experts):
+        raise RequestError(TUNE_AND_EXPERTS)
