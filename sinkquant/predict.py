@@ -19,9 +19,12 @@ from sinkquant.detect.survey import batch_rows
 from sinkquant.errors import RequestError
 from sinkquant.evaluate.divergence import LOGITS_BYTES, POSITIONS
 from sinkquant.models import Decoder
+from sinkquant.models.alone import in_groups
+from sinkquant.models.experts import fused_parameters
 from sinkquant.pace import measure
 from sinkquant.quantize.distill import LOGITS_BYTES as DISTILL_LOGITS
 from sinkquant.quantize.distill import ROWS as DISTILL_ROWS
+from sinkquant.quantize.rounded import TOGETHER
 from sinkquant.recipe import Recipe
 from sinkquant.times import stages
 
@@ -147,7 +150,7 @@ class _Job:
         self.linears = [[linear for linear in shape.linears.values() if linear.block == index]
                         for index in range(len(decoder.blocks))]
         self.block = max(sum(p.numel() for p in block.parameters()) for block in decoder.blocks)
-        self.all_blocks = sum(p.numel() for block in decoder.blocks for p in block.parameters())
+        self.read = _read_at_once(decoder)
         self.total = sum(p.numel() for p in decoder.model.parameters())
         self.largest = max(linear.parameters for block in self.linears for linear in block)
         self.tensor = max(p.numel() for block in decoder.blocks for p in block.parameters())
@@ -174,10 +177,10 @@ class _Job:
         return max(self._walked(), running) + buffers + tables
 
     def quantize_bytes(self) -> float:
-        written = self.largest * (4 + self.stored) + self.block
         dense = 2 * self.total * self.stored if self.total * self.stored <= RELOADED else 0
         if not self.calibrated:
-            return max(self.block * self.stored + written, dense)
+            read = self.block if self.recipe.prune.asked else self.read
+            return max(read * (self.stored + 1) + self.largest * (4 + self.stored), dense)
         settings = self.recipe.calibration
         states = settings.rows * settings.length * self.hidden * self.item
         buffers = 0 if states > self.memory / SPILL_SHARE else 3 * states
@@ -226,6 +229,17 @@ class _Job:
         """What a block's forward pass holds for one batch: of the MLP, and of attention by chunks of queries."""
         mlp = tokens * (4 * self.widest + 8 * self.hidden) * self.item
         return mlp + 5 * 4 * tokens / max(length, 1) * self.heads * min(length, 128) * length
+
+
+def _read_at_once(decoder: Decoder) -> int:
+    """Weights of a block that are in memory together where no rows walk: its experts come a few at a time."""
+    most = 0
+    for name, block in zip(decoder.block_names, decoder.blocks, strict=True):
+        fused = sum(parameter.numel() for parameter in fused_parameters(decoder.model, (name,)).values())
+        alone = {part: one for part, one in decoder.experts.items() if part.startswith(f"{name}.")}
+        groups = [sum(alone[part].weight.numel() for part in group) for group in in_groups(alone, TOGETHER)]
+        most = max(most, sum(p.numel() for p in block.parameters()) - fused, *groups)
+    return most
 
 
 def _input(linear: LinearShape, index: int) -> str:

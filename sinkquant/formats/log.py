@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from sinkquant.artifacts import Plan
 from sinkquant.artifacts.experts import few_tokens, in_short
 from sinkquant.formats.compressed import EXPERT
 from sinkquant.quantize import QuantizedBlock
 
 
-def in_words(block: QuantizedBlock, plan: Plan) -> str:
-    """The relative error of every module, experts together; tokens per expert, and who had too few of them."""
-    losses = {name.removeprefix(f"{block.name}."): loss for name, loss in block.losses.items()}
+def in_words(block: QuantizedBlock, losses: Mapping[str, float], plan: Plan) -> str:
+    """The relative error of every module, experts together; tokens per expert, and who had too few of them.
+
+    Args:
+        losses: module name -> relative error, of this block and of any others.
+    """
+    start = f"{block.name}."
+    losses = {name.removeprefix(start): loss for name, loss in losses.items() if name.startswith(start)}
     said = [f"{name} {loss:.3g}" for name, loss in losses.items() if not EXPERT.search(name)]
     experts = {name: loss for name, loss in losses.items() if EXPERT.search(name)}
     if experts:

@@ -96,8 +96,10 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
             losses |= block.losses
             scales = scales | block.input_scales
             tokens |= block.tokens
-            _remember(partial, block.index + 1, losses, scales, tokens)
-            LOG.info("block %d of %d: %s", block.index + 1, len(decoder.blocks), in_words(block, plan))
+            if block.ended:
+                _remember(partial, block.index + 1, losses, scales, tokens)
+                LOG.info("block %d of %d: %s", block.index + 1, len(decoder.blocks), in_words(block, losses, plan))
+            del block  # or it would outlive the next one's making
         leave()
         if lesson is not None:
             _read_from(model, partial, decoder, plan, len(decoder.blocks))

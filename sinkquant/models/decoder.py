@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sinkquant.artifacts import LinearShape, ModelFacts, ModelShape
 from sinkquant.errors import RequestError
+from sinkquant.models.alone import StoredPart
 from sinkquant.models.attention import require_attention_interface
 from sinkquant.models.experts import EXPERTS_REASON, ExpertLinear, expert_linears, fused_parameters
 from sinkquant.models.kv import kv_layers
@@ -36,6 +37,7 @@ class Decoder:
         blocks: the blocks.
         linears: module name -> `nn.Linear` or `Conv1D`, for every one inside the blocks, in order.
         experts: name -> projection of one expert, for those that are parts of fused parameters.
+        alone: name -> those of them that are in memory by themselves right now, [rows, columns].
     """
 
     model: PreTrainedModel
@@ -43,6 +45,7 @@ class Decoder:
     blocks: tuple[nn.Module, ...]
     linears: dict[str, nn.Module]
     experts: dict[str, ExpertLinear] = field(default_factory=dict)
+    alone: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Decoder:
@@ -79,11 +82,23 @@ class Decoder:
         return source_of(self.model)
 
     @contextlib.contextmanager
-    def present(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        """Hold the weights of some modules in memory while the context is open; a model that holds its own always
-        does."""
-        with self.source.present(modules) if self.source else contextlib.nullcontext():
+    def present(self, modules: Sequence[nn.Module], without: Sequence[nn.Module] = ()) -> Iterator[None]:
+        """Hold the weights of some modules, but for others inside these, in memory while the context is open; a model
+        that holds its own always does."""
+        with self.source.present(modules, without) if self.source else contextlib.nullcontext():
             yield
+
+    @contextlib.contextmanager
+    def present_alone(self, parts: Mapping[str, StoredPart]) -> Iterator[None]:
+        """Hold some projections of experts in memory while the context is open, nothing else of their layer. Changes
+        that are made to them are lost at its end."""
+        try:
+            for name, part in parts.items():
+                self.alone[name] = part.read()
+            yield
+        finally:
+            for name in parts:
+                self.alone.pop(name, None)
 
     @property
     def structure(self) -> Structure:
@@ -107,13 +122,15 @@ class Decoder:
 
     def weight(self, name: str) -> torch.Tensor:
         """The weight of a linear, or of a part of a fused parameter, [out_features, in_features]; no copy."""
+        if name in self.alone:
+            return self.alone[name]
         return self.experts[name].weight if name in self.experts else weight_matrix(self.linears[name])
 
     def put(self, name: str, new: torch.Tensor) -> None:
         """Let a linear, or a part of a fused parameter, hold another weight [out_features, in_features] of the same
         dtype."""
         if name in self.experts:
-            self.experts[name].weight.copy_(new)
+            self.weight(name).copy_(new)
         else:
             self.linears[name].weight.data = as_stored(self.linears[name], new)
 

@@ -116,15 +116,19 @@ class WeightSource:
         self._fill({name for name, _ in model.named_buffers()} & set(self.keys))  # small, and they stay
 
     @contextlib.contextmanager
-    def present(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+    def present(self, modules: Iterable[nn.Module], without: Iterable[nn.Module] = ()) -> Iterator[None]:
         """Hold the parameters of some modules in memory, in their own dtype on the CPU, while the context is open.
 
         Changes that are made to them are lost at its end.
 
+        Args:
+            without: modules inside these that stay on disk.
+
         Raises:
             RequestError: a weight holds NaN or Inf.
         """
-        wanted = {id(module): module for top in modules for module in top.modules()}
+        left = {id(module) for top in without for module in top.modules()}
+        wanted = {id(module): module for top in modules for module in top.modules() if id(module) not in left}
         before = [(module, dict(module._parameters)) for module in self.model.modules()]
         slots = [(module, leaf, self.names[id(parameter)]) for module in wanted.values()
                  for leaf, parameter in module._parameters.items() if parameter is not None and parameter.is_meta]
@@ -263,7 +267,7 @@ class WeightSource:
             raise SinkquantError(f"{self.folder}: {next(iter(info.conversion_errors.values()))}")
         for name in names:
             tensor = self.model.get_parameter_or_buffer(name)
-            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and not _finite(tensor.data):
+            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and not is_finite(tensor.data):
                 raise RequestError(f"the weight {name} holds NaN or Inf; the checkpoint is broken, get it again.")
         for name, edit in self.edits.items():  # of all that was read, what shares a tensor on disk included
             if not keys.keys().isdisjoint(self.keys[name]):
@@ -282,7 +286,7 @@ class WeightSource:
         return info
 
 
-def _finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
     """NaN and Inf show in the minimum and the maximum: no mask of the tensor's size is needed."""
     return tensor.numel() == 0 or all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor))
 

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
+from sinkquant.models.alone import stored_parts
 from sinkquant.models.decoder import Decoder
+from sinkquant.models.source import WeightSource
 
 PIECE = 1 << 25
 """Values of a large tensor that are read at a time."""
@@ -19,6 +21,9 @@ def pieces(decoder: Decoder, name: str) -> Iterator[tuple[int, torch.Tensor]]:
     if source is None or not tensor.is_meta:
         yield 0, tensor.data
         return
+    if name in {part.parameter for part in decoder.experts.values()} and (found := _experts(decoder, source, name)):
+        yield from found
+        return
     stored = source.stored(name)
     if stored is None or tensor.dim() < 2:
         owner = decoder.model.get_submodule(name.rpartition(".")[0])
@@ -28,3 +33,15 @@ def pieces(decoder: Decoder, name: str) -> Iterator[tuple[int, torch.Tensor]]:
     step = max(1, PIECE // max(1, tensor[0].numel()))
     for start in range(0, len(tensor), step):
         yield start, stored.rows(start, min(start + step, len(tensor))).to(tensor.dtype)
+
+
+def _experts(decoder: Decoder, source: WeightSource, name: str) -> Iterator[tuple[int, torch.Tensor]] | None:
+    """A fused parameter expert by expert; None where that cannot be done."""
+    mine = {part: one for part, one in decoder.experts.items() if one.parameter == name}
+    found = stored_parts(source, mine)
+    if len(found) < len(mine):
+        return None
+    experts: dict[int, list[str]] = {}
+    for part, one in mine.items():  # in the order of their rows
+        experts.setdefault(one.index, []).append(part)
+    return ((index, torch.cat([found[part].read() for part in parts])[None]) for index, parts in experts.items())

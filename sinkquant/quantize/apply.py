@@ -62,7 +62,8 @@ def quantize(model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerB
 def quantized_blocks(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase | None, device: str,
                      dtype: torch.dtype, progress: Progress | None = None, store: ActivationStore | None = None,
                      done: int = 0, input_scales: Mapping[str, torch.Tensor] | None = None) -> Iterator[QuantizedBlock]:
-    """Carry out a plan block by block; each is yielded while its weights, dense and quantized, are in memory.
+    """Carry out a plan block by block; each is yielded while its weights, dense and quantized, are in memory. Experts
+    that lie on disk and need no rows come a few at a time, after the rest of their block.
 
     Args:
         device, dtype: where Hessians and GPTQ are computed, and in which precision rows walk.
@@ -83,5 +84,6 @@ def quantized_blocks(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenize
         blocks = rounded(decoder, plan, todo, done)
     for block in blocks:
         yield block
-        if progress:
+        if progress and block.ended:
             progress(block.index + 1, len(decoder.blocks), "quantizing blocks")
+        del block  # or it would outlive the next one's making

@@ -13,7 +13,7 @@ from sinkquant.quantize.packed import PackedWeight
 
 @dataclass(frozen=True)
 class QuantizedBlock:
-    """What `quantized_blocks` did to one block.
+    """What `quantized_blocks` did to one block, or to some of it.
 
     Attributes:
         weights: module name -> packed weight. losses: module name -> relative error that it was left with.
@@ -23,6 +23,7 @@ class QuantizedBlock:
         input_scales: module name -> stored scale of its inputs, [1], where it has one.
         tokens: module name of a layer's experts -> calibration tokens that went to each of them.
         leanings: module name -> where its weights lie beside their codes, where the whole model is tuned in the end.
+        ended: False where more of this block is to come: its experts are not all in memory at a time.
     """
 
     index: int
@@ -35,6 +36,7 @@ class QuantizedBlock:
     input_scales: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)
     leanings: dict[str, torch.Tensor] = field(default_factory=dict)
+    ended: bool = True
 
 
 def inside(block: str, todo: dict[str, ModuleDecision]) -> dict[str, ModuleDecision]:
