@@ -61,17 +61,28 @@ class Routed:
         rows = torch.arange(len(self.hidden)) if everyone else torch.where((self.chosen == index).any(1))[0]
         up, down = (Hessian(columns, torch.device(device)) for columns in _widths(self.module))
         known = everyone and self.everyone is not None
+        means = self._means(index, rows, device, dtype) if weights.capped else {}
         flat, sinks = weights.weights.flatten(), weights.sinks.flatten()
         for part in rows.split(TOKENS):
             inputs = _read(self.module, index, self.hidden[part].to(device, dtype))
             ideal = None if self.ideal is None else _read(self.module, index, self.ideal[part].to(device, dtype))
             for hessian, name in ((down, "down"),) if known else ((up, "up"), (down, "down")):
-                hessian.add(inputs[name], weights.on(inputs[name], flat[part], sinks[part]),
+                hessian.add(inputs[name], weights.on(inputs[name], flat[part], sinks[part], means.get(name)),
                             None if ideal is None else ideal[name])
         if everyone:
             self.everyone = up if self.everyone is None else self.everyone
             up = copy.deepcopy(self.everyone)
         return {"up": up, "down": down}
+
+    def _means(self, index: int, rows: torch.Tensor, device: str | torch.device,
+               dtype: torch.dtype) -> dict[str, float]:
+        """The mean squared norm of what each projection reads of some tokens, those of all processes together."""
+        energy = torch.zeros(2, dtype=torch.float64)
+        for part in rows.split(TOKENS):
+            inputs = _read(self.module, index, self.hidden[part].to(device, dtype))
+            energy += torch.stack([inputs[name].float().square().sum().double().cpu() for name in ("up", "down")])
+        *sums, tokens = total(torch.cat([energy, torch.tensor([float(len(rows))], dtype=torch.float64)])).tolist()
+        return {name: one / max(tokens, 1.0) for name, one in zip(("up", "down"), sums, strict=True)}
 
 
 def record(step: Step, modules: dict[str, nn.Module], ideal: torch.Tensor | None = None) -> dict[str, Routed]:

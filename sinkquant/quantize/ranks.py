@@ -57,6 +57,8 @@ def my_rows(rows: torch.Tensor, plan: Plan) -> torch.Tensor:
 
     Raises:
         RequestError: fewer rows than ranks, or a setting whose result depends on which rows are together.
+
+    Capped statistics compare the tokens of a batch, so that batches stay together for them.
     """
     rank, ranks = this_rank()
     if ranks == 1:
@@ -64,10 +66,17 @@ def my_rows(rows: torch.Tensor, plan: Plan) -> torch.Tensor:
     if len(rows) < ranks:
         raise RequestError(f"there are {len(rows)} calibration rows for {ranks} processes; start fewer.")
     scaled = any(transform.name != "rotate" for transform in plan.transforms)
-    if plan.calibration.tune or plan.calibration.distill or plan.calibration.statistics == "cap" or scaled:
-        raise RequestError("weights.tune, weights.distill, weights.smooth, protect.channels=scale and capped "
-                           "statistics need all rows in one process; start without torchrun.")
-    return rows.tensor_split(ranks)[rank]
+    if plan.calibration.tune or plan.calibration.distill or scaled:
+        raise RequestError("weights.tune, weights.distill, weights.smooth and protect.channels=scale need all rows in "
+                           "one process; start without torchrun.")
+    if plan.calibration.statistics != "cap":
+        return rows.tensor_split(ranks)[rank]
+    batches = rows.split(plan.calibration.batch_size)
+    if len(batches) < ranks:
+        raise RequestError(f"there are {len(batches)} batches of calibration rows for {ranks} processes, and capped "
+                           "statistics need whole ones; start fewer, or set calibration.batch_size lower.")
+    first, last = (len(batches) * place // ranks for place in (rank, rank + 1))
+    return torch.cat(batches[first:last])
 
 
 def require_one_process(distill: int) -> None:

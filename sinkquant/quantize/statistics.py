@@ -18,9 +18,9 @@ class TokenWeights:
     """The weight of every token under the calibration's policy.
 
     "all": 1. "boost": a sink weighs its selector's weight, any other token 1. "cap": a sink whose input to a linear is
-    larger than the mean weighs so much less that it is as large. "exclude": sinks weigh nothing. "attention": a token
-    weighs the attention that it receives in the layer at hand, the row's least and most taken to 0.005 and 1 (RSQ,
-    Sung et al. 2503.01820).
+    larger than the mean of its batch (for experts: of all tokens that the expert is shown) weighs so much less that it
+    is as large. "exclude": sinks weigh nothing. "attention": a token weighs the attention that it receives in the layer
+    at hand, the row's least and most taken to 0.005 and 1 (RSQ, Sung et al. 2503.01820).
 
     rows: int64 [rows, length], the calibration rows.
     """
@@ -47,6 +47,11 @@ class TokenWeights:
         elif policy == "exclude":
             self.weights[self.sinks] = 0
 
+    @property
+    def capped(self) -> bool:
+        """Whether what a token weighs depends on what it feeds to the linear at hand."""
+        return self.calibration.statistics == "cap"
+
     def enter(self, step: Step) -> None:
         """Get ready for a block: "attention" replays the rows once to see what every token receives in it."""
         if self.calibration.statistics == "attention":
@@ -72,16 +77,18 @@ class TokenWeights:
             return torch.ones(len(inputs), device=inputs.device)
         return self.on(inputs, weights, self.sinks[step.batch].flatten())
 
-    def on(self, inputs: torch.Tensor, weights: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    def on(self, inputs: torch.Tensor, weights: torch.Tensor, sinks: torch.Tensor,
+           mean: float | None = None) -> torch.Tensor:
         """Weights of some tokens, float32 [tokens] on the inputs' device.
 
         Args:
             inputs: [tokens, columns]. weights, sinks: [tokens], what of `self.weights` and `self.sinks` is theirs.
+            mean: squared norm that sinks are capped at; None for that of the mean of these tokens.
         """
         weights, sinks = weights.to(inputs.device), sinks.to(inputs.device)
-        if self.calibration.statistics == "cap":
+        if self.capped:
             energy = inputs.float().square().sum(1)
-            capped = (energy.mean() / energy.clamp(min=1e-30)).clamp(max=1.0)
+            capped = ((energy.mean() if mean is None else mean) / energy.clamp(min=1e-30)).clamp(max=1.0)
             return torch.where(sinks, capped, weights)
         return weights
 

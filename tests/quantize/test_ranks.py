@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,31 +10,37 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import tiny_mixture
 from safetensors.torch import load_file
+from sinkmaps import BOS, STOP, sink_map_of
 from small_runs import model_folder, small_recipe
+from tiny_tokenizer import tiny_tokenizer
 
 import sinkquant as sq
+from sinkquant.artifacts import Plan
 from sinkquant.errors import RequestError
 from sinkquant.formats import load_dense
+from sinkquant.models import Decoder
 from sinkquant.quantize import ranks
 
 TASK = """
 import sys
 import sinkquant as sq
-recipe, model, out = sys.argv[1:]
-sq.run(recipe, model, out)
+recipe, model, out, *sinks = sys.argv[1:]
+sq.run(recipe, model, out, sink_map=sq.SinkMap.load(sinks[0]) if sinks else None)
 """
 
 
-def run_twice(folder: Path, recipe: sq.Recipe, model: Path) -> sq.Report | None:
+def run_twice(folder: Path, recipe: sq.Recipe, model: Path, sink_map: sq.SinkMap | None = None) -> sq.Report | None:
     """One process writes `folder / "one"`, two write `folder / "two"`. Returns the first one's report."""
+    known = [sink_map.save(folder / "sinks.json")] if sink_map else []
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     (folder / "task.py").write_text(TASK, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               folder / "task.py", folder / "recipe.yaml", model, folder / "two"]
+               folder / "task.py", folder / "recipe.yaml", model, folder / "two", *known]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path),
                                                           "OMP_NUM_THREADS": "1"})
-    return sq.run(recipe, model, folder / "one")
+    return sq.run(recipe, model, folder / "one", sink_map=sink_map)
 
 
 def test_two_processes_evaluate_as_one_does(tmp_path: Path, text_file: Path) -> None:
@@ -72,6 +79,28 @@ def test_two_processes_give_what_one_gives(tmp_path: Path, text_file: Path) -> N
     assert (outputs[0] - outputs[1]).norm() < 0.1 * (outputs[0] - unquantized).norm()
 
 
+def test_two_processes_share_the_experts_of_a_mixture_and_cap_the_same_sinks(tmp_path: Path, text_file: Path) -> None:
+    model = tmp_path / "model"
+    tiny_mixture("mixtral", dtype=torch.bfloat16).save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    recipe = small_recipe(text_file, "evaluate.skip=true", "weights.descent=0", "calibration.rows=5",
+                          "calibration.batch_size=2", "protect.statistics=cap", "calibration.min_expert_tokens=35")
+    run_twice(tmp_path, recipe, model, sink_map_of(Decoder.of(sq.load(model)[0]), tokens=(BOS, STOP), name=str(model)))
+    assert len(Plan.load(tmp_path / "two" / "plan.json").calibration.sinks) == 2
+    tokens = [json.loads((tmp_path / name / "model/sinkquant.json").read_text())["expert_tokens"]
+              for name in ("one", "two")]
+    first, second = (f"model.layers.{i}.mlp.experts" for i in range(2))
+    assert tokens[0][first] == tokens[1][first]
+    assert sum(tokens[0][first]) == 2 * 5 * 64
+    assert min(tokens[0][first]) < 35 < max(tokens[0][first])
+    # A code on the edge that fell to the other side may send a token to another expert of the next layer.
+    assert sum(abs(a - b) for a, b in zip(tokens[0][second], tokens[1][second], strict=True)) <= 4
+    one, two = (load_dense(tmp_path / name / "model").state_dict() for name in ("one", "two"))
+    for name, weight in one.items():
+        differs = ((weight - two[name]).abs() > 1e-6 * weight.abs().max()).float().mean()
+        assert differs < 0.02, name
+
+
 def test_rows_are_shared_out_and_what_cannot_be_shared_is_refused(
         tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = sq.load(model_folder(tmp_path / "model"))
@@ -85,6 +114,15 @@ def test_rows_are_shared_out_and_what_cannot_be_shared_is_refused(
         monkeypatch.setattr(ranks, "this_rank", lambda rank=rank: (rank, 2))
         shares.append(ranks.my_rows(rows, plan))
     assert torch.equal(torch.cat(shares), rows)
+    capped = sq.plan(model, sink_map, recipe.replace(["protect.statistics=cap", "calibration.batch_size=2"]))
+    together = []
+    for rank in range(2):
+        monkeypatch.setattr(ranks, "this_rank", lambda rank=rank: (rank, 2))
+        together.append(ranks.my_rows(rows, capped))
+    assert [len(part) for part in together] == [2, 3]  # one batch of two, and one of two with the last one
+    assert torch.equal(torch.cat(together), rows)
+    with pytest.raises(RequestError, match="1 batches of calibration rows for 2 processes"):
+        ranks.my_rows(rows[:2], capped)
     with pytest.raises(RequestError, match="1 calibration rows for 2 processes"):
         ranks.my_rows(rows[:1], plan)
     with pytest.raises(RequestError, match="need all rows in one process"):
