@@ -61,6 +61,7 @@ from sinkquant.policy import (
     make_control,
     make_plan,
     require_distill,
+    require_plannable,
     require_transforms,
 )
 from sinkquant.policy.expected import with_expected_loss
@@ -128,6 +129,7 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
     if edited is None:
         require_transforms(shape, recipe)
         require_distill(shape, recipe)
+        require_plannable(shape, recipe)
     require_one_process(edited.calibration.distill if edited else recipe.weights.distill)
     if sink_map is not None:
         check_same_model(shape, sink_map)

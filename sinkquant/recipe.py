@@ -48,6 +48,7 @@ def _not_base_sixty(pattern: Any) -> Any:
 
 
 Bits = Annotated[int, AfterValidator(_stored_bits)]
+Statistics = Literal["all", "boost", "attention", "cap", "exclude"]
 GroupSize = Annotated[int, Field(ge=-1), AfterValidator(_fits_a_group)]
 
 
@@ -191,7 +192,8 @@ class Protect(Section):
 
     `tokens`: sink tokens count in the statistics of calibration as `statistics` says, which costs no bytes. "boost":
     as often as they are read, up to `sink_weight` (1: as any other); "cap": no more than the mean token; "attention":
-    every token by the attention that it receives; "exclude": not at all; "all": as any other.
+    every token by the attention that it receives; "exclude": not at all; "all": as any other; null: what measured
+    best, which is "attention" where Wanda prunes and "boost" elsewhere.
     `channels` "module": linears whose input ranges the sinks set get `bits`, at most `max_share` of all weights;
     "scale": their sink columns are scaled up, and the norm or the linear before them down, at no cost in bytes;
     "split": of such linears the columns that the sinks set and the super weights stay in 16 bits beside the codes, at
@@ -200,7 +202,7 @@ class Protect(Section):
     """
 
     tokens: bool = True
-    statistics: Literal["all", "boost", "attention", "cap", "exclude"] = "boost"
+    statistics: Statistics | None = None
     sink_weight: float = Field(default=16.0, ge=1)
     channels: Literal["none", "module", "scale", "split"] = "none"
     bits: Bits = Field(default=8, ge=3, le=16)
@@ -366,6 +368,17 @@ class Recipe(Section):
     kv_cache: KVCache | None = None
     evaluate: Evaluation = Field(default_factory=Evaluation)
     gate: Gate = Field(default_factory=Gate)
+
+    @property
+    def statistics(self) -> Statistics:
+        """What tokens weigh: `protect.statistics`, or the policy that measured best; "all" where no token is protected.
+
+        Wanda looks at single columns, in which RSQ's weighting (arXiv 2503.01820) of every token leaves less than a
+        boosted sink (docs/pruning.md); methods that move an error between columns do better with the sink alone.
+        """
+        if not self.protect.tokens:
+            return "all"
+        return self.protect.statistics or ("attention" if self.prune.method == "wanda" else "boost")
 
     @classmethod
     def load(cls, source: str | os.PathLike[str]) -> Self:

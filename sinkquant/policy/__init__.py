@@ -4,9 +4,9 @@ from sinkquant.policy.backends import check_recipe
 from sinkquant.policy.distill import require_distill
 from sinkquant.policy.edited import accept_edited
 from sinkquant.policy.frontier import make_frontier
-from sinkquant.policy.headers import plan_from_shapes
+from sinkquant.policy.headers import plan_from_shapes, require_plannable
 from sinkquant.policy.plan import check_same_model, make_control, make_plan
 from sinkquant.policy.transforms import require_transforms
 
 __all__ = ["accept_edited", "check_recipe", "check_same_model", "make_control", "make_frontier", "make_plan",
-           "plan_from_shapes", "require_distill", "require_transforms"]
+           "plan_from_shapes", "require_distill", "require_plannable", "require_transforms"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sinkquant.artifacts import ModelFacts, ModelShape, Plan, SinkMap, TokenizationFacts
 from sinkquant.policy.plan import make_plan
+from sinkquant.policy.split import check_split
 from sinkquant.recipe import Budget, Recipe
 
 FOR_SINKS = frozenset({"boost", "cap", "exclude"})
@@ -24,9 +25,26 @@ def plan_from_shapes(shape: ModelShape, recipe: Recipe) -> tuple[Plan | None, li
     if asking:
         return None, asking
     plan = make_plan(shape, nothing_found(shape), recipe).made_from(None)
-    if plan.needs_rows and recipe.protect.tokens and recipe.protect.statistics in FOR_SINKS:
+    if plan.needs_rows and recipe.statistics in FOR_SINKS:
         return None, ["protect.tokens"]
     return plan, []
+
+
+def require_plannable(shape: ModelShape, recipe: Recipe) -> None:
+    """Refuse what no sink map could make possible, before anything is detected.
+
+    Raises:
+        RequestError: as `make_plan`.
+    """
+    changes = ["prune.heads=none"]  # detection says which
+    if recipe.kv_cache is not None:
+        changes += ["kv_cache.exact=none", "kv_cache.prefix=none"]
+        if recipe.kv_cache.prefix != "none":  # detection says whether rows begin with it
+            changes += ["activations.sinks=all"] if recipe.activations.sinks == "exclude" else []
+            changes += ["protect.statistics=all"] if recipe.protect.statistics == "exclude" else []
+    recipe = recipe.model_copy(update={"budget": Budget()})
+    check_split(recipe)
+    make_plan(shape, nothing_found(shape), recipe.replace(changes))
 
 
 def _asking(recipe: Recipe) -> list[str]:

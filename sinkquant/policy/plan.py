@@ -41,7 +41,7 @@ from sinkquant.policy.kv_cache import make_kv_control, make_kv_plan
 from sinkquant.policy.pruning import with_pruning
 from sinkquant.policy.rules import Choice, affected, base_choices, check_group_sizes, protect
 from sinkquant.policy.sharing import share_formats
-from sinkquant.policy.split import split_channels
+from sinkquant.policy.split import NO_BACKEND, NO_EXPERTS, NO_INPUTS, split_channels
 from sinkquant.policy.transforms import choose_transforms, scale_sinks, shape_after
 from sinkquant.recipe import Recipe
 
@@ -74,14 +74,14 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
     check_group_sizes(choices, shape)
     excluded = check_exclusion(recipe, kv_cache)
     sinks = sink_selectors(sink_map, recipe) if recipe.protect.tokens else []
-    if recipe.protect.tokens and recipe.protect.statistics == "exclude":
+    statistics = recipe.statistics
+    if statistics == "exclude":
         # Every token reads the sink: leaving it out is only harmless where its keys and values stay as they were.
         own = [] if kv_cache is None else kv_cache.prefix[len(kv_cache.front):]
         if not own:
             raise RequestError("protect.statistics 'exclude' needs a prefix whose keys and values stay those of the "
                                "unquantized model: set kv_cache.prefix=bos, or use 'boost'.")
         sinks = [SinkSelector(token_id=token, position=place) for place, token in enumerate(own)]
-    statistics = recipe.protect.statistics if recipe.protect.tokens else "all"
     transforms = choose_transforms(choices, shape, recipe, kv_cache)
     plan = _finish("sink_aware", choices, shape, recipe, sinks, statistics, transforms)
     if excluded:
@@ -161,15 +161,12 @@ def _finish(name: str, choices: dict[str, Choice], shape: ModelShape, recipe: Re
     formats = {module: c.form for module, c in choices.items() if c.quantized}
     own = own_format(shape, formats)
     if own and any(form.storage != PLAIN for form in formats.values()):
-        raise RequestError("protect.channels 'split' and Conv1D take sinkquant's own format, which no other backend "
-                           "holds; leave backend at compressed-tensors.")
+        raise RequestError(NO_BACKEND)
     if own and any(choice.quantized and (choice.kind == "float" or choice.activations != "16-bit")
                    for choice in choices.values()):
-        raise RequestError("protect.channels 'split' and Conv1D take sinkquant's own format, which holds integer "
-                           "weights and leaves inputs in 16 bits; leave the section activations out.")
+        raise RequestError(NO_INPUTS)
     if own and any(shape.linears[module].part_of for module in formats):
-        raise RequestError("protect.channels 'split' takes sinkquant's own format, which holds no packed experts; set "
-                           "weights.ignore=['*.experts.*'], or another protect.channels.")
+        raise RequestError(NO_EXPERTS)
     total = checkpoint_bytes(shape_after(transforms, shape), formats)
     unquantized = checkpoint_bytes(shape, {})
     weights = sum(linear.parameters for linear in shape.linears.values())

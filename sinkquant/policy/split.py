@@ -11,6 +11,32 @@ from sinkquant.recipe import Recipe
 
 NAMED = 6
 """A reason lists no more columns than that."""
+NO_BACKEND = ("protect.channels 'split' and Conv1D take sinkquant's own format, which no other backend holds; leave "
+              "backend at compressed-tensors.")
+NO_INPUTS = ("protect.channels 'split' and Conv1D take sinkquant's own format, which holds integer weights and leaves "
+             "inputs in 16 bits; leave the section activations out.")
+NO_EXPERTS = ("protect.channels 'split' takes sinkquant's own format, which holds no packed experts; set "
+              "weights.ignore=['*.experts.*'], or another protect.channels.")
+
+
+def check_split(recipe: Recipe) -> None:
+    """Refuse what does not go with columns beside the codes, whatever the sinks are.
+
+    Raises:
+        RequestError: the recipe prunes, rotates, rounds inputs or is for another backend as well.
+    """
+    if recipe.protect.channels != "split":
+        return
+    if recipe.weights.rotate != "none":
+        raise RequestError("protect.channels 'split' keeps the columns that were found, and weights.rotate mixes them "
+                           "with the others; choose one of the two.")
+    if recipe.prune.asked:
+        raise RequestError("protect.channels 'split' keeps whole columns, and the section prune sets weights in them "
+                           "to zero; choose one of the two.")
+    if recipe.backend != "compressed-tensors":
+        raise RequestError(NO_BACKEND)
+    if recipe.activations.format != "16-bit":
+        raise RequestError(NO_INPUTS)
 
 
 def split_channels(choices: dict[str, Choice], shape: ModelShape, sink_map: SinkMap,
@@ -21,16 +47,13 @@ def split_channels(choices: dict[str, Choice], shape: ModelShape, sink_map: Sink
     Modules that engines fuse read one input and share its columns; there a super weight takes its whole column along.
 
     Raises:
-        RequestError: the recipe prunes or rotates as well.
+        RequestError: as `check_split`, or packed experts are to be quantized as well.
     """
     if recipe.protect.channels != "split":
         return choices
-    if recipe.weights.rotate != "none":
-        raise RequestError("protect.channels 'split' keeps the columns that were found, and weights.rotate mixes them "
-                           "with the others; choose one of the two.")
-    if recipe.prune.asked:
-        raise RequestError("protect.channels 'split' keeps whole columns, and the section prune sets weights in them "
-                           "to zero; choose one of the two.")
+    check_split(recipe)
+    if any(choice.quantized and shape.linears[name].part_of for name, choice in choices.items()):
+        raise RequestError(NO_EXPERTS)
     chosen = dict(choices)
     total = sum(linear.parameters for linear in shape.linears.values())
     named = sum(shape.linears[name].parameters for name, choice in choices.items() if choice.keep)
@@ -43,8 +66,6 @@ def split_channels(choices: dict[str, Choice], shape: ModelShape, sink_map: Sink
             columns |= {column for _, column in supers}
         scalars = sorted(place for place in supers if place[1] not in columns)
         cost = len(scalars) + len(columns) * sum(shape.linears[member].rows for member in members)
-        if shape.linears[name].part_of:  # experts are stacked by transformers, with nothing beside them
-            continue
         free = all(chosen[m].quantized and not chosen[m].pinned and not chosen[m].keep for m in members)
         if not free or cost > room:
             continue

@@ -37,7 +37,7 @@ def estimate(walk: Walk, units: list[Unit], sinks: torch.Tensor, weights: TokenW
     count = len(decoder.blocks)
     for done, back in enumerate(steps_back(walk, recipe.seed)):
         mine = {index: unit for index, unit in enumerate(units) if unit.block == back.step.index}
-        if recipe.protect.tokens and recipe.protect.statistics == "attention":
+        if recipe.statistics == "attention":
             weights.enter(back.step)
         seen = Seen(back, decoder, list(mine.values()), weights, recipe)
         for index, unit in mine.items():

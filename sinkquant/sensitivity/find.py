@@ -120,7 +120,7 @@ def _calibration(sink_map: SinkMap, recipe: Recipe) -> Calibration:
         text=settings.text, rows=settings.rows, length=settings.length, bos=settings.bos,
         batch_size=settings.batch_size, sinks=sink_selectors(sink_map, recipe) if protect.tokens else [],
         damping=recipe.weights.damping, act_order=recipe.weights.act_order,
-        statistics=protect.statistics if protect.tokens else "all")
+        statistics=recipe.statistics)
 
 
 def _measured(made: Sensitivity, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap,

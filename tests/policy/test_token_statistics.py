@@ -30,6 +30,15 @@ def test_the_plan_follows_the_recipe_and_the_control_knows_no_sink(policy: str, 
     assert (control.calibration.statistics, control.calibration.sinks) == ("all", [])
 
 
+@pytest.mark.parametrize(("asked", "policy"), [
+    ([], "boost"), (["prune.method=wanda"], "attention"), (["prune.method=sparsegpt"], "boost"),
+    (["prune.method=wanda", "protect.statistics=boost"], "boost"),
+    (["prune.method=wanda", "protect.tokens=false"], "all")])
+def test_what_a_recipe_leaves_open_is_what_measured_best(asked: list[str], policy: str, tiny: PreTrainedModel) -> None:
+    aware, control = planned(tiny, *asked)
+    assert (aware.calibration.statistics, control.calibration.statistics) == (policy, "all")
+
+
 def test_without_protected_tokens_all_weigh_the_same(tiny: PreTrainedModel) -> None:
     aware, _ = planned(tiny, "protect.tokens=false", "protect.statistics=attention")
     assert (aware.calibration.statistics, aware.calibration.sinks) == ("all", [])

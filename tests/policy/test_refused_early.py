@@ -1,0 +1,72 @@
+"""What no sink map could make possible is refused from shapes and recipe alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from families import tiny_model
+from small_runs import small_recipe
+
+import sinkquant as sq
+from sinkquant import pipeline
+from sinkquant.errors import RequestError
+from sinkquant.models import Decoder
+from sinkquant.policy import require_plannable
+from sinkquant.recipe import Recipe, recipe_names
+
+SPLIT = "protect.channels=split"
+EIGHT = ("weights.bits=8", "weights.group_size=-1")
+QUANTO = ("backend=quanto", "weights.method=rtn", *EIGHT)
+
+
+def refuse(family: str, *assignments: str) -> None:
+    recipe = Recipe().replace(["weights.group_size=32", *assignments])
+    require_plannable(Decoder.of(tiny_model(family)).shape("tiny"), recipe)
+
+
+@pytest.mark.parametrize(("family", "assignments", "message"), [
+    ("llama", (SPLIT, "prune.method=wanda"), "choose one of the two"),
+    ("llama", (SPLIT, "prune.heads=no-op"), "choose one of the two"),
+    ("llama", (SPLIT, "weights.rotate=values"), "choose one of the two"),
+    ("llama", (SPLIT, "activations.format=int8"), "leave the section activations out"),
+    ("llama", (SPLIT, *QUANTO, "protect.bits=16"), "leave backend at compressed-tensors"),
+    ("mixtral", (SPLIT,), "holds no packed experts"),
+    ("mixtral", ("weights.tune=5",), "experts"),
+    ("gpt2", ("activations.format=int8",), "leave the section activations out"),
+    ("gpt2", QUANTO, "no other backend holds"),
+    ("llama", ("activations.format=fp8",), "set weights.bits=8"),
+    ("llama", ("activations.format=int8", "activations.scale=tensor", "activations.sinks=exclude"), "kv_cache.prefix"),
+    ("llama", ("protect.statistics=exclude",), "kv_cache.prefix=bos"),
+    ("llama", ("weights.group_size=48",), "does not divide"),
+    ("llama", ("weights.ignore=['*.qq_proj']",), "weights.ignore")])
+def test_combinations_that_cannot_be_are_refused_in_one_sentence(family: str, assignments: tuple[str, ...],
+                                                                 message: str) -> None:
+    with pytest.raises(RequestError, match=message) as error:
+        refuse(family, *assignments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("family", "assignments"), [
+    ("llama", (SPLIT, "weights.smooth=awq", "weights.tune=3", "weights.method=gptaq")),
+    ("llama", ("protect.statistics=exclude", "kv_cache={prefix: bos}")),
+    ("llama", ("kv_cache={exact: massive}", "weights.ignore=['*']")),
+    ("llama", ("prune.heads=no-op", "prune.method=wanda", "weights.rotate=full")),
+    ("llama", ("budget.bits=5", "budget.solver=sensitivity")),
+    ("mixtral", (SPLIT, "weights.ignore=['*.experts.*']")), ("gpt2", (SPLIT,))])
+def test_what_may_be_possible_is_left_to_detection(family: str, assignments: tuple[str, ...]) -> None:
+    refuse(family, *assignments)
+
+
+def test_every_packaged_recipe_fits_a_plain_model() -> None:
+    shape = Decoder.of(tiny_model("llama", hidden_size=256, intermediate_size=512, head_dim=64)).shape("tiny")
+    for name in recipe_names():
+        require_plannable(shape, Recipe.load(name))
+
+
+def test_a_run_refuses_before_it_detects(tmp_path: Path, tiny_folder: Path, text_file: Path,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "detect", None)
+    with pytest.raises(RequestError, match="leave the section activations out"):
+        sq.run(small_recipe(text_file, SPLIT, "activations.format=int8"), tiny_folder, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
