@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from sinkquant.detect.survey import Surveyor
 from sinkquant.models import Decoder, Walk, pick_device, together
@@ -18,10 +19,22 @@ from sinkquant.recipe import Recipe
 
 OPERATIONS = 1e10
 """So many floating-point operations a probe of the first block is to take at most; a quarter of a second."""
-MOST_TOKENS = 512
+MOST_TOKENS = 2048
 FEW_ROWS, MANY_ROWS = 32, 512
 TRIES = 2
 """The faster one counts: the other may be disturbed by what else the machine does."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Seconds that a set of rows takes in one block: `fixed`, however few there are, and for one `token`."""
+
+    fixed: float
+    token: float
+
+    def of(self, tokens: float) -> float:
+        """Seconds for a set of so many tokens."""
+        return self.fixed + tokens * self.token
 
 
 @dataclass(frozen=True)
@@ -29,8 +42,10 @@ class Pace:
     """Seconds that things take here.
 
     Attributes:
-        operation: one floating-point operation of a large product. value: one value of a log-softmax.
-        watched: one token in one block, with everything watching that detection needs, in short and in long rows.
+        operation: one floating-point operation of a large product. value: one value of a log-softmax. scored: one value
+            of the cross-entropy of whole rows.
+        watched: a set of rows in one block, watched as detection watches its short rows, and its long ones, whose
+            inputs it records.
         plain: one token in one block of a plain forward pass.
         column: one column of a matrix that GPTQ solves. column_row: one row in one such column.
         rounded: rounding one weight. kept: packing, checking and comparing one that was quantized.
@@ -38,7 +53,8 @@ class Pace:
 
     operation: float
     value: float
-    watched: tuple[float, float]
+    scored: float
+    watched: tuple[Rate, Rate]
     plain: float
     column: float
     column_row: float
@@ -52,13 +68,18 @@ def measure(decoder: Decoder, recipe: Recipe, calibrated: bool) -> Pace:
     Args:
         calibrated: whether rows walk while quantizing.
     """
-    watched = tuple(_watched(decoder, recipe, length) for length in (recipe.detect.length, recipe.detect.long_length))
+    settings = recipe.detect
+    long = settings.long_rows > 0 and min(settings.long_length, decoder.max_length) > settings.length
+    # Inputs are recorded of one set: of the short rows only where there are no long ones.
+    watched = (_watched(decoder, recipe, settings.length, not long),
+               _watched(decoder, recipe, settings.long_length, long))
     # What rows do not walk for is rounded only, and the other way round.
     few, many = (_solved(recipe, rows) for rows in (FEW_ROWS, MANY_ROWS)) if calibrated else (0.0, 0.0)
     column_row = max(0.0, many - few) / (MANY_ROWS - FEW_ROWS)
     rounded, kept = _rounded(recipe, not calibrated)
-    return Pace(operation=_operation(), value=_value(), watched=(watched[0], watched[1]), plain=_plain(decoder, recipe),
-                column=max(0.0, few - FEW_ROWS * column_row), column_row=column_row, rounded=rounded, kept=kept)
+    return Pace(operation=_operation(), value=_value(), scored=_scored(), watched=watched,
+                plain=_plain(decoder, recipe), column=max(0.0, few - FEW_ROWS * column_row), column_row=column_row,
+                rounded=rounded, kept=kept)
 
 
 def _rows(decoder: Decoder, length: int) -> torch.Tensor:
@@ -70,9 +91,19 @@ def _rows(decoder: Decoder, length: int) -> torch.Tensor:
     return torch.randint(decoder.vocabulary, (max(1, tokens // length), length), generator=generator)
 
 
-def _watched(decoder: Decoder, recipe: Recipe, length: int) -> float:
+def _watched(decoder: Decoder, recipe: Recipe, length: int, recorded: bool) -> Rate:
+    """What several rows take over one row is what a token takes. Where `OPERATIONS` allow one row, it takes so long
+    that nothing else counts."""
     rows = _rows(decoder, length)
-    return min(Surveyor(decoder, recipe, None).pace(rows) for _ in range(TRIES)) / rows.numel()
+
+    def seconds(some: torch.Tensor) -> float:
+        return min(Surveyor(decoder, recipe, None).pace(some, recorded) for _ in range(TRIES))
+
+    many = seconds(rows)
+    if len(rows) == 1:
+        return Rate(0.0, many / rows.numel())
+    token = max(0.0, many - seconds(rows[:1])) / rows[1:].numel()
+    return Rate(max(0.0, many - rows.numel() * token), token)
 
 
 def _plain(decoder: Decoder, recipe: Recipe) -> float:
@@ -122,6 +153,11 @@ def _operation() -> float:
 def _value() -> float:
     a = torch.ones(256, 4096)
     return _fastest(lambda: torch.log_softmax(a, dim=-1), 3) / a.numel()
+
+
+def _scored() -> float:
+    logits, targets = torch.ones(16, 64, 4096), torch.zeros(16, 64, dtype=torch.long)
+    return _fastest(lambda: nn.functional.cross_entropy(logits.transpose(1, 2), targets), 3) / logits.numel()
 
 
 def _fastest(work: Callable[[], object], times: int) -> float:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sinkquant.artifacts import LinearShape
 from sinkquant.detect.detect import REPEATED_ROWS
-from sinkquant.detect.super_weights import ABLATION_ROWS, NULL_WEIGHTS, PER_MODULE
+from sinkquant.detect.super_weights import ABLATION_ROWS, NULL_WEIGHTS, PER_MODULE, PER_WALK
 from sinkquant.diagnose.fidelity import LENGTH, ROWS
 from sinkquant.evaluate.tasks import ready_tasks
 from sinkquant.models import Decoder, encode, read_text
@@ -21,6 +21,9 @@ from sinkquant.quantize.distill import ROWS as DISTILL_ROWS
 from sinkquant.recipe import Recipe
 
 CANDIDATES = 3
+BLOCKS_AFTER = 2 / 3
+"""The share of the blocks that follow a candidate: they stand where massive activations are born, in the first blocks,
+or end, in the last."""
 SAMPLE = 50_000
 """Characters of text that are encoded to see how many make a token."""
 FIDELITY_PASSES = 8.0
@@ -61,16 +64,19 @@ class _Job:
         self.reading = self.weights * decoder.model.dtype.itemsize / READ_BYTES
         # One token through the head, and the passes over what it gives.
         self.head = decoder.vocabulary * (2 * decoder.hidden_size * pace.operation + VALUE_PASSES * pace.value)
+        self.loss = decoder.vocabulary * (2 * decoder.hidden_size * pace.operation + pace.scored)
 
     def detect(self, super_weights: bool) -> float:
         settings, (short, long) = self.recipe.detect, self.pace.watched
-        tokens = (2 * settings.rows + REPEATED_ROWS) * settings.length * short
-        tokens += settings.long_rows * settings.long_length * long
-        seconds = self.blocks * tokens + self.reading
+        block = 2 * short.of(settings.rows * settings.length) + short.of(REPEATED_ROWS * settings.length)
+        if settings.long_rows:
+            block += long.of(settings.long_rows * min(settings.long_length, self.decoder.max_length))
+        seconds = self.blocks * block + self.reading
         if super_weights:
-            rows = min(ABLATION_ROWS, settings.rows) * settings.length
-            trials = CANDIDATES * (NULL_WEIGHTS + PER_MODULE)
-            seconds += rows * (trials * self.pace.plain * self.blocks / 2 + (1 + trials) * self.head)
+            tokens = min(ABLATION_ROWS, settings.rows) * settings.length
+            walks, trials = -(-CANDIDATES // PER_WALK), CANDIDATES * (NULL_WEIGHTS + PER_MODULE)
+            replays = self.blocks * (walks + BLOCKS_AFTER * trials)
+            seconds += tokens * (replays * self.pace.plain + (walks + trials) * self.loss) + walks * self.reading
         return seconds
 
     def quantize(self, calibrated: bool, asymmetric: bool) -> float:

@@ -16,7 +16,7 @@ import sinkquant as sq
 from sinkquant.detect.survey import batch_rows
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, open_model
-from sinkquant.pace import Pace, measure
+from sinkquant.pace import Pace, Rate, measure
 from sinkquant.predict import predict, require_memory, spill_limit
 from sinkquant.times import stages
 
@@ -61,8 +61,8 @@ def test_what_costs_more_is_predicted_to_cost_more(large: Decoder) -> None:
 
 
 def test_time_is_counted_work_at_the_pace_of_the_machine(large: Decoder) -> None:
-    pace = Pace(operation=2e-11, value=1e-9, watched=(1e-4, 2e-4), plain=5e-5, column=1e-3, column_row=1e-6,
-                rounded=3e-7, kept=1e-8)
+    pace = Pace(operation=2e-11, value=1e-9, scored=5e-9, watched=(Rate(1e-2, 1e-4), Rate(2e-2, 2e-4)),
+                plain=5e-5, column=1e-3, column_row=1e-6, rounded=3e-7, kept=1e-8)
     linears = [[x for x in large.shape("").linears.values() if x.block == block] for block in range(16)]
 
     def seconds(*assignments: str) -> dict[str, float]:
@@ -71,8 +71,13 @@ def test_time_is_counted_work_at_the_pace_of_the_machine(large: Decoder) -> None
 
     rtn = seconds("weights.method=rtn", "evaluate.skip=true")
     reading = 16 * 60_821_504 * 2 / 1e9
-    assert rtn == {"detect": pytest.approx(16 * ((2 * 100 + 20) * 64 * 1e-4 + 8 * 512 * 2e-4) + reading),
+    block = (2 * 100 + 20) * 64 * 1e-4 + 3 * 1e-2 + 8 * 512 * 2e-4 + 2e-2
+    assert rtn == {"detect": pytest.approx(16 * block + reading),
                    "quantize sink_aware": pytest.approx(16 * 60_821_504 * 3.1e-7 + 2 * reading)}
+    ablated = seconds("weights.method=rtn", "evaluate.skip=true", "detect.super_weights=true")
+    scored = 128256 * (2 * 2048 * 2e-11 + 5e-9)
+    trials = 16 * 64 * (16 * (1 + 12) * 5e-5 + (1 + 18) * scored) + reading
+    assert ablated["detect"] - rtn["detect"] == pytest.approx(trials)
     gptq = seconds("evaluate.skip=true")
     assert gptq["quantize sink_aware"] > 2 * rtn["quantize sink_aware"]
     assert seconds("evaluate.skip=true", "weights.distill=100")["quantize sink_aware"] > gptq["quantize sink_aware"]
@@ -88,7 +93,8 @@ def test_the_pace_is_measured_with_the_first_block(tmp_path: Path) -> None:
     for calibrated in (True, False):
         found = measure(decoder, sq.Recipe().replace(["detect.long_length=64", "weights.descent=0",
                                                        "weights.group_size=48"]), calibrated)
-        positive = {found.operation, found.value, *found.watched, found.plain, found.kept}
+        positive = {found.operation, found.value, found.scored, *(rate.of(64) for rate in found.watched), found.plain,
+                    found.kept}
         assert min(positive) > 0
         assert (found.column_row + found.column > 0) == calibrated
         assert (found.rounded > 0) == (not calibrated)

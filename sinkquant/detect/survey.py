@@ -77,13 +77,14 @@ class Surveyor:
                 self.progress(steps[0].index + 1, len(self.decoder.blocks), "reading attention")
         return surveys
 
-    def pace(self, rows: torch.Tensor) -> float:
-        """Seconds that the first block takes for these rows, everything watching; its weights are read before."""
+    def pace(self, rows: torch.Tensor, recorded: bool) -> float:
+        """Seconds that the first block takes for these rows, everything watching, and where `recorded` the inputs of
+        its linears as well; its weights are read before."""
         survey = self._survey(rows)
         with contextlib.closing(together([self._walk(survey)])) as walking:
             (step,) = next(walking)
             start = time.perf_counter()
-            self._look(survey, step, True)
+            self._look(survey, step, recorded)
             return time.perf_counter() - start
 
     def _survey(self, rows: torch.Tensor) -> Survey:
