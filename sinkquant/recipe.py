@@ -193,7 +193,7 @@ class Protect(Section):
     `tokens`: sink tokens count in the statistics of calibration as `statistics` says, which costs no bytes. "boost":
     as often as they are read, up to `sink_weight` (1: as any other); "cap": no more than the mean token; "attention":
     every token by the attention that it receives; "exclude": not at all; "all": as any other; null: what measured
-    best, which is "attention" where Wanda prunes and "boost" elsewhere.
+    best, which is "attention" where Wanda prunes and no GPTQ follows, and "boost" elsewhere.
     `channels` "module": linears whose input ranges the sinks set get `bits`, at most `max_share` of all weights;
     "scale": their sink columns are scaled up, and the norm or the linear before them down, at no cost in bytes;
     "split": of such linears the columns that the sinks set and the super weights stay in 16 bits beside the codes, at
@@ -374,11 +374,14 @@ class Recipe(Section):
         """What tokens weigh: `protect.statistics`, or the policy that measured best; "all" where no token is protected.
 
         Wanda looks at single columns, in which RSQ's weighting (arXiv 2503.01820) of every token leaves less than a
-        boosted sink (docs/pruning.md); methods that move an error between columns do better with the sink alone.
+        boosted sink (docs/pruning.md). Methods that move an error between columns do better with the sink alone, and
+        GPTQ after Wanda moves the errors of the zeros too.
         """
         if not self.protect.tokens:
             return "all"
-        return self.protect.statistics or ("attention" if self.prune.method == "wanda" else "boost")
+        methods = {self.weights.method, *(override.method or "rtn" for override in self.weights.overrides)}
+        alone = methods == {"rtn"} or "*" in self.weights.ignore
+        return self.protect.statistics or ("attention" if self.prune.method == "wanda" and alone else "boost")
 
     @classmethod
     def load(cls, source: str | os.PathLike[str]) -> Self:

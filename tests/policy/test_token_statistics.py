@@ -31,8 +31,11 @@ def test_the_plan_follows_the_recipe_and_the_control_knows_no_sink(policy: str, 
 
 
 @pytest.mark.parametrize(("asked", "policy"), [
-    ([], "boost"), (["prune.method=wanda"], "attention"), (["prune.method=sparsegpt"], "boost"),
-    (["prune.method=wanda", "protect.statistics=boost"], "boost"),
+    ([], "boost"), (["prune.method=wanda"], "boost"), (["prune.method=sparsegpt", "weights.ignore=['*']"], "boost"),
+    (["prune.method=wanda", "weights.ignore=['*']"], "attention"),
+    (["prune.method=wanda", "weights.method=rtn"], "attention"),
+    (["prune.method=wanda", "weights.method=rtn", "weights.overrides=[{pattern: '*.o_proj', bits: 4, method: gptq}]"],
+     "boost"), (["prune.method=wanda", "weights.ignore=['*']", "protect.statistics=cap"], "cap"),
     (["prune.method=wanda", "protect.tokens=false"], "all")])
 def test_what_a_recipe_leaves_open_is_what_measured_best(asked: list[str], policy: str, tiny: PreTrainedModel) -> None:
     aware, control = planned(tiny, *asked)
