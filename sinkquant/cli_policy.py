@@ -1,4 +1,4 @@
-"""Commands about plans: what two of them decide differently, and what protection is worth."""
+"""Commands about plans: how one is made, what formats cost, what two decide differently, what protection is worth."""
 
 from __future__ import annotations
 
@@ -13,17 +13,81 @@ from sinkquant.cli_parts import (
     JsonOption,
     ModelArgument,
     RecipeOption,
+    SensitivityOption,
     SetOption,
     SinkMapOption,
     TextOption,
     TrustOption,
+    find_costs,
+    find_sinks,
     out,
     shown_progress,
 )
+from sinkquant.cli_show import show_frontier, show_plan
 from sinkquant.errors import RequestError
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe
 
 PlanArgument = Annotated[Path, typer.Argument(help="A plan.json, a run's folder, or a quantized checkpoint.")]
+
+
+def plan(model: ModelArgument,
+         recipe: RecipeOption = DEFAULT_RECIPE,
+         assignments: SetOption = None, text: TextOption = None, json: JsonOption = False,
+         sink_map: SinkMapOption = None,
+         sensitivity: SensitivityOption = None,
+         frontier: Annotated[bool, typer.Option("--frontier", help="Solve a sweep of budgets: predicted loss against "
+                                                "bytes, with uniform plans and the control.")] = False,
+         output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan here; with --frontier a "
+                                                     "page, and its figures as JSON beside it.")] = None,
+         trust_remote_code: TrustOption = False) -> None:
+    """Decide bits per module, with reasons and exact bytes; quantizes nothing."""
+    chosen = Recipe.load(recipe).replace(assignments or [])
+    from sinkquant.models import Decoder, open_model, resolve
+    from sinkquant.planning import plan_ready
+    from sinkquant.policy import make_frontier, make_plan
+
+    known = SinkMap.load(sink_map) if sink_map else None
+    shape = Decoder.of(open_model(resolve(model), trust_remote_code=trust_remote_code)).shape(model)
+    made, _ = plan_ready(shape, chosen, None, known) if sensitivity is None and not frontier else (None, [])
+    if frontier:
+        known = known or find_sinks(model, text, chosen, trust_remote_code)
+        lost = find_costs(model, text, known, chosen, sensitivity, trust_remote_code)
+        show_frontier(make_frontier(shape, known, chosen, lost), output, json)
+        return
+    if made is None:
+        found = known or find_sinks(model, text, chosen, trust_remote_code)
+        costs = (find_costs(model, text, found, chosen, sensitivity, trust_remote_code)
+                 if chosen.budget.solved or sensitivity else None)
+        made = make_plan(shape, found, chosen, costs)
+    if output:
+        made.save(output)
+    if json:
+        print(made.to_json(), end="")
+    else:
+        show_plan(made)
+
+
+def sensitivity(model: ModelArgument,
+                recipe: RecipeOption = DEFAULT_RECIPE,
+                assignments: SetOption = None, text: TextOption = None, json: JsonOption = False,
+                sink_map: SinkMapOption = None,
+                output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the sensitivities here, "
+                                                            "or take them from there.")] = None,
+                trust_remote_code: TrustOption = False) -> None:
+    """What every format of every linear would lose, through the sinks and through all other tokens."""
+    chosen = Recipe.load(recipe).replace(assignments or [])
+    from sinkquant.sensitivity.show import cache_table, ranking_in_words, table
+
+    found = SinkMap.load(sink_map) if sink_map else find_sinks(model, text, chosen, trust_remote_code)
+    made = find_costs(model, text, found, chosen, output, trust_remote_code)
+    if json:
+        print(made.to_json(), end="")
+        return
+    out.print(table(made))
+    if made.kv:
+        out.print(cache_table(made))
+    for line in [*ranking_in_words(made), *(f"Note: {note}" for note in made.notes)]:
+        out.print(escape(line), soft_wrap=True)
 
 
 def diff(a: PlanArgument, b: PlanArgument,

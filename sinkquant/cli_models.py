@@ -1,0 +1,121 @@
+"""Commands that look at a model: its sinks, what they do for it, its tokenization; and one without idle heads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from sinkquant.artifacts import SinkMap
+from sinkquant.cli_parts import (
+    JsonOption,
+    ModelArgument,
+    SetOption,
+    TextOption,
+    TrustOption,
+    find_sinks,
+    out,
+    shown_progress,
+)
+from sinkquant.cli_show import show_sink_map
+from sinkquant.errors import RequestError
+from sinkquant.recipe import Recipe
+
+
+def detect(model: ModelArgument, text: TextOption = None, assignments: SetOption = None, json: JsonOption = False,
+           output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the sink map here.")] = None,
+           trust_remote_code: TrustOption = False) -> None:
+    """Find sink tokens, heads, channels and super weights."""
+    sink_map = find_sinks(model, text, Recipe().replace(assignments or []), trust_remote_code)
+    if output:
+        sink_map.save(output)
+    if json:
+        print(sink_map.to_json(), end="")
+    else:
+        show_sink_map(sink_map)
+
+
+def diagnose(models: Annotated[list[str], typer.Argument(help="A model folder, a hub id, or 'demo'; several to "
+                                                              "compare.")],
+             against: Annotated[str | None, typer.Option(help="A quantized version, to be compared with it.")] = None,
+             text: TextOption = None, assignments: SetOption = None, json: JsonOption = False,
+             output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the diagnosis here.")] = None,
+             trust_remote_code: TrustOption = False) -> None:
+    """What the sinks do for a model: over-mixing, spread, robustness, each beside its null; sink fidelity."""
+    recipe = Recipe().replace(assignments or [])
+    if len(models) > 1 and (output or against):
+        raise RequestError("-o and --against are for one model; name one.")
+    from sinkquant.diagnose import diagnose as examine
+    from sinkquant.diagnose.show import scale_table, tables
+    from sinkquant.formats import load_dense
+    from sinkquant.models import load_tokenizer, read_text, resolve
+
+    folders = [resolve(model) for model in models]
+    tokenizers = [load_tokenizer(folder, trust_remote_code) for folder in folders]
+    read_text(text, "evaluation")
+    other = resolve(_checkpoint_of(against)) if against else None
+    found = []
+    with shown_progress() as progress:
+        for name, folder, tokenizer in zip(models, folders, tokenizers, strict=True):
+            quantized = load_dense(other) if other else None
+            found.append(examine(load_dense(folder), tokenizer, text, recipe, name, against=quantized,
+                                 against_name=against or "", progress=progress))
+    if output:
+        found[0].save(output)
+    if json:
+        print(found[0].to_json() if len(found) == 1 else f"[{','.join(one.to_json() for one in found)}]")
+        return
+    for one in found:
+        for table in tables(one):
+            out.print(table)
+        for note in one.notes:
+            out.print(f"Note: {escape(note)}", soft_wrap=True)
+    if len(found) > 1:
+        out.print(scale_table(found))
+
+
+def _checkpoint_of(place: str) -> str:
+    """The checkpoint inside a run's folder, or what was named."""
+    return f"{place}/model" if Path(place, "model", "config.json").is_file() else place
+
+
+def cut(model: ModelArgument,
+        output: Annotated[Path, typer.Option("-o", "--output", help="The smaller model's folder; must not exist yet.")],
+        sink_map: Annotated[Path | None, typer.Option(help="A sink map made with prune.heads=no-op; default: detect "
+                                                           "now.")] = None,
+        assignments: SetOption = None, text: TextOption = None, trust_remote_code: TrustOption = False) -> None:
+    """Write a model without the heads that do nothing, in smaller shapes that plain transformers loads."""
+    recipe = Recipe().replace(["prune.heads=no-op", *(assignments or [])])
+    from sinkquant.cut import cut_heads
+    from sinkquant.formats import require_free
+    from sinkquant.models import load_tokenizer, open_model, resolve
+
+    require_free(output)
+    folder = resolve(model)
+    found = SinkMap.load(sink_map) if sink_map else find_sinks(model, text, recipe, trust_remote_code)
+    kept = cut_heads(open_model(folder, trust_remote_code=trust_remote_code),
+                     load_tokenizer(folder, trust_remote_code), found, output, recipe)
+    out.print(f"{len(kept[0])} of {found.model.kv_heads} key-value heads are left in every layer: {output}",
+              soft_wrap=True, highlight=False)
+
+
+def doctor(model: ModelArgument, text: TextOption = None, trust_remote_code: TrustOption = False) -> None:
+    """Audit the tokenization, and say what of a model is supported."""
+    from sinkquant.doctor import examine
+    from sinkquant.models import load_tokenizer, open_model, resolve
+
+    folder = resolve(model)
+    audit = examine(open_model(folder, trust_remote_code=trust_remote_code),
+                    load_tokenizer(folder, trust_remote_code), text)
+    for title, facts in (("Tokenization", audit.tokenization), ("Support", audit.support)):
+        table = Table(title=title, show_header=False, title_justify="left")
+        for key, value in facts.items():
+            table.add_row(escape(key), escape(value))
+        out.print(table)
+    for warning in audit.warnings:
+        out.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
+    if not audit.warnings:
+        out.print("Nothing to complain about.")

@@ -1,0 +1,61 @@
+"""Commands about what came of a run: it is measured again, and reported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sinkquant.artifacts import Plan, Report, Sensitivity, SinkMap
+from sinkquant.artifacts.base import write_atomically
+from sinkquant.cli_parts import JsonOption, SetOption, TextOption, out, shown_progress
+from sinkquant.cli_show import show_report
+from sinkquant.errors import RequestError
+
+
+def evaluate(folder: Annotated[Path, typer.Argument(help="A run's folder or a checkpoint.")],
+             baseline: Annotated[str | None, typer.Option(help="The unquantized model.")] = None,
+             text: TextOption = None, tasks: Annotated[str | None, typer.Option(help="Task names, by commas.")] = None,
+             assignments: SetOption = None, json: JsonOption = False,
+             sensitivity: Annotated[Path | None, typer.Option(help="Predict the losses from this file; default: what "
+                                                                   "the plans say.")] = None,
+             output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the report here.")] = None,
+             ) -> None:
+    """Measure a checkpoint with lm-eval, beside its baseline and its control."""
+    extra = [f"evaluate.text={text}"] if text else []
+    extra += [f"evaluate.tasks=[{tasks}]"] if tasks else []
+    if not folder.is_dir():
+        raise RequestError(f"{folder} is no folder; give a run's folder or a checkpoint.")
+    from sinkquant.measure import evaluate_folder, recorded_recipe
+    from sinkquant.models.processes import this_process
+
+    recipe = recorded_recipe(folder).replace([*extra, *(assignments or [])])
+    costs = Sensitivity.load(sensitivity) if sensitivity else None
+    with shown_progress() as progress:
+        made = evaluate_folder(folder, recipe, baseline, progress, costs)
+    if this_process()[0] > 0:
+        return
+    if output:
+        made.save(output)
+    if json:
+        print(made.to_json(), end="")
+    else:
+        show_report(made)
+    if made.verdict.gate == "failed":
+        raise typer.Exit(3)
+
+
+def report(folders: Annotated[list[Path], typer.Argument(help="One run's folder, or several to compare.")],
+           output: Annotated[Path | None, typer.Option("-o", "--output", help="Where the page goes.")] = None) -> None:
+    """Write a run's report again, or a page that compares several runs."""
+    from sinkquant.report import comparison, write
+
+    reports = [(str(folder), Report.load(folder / "report.json")) for folder in folders]
+    if len(folders) == 1:
+        folder = folders[0]
+        write(output or folder, reports[0][1], SinkMap.load(folder / "sinkmap.json"), Plan.load(folder / "plan.json"))
+        out.print(f"Report: {(output or folder) / 'report.html'}", soft_wrap=True)
+        return
+    page = write_atomically(output or Path("comparison.html"), comparison(reports))
+    out.print(f"Comparison: {page}", soft_wrap=True)
