@@ -6,6 +6,8 @@ held fixed, the best code of a column is known in closed form, and so are the be
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from sinkquant.quantize.packed import PackedWeight
@@ -47,54 +49,73 @@ def descend(packed: PackedWeight, weight: torch.Tensor, hessian: torch.Tensor, p
 def _descend(codes: torch.Tensor, scale: torch.Tensor, bits: int, metric: torch.Tensor, wanted: torch.Tensor,
              passes: int, order: torch.Tensor,
              free: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    best_codes, best_scale = codes, scale
-    least = _loss(codes, scale, metric, wanted)
+    best = now = _State.of(codes, scale, metric, wanted)
     for _ in range(passes):
-        scale = _fitted(codes, scale, bits, metric, wanted)
-        codes = _visited(codes, scale, bits, metric, wanted, order, free)
-        loss = _loss(codes, scale, metric, wanted)
-        better = (loss < least)[:, None]
-        best_codes, best_scale = torch.where(better, codes, best_codes), torch.where(better, scale, best_scale)
-        least = torch.minimum(loss, least)
-    return best_codes, best_scale
+        now = _fitted(now, bits, metric, wanted)
+        codes = _visited(now, bits, metric, wanted, order, free)
+        now = _State.of(codes, now.scale, metric, wanted)
+        best = now.where_better(best)
+    return best.codes, best.scale
+
+
+@dataclass(frozen=True)
+class _State:
+    """Codes int8 [rows, columns] and scales [rows, groups] with what takes a product as large as the Hessian to know:
+    `product` is Q H [rows, columns], `loss` Q H Q^T - 2 Q B^T of every row, float64 [rows], the loss less what no code
+    changes; B is `wanted`."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    product: torch.Tensor
+    loss: torch.Tensor
+
+    @classmethod
+    def of(cls, codes: torch.Tensor, scale: torch.Tensor, metric: torch.Tensor, wanted: torch.Tensor) -> _State:
+        new = codes.float() * _spread(scale, codes.shape[1])
+        product = new @ metric
+        return cls(codes, scale, product, (new * (product - 2 * wanted)).sum(1, dtype=torch.float64))
+
+    def where_better(self, other: _State) -> _State:
+        """Of every row the state with less loss; the other's where they are equal."""
+        better = self.loss < other.loss
+        rows = better[:, None]
+        return _State(torch.where(rows, self.codes, other.codes), torch.where(rows, self.scale, other.scale),
+                      torch.where(rows, self.product, other.product), torch.where(better, self.loss, other.loss))
 
 
 def _spread(scale: torch.Tensor, columns: int) -> torch.Tensor:
     return scale.float().repeat_interleave(columns // scale.shape[1], dim=1)
 
 
-def _loss(codes: torch.Tensor, scale: torch.Tensor, metric: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Q H Q^T - 2 Q B^T of every row, float64 [rows]: the loss less what no code changes. B is `wanted`."""
-    new = codes.float() * _spread(scale, codes.shape[1])
-    return (new * (new @ metric - 2 * wanted)).sum(1, dtype=torch.float64)
-
-
-def _fitted(codes: torch.Tensor, scale: torch.Tensor, bits: int, metric: torch.Tensor,
-            wanted: torch.Tensor) -> torch.Tensor:
-    """The scales [rows, groups] with the least loss for these codes, rows that get worse by the rounding left alone."""
-    rows, groups = scale.shape
-    parts = codes.float().unflatten(1, (groups, -1))
-    system = torch.empty(rows, groups, groups, dtype=torch.float64, device=codes.device)
-    for group, part in enumerate(metric.split(parts.shape[2])):
-        system[:, group] = ((parts[:, group] @ part).unflatten(1, (groups, -1)) * parts).sum(-1).double()
+def _fitted(now: _State, bits: int, metric: torch.Tensor, wanted: torch.Tensor) -> _State:
+    """With the scales that leave the least loss for these codes, rows that get worse by the rounding left alone."""
+    rows, groups = now.scale.shape
+    parts = now.codes.float().unflatten(1, (groups, -1))
+    size = parts.shape[2]
+    system = torch.empty(rows, groups, groups, dtype=torch.float64, device=parts.device)
+    for group, part in enumerate(metric.split(size)):
+        # The Hessian is symmetric: a pair of groups is multiplied once.
+        products = parts[:, group] @ part[:, group * size:]
+        found = (products.unflatten(1, (groups - group, -1)) * parts[:, group:]).sum(-1).double()
+        system[:, group, group:] = found
+        system[:, group:, group] = found
     right = (wanted.unflatten(1, (groups, -1)) * parts).sum(-1).double()
     diagonal = system.diagonal(dim1=1, dim2=2)
     empty = diagonal <= 0  # A group whose codes are all zero fits any scale.
     diagonal += 1e-9 * diagonal.mean(1, keepdim=True) + empty
     solution = torch.linalg.solve_ex(system, right)[0]
     good = torch.isfinite(solution) & (solution != 0) & ~empty
-    fitted = storable(torch.where(good, solution, scale.double()).float(), bits, scale.dtype)
-    better = _loss(codes, fitted, metric, wanted) < _loss(codes, scale, metric, wanted)
-    return torch.where(better[:, None], fitted, scale)
+    scale = storable(torch.where(good, solution, now.scale.double()).float(), bits, now.scale.dtype)
+    return _State.of(now.codes, scale, metric, wanted).where_better(now)
 
 
-def _visited(codes: torch.Tensor, scale: torch.Tensor, bits: int, metric: torch.Tensor, wanted: torch.Tensor,
-             order: torch.Tensor, free: torch.Tensor | None) -> torch.Tensor:
+def _visited(now: _State, bits: int, metric: torch.Tensor, wanted: torch.Tensor, order: torch.Tensor,
+             free: torch.Tensor | None) -> torch.Tensor:
     """The codes after every column was once given its best code, times `free`; int8 [rows, columns]."""
-    codes = codes.float()
-    spread = _spread(scale, codes.shape[1])
+    codes = now.codes.float()
+    spread = _spread(now.scale, codes.shape[1])
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    slope = (codes * spread) @ metric - wanted
+    slope = now.product - wanted
     for columns in order.split(BLOCK):
         # Within a block the slope is kept up to date; the other columns get the changes of the block in one product.
         inner, local = metric[columns][:, columns], slope[:, columns]
