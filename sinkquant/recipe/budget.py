@@ -1,0 +1,75 @@
+"""The sections about what a plan may cost, and how it is found out what formats cost."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from sinkquant.recipe.section import GroupSize, Section
+
+
+class Budget(Section):
+    """What a plan may cost; at most one of `bits`, `bytes` and `loss`; all null: no budget.
+
+    `bits`: average bits per weight of the blocks' linears, scales counted. `bytes`: of the whole checkpoint, and with
+    `context` also of the KV cache of `batch` rows of so many tokens. `loss`: a ceiling of the predicted KL divergence
+    from the unquantized model, nats per token, met in the fewest bytes. `engine`: only formats that it loads.
+    `solver` "even" raises `weights.bits` evenly until the bytes are spent, the linears that sinks dominate first;
+    "sensitivity" solves for the least predicted loss (see `sensitivity`). Null: "even" for `bits` or `bytes` alone,
+    "sensitivity" for `loss`, or where `context` or an `engine` is named.
+    """
+
+    bits: float | None = Field(default=None, gt=2, le=16)
+    bytes: int | None = Field(default=None, ge=1)
+    loss: float | None = Field(default=None, gt=0)
+    context: int | None = Field(default=None, ge=1)
+    batch: int = Field(default=1, ge=1)
+    engine: Literal["any", "vllm", "transformers", "sinkquant"] = "any"
+    solver: Literal["even", "sensitivity"] | None = None
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if sum(limit is not None for limit in (self.bits, self.bytes, self.loss)) > 1:
+            raise ValueError("name one of bits, bytes and loss")
+        if self.context is not None and self.bytes is None:
+            raise ValueError("context is for a budget of bytes; name budget.bytes")
+        if self.solver == "even" and (self.loss is not None or self.context is not None or self.engine != "any"):
+            raise ValueError("the solver 'even' knows bits and bytes of weights only; use 'sensitivity'")
+        if self.solver == "sensitivity" and not self.limited:
+            raise ValueError("the solver 'sensitivity' needs one of bits, bytes and loss")
+        return self
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is a budget at all."""
+        return any(limit is not None for limit in (self.bits, self.bytes, self.loss))
+
+    @property
+    def solved(self) -> bool:
+        """Whether the plan is solved for from sensitivities."""
+        asked = self.loss is not None or self.context is not None or self.engine != "any"
+        return self.limited and (self.solver == "sensitivity" or (self.solver is None and asked))
+
+
+class SensitivitySettings(Section):
+    """How it is found out what a format costs in a linear: for every number of `bits` and every one of `group_sizes`
+    (empty: `weights.group_size`), on `rows` x `length` tokens of the calibration text, by one walk back.
+
+    `measure_rows`: measure every candidate too, by forward passes over so many rows of `measure_length` tokens; 0:
+    trust the walk. `score` "diagonal" lets the solver see what tools see that sum over all tokens and channels at once.
+    `kv_bits`: numbers of bits that the keys and the values of every KV head are tried in, on `kv_rows` x `kv_length`
+    tokens; empty: the KV cache stays as the section `kv_cache` says. A budget of bytes with a `context` then chooses.
+    """
+
+    rows: int = Field(default=64, ge=1)
+    length: int = Field(default=128, ge=2)
+    batch_size: int = Field(default=8, ge=1)
+    bits: list[Annotated[int, Field(ge=2, le=8)]] = Field(default=[2, 3, 4, 5, 6, 7, 8], min_length=1)
+    group_sizes: list[GroupSize] = Field(default_factory=list)
+    measure_rows: int = Field(default=0, ge=0)
+    measure_length: int = Field(default=64, ge=2)
+    score: Literal["second-order", "diagonal"] = "second-order"
+    kv_bits: list[Literal[2, 3, 4, 8]] = Field(default_factory=list)
+    kv_rows: int = Field(default=8, ge=1)
+    kv_length: int = Field(default=512, ge=16)

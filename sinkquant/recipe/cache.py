@@ -1,0 +1,48 @@
+"""The section about the KV cache."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from sinkquant.recipe.section import Section
+
+
+class KVOverride(Section):
+    """Bits of their own for the KV heads `heads` (null: all) of the layers `layers`; 16 leaves them as they are."""
+
+    layers: list[int] = Field(min_length=1)
+    heads: list[int] | None = None
+    key_bits: Literal[2, 3, 4, 8, 16] | None = None
+    value_bits: Literal[2, 3, 4, 8, 16] | None = None
+
+
+class KVCache(Section):
+    """How the KV cache is packed, and which tokens of a prompt stay exact in it.
+
+    Groups of `group_size`: tokens for keys, channels of a head for values; null: the smallest of 32, 64 and 128 that
+    fits. The last `window` tokens are never packed.
+    `exact`: the sinks that detection found; "first-n": the first `first_n` tokens; "massive": those that carry a
+    massive activation in the prompt at hand; "none". At most `max_exact` per row. `prefix` "bos": keys and values
+    of `<bos>` come from the unquantized model; "found": those of the outlier tokens that detection found and `<bos>`,
+    which are put in front of every row. `evict`: at most so many packed tokens are kept, older ones are dropped;
+    the exact ones and the window stay, so that an endless stream runs in fixed memory. `sliding_sinks`: layers with a
+    sliding window see the exact tokens beyond it too, which changes what the model computes. `length` is what bytes are
+    planned for.
+    """
+
+    key_bits: Literal[2, 3, 4, 8, 16] = 2
+    value_bits: Literal[2, 3, 4, 8, 16] = 2
+    group_size: Literal[32, 64, 128] | None = None
+    window: int = Field(default=128, ge=0)
+    evict: int | None = Field(default=None, ge=0)
+    sliding_sinks: bool = False
+    symmetric: bool = False
+    rotate: bool = False
+    exact: Literal["none", "first-n", "detected", "massive"] = "detected"
+    first_n: int = Field(default=4, ge=1)
+    max_exact: int = Field(default=16, ge=0)
+    prefix: Literal["none", "bos", "found"] = "none"
+    length: int = Field(default=4096, ge=1)
+    overrides: list[KVOverride] = Field(default_factory=list)

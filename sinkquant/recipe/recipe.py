@@ -1,0 +1,132 @@
+"""The whole recipe: YAML <-> Python without loss."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError
+
+from sinkquant.errors import RequestError
+from sinkquant.recipe.budget import Budget, SensitivitySettings
+from sinkquant.recipe.cache import KVCache
+from sinkquant.recipe.explain import explain, near_miss
+from sinkquant.recipe.measuring import CalibrationText, Compute, Detection, Evaluation, Gate
+from sinkquant.recipe.section import Section, Statistics
+from sinkquant.recipe.weights import Activations, Protect, Prune, Weights
+from sinkquant.resources import recipe_folder
+
+DEFAULT_RECIPE = "w4-kv2-sink"
+"""What `run` and `plan` do where no recipe is named."""
+
+
+class Recipe(Section):
+    """The whole request. `Recipe()` is the default recipe; `Recipe.load` reads a file or a packaged name.
+
+    `backend`: whose files the checkpoint is made of. What a backend cannot hold is refused before anything is computed.
+    """
+
+    name: str = "custom"
+    description: str = ""
+    seed: int = Field(default=0, ge=0)
+    backend: Literal["compressed-tensors", "bitsandbytes", "quanto", "gptq"] = "compressed-tensors"
+    compute: Compute = Field(default_factory=Compute)
+    calibration: CalibrationText = Field(default_factory=CalibrationText)
+    detect: Detection = Field(default_factory=Detection)
+    prune: Prune = Field(default_factory=Prune)
+    weights: Weights = Field(default_factory=Weights)
+    activations: Activations = Field(default_factory=Activations)
+    protect: Protect = Field(default_factory=Protect)
+    budget: Budget = Field(default_factory=Budget)
+    sensitivity: SensitivitySettings = Field(default_factory=SensitivitySettings)
+    kv_cache: KVCache | None = None
+    evaluate: Evaluation = Field(default_factory=Evaluation)
+    gate: Gate = Field(default_factory=Gate)
+
+    @property
+    def statistics(self) -> Statistics:
+        """What tokens weigh: `protect.statistics`, or the policy that measured best; "all" where no token is protected.
+
+        Wanda looks at single columns, in which RSQ's weighting (arXiv 2503.01820) of every token leaves less than a
+        boosted sink (docs/pruning.md). Methods that move an error between columns do better with the sink alone, and
+        GPTQ after Wanda moves the errors of the zeros too.
+        """
+        if not self.protect.tokens:
+            return "all"
+        methods = {self.weights.method, *(override.method or "rtn" for override in self.weights.overrides)}
+        alone = methods == {"rtn"} or "*" in self.weights.ignore
+        return self.protect.statistics or ("attention" if self.prune.method == "wanda" and alone else "boost")
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str]) -> Self:
+        """Read a YAML file, or the packaged recipe of that name (with or without ".yaml").
+
+        Raises:
+            RequestError: no such recipe, not YAML, an unknown key or a value out of range.
+        """
+        path = Path(source)
+        if not path.is_file():
+            packaged = recipe_folder() / f"{Path(source).name.removesuffix('.yaml')}.yaml"
+            if not packaged.is_file() or path.parent != Path("."):
+                names = recipe_names()
+                raise RequestError(f"there is no recipe {str(source)!r}{near_miss(path.stem, names)}; "
+                                   f"the packaged ones are {', '.join(names)}.")
+            path = packaged
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RequestError(f"cannot read {path}: {error.strerror or error}.") from error
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise RequestError(f"{path} is not YAML: {' '.join(str(error).split()).rstrip('.')}.") from error
+        return cls.parse({} if data is None else data, str(path))
+
+    @classmethod
+    def parse(cls, data: Any, where: str = "the recipe") -> Self:
+        """Validate a decoded recipe; errors name the key, and the near miss of an unknown one."""
+        if not isinstance(data, dict):
+            raise RequestError(f"{where} must be a mapping of keys to values.")
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise RequestError(f"{where}: {explain(cls, error)}.") from error
+
+    def to_yaml(self) -> str:
+        """The whole recipe as YAML, defaults written out; `Recipe.parse(yaml.safe_load(text))` gives it back."""
+        # Not allow_unicode: PyYAML then writes a next-line character as one that it reads back as a space.
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def replace(self, assignments: Iterable[str]) -> Self:
+        """A copy with `key.path=value` assignments applied; values are read as YAML.
+
+        Raises:
+            RequestError: an assignment without "=", an unknown key, a value out of range.
+        """
+        data = self.model_dump(mode="json")
+        for assignment in assignments:
+            key, equals, value = assignment.partition("=")
+            if not equals:
+                raise RequestError(f"--set {assignment!r} has no '='; write --set weights.bits=3.")
+            try:
+                parsed = yaml.safe_load(value)
+            except (yaml.YAMLError, ValueError, RecursionError) as error:
+                raise RequestError(f"--set {key}: the value {value!r} is not YAML.") from error
+            *sections, leaf = key.strip().split(".")
+            target = data
+            for depth, part in enumerate(sections):
+                inner = target.get(part)
+                if part == "kv_cache" and inner is None:
+                    inner = target[part] = {}
+                if not isinstance(inner, dict):
+                    raise RequestError(f"--set: {'.'.join(sections[: depth + 1])!r} is not a section of the recipe"
+                                       f"{near_miss(part, [k for k, v in target.items() if isinstance(v, dict)])}.")
+                target = inner
+            target[leaf] = parsed
+        return type(self).parse(data, "--set")
+
+
+def recipe_names() -> list[str]:
+    """Names of the packaged recipes, sorted."""
+    return sorted(path.stem for path in recipe_folder().glob("*.yaml"))

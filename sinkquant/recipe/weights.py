@@ -1,0 +1,127 @@
+"""The sections about weights and the inputs of linears: formats, methods, pruning, protection."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from sinkquant.artifacts.pruning import pattern_group
+from sinkquant.recipe.section import Bits, GroupSize, Section, Statistics
+
+
+def _is_a_pattern(pattern: str) -> str:
+    pattern_group(pattern)
+    return pattern
+
+
+def _not_base_sixty(pattern: Any) -> Any:
+    """YAML 1.1 reads 2:4 without quotes as the number 2 * 60 + 4."""
+    return f"{pattern // 60}:{pattern % 60}" if type(pattern) is int else pattern
+
+
+class ModuleOverride(Section):
+    """A format of its own for the modules that match `pattern` (a glob, or a regular expression after "re:")."""
+
+    pattern: str
+    bits: Bits = Field(ge=2, le=16)
+    group_size: GroupSize | None = None
+    method: Literal["rtn", "gptq", "gptaq"] | None = None
+
+
+class Weights(Section):
+    """How weights are quantized where nothing is protected. `group_size` -1 is one scale per output channel.
+
+    `method` "gptaq" is GPTQ that also makes up for what earlier blocks lost. `scale_search`: scales with the least
+    loss instead of the whole range; `descent`: rounds of coordinate descent after GPTQ (codes, scales) and SparseGPT;
+    `tune`: iterations of sign-gradient tuning of every block's codes and scales at the end; slow, not always better.
+    `distill`: after all blocks, iterations of tuning the codes and scales of the whole model, which is in memory then,
+    towards what the unquantized one predicts.
+    Before all that, changes after which the model computes the same: `rotate` by a Hadamard matrix, "values" of every
+    head or "full", the residual stream as well; `smooth` channels, by "smoothquant" with `smooth_strength` or "awq".
+    `format` other than "int" and `double_quantization` (scales quantized once more) are for backends that hold them:
+    bitsandbytes nf4 and fp4, quanto float8.
+    """
+
+    method: Literal["rtn", "gptq", "gptaq"] = "gptq"
+    format: Literal["int", "nf4", "fp4", "float8"] = "int"
+    double_quantization: bool = False
+    bits: int = Field(default=4, ge=2, le=8)
+    group_size: GroupSize = 64
+    symmetric: Literal[True] = True
+    rotate: Literal["none", "values", "full"] = "none"
+    smooth: Literal["none", "smoothquant", "awq"] = "none"
+    smooth_strength: float = Field(default=0.5, ge=0, le=1)
+    damping: float = Field(default=0.01, gt=0, lt=1)
+    act_order: bool = True
+    scale_search: bool = True
+    descent: int = Field(default=3, ge=0)
+    tune: int = Field(default=0, ge=0)
+    distill: int = Field(default=0, ge=0)
+    ignore: list[str] = Field(default_factory=list)
+    overrides: list[ModuleOverride] = Field(default_factory=list)
+
+
+class Prune(Section):
+    """Weights that become zero before the rest is quantized, with statistics that know the sinks
+    (`protect.statistics`).
+
+    `method`: "magnitude" needs no text; "wanda" weighs by the inputs; "sparsegpt" also lets the other weights make up
+    for it. `pattern` "unstructured", or "n:m": n of every m consecutive weights of a row stay. `sparsity` is the share
+    that goes; null: a half, or what the pattern says. `ignore`: patterns of modules that are not pruned.
+    `heads` "no-op" takes out heads that do nothing on any text given, as long as the loss of a token changes by no more
+    than `head_loss` nats on average, each head alone and all together.
+    """
+
+    method: Literal["none", "magnitude", "wanda", "sparsegpt"] = "none"
+    sparsity: float | None = Field(default=None, gt=0, lt=1)
+    pattern: Annotated[str, BeforeValidator(_not_base_sixty), AfterValidator(_is_a_pattern)] = "unstructured"
+    ignore: list[str] = Field(default_factory=list)
+    heads: Literal["none", "no-op"] = "none"
+    head_loss: float = Field(default=0.01, gt=0)
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything is to be taken out at all."""
+        return self.method != "none" or self.heads != "none"
+
+
+class Activations(Section):
+    """What the inputs of quantized linears are rounded to while a model runs; "16-bit": not at all.
+
+    "int8" and "fp8" are written into the checkpoint, so that engines do it; "fp8" takes 8-bit weights with one scale
+    per channel, which become floating-point numbers too. "int6" and "int4" are simulated when sinkquant evaluates.
+    `scale` "token": every token's inputs get a scale as they come; "tensor": one scale for all, from calibration.
+    `sinks` says what becomes of linears whose static range the sinks set (their largest input is over `range_ratio`
+    times that of all other tokens): "dynamic": one scale per token in these; "16-bit": their inputs are left alone;
+    "all": nothing, sinks count as any other token; "exclude": the tokens of the exact prefix do not count, since they
+    never come through the linears; it needs a `kv_cache.prefix`.
+    """
+
+    format: Literal["16-bit", "int8", "fp8", "int6", "int4"] = "16-bit"
+    scale: Literal["token", "tensor"] = "token"
+    sinks: Literal["dynamic", "16-bit", "all", "exclude"] = "dynamic"
+    range_ratio: float = Field(default=2.0, gt=1)
+
+
+class Protect(Section):
+    """What is kept exact for the sinks.
+
+    `tokens`: sink tokens count in the statistics of calibration as `statistics` says, which costs no bytes. "boost":
+    as often as they are read, up to `sink_weight` (1: as any other); "cap": no more than the mean token; "attention":
+    every token by the attention that it receives; "exclude": not at all; "all": as any other; null: what measured
+    best, which is "attention" where Wanda prunes and no GPTQ follows, and "boost" elsewhere.
+    `channels` "module": linears whose input ranges the sinks set get `bits`, at most `max_share` of all weights;
+    "scale": their sink columns are scaled up, and the norm or the linear before them down, at no cost in bytes;
+    "split": of such linears the columns that the sinks set and the super weights stay in 16 bits beside the codes, at
+    most `max_share` of all weights; such a checkpoint loads in sinkquant only.
+    `modules`: patterns protected in any case. The defaults are what measured best beside controls of the same size.
+    """
+
+    tokens: bool = True
+    statistics: Statistics | None = None
+    sink_weight: float = Field(default=16.0, ge=1)
+    channels: Literal["none", "module", "scale", "split"] = "none"
+    bits: Bits = Field(default=8, ge=3, le=16)
+    max_share: float = Field(default=0.1, ge=0, le=1)
+    modules: list[str] = Field(default_factory=list)
