@@ -27,6 +27,7 @@ from sinkquant.models import cast_experts, check_finite
 from sinkquant.models.experts import EXPERTS
 from sinkquant.models.inputs import round_inputs
 from sinkquant.models.loading import loading_errors
+from sinkquant.models.memory import give_back, map_large
 from sinkquant.quantize import UNPACKED, PackedWeight
 from sinkquant.quantize.packed_linear import PackedLinear
 from sinkquant.quantize.unpack import unpack
@@ -61,6 +62,7 @@ def load_packed(path: Path, dtype: torch.dtype | str = "auto", device: str = "cp
         raise RequestError(f"{path} holds no packed weights; quantize it first, or load it without packed=True.")
     check_readable(path, settings)
     int4 = int4_on(torch.device(device))
+    map_large()  # what packing leaves behind would stay resident, as much again as the packed model
     with loading_errors(path), no_bars():
         model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, output_loading_info=True)
         require_complete(path, info)
@@ -72,6 +74,7 @@ def load_packed(path: Path, dtype: torch.dtype | str = "auto", device: str = "cp
     del model.config.quantization_config
     model.hf_quantizer = PackedInMemory(model.hf_quantizer.quantization_config)
     setattr(model, UNPACKED, True)
+    give_back()
     LOG.info("%s: %s", path.name, getattr(model, PACKING))
     return model
 
