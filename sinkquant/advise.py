@@ -30,7 +30,7 @@ from sinkquant.policy import check_recipe, check_same_model
 from sinkquant.policy.headers import nothing_found
 from sinkquant.policy.mechanisms import OUTLIERS, Mechanism, mechanisms, unprotected
 from sinkquant.policy.worth import cache_candidates, formats_of, judged, overall, predicted_cache_worth, predicted_worth
-from sinkquant.predict import require_memory
+from sinkquant.predict import SENSITIVITIES, require_memory
 from sinkquant.quantize import quantize, require_packages
 from sinkquant.quantize.transforms import rotate
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe, near_miss
@@ -54,8 +54,8 @@ def advise(model: str | os.PathLike[str], recipe: Recipe | None = None, sink_map
         only: names of the kinds of protection to look at; empty for all.
 
     Raises:
-        RequestError: the recipe has a budget, or does not fit the model; there is no such kind of protection; a text is
-            too short; it needs too much memory.
+        RequestError: the recipe has a budget that is solved for, or does not fit the model; there is no such kind of
+            protection; a text is too short; it needs too much memory.
         SinkquantError: the work failed.
     """
     recipe = recipe or Recipe.load(DEFAULT_RECIPE)
@@ -74,7 +74,7 @@ def advise(model: str | os.PathLike[str], recipe: Recipe | None = None, sink_map
     if sink_map is not None:
         check_same_model(shape, sink_map)
     rows = _held_out(opened, tokenizer, recipe) if measure else None
-    require_memory(decoder, recipe, None if measure else ("detect",))
+    require_memory(decoder, _with_losses(recipe), None if measure else ("detect", SENSITIVITIES), True)
     found = sink_map or detect(opened, tokenizer, recipe=recipe, name=str(model), progress=progress)
     asked = _named(mechanisms(shape, found, recipe), only)
     predicted, notes = _Forecaster(folder, tokenizer, found, recipe, trust_remote_code, progress).predict(asked)
@@ -105,6 +105,14 @@ def _named(found: list[Mechanism], only: Sequence[str]) -> list[Mechanism]:
             raise RequestError(f"there is no protection {name!r} under this recipe{near_miss(name, names)}; there are "
                                f"{', '.join(names)}.")
     return [one for one in found if not only or one.name in only]
+
+
+def _with_losses(recipe: Recipe) -> Recipe:
+    """The recipe with the sensitivities that predict what protection is worth, as far as memory goes."""
+    changed = recipe.replace(["sensitivity.measure_rows=0"])
+    if recipe.kv_cache is None:
+        return changed
+    return changed.replace(["sensitivity.kv_bits=[2]", f"sensitivity.kv_length={recipe.evaluate.divergence_length}"])
 
 
 def _held_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> torch.Tensor:

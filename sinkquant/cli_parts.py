@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,14 +46,19 @@ def find_sinks(model: str, text: str | None, recipe: Recipe, trust_remote_code: 
 def find_costs(model: str, text: str | None, sink_map: SinkMap, recipe: Recipe, cache: Path | None,
                trust_remote_code: bool) -> Sensitivity:
     """The sensitivities of a model, from a file or made now."""
-    from sinkquant.models import load_tokenizer, open_model, resolve
+    from sinkquant.models import ActivationStore, Decoder, load_tokenizer, open_model, resolve
+    from sinkquant.predict import SENSITIVITIES, require_memory, spill_limit
     from sinkquant.sensitivity import find_sensitivity
 
     folder = resolve(model)
     asked = recipe.replace([f"calibration.text={text}"]) if text else recipe
+    loaded = open_model(folder, trust_remote_code)
+    if cache is None or not cache.is_file():
+        require_memory(Decoder.of(loaded), asked, (SENSITIVITIES,), True)
+    store = ActivationStore(Path(tempfile.gettempdir()), spill_limit(asked))
     with shown_progress() as progress:
-        return find_sensitivity(open_model(folder, trust_remote_code), load_tokenizer(folder, trust_remote_code),
-                                sink_map, asked, cache, progress=progress)
+        return find_sensitivity(loaded, load_tokenizer(folder, trust_remote_code), sink_map, asked, cache, store,
+                                progress)
 
 
 class Bars:

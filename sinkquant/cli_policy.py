@@ -44,8 +44,10 @@ def plan(model: ModelArgument,
     chosen = Recipe.load(recipe).replace(assignments or [])
     from sinkquant.models import Decoder, open_model, resolve
     from sinkquant.planning import plan_ready
-    from sinkquant.policy import make_frontier, make_plan
+    from sinkquant.policy import check_solvable, make_frontier, make_plan
 
+    if frontier or chosen.budget.solved:
+        check_solvable(chosen)
     known = SinkMap.load(sink_map) if sink_map else None
     shape = Decoder.of(open_model(resolve(model), trust_remote_code=trust_remote_code)).shape(model)
     made, _ = plan_ready(shape, chosen, None, known) if sensitivity is None and not frontier else (None, [])

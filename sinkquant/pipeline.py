@@ -58,6 +58,7 @@ from sinkquant.policy import (
     accept_edited,
     check_recipe,
     check_same_model,
+    check_solvable,
     make_control,
     make_plan,
     require_distill,
@@ -66,7 +67,7 @@ from sinkquant.policy import (
 )
 from sinkquant.policy.expected import with_expected_loss
 from sinkquant.policy.pruning import pruning_alone
-from sinkquant.predict import Prediction, require_memory, spill_limit, with_seconds
+from sinkquant.predict import SENSITIVITIES, Prediction, require_memory, spill_limit, with_seconds
 from sinkquant.quantize import quantize, require_packages
 from sinkquant.quantize.ranks import join, require_one_process
 from sinkquant.quantize.transforms import rotate
@@ -121,6 +122,8 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
     require_free(target)
     if edited is None:
         check_recipe(recipe)
+        if recipe.budget.solved:
+            check_solvable(recipe)
     if not plan_only:
         require_packages(edited.backend if edited else recipe.backend)
     folder = resolve(str(model))
@@ -148,7 +151,10 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
             _Job(recipe, str(model), folder, tokenizer, begun, trust_remote_code, None, Prediction({}),
                  None).evaluate_along()
         return None
-    predicted = require_memory(decoder, recipe, None if not plan_only else () if ready else ("detect",))
+    costs_due = not (sensitivity is not None and Path(sensitivity).is_file()) and (
+        sensitivity is not None or (recipe.budget.solved and edited is None))
+    predicted = require_memory(decoder, recipe, None if not plan_only else () if ready else ("detect", SENSITIVITIES),
+                               costs_due)
     key = run_key(recipe, folder, edited.to_json() if edited else None, sink_map.to_json() if sink_map else None)
     with work_folder(target, key, resume) as work:
         LOG.info("recipe %s, model %s, %s", recipe.name, folder, versions())

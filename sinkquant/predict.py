@@ -6,7 +6,7 @@ Every term is a buffer that a stage holds at its worst moment; the peak is that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import psutil
@@ -19,6 +19,7 @@ from sinkquant.detect.survey import batch_rows
 from sinkquant.errors import RequestError
 from sinkquant.evaluate.divergence import LOGITS_BYTES, POSITIONS
 from sinkquant.models import Decoder
+from sinkquant.models.memory import LARGE
 from sinkquant.models.alone import in_groups
 from sinkquant.models.experts import fused_parameters
 from sinkquant.pace import measure
@@ -29,8 +30,11 @@ from sinkquant.recipe import Recipe
 from sinkquant.times import stages
 
 CHEAPER = ("evaluate.batch_size=1", "evaluate.skip=true", "calibration.batch_size=1", "detect.batch_size=1",
-           "compute.dtype=bfloat16", "weights.method=rtn", "weights.distill=0")
+           "sensitivity.batch_size=1", "sensitivity.measure_rows=0", "sensitivity.rows=16", "compute.dtype=bfloat16",
+           "weights.method=rtn", "weights.distill=0")
 """Settings that take less memory, in the order in which they are proposed."""
+SENSITIVITIES = "find sensitivities"
+"""The stage that only a budget that is solved for, a file of sensitivities, and advice have."""
 RELOADED = 1 << 30
 SPILL_SHARE = 8
 """Hidden states that take more than this part of the memory go to a mapped file."""
@@ -40,6 +44,8 @@ EVALUATION_LOADS = 0.25e9
 """lm-eval, datasets, pyarrow and matplotlib, which only evaluation needs."""
 PIECES = 32e6
 """What is looked at of hidden states at a time, with its copies."""
+KEPT_OF_SMALL = 1.2
+"""What is resident over what is in use where tensors are too small for the allocator to map each by itself."""
 KEPT_BY_ALLOCATOR = 1.15
 """What is resident over what is in use, measured over the blocks of a walk."""
 
@@ -78,27 +84,36 @@ def spill_limit(recipe: Recipe) -> int:
     return int(memory_allowed(recipe) / SPILL_SHARE)
 
 
-def require_memory(decoder: Decoder, recipe: Recipe, stages: Sequence[str] | None = None) -> Prediction:
+def require_memory(decoder: Decoder, recipe: Recipe, stages: Sequence[str] | None = None,
+                   sensitivities: bool | None = None) -> Prediction:
     """Predict a run, and refuse it if it will not fit.
 
     Args:
         stages: those that have to fit; None for all.
+        sensitivities: whether they are looked for; None: where the recipe's budget is solved for.
 
     Raises:
         RequestError: it needs more than `memory_allowed`; with the settings that would make it fit.
     """
-    allowed, found = memory_allowed(recipe), predict(decoder, recipe)
+    allowed = memory_allowed(recipe)
 
+    def predicted(settings: Sequence[str]) -> Prediction:
+        return predict(decoder, recipe.replace(settings), sensitivities)
+
+    found = predicted([])
     if found.worst(stages) <= allowed:
         return found
     due = {stage: size for stage, size in found.peak_bytes.items() if stages is None or stage in stages}
     stage = max(due, key=lambda name: due[name])
     changed: list[str] = []
+    least = found.worst(stages)
     for setting in CHEAPER:
+        if predicted([*changed, setting]).worst(stages) > least:
+            continue  # what the recipe has already is less
         changed.append(setting)
-        least = predict(decoder, recipe.replace(changed)).worst(stages)
+        least = predicted(changed).worst(stages)
         if least <= allowed:
-            needed = _needed(decoder, recipe, changed, allowed, stages)
+            needed = _needed(changed, lambda settings: predicted(settings).worst(stages) <= allowed)
             advice = f"--set {' --set '.join(needed)} makes it fit"
             break
     else:
@@ -108,10 +123,13 @@ def require_memory(decoder: Decoder, recipe: Recipe, stages: Sequence[str] | Non
                        f"{allowed / 1e9:.1f} GB; {advice}.")
 
 
-def predict(decoder: Decoder, recipe: Recipe) -> Prediction:
-    """Predict the memory of a run of a recipe on a model, which may be one from `open_model`."""
+def predict(decoder: Decoder, recipe: Recipe, sensitivities: bool | None = None) -> Prediction:
+    """Predict the memory of a run of a recipe on a model, which may be one from `open_model`; `sensitivities` as in
+    `require_memory`."""
     job = _Job(decoder, recipe)
     peaks = {"detect": job.detect_bytes(), "quantize": job.quantize_bytes()}
+    if recipe.budget.solved if sensitivities is None else sensitivities:
+        peaks[SENSITIVITIES] = job.sensitivity_bytes()
     if recipe.weights.distill:
         peaks["distill"] = job.distill_bytes()
     if not recipe.evaluate.skip:
@@ -128,13 +146,12 @@ def with_seconds(found: Prediction, decoder: Decoder, recipe: Recipe,
     return replace(found, seconds=stages(decoder, recipe, pace, tokenizer, job.linears, job.calibrated, job.asymmetric))
 
 
-def _needed(decoder: Decoder, recipe: Recipe, changed: list[str], allowed: float,
-            stages: Sequence[str] | None) -> list[str]:
+def _needed(changed: list[str], fits: Callable[[list[str]], bool]) -> list[str]:
     """Those of the settings without which it would not fit."""
     needed = list(changed)
     for setting in changed:
         fewer = [other for other in needed if other != setting]
-        if predict(decoder, recipe.replace(fewer)).worst(stages) <= allowed:
+        if fits(fewer):
             needed = fewer
     return needed
 
@@ -193,6 +210,49 @@ class _Job:
                                   for linear in inputs.values())])
         return max(self._walked() + self.block + buffers + max(
             hessians + self._activations(settings.batch_size * settings.length, settings.length), solve), dense)
+
+    def sensitivity_bytes(self) -> float:
+        settings, longest = self.recipe.sensitivity, self.decoder.max_length
+        length = min(settings.length, longest)
+        tokens, batch = settings.rows * length, settings.batch_size * length
+        small = batch * self.hidden * self.item < LARGE
+        seen, solve = 0.0, 0.0
+        for block in self.linears:
+            free = [(_input(linear, i), linear) for i, linear in enumerate(block) if not linear.fixed]
+            wide = sum({name: linear.columns for name, linear in free}.values())
+            # Every linear's gradient; of experts that of the layer, and what one of them makes of its tokens.
+            wide += sum({(linear.part_of or i): self.hidden if linear.part_of else linear.rows
+                         for i, (_, linear) in enumerate(free)}.values())
+            wide += max((2 * (linear.rows + linear.columns) for _, linear in free if linear.part_of), default=0)
+            seen = max(seen, float(tokens * wide * self.item))
+            solve = max([solve, *(max(12.0 * linear.columns ** 2, (4.0 + (40 if self.calibrated else 0))
+                                      * linear.columns ** 2 + 16 * linear.parameters + 12 * batch * linear.rows)
+                                  for _, linear in free)])
+        peaks = [self._walked_back(tokens, batch, length) + seen + max(solve, self._graph(batch, length))]
+        if settings.kv_bits:
+            length = min(settings.kv_length, longest)
+            batch = min(settings.batch_size, settings.kv_rows) * length
+            scores = 7.0 * 4 * batch * self.heads * length
+            peaks.append(self._walked_back(settings.kv_rows * length, batch, length) + self._graph(batch, length)
+                         + scores)
+        if settings.measure_rows:
+            length = min(settings.measure_length, longest)
+            base, at_once = settings.measure_rows, min(settings.measure_rows, settings.batch_size)
+            logits = 4.0 * self.vocabulary * length * (base + 3 * at_once + 8)
+            peaks.append(self.total * self.item + self.tensor * self.stored + 3.0 * tokens * self.hidden * self.item
+                         + logits + solve)
+        return (KEPT_OF_SMALL if small else 1.0) * (max(peaks) + PIECES)
+
+    def _walked_back(self, tokens: int, batch: int, length: int) -> float:
+        """A walk back: a block, and what comes into every block and its gradient; or the head with a batch's logits."""
+        states = tokens * self.hidden * self.item
+        kept = 0 if states > self.memory / SPILL_SHARE else (len(self.linears) + 3) * states
+        head = self.vocabulary * self.hidden * (self.item + self.stored) + 4 * 4.0 * batch * self.vocabulary
+        return max(self._walked(), head - self._graph(batch, length)) + kept
+
+    def _graph(self, batch: int, length: int) -> float:
+        """What one batch leaves in a block for the way back, beside inputs and gradients of the linears."""
+        return self._activations(batch, length) + 3 * 4.0 * batch * self.heads * length
 
     def distill_bytes(self) -> float:
         settings, tuned = self.recipe.calibration, sum(x.parameters for block in self.linears for x in block)

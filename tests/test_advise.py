@@ -62,7 +62,7 @@ def test_not_measured_without_being_asked(known, tiny_folder, text_file):
 def test_wrong_requests_are_refused_before_anything_is_computed(known, tiny_folder, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text(random_text(120), encoding="utf-8")
-    for arguments, words in ((["--set", "budget.bits=4"], "leave the budget out"),
+    for arguments, words in ((["--set", "budget.loss=4"], "leave the budget out"),
                              (["--set", "weights.group_size=48"], "does not divide"),
                              (["--only", "split column"], "did you mean 'split columns'"),
                              (["--measure", *options(f"evaluate.text={short}", "evaluate.divergence_length=80",

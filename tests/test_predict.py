@@ -17,7 +17,7 @@ from sinkquant.detect.survey import batch_rows
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, open_model
 from sinkquant.pace import Pace, Rate, measure
-from sinkquant.predict import predict, require_memory, spill_limit
+from sinkquant.predict import SENSITIVITIES, predict, require_memory, spill_limit
 from sinkquant.times import stages
 
 
@@ -58,6 +58,26 @@ def test_what_costs_more_is_predicted_to_cost_more(large: Decoder) -> None:
     assert whole.peak_bytes["distill"] > 10 * large.model.num_parameters()
     with pytest.raises(RequestError, match=r"to distill, and .* 6.0 GB; --set weights.distill=0 makes it fit"):
         require_memory(large, least.replace(["weights.distill=100", "compute.memory_limit=6"]))
+
+
+def test_sensitivities_are_a_stage_of_their_own_where_they_are_looked_for(large: Decoder) -> None:
+    least = sq.Recipe().replace(["evaluate.skip=true", "detect.rows=1", "weights.method=rtn"])
+    assert SENSITIVITIES not in predict(large, least).peak_bytes
+    solved = least.replace(["budget.bits=3.5", "budget.solver=sensitivity"])
+    assert SENSITIVITIES not in predict(large, solved, False).peak_bytes  # they are in a file
+    found = predict(large, solved).peak_bytes[SENSITIVITIES]
+    assert found == predict(large, least, True).peak_bytes[SENSITIVITIES]
+    tokens, blocks, hidden = 64 * 128, 16, 2048
+    assert found > 4 * tokens * (blocks + 1) * hidden  # what comes into every block waits for the way back
+    for more in ("sensitivity.rows=128", "sensitivity.batch_size=32", "weights.method=gptq",
+                 "sensitivity.measure_rows=4"):
+        assert predict(large, solved.replace([more])).peak_bytes[SENSITIVITIES] > found, more
+    tight = solved.replace(["compute.memory_limit=4"])
+    with pytest.raises(RequestError, match=r"to find sensitivities, and .* 4.0 GB; --set .*sensitivity.rows=16") as no:
+        require_memory(large, tight)
+    settings = re.findall(r"--set (\S+)", str(no.value))
+    require_memory(large, tight.replace(settings))
+    require_memory(large, tight, ("detect",))
 
 
 def test_time_is_counted_work_at_the_pace_of_the_machine(large: Decoder) -> None:
@@ -119,6 +139,9 @@ def test_a_run_that_ends_with_its_checkpoint(tmp_path: Path, text_file: Path) ->
     log = (tmp_path / "out" / "run.log").read_text(encoding="utf-8")
     assert "GB of memory" in log
     assert re.search(r"block 2 of 3: self_attn.q_proj 0\.\d+", log)  # every module with the error it was left with
+    solved = recipe.replace(["budget.bits=4", "budget.solver=sensitivity", "weights.rotate=values"])
+    with pytest.raises(RequestError, match="changes the weights that sensitivities are taken of"):
+        sq.run(solved, model, tmp_path / "solved")  # before the sinks are looked for
     tight = recipe.replace(["compute.memory_limit=0.000001"])
     with pytest.raises(RequestError, match=r"compute.memory_limit is 0.0 GB"):
         sq.run(tight, model, tmp_path / "tight")

@@ -69,6 +69,11 @@ def plans_of(job: Job, recipe: Recipe, costs: Sensitivity) -> dict[str, Plan]:
     return found | {"solved, diagonal": diagonal}
 
 
+def perplexity_of(losses: list[float]) -> float:
+    """Of rows with these mean losses, nats."""
+    return float(torch.tensor(losses, dtype=torch.float64).mean().exp())
+
+
 def main() -> None:
     """Print the tables as Markdown, line by line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,20 +106,24 @@ def main() -> None:
     print("|---:|---|---:|---:|---:|---|---:|---|", flush=True)
     job = Job(folder, base, tokenizer, stored.shape("benchmark"), sink_map, rows)
     ones = [1.0] * len(rows)
+    unquantized: float | None = None
     for bits in arguments.bits:
         best: Divergence | None = None
         for name, plan in plans_of(job, recipe.replace([f"budget.bits={bits}"]), costs).items():
             found = job.measured(plan)
             best = best or found
+            if unquantized is None:
+                unquantized = perplexity_of(found.baseline_loss)
+                print(f"| | unquantized | {plan.unquantized_bytes:,} | | | | {unquantized:.3f} | |")
             more = paired_difference("kl", (found.kl, ones), (best.kl, ones), 2000, arguments.seed)
             # The metric takes log-likelihoods, so that losses change their sign.
             loss, least = ([-value for value in one.other_loss] for one in (found, best))
             worse = paired_difference("perplexity", (loss, ones), (least, ones), 2000, arguments.seed)
-            perplexity = float(torch.tensor(found.other_loss, dtype=torch.float64).mean().exp())
             beside = ["", ""] if found is best else [
                 f"{value:+.5f}, {low:+.5f} to {high:+.5f}" for value, low, high in (more, worse)]
             print(f"| {bits:g} | {name} | {plan.weight_bytes:,} | {plan.predicted.get('kl', float('nan')):.5f} | "
-                  f"{sum(found.kl) / len(found.kl):.5f} | {beside[0]} | {perplexity:.3f} | {beside[1]} |", flush=True)
+                  f"{sum(found.kl) / len(found.kl):.5f} | {beside[0]} | {perplexity_of(found.other_loss):.3f} | "
+                  f"{beside[1]} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sinkquant.artifacts import KVCachePlan, ModelShape, Sensitivity, SinkMap, Terms, UnitSensitivity
-from sinkquant.artifacts.formats import PLAIN, WeightFormat
+from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.artifacts.sizes import checkpoint_bytes, module_bytes
 from sinkquant.errors import RequestError
-from sinkquant.policy.backends import storage_of
 from sinkquant.policy.engines import engine_loads
 from sinkquant.policy.expected import expect_loss
 from sinkquant.policy.explain import found_in, sentence
 from sinkquant.policy.kv_budget import kv_bytes_of, kv_options, kv_units, solved_cache
 from sinkquant.policy.rules import Choice
+from sinkquant.policy.solvable import check_solvable
 from sinkquant.policy.solver import Option, Solution, fewest_bytes, least_loss
 from sinkquant.recipe import Budget, Recipe
 
@@ -69,24 +69,6 @@ def solve(base: dict[str, Choice], shape: ModelShape, sink_map: SinkMap, recipe:
     _check_engine(choices, shape, recipe.budget)
     explained = frozenset(name for unit in free.units for name in unit.modules)
     return Allocation(choices, solved.gap, explained, free.cache(solved.chosen))
-
-
-def check_solvable(recipe: Recipe) -> None:
-    """Refuse what sensitivities say nothing about.
-
-    Raises:
-        RequestError: weights that are changed before they are quantized, FP8, or another backend.
-    """
-    weights = recipe.weights
-    for key, value in (("rotate", weights.rotate), ("smooth", weights.smooth)):
-        if value != "none":
-            raise RequestError(f"weights.{key}={value} changes the weights that sensitivities are taken of; set it to "
-                               "none, or budget.solver=even.")
-    if recipe.activations.format == "fp8":
-        raise RequestError("FP8 weights have one format, so that there is nothing to solve for; leave the budget out.")
-    if storage_of(recipe) != PLAIN:
-        raise RequestError(f"a budget is solved for in the formats of compressed-tensors, not of {recipe.backend}; "
-                           "leave backend at compressed-tensors, or set budget.solver=even.")
 
 
 def _check_engine(choices: dict[str, Choice], shape: ModelShape, budget: Budget) -> None:

@@ -15,7 +15,7 @@ from sinkquant.recipe import Recipe
 OFF = ["protect.tokens=false", "protect.channels=none", "protect.modules=[]", "activations.sinks=all"]
 """Nothing in the weights is done for the sinks."""
 ALONE = ["weights.ignore=['*']", "weights.overrides=[]", "weights.rotate=none", "weights.smooth=none",
-         "prune.method=none", "prune.heads=none"]
+         "prune.method=none", "prune.heads=none", "budget={}"]
 """The weights stay as they are."""
 OUTLIERS = "prefix of the outlier tokens"
 """The kind of protection that there is only where such tokens were found."""
@@ -54,13 +54,14 @@ class Mechanism:
 
 
 def unprotected(recipe: Recipe) -> Recipe:
-    """The recipe's weights alone, with nothing done for the sinks.
+    """The recipe's weights alone, with nothing done for the sinks. A budget that is spent evenly stays.
 
     Raises:
-        RequestError: it has a budget.
+        RequestError: it has a budget that is solved for.
     """
-    if recipe.budget.limited:
-        raise RequestError("what protection is worth is told at the recipe's own formats; leave the budget out.")
+    if recipe.budget.solved:
+        raise RequestError("a budget that is solved for takes other formats with every kind of protection, so that "
+                           "what one is worth alone cannot be told; set budget.solver=even, or leave the budget out.")
     return recipe.model_copy(update={"kv_cache": None}).replace(OFF)
 
 
@@ -68,7 +69,7 @@ def mechanisms(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> list[Mec
     """All kinds of protection under the recipe's formats.
 
     Raises:
-        RequestError: the recipe has a budget, or quantizes neither weights nor cache, or does not fit the model.
+        RequestError: the recipe has a budget that is solved for, or quantizes neither weights nor cache, or does not fit the model.
     """
     found: list[Mechanism] = []
     weights = unprotected(recipe)

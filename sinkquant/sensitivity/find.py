@@ -27,6 +27,8 @@ from sinkquant.sensitivity.measure import measure
 from sinkquant.sensitivity.ranking import ranking, spearman
 
 Progress = Callable[[int, int, str], None]
+LATER = ("bits", "ignore", "overrides", "descent", "tune", "distill")
+"""What a recipe says of weights that no candidate is tried with."""
 SAMPLED = 8
 """Rows of a weight matrix that tell it from another one."""
 
@@ -91,7 +93,7 @@ def sensitivity_key(decoder: Decoder, rows: torch.Tensor, sink_map: SinkMap, rec
     beside = [[unit.modules, one.columns, one.scalars] for unit in units
               for one in unit.candidates if one.columns or one.scalars]
     parts = [asked, kept, beside,
-             recipe.weights.model_dump(mode="json", exclude={"bits", "ignore", "overrides", "tune", "descent"}),
+             recipe.weights.model_dump(mode="json", exclude=set(LATER)),
              recipe.protect.model_dump(mode="json", include={"tokens", "statistics", "sink_weight"}),
              recipe.compute.dtype, recipe.seed, [token.model_dump(mode="json") for token in _placed(sink_map)],
              decoder.shape("").model_dump(mode="json", include={"architecture", "dtype", "linears", "tensors"})]

@@ -46,6 +46,22 @@ def test_each_alone_and_its_control_have_the_same_bytes() -> None:
     assert found["exact tokens", "KV cache"].aware.kv_cache.sinks
 
 
+@pytest.mark.parametrize("budget", ["budget.bits=5.3", "budget.bytes=140000"])
+def test_under_a_budget_that_is_spent_evenly_both_plans_keep_it(budget: str) -> None:
+    found = asked("weights.bits=3", budget)
+    for (name, where), one in found.items():
+        assert one.aware is not None, name
+        aware, control = one.aware, one.control
+        assert abs(aware.weight_bytes - control.weight_bytes) <= 0.01 * aware.weight_bytes, name
+        if where == "KV cache":
+            assert not aware.formats
+        elif "bits" in budget:
+            assert 5.1 < aware.bits_per_weight <= 5.3
+        else:
+            assert 138_000 < aware.weight_bytes <= 140_000
+    assert found["whole linears in more bits", "weights"].aware.modules[DOWN].bits == 8
+
+
 def test_a_model_without_sinks_has_nothing_to_keep_and_says_why() -> None:
     found = asked(sink_map=sink_map_of(DECODER, tokens=()))
     assert {name for (name, _), one in found.items() if one.aware is not None} == {
@@ -69,7 +85,7 @@ def test_what_a_model_or_a_recipe_cannot_have_is_named() -> None:
     assert {where for _, where in asked("kv_cache=null")} == {"weights"}
     static = asked("activations.format=int8", "activations.scale=tensor", "weights.bits=8", "weights.group_size=-1")
     assert static["static ranges without the sinks", "weights"].aware.modules[DOWN].activation_scale == "token"
-    for wrong, words in ((["budget.bits=4"], "leave the budget out"), (["weights.group_size=48"], "does not divide"),
+    for wrong, words in ((["budget.loss=0.1"], "budget.solver=even, or leave the budget out"), (["weights.group_size=48"], "does not divide"),
                          (["weights.ignore=['*']", "kv_cache={key_bits: 16, value_bits: 16}"], "nothing to protect")):
         with pytest.raises(RequestError, match=words):
             asked(*wrong)

@@ -41,7 +41,8 @@ def test_the_same_request_reads_the_file_and_another_one_is_refused(
         raise AssertionError("estimated again")
 
     monkeypatch.setattr("sinkquant.sensitivity.find.estimate", never)
-    for again in ("weights.bits=2", "sensitivity.score=diagonal"):
+    for again in ("weights.bits=2", "sensitivity.score=diagonal", "weights.tune=7", "weights.distill=9",
+                  "weights.descent=1"):  # candidates know nothing of what comes after the first rounding
         assert found(tiny, short, cache, again) == first
     assert found(open_model(tiny_folder), short, cache) == first
     for other in ("sensitivity.bits=[3]", "weights.group_size=64", "seed=1"):
