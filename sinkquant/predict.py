@@ -19,9 +19,9 @@ from sinkquant.detect.survey import batch_rows
 from sinkquant.errors import RequestError
 from sinkquant.evaluate.divergence import LOGITS_BYTES, POSITIONS
 from sinkquant.models import Decoder
-from sinkquant.models.memory import LARGE
 from sinkquant.models.alone import in_groups
 from sinkquant.models.experts import fused_parameters
+from sinkquant.models.memory import LARGE
 from sinkquant.pace import measure
 from sinkquant.quantize.distill import LOGITS_BYTES as DISTILL_LOGITS
 from sinkquant.quantize.distill import ROWS as DISTILL_ROWS

@@ -69,7 +69,8 @@ def mechanisms(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> list[Mec
     """All kinds of protection under the recipe's formats.
 
     Raises:
-        RequestError: the recipe has a budget that is solved for, or quantizes neither weights nor cache, or does not fit the model.
+        RequestError: the recipe has a budget that is solved for, or quantizes neither weights nor cache, or does not
+            fit the model.
     """
     found: list[Mechanism] = []
     weights = unprotected(recipe)

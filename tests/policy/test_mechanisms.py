@@ -85,7 +85,8 @@ def test_what_a_model_or_a_recipe_cannot_have_is_named() -> None:
     assert {where for _, where in asked("kv_cache=null")} == {"weights"}
     static = asked("activations.format=int8", "activations.scale=tensor", "weights.bits=8", "weights.group_size=-1")
     assert static["static ranges without the sinks", "weights"].aware.modules[DOWN].activation_scale == "token"
-    for wrong, words in ((["budget.loss=0.1"], "budget.solver=even, or leave the budget out"), (["weights.group_size=48"], "does not divide"),
+    for wrong, words in ((["budget.loss=0.1"], "budget.solver=even, or leave the budget out"),
+                         (["weights.group_size=48"], "does not divide"),
                          (["weights.ignore=['*']", "kv_cache={key_bits: 16, value_bits: 16}"], "nothing to protect")):
         with pytest.raises(RequestError, match=words):
             asked(*wrong)
