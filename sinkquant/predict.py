@@ -216,6 +216,7 @@ class _Job:
         length = min(settings.length, longest)
         tokens, batch = settings.rows * length, settings.batch_size * length
         small = batch * self.hidden * self.item < LARGE
+        solved = {*settings.methods} != {"rtn"} if settings.methods else self.recipe.weights.method != "rtn"
         seen, solve = 0.0, 0.0
         for block in self.linears:
             free = [(_input(linear, i), linear) for i, linear in enumerate(block) if not linear.fixed]
@@ -225,7 +226,7 @@ class _Job:
                          for i, (_, linear) in enumerate(free)}.values())
             wide += max((2 * (linear.rows + linear.columns) for _, linear in free if linear.part_of), default=0)
             seen = max(seen, float(tokens * wide * self.item))
-            solve = max([solve, *(max(12.0 * linear.columns ** 2, (4.0 + (40 if self.calibrated else 0))
+            solve = max([solve, *(max(12.0 * linear.columns ** 2, (4.0 + (40 if solved else 0))
                                       * linear.columns ** 2 + 16 * linear.parameters + 12 * batch * linear.rows)
                                   for _, linear in free)])
         peaks = [self._walked_back(tokens, batch, length) + seen + max(solve, self._graph(batch, length))]

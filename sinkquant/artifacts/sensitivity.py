@@ -60,12 +60,15 @@ class UnitSensitivity(Strict):
     placed: bool = True
     losses: list[FormatLoss]
 
-    def loss(self, form: WeightFormat) -> FormatLoss | None:
-        """What a format costs, or None where it was no candidate. What inputs are rounded to makes no difference."""
+    def loss(self, form: WeightFormat, method: Method | None = None) -> FormatLoss | None:
+        """What a format costs by a method, or by the best of those that were tried where it is not among them; None
+        where the format was no candidate. What inputs are rounded to makes no difference."""
         if form.kind != "int" or form.storage not in (PLAIN, "gptq"):
             return None
         weights = WeightFormat(form.bits, form.group_size, columns=form.columns, scalars=form.scalars)
-        return next((loss for loss in self.losses if loss.form == weights), None)
+        alike = [loss for loss in self.losses if loss.form == weights]
+        mine = [loss for loss in alike if loss.method == method]
+        return min(mine or alike, key=lambda loss: loss.terms.total, default=None)
 
 
 class KVLoss(Strict):

@@ -63,7 +63,7 @@ def solve(base: dict[str, Choice], shape: ModelShape, sink_map: SinkMap, recipe:
     choices = dict(base)
     for unit, forms, option in zip(free.units, free.options, solved.chosen, strict=False):
         for name in unit.modules:
-            choices[name] = replace(_in_format(base[name], forms[option]),
+            choices[name] = replace(_by_best(_in_format(base[name], forms[option]), unit, forms[option]),
                                     reason=sentence(unit, forms[option], sensitivity, base[name].why if
                                                     forms[option].split else reasons.get(name, "")))
     _check_engine(choices, shape, recipe.budget)
@@ -85,6 +85,12 @@ def _in_format(choice: Choice, form: WeightFormat) -> Choice:
     if form.packed:
         return replace(choice, bits=form.bits, group_size=form.group_size)
     return replace(choice, bits=16, group_size=None, method="none", keep=None, columns=(), scalars=())
+
+
+def _by_best(choice: Choice, unit: UnitSensitivity, form: WeightFormat) -> Choice:
+    """The choice by the method that loses least in its format: methods differ in no byte."""
+    loss = unit.loss(form)
+    return choice if loss is None else replace(choice, method=loss.method)
 
 
 class Problem:
@@ -120,7 +126,7 @@ class Problem:
         choice = self.base[unit.modules[0]].form
         tried = [loss.form for loss in unit.losses if not loss.form.split or (loss.columns, loss.scalars) == (
             choice.columns, choice.scalars)]
-        loads = [form for form in tried if all(
+        loads = [form for form in dict.fromkeys(tried) if all(
             engine_loads(self.recipe.budget.engine, self._stored(name, form), self.shape.linears[name])
             for name in unit.modules)]
         return [*loads, EXACT]
@@ -227,7 +233,7 @@ def _added_up(units: list[UnitSensitivity]) -> UnitSensitivity:
 
     losses = []
     for first in units[0].losses:
-        alike = [loss for unit in units if (loss := unit.loss(first.form)) is not None]
+        alike = [loss for unit in units if (loss := unit.loss(first.form, first.method)) is not None]
         if len(alike) == len(units):
             measured = [loss.measured for loss in alike if loss.measured is not None]
             losses.append(first.model_copy(update={

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from sinkquant.artifacts import FormatLoss, Plan, PredictedLoss, Sensitivity, UnitSensitivity
 from sinkquant.artifacts.formats import WeightFormat
+from sinkquant.artifacts.plan import Method
 from sinkquant.errors import RequestError
 from sinkquant.policy.kv_budget import expected_kv_loss
 
@@ -22,9 +23,14 @@ class ExpectedLoss:
     unknown: list[str]
 
 
-def expect_loss(formats: Mapping[str, WeightFormat], sensitivity: Sensitivity) -> ExpectedLoss:
+def expect_loss(formats: Mapping[str, WeightFormat], sensitivity: Sensitivity,
+                methods: Mapping[str, Method] | None = None) -> ExpectedLoss:
     """What formats cost together: the sum over units, to second order. 16 bits cost nothing; smaller groups than were
-    tried cost what the smallest tried ones do."""
+    tried cost what the smallest tried ones do.
+
+    Args:
+        methods: module -> how it is rounded; without it the best method that was tried.
+    """
     total = sinks = 0.0
     unknown = []
     known = {name for unit in sensitivity.units for name in unit.modules}
@@ -32,7 +38,7 @@ def expect_loss(formats: Mapping[str, WeightFormat], sensitivity: Sensitivity) -
         form = formats[unit.modules[0]]
         if not form.packed:
             continue
-        loss = loss_of(unit, form)
+        loss = loss_of(unit, form, None if methods is None else methods[unit.modules[0]])
         if loss is None:
             unknown += unit.modules
         else:
@@ -42,9 +48,10 @@ def expect_loss(formats: Mapping[str, WeightFormat], sensitivity: Sensitivity) -
     return ExpectedLoss(total, sinks, unknown)
 
 
-def loss_of(unit: UnitSensitivity, form: WeightFormat) -> FormatLoss | None:
-    """What a format costs, or at most costs; None where neither is known, and for 16 bits."""
-    return unit.loss(form) or _of_larger_groups(unit, form)
+def loss_of(unit: UnitSensitivity, form: WeightFormat, method: Method | None = None) -> FormatLoss | None:
+    """What a format costs by a method (None: the best), or at most costs; None where neither is known, and for 16
+    bits."""
+    return unit.loss(form, method) or _of_larger_groups(unit, form)
 
 
 def _of_larger_groups(unit: UnitSensitivity, form: WeightFormat) -> FormatLoss | None:
@@ -53,7 +60,8 @@ def _of_larger_groups(unit: UnitSensitivity, form: WeightFormat) -> FormatLoss |
         return None
     larger = [loss for loss in unit.losses if loss.bits == form.bits and not loss.form.split
               and (loss.group_size == -1 or loss.group_size > (form.group_size or 0))]
-    return min(larger, key=lambda loss: math.inf if loss.group_size == -1 else loss.group_size, default=None)
+    return min(larger, key=lambda loss: (math.inf if loss.group_size == -1 else loss.group_size, loss.terms.total),
+               default=None)
 
 
 def with_expected_loss(plan: Plan, sensitivity: Sensitivity, gap: float | None = None) -> Plan:
@@ -70,7 +78,8 @@ def with_expected_loss(plan: Plan, sensitivity: Sensitivity, gap: float | None =
     if foreign:
         raise RequestError(f"the sensitivities are of another model: the plan has no {foreign[0]}; make them for this "
                            "one.")
-    found = expect_loss({name: decision.form for name, decision in plan.modules.items()}, sensitivity)
+    found = expect_loss({name: decision.form for name, decision in plan.modules.items()}, sensitivity,
+                        {name: decision.method for name, decision in plan.modules.items()})
     predicted = dict(plan.predicted)
     notes = list(plan.notes)
     if gap is not None:
@@ -106,6 +115,7 @@ def _left_out(plan: Plan, cache_known: bool) -> list[str]:
 
 def _of_unit(unit: UnitSensitivity, plan: Plan) -> PredictedLoss | None:
     """What a unit's format in the plan is predicted to lose; None where that is not known, or nothing."""
-    loss = loss_of(unit, plan.modules[unit.modules[0]].form)
+    decision = plan.modules[unit.modules[0]]
+    loss = loss_of(unit, decision.form, decision.method)
     return None if loss is None else PredictedLoss(modules=unit.modules, total=loss.terms.total,
                                                    sinks=loss.terms.sinks)

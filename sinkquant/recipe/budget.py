@@ -54,7 +54,8 @@ class Budget(Section):
 
 class SensitivitySettings(Section):
     """How it is found out what a format costs in a linear: for every number of `bits` and every one of `group_sizes`
-    (empty: `weights.group_size`), on `rows` x `length` tokens of the calibration text, by one walk back.
+    (empty: `weights.group_size`), rounded by every one of `methods` (empty: `weights.method`), on `rows` x `length`
+    tokens of the calibration text, by one walk back.
 
     `measure_rows`: measure every candidate too, by forward passes over so many rows of `measure_length` tokens; 0:
     trust the walk. `score` "diagonal" lets the solver see what tools see that sum over all tokens and channels at once.
@@ -67,6 +68,7 @@ class SensitivitySettings(Section):
     batch_size: int = Field(default=8, ge=1)
     bits: list[Annotated[int, Field(ge=2, le=8)]] = Field(default=[2, 3, 4, 5, 6, 7, 8], min_length=1)
     group_sizes: list[GroupSize] = Field(default_factory=list)
+    methods: list[Literal["rtn", "gptq"]] = Field(default_factory=list)
     measure_rows: int = Field(default=0, ge=0)
     measure_length: int = Field(default=64, ge=2)
     score: Literal["second-order", "diagonal"] = "second-order"

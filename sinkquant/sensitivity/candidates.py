@@ -50,6 +50,7 @@ def units_of(decoder: Decoder, recipe: Recipe, sink_map: SinkMap) -> list[Unit]:
         RequestError: no group size divides the columns of some linear.
     """
     sizes = list(dict.fromkeys(recipe.sensitivity.group_sizes or [recipe.weights.group_size]))
+    methods = tuple(dict.fromkeys([*recipe.sensitivity.methods])) or (recipe.weights.method,)
     shape = decoder.shape("")
     beside = _beside(shape, recipe, sink_map)
     layers: dict[str, list[str]] = {}
@@ -69,8 +70,9 @@ def units_of(decoder: Decoder, recipe: Recipe, sink_map: SinkMap) -> list[Unit]:
         if not fitting:
             raise RequestError(f"no group size of {sizes} divides the {max(columns)} input columns of {members[0]}; "
                                "change weights.group_size or sensitivity.group_sizes.")
-        candidates = tuple(Candidate(bits, size, recipe.weights.method, *kept)
+        candidates = tuple(Candidate(bits, size, method, *kept)
                            for bits in sorted(set(recipe.sensitivity.bits)) for size in fitting
+                           for method in methods
                            for kept in dict.fromkeys([((), ()), beside.get(members[0], ((), ()))]))
         found.append(Unit(members, shape.linears[members[0]].block, candidates, owner))
     order = {name: place for place, name in enumerate(shape.linears)}

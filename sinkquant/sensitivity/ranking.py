@@ -13,10 +13,10 @@ from sinkquant.artifacts import FormatLoss, Ranking, Terms, UnitSensitivity
 def ranking(units: Sequence[UnitSensitivity]) -> Ranking:
     """Spearman's rank correlations over all units and formats that were measured."""
     pairs = [(loss.predicted, loss.measured) for unit in units for loss in unit.losses if loss.measured is not None]
-    formats: dict[tuple[int, int], list[FormatLoss]] = {}
+    formats: dict[tuple[int, int, str], list[FormatLoss]] = {}
     for unit in units:
         for loss in unit.losses:
-            formats.setdefault((loss.bits, loss.group_size), []).append(loss)
+            formats.setdefault((loss.bits, loss.group_size, loss.method), []).append(loss)
     among = [found for losses in formats.values() if (found := _spearman(
         [(loss.predicted, loss.measured) for loss in losses if loss.measured is not None], "total")) is not None]
     measured = sum(two.total for _, two in pairs)

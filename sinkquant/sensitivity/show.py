@@ -22,7 +22,8 @@ def table(found: Sensitivity) -> Table:
         shown.add_column(f"{bits} bits{f', {group}' if several else ''}", justify="right", no_wrap=True)
     shown.add_column("through sinks", justify="right")
     for unit in found.units:
-        cells = {(loss.bits, loss.group_size): loss.terms for loss in unit.losses}
+        best = sorted(unit.losses, key=lambda loss: -loss.terms.total)  # the last one of a format stays
+        cells = {(loss.bits, loss.group_size): loss.terms for loss in best}
         first = unit.losses[0].terms
         shown.add_row(escape(_name(unit)), *(f"{1000 * cells[form].total:.2g}" if form in cells else ""
                                              for form in forms),

@@ -178,6 +178,26 @@ def test_a_budget_of_bits_alone_is_spent_evenly_as_ever_and_one_of_bytes_too() -
         make_plan(SHAPE, SINKS, recipe.replace(["budget.bits=null", "budget.bytes=50000"]))
 
 
+def test_every_linear_takes_the_method_that_loses_less_in_its_format() -> None:
+    costs = sensitivity_of(SHAPE)
+    units = []
+    for unit in costs.units:  # a second method, better in one linear and worse in all others
+        factor = 0.5 if unit.modules == [DOWN] else 2.0
+        other = [loss.model_copy(update={"method": "gptq", "predicted": Terms(**{
+            term: factor * value for term, value in loss.predicted.model_dump().items()})}) for loss in unit.losses]
+        units.append(unit.model_copy(update={"losses": [*unit.losses, *other]}))
+    both = costs.model_copy(update={"units": units})
+    recipe = Recipe().replace(["weights.group_size=32", "weights.method=rtn", "budget.solver=sensitivity",
+                               "budget.bits=4.5", "sensitivity.methods=[rtn, gptq]"])
+    plan = make_plan(SHAPE, SINKS, recipe, both)
+    methods = {name: decision.method for name, decision in plan.modules.items()}
+    assert methods == {name: "gptq" if name == DOWN else "rtn" for name in methods}
+    assert plan.predicted["kl"] < make_plan(SHAPE, SINKS, recipe, costs).predicted["kl"]
+    fixed = make_plan(SHAPE, SINKS, recipe.replace(["budget={}", "weights.bits=4"]), both)  # no choice of method there
+    assert fixed.predicted["kl"] == pytest.approx(sum(unit.losses[2].predicted.total for unit in costs.units))
+    assert {loss.bits for unit in costs.units for loss in unit.losses[2:3]} == {4}
+
+
 def test_the_diagonal_score_is_what_the_solver_sees_where_it_is_asked_for() -> None:
     upside_down = solved("budget.bits=5", "sensitivity.score=diagonal")
     assert upside_down.modules[DOWN].form == next(

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sinkquant import Recipe, find_sensitivity
-from sinkquant.artifacts import Calibration, Sensitivity
+from sinkquant.artifacts import Calibration, Sensitivity, UnitSensitivity
 from sinkquant.models import Decoder, Walk, token_rows
 from sinkquant.models.backward import steps_back
 from sinkquant.quantize.rtn import RTN
@@ -130,12 +130,23 @@ def test_weights_that_are_stored_otherwise_are_measured_like_any_other(family: s
             assert 0.3 < loss.predicted.total / loss.measured.total < 3, unit.modules[0]
 
 
-def test_gptq_candidates_lose_less_than_rounding(text: Path) -> None:
+def test_gptq_candidates_lose_less_than_rounding_and_both_may_be_tried_at_once(text: Path) -> None:
     model = sharp(tiny_model("llama", num_hidden_layers=1))
-    totals = [sum(unit.losses[0].predicted.total for unit in find_sensitivity(
-        model, tiny_tokenizer(), sink_map_of(Decoder.of(model)),
-        small(text, f"weights.method={method}", "sensitivity.bits=[3]")).units) for method in ("gptq", "rtn")]
+
+    def units(*assignments: str) -> list[UnitSensitivity]:
+        return find_sensitivity(model, tiny_tokenizer(), sink_map_of(Decoder.of(model)),
+                                small(text, "sensitivity.bits=[3]", *assignments)).units
+
+    gptq, rtn = units("weights.method=gptq"), units("weights.method=rtn")
+    totals = [sum(unit.losses[0].predicted.total for unit in found) for found in (gptq, rtn)]
     assert totals[0] < totals[1]
+    both = units("weights.method=gptq", "sensitivity.methods=[rtn, gptq]")
+    assert [unit.losses for unit in both] == [[*one.losses, *other.losses]
+                                              for one, other in zip(rtn, gptq, strict=True)]
+    for unit in both:
+        best = unit.loss(unit.losses[0].form)
+        assert best is min(unit.losses, key=lambda loss: loss.predicted.total)
+        assert [unit.loss(loss.form, loss.method) for loss in unit.losses] == unit.losses
 
 
 def test_a_replay_in_the_walk_back_is_seen_by_the_statistics_that_weigh_by_attention(tiny) -> None:
