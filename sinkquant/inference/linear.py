@@ -15,6 +15,8 @@ from sinkquant.quantize.side import Side
 
 CHUNK = 1 << 20
 """Weights that are made dense at a time."""
+ALIGNMENT = 64
+"""Bytes: where torch's allocator lets every tensor begin."""
 
 
 class KernelLinear(nn.Module):
@@ -40,7 +42,7 @@ class KernelLinear(nn.Module):
         self.kernel, self.int4, self.transposed, self.bias = kernel, int4, transposed, bias
         self.has_side = weight.side is not None
         if kernel.name == "int8":
-            self.register_buffer("codes", weight.codes.contiguous())
+            self.register_buffer("codes", aligned(weight.codes.contiguous()))
             self.register_buffer("scale", weight.scale[:, 0].to(torch.bfloat16))
         else:
             self._register_planes(weight, zeros)
@@ -77,7 +79,8 @@ class KernelLinear(nn.Module):
     def _kernel_product(self, flat: torch.Tensor) -> torch.Tensor:
         """Parts are added in float32, so that the sum is rounded once; a single part is bfloat16."""
         if self.kernel.name == "int8":
-            parts = [torch._weight_int8pack_mm(flat, self.get_buffer("codes"), self.get_buffer("scale"))]
+            parts = [torch._weight_int8pack_mm(aligned(flat), aligned(self.get_buffer("codes")),
+                                               self.get_buffer("scale"))]
         else:
             parts = [self.int4.product(flat, self.get_buffer(f"words_{index}"), self.kernel.group,
                                        self.get_buffer(f"scales_{index}")) for index in range(self.kernel.planes)]
@@ -135,3 +138,9 @@ class KernelLinear(nn.Module):
             total = dense if total is None else total + dense
         assert total is not None
         return total
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied if it begins in the middle of a vector, as one in a mapped file or a part of another may.
+    torch's int8 kernel for AVX-512 ends the process on such inputs and codes."""
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()

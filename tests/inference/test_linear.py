@@ -145,3 +145,22 @@ def test_predicted_bits_are_those_in_memory() -> None:
         weight = weight_of(bits, 1 if group == -1 else 256 // group, 64, 256)
         linear = KernelLinear(weight, kernel, INT4)
         assert sum(buffer.nbytes for buffer in linear.buffers()) * 8 == kernel.bits(256) * 64 * 256
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_and_inputs_may_begin_anywhere_in_memory(bits: int) -> None:
+    """As they do in a mapped file; torch's int8 kernel for AVX-512 ends the process where it meets such a tensor."""
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        octets = torch.empty(tensor.nbytes + 128, dtype=torch.uint8)
+        start = -octets.data_ptr() % 64 + 4
+        return octets[start:start + tensor.nbytes].view(tensor.dtype).reshape(tensor.shape).copy_(tensor)
+
+    weight = weight_of(bits, 1)
+    kernel = kernel_for(WeightFormat(bits, -1), 192)
+    assert not isinstance(kernel, str)
+    linear = KernelLinear(PackedWeight(moved(weight.codes), weight.scale, bits), kernel, INT4)
+    for name, buffer in linear.named_buffers():
+        linear.register_buffer(name, moved(buffer))  # as a loader that maps a file may put them there
+    inputs = torch.randn(5, 192, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = inputs.double() @ reference(weight, None).T
+    assert far(linear(moved(inputs)), expected) < BFLOAT16
