@@ -170,6 +170,8 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
         else:
             if not plan_only:
                 predicted = with_seconds(predicted, decoder, recipe, tokenizer)
+                if sink_map is not None:  # nothing is left to detect in the model itself
+                    predicted.seconds.pop("detect", None)
                 LOG.info("predicted: %s", ", ".join(f"{stage} {took:.0f} s" for stage, took in
                                                     predicted.seconds.items()))
             job = _Job(recipe, str(model), folder, tokenizer, work, trust_remote_code, progress, predicted, sink_map,

@@ -42,6 +42,9 @@ def test_predicted_and_measured_loss_of_every_plan_stand_in_the_report(
         assert size.predicted == pytest.approx(size.measured, rel=0.01)
         assert size.predicted == plan.weight_bytes
     assert plans["sink_aware"].predicted["kl"] <= plans["control"].predicted["kl"]
+    stages = {one.quantity for one in report.forecasts if one.row == "run"}
+    assert "seconds to quantize control" in stages
+    assert "seconds to detect" not in stages  # the sink map was given
     assert "predicted" in (output / "report.md").read_text(encoding="utf-8")
     shown = call("diff", output, output / "plan-control.json", "--json")
     assert shown.code == 0, shown.err
