@@ -20,6 +20,10 @@ from sinkquant.quantize.rtn import RTN
 from sinkquant.quantize.split import Solve, Split
 
 
+TOGETHER = 1 << 24
+"""Weights whose error is taken in one product with the Hessian."""
+
+
 def quantize_module(decoder: Decoder, name: str, decision: ModuleDecision, plan: Plan, made: QuantizedBlock,
                     seen: Hessian | None) -> None:
     """Prune and quantize one module as a plan decides, and note the result in `made`.
@@ -82,7 +86,8 @@ def relative_error(weight: torch.Tensor, new: torch.Tensor, hessian: torch.Tenso
     """trace(dW H dW^T) / trace(W H W^T); H is the identity where none was taken."""
     metric = None if hessian is None else hessian.float()
     error, total = 0.0, 0.0
-    for rows in row_chunks(weight):
+    # Few rows would read the whole Hessian for little work.
+    for rows in row_chunks(weight) if metric is None else row_chunks(weight, TOGETHER):
         before = weight[rows].float()
         error += _norm(new[rows].float() - before, metric)
         total += _norm(before, metric)

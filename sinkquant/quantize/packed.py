@@ -72,8 +72,9 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (codes.reshape(*scale.shape, -1).float() * scale.float()[..., None]).reshape(codes.shape)
 
 
-def row_chunks(weight: torch.Tensor) -> list[slice]:
-    """Slices of rows that are small enough for what is computed from them to stay in a processor's cache."""
+def row_chunks(weight: torch.Tensor, values: int = CHUNK) -> list[slice]:
+    """Slices of rows of so many values, by default few enough for what is computed from them to stay in a processor's
+    cache."""
     rows, columns = weight.shape
-    step = max(1, CHUNK // columns)
+    step = max(1, values // columns)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
