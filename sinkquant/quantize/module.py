@@ -19,7 +19,6 @@ from sinkquant.quantize.pruning import Pruned, prune, still_pruned, unheard
 from sinkquant.quantize.rtn import RTN
 from sinkquant.quantize.split import Solve, Split
 
-
 TOGETHER = 1 << 24
 """Weights whose error is taken in one product with the Hessian."""
 
