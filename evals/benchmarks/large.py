@@ -82,8 +82,8 @@ def make(shape: str, folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def run(folder: Path, out: Path, method: str, rows: int, length: int, skip_detect: bool,
-        search: bool) -> dict[str, float | str]:
+def run(folder: Path, out: Path, method: str, rows: int, length: int, skip_detect: bool, search: bool,
+        more: list[str]) -> dict[str, float | str]:
     """Detect, plan, quantize to disk. Seconds and peak bytes above the interpreter after every stage; a line for every
     block on the way. Without detection the plan is made from the headers, and no token is weighed."""
     import sinkquant as sq
@@ -102,7 +102,7 @@ def run(folder: Path, out: Path, method: str, rows: int, length: int, skip_detec
                                      "imports_peak_bytes": _peak()}
     recipe = sq.Recipe.load("w4a16-sink").replace(
         [f"weights.method={method}", f"calibration.rows={rows}", f"calibration.length={length}",
-         f"weights.scale_search={search}", "evaluate.skip=true"])
+         f"weights.scale_search={search}", "evaluate.skip=true", *more])
     tokenizer, sink_map = load_tokenizer(folder), None
     decoder = Decoder.of(open_model(folder))
     found |= {f"predicted_{stage}_peak_bytes": size + _peak() for stage, size in
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--skip-detect", action="store_true", help="plan from the headers alone")
     parser.add_argument("--kills", type=int, default=3)
-    parser.add_argument("--set", action="append", default=[], help="resume: settings of the recipe")
+    parser.add_argument("--set", action="append", default=[], help="run, resume: settings of the recipe")
     parser.add_argument("--search", action="store_true", help="search the scales: less loss, much slower")
     given = parser.parse_args()
     if given.action == "make":
@@ -183,7 +183,7 @@ def main() -> None:
         print(json.dumps(resume(Path(given.source), given.target, given.kills, given.set)))
     else:
         print(json.dumps(run(Path(given.source), given.target, given.method, given.rows, given.length,
-                             given.skip_detect, given.search)))
+                             given.skip_detect, given.search, given.set)))
 
 
 if __name__ == "__main__":

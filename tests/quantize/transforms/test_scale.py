@@ -206,5 +206,5 @@ def test_scales_are_refused_under_several_processes(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ranks, "this_rank", lambda: (0, 2))
     decoder = Decoder.of(tiny)
     ranks.my_rows(CALIBRATION, planned(decoder, "weights.rotate=full"))
-    with pytest.raises(RequestError, match=r"weights\.smooth, protect\.channels=scale"):
+    with pytest.raises(RequestError, match=r"weights\.smooth and protect\.channels=scale"):
         ranks.my_rows(CALIBRATION, planned(decoder, "weights.smooth=awq"))
