@@ -62,7 +62,7 @@ def load_packed(path: Path, dtype: torch.dtype | str = "auto", device: str = "cp
         raise RequestError(f"{path} holds no packed weights; quantize it first, or load it without packed=True.")
     check_readable(path, settings)
     int4 = int4_on(torch.device(device))
-    map_large()  # what packing leaves behind would stay resident, as much again as the packed model
+    map_large()  # more of what packing leaves behind would stay resident
     with loading_errors(path), no_bars():
         model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, output_loading_info=True)
         require_complete(path, info)

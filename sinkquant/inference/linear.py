@@ -84,7 +84,7 @@ class KernelLinear(nn.Module):
         else:
             parts = [self.int4.product(flat, self.get_buffer(f"words_{index}"), self.kernel.group,
                                        self.get_buffer(f"scales_{index}")) for index in range(self.kernel.planes)]
-        side = self.side if self.has_side else None  # looking among the buffers takes 2 % of a small step
+        side = self.side
         if side is None and len(parts) == 1:
             return parts[0][:, :self.out_features]
         product = sum(parts[1:], parts[0].float())[:, :self.out_features]
@@ -100,6 +100,8 @@ class KernelLinear(nn.Module):
     @property
     def side(self) -> Side | None:
         """What stands beside the codes."""
+        if not self.has_side:  # looking among the buffers takes 2 % of a small step
+            return None
         return Side.of(dict(self._buffers), self.out_features, torch.bfloat16)
 
     @property

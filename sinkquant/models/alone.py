@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import torch
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from sinkquant.errors import RequestError
 from sinkquant.models.edits import Edit
-from sinkquant.models.experts import ExpertLinear
+from sinkquant.models.experts import ExpertLinear, by_expert
 from sinkquant.models.shards import StoredTensor
-from sinkquant.models.source import WeightSource, is_finite
+from sinkquant.models.source import WeightSource, require_finite
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,7 @@ class StoredPart:
             RequestError: it holds NaN or Inf.
         """
         values = self.tensor[...].to(self.dtype)
-        if not is_finite(values):
-            raise RequestError(f"the weight {self.name} holds NaN or Inf; the checkpoint is broken, get it again.")
+        require_finite(self.name, values)
         return values if self.edit is None else self.edit(values)
 
 
@@ -60,12 +58,9 @@ def stored_parts(source: WeightSource, parts: Mapping[str, ExpertLinear]) -> dic
 def in_groups(parts: Mapping[str, ExpertLinear], most: int) -> list[list[str]]:
     """The names of some projections: whole experts, one after the other, that have no more than `most` weights
     together, or one expert that has more."""
-    experts: dict[tuple[str, int], list[str]] = {}
-    for name, part in parts.items():
-        experts.setdefault((part.owner, part.index), []).append(name)
     groups: list[list[str]] = []
     together = 0
-    for names in experts.values():
+    for names in by_expert(parts).values():
         weights = sum(parts[name].weight.numel() for name in names)
         together += weights
         if groups and together <= most:

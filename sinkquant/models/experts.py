@@ -8,6 +8,7 @@ packed experts is one that plain transformers loads.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +90,14 @@ def expert_linears(model: PreTrainedModel, blocks: tuple[str, ...]) -> dict[str,
                     for place, part in enumerate(parts[name]):
                         found[part.replace("*", str(index))] = ExpertLinear(
                             owner, module, leaf, index, place * rows, rows, "down" if "down" in leaf else "up")
+    return found
+
+
+def by_expert(parts: Mapping[str, ExpertLinear]) -> dict[tuple[str, int], list[str]]:
+    """(module of the layer's experts, expert) -> the names of its projections, all in the order of `parts`."""
+    found: dict[tuple[str, int], list[str]] = {}
+    for name, part in parts.items():
+        found.setdefault((part.owner, part.index), []).append(name)
     return found
 
 

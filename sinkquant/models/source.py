@@ -267,8 +267,8 @@ class WeightSource:
             raise SinkquantError(f"{self.folder}: {next(iter(info.conversion_errors.values()))}")
         for name in names:
             tensor = self.model.get_parameter_or_buffer(name)
-            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and not is_finite(tensor.data):
-                raise RequestError(f"the weight {name} holds NaN or Inf; the checkpoint is broken, get it again.")
+            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+                require_finite(name, tensor.data)
         for name, edit in self.edits.items():  # of all that was read, what shares a tensor on disk included
             if not keys.keys().isdisjoint(self.keys[name]):
                 parameter = self.model.get_parameter(name)
@@ -286,9 +286,15 @@ class WeightSource:
         return info
 
 
-def is_finite(tensor: torch.Tensor) -> bool:
-    """NaN and Inf show in the minimum and the maximum: no mask of the tensor's size is needed."""
-    return tensor.numel() == 0 or all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor))
+def require_finite(name: str, weight: torch.Tensor) -> None:
+    """Refuse a weight that was just read if it holds NaN or Inf. They show in the minimum and the maximum: no mask of
+    the tensor's size is needed.
+
+    Raises:
+        RequestError: it does.
+    """
+    if weight.numel() and not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(weight)):
+        raise RequestError(f"the weight {name} holds NaN or Inf; the checkpoint is broken, get it again.")
 
 
 def _groups(folder: Path, quantization: Any, stored: dict[str, StoredTensor]) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ import torch
 
 from sinkquant.models.alone import stored_parts
 from sinkquant.models.decoder import Decoder
+from sinkquant.models.experts import by_expert
 from sinkquant.models.source import WeightSource
 
 PIECE = 1 << 25
@@ -21,8 +22,8 @@ def pieces(decoder: Decoder, name: str) -> Iterator[tuple[int, torch.Tensor]]:
     if source is None or not tensor.is_meta:
         yield 0, tensor.data
         return
-    if name in {part.parameter for part in decoder.experts.values()} and (found := _experts(decoder, source, name)):
-        yield from found
+    if experts := _experts(decoder, source, name):
+        yield from experts
         return
     stored = source.stored(name)
     if stored is None or tensor.dim() < 2:
@@ -36,12 +37,10 @@ def pieces(decoder: Decoder, name: str) -> Iterator[tuple[int, torch.Tensor]]:
 
 
 def _experts(decoder: Decoder, source: WeightSource, name: str) -> Iterator[tuple[int, torch.Tensor]] | None:
-    """A fused parameter expert by expert; None where that cannot be done."""
+    """A fused parameter expert by expert; None where that cannot be done, or it is none."""
     mine = {part: one for part, one in decoder.experts.items() if one.parameter == name}
     found = stored_parts(source, mine)
-    if len(found) < len(mine):
+    if not mine or len(found) < len(mine):
         return None
-    experts: dict[int, list[str]] = {}
-    for part, one in mine.items():  # in the order of their rows
-        experts.setdefault(one.index, []).append(part)
-    return ((index, torch.cat([found[part].read() for part in parts])[None]) for index, parts in experts.items())
+    return ((index, torch.cat([found[part].read() for part in parts])[None])
+            for (_, index), parts in by_expert(mine).items())

@@ -6,6 +6,7 @@ import torch
 
 from sinkquant.artifacts import ModuleDecision, Plan
 from sinkquant.models import Decoder, Step
+from sinkquant.models.experts import by_expert
 from sinkquant.quantize.block import QuantizedBlock
 from sinkquant.quantize.experts import Routed, record
 from sinkquant.quantize.module import quantize_module
@@ -28,21 +29,19 @@ def quantize_experts(step: Step, decoder: Decoder, todo: dict[str, ModuleDecisio
     """One expert after the other, with its Hessians in memory alone; with several ranks, as many at a time as ranks."""
     rank, ranks = this_rank()
     for owner, one in routed.items():
-        experts: dict[int, dict[str, ModuleDecision]] = {}
-        for name, decision in todo.items():
-            if decoder.experts[name].owner == owner:
-                experts.setdefault(decoder.experts[name].index, {})[name] = decision
+        parts = {name: decoder.experts[name] for name in todo if decoder.experts[name].owner == owner}
+        experts = list(by_expert(parts).items())
         made.tokens[owner] = one.counts()
         for start in range(0, len(experts), ranks):
-            together = dict(list(experts.items())[start:start + ranks])
+            together = experts[start:start + ranks]
             hessians = {}
-            for index in together:
+            for (_, index), _ in together:
                 few = made.tokens[owner][index] < plan.calibration.min_expert_tokens
                 for role, hessian in one.hessians(index, weights, few, step.walk.device, step.walk.dtype).items():
                     hessians[f"{index} {role}"] = hessian
             add_up(hessians, dict.fromkeys(hessians, one.module), one.ideal is not None)
             solved = QuantizedBlock(step.index, step.name, {}, {})
-            decisions = {name: decision for members in together.values() for name, decision in members.items()}
+            decisions = {name: todo[name] for _, members in together for name in members}
             for place, (name, decision) in enumerate(decisions.items()):
                 if solver(place) == rank or decision.bits >= 16:
                     part = decoder.experts[name]

@@ -53,12 +53,11 @@ def tell(message: Any) -> Any:
 
 
 def my_rows(rows: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """This rank's share of the calibration rows, [at least 1, length].
+    """This rank's share of the calibration rows, [at least 1, length]. Capped statistics compare the tokens of a batch,
+    so that batches stay together for them.
 
     Raises:
         RequestError: fewer rows than ranks, or a setting whose result depends on which rows are together.
-
-    Capped statistics compare the tokens of a batch, so that batches stay together for them.
     """
     rank, ranks = this_rank()
     if ranks == 1:
