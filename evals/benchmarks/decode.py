@@ -6,9 +6,10 @@
 Makes a model of that shape with random weights, rounds it to `--bits` (a plan without sinks: kernels are measured) and
 runs every row in a process of its own, one after the other: load, a prompt, then greedy steps with a cache. Random
 weights are as fast as trained ones. "weights" counts the bytes of parameters and buffers that the model holds after its
-first steps, "USS" the memory that the process alone has then, above the interpreter with its imports. Tokens per second
-are those of the median step; processor seconds per token are what other work on the machine distorts least.
-`sinkquant-head8` rounds the embedding and the output head to 8 bits as well.
+first steps, "USS" the memory that the process alone has then, above the interpreter with its imports, and "load peak"
+the most that was resident until the model was loaded, pages of mapped files included. Tokens per second are those of the
+median step; processor seconds per token are what other work on the machine distorts least. `sinkquant-head8` rounds the
+embedding and the output head to 8 bits as well. `--shape moe-1b` is a mixture, whose experts count as linears.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -75,10 +77,11 @@ def measure(row: str, dense: Path, packed: Path, prompt: int, tokens: int) -> di
     from sinkquant.inference import KernelLinear
 
     process = psutil.Process()
-    before = process.memory_full_info().uss
+    before, peak = process.memory_full_info().uss, _peak()
     start = time.perf_counter()
     model = opened(row, dense, packed).eval()
-    found: dict[str, Any] = {"row": row, "load_seconds": time.perf_counter() - start}
+    found: dict[str, Any] = {"row": row, "load_seconds": time.perf_counter() - start,
+                             "load_peak_bytes": _peak() - peak}
     ids = torch.randint(3, 100, (1, prompt), generator=torch.Generator().manual_seed(0))
     model(ids[:, :1], use_cache=False)  # what is unpacked or packed anew at the first pass is no part of the prompt
     start = time.perf_counter()
@@ -98,9 +101,14 @@ def measure(row: str, dense: Path, packed: Path, prompt: int, tokens: int) -> di
     found["weight_bytes"] = sum(tensors.values()) + states
     linears = [module for name, module in model.named_modules()
                if isinstance(module, torch.nn.Linear | KernelLinear) and ".layers." in name]
+    fused = [parameter for parameter in model.parameters() if parameter.dim() == 3]
     found["linear_bytes"] = sum(t.nbytes for module in linears for t in (*module.parameters(), *module.buffers()))
-    found["linear_bytes"] += states
+    found["linear_bytes"] += states + sum(parameter.nbytes for parameter in fused)
     return found
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _state_bytes(module: Any) -> int:
@@ -113,7 +121,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown; ratios are to bf16."""
     base = next((row for row in rows if row["row"] == "bf16"), rows[0])
     lines = ["| | tokens/s | of bf16 | processor s/token | of bf16 | prompt, s | linears, MB | of bf16 "
-             "| all weights, MB | of bf16 | USS, MB |", "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
+             "| all weights, MB | of bf16 | USS, MB | load peak, MB |", "|---|" + "---:|" * 11]
     for row in rows:
         speed, work = row["tokens_per_second"], row["processor_seconds_per_token"]
         lines.append(
@@ -121,7 +129,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {work / base['processor_seconds_per_token']:.2f} | {row['prompt_seconds']:.2f} "
             f"| {row['linear_bytes'] / 1e6:,.0f} | {row['linear_bytes'] / base['linear_bytes']:.3f} "
             f"| {row['weight_bytes'] / 1e6:,.0f} | {row['weight_bytes'] / base['weight_bytes']:.3f} "
-            f"| {row['uss_bytes'] / 1e6:,.0f} |")
+            f"| {row['uss_bytes'] / 1e6:,.0f} | {row['load_peak_bytes'] / 1e6:,.0f} |")
     return "\n".join(lines)
 
 

@@ -37,7 +37,12 @@ SHAPES = {
                          "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
                          "tie_word_embeddings": True},
     "llama-8b": LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-                         "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}}
+                         "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False},
+    "moe-1b": LLAMA | {"model_type": "qwen3_moe", "vocab_size": 32768, "hidden_size": 1024, "intermediate_size": 3072,
+                       "moe_intermediate_size": 512, "num_experts": 32, "num_experts_per_tok": 4,
+                       "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64,
+                       "tie_word_embeddings": True}}
+"""Of Llama where no other family is named. "moe-1b" has 0.81 billion weights of experts and 0.08 billion others."""
 SHARD = 1 << 30
 POOL = (1 << 24) + 3
 """Random values that weights are made of, one tensor after the other; odd, so that rows differ."""
@@ -50,12 +55,12 @@ def make(shape: str, folder: Path) -> None:
 
     from sinkquant.models import resolve
 
-    config = AutoConfig.for_model("llama", **SHAPES[shape])
+    config = AutoConfig.for_model(**{"model_type": "llama"} | SHAPES[shape])
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.tie_weights()
     folder.mkdir(parents=True)
-    config.architectures = ["LlamaForCausalLM"]
+    config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(resolve("demo")).save_pretrained(folder)
     # A pool that is drawn once: sixteen billion normal numbers would take longer than what is to be measured.

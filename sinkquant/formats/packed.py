@@ -22,9 +22,10 @@ from sinkquant.formats.bars import no_bars
 from sinkquant.formats.opened import Inputs, check_readable, plain, read_json, require_complete
 from sinkquant.formats.optimum import load_by_optimum
 from sinkquant.formats.own import SinkquantQuantizer
+from sinkquant.formats.split import split_config
 from sinkquant.inference import PACKING, Int4, KernelLinear, Packing, int4_on, kernel_for, round_ends
 from sinkquant.models import cast_experts, check_finite
-from sinkquant.models.experts import EXPERTS
+from sinkquant.models.experts import expert_linears, fused_parameters
 from sinkquant.models.inputs import round_inputs
 from sinkquant.models.loading import loading_errors
 from sinkquant.models.memory import give_back, map_large
@@ -34,7 +35,11 @@ from sinkquant.quantize.unpack import unpack
 
 LOG = logging.getLogger("sinkquant")
 LEFT = "left in 16 bits by the checkpoint"
-FUSED = "fused experts: transformers computes with a layer's experts as one dense tensor"
+FUSED = "fused experts: only those of a gate, an up and a down projection without biases are told apart"
+
+KEPT = 1 << 28
+"""Bytes of what packing leaves behind after which they are given back to the system: the linears of experts are so
+small that the allocator keeps all of it."""
 
 
 def load_packed(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu",
@@ -64,11 +69,13 @@ def load_packed(path: Path, dtype: torch.dtype | str = "auto", device: str = "cp
     int4 = int4_on(torch.device(device))
     map_large()  # more of what packing leaves behind would stay resident
     with loading_errors(path), no_bars():
-        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(path, config=split_config(path), dtype=torch.bfloat16,
+                                                           output_loading_info=True)
         require_complete(path, info)
         model = model.to(device).eval()
         cast_experts(model)
         inputs = _replace(model, int4, head_bits)
+        _leave_file(model)
     check_finite(model)
     round_inputs(model, dict(model.named_modules()), inputs.args, inputs.scales, inputs.zero_points)
     del model.config.quantization_config
@@ -108,8 +115,9 @@ class _Found:
 @torch.no_grad()
 def _replace(model: PreTrainedModel, int4: Int4, head_bits: int) -> Inputs:
     """Put kernels in place of the packed linears, one after the other, and make dense what none takes."""
-    found = _Found()
-    for name, module in list(model.named_modules()):
+    found, waste = _Found(), 0
+    for name in [name for name, _ in model.named_modules()]:  # a list of the modules would keep all of them
+        module = model.get_submodule(name)
         form = _form_of(module)
         if form is None:
             if isinstance(module, nn.Linear | Conv1D):
@@ -128,13 +136,25 @@ def _replace(model: PreTrainedModel, int4: Int4, head_bits: int) -> Inputs:
         bias = None if module.bias is None else nn.Parameter(module.bias.detach(), requires_grad=False)
         linear = KernelLinear(weight, kernel, int4, bias, getattr(module, "transposed", False))
         model.set_submodule(name, linear.eval())
+        module.__dict__.pop("forward", None)  # compressed-tensors' own, a cycle that would keep the words
+        waste += 8 * linear.in_features * linear.out_features
+        if waste > KEPT:
+            give_back()
+            waste = 0
     _make_dense(model, found)
-    found.dense |= {name: FUSED for name, parameter in model.named_parameters()
-                    if parameter.dim() == 3 and EXPERTS.search(name)}
+    told_apart = {part.parameter for part in expert_linears(model).values()}
+    found.dense |= {name: LEFT if name in told_apart else FUSED for name in fused_parameters(model)}
     ends, end_bytes = round_ends(model, int4) if head_bits == 8 else ({}, 0)
     dense = {name: why for name, why in found.dense.items() if name not in ends}
     setattr(model, PACKING, Packing.of(model, dense, found.stored, ends, end_bytes))
     return found.inputs
+
+
+def _leave_file(model: PreTrainedModel) -> None:
+    """Copy what is still a view of a mapped file, whose pages all count as this process's memory while one is left."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.untyped_storage().resizable():
+            tensor.data = tensor.data.clone()
 
 
 def _make_dense(model: PreTrainedModel, found: _Found) -> None:

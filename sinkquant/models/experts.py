@@ -61,16 +61,16 @@ class ExpertLinear:
         return fused[self.index, self.start:self.start + self.rows]
 
 
-def fused_parameters(model: PreTrainedModel, blocks: tuple[str, ...]) -> dict[str, nn.Parameter]:
-    """Name -> parameter, [experts, ...], of every fused parameter inside the blocks."""
-    prefixes = tuple(f"{block}." for block in blocks)
+def fused_parameters(model: PreTrainedModel, blocks: tuple[str, ...] = ()) -> dict[str, nn.Parameter]:
+    """Name -> parameter, [experts, ...], of every fused parameter inside the blocks, or inside the model."""
+    prefixes = tuple(f"{block}." for block in blocks) or ""
     return {name: parameter for name, parameter in model.named_parameters()
             if parameter.dim() == 3 and EXPERTS.search(name) and name.startswith(prefixes)}
 
 
-def expert_linears(model: PreTrainedModel, blocks: tuple[str, ...]) -> dict[str, ExpertLinear]:
-    """Name -> linear for every expert that can be packed: layer by layer, expert by expert, what reads the hidden
-    states first. A layer's experts are all here or none of them."""
+def expert_linears(model: PreTrainedModel, blocks: tuple[str, ...] = ()) -> dict[str, ExpertLinear]:
+    """Name -> linear for every expert that can be packed, inside the blocks or inside the model: layer by layer, expert
+    by expert, what reads the hidden states first. A layer's experts are all here or none of them."""
     fused = fused_parameters(model, blocks)
     if not fused:
         return {}
@@ -103,8 +103,8 @@ def by_expert(parts: Mapping[str, ExpertLinear]) -> dict[tuple[str, int], list[s
 
 def cast_experts(model: PreTrainedModel) -> None:
     """Give fused experts the model's dtype: transformers leaves those that it unpacks as wide as their scales."""
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 3 and EXPERTS.search(name) and parameter.dtype != model.dtype:
+    for parameter in fused_parameters(model).values():
+        if parameter.dtype != model.dtype:
             parameter.data = parameter.data.to(model.dtype)
 
 
@@ -130,6 +130,11 @@ def read_by_expert(module: nn.Module, index: int, states: torch.Tensor) -> torch
     return read
 
 
+def made_by(converter: WeightConverter, name: str) -> bool:
+    """Whether it is what transformers makes a parameter with."""
+    return name.endswith(_literal(converter._original_target_patterns[0]))
+
+
 def _walks_plainly(module: nn.Module) -> bool:
     """Whether an expert is down(gate(up_and_gate(x))) of weights stored [out, in], without biases: then what it
     reads can be computed from the layer's hidden states, whichever implementation runs the layer."""
@@ -153,7 +158,7 @@ class _Names:
         for converter in self.converters:
             sources = [_literal(source) for source in converter._original_source_patterns]
             target = _literal(converter._original_target_patterns[0])
-            if name.endswith(target) and _stacks(converter) and all(s.endswith(".weight") for s in sources):
+            if made_by(converter, name) and _stacks(converter) and all(s.endswith(".weight") for s in sources):
                 parts = [name.removesuffix(target) + source.removesuffix(".weight") for source in sources]
                 if all(self._becomes(part) == name for part in parts):
                     return parts
