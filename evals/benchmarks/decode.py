@@ -7,9 +7,9 @@ Makes a model of that shape with random weights, rounds it to `--bits` (a plan w
 runs every row in a process of its own, one after the other: load, a prompt, then greedy steps with a cache. Random
 weights are as fast as trained ones. "weights" counts the bytes of parameters and buffers that the model holds after its
 first steps, "USS" the memory that the process alone has then, above the interpreter with its imports, and "load peak"
-the most that was resident until the model was loaded, pages of mapped files included. Tokens per second are those of the
-median step; processor seconds per token are what other work on the machine distorts least. `sinkquant-head8` rounds the
-embedding and the output head to 8 bits as well. `--shape moe-1b` is a mixture, whose experts count as linears.
+the most that was resident until the model was loaded, pages of mapped files included. Tokens per second are those of
+the median step; processor seconds per token are what other work on the machine distorts least. `sinkquant-head8` rounds
+the embedding and the output head to 8 bits as well. `--shape moe-1b` is a mixture, whose experts count as linears.
 """
 
 from __future__ import annotations

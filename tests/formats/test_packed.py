@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -82,6 +83,19 @@ def test_what_is_dense_is_named_and_what_it_takes_is_counted(folder: Path) -> No
     assert found.bfloat16_bytes == sum(t.nbytes for t in (*dense.parameters(), *dense.buffers()))
     with pytest.raises(RequestError, match="not packed"):
         sq.packing(dense)
+
+
+def test_neither_the_words_of_the_checkpoint_nor_its_mapped_file_stay(folder: Path) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        model = load(folder, packed=True)[0]
+        linears = [one for one in gc.get_objects() if type(one) is torch.nn.Linear]
+        assert not [one for one in linears if "weight_packed" in one._parameters]
+    finally:
+        gc.enable()
+    held = [*model.parameters(), *model.buffers()]
+    assert all(tensor.untyped_storage().resizable() for tensor in held)  # a view of a mapped file is not
 
 
 def test_columns_and_super_weights_beside_the_codes_are_added(text_file: Path, tmp_path: Path) -> None:
