@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,25 +117,26 @@ def test_experts_that_are_all_in_16_bits_stay_as_transformers_has_them(tmp_path:
     assert distance(model, dense) < 0.03
 
 
-EIGHT = {"group_1": ("re:.*experts.3.w2$", 8, -1), "group_2": ("re:.*experts.4.w1$", 4, 16)}
-"""Groups of a checkpoint that formats its experts one by one, which plain transformers does not load."""
+FORMATS = {"re:.*experts.3.w2$": WeightFormat(8, -1), "re:.*experts.4.w1$": WeightFormat(4, 16),
+           "re:.*experts.5.w3$": WeightFormat(8, -1, inputs="int8", input_scale="token"),
+           "Linear": WeightFormat(4, 32)}
+"""Targets of a checkpoint that formats its experts one by one, which plain transformers does not load."""
 
 
 def foreign(folder: Path) -> PreTrainedModel:
     """Write a Mixtral under the names that its own checkpoints have, packed by class, as other tools do: one expert is
-    in 16 bits, a projection of another in 8, and one in groups that no kernel takes; all of the second layer
-    are in 16 bits, too. Returns the model that it is."""
+    in 16 bits, projections of others in 8, once with inputs in 8 bits too, and one in groups that no kernel takes; all
+    of the second layer are in 16 bits. Returns the model that it is, without rounded inputs."""
     model = tiny_mixture("mixtral", dtype=torch.bfloat16)
     decoder = Decoder.of(model)
     tensors: dict[str, torch.Tensor] = {}
     linears = [name for name in (*decoder.linears, *decoder.experts)
                if ".experts.7." not in name and ".1.mlp.experts" not in name]
     for name in linears:
-        bits, group = next(((bits, group) for target, bits, group in EIGHT.values() if name.endswith(target[5:-1])),
-                           (4, 32))
-        scale = group_scales(decoder.weight(name), bits, group, torch.bfloat16)
-        packed = PackedWeight(to_codes(decoder.weight(name), scale, bits), scale, bits)
-        tensors |= stored_linear(name, packed, WeightFormat(bits, group))
+        form = next(form for target, form in FORMATS.items() if target == "Linear" or name.endswith(target[5:-1]))
+        scale = group_scales(decoder.weight(name), form.bits, form.group_size or -1, torch.bfloat16)
+        packed = PackedWeight(to_codes(decoder.weight(name), scale, form.bits), scale, form.bits)
+        tensors |= stored_linear(name, packed, form)
         decoder.put(name, packed.dequantized(torch.bfloat16))
     model.save_pretrained(folder)
     others = {key.replace(".block_sparse_moe.", ".mlp."): tensor
@@ -146,20 +146,21 @@ def foreign(folder: Path) -> PreTrainedModel:
     save_file({key.replace(".mlp.", ".block_sparse_moe."): tensor.contiguous() for key, tensor in tensors.items()},
               folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    groups = {"group_0": ("Linear", 4, 32)} | EIGHT
     config["quantization_config"] = {
-        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+        "quant_method": "compressed-tensors", "format": "mixed-precision", "quantization_status": "compressed",
         "ignore": ["lm_head", "re:.*experts.7.*", "re:.*layers.1.*experts.*"],
-        "config_groups": {name: {"targets": [target], "weights": _args(bits, group)}
-                          for name, (target, bits, group) in groups.items()}}
+        "config_groups": {f"group_{i}": _group(target, form) for i, (target, form) in enumerate(FORMATS.items())}}
     (folder / "config.json").write_text(json.dumps(config))
     tiny_tokenizer().save_pretrained(folder)
     return model
 
 
-def _args(bits: int, group: int) -> Mapping[str, Any]:
-    return {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "channel" if group == -1 else "group",
-            "group_size": None if group == -1 else group}
+def _group(target: str, form: WeightFormat) -> dict[str, Any]:
+    strategy, size = ("channel", None) if form.group_size == -1 else ("group", form.group_size)
+    inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    return {"targets": [target], "format": form.layout, "input_activations": inputs if form.input_scale else None,
+            "weights": {"num_bits": form.bits, "type": "int", "symmetric": True, "strategy": strategy,
+                        "group_size": size}}
 
 
 def test_experts_of_other_tools_may_each_have_a_format(tmp_path: Path) -> None:
@@ -169,6 +170,9 @@ def test_experts_of_other_tools_may_each_have_a_format(tmp_path: Path) -> None:
     owner = "model.layers.0.mlp.experts"
     assert found.kernels[f"{owner}.3.w2"] == "int8"
     assert found.kernels[f"{owner}.3.w1"] == "int4"
+    assert found.kernels[f"{owner}.5.w3"] == "int8"
+    rounded = [name for name, module in model.named_modules() if name and module._forward_pre_hooks]
+    assert rounded == [f"{owner}.5.w3"]
     assert set(found.dense) == {"lm_head", f"{owner}.4.w1", *(f"{owner}.7.w{i}" for i in (1, 2, 3)), *fused(model)}
     assert fused(model) == [f"model.layers.1.mlp.experts.{leaf}_proj" for leaf in ("gate_up", "down")]
     assert "group size 16" in found.dense[f"{owner}.4.w1"]
