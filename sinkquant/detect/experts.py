@@ -17,6 +17,10 @@ from torch import nn
 from sinkquant.artifacts.sinkmap import ExpertStatistics
 from sinkquant.models import Decoder, Step
 from sinkquant.models.experts import fused_parameters, handed_to_experts, hands_over_choice, read_by_expert
+from sinkquant.models.on_disk import one_expert
+
+TOKENS = 4096
+"""Tokens of an expert that are looked at at a time."""
 
 
 class ExpertRecorder:
@@ -31,14 +35,18 @@ class ExpertRecorder:
 
     @contextlib.contextmanager
     def watching(self, step: Step) -> Iterator[None]:
-        """Record all rows that are replayed."""
+        """Record all rows, which are replayed once."""
+        mine = [owner for owner in self.owners if owner.startswith(step.name + ".")]
         handles = [self.decoder.model.get_submodule(owner).register_forward_pre_hook(
-            self._hook(owner, step), with_kwargs=True) for owner in self.owners if owner.startswith(step.name + ".")]
+            self._hook(owner, step), with_kwargs=True) for owner in mine]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+        for owner in mine:
+            if owner in self.layers and self.owners[owner][1]:
+                self.layers[owner].close(step, owner)
 
     def summary(self, sinks: torch.Tensor) -> dict[str, ExpertStatistics]:
         """What the sinks do to the experts of every layer whose router shows what it chose.
@@ -51,13 +59,17 @@ class ExpertRecorder:
     def _hook(self, owner: str, step: Step) -> Any:
         experts, plain = self.owners[owner]
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not hands_over_choice(args, kwargs):
                 return
             handed = handed_to_experts(args, kwargs)
-            tokens = (step.batch.stop - step.batch.start) * step.walk.rows.shape[1]
-            if len(handed[0]) == tokens:
-                self.layers.setdefault(owner, _Layer(experts)).add(module if plain else None, *handed)
+            length = step.walk.rows.shape[1]
+            first = step.batch.start * length
+            if len(handed[0]) == step.batch.stop * length - first:
+                layer = self.layers.setdefault(owner, _Layer(experts))
+                layer.add(*handed)
+                if plain:
+                    layer.remember(step, first, handed[0])
 
         return hook
 
@@ -69,21 +81,34 @@ class _Layer:
         self.experts = experts
         self.chosen: list[torch.Tensor] = []
         self.up: list[torch.Tensor] = []
-        self.down: list[torch.Tensor] = []
+        self.down: torch.Tensor | None = None
+        self.states: torch.Tensor | None = None
 
-    def add(self, module: nn.Module | None, states: torch.Tensor, chosen: torch.Tensor) -> None:
-        """states: [tokens, hidden_size]; chosen: int64 [tokens, experts per token]. module: the experts, where what
-        their down projections read can be computed."""
+    def add(self, states: torch.Tensor, chosen: torch.Tensor) -> None:
+        """states: [tokens, hidden_size]; chosen: int64 [tokens, experts per token]."""
         self.chosen.append(chosen.cpu())
         self.up.append(states.float().abs().amax(1).cpu())
-        if module is None:
-            return
-        down = torch.zeros(chosen.shape)
+
+    def remember(self, step: Step, first: int, states: torch.Tensor) -> None:
+        """Keep the states [tokens, hidden_size] of the tokens from `first` on until the block is done."""
+        if self.states is None:
+            self.states = step.walk.store.empty((step.walk.rows.numel(), states.shape[1]), states.dtype)
+        self.states[first:first + len(states)] = states.cpu()
+
+    def close(self, step: Step, owner: str) -> None:
+        """Compute what the down projections read, one expert after the other."""
+        assert self.states is not None
+        chosen, module = torch.cat(self.chosen), step.walk.decoder.model.get_submodule(owner)
+        self.down = torch.zeros(chosen.shape)
         for index in chosen.unique().tolist():
+            if index >= self.experts:
+                continue  # transformers marks slots that nobody fills so
             token, slot = torch.where(chosen == index)
-            if index < self.experts:
-                down[token.cpu(), slot.cpu()] = read_by_expert(module, index, states[token]).float().abs().amax(1).cpu()
-        self.down.append(down)
+            with one_expert(module, index, step.on_disk.get(owner)) as (one, place):
+                for mine, where in zip(token.split(TOKENS), slot.split(TOKENS), strict=True):
+                    read = read_by_expert(one, place, self.states[mine].to(step.walk.device))
+                    self.down[mine, where] = read.float().abs().amax(1).cpu()
+        self.states = None
 
     def summary(self, sinks: torch.Tensor) -> ExpertStatistics:
         """sinks: bool [tokens]."""
@@ -102,7 +127,7 @@ class _Layer:
 
         counts = [torch.bincount(part, minlength=self.experts).tolist() for part in (flat, flat[on_sink])]
         up_max, up_without = both(up[:, None].expand(-1, slots))
-        down_max, down_without = both(torch.cat(self.down)) if self.down else ([], [])
+        down_max, down_without = both(self.down) if self.down is not None else ([], [])
         return ExpertStatistics(tokens=counts[0], sink_tokens=counts[1], input_max=up_max,
                                 input_max_without_sinks=up_without, down_input_max=down_max,
                                 down_input_max_without_sinks=down_without)

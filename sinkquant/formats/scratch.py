@@ -22,7 +22,9 @@ class Scratch:
     partial: Path
 
     def keep(self, block: QuantizedBlock) -> None:
-        """Write down what a block's linears start from."""
+        """Write down what a block's linears start from; nothing where none of them is in what there is of it."""
+        if not block.leanings:
+            return
         folder = self.partial / FOLDER
         folder.mkdir(exist_ok=True)
         tensors: dict[str, torch.Tensor] = {}
@@ -41,6 +43,8 @@ class Scratch:
         """Module name -> where it starts from, over all blocks."""
         found = {}
         for index in range(blocks):
+            if not (self.partial / FOLDER / f"{index}.safetensors").is_file():
+                continue
             parts: dict[str, dict[str, torch.Tensor | None]] = {}
             for key, tensor in load_file(self.partial / FOLDER / f"{index}.safetensors").items():
                 name, _, leaf = key.rpartition(":")

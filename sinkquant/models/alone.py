@@ -11,7 +11,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from sinkquant.models.edits import Edit
 from sinkquant.models.experts import ExpertLinear, by_expert
-from sinkquant.models.shards import StoredTensor
+from sinkquant.models.shards import Stored, StoredTensor
 from sinkquant.models.source import WeightSource, require_finite
 
 
@@ -25,7 +25,7 @@ class StoredPart:
     """
 
     name: str
-    tensor: StoredTensor
+    tensor: Stored
     dtype: torch.dtype
     edit: Edit | None
 
@@ -72,7 +72,7 @@ def in_groups(parts: Mapping[str, ExpertLinear], most: int) -> list[list[str]]:
 
 
 def _lies_at(source: WeightSource, name: str, part: ExpertLinear, fused: torch.Size,
-             keys: Mapping[str, str]) -> StoredTensor | None:
+             keys: Mapping[str, str]) -> Stored | None:
     """The tensor of a projection alone; None where it is something else on disk."""
     size = (part.rows, int(fused[2]))
     if part.parameter not in source.converted:  # fused on disk too: the rows of a projection follow one another
@@ -82,7 +82,7 @@ def _lies_at(source: WeightSource, name: str, part: ExpertLinear, fused: torch.S
         first = (part.index * int(fused[1]) + part.start) * size[1]
         return dataclasses.replace(whole, offset=whole.offset + first * whole.dtype.itemsize, shape=size)
     tensor = source.tensors.get(keys.get(name) or keys.get(name.removeprefix(f"{source.model.base_model_prefix}."), ""))
-    return tensor if isinstance(tensor, StoredTensor) and tensor.shape == size else None
+    return tensor if tensor is not None and tuple(tensor.shape) == size else None
 
 
 def _keys(source: WeightSource, parameter: str) -> dict[str, str]:

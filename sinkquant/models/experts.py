@@ -117,6 +117,15 @@ def handed_to_experts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[to
     return states, routes.reshape(len(states), -1).long()
 
 
+def shares_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """How much of what a chosen expert makes goes to the token, float [tokens, experts per token], among the arguments
+    that transformers calls a layer's experts with."""
+    _, chosen = handed_to_experts(args, kwargs)
+    floats = [value for value in (*args, *kwargs.values())
+              if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    return floats[1].reshape(chosen.shape)
+
+
 def hands_over_choice(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a layer's experts are told which tokens are theirs, or have them in rows already (Llama 4)."""
     return any(isinstance(value, torch.Tensor) and not value.is_floating_point() for value in (*args, *kwargs.values()))

@@ -11,12 +11,13 @@ from torch import nn
 
 @contextlib.contextmanager
 def compute_in(modules: Sequence[nn.Module], device: str, dtype: torch.dtype) -> Iterator[None]:
-    """Cast the floating-point parameters and buffers of modules while the context is open.
+    """Cast the floating-point parameters and buffers of modules while the context is open; what stays on disk is left
+    there.
 
     Afterwards a tensor has its own dtype and device again: the very values it had, or, where somebody changed them in
     the meantime, those.
     """
-    tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
+    tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers()) if not t.is_meta}
     # A cast to fewer bits cannot be undone: the values are kept.
     before = [(t, t.dtype, t.device, t.data if t.is_floating_point() and _loses(t.dtype, dtype) else None)
               for t in tensors.values()]

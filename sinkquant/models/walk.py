@@ -9,7 +9,7 @@ share one reading of the weights.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +21,10 @@ from sinkquant.models.activations import ActivationStore
 from sinkquant.models.attention import AttentionObserver, observed_attention
 from sinkquant.models.decoder import Decoder
 from sinkquant.models.ends import next_token_losses, outside_modules, token_table
+from sinkquant.models.handed import Handed, recorded, unobserved
 from sinkquant.models.inputs import switch_of
 from sinkquant.models.memory import give_back, map_large
+from sinkquant.models.on_disk import ExpertsOnDisk, find_on_disk, replaced
 from sinkquant.models.placement import compute_in
 
 
@@ -35,6 +37,7 @@ class Step:
         block: the block, in the compute dtype.
         batch: the rows that are being replayed right now, for hooks that need to know.
         outputs: the block's outputs once it was run; a caller may set them instead of running it.
+        on_disk: module name -> the block's experts, where they are not in memory with it.
     """
 
     index: int
@@ -43,6 +46,7 @@ class Step:
     walk: Walk
     batch: slice = field(default_factory=lambda: slice(0, 0))
     outputs: torch.Tensor | None = None
+    on_disk: dict[str, ExpertsOnDisk] = field(default_factory=dict)
 
     def run(self) -> torch.Tensor:
         """Replay all rows. Returns the block's outputs, [rows, length, hidden_size] in the compute dtype."""
@@ -61,12 +65,45 @@ class Step:
             SinkquantError: it is not finite.
         """
         outputs = self.walk.store.empty(tuple(inputs.shape), inputs.dtype)
-        with self.walk.watched():
-            for start in range(0, len(inputs), self.walk.batch_size):
-                self.batch = slice(start, min(start + self.walk.batch_size, len(inputs)))
+        with self.answering(inputs), self.walk.watched():
+            for batch in self.batches(inputs):
+                self.batch = batch
                 outputs[self.batch] = self.forward(inputs[self.batch]).to(outputs.device)
         give_back()
         return outputs
+
+    def handed(self, modules: Mapping[str, nn.Module], inputs: torch.Tensor) -> dict[str, Handed]:
+        """What experts of the block are handed for such inputs. modules: name -> experts."""
+        def forward(batch: slice) -> torch.Tensor:
+            self.batch = batch
+            return self.forward(inputs[batch])
+
+        return recorded(modules, self.batches(inputs), inputs.shape[1], self.walk.store, forward)
+
+    @contextlib.contextmanager
+    def answering(self, inputs: torch.Tensor) -> Iterator[None]:
+        """Get ready to replay these inputs once, batch by batch: experts on disk are read once each, whatever the
+        number of batches."""
+        if not self.on_disk or len(inputs) <= self.walk.batch_size:
+            yield
+            return
+        with unobserved(self.block):
+            handed = self.handed({owner: one.module for owner, one in self.on_disk.items()}, inputs)
+        try:
+            for owner, one in self.on_disk.items():
+                given = handed.pop(owner)
+                answers = self.walk.store.empty(tuple(given.states.shape), given.states.dtype)
+                one.answers, one.answered = one.run(given.states, given.chosen, given.shares, answers.zero_()), 0
+                del given, answers
+            yield
+        finally:
+            for one in self.on_disk.values():
+                one.answers = None
+
+    def batches(self, inputs: torch.Tensor) -> list[slice]:
+        """The rows that are replayed together, in order."""
+        size = self.walk.batch_size
+        return [slice(start, min(start + size, len(inputs))) for start in range(0, len(inputs), size)]
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """What the block makes of the inputs of one batch, [rows, length, hidden_size] on the compute device.
@@ -92,13 +129,15 @@ class Walk:
         rows: int64 [rows, length], all of one length, without padding.
         observers: see the attention of every layer while the walk goes on.
         store: where the hidden states of all rows live; RAM by default.
+        whole: whether a block's experts are all in memory with it, however large they are: somebody changes them as a
+            whole, or goes back through them.
 
     A model whose inputs are rounded lets the tokens of its exact prefix through as they are.
     """
 
     def __init__(self, decoder: Decoder, rows: torch.Tensor, batch_size: int, device: str = "cpu",
                  dtype: torch.dtype = torch.float32, observers: Sequence[AttentionObserver] = (),
-                 store: ActivationStore | None = None) -> None:
+                 store: ActivationStore | None = None, whole: bool = False) -> None:
         self.decoder = decoder
         self.rows = rows
         self.batch_size = batch_size
@@ -106,6 +145,7 @@ class Walk:
         self.dtype = dtype
         self.observers = list(observers)
         self.store = store or ActivationStore()
+        self.whole = whole
         self.hidden = torch.empty(0)
         self.arguments: list[dict[str, Any]] = []
         self.exact: torch.Tensor | None = None
@@ -201,12 +241,16 @@ def together(walks: Sequence[Walk]) -> Generator[tuple[Step, ...], None, None]:
                 for walk in walks:
                     walk._enter(watching)
             for index, (name, block) in enumerate(zip(decoder.block_names, decoder.blocks, strict=True)):
-                with decoder.present([block]), compute_in([block], device, dtype):
-                    steps = tuple(Step(index, name, block, walk) for walk in walks)
+                apart = [] if any(walk.whole for walk in walks) else find_on_disk(
+                    decoder.model, decoder.source, name, decoder.experts, decoder.alone, device, dtype, walks[0].store)
+                on_disk = {one.owner: one for one in apart}
+                with (decoder.present([block], [one.module for one in apart]), compute_in([block], device, dtype),
+                      replaced(apart)):
+                    steps = tuple(Step(index, name, block, walk, on_disk=on_disk) for walk in walks)
                     yield steps
                     for walk, step in zip(walks, steps, strict=True):
                         walk.hidden = step.outputs if step.outputs is not None else step.run()
-                    del step  # or the last walk's outputs would outlive the next block
+                    del step, steps, apart, on_disk  # or the last walk's outputs would outlive the next block
     finally:
         decoder.model.train(was_training)
 

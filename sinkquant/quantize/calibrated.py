@@ -14,7 +14,7 @@ from sinkquant.models.inputs import inputs_left_alone
 from sinkquant.quantize.block import QuantizedBlock, inside, ours
 from sinkquant.quantize.hessian import collect
 from sinkquant.quantize.inputs import round_block
-from sinkquant.quantize.layer import quantize_experts, record_experts
+from sinkquant.quantize.layer import keep_dense, quantize_experts, record_experts
 from sinkquant.quantize.module import put_packed, quantize_module
 from sinkquant.quantize.offsets import leanings
 from sinkquant.quantize.pruning import silence
@@ -38,7 +38,9 @@ def calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase 
     weights = TokenWeights(rows, settings)
     rank, ranks = this_rank()
     shape = decoder.shape("")
-    walk = Walk(decoder, rows, settings.batch_size, device, dtype, store=store)
+    scales = any(transform.name != "rotate" for transform in plan.transforms)
+    walk = Walk(decoder, rows, settings.batch_size, device, dtype, store=store,
+                whole=scales or plan.follows_unquantized)
     tune = Tune(settings.tune, plan.seed) if settings.tune else None
     ideal: torch.Tensor | None = None
     for step in walk.steps():
@@ -50,7 +52,7 @@ def calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase 
         experts = {name: mine.pop(name) for name in list(mine) if name in decoder.experts}
         silent = silence(decoder, plan, step.index)
         scaled = scale_block(decoder, step, plan, weights, shape)
-        made = QuantizedBlock(step.index, step.name, {}, {}, silent=silent,
+        made = QuantizedBlock(step.index, step.name, {}, {}, silent=silent, ended=not experts,
                               input_scales=round_block(step, decoder, plan, getattr(torch, scale_dtype(
                                   str(decoder.model.dtype).removeprefix("torch.")))))
         # Fused modules read one input: its Hessian is collected once.
@@ -83,7 +85,11 @@ def calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase 
         if settings.distill:
             codes = ours(made.weights)
             made.leanings.update({name: leanings(codes[name], originals[name], made.kept.get(name)) for name in tuned})
-        quantize_experts(step, decoder, experts, routed, weights, plan, made)
+        if experts:
+            yield made
+            made = QuantizedBlock(step.index, step.name, {}, {})
+            yield from quantize_experts(step, decoder, experts, routed, weights, plan, made.tokens)
+            keep_dense(decoder, experts, made, step.on_disk)
         made.dense.update({parameter: decoder.model.get_parameter(parameter).data.to("cpu", stored)
                            for parameter, stored in scaled.items()})
         if mine or experts or scaled:

@@ -74,15 +74,15 @@ def collect(step: Step, linears: dict[str, nn.Module], weights: TokenWeights,
 
     handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in linears.items()]
     try:
-        size = step.walk.batch_size
-        for start in range(0, len(step.walk.hidden), size):
-            step.batch = slice(start, min(start + size, len(step.walk.hidden)))
-            if ideal is not None:
-                comparing = True
-                with inputs_left_alone(step.walk.decoder.model):
-                    step.forward(ideal[step.batch])
-                comparing = False
-            step.forward(step.walk.hidden[step.batch])
+        with step.answering(step.walk.hidden):
+            for batch in step.batches(step.walk.hidden):
+                step.batch = batch
+                if ideal is not None:
+                    comparing = True
+                    with inputs_left_alone(step.walk.decoder.model):
+                        step.forward(ideal[step.batch])
+                    comparing = False
+                step.forward(step.walk.hidden[step.batch])
     finally:
         for handle in handles:
             handle.remove()

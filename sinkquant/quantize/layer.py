@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+
 import torch
 
 from sinkquant.artifacts import ModuleDecision, Plan
 from sinkquant.models import Decoder, Step
 from sinkquant.models.experts import by_expert
+from sinkquant.models.on_disk import ExpertsOnDisk
 from sinkquant.quantize.block import QuantizedBlock
 from sinkquant.quantize.experts import Routed, record
 from sinkquant.quantize.module import quantize_module
 from sinkquant.quantize.ranks import add_up, exchange, solver, this_rank
 from sinkquant.quantize.statistics import TokenWeights
+
+WAITING = 1 << 25
+"""Weights of quantized experts that wait in memory to be written."""
 
 
 def record_experts(step: Step, decoder: Decoder, experts: dict[str, ModuleDecision],
@@ -25,38 +32,70 @@ def record_experts(step: Step, decoder: Decoder, experts: dict[str, ModuleDecisi
 
 
 def quantize_experts(step: Step, decoder: Decoder, todo: dict[str, ModuleDecision], routed: dict[str, Routed],
-                     weights: TokenWeights, plan: Plan, made: QuantizedBlock) -> None:
-    """One expert after the other, with its Hessians in memory alone; with several ranks, as many at a time as ranks."""
-    rank, ranks = this_rank()
+                     weights: TokenWeights, plan: Plan, tokens: dict[str, list[int]]) -> Iterator[QuantizedBlock]:
+    """One expert after the other, with its Hessians in memory alone; with several ranks, as many at a time as ranks.
+    What is done comes when it has `WAITING` weights, and then goes.
+
+    Args:
+        tokens: module name of a layer's experts -> calibration tokens that went to each; it is filled.
+    """
+    ranks = this_rank()[1]
+    made, waiting = QuantizedBlock(step.index, step.name, {}, {}, ended=False), 0
     for owner, one in routed.items():
         parts = {name: decoder.experts[name] for name in todo if decoder.experts[name].owner == owner}
         experts = list(by_expert(parts).items())
-        made.tokens[owner] = one.counts()
+        tokens[owner] = one.counts()
         for start in range(0, len(experts), ranks):
-            together = experts[start:start + ranks]
-            hessians = {}
-            for (_, index), _ in together:
-                few = made.tokens[owner][index] < plan.calibration.min_expert_tokens
-                for role, hessian in one.hessians(index, weights, few, step.walk.device, step.walk.dtype).items():
-                    hessians[f"{index} {role}"] = hessian
-            add_up(hessians, dict.fromkeys(hessians, one.module), one.ideal is not None)
-            solved = QuantizedBlock(step.index, step.name, {}, {})
-            decisions = {name: todo[name] for _, members in together for name in members}
-            for place, (name, decision) in enumerate(decisions.items()):
-                if solver(place) == rank or decision.bits >= 16:
-                    part = decoder.experts[name]
-                    quantize_module(decoder, name, decision, plan, solved, hessians[f"{part.index} {part.role}"])
-            if ranks > 1:
-                exchange(decoder, decisions, solved)
-            made.weights.update(solved.weights)
-            made.losses.update(solved.losses)
-            made.kept.update(solved.kept)
-    keep_dense(decoder, todo, made)
+            together = {index: members for (_, index), members in experts[start:start + ranks]}
+            few = {index for index in together if tokens[owner][index] < plan.calibration.min_expert_tokens}
+            with _present(one, together):
+                _solve(step, decoder, todo, together, few, one, weights, plan, made)
+            waiting += sum(parts[name].weight.numel() for members in together.values() for name in members)
+            if waiting >= WAITING:
+                yield made
+                made, waiting = QuantizedBlock(step.index, step.name, {}, {}, ended=False), 0
+    yield made
 
 
-def keep_dense(decoder: Decoder, todo: dict[str, ModuleDecision], made: QuantizedBlock) -> None:
-    """The fused parameters whose experts were changed and stay in 16 bits."""
+@contextlib.contextmanager
+def _present(one: Routed, experts: Iterable[int]) -> Iterator[None]:
+    """Hold experts that lie on disk in memory, and keep what is done to them."""
+    if one.on_disk is None:
+        yield
+        return
+    with contextlib.ExitStack() as held:
+        for index in experts:
+            held.enter_context(one.on_disk.holding(index))
+        yield
+        for index in experts:
+            one.on_disk.keep(index)
+
+
+def _solve(step: Step, decoder: Decoder, todo: dict[str, ModuleDecision], experts: dict[int, list[str]],
+           few: set[int], one: Routed, weights: TokenWeights, plan: Plan, made: QuantizedBlock) -> None:
+    """Quantize as many experts as there are ranks. few: those of them that saw few tokens."""
+    rank, ranks = this_rank()
+    hessians = {f"{index} {role}": hessian for index in experts for role, hessian in one.hessians(
+        index, weights, index in few, step.walk.device, step.walk.dtype).items()}
+    add_up(hessians, dict.fromkeys(hessians, one.module), one.ideal is not None)
+    solved = QuantizedBlock(step.index, step.name, {}, {})
+    decisions = {name: todo[name] for members in experts.values() for name in members}
+    for place, (name, decision) in enumerate(decisions.items()):
+        if solver(place) == rank or decision.bits >= 16:
+            part = decoder.experts[name]
+            quantize_module(decoder, name, decision, plan, solved, hessians[f"{part.index} {part.role}"])
+    if ranks > 1:
+        exchange(decoder, decisions, solved)
+    made.weights.update(solved.weights)
+    made.losses.update(solved.losses)
+
+
+def keep_dense(decoder: Decoder, todo: dict[str, ModuleDecision], made: QuantizedBlock,
+               on_disk: Mapping[str, ExpertsOnDisk] | None = None) -> None:
+    """The fused parameters whose experts were changed and stay in 16 bits. on_disk: those that are not in memory."""
     for name, decision in todo.items():
         part = decoder.experts.get(name)
         if decision.bits >= 16 and part is not None and (key := part.parameter) not in made.dense:
-            made.dense[key] = decoder.model.get_parameter(key).data.to("cpu", decoder.model.dtype)
+            apart = (on_disk or {}).get(part.owner)
+            made.dense[key] = (decoder.model.get_parameter(key).data.to("cpu", decoder.model.dtype)
+                               if apart is None else apart.whole(part.leaf))

@@ -14,8 +14,8 @@ from torch import nn
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
 from sinkquant.models.backward import BackStep
-from sinkquant.models.experts import ExpertLinear, read_by_expert
-from sinkquant.quantize.experts import Routed, handed_to_experts
+from sinkquant.models.experts import ExpertLinear, handed_to_experts, read_by_expert, shares_of
+from sinkquant.quantize.experts import Routed
 from sinkquant.quantize.hessian import Hessian
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.recipe import Recipe
@@ -111,9 +111,7 @@ class Seen:
     def _experts_hook(self, owner: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
             states, chosen = handed_to_experts(args, kwargs)
-            shares = [value for value in (*args, *kwargs.values())
-                      if isinstance(value, torch.Tensor) and value.is_floating_point()][1].reshape(chosen.shape)
-            one = Handed(states.detach(), chosen, shares.detach(), self.back.step.batch)
+            one = Handed(states.detach(), chosen, shares_of(args, kwargs).detach(), self.back.step.batch)
             if not self.handed[owner]:
                 _require_known(module, one, output.detach(), owner)
             self.handed[owner].append(one)

@@ -29,7 +29,7 @@ def rehearse(decoder: Decoder, rotate: Rotate) -> None:
     generator = torch.Generator().manual_seed(rotate.seed)
     rows = torch.randint(decoder.vocabulary, (1, min(LENGTH, decoder.max_length)), generator=generator)
     inputs = torch.randn(1, rows.shape[1], decoder.hidden_size, generator=generator)
-    with contextlib.closing(together([Walk(decoder, rows, 1)])) as walking:
+    with contextlib.closing(together([Walk(decoder, rows, 1, whole=True)])) as walking:
         for (step,) in walking:
             step.outputs = step.walk.hidden  # it is not run: what goes in here is random
             if step.index in firsts:
