@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from accelerate import init_empty_weights
-from families import tiny_model
+from families import tiny_mixture, tiny_model
 from small_runs import fingerprint, model_folder, small_recipe
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -118,6 +118,28 @@ def test_the_pace_is_measured_with_the_first_block(tmp_path: Path) -> None:
         assert min(positive) > 0
         assert (found.column_row + found.column > 0) == calibrated
         assert (found.rounded > 0) == (not calibrated)
+
+
+def test_experts_that_stay_on_disk_are_not_counted_with_their_block(tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_mixture("deepseek_v3", intermediate_size=16).save_pretrained(tmp_path / "model")
+    decoder = Decoder.of(open_model(tmp_path / "model"))
+    monkeypatch.setattr("sinkquant.needs.RELOADED", 0)
+    monkeypatch.setattr("sinkquant.needs.WAITING", 1)
+
+    def peaks(*more: str) -> dict[str, float]:
+        # States go to the disk, so that weights are what counts.
+        return predict(decoder, sq.Recipe().replace(["evaluate.skip=true", "compute.memory_limit=1e-9",
+                                                     *more])).peak_bytes
+
+    whole, compared = peaks(), peaks("weights.method=gptaq")
+    monkeypatch.setattr("sinkquant.models.on_disk.LARGE", 0)
+    experts, one = 16 * 3 * 32 * 64, 3 * 32 * 64
+    # Weights in float32 as they are stored and as they compute, and a byte for every code that waits to be written.
+    assert whole["quantize"] - peaks()["quantize"] == (4 + 4 + 1) * experts - one
+    assert peaks("weights.method=gptaq")["quantize"] == compared["quantize"]  # which holds whole blocks
+    assert peaks()["detect"] < whole["detect"]
+    assert peaks("weights.method=rtn")["quantize"] < peaks()["quantize"]
 
 
 def test_wide_models_walk_with_fewer_rows_at_a_time(large: Decoder) -> None:

@@ -41,8 +41,13 @@ SHAPES = {
     "moe-1b": LLAMA | {"model_type": "qwen3_moe", "vocab_size": 32768, "hidden_size": 1024, "intermediate_size": 3072,
                        "moe_intermediate_size": 512, "num_experts": 32, "num_experts_per_tok": 4,
                        "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64,
-                       "tie_word_embeddings": True}}
-"""Of Llama where no other family is named. "moe-1b" has 0.81 billion weights of experts and 0.08 billion others."""
+                       "tie_word_embeddings": True},
+    "moe-wide": LLAMA | {"model_type": "qwen3_moe", "vocab_size": 8192, "hidden_size": 2048, "intermediate_size": 2048,
+                         "moe_intermediate_size": 2048, "num_experts": 32, "num_experts_per_tok": 4,
+                         "num_hidden_layers": 2, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128,
+                         "tie_word_embeddings": True}}
+"""Of Llama where no other family is named. "moe-1b" has 0.81 billion weights of experts and 0.08 billion others,
+"moe-wide" two layers of 0.40 billion weights of experts each."""
 SHARD = 1 << 30
 POOL = (1 << 24) + 3
 """Random values that weights are made of, one tensor after the other; odd, so that rows differ."""
