@@ -130,7 +130,7 @@ def test_experts_that_stay_on_disk_are_not_counted_with_their_block(tmp_path: Pa
     def peaks(*more: str) -> dict[str, float]:
         # States go to the disk or are few, so that weights are what counts.
         return predict(decoder, sq.Recipe().replace(["evaluate.skip=true", "compute.memory_limit=1e-9", "detect.rows=1",
-                                                     "detect.length=8", "detect.long_rows=0", *more])).peak_bytes
+                                                     "detect.length=32", "detect.long_rows=0", *more])).peak_bytes
 
     whole, compared = peaks(), peaks("weights.method=gptaq")
     monkeypatch.setattr("sinkquant.models.on_disk.LARGE", 0)
