@@ -122,7 +122,7 @@ def test_the_pace_is_measured_with_the_first_block(tmp_path: Path) -> None:
 
 def test_experts_that_stay_on_disk_are_not_counted_with_their_block(tmp_path: Path,
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny_mixture("deepseek_v3", intermediate_size=16).save_pretrained(tmp_path / "model")
+    tiny_mixture("deepseek_v3", moe_intermediate_size=256).save_pretrained(tmp_path / "model")
     decoder = Decoder.of(open_model(tmp_path / "model"))
     monkeypatch.setattr("sinkquant.needs.RELOADED", 0)
     monkeypatch.setattr("sinkquant.needs.WAITING", 1)
@@ -134,7 +134,7 @@ def test_experts_that_stay_on_disk_are_not_counted_with_their_block(tmp_path: Pa
 
     whole, compared = peaks(), peaks("weights.method=gptaq")
     monkeypatch.setattr("sinkquant.models.on_disk.LARGE", 0)
-    experts, one = 16 * 3 * 32 * 64, 3 * 32 * 64
+    experts, one = 16 * 3 * 256 * 64, 3 * 256 * 64
     # Weights in float32 as they are stored and as they compute, and a byte for every code that waits to be written.
     assert whole["quantize"] - peaks()["quantize"] == (4 + 4 + 1) * experts - one
     assert peaks("weights.method=gptaq")["quantize"] == compared["quantize"]  # which holds whole blocks

@@ -133,7 +133,7 @@ class ExpertsOnDisk:
 
     def _slice(self, leaf: str, index: int) -> torch.Tensor:
         if index in self.done:
-            return self.changed[leaf][index]
+            return self.changed[leaf][index].clone()
         return self.readers[leaf](index)
 
 
