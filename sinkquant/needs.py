@@ -69,7 +69,7 @@ class Needs:
         batch = max(batch_rows(self.decoder, self.recipe, length) * length
                     for length in (settings.length, min(settings.long_length, self.decoder.max_length)))
         # With experts on disk: what they are handed and what they answer, and what the recorder keeps.
-        apart = 3 * max(sets) if self.expert else 0
+        apart = 2 * sum(sets) + max(sets) if self.expert else 0
         buffers = (sum(sets) + max(sets) + apart) * self.hidden * self.item
         watched = batch * (self.widest + 3 * self.hidden) * 4 + PIECES
         tables = sum(sets) * (4 * self.heads + 2 * 12 * TOP) * len(self.linears)

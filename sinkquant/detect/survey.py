@@ -16,7 +16,7 @@ from sinkquant.detect.residual import ResidualStream
 from sinkquant.detect.super_weights import SpikeWatcher
 from sinkquant.detect.table import AttentionTable
 from sinkquant.errors import RequestError
-from sinkquant.models import Decoder, Step, Walk, pick_device, together, token_rows, weight_matrix
+from sinkquant.models import Decoder, Step, Walk, answer, pick_device, together, token_rows, weight_matrix
 from sinkquant.recipe import Recipe
 
 Progress = Callable[[int, int, str], None]
@@ -71,6 +71,7 @@ class Surveyor:
         there = [survey for survey in surveys if survey is not None]
         walks = [self._walk(survey) for survey in there]
         for steps in together(walks):
+            answer(steps)
             for survey, step in zip(there, steps, strict=True):
                 self._look(survey, step, survey is surveys[recorded])
             if self.progress:

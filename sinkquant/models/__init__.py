@@ -18,7 +18,7 @@ from sinkquant.models.text import (
     token_rows,
     tokenization_facts,
 )
-from sinkquant.models.walk import Step, Walk, together
+from sinkquant.models.walk import Step, Walk, answer, together
 
 __all__ = [
     "ActivationStore",
@@ -30,6 +30,7 @@ __all__ = [
     "Step",
     "Walk",
     "adds_bos",
+    "answer",
     "as_stored",
     "cast_experts",
     "check_finite",

@@ -17,10 +17,10 @@ from sinkquant.models.inputs import RoundedInputs
 
 @dataclass(frozen=True)
 class Handed:
-    """All tokens of one layer, on the CPU.
+    """Tokens of one layer.
 
     Attributes:
-        states: [tokens, hidden_size]; a large one lies in the walk's store.
+        states: [tokens, hidden_size]; where they are of all rows on the CPU, a large one in the walk's store.
         chosen, shares: int64 and float [tokens, experts per token].
     """
 

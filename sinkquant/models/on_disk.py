@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from sinkquant.models.activations import ActivationStore
 from sinkquant.models.alone import StoredPart, stored_parts
 from sinkquant.models.experts import ExpertLinear, fused_parameters, handed_to_experts, shares_of
+from sinkquant.models.handed import Handed
 from sinkquant.models.shards import StoredTensor
 from sinkquant.models.source import WeightSource, require_finite
 
@@ -109,27 +110,28 @@ class ExpertsOnDisk:
             made = self.answers[self.answered:self.answered + len(states)].to(states)
             self.answered += len(states)
         else:
-            made = self.run(states, chosen, shares_of(args, kwargs), torch.zeros_like(states))
+            made = self.run([Handed(states, chosen, shares_of(args, kwargs))], [torch.zeros_like(states)])[0]
         return made.reshape(next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)).shape)
 
-    def run(self, states: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Add to `out` what the experts make of some tokens, one expert after the other.
-
-        Args:
-            states, out: [tokens, hidden_size]. chosen, shares: int64 and float [tokens, experts per token].
-        """
+    def run(self, handed: Sequence[Handed], out: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Add to `out` what the experts make of some sets of tokens, one expert after the other. out: for every set
+        [tokens, hidden_size]."""
         count = len(self.module.get_parameter(next(iter(self.readers))))
-        for index in chosen.unique().tolist():
+        for index in sorted({index for given in handed for index in given.chosen.unique().tolist()}):
             if index >= count:
                 continue  # transformers marks slots that nobody fills so
-            tokens, slots = torch.where(chosen == index)
             with self.holding(index) as one:
-                for token, slot in zip(tokens.split(TOKENS), slots.split(TOKENS), strict=True):
-                    share = shares[token, slot][:, None].to(self.device)
-                    made = type(one).forward(one, states[token].to(self.device, self.dtype),
-                                             torch.zeros_like(share, dtype=torch.long), share)
-                    out.index_add_(0, token.to(out.device), made.to(out.device, out.dtype))
+                for given, made in zip(handed, out, strict=True):
+                    self._add(one, index, given, made)
         return out
+
+    def _add(self, one: nn.Module, index: int, given: Handed, out: torch.Tensor) -> None:
+        tokens, slots = torch.where(given.chosen == index)
+        for token, slot in zip(tokens.split(TOKENS), slots.split(TOKENS), strict=True):
+            share = given.shares[token, slot][:, None].to(self.device)
+            made = type(one).forward(one, given.states[token].to(self.device, self.dtype),
+                                     torch.zeros_like(share, dtype=torch.long), share)
+            out.index_add_(0, token.to(out.device), made.to(out.device, out.dtype))
 
     def _slice(self, leaf: str, index: int) -> torch.Tensor:
         if index in self.done:

@@ -38,6 +38,7 @@ class Step:
         batch: the rows that are being replayed right now, for hooks that need to know.
         outputs: the block's outputs once it was run; a caller may set them instead of running it.
         on_disk: module name -> the block's experts, where they are not in memory with it.
+        answers: module name -> what these make of the walk's inputs, [tokens, hidden_size], where `answer` was called.
     """
 
     index: int
@@ -47,6 +48,7 @@ class Step:
     batch: slice = field(default_factory=lambda: slice(0, 0))
     outputs: torch.Tensor | None = None
     on_disk: dict[str, ExpertsOnDisk] = field(default_factory=dict)
+    answers: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def run(self) -> torch.Tensor:
         """Replay all rows. Returns the block's outputs, [rows, length, hidden_size] in the compute dtype."""
@@ -83,22 +85,18 @@ class Step:
     @contextlib.contextmanager
     def answering(self, inputs: torch.Tensor) -> Iterator[None]:
         """Get ready to replay these inputs once, batch by batch: experts on disk are read once each, whatever the
-        number of batches."""
-        if not self.on_disk or len(inputs) <= self.walk.batch_size:
-            yield
-            return
-        with unobserved(self.block):
-            handed = self.handed({owner: one.module for owner, one in self.on_disk.items()}, inputs)
+        number of batches, or not at all if they have answered before."""
+        answers = self.answers if inputs is self.walk.hidden else {}
+        if self.on_disk and not answers and len(inputs) > self.walk.batch_size:
+            (answers,) = _answers([(self, inputs)])
         try:
-            for owner, one in self.on_disk.items():
-                given = handed.pop(owner)
-                answers = self.walk.store.empty(tuple(given.states.shape), given.states.dtype)
-                one.answers, one.answered = one.run(given.states, given.chosen, given.shares, answers.zero_()), 0
-                del given, answers
+            for owner, made in answers.items():
+                self.on_disk[owner].answers, self.on_disk[owner].answered = made, 0
             yield
         finally:
             for one in self.on_disk.values():
                 one.answers = None
+            self.answers = {}
 
     def batches(self, inputs: torch.Tensor) -> list[slice]:
         """The rows that are replayed together, in order."""
@@ -253,6 +251,31 @@ def together(walks: Sequence[Walk]) -> Generator[tuple[Step, ...], None, None]:
                     del step, steps, apart, on_disk  # or the last walk's outputs would outlive the next block
     finally:
         decoder.model.train(was_training)
+
+
+def answer(steps: Sequence[Step]) -> None:
+    """Let experts on disk answer all of these steps, of walks that go on side by side, in one reading. What they say is
+    taken up when a step is run."""
+    if steps[0].on_disk:
+        for step, answers in zip(steps, _answers([(step, step.walk.hidden) for step in steps]), strict=True):
+            step.answers = answers
+
+
+def _answers(asked: Sequence[tuple[Step, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """Module name -> what experts on disk make of a step's inputs, [tokens, hidden_size]; one after the other."""
+    on_disk = asked[0][0].on_disk
+    handed = []
+    with unobserved(asked[0][0].block):
+        for step, inputs in asked:
+            handed.append(step.handed({owner: one.module for owner, one in on_disk.items()}, inputs))
+    found: list[dict[str, torch.Tensor]] = [{} for _ in asked]
+    for owner, one in on_disk.items():
+        given = [tokens.pop(owner) for tokens in handed]
+        empty = [step.walk.store.empty(tuple(tokens.states.shape), tokens.states.dtype).zero_()
+                 for (step, _), tokens in zip(asked, given, strict=True)]
+        for answers, made in zip(found, one.run(given, empty), strict=True):
+            answers[owner] = made
+    return found
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from sinkquant.detect.experts import ExpertRecorder
 from sinkquant.errors import RequestError
-from sinkquant.models import AttentionRecord, Decoder, Step, Walk, load_model, on_disk, open_model
+from sinkquant.models import AttentionRecord, Decoder, Step, Walk, answer, load_model, on_disk, open_model, together
 from sinkquant.models.shards import StoredTensor, stored_tensors
 
 MIXED = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss")
@@ -115,6 +115,25 @@ def test_every_expert_is_read_once_however_many_batches_there_are(size: int, row
         assert all(parameter.is_meta for name, parameter in step.block.named_parameters() if "experts" in name)
     assert sorted(read) == sorted(names.values())
     assert len(read) == 3 * 16 * 2  # of the 144 tokens some go to each expert
+
+
+def test_walks_side_by_side_are_answered_in_one_reading(rows: torch.Tensor, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, sets = saved("qwen3_moe", tmp_path / "source"), (rows, rows[:3, :9].flip(0), rows[:1])
+    alone = [[step.run() for step in Walk(Decoder.of(load_model(folder)), some, 2).steps()] for some in sets]
+    offsets = {tensor.offset for name, tensor in stored_tensors(folder).items() if ".experts." in name}
+    read: list[int] = []
+    real = StoredTensor._read
+    monkeypatch.setattr(StoredTensor, "_read", lambda tensor, start, count: read.append(tensor.offset) or real(
+        tensor, start, count))
+    decoder = Decoder.of(open_model(folder))
+    read.clear()
+    for steps in together([Walk(decoder, some, 2) for some in sets]):
+        answer(steps)
+        for step, expected in zip(steps, alone, strict=True):
+            torch.testing.assert_close(step.run(), expected[step.index], rtol=1e-4, atol=1e-5)
+            assert not step.answers
+    assert sorted(offset for offset in read if offset in offsets) == sorted(offsets)
 
 
 def test_a_layer_that_is_small_or_asked_for_as_a_whole_is_in_memory(rows: torch.Tensor, tmp_path: Path,
