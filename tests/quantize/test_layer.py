@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from sinkquant.artifacts import Plan
 from sinkquant.formats import quantize_to
-from sinkquant.formats.load import read_checkpoint
-from sinkquant.models import Decoder, load_model, on_disk, open_model
+from sinkquant.formats.load import open_quantized, read_checkpoint
+from sinkquant.models import Decoder, Walk, load_model, on_disk, open_model
 from sinkquant.policy import make_plan
 from sinkquant.quantize import layer, quantize, quantized_blocks, state_of
 from sinkquant.quantize.transforms import rotate
@@ -97,3 +97,16 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(family: str, more: tuple
     assert content is not None
     assert {owner: sum(counts) for owner, counts in content["expert_tokens"].items()} == {
         f"model.layers.{index}.mlp.experts": 2 * 6 * 16 for index in range(2)}
+
+
+def test_packed_experts_are_read_one_at_a_time_too(text_file: Path, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, rows = source("qwen3_moe", tmp_path / "source"), torch.arange(3, 67).reshape(4, 16)
+    plan = planned(open_model(folder), text_file, "weights.method=rtn")
+    quantize_to(tmp_path / "packed", open_model(folder), plan, tiny_tokenizer(), plan.sink_map)
+    steps = list(Walk(Decoder.of(open_quantized(tmp_path / "packed")), rows, 2).steps())
+    assert all(step.on_disk for step in steps)
+    monkeypatch.setattr(on_disk, "LARGE", 1 << 25)
+    for step, whole in zip(steps, Walk(Decoder.of(open_quantized(tmp_path / "packed")), rows, 2).steps(), strict=True):
+        assert not whole.on_disk
+        torch.testing.assert_close(step.outputs, whole.run(), rtol=1e-4, atol=1e-5)
