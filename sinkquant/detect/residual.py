@@ -185,7 +185,7 @@ def find_middle(step: Step) -> Middle | None:
     handles = [child.register_forward_hook(hook, with_kwargs=True) for child in step.block.children()]
     observers, step.walk.observers[:] = list(step.walk.observers), []
     try:
-        result = step.block(probe, **step.walk.arguments[step.index])
+        result = step.probe(probe)
     finally:
         step.walk.observers[:] = observers
         for handle in handles:

@@ -80,7 +80,22 @@ class Step:
             self.batch = batch
             return self.forward(inputs[batch])
 
-        return recorded(modules, self.batches(inputs), inputs.shape[1], self.walk.store, forward)
+        try:
+            return recorded(modules, self.batches(inputs), inputs.shape[1], self.walk.store, forward)
+        finally:
+            self.batch = slice(0, 0)
+
+    def probe(self, inputs: torch.Tensor) -> Any:
+        """What the block itself gives for some inputs, [rows, length, hidden_size] on the compute device, while experts
+        on disk make nothing. Hooks see it as no batch of the walk."""
+        self.batch = slice(0, 0)
+        try:
+            for one in self.on_disk.values():
+                one.silent = True
+            return self.block(inputs, **self.walk.arguments[self.index])
+        finally:
+            for one in self.on_disk.values():
+                one.silent = False
 
     @contextlib.contextmanager
     def answering(self, inputs: torch.Tensor) -> Iterator[None]:

@@ -11,9 +11,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sinkquant.detect.experts import ExpertRecorder
+from sinkquant.detect.survey import Surveyor
 from sinkquant.errors import RequestError
 from sinkquant.models import AttentionRecord, Decoder, Step, Walk, answer, load_model, on_disk, open_model, together
 from sinkquant.models.shards import StoredTensor, stored_tensors
+from sinkquant.recipe import Recipe
 
 MIXED = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss")
 
@@ -205,3 +207,29 @@ def test_detection_sees_the_same_experts(family: str, rows: torch.Tensor, tmp_pa
         assert (one.tokens, one.sink_tokens) == (other.tokens, other.sink_tokens)
         for field in ("input_max", "input_max_without_sinks", "down_input_max", "down_input_max_without_sinks"):
             assert getattr(one, field) == pytest.approx(getattr(other, field), rel=1e-3)
+
+
+def test_a_survey_of_single_rows_counts_every_token_once_and_reads_every_expert_twice(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, rows = saved("qwen3_moe", tmp_path / "source"), torch.arange(3, 103).reshape(1, 100)
+    offsets = {tensor.offset for name, tensor in stored_tensors(folder).items() if ".experts." in name}
+    read: list[int] = []
+    real = StoredTensor._read
+    monkeypatch.setattr(StoredTensor, "_read", lambda tensor, start, count: read.append(tensor.offset) or real(
+        tensor, start, count))
+    surveys = []
+    for model in (load_model(folder), open_model(folder)):
+        surveyor = Surveyor(Decoder.of(model), Recipe(), None)
+        read.clear()
+        surveyor.run([rows, rows[:, :40]], recorded=0)
+        surveys.append(surveyor)
+    assert sorted(offset for offset in read if offset in offsets) == sorted([*offsets, *offsets])
+    sinks = torch.zeros(rows.shape, dtype=torch.bool)
+    held, apart = (surveyor.experts.summary(sinks) for surveyor in surveys)
+    for owner, one in held.items():
+        assert sum(one.tokens) == 2 * 100
+        assert apart[owner].tokens == one.tokens
+        assert apart[owner].down_input_max == pytest.approx(one.down_input_max, rel=1e-3)
+    inputs = [surveyor.inputs.summary(sinks) for surveyor in surveys]
+    for name, seen in inputs[0].items():
+        assert seen.input_max == pytest.approx(inputs[1][name].input_max, rel=1e-3)
