@@ -14,6 +14,7 @@ from torch import nn
 
 from sinkquant.detect.survey import Surveyor
 from sinkquant.models import Decoder, Walk, pick_device, together
+from sinkquant.models.experts import fused_parameters
 from sinkquant.quantize import GPTQ, RTN
 from sinkquant.recipe import Recipe
 
@@ -84,35 +85,65 @@ def measure(decoder: Decoder, recipe: Recipe, calibrated: bool) -> Pace:
 
 def _rows(decoder: Decoder, length: int) -> torch.Tensor:
     """Any rows, int64 [rows, length], with as many tokens as `OPERATIONS` allow."""
-    parameters = sum(parameter.numel() for parameter in decoder.blocks[0].parameters())
     length = min(length, decoder.max_length)
-    tokens = min(MOST_TOKENS, int(OPERATIONS / (2 * parameters)))
+    tokens = min(MOST_TOKENS, int(OPERATIONS / (2 * _weights_of_a_token(decoder))))
     generator = torch.Generator().manual_seed(0)
     return torch.randint(decoder.vocabulary, (max(1, tokens // length), length), generator=generator)
 
 
 def _watched(decoder: Decoder, recipe: Recipe, length: int, recorded: bool) -> Rate:
+    return _rate(decoder, _rows(decoder, length),
+                 lambda rows, tries: min(Surveyor(decoder, recipe, None).pace(rows, recorded) for _ in range(tries)))
+
+
+def _rate(decoder: Decoder, rows: torch.Tensor, seconds: Callable[[torch.Tensor, int], float]) -> Rate:
     """What several rows take over one row is what a token takes. Where `OPERATIONS` allow one row, it takes so long
-    that nothing else counts."""
-    rows = _rows(decoder, length)
+    that nothing else counts. A mixture reads all of its experts for a few tokens, and what they take by themselves is
+    too little to be timed: it is counted.
 
-    def seconds(some: torch.Tensor) -> float:
-        return min(Surveyor(decoder, recipe, None).pace(some, recorded) for _ in range(TRIES))
-
-    many = seconds(rows)
+    Args:
+        seconds: the fastest of so many tries with some rows.
+    """
+    if _fused(decoder):
+        token = 2 * _weights_of_a_token(decoder) * _operation()
+        return Rate(max(0.0, seconds(rows, 1) - rows.numel() * token), token)
+    many = seconds(rows, TRIES)
     if len(rows) == 1:
         return Rate(0.0, many / rows.numel())
-    token = max(0.0, many - seconds(rows[:1])) / rows[1:].numel()
+    token = max(0.0, many - seconds(rows[:1], TRIES)) / rows[1:].numel()
     return Rate(max(0.0, many - rows.numel() * token), token)
+
+
+def _fused(decoder: Decoder) -> int:
+    """Weights of the experts in the first block."""
+    return sum(one.numel() for one in fused_parameters(decoder.model, decoder.block_names[:1]).values())
+
+
+def _weights_of_a_token(decoder: Decoder) -> float:
+    """Weights of the first block that a token is multiplied with: of the experts those that it is sent to."""
+    fused = fused_parameters(decoder.model, decoder.block_names[:1])
+    config = decoder.model.config.get_text_config(decoder=True)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    share = min(1.0, chosen / len(next(iter(fused.values())))) if fused and chosen else 1.0
+    weights = sum(parameter.numel() for parameter in decoder.blocks[0].parameters())
+    return weights - (1 - share) * _fused(decoder)
 
 
 def _plain(decoder: Decoder, recipe: Recipe) -> float:
     rows = _rows(decoder, recipe.calibration.length)
-    walk = Walk(decoder, rows, recipe.calibration.batch_size, pick_device(recipe.compute.device),
-                getattr(torch, recipe.compute.dtype))
-    with contextlib.closing(together([walk])) as walking:
-        (step,) = next(walking)
-        return _fastest(lambda: step.replay(walk.hidden), TRIES) / rows.numel()
+
+    def seconds(some: torch.Tensor, tries: int) -> float:
+        walk = Walk(decoder, some, recipe.calibration.batch_size, pick_device(recipe.compute.device),
+                    getattr(torch, recipe.compute.dtype))
+        with contextlib.closing(together([walk])) as walking:
+            (step,) = next(walking)
+            return _fastest(lambda: step.replay(walk.hidden), tries)
+
+    if not _fused(decoder):
+        return seconds(rows, TRIES) / rows.numel()
+    rate = _rate(decoder, rows, seconds)
+    # Experts are read once for all rows.
+    return rate.token + rate.fixed / (recipe.calibration.rows * recipe.calibration.length)
 
 
 def _solved(recipe: Recipe, rows: int) -> float:

@@ -16,7 +16,7 @@ import sinkquant as sq
 from sinkquant.detect.survey import batch_rows
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, open_model
-from sinkquant.pace import Pace, Rate, measure
+from sinkquant.pace import Pace, Rate, _weights_of_a_token, measure
 from sinkquant.predict import SENSITIVITIES, predict, require_memory, spill_limit
 from sinkquant.times import stages
 
@@ -140,6 +140,20 @@ def test_experts_that_stay_on_disk_are_not_counted_with_their_block(tmp_path: Pa
     assert peaks("weights.method=gptaq")["quantize"] == compared["quantize"]  # which holds whole blocks
     assert peaks()["detect"] < whole["detect"]
     assert peaks("weights.method=rtn")["quantize"] < peaks()["quantize"]
+
+
+def test_a_token_of_a_mixture_takes_the_experts_that_it_is_sent_to(tmp_path: Path) -> None:
+    model = tiny_mixture("qwen3_moe")
+    model.save_pretrained(tmp_path / "model")
+    decoder = Decoder.of(open_model(tmp_path / "model"))
+    block = sum(parameter.numel() for parameter in decoder.blocks[0].parameters())
+    assert _weights_of_a_token(decoder) == block - 16 * 3 * 32 * 64 + 2 * 3 * 32 * 64
+    assert _weights_of_a_token(Decoder.of(tiny_model("llama"))) == sum(
+        parameter.numel() for parameter in tiny_model("llama").model.layers[0].parameters())
+    found = measure(decoder, sq.Recipe().replace(["detect.long_length=64", "weights.group_size=32",
+                                                  "weights.descent=0"]), True)
+    assert found.plain > 0
+    assert all(rate.token > 0 and rate.fixed > 0 for rate in found.watched)  # a few tokens ask for all experts
 
 
 def test_wide_models_walk_with_fewer_rows_at_a_time(large: Decoder) -> None:
