@@ -8,8 +8,9 @@ runs every row in a process of its own, one after the other: load, a prompt, the
 weights are as fast as trained ones. "weights" counts the bytes of parameters and buffers that the model holds after its
 first steps, "USS" the memory that the process alone has then, above the interpreter with its imports, and "load peak"
 the most that was resident until the model was loaded, pages of mapped files included. Tokens per second are those of
-the median step; processor seconds per token are what other work on the machine distorts least. `sinkquant-head8` rounds
-the embedding and the output head to 8 bits as well. `--shape moe-1b` is a mixture, whose experts count as linears.
+the median step; processor seconds per token are what other work on the machine distorts least. `sinkquant-head8` and
+`sinkquant-head4` round the embedding and the output head to 8 and 4 bits as well. `--shape moe-1b` is a mixture, whose
+experts count as linears.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from typing import Any
 import psutil
 import torch
 
-ROWS = ("bf16", "compressed-tensors", "bitsandbytes-nf4", "sinkquant", "sinkquant-head8")
+ROWS = ("bf16", "compressed-tensors", "bitsandbytes-nf4", "sinkquant", "sinkquant-head8", "sinkquant-head4")
+
+HEAD_BITS = {"sinkquant": 16, "sinkquant-head8": 8, "sinkquant-head4": 4}
 
 
 def prepare(shape: str, work: Path, bits: int, group: int) -> tuple[Path, Path]:
@@ -67,7 +70,7 @@ def opened(row: str, dense: Path, packed: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16, quantization_config=settings)
     import sinkquant as sq
 
-    return sq.load(packed, packed=True, head_bits=8 if row == "sinkquant-head8" else 16)[0]
+    return sq.load(packed, packed=True, head_bits=HEAD_BITS[row])[0]
 
 
 @torch.no_grad()

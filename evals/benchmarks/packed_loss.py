@@ -1,9 +1,9 @@
-"""What computing with packed weights costs in divergence, and what an embedding and a head in 8 bits cost on top.
+"""What computing with packed weights costs in divergence, and what an embedding and a head in 8 or 4 bits cost on top.
 
     python evals/benchmarks/packed_loss.py [MODEL] [--bits 4] [--group 64] [--rows 32] [--length 256]
 
 Rounds MODEL ("demo" by default) and compares its checkpoint with it on held-out rows: dense, packed, and packed with
-`head_bits=8`. KL divergence from the unquantized model in nats per token, and the paired difference to the dense
+`head_bits` 8 and 4. KL divergence from the unquantized model in nats per token, and the paired difference to the dense
 checkpoint with its 95 % interval.
 """
 
@@ -22,7 +22,8 @@ from sinkquant.models import Decoder, load_model, load_tokenizer, open_model, re
 from sinkquant.policy import plan_from_shapes
 
 ROWS: dict[str, dict[str, Any]] = {
-    "dense": {}, "packed": {"packed": True}, "packed, head_bits=8": {"packed": True, "head_bits": 8}}
+    "dense": {}, "packed": {"packed": True}, "packed, head_bits=8": {"packed": True, "head_bits": 8},
+    "packed, head_bits=4": {"packed": True, "head_bits": 4}}
 
 
 def main() -> None:

@@ -36,9 +36,9 @@ def load(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto", devi
     """Load a checkpoint that sinkquant wrote, or any other that transformers can.
 
     Packed weights are made dense at once, so that the model can be observed, evaluated and generated from. With
-    `packed` they stay packed, to generate from in less memory and faster; `packing` says which do. `head_bits` 8 then
-    rounds the token embedding and the output head too, which changes what the model computes. Where the checkpoint's
-    plan packs the KV cache, `generate` does so unless it is given another cache.
+    `packed` they stay packed, to generate from in less memory and faster; `packing` says which do. `head_bits` 8 or 4
+    then rounds the token embedding and the output head too, which changes what the model computes. Where the
+    checkpoint's plan packs the KV cache, `generate` does so unless it is given another cache.
 
     `device_map`, `max_memory` and `offload_folder` are accelerate's. What is offloaded of an unquantized model is never
     in memory as a whole; a quantized one is loaded into main memory first, dense or packed, then sent where it belongs.

@@ -23,7 +23,7 @@ from sinkquant.formats.opened import Inputs, check_readable, plain, read_json, r
 from sinkquant.formats.optimum import load_by_optimum
 from sinkquant.formats.own import SinkquantQuantizer
 from sinkquant.formats.split import split_config
-from sinkquant.inference import PACKING, Int4, KernelLinear, Packing, int4_on, kernel_for, round_ends
+from sinkquant.inference import PACKING, Int4, KernelLinear, Packing, int4_on, kernel_for, round_ends, to_large_pages
 from sinkquant.models import cast_experts, check_finite
 from sinkquant.models.experts import expert_linears, fused_parameters
 from sinkquant.models.inputs import round_inputs
@@ -45,8 +45,8 @@ small that the allocator keeps all of it."""
 def load_packed(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu",
                 head_bits: int = 16) -> PreTrainedModel:
     """The model of a compressed-tensors checkpoint, or one in sinkquant's own format, in bfloat16; weights that no
-    kernel takes are dense, and named with the reason by `packing`. `head_bits` 8 rounds the token embedding and the
-    output head, which the checkpoint has in 16 bits, as it is loaded.
+    kernel takes are dense, and named with the reason by `packing`. `head_bits` 8 or 4 rounds the token embedding and
+    the output head, which the checkpoint has in 16 bits, as it is loaded.
 
     Raises:
         RequestError: the folder's weights are not packed, or packed by another library; another dtype is asked for; the
@@ -55,8 +55,8 @@ def load_packed(path: Path, dtype: torch.dtype | str = "auto", device: str = "cp
     if dtype not in ("auto", "bfloat16", torch.bfloat16):
         raise RequestError(f"packed=True computes in bfloat16, as torch's kernels do, not in {dtype}; leave dtype away "
                            "or load without packed=True.")
-    if head_bits not in (8, 16):
-        raise RequestError(f"head_bits is 8 or 16, not {head_bits}.")
+    if head_bits not in (4, 8, 16):
+        raise RequestError(f"head_bits is 4, 8 or 16, not {head_bits}.")
     settings = read_json(path / "config.json").get("quantization_config")
     if isinstance(backend_in(path), GPTQFiles):
         return load_by_optimum(path, device)
@@ -81,6 +81,7 @@ def load_packed(path: Path, dtype: torch.dtype | str = "auto", device: str = "cp
     del model.config.quantization_config
     model.hf_quantizer = PackedInMemory(model.hf_quantizer.quantization_config)
     setattr(model, UNPACKED, True)
+    to_large_pages(model)
     give_back()
     LOG.info("%s: %s", path.name, getattr(model, PACKING))
     return model
@@ -144,7 +145,7 @@ def _replace(model: PreTrainedModel, int4: Int4, head_bits: int) -> Inputs:
     _make_dense(model, found)
     told_apart = {part.parameter for part in expert_linears(model).values()}
     found.dense |= {name: LEFT if name in told_apart else FUSED for name in fused_parameters(model)}
-    ends, end_bytes = round_ends(model, int4) if head_bits == 8 else ({}, 0)
+    ends, end_bytes = round_ends(model, int4, head_bits) if head_bits < 16 else ({}, 0)
     dense = {name: why for name, why in found.dense.items() if name not in ends}
     setattr(model, PACKING, Packing.of(model, dense, found.stored, ends, end_bytes))
     return found.inputs

@@ -3,7 +3,8 @@
 from sinkquant.inference.ends import round_ends
 from sinkquant.inference.kernels import Int4, Kernel, int4_on, kernel_for
 from sinkquant.inference.linear import KernelLinear
+from sinkquant.inference.pages import to_large_pages
 from sinkquant.inference.summary import PACKING, Packing, packing
 
 __all__ = ["PACKING", "Int4", "Kernel", "KernelLinear", "Packing", "int4_on", "kernel_for", "packing",
-           "round_ends"]
+           "round_ends", "to_large_pages"]

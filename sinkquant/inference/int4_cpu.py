@@ -62,13 +62,35 @@ class Int4CPU:
         """
         columns = 2 * words.shape[1]
         codes = torch.empty(rows, columns, dtype=torch.uint8)
-        whole = rows // self.block * self.block
-        for start, stop, size in ((0, whole, self.block), (whole, rows, rows - whole)):
-            if stop > start:
-                octets = words[start:stop].reshape(-1, columns, size // 2).mT  # [blocks, octets, columns]
-                lanes = torch.stack((octets & 15, octets >> 4), 2).flatten(1, 2)
-                codes[start:stop] = lanes[:, self.places[size]].flatten(0, 1)
+        for start, stop, size in self._parts(rows):
+            octets = words[start:stop].reshape(-1, columns, size // 2).mT  # [blocks, octets, columns]
+            lanes = torch.stack((octets & 15, octets >> 4), 2).flatten(1, 2)
+            codes[start:stop] = lanes[:, self.places[size]].flatten(0, 1)
         return codes
+
+    def rows(self, words: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """The codes of some rows of a whole weight.
+
+        Args:
+            words: uint8 [rows, columns / 2]. wanted: int64 [n], numbers of rows.
+
+        Returns:
+            uint8 [n, columns].
+        """
+        columns = 2 * words.shape[1]
+        codes = torch.empty(len(wanted), columns, dtype=torch.uint8)
+        for start, stop, size in self._parts(len(words)):
+            here = (wanted >= start) & (wanted < stop)
+            at = wanted[here] - start
+            place = self.places[size][at % size]
+            octets = words[start:stop].reshape(-1, columns, size // 2)[at // size, :, place // 2]
+            codes[here] = octets >> (place % 2 * 4).to(torch.uint8)[:, None] & 15
+        return codes
+
+    def _parts(self, rows: int) -> list[tuple[int, int, int]]:
+        """First row, row after the last and rows of a block: of the whole blocks, and of the smaller one at the end."""
+        whole = rows // self.block * self.block
+        return [part for part in ((0, whole, self.block), (whole, rows, rows - whole)) if part[1] > part[0]]
 
     def product(self, inputs: torch.Tensor, words: torch.Tensor, group: int, scales: torch.Tensor) -> torch.Tensor:
         """inputs [tokens, columns] times the weight, [tokens, rows], both bfloat16; weights: (code - 8) * scale + zero.

@@ -163,22 +163,24 @@ def test_a_packed_model_is_not_quantized_observed_or_saved(folder: Path, text_fi
     assert not list(tmp_path.glob("again/*.safetensors"))
 
 
+@pytest.mark.parametrize(("bits", "far", "saved_of_a_token"), [(8, 0.05, 64 - 2), (4, 0.6, 64 + 32 - 2 * 4)])
 @pytest.mark.parametrize(("family", "overrides"), [
     ("llama", {"tie_word_embeddings": True}), ("gemma3_text", {}), ("phi3", {})])
-def test_embedding_and_head_take_8_bits_where_asked(text_file: Path, tmp_path: Path, family: str,
-                                                    overrides: dict[str, bool]) -> None:
+def test_embedding_and_head_take_fewer_bits_where_asked(text_file: Path, tmp_path: Path, family: str, bits: int,
+                                                        overrides: dict[str, bool], far: float,
+                                                        saved_of_a_token: int) -> None:
     model = quantized(text_file, family, dtype=torch.bfloat16, **overrides)[0]
     out = save(model, tiny_tokenizer(), tmp_path / "out")
-    packed, plain = load(out, packed=True, head_bits=8)[0], load(out, packed=True)[0]
-    assert distance(packed, plain) < 0.05
+    packed, plain = load(out, packed=True, head_bits=bits)[0], load(out, packed=True)[0]
+    assert distance(packed, plain) < far
     found, before = sq.packing(packed), sq.packing(plain)
     assert "lm_head" not in found.dense
-    assert found.kernels["lm_head"] == "int8"
+    assert found.kernels["lm_head"] == f"int{bits}"
     assert (found.bfloat16_bytes, found.linear_bytes) == (before.bfloat16_bytes, before.linear_bytes)
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    saved = (1 if tied else 2) * 128 * (64 - 2)  # a byte each, and a scale per token
+    saved = (1 if tied else 2) * 128 * saved_of_a_token  # of 128 bytes: codes, and scales with their zeros
     assert before.bytes - found.bytes in (saved, saved + 2)  # Gemma has a factor beside its embedding
     with pytest.raises(RequestError, match="packed=True"):
         load(out, head_bits=8)
-    with pytest.raises(RequestError, match="8 or 16"):
-        load(out, packed=True, head_bits=4)
+    with pytest.raises(RequestError, match="4, 8 or 16"):
+        load(out, packed=True, head_bits=6)

@@ -106,6 +106,15 @@ def test_the_order_of_codes_is_undone(blocks: int, groups: int) -> None:
     assert torch.equal(INT4.unpack(INT4.pack(codes), len(codes)), codes)
 
 
+@settings(max_examples=20)
+@given(st.integers(1, 12), st.data())
+def test_single_rows_are_read_from_where_they_lie(blocks: int, data: st.DataObject) -> None:
+    rows = 16 * blocks
+    codes = torch.randint(16, (rows, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    wanted = torch.tensor(data.draw(st.lists(st.integers(0, rows - 1), max_size=8)), dtype=torch.int64)
+    assert torch.equal(INT4.rows(INT4.pack(codes), wanted), codes[wanted])
+
+
 def test_an_order_that_is_not_understood_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Int4CPU.unpack
 
