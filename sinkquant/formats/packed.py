@@ -75,13 +75,12 @@ def load_packed(path: Path, dtype: torch.dtype | str = "auto", device: str = "cp
         model = model.to(device).eval()
         cast_experts(model)
         inputs = _replace(model, int4, head_bits)
-        _leave_file(model)
+        to_large_pages(model)
     check_finite(model)
     round_inputs(model, dict(model.named_modules()), inputs.args, inputs.scales, inputs.zero_points)
     del model.config.quantization_config
     model.hf_quantizer = PackedInMemory(model.hf_quantizer.quantization_config)
     setattr(model, UNPACKED, True)
-    to_large_pages(model)
     give_back()
     LOG.info("%s: %s", path.name, getattr(model, PACKING))
     return model
@@ -149,13 +148,6 @@ def _replace(model: PreTrainedModel, int4: Int4, head_bits: int) -> Inputs:
     dense = {name: why for name, why in found.dense.items() if name not in ends}
     setattr(model, PACKING, Packing.of(model, dense, found.stored, ends, end_bytes))
     return found.inputs
-
-
-def _leave_file(model: PreTrainedModel) -> None:
-    """Copy what is still a view of a mapped file, whose pages all count as this process's memory while one is left."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if not tensor.untyped_storage().resizable():
-            tensor.data = tensor.data.clone()
 
 
 def _make_dense(model: PreTrainedModel, found: _Found) -> None:

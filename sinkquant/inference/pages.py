@@ -18,8 +18,6 @@ PART = 1 << 26
 is offloaded later does free memory."""
 START = 64
 """Every tensor begins at a multiple of so many bytes, as torch's allocator has it."""
-SMALLEST = 1 << 12
-"""Bytes of a tensor that is moved; smaller ones are read from the processor's cache."""
 
 
 class LargePages:
@@ -30,7 +28,7 @@ class LargePages:
         self.used = self.end = 0
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of a contiguous CPU tensor; what it lies in lives as long as it does."""
+        """A contiguous copy of a CPU tensor; what it lies in lives as long as it does."""
         if self.part is None or self.used + tensor.nbytes > self.end:
             self._add(max(PART, tensor.nbytes))
         assert self.part is not None
@@ -49,21 +47,21 @@ class LargePages:
 
 @torch.no_grad()
 def to_large_pages(model: nn.Module) -> None:
-    """Move the parameters and buffers of a model that lie in main memory into large pages, one after the other, in
-    place; tied ones stay tied. Where Python does not know how to ask for large pages (outside Linux) nothing is done,
-    and where the system gives none the copies lie in ordinary ones."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return
-    owners: dict[tuple[int, torch.Size, torch.dtype], list[tuple[nn.Module, str]]] = {}
+    """Copy the parameters and buffers of a model that lie in main memory into large pages, one after the other, in
+    place; tied ones stay tied. No view of a mapped file is left then, whose pages would all count as this process's
+    memory. Where Python does not know how to ask for large pages (outside Linux), or the system gives none, the copies
+    lie in ordinary ones."""
+    copy = LargePages().copy if hasattr(mmap, "MADV_HUGEPAGE") else torch.clone
+    owners: dict[tuple[int, torch.Size, tuple[int, ...], torch.dtype], list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and tensor.device.type == "cpu" and tensor.nbytes >= SMALLEST and (
-                    tensor.is_contiguous()):
-                owners.setdefault((tensor.data_ptr(), tensor.shape, tensor.dtype), []).append((module, name))
-    pages, freed = LargePages(), 0
+            if tensor is not None and tensor.device.type == "cpu" and tensor.nbytes:
+                owners.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype), []).append(
+                    (module, name))
+    freed = 0
     for places in owners.values():
         module, name = places[0]
-        moved = pages.copy(getattr(module, name).data)
+        moved = copy(getattr(module, name).data)
         freed += moved.nbytes
         for module, name in places:
             if name in module._buffers:
