@@ -76,7 +76,7 @@ def test_a_killed_run_ends_with_the_same_bytes(family: str, changes: list[str], 
     folder, plan, _ = prepared(tmp_path / "in", text_file, family, {"tie_word_embeddings": True},
                                [*changes, "weights.ignore=['*.1.*.v_proj']"])
     quantize_to(tmp_path / "whole", open_model(folder), plan, tiny_tokenizer())
-    with killed(2):
+    with killed(6 if family == "mixtral" else 2):  # a block with experts is written in three parts
         quantize_to(tmp_path / "killed", open_model(folder), plan, tiny_tokenizer())
     seen: list[int] = []
     quantize_to(tmp_path / "killed", open_model(folder), plan, tiny_tokenizer(),
