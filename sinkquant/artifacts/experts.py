@@ -9,9 +9,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from sinkquant.artifacts.formats import WeightFormat
+from sinkquant.artifacts.formats import WeightFormat, backend_of
 from sinkquant.artifacts.shapes import ModelShape
 from sinkquant.artifacts.sinkmap import SinkMap
+from sinkquant.errors import RequestError
 
 TUNE_AND_EXPERTS = ("weights.tune does not reach packed experts; set weights.tune=0, or leave the experts in 16 bits "
                     "with weights.ignore=['*.experts.*'].")
@@ -39,6 +40,21 @@ def mixed_experts(shape: ModelShape, formats: Mapping[str, WeightFormat]) -> tup
             if formats[one] != formats[name]:
                 return one, name
     return None
+
+
+def require_loadable(shape: ModelShape, formats: Mapping[str, WeightFormat], own: bool) -> None:
+    """Refuse a checkpoint that plain transformers would load into other experts than the model's own.
+
+    Args:
+        formats: name -> format of every packed linear. own: whether it is in sinkquant's own format, which is loaded
+            into the model's own.
+    """
+    for form in formats.values():
+        backend = backend_of({form.storage})
+        if form.packed and not own and backend in shape.not_loaded_from:
+            raise RequestError(f"{shape.architecture} cannot be packed in the format of {backend}: transformers loads "
+                               "such a checkpoint into experts with other tensors than the model has; use the backend "
+                               "gptq or quanto.")
 
 
 def in_short(counts: Sequence[int]) -> str:

@@ -54,7 +54,8 @@ class ModelShape(Strict):
     `linears` are the weight matrices inside the blocks by module name; `tensors` every tensor as it stands in the
     unquantized checkpoint: name -> (dtype, shape), tied weights once. `kv_layers` has one entry per layer.
     `not_rotated`: scope of a rotation ("values", "full") -> why it is not possible; `untied`: what a full rotation
-    adds to `tensors`.
+    adds to `tensors`. `not_loaded_from`: backends whose checkpoints transformers loads into other experts than the
+    model's own, which have tensors of other names (Llama 4).
     """
 
     name: str
@@ -66,6 +67,7 @@ class ModelShape(Strict):
     kv_layers: list[KVLayerShape] = Field(default_factory=list)
     not_rotated: dict[str, str] = Field(default_factory=dict)
     untied: dict[str, tuple[str, list[int]]] = Field(default_factory=dict)
+    not_loaded_from: list[str] = Field(default_factory=list)
 
     @property
     def parameters(self) -> int:

@@ -17,7 +17,13 @@ from sinkquant.artifacts import LinearShape, ModelFacts, ModelShape
 from sinkquant.errors import RequestError
 from sinkquant.models.alone import StoredPart
 from sinkquant.models.attention import require_attention_interface
-from sinkquant.models.experts import EXPERTS_REASON, ExpertLinear, expert_linears, fused_parameters
+from sinkquant.models.experts import (
+    EXPERTS_REASON,
+    ExpertLinear,
+    expert_linears,
+    fused_parameters,
+    not_loaded_from,
+)
 from sinkquant.models.kv import kv_layers
 from sinkquant.models.source import WeightSource, source_of
 from sinkquant.models.structure import Structure, inputs, refusals, structure_of
@@ -168,7 +174,7 @@ class Decoder:
         return ModelShape(name=name, architecture=type(self.model).__name__, blocks=len(self.blocks),
                           dtype=str(self.model.dtype).removeprefix("torch."), linears=linears, tensors=tensors,
                           kv_layers=kv_layers(self.model.config), not_rotated=refusals(structure),
-                          untied=self._untied(structure))
+                          untied=self._untied(structure), not_loaded_from=not_loaded_from(self.model))
 
     def _untied(self, structure: Structure) -> dict[str, tuple[str, list[int]]]:
         """The output head's tensor where rotating the residual stream unties it from the token embedding: the gain of

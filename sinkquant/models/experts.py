@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     rename_source_key,
 )
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 EXPERTS = re.compile(r"(^|\.)experts\.\w+$")
 EXPERTS_REASON = ("fused experts: plain transformers loads packed ones only of families whose checkpoints hold a gate, "
@@ -91,6 +92,13 @@ def expert_linears(model: PreTrainedModel, blocks: tuple[str, ...] = ()) -> dict
                         found[part.replace("*", str(index))] = ExpertLinear(
                             owner, module, leaf, index, place * rows, rows, "down" if "down" in leaf else "up")
     return found
+
+
+def not_loaded_from(model: PreTrainedModel) -> list[str]:
+    """The quantization formats for which transformers loads a checkpoint into other experts than the model has."""
+    found = [MODULES_TO_PATCH_FOR_QUANTIZATION[type(module).__name__]["quantization_methods"]
+             for module in model.modules() if type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION]
+    return sorted({str(method.value) for methods in found for method in methods})
 
 
 def by_expert(parts: Mapping[str, ExpertLinear]) -> dict[tuple[str, int], list[str]]:

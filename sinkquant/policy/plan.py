@@ -17,7 +17,7 @@ from sinkquant.artifacts import (
     Transform,
 )
 from sinkquant.artifacts.distill import check_distill
-from sinkquant.artifacts.experts import TUNE_AND_EXPERTS
+from sinkquant.artifacts.experts import TUNE_AND_EXPERTS, require_loadable
 from sinkquant.artifacts.formats import PLAIN
 from sinkquant.artifacts.plan import Statistics
 from sinkquant.artifacts.sizes import checkpoint_bytes, own_format
@@ -167,6 +167,7 @@ def _finish(name: str, choices: dict[str, Choice], shape: ModelShape, recipe: Re
         raise RequestError(NO_INPUTS)
     if own and any(shape.linears[module].part_of for module in formats):
         raise RequestError(NO_EXPERTS)
+    require_loadable(shape, formats, own)
     total = checkpoint_bytes(shape_after(transforms, shape), formats)
     unquantized = checkpoint_bytes(shape, {})
     weights = sum(linear.parameters for linear in shape.linears.values())

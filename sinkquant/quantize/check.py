@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from sinkquant.artifacts import Plan
 from sinkquant.artifacts.distill import check_distill
-from sinkquant.artifacts.experts import TUNE_AND_EXPERTS, mixed_experts
-from sinkquant.artifacts.sizes import module_bytes
+from sinkquant.artifacts.experts import TUNE_AND_EXPERTS, mixed_experts, require_loadable
+from sinkquant.artifacts.sizes import module_bytes, own_format
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
 from sinkquant.quantize.backend import require_packages, rounds_itself
@@ -56,6 +56,7 @@ def check(decoder: Decoder, plan: Plan) -> None:
     if mixed := mixed_experts(shape, {name: decision.form for name, decision in plan.modules.items()}):
         raise RequestError(f"{mixed[0]} and {mixed[1]} cannot stand in one checkpoint: packed experts must share one "
                            "format, and a layer's be all packed or all in 16 bits.")
+    require_loadable(shape, plan.formats, own_format(shape, plan.formats))
     check_distill(plan, shape)
     if plan.calibration.tune and any(plan.modules[name].bits < 16 for name in decoder.experts):
         raise RequestError(TUNE_AND_EXPERTS)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from families import tiny_mixture
 from sinkmaps import sink_map_of
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sinkquant.artifacts import ModelShape, Plan
-from sinkquant.artifacts.experts import few_tokens, in_short, mixed_experts
+from sinkquant.artifacts.experts import few_tokens, in_short, mixed_experts, require_loadable
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
 from sinkquant.policy import accept_edited, make_control, make_plan
@@ -108,3 +109,22 @@ def test_counts_in_words() -> None:
     assert few_tokens(tokens, 0) == ""
     assert in_short([3, 4]) == "3 4"
     assert in_short(list(range(33))) == "0 to 32, 16 in the median of 33"
+
+
+def test_llama_4_is_refused_where_transformers_loads_it_into_other_experts() -> None:
+    config = AutoConfig.for_model(
+        "llama4_text", vocab_size=128, hidden_size=64, intermediate_size=32, intermediate_size_mlp=64,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_local_experts=4)
+    decoder = Decoder.of(AutoModelForCausalLM.from_config(config))
+    nf4 = ["weights.format=nf4", "weights.group_size=64"]
+    for backend, more in (("compressed-tensors", []), ("bitsandbytes", nf4)):
+        assert backend in decoder.shape("tiny").not_loaded_from
+        with pytest.raises(RequestError, match=f"cannot be packed in the format of {backend}: transformers loads"):
+            planned(decoder, f"backend={backend}", "weights.method=rtn", *more)
+    allowed = planned(decoder, "backend=gptq", "weights.method=rtn")
+    changed = allowed.model_copy(update={"modules": {
+        name: one.model_copy(update={"storage": "pack-quantized"}) for name, one in allowed.modules.items()}})
+    with pytest.raises(RequestError, match="cannot be packed in the format of compressed-tensors"):
+        require_loadable(decoder.shape("tiny"), changed.formats, own=False)
+    require_loadable(decoder.shape("tiny"), changed.formats, own=True)
+    assert not Decoder.of(tiny_mixture("mixtral")).shape("x").not_loaded_from
