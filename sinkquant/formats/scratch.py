@@ -22,10 +22,12 @@ class Scratch:
     partial: Path
 
     def keep(self, block: QuantizedBlock) -> None:
-        """Write down what a block's linears start from; nothing where none of them is in what there is of it."""
-        if not block.leanings:
-            return
+        """Write down what a block's linears start from. A block may come in parts, of which one has all that are
+        tuned."""
         folder = self.partial / FOLDER
+        path = folder / f"{block.index}.safetensors"
+        if not block.leanings and path.is_file():
+            return
         folder.mkdir(exist_ok=True)
         tensors: dict[str, torch.Tensor] = {}
         for name, lean in block.leanings.items():
@@ -34,7 +36,6 @@ class Scratch:
             parts = {"codes": packed.codes, "scale": packed.scale, "bits": torch.tensor(packed.bits), "lean": lean}
             parts |= {} if packed.side is None else packed.side.tensors()
             tensors |= {f"{name}:{leaf}": tensor.contiguous() for leaf, tensor in parts.items()}
-        path = folder / f"{block.index}.safetensors"
         save_file(tensors, path)
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -43,8 +44,6 @@ class Scratch:
         """Module name -> where it starts from, over all blocks."""
         found = {}
         for index in range(blocks):
-            if not (self.partial / FOLDER / f"{index}.safetensors").is_file():
-                continue
             parts: dict[str, dict[str, torch.Tensor | None]] = {}
             for key, tensor in load_file(self.partial / FOLDER / f"{index}.safetensors").items():
                 name, _, leaf = key.rpartition(":")
