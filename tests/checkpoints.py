@@ -39,3 +39,15 @@ def weight_bytes(folder: Path) -> int:
 
 def digest(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def logits(model: PreTrainedModel, rows: torch.Tensor) -> torch.Tensor:
+    """float32 [rows, length, vocabulary]. rows: int64 [rows, length]."""
+    with torch.no_grad():
+        return model(rows).logits.float()
+
+
+def distance(model: PreTrainedModel, other: PreTrainedModel, rows: torch.Tensor) -> float:
+    """Of the logits, relative, of the median token: a last bit can send a token to another expert."""
+    expected = logits(other, rows)
+    return float(((logits(model, rows) - expected).norm(dim=-1) / expected.norm(dim=-1)).median())

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import quantized
+from checkpoints import distance, quantized
 from families import FAMILIES, tiny_model
 from sinkmaps import sink_map_of
 from tiny_tokenizer import tiny_tokenizer
-from transformers import PreTrainedModel
 
 import sinkquant as sq
 from sinkquant.errors import RequestError
@@ -38,24 +37,13 @@ def folder(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(model, tiny_tokenizer(), tmp_path_factory.mktemp("packed") / "out")
 
 
-def logits(model: PreTrainedModel, rows: torch.Tensor = ROWS) -> torch.Tensor:
-    with torch.no_grad():
-        return model(rows).logits.float()
-
-
-def distance(model: PreTrainedModel, other: PreTrainedModel, rows: torch.Tensor = ROWS) -> float:
-    """Relative, of the median token: a last bit can send a token to another expert."""
-    expected = logits(other, rows)
-    return float(((logits(model, rows) - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
-
-
 @pytest.mark.parametrize(("family", "bits", "group"), CASES)
 def test_every_family_gives_the_logits_of_its_dense_weights(text_file: Path, tmp_path: Path, family: str, bits: int,
                                                             group: int) -> None:
     model, plan, _ = quantized(text_file, family, bits=bits, group=group, dtype=torch.bfloat16)
     out = save(model, tiny_tokenizer(), tmp_path / "out")
     packed, tokenizer = load(out, packed=True)
-    assert distance(packed, model) < 0.03
+    assert distance(packed, model, ROWS) < 0.03
     found = sq.packing(packed)
     assert set(found.kernels) == set(plan.formats)
     assert all("fused experts" in why or "16 bits" in why for why in found.dense.values())
@@ -72,7 +60,7 @@ def test_what_is_dense_is_named_and_what_it_takes_is_counted(folder: Path) -> No
     assert "group size 16" in found.dense["model.layers.1.mlp.down_proj"]
     assert "lm_head" in found.dense
     assert len(found.kernels) == 19
-    assert distance(packed, load(folder)[0]) < 0.02
+    assert distance(packed, load(folder)[0], ROWS) < 0.02
     assert distance(packed, load(folder)[0], ROWS.repeat(8, 1)) < 0.02  # enough tokens to make weights dense
     linears = [module for module in packed.modules() if isinstance(module, KernelLinear)]
     weights = sum(module.in_features * module.out_features for module in linears)
@@ -110,7 +98,7 @@ def test_columns_and_super_weights_beside_the_codes_are_added(text_file: Path, t
     out = save(quantize(model, plan, tiny_tokenizer()), tiny_tokenizer(), tmp_path / "out")
     packed = load(out, packed=True)[0]
     assert set(sq.packing(packed).kernels) == set(plan.formats)
-    assert distance(packed, model) < 0.02
+    assert distance(packed, model, ROWS) < 0.02
     module = packed.get_submodule(names[0])
     assert isinstance(module, KernelLinear)
     assert module.side is not None
@@ -126,7 +114,7 @@ def test_inputs_are_rounded_as_the_checkpoint_asks(text_file: Path, tmp_path: Pa
     assert sq.packing(packed).kernels
     hooks = [len(module._forward_pre_hooks) for module in packed.modules() if isinstance(module, KernelLinear)]
     assert set(hooks) == {1}
-    assert distance(packed, dense) < 0.1  # a last bit decides about a code of the inputs now and then
+    assert distance(packed, dense, ROWS) < 0.1  # a last bit decides about a code of the inputs now and then
 
 
 def test_a_packed_cache_is_installed_too(text_file: Path, tmp_path: Path) -> None:
@@ -173,7 +161,7 @@ def test_embedding_and_head_take_fewer_bits_where_asked(text_file: Path, tmp_pat
     model = quantized(text_file, family, dtype=torch.bfloat16, **overrides)[0]
     out = save(model, tiny_tokenizer(), tmp_path / "out")
     packed, plain = load(out, packed=True, head_bits=bits)[0], load(out, packed=True)[0]
-    assert distance(packed, plain) < far
+    assert distance(packed, plain, ROWS) < far
     found, before = sq.packing(packed), sq.packing(plain)
     assert "lm_head" not in found.dense
     assert found.kernels["lm_head"] == f"int{bits}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import distance, logits
 from families import tiny_mixture
 from safetensors.torch import load_file, save_file
 from sinkmaps import sink_map_of
@@ -42,17 +43,6 @@ def written(folder: Path, family: str, *more: str, **overrides: Any) -> tuple[Pa
     return save(quantize(model, plan, tiny_tokenizer()), tiny_tokenizer(), folder / "out"), plan
 
 
-def logits(model: PreTrainedModel, rows: torch.Tensor = ROWS) -> torch.Tensor:
-    with torch.no_grad():
-        return model(rows).logits.float()
-
-
-def distance(model: PreTrainedModel, other: PreTrainedModel, rows: torch.Tensor = ROWS) -> float:
-    """Relative, of the median token: a last bit can send a token to another expert."""
-    expected = logits(other, rows)
-    return float(((logits(model, rows) - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
-
-
 def held(model: PreTrainedModel) -> int:
     return sum({t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
 
@@ -78,7 +68,7 @@ def test_experts_give_the_logits_of_their_dense_weights(tmp_path: Path, family: 
     assert not fused(model)
     assert set(found.dense.values()) == {LEFT}
     assert not [name for name in found.dense if ".experts." in name]
-    assert distance(model, dense) < 0.03
+    assert distance(model, dense, ROWS) < 0.03
     assert distance(model, dense, ROWS.repeat(100, 1)) < 0.03  # enough tokens to make an expert's weights dense
     linears = [module for module in model.modules() if isinstance(module, KernelLinear)]
     weights = sum(module.in_features * module.out_features + (module.bias is not None) * module.out_features
@@ -104,7 +94,7 @@ def test_a_layer_whose_experts_are_in_16_bits(tmp_path: Path) -> None:
     assert set(found.kernels) == set(plan.formats)
     assert fused(model) == [f"model.layers.1.mlp.experts.{leaf}_proj" for leaf in ("gate_up", "down")]
     assert found.dense == dict.fromkeys([*fused(model), "lm_head"], LEFT)
-    assert distance(model, dense) < 0.03
+    assert distance(model, dense, ROWS) < 0.03
     assert found.bytes == held(model) < held(dense)
 
 
@@ -114,7 +104,7 @@ def test_experts_that_are_all_in_16_bits_stay_as_transformers_has_them(tmp_path:
     assert set(sq.packing(model).kernels) == set(plan.formats)
     assert sq.packing(model).dense == dict.fromkeys([*fused(dense), "lm_head"], LEFT)
     assert fused(model) == fused(dense)
-    assert distance(model, dense) < 0.03
+    assert distance(model, dense, ROWS) < 0.03
 
 
 FORMATS = {"re:.*experts.3.w2$": WeightFormat(8, -1), "re:.*experts.4.w1$": WeightFormat(4, 16),
@@ -177,7 +167,7 @@ def test_experts_of_other_tools_may_each_have_a_format(tmp_path: Path) -> None:
     assert fused(model) == [f"model.layers.1.mlp.experts.{leaf}_proj" for leaf in ("gate_up", "down")]
     assert "group size 16" in found.dense[f"{owner}.4.w1"]
     assert found.dense[f"{owner}.7.w2"] == LEFT
-    assert distance(model, dense) < 0.03
+    assert distance(model, dense, ROWS) < 0.03
 
 
 def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
@@ -199,9 +189,9 @@ def test_experts_are_offloaded_to_the_disk(tmp_path: Path) -> None:
     experts = model.get_submodule("model.layers.1.mlp.experts")
     assert len(list(experts.buffers())) == 16 * 3 * 2
     assert all(buffer.is_meta for buffer in experts.buffers())
-    assert torch.equal(logits(model), logits(whole))
+    assert torch.equal(logits(model, ROWS), logits(whole, ROWS))
     solved = load(out, packed=True, device_map="auto", max_memory={"cpu": 120_000}, offload_folder=tmp_path / "auto")[0]
     assert "disk" in solved.hf_device_map.values()
-    assert torch.equal(logits(solved), logits(whole))
+    assert torch.equal(logits(solved, ROWS), logits(whole, ROWS))
     with pytest.raises(RequestError, match="packed for the CPU to 0"):
         load(out, packed=True, device_map={"": 0})
