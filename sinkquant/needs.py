@@ -11,7 +11,7 @@ from sinkquant.artifacts import LinearShape
 from sinkquant.detect.residual import TOP
 from sinkquant.detect.survey import batch_rows
 from sinkquant.evaluate.divergence import LOGITS_BYTES, POSITIONS
-from sinkquant.models import ActivationStore, Decoder
+from sinkquant.models import Decoder
 from sinkquant.models.alone import in_groups
 from sinkquant.models.experts import fused_parameters
 from sinkquant.models.memory import LARGE
@@ -189,8 +189,7 @@ def _held_on_a_walk(decoder: Decoder) -> tuple[int, int]:
     for name, block in zip(decoder.block_names, decoder.blocks, strict=True):
         fused = fused_parameters(decoder.model, (name,))
         if fused and apart is None:
-            apart = bool(find_on_disk(decoder.model, decoder.source, name, decoder.experts, {}, "cpu", torch.float32,
-                                      ActivationStore()))
+            apart = bool(find_on_disk(decoder, name))
         away = sum(parameter.numel() for parameter in fused.values()) if apart else 0
         held = max(held, sum(p.numel() for p in block.parameters()) - away)
         expert = max(expert, away // max((len(parameter) for parameter in fused.values()), default=1))

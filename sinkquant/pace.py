@@ -72,15 +72,16 @@ def measure(decoder: Decoder, recipe: Recipe, calibrated: bool) -> Pace:
     settings = recipe.detect
     long = settings.long_rows > 0 and min(settings.long_length, decoder.max_length) > settings.length
     # Inputs are recorded of one set: of the short rows only where there are no long ones.
-    watched = (_watched(decoder, recipe, settings.length, not long),
-               _watched(decoder, recipe, settings.long_length, long))
+    operation = _operation()
+    watched = (_watched(decoder, recipe, settings.length, not long, operation),
+               _watched(decoder, recipe, settings.long_length, long, operation))
     # What rows do not walk for is rounded only, and the other way round.
     few, many = (_solved(recipe, rows) for rows in (FEW_ROWS, MANY_ROWS)) if calibrated else (0.0, 0.0)
     column_row = max(0.0, many - few) / (MANY_ROWS - FEW_ROWS)
     rounded, kept = _rounded(recipe, not calibrated)
-    return Pace(operation=_operation(), value=_value(), scored=_scored(), watched=watched,
-                plain=_plain(decoder, recipe), column=max(0.0, few - FEW_ROWS * column_row), column_row=column_row,
-                rounded=rounded, kept=kept)
+    return Pace(operation=operation, value=_value(), scored=_scored(), watched=watched,
+                plain=_plain(decoder, recipe, operation), column=max(0.0, few - FEW_ROWS * column_row),
+                column_row=column_row, rounded=rounded, kept=kept)
 
 
 def _rows(decoder: Decoder, length: int) -> torch.Tensor:
@@ -91,21 +92,22 @@ def _rows(decoder: Decoder, length: int) -> torch.Tensor:
     return torch.randint(decoder.vocabulary, (max(1, tokens // length), length), generator=generator)
 
 
-def _watched(decoder: Decoder, recipe: Recipe, length: int, recorded: bool) -> Rate:
-    return _rate(decoder, _rows(decoder, length),
+def _watched(decoder: Decoder, recipe: Recipe, length: int, recorded: bool, operation: float) -> Rate:
+    return _rate(decoder, _rows(decoder, length), operation,
                  lambda rows, tries: min(Surveyor(decoder, recipe, None).pace(rows, recorded) for _ in range(tries)))
 
 
-def _rate(decoder: Decoder, rows: torch.Tensor, seconds: Callable[[torch.Tensor, int], float]) -> Rate:
+def _rate(decoder: Decoder, rows: torch.Tensor, operation: float,
+          seconds: Callable[[torch.Tensor, int], float]) -> Rate:
     """What several rows take over one row is what a token takes. Where `OPERATIONS` allow one row, it takes so long
     that nothing else counts. A mixture reads all of its experts for a few tokens, and what they take by themselves is
     too little to be timed: it is counted.
 
     Args:
-        seconds: the fastest of so many tries with some rows.
+        operation: seconds of one. seconds: the fastest of so many tries with some rows.
     """
     if _fused(decoder):
-        token = 2 * _weights_of_a_token(decoder) * _operation()
+        token = 2 * _weights_of_a_token(decoder) * operation
         return Rate(max(0.0, seconds(rows, 1) - rows.numel() * token), token)
     many = seconds(rows, TRIES)
     if len(rows) == 1:
@@ -129,7 +131,7 @@ def _weights_of_a_token(decoder: Decoder) -> float:
     return weights - (1 - share) * _fused(decoder)
 
 
-def _plain(decoder: Decoder, recipe: Recipe) -> float:
+def _plain(decoder: Decoder, recipe: Recipe, operation: float) -> float:
     rows = _rows(decoder, recipe.calibration.length)
 
     def seconds(some: torch.Tensor, tries: int) -> float:
@@ -141,7 +143,7 @@ def _plain(decoder: Decoder, recipe: Recipe) -> float:
 
     if not _fused(decoder):
         return seconds(rows, TRIES) / rows.numel()
-    rate = _rate(decoder, rows, seconds)
+    rate = _rate(decoder, rows, operation, seconds)
     # Experts are read once for all rows.
     return rate.token + rate.fixed / (recipe.calibration.rows * recipe.calibration.length)
 

@@ -219,9 +219,13 @@ class Plan(Artifact):
         if any(d.rounded and d.activation_scale == "tensor" for d in decisions) or any(
                 d.prune is not None and d.prune.needs_rows for d in decisions):
             return True
-        scaled = any(transform.name != "rotate" for transform in self.transforms)
         tuned = self.calibration.tune > 0 or self.calibration.distill > 0
-        return scaled or bool(methods & CALIBRATED) or (tuned and methods != {"none"})
+        return self.rescales or bool(methods & CALIBRATED) or (tuned and methods != {"none"})
+
+    @property
+    def rescales(self) -> bool:
+        """Whether it changes the scales of channels block by block, beside a rotation of the whole model."""
+        return any(transform.name != "rotate" for transform in self.transforms)
 
     @property
     def follows_unquantized(self) -> bool:

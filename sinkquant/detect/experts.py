@@ -16,11 +16,14 @@ from torch import nn
 
 from sinkquant.artifacts.sinkmap import ExpertStatistics
 from sinkquant.models import Decoder, Step
-from sinkquant.models.experts import fused_parameters, handed_to_experts, hands_over_choice, read_by_expert
-from sinkquant.models.on_disk import one_expert
-
-TOKENS = 4096
-"""Tokens of an expert that are looked at at a time."""
+from sinkquant.models.experts import (
+    fused_parameters,
+    handed_to_experts,
+    hands_over_choice,
+    read_by_expert,
+    those_chosen,
+)
+from sinkquant.models.on_disk import TOKENS, one_expert
 
 
 class ExpertRecorder:
@@ -100,9 +103,7 @@ class _Layer:
         assert self.states is not None
         chosen, module = torch.cat(self.chosen), step.walk.decoder.model.get_submodule(owner)
         self.down = torch.zeros(chosen.shape)
-        for index in chosen.unique().tolist():
-            if index >= self.experts:
-                continue  # transformers marks slots that nobody fills so
+        for index in those_chosen(chosen, self.experts):
             token, slot = torch.where(chosen == index)
             with one_expert(module, index, step.on_disk.get(owner)) as (one, place):
                 for mine, where in zip(token.split(TOKENS), slot.split(TOKENS), strict=True):

@@ -193,7 +193,7 @@ def _read_from(model: PreTrainedModel, partial: Path, decoder: Decoder, plan: Pl
         dense = dense_tensors(stored, {name: form.bits for name, form in forms.items()}, model.dtype, transposed)
     names = {f"{name}.weight" for name in [*forms, *changed] if name not in decoder.experts}
     fused = {part.parameter for part in decoder.experts.values()}
-    if any(transform.name != "rotate" for transform in plan.transforms):  # norms and biases have changed as well
+    if plan.rescales:  # norms and biases have changed as well
         names |= {name for name, _ in model.named_parameters() if name not in fused and name.startswith(
             tuple(f"{block}." for block in decoder.block_names[:done]))}
     for name in sorted(names):

@@ -44,8 +44,8 @@ class BackStep:
         pulled = walk.store.empty(tuple(walk.hidden.shape), walk.dtype)
         self.watching[:] = observers or []
         try:
-            for start in range(0, len(walk.hidden), walk.batch_size):
-                self.step.batch = slice(start, min(start + walk.batch_size, len(walk.hidden)))
+            for batch in self.step.batches(walk.hidden):
+                self.step.batch = batch
                 with torch.enable_grad():
                     inputs = walk.hidden[self.step.batch].to(walk.device, copy=True).requires_grad_()
                     outputs = self.step.forward(inputs)

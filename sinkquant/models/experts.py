@@ -69,23 +69,28 @@ def fused_parameters(model: PreTrainedModel, blocks: tuple[str, ...] = ()) -> di
             if parameter.dim() == 3 and EXPERTS.search(name) and name.startswith(prefixes)}
 
 
+def fused_by_owner(model: PreTrainedModel, blocks: tuple[str, ...] = ()) -> dict[str, dict[str, nn.Parameter]]:
+    """Module name of a layer's experts -> its fused parameters, by their names."""
+    owners: dict[str, dict[str, nn.Parameter]] = {}
+    for name, parameter in fused_parameters(model, blocks).items():
+        owners.setdefault(name.rpartition(".")[0], {})[name] = parameter
+    return owners
+
+
 def expert_linears(model: PreTrainedModel, blocks: tuple[str, ...] = ()) -> dict[str, ExpertLinear]:
     """Name -> linear for every expert that can be packed, inside the blocks or inside the model: layer by layer, expert
     by expert, what reads the hidden states first. A layer's experts are all here or none of them."""
-    fused = fused_parameters(model, blocks)
-    if not fused:
+    owners = fused_by_owner(model, blocks)
+    if not owners:
         return {}
     names = _Names(model)
-    owners: dict[str, list[str]] = {}
-    for name in fused:
-        owners.setdefault(name.rpartition(".")[0], []).append(name)
     found: dict[str, ExpertLinear] = {}
-    for owner, parameters in owners.items():
+    for owner, fused in owners.items():
         module = model.get_submodule(owner)
-        parts = {name: names.parts(name) for name in parameters}
+        parts = {name: names.parts(name) for name in fused}
         if _walks_plainly(module) and all(parts.values()):
-            for index in range(len(fused[parameters[0]])):
-                for name in sorted(parameters, key=lambda name: "down" in name.rpartition(".")[2]):
+            for index in range(len(next(iter(fused.values())))):
+                for name in sorted(fused, key=lambda name: "down" in name.rpartition(".")[2]):
                     leaf = name.rpartition(".")[2]
                     rows = fused[name].shape[1] // len(parts[name])
                     for place, part in enumerate(parts[name]):
@@ -137,6 +142,11 @@ def shares_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
 def hands_over_choice(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a layer's experts are told which tokens are theirs, or have them in rows already (Llama 4)."""
     return any(isinstance(value, torch.Tensor) and not value.is_floating_point() for value in (*args, *kwargs.values()))
+
+
+def those_chosen(chosen: torch.Tensor, count: int) -> list[int]:
+    """The experts that any token goes to, ascending; transformers gives slots that nobody fills the number `count`."""
+    return [index for index in chosen.unique().tolist() if index < count]
 
 
 def read_by_expert(module: nn.Module, index: int, states: torch.Tensor) -> torch.Tensor:

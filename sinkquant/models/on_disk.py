@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from sinkquant.models.activations import ActivationStore
 from sinkquant.models.alone import StoredPart, stored_parts
-from sinkquant.models.experts import ExpertLinear, fused_parameters, handed_to_experts, shares_of
+from sinkquant.models.decoder import Decoder
+from sinkquant.models.experts import ExpertLinear, fused_by_owner, handed_to_experts, shares_of, those_chosen
 from sinkquant.models.handed import Handed
 from sinkquant.models.shards import StoredTensor
 from sinkquant.models.source import WeightSource, require_finite
@@ -121,9 +121,7 @@ class ExpertsOnDisk:
         """Add to `out` what the experts make of some sets of tokens, one expert after the other. out: for every set
         [tokens, hidden_size]."""
         count = len(self.module.get_parameter(next(iter(self.readers))))
-        for index in sorted({index for given in handed for index in given.chosen.unique().tolist()}):
-            if index >= count:
-                continue  # transformers marks slots that nobody fills so
+        for index in those_chosen(torch.cat([given.chosen.flatten() for given in handed]), count):
             with self.holding(index) as one:
                 for given, made in zip(handed, out, strict=True):
                     self._add(one, index, given, made)
@@ -143,29 +141,22 @@ class ExpertsOnDisk:
         return self.readers[leaf](index)
 
 
-def find_on_disk(model: PreTrainedModel, source: WeightSource | None, block: str, parts: Mapping[str, ExpertLinear],
-                 alone: dict[str, torch.Tensor], device: str, dtype: torch.dtype,
-                 store: ActivationStore) -> list[ExpertsOnDisk]:
+def find_on_disk(decoder: Decoder, block: str, device: str = "cpu", dtype: torch.dtype = torch.float32,
+                 store: ActivationStore | None = None) -> list[ExpertsOnDisk]:
     """The experts of a block that can stay on disk and are large: their output is the sum of what each makes of a
-    token, and the weights of each can be read by themselves.
-
-    Args:
-        source: None where the model holds its weights, whose experts are not on disk.
-        parts: the projections of experts that are told apart, of this block at least.
-    """
-    owners: dict[str, dict[str, nn.Parameter]] = {}
-    for name, parameter in fused_parameters(model, (block,)).items() if source is not None else ():
-        owners.setdefault(name.rpartition(".")[0], {})[name] = parameter
-    found = []
-    for owner, fused in owners.items():
-        assert source is not None
-        module = model.get_submodule(owner)
+    token, and the weights of each can be read by themselves. None in a model that holds its weights."""
+    found: list[ExpertsOnDisk] = []
+    if decoder.source is None:
+        return found
+    for owner, fused in fused_by_owner(decoder.model, (block,)).items():
+        module = decoder.model.get_submodule(owner)
         if sum(one.numel() for one in fused.values()) <= LARGE or not _adds_up(module):
             continue
-        mine = {name: part for name, part in parts.items() if part.owner == owner}
-        readers = _readers(source, owner, module, mine)
+        mine = {name: part for name, part in decoder.experts.items() if part.owner == owner}
+        readers = _readers(decoder.source, owner, module, mine)
         if readers is not None:
-            found.append(ExpertsOnDisk(owner, module, mine, readers, alone, device, dtype, store))
+            found.append(ExpertsOnDisk(owner, module, mine, readers, decoder.alone, device, dtype,
+                                       store or ActivationStore()))
     return found
 
 

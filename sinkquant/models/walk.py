@@ -101,7 +101,9 @@ class Step:
     def answering(self, inputs: torch.Tensor) -> Iterator[None]:
         """Get ready to replay these inputs once, batch by batch: experts on disk are read once each, whatever the
         number of batches, or not at all if they have answered before."""
-        answers = self.answers if inputs is self.walk.hidden else {}
+        answers: dict[str, torch.Tensor] = {}
+        if inputs is self.walk.hidden:
+            answers, self.answers = self.answers, answers
         if self.on_disk and not answers and len(inputs) > self.walk.batch_size:
             (answers,) = _answers([(self, inputs)])
         try:
@@ -111,7 +113,6 @@ class Step:
         finally:
             for one in self.on_disk.values():
                 one.answers = None
-            self.answers = {}
 
     def batches(self, inputs: torch.Tensor) -> list[slice]:
         """The rows that are replayed together, in order."""
@@ -254,8 +255,8 @@ def together(walks: Sequence[Walk]) -> Generator[tuple[Step, ...], None, None]:
                 for walk in walks:
                     walk._enter(watching)
             for index, (name, block) in enumerate(zip(decoder.block_names, decoder.blocks, strict=True)):
-                apart = [] if any(walk.whole for walk in walks) else find_on_disk(
-                    decoder.model, decoder.source, name, decoder.experts, decoder.alone, device, dtype, walks[0].store)
+                apart = [] if any(walk.whole for walk in walks) else find_on_disk(decoder, name, device, dtype,
+                                                                                 walks[0].store)
                 on_disk = {one.owner: one for one in apart}
                 with (decoder.present([block], [one.module for one in apart]), compute_in([block], device, dtype),
                       replaced(apart)):

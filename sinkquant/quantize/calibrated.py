@@ -38,9 +38,8 @@ def calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase 
     weights = TokenWeights(rows, settings)
     rank, ranks = this_rank()
     shape = decoder.shape("")
-    scales = any(transform.name != "rotate" for transform in plan.transforms)
     walk = Walk(decoder, rows, settings.batch_size, device, dtype, store=store,
-                whole=scales or plan.follows_unquantized)
+                whole=plan.rescales or plan.follows_unquantized)
     tune = Tune(settings.tune, plan.seed) if settings.tune else None
     ideal: torch.Tensor | None = None
     for step in walk.steps():

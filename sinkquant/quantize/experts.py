@@ -19,13 +19,10 @@ from torch import nn
 from sinkquant.models import Step
 from sinkquant.models.experts import read_by_expert
 from sinkquant.models.inputs import inputs_left_alone
-from sinkquant.models.on_disk import ExpertsOnDisk, one_expert
+from sinkquant.models.on_disk import TOKENS, ExpertsOnDisk, one_expert
 from sinkquant.quantize.hessian import Hessian
 from sinkquant.quantize.ranks import total
 from sinkquant.quantize.statistics import TokenWeights
-
-TOKENS = 4096
-"""Tokens of an expert that are looked at at a time."""
 
 
 @dataclass

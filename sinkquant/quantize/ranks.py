@@ -64,8 +64,7 @@ def my_rows(rows: torch.Tensor, plan: Plan) -> torch.Tensor:
         return rows
     if len(rows) < ranks:
         raise RequestError(f"there are {len(rows)} calibration rows for {ranks} processes; start fewer.")
-    scaled = any(transform.name != "rotate" for transform in plan.transforms)
-    if plan.calibration.tune or plan.calibration.distill or scaled:
+    if plan.calibration.tune or plan.calibration.distill or plan.rescales:
         raise RequestError("weights.tune, weights.distill, weights.smooth and protect.channels=scale need all rows in "
                            "one process; start without torchrun.")
     if plan.calibration.statistics != "cap":
