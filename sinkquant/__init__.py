@@ -2,16 +2,16 @@
 
 from sinkquant.advise import advise
 from sinkquant.artifacts import Diagnosis, Plan, Report, Sensitivity, SinkMap
-from sinkquant.cut import cut_heads
 from sinkquant.detect import detect
 from sinkquant.diagnose import diagnose
 from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.evaluate import evaluate
 from sinkquant.formats import load, save
+from sinkquant.heads import cut_heads
 from sinkquant.inference import Packing, packing
-from sinkquant.pipeline import plan, run
 from sinkquant.quantize import quantize
 from sinkquant.recipe import Recipe
+from sinkquant.run import plan, run
 from sinkquant.sensitivity import find_sensitivity
 
 __version__ = "0.1.0"

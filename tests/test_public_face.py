@@ -10,8 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from commands import call, settings
 from small_runs import SMALL
-from test_cli import call, settings
 
 import sinkquant as sq
 from sinkquant.recipe import recipe_names

@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import ModelShape, Plan, Sensitivity, SinkMap
+from sinkquant.cli.tables.sensitivity import ranking_in_words
 from sinkquant.detect import detect
 from sinkquant.evaluate import Divergence, compare_rows, paired_difference
 from sinkquant.models import Decoder, load_model, load_tokenizer, read_text, resolve, token_rows
@@ -29,7 +30,6 @@ from sinkquant.policy import make_control, make_plan
 from sinkquant.quantize import quantize
 from sinkquant.recipe import Recipe
 from sinkquant.sensitivity import find_sensitivity
-from sinkquant.sensitivity.show import ranking_in_words
 
 
 @dataclass(frozen=True)

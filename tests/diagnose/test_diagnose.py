@@ -14,8 +14,8 @@ from rich.console import Console
 from tiny_tokenizer import tiny_tokenizer
 
 from sinkquant.artifacts import Diagnosis
+from sinkquant.cli.tables.diagnosis import scale_table, tables
 from sinkquant.diagnose import diagnose
-from sinkquant.diagnose.show import scale_table, tables
 from sinkquant.errors import RequestError
 from sinkquant.recipe import Recipe
 

@@ -8,11 +8,11 @@ from families import tiny_model
 from sinkmaps import sink_map_of
 
 from sinkquant.artifacts import Plan
+from sinkquant.cli.tables.plans import changes, settings, totals
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
 from sinkquant.policy import make_plan
 from sinkquant.policy.difference import compare_plans
-from sinkquant.policy.show import changes, settings, totals
 from sinkquant.recipe import Recipe
 
 DECODER = Decoder.of(tiny_model("llama"))

@@ -9,11 +9,11 @@ from families import tiny_model
 from small_runs import small_recipe
 
 import sinkquant as sq
-from sinkquant import pipeline
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
 from sinkquant.policy import require_plannable
 from sinkquant.recipe import Recipe, recipe_names
+from sinkquant.run import pipeline
 
 SPLIT = "protect.channels=split"
 EIGHT = ("weights.bits=8", "weights.group_size=-1")

@@ -12,10 +12,10 @@ from tiny_tokenizer import random_text, tiny_tokenizer
 
 from sinkquant import Recipe, RequestError, find_sensitivity
 from sinkquant.artifacts import Sensitivity
+from sinkquant.cli.tables.sensitivity import cache_table, ranking_in_words
 from sinkquant.models import Decoder
 from sinkquant.policy.kv_cache import make_kv_plan
 from sinkquant.sensitivity.kv import exact_places
-from sinkquant.sensitivity.show import cache_table, ranking_in_words
 
 KEYS = ["weights.group_size=32", "weights.method=rtn", "weights.scale_search=false", "sensitivity.rows=1",
         "sensitivity.length=8", "sensitivity.bits=[8]", "kv_cache={window: 32, group_size: 32}",

@@ -16,7 +16,7 @@ from sinkquant.detect.super_weights import ABLATION_ROWS, NULL_WEIGHTS, PER_MODU
 from sinkquant.diagnose.fidelity import LENGTH, ROWS
 from sinkquant.evaluate.tasks import ready_tasks
 from sinkquant.models import Decoder, encode, read_text
-from sinkquant.pace import Pace
+from sinkquant.predict.pace import Pace
 from sinkquant.quantize.distill import ROWS as DISTILL_ROWS
 from sinkquant.recipe import Recipe
 

@@ -11,11 +11,11 @@ from typing import Annotated
 import typer
 
 from sinkquant.artifacts import Plan, SinkMap
-from sinkquant.cli_models import cut, detect, diagnose, doctor
-from sinkquant.cli_parts import SensitivityOption, SetOption, TrustOption, err, out, shown_progress
-from sinkquant.cli_policy import advise, diff, plan, sensitivity
-from sinkquant.cli_results import evaluate, report
-from sinkquant.cli_show import show_plan, show_report
+from sinkquant.cli.models import cut, detect, diagnose, doctor
+from sinkquant.cli.parts import SensitivityOption, SetOption, TrustOption, err, out, shown_progress
+from sinkquant.cli.plans import advise, diff, plan, sensitivity
+from sinkquant.cli.results import evaluate, report
+from sinkquant.cli.show import show_plan, show_report
 from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe, recipe_names
 
@@ -87,7 +87,7 @@ def run(recipe: Annotated[str | None, typer.Argument(help="A recipe file or the 
     known = SinkMap.load(sink_map) if sink_map else None
     chosen = _recipe_of_run(recipe, edited, assignments or [])
     from sinkquant.models.processes import this_process
-    from sinkquant.pipeline import run as run_pipeline
+    from sinkquant.run import run as run_pipeline
 
     with shown_progress() as progress:
         report = run_pipeline(chosen, model, output, edited=edited, sink_map=known, sensitivity=sensitivity,
@@ -144,7 +144,3 @@ def recipes(action: Annotated[str | None, typer.Argument(help="'show' to print o
 def _fail(message: str, code: int) -> int:
     err.print(f"quantize-model: {message}", markup=False, highlight=False, soft_wrap=True)
     return code
-
-
-if __name__ == "__main__":
-    main()

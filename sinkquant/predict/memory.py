@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
-from sinkquant.needs import SPILL_SHARE, Needs
-from sinkquant.pace import measure
+from sinkquant.predict.needs import SPILL_SHARE, Needs
+from sinkquant.predict.pace import measure
+from sinkquant.predict.times import stages
 from sinkquant.recipe import Recipe
-from sinkquant.times import stages
 
 CHEAPER = ("evaluate.batch_size=1", "evaluate.skip=true", "calibration.batch_size=1", "detect.batch_size=1",
            "sensitivity.batch_size=1", "sensitivity.measure_rows=0", "sensitivity.rows=16", "compute.dtype=bfloat16",

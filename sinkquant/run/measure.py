@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from sinkquant.artifacts import Report, Sensitivity
-from sinkquant.candidates import bits_on_disk, comparison, fidelity, loader, sinks_after, weight_bytes
 from sinkquant.evaluate import BASELINE, Candidate, evaluate, forecasts_of_plans, require_tasks_possible
 from sinkquant.formats import read_checkpoint, versions
 from sinkquant.models import load_model, load_tokenizer, pick_device, resolve
 from sinkquant.policy.expected import with_expected_loss
 from sinkquant.recipe import Recipe
-from sinkquant.workfolder import CONTROL, MODEL
+from sinkquant.run.candidates import bits_on_disk, comparison, fidelity, loader, sinks_after, weight_bytes
+from sinkquant.run.folder import CONTROL, MODEL
 
 Progress = Callable[[int, int, str], None]
 

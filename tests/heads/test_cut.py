@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from sinkquant.artifacts import SinkMap
 from sinkquant.artifacts.heads import HeadAblation, HeadAblations
 from sinkquant.cli import app
-from sinkquant.cut import cut_heads
 from sinkquant.errors import RequestError
 from sinkquant.formats import load
+from sinkquant.heads import cut_heads
 from sinkquant.models import Decoder, head_columns, open_model, weight_matrix
 from sinkquant.models.smaller import smaller_model
 

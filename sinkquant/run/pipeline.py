@@ -14,16 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan, Report, Sensitivity, SinkMap
 from sinkquant.cache import make_prefix, save_prefix
-from sinkquant.candidates import (
-    bits_on_disk,
-    comparison,
-    expert_notes,
-    fidelity,
-    loader,
-    mechanisms,
-    sinks_after,
-    weight_bytes,
-)
 from sinkquant.detect import detect
 from sinkquant.evaluate import (
     BASELINE,
@@ -53,7 +43,6 @@ from sinkquant.models import (
 )
 from sinkquant.models.loading import has_tokenizer
 from sinkquant.models.processes import this_process
-from sinkquant.planning import plan_ready, with_calibration_notes
 from sinkquant.policy import (
     accept_edited,
     check_recipe,
@@ -72,8 +61,19 @@ from sinkquant.quantize import quantize, require_packages
 from sinkquant.quantize.ranks import join, require_one_process
 from sinkquant.quantize.transforms import rotate
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe
+from sinkquant.run.candidates import (
+    bits_on_disk,
+    comparison,
+    expert_notes,
+    fidelity,
+    loader,
+    mechanisms,
+    sinks_after,
+    weight_bytes,
+)
+from sinkquant.run.folder import CONTROL, MODEL, WorkFolder, partial_folder, peak_resident, run_key, work_folder
+from sinkquant.run.planning import plan_ready, with_calibration_notes
 from sinkquant.sensitivity import find_sensitivity
-from sinkquant.workfolder import CONTROL, MODEL, WorkFolder, partial_folder, peak_resident, run_key, work_folder
 
 Progress = Callable[[int, int, str], None]
 LOG = logging.getLogger("sinkquant")

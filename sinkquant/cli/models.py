@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sinkquant.artifacts import SinkMap
-from sinkquant.cli_parts import (
+from sinkquant.cli.parts import (
     JsonOption,
     ModelArgument,
     SetOption,
@@ -20,7 +20,7 @@ from sinkquant.cli_parts import (
     out,
     shown_progress,
 )
-from sinkquant.cli_show import show_sink_map
+from sinkquant.cli.show import show_sink_map
 from sinkquant.errors import RequestError
 from sinkquant.recipe import Recipe
 
@@ -48,8 +48,8 @@ def diagnose(models: Annotated[list[str], typer.Argument(help="A model folder, a
     recipe = Recipe().replace(assignments or [])
     if len(models) > 1 and (output or against):
         raise RequestError("-o and --against are for one model; name one.")
+    from sinkquant.cli.tables.diagnosis import scale_table, tables
     from sinkquant.diagnose import diagnose as examine
-    from sinkquant.diagnose.show import scale_table, tables
     from sinkquant.formats import load_dense
     from sinkquant.models import load_tokenizer, read_text, resolve
 
@@ -89,8 +89,8 @@ def cut(model: ModelArgument,
         assignments: SetOption = None, text: TextOption = None, trust_remote_code: TrustOption = False) -> None:
     """Write a model without the heads that do nothing, in smaller shapes that plain transformers loads."""
     recipe = Recipe().replace(["prune.heads=no-op", *(assignments or [])])
-    from sinkquant.cut import cut_heads
     from sinkquant.formats import require_free
+    from sinkquant.heads import cut_heads
     from sinkquant.models import load_tokenizer, open_model, resolve
 
     require_free(output)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from commands import call, one_sentence
 from sinkmaps import sink_map_of
 from small_runs import SMALL
-from test_cli import call, one_sentence
 from tiny_tokenizer import random_text
 
 from sinkquant.artifacts.advice import Advice

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from sinkquant.artifacts import Frontier, Sensitivity
 from sinkquant.cli import app
+from sinkquant.cli.tables.sensitivity import ranking_in_words, table
 from sinkquant.models import Decoder
-from sinkquant.sensitivity.show import ranking_in_words, table
 
 
 def test_the_command_writes_a_file_and_shows_it_with_its_ranking(tiny: PreTrainedModel, tiny_folder: Path,

@@ -10,7 +10,7 @@ from rich.table import Table
 from sinkquant.artifacts import Frontier, Plan, Report, SinkMap
 from sinkquant.artifacts.base import write_atomically
 from sinkquant.artifacts.experts import in_lines
-from sinkquant.cli_parts import out
+from sinkquant.cli.parts import out
 
 
 def show_sink_map(sink_map: SinkMap) -> None:

@@ -16,9 +16,10 @@ import sinkquant as sq
 from sinkquant.detect.survey import batch_rows
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, open_model
-from sinkquant.pace import Pace, Rate, _weights_of_a_token, measure
 from sinkquant.predict import SENSITIVITIES, predict, require_memory, spill_limit
-from sinkquant.times import stages
+from sinkquant.predict.pace import Pace, Rate, _weights_of_a_token, measure
+from sinkquant.predict.times import stages
+from sinkquant.run import pipeline
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +125,8 @@ def test_experts_that_stay_on_disk_are_not_counted_with_their_block(tmp_path: Pa
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_mixture("deepseek_v3", moe_intermediate_size=256).save_pretrained(tmp_path / "model")
     decoder = Decoder.of(open_model(tmp_path / "model"))
-    monkeypatch.setattr("sinkquant.needs.RELOADED", 0)
-    monkeypatch.setattr("sinkquant.needs.WAITING", 1)
+    monkeypatch.setattr("sinkquant.predict.needs.RELOADED", 0)
+    monkeypatch.setattr("sinkquant.predict.needs.WAITING", 1)
 
     def peaks(*more: str) -> dict[str, float]:
         # States go to the disk or are few, so that weights are what counts.
@@ -190,6 +191,6 @@ def test_a_run_with_mapped_hidden_states_gives_the_same_bytes(
     model = model_folder(tmp_path / "model")
     recipe = small_recipe(text_file, "evaluate.skip=true")
     sq.run(recipe, model, tmp_path / "ram")
-    monkeypatch.setattr("sinkquant.pipeline.spill_limit", lambda _: 0)
+    monkeypatch.setattr(pipeline, "spill_limit", lambda _: 0)
     sq.run(recipe, model, tmp_path / "disk")
     assert fingerprint(tmp_path / "ram" / "model") == fingerprint(tmp_path / "disk" / "model")

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from commands import call
 from sinkmaps import sink_map_of
 from small_runs import SMALL
-from test_cli import call
 from transformers import PreTrainedModel
 
 from sinkquant.artifacts import Plan, Report, Sensitivity

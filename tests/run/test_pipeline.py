@@ -11,9 +11,10 @@ import torch
 from small_runs import fingerprint, model_folder, small_recipe
 from transformers import AutoModelForCausalLM
 
-from sinkquant import Plan, Report, RequestError, SinkquantError, pipeline, run
-from sinkquant.candidates import bits_on_disk
-from sinkquant.measure import evaluate_folder, recorded_recipe
+from sinkquant import Plan, Report, RequestError, SinkquantError, run
+from sinkquant.run import pipeline
+from sinkquant.run.candidates import bits_on_disk
+from sinkquant.run.measure import evaluate_folder, recorded_recipe
 
 UNTIMED = {"report.json", "report.md", "report.html", "run.log"}
 """Files that hold seconds and peak memory beside results."""

@@ -9,8 +9,8 @@ import typer
 
 from sinkquant.artifacts import Plan, Report, Sensitivity, SinkMap
 from sinkquant.artifacts.base import write_atomically
-from sinkquant.cli_parts import JsonOption, SetOption, TextOption, out, shown_progress
-from sinkquant.cli_show import show_report
+from sinkquant.cli.parts import JsonOption, SetOption, TextOption, out, shown_progress
+from sinkquant.cli.show import show_report
 from sinkquant.errors import RequestError
 
 
@@ -27,8 +27,8 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A run's folder or a ch
     extra += [f"evaluate.tasks=[{tasks}]"] if tasks else []
     if not folder.is_dir():
         raise RequestError(f"{folder} is no folder; give a run's folder or a checkpoint.")
-    from sinkquant.measure import evaluate_folder, recorded_recipe
     from sinkquant.models.processes import this_process
+    from sinkquant.run.measure import evaluate_folder, recorded_recipe
 
     recipe = recorded_recipe(folder).replace([*extra, *(assignments or [])])
     costs = Sensitivity.load(sensitivity) if sensitivity else None

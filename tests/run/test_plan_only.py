@@ -13,10 +13,10 @@ from small_runs import model_folder, small_recipe
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sinkquant as sq
-from sinkquant import pipeline
 from sinkquant.errors import RequestError
 from sinkquant.models import shards
 from sinkquant.policy import headers
+from sinkquant.run import pipeline
 
 LLAMA_70B = {"vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
              "num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 8192, "dtype": "bfloat16"}

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from sinkquant.artifacts import Plan, Sensitivity, SinkMap
-from sinkquant.cli_parts import (
+from sinkquant.cli.parts import (
     JsonOption,
     ModelArgument,
     RecipeOption,
@@ -23,7 +23,7 @@ from sinkquant.cli_parts import (
     out,
     shown_progress,
 )
-from sinkquant.cli_show import show_frontier, show_plan
+from sinkquant.cli.show import show_frontier, show_plan
 from sinkquant.errors import RequestError
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe
 
@@ -43,8 +43,8 @@ def plan(model: ModelArgument,
     """Decide bits per module, with reasons and exact bytes; quantizes nothing."""
     chosen = Recipe.load(recipe).replace(assignments or [])
     from sinkquant.models import Decoder, open_model, resolve
-    from sinkquant.planning import plan_ready
     from sinkquant.policy import check_solvable, make_frontier, make_plan
+    from sinkquant.run.planning import plan_ready
 
     if frontier or chosen.budget.solved:
         check_solvable(chosen)
@@ -78,7 +78,7 @@ def sensitivity(model: ModelArgument,
                 trust_remote_code: TrustOption = False) -> None:
     """What every format of every linear would lose, through the sinks and through all other tokens."""
     chosen = Recipe.load(recipe).replace(assignments or [])
-    from sinkquant.sensitivity.show import cache_table, ranking_in_words, table
+    from sinkquant.cli.tables.sensitivity import cache_table, ranking_in_words, table
 
     found = SinkMap.load(sink_map) if sink_map else find_sinks(model, text, chosen, trust_remote_code)
     made = find_costs(model, text, found, chosen, output, trust_remote_code)
@@ -97,8 +97,8 @@ def diff(a: PlanArgument, b: PlanArgument,
                                                                "plans say.")] = None,
          json: JsonOption = False) -> None:
     """What two plans of one model decide differently, with the bytes and the predicted loss of each decision."""
+    from sinkquant.cli.tables.plans import changes, settings, totals
     from sinkquant.policy.difference import compare_plans
-    from sinkquant.policy.show import changes, settings, totals
 
     costs = Sensitivity.load(sensitivity) if sensitivity else None
     found = compare_plans(_plan_at(a), _plan_at(b), (str(a), str(b)), costs)
@@ -129,7 +129,7 @@ def advise(model: ModelArgument,
     chosen = Recipe.load(recipe).replace([*(assignments or []), *([f"calibration.text={text}"] if text else [])])
     known = SinkMap.load(sink_map) if sink_map else None
     from sinkquant.advise import advise as look
-    from sinkquant.policy.show import advice_table
+    from sinkquant.cli.tables.plans import advice_table
 
     with shown_progress() as progress:
         found = look(model, chosen, known, measure=measure, only=only or [], trust_remote_code=trust_remote_code,

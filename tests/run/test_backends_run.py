@@ -9,7 +9,7 @@ from backend_cases import BACKEND_CASES
 from small_runs import model_folder, small_recipe
 
 from sinkquant import Plan, run
-from sinkquant.measure import evaluate_folder, recorded_recipe
+from sinkquant.run.measure import evaluate_folder, recorded_recipe
 
 
 @pytest.mark.parametrize(("kind", "family"), [("nf4", "llama"), ("llm.int8", "gpt_neox"), ("quanto-4", "gemma2"),

@@ -1,0 +1,5 @@
+"""What each kind of protection is worth on a model."""
+
+from sinkquant.advise.advise import advise
+
+__all__ = ["advise"]

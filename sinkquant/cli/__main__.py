@@ -1,0 +1,5 @@
+"""`python -m sinkquant.cli`, for torchrun."""
+
+from sinkquant.cli import main
+
+main()

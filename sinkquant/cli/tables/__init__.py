@@ -1,0 +1,1 @@
+"""Artifacts as tables and sentences on the terminal."""

@@ -1,0 +1,5 @@
+"""A model without its no-op heads."""
+
+from sinkquant.heads.cut import cut_heads
+
+__all__ = ["cut_heads"]
