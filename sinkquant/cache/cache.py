@@ -177,7 +177,8 @@ class SinkCache(Cache):
                 # A prompt longer than the window sees its own sinks, so that they must have their slots by now.
                 layer.peel(self._flags)
             read = PackedRead(layer, functools.partial(self._was_read, layer_idx))
-            return stand_in(read, key_states), stand_in(read, value_states)
+            columns = layer.get_seq_length()
+            return stand_in(read, key_states, columns), stand_in(read, value_states, columns)
         states = layer.update(key_states, value_states)
         self._was_read(layer_idx)
         return states

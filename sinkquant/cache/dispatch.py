@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from sinkquant.cache.attention import PackedRead, attend, with_slots
+from sinkquant.cache.chunked import ChunkedRead
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
 
@@ -38,11 +39,15 @@ def dispatch_packed(model: PreTrainedModel) -> None:
     model.set_attn_implementation(name)
 
 
-def stand_in(read: PackedRead, new: torch.Tensor) -> torch.Tensor:
+def stand_in(read: PackedRead | ChunkedRead, new: torch.Tensor, length: int) -> torch.Tensor:
     """A tensor without memory of its own in the shape of all keys or values, NaN wherever it is read by mistake, that
-    carries a `PackedRead` to the attention function."""
+    carries what is read instead to the attention function.
+
+    Args:
+        new: [batch, kv_heads, new, head_dim]. length: columns of the stand-in.
+    """
     batch, heads, _, width = new.shape
-    tensor = new.new_full((1, 1, 1, 1), float("nan")).expand(batch, heads, read.layer.get_seq_length(), width)
+    tensor = new.new_full((1, 1, 1, 1), float("nan")).expand(batch, heads, length, width)
     tensor.packed_read = read  # type: ignore[attr-defined]
     return tensor
 
@@ -65,10 +70,13 @@ def _over_eager(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value
     return _read(read, own, module, query, attention_mask, **kwargs)
 
 
-def _read(read: PackedRead, own: Callable[..., tuple[torch.Tensor, torch.Tensor | None]], module: nn.Module,
-          query: torch.Tensor, mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _read(read: PackedRead | ChunkedRead, own: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+          module: nn.Module, query: torch.Tensor, mask: torch.Tensor | None,
+          **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A packed layer as it is, or its dense copy through the model's own attention; with the exact tokens that a
-    sliding window hides in front."""
+    sliding window hides in front. Rows that are read in chunks see to it themselves."""
+    if isinstance(read, ChunkedRead):
+        return read.attend(own, module, query, mask, **kwargs)
     layer, new = read.layer, query.shape[2]
     seen = layer.seen_in_slots(new) if layer.sees_sinks else None
     slots = seen is not None and bool(seen.any())
