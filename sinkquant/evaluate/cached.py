@@ -8,8 +8,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import KVCachePlan
-from sinkquant.cache import SinkCache, cached_logits, prepare, put_in_front
+from sinkquant.cache import SinkCache, prepare, put_in_front
 from sinkquant.evaluate.harness import SinkLM
+from sinkquant.evaluate.states import last_states
 
 
 class CachedSinkLM(SinkLM):
@@ -30,8 +31,8 @@ class CachedSinkLM(SinkLM):
         """Tokens of a row that the model has positions for, beside those in front."""
         return int(super().max_length) - len(self._plan.front)
 
-    def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
-        return cached_logits(self.model, inps, self._plan)
+    def _states(self, ids: torch.Tensor) -> torch.Tensor:
+        return last_states(self.model, ids, self._plan)
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
         cache = SinkCache(self.model.config, self._plan)

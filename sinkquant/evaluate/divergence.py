@@ -1,20 +1,22 @@
-"""Mean KL divergence of a quantized model's next-token distribution from the unquantized one's."""
+"""Mean KL divergence of quantized models' next-token distributions from the unquantized one's."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import KVCachePlan
-from sinkquant.cache import cached_logits
+from sinkquant.evaluate.states import last_states
 from sinkquant.models import token_rows
+from sinkquant.models.head import OutputHead, runs_of_positions
 from sinkquant.recipe import Recipe
 
-POSITIONS = 128
-LOGITS_BYTES = 1 << 28
-"""What the float32 logits of one batch may take, per model; one row is always run."""
+BATCH_ROWS = 4
+Reader = tuple[PreTrainedModel, KVCachePlan | None]
+"""A model, and the packed KV cache that it is read through; null for none."""
 
 
 @dataclass(frozen=True)
@@ -32,30 +34,41 @@ class Divergence:
 
 
 def compare_rows(baseline: PreTrainedModel, other: PreTrainedModel, rows: torch.Tensor,
-                 batch_size: int = 4, kv: KVCachePlan | None = None) -> Divergence:
+                 batch_size: int = BATCH_ROWS, kv: KVCachePlan | None = None) -> Divergence:
     """Run both models over the same rows and compare what they predict.
 
     Two others compared with the same baseline on the same rows are pairs, row by row.
 
     Args:
         rows: int64 [rows, length], `<bos>` where the models expect it.
-        batch_size: at most so many rows at a time; fewer where a large vocabulary would take too much memory.
+        batch_size: rows at a time.
         kv: run the other model through a KV cache that is packed so; null for none.
     """
-    width = int(baseline.get_input_embeddings().weight.shape[0])
-    batch_size = max(1, min(batch_size, LOGITS_BYTES // (4 * rows.shape[1] * width)))
-    found = Divergence()
-    with torch.no_grad():
-        for batch in rows.split(batch_size):
-            first = baseline(batch.to(baseline.device), use_cache=False).logits
-            ids = batch.to(other.device)
-            second = other(ids, use_cache=False).logits if kv is None else cached_logits(other, ids, kv)
-            second = second.to(first.device)
-            kl, one, two = _compare(first, second, batch.to(first.device))
+    batches = rows.split(batch_size)
+    return compare_side_by_side(baseline, [last_states(baseline, batch) for batch in batches], [(other, kv)],
+                                batches)[0]
+
+
+def compare_side_by_side(baseline: PreTrainedModel, states: Sequence[torch.Tensor], others: Sequence[Reader],
+                         batches: Sequence[torch.Tensor]) -> list[Divergence]:
+    """Compare several models with one, whose predictions are made once for all of them.
+
+    Args:
+        states: the baseline's `last_states` of every batch.
+        batches: int64 [rows, length] each.
+
+    Returns:
+        one divergence per other model, over the rows of all batches.
+    """
+    found = [Divergence() for _ in others]
+    heads = [OutputHead(model) for model in (baseline, *(model for model, _ in others))]
+    for batch, first in zip(batches, states, strict=True):
+        given = [first, *(last_states(model, batch, kv) for model, kv in others)]
+        for one, (kl, base_loss, other_loss) in zip(found, _compare(heads, given, batch), strict=True):
             # Rounding can leave a row of equal distributions a hair below zero.
-            found.kl.extend(kl.mean(1).clamp(min=0).tolist())
-            found.baseline_loss.extend(one.mean(1).tolist())
-            found.other_loss.extend(two.mean(1).tolist())
+            one.kl.extend(kl.mean(1).clamp(min=0).tolist())
+            one.baseline_loss.extend(base_loss.mean(1).tolist())
+            one.other_loss.extend(other_loss.mean(1).tolist())
     return found
 
 
@@ -72,25 +85,29 @@ def held_out_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
 
 
 def row_divergences(baseline: PreTrainedModel, other: PreTrainedModel, rows: torch.Tensor,
-                    batch_size: int = 4, kv: KVCachePlan | None = None) -> list[float]:
+                    batch_size: int = BATCH_ROWS, kv: KVCachePlan | None = None) -> list[float]:
     """KL(baseline || other) in nats per token, averaged over the positions of every row; see `compare_rows`."""
     return compare_rows(baseline, other, rows, batch_size, kv).kl
 
 
-def _compare(first: torch.Tensor, second: torch.Tensor,
-             rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """KL [rows, length] and both losses [rows, length - 1], float64, from logits [rows, length, vocabulary].
+def _compare(heads: Sequence[OutputHead], states: Sequence[torch.Tensor],
+             rows: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Of every model but the first: KL [rows, length] and both losses [rows, length - 1], float64, on the CPU.
 
-    A few positions at a time: the float32 copies of the distributions are the largest thing here.
+    A few positions at a time, all models side by side: logits of a large vocabulary are the largest thing here.
     """
-    kl, one, two = [], [], []
-    for start in range(0, rows.shape[1], POSITIONS):
-        part = slice(start, start + POSITIONS)
-        p = torch.log_softmax(first[:, part].float(), dim=-1)
-        q = torch.log_softmax(second[:, part].float(), dim=-1)
-        kl.append((p.exp() * (p - q)).sum(-1).double())
-        following = rows[:, start + 1:start + 1 + POSITIONS, None]
-        known = following.shape[1]
-        one.append(-p[:, :known].gather(-1, following).squeeze(-1).double())
-        two.append(-q[:, :known].gather(-1, following).squeeze(-1).double())
-    return torch.cat(kl, dim=1), torch.cat(one, dim=1), torch.cat(two, dim=1)
+    count, length = rows.shape
+    targets = torch.cat([rows[:, 1:], rows[:, :1]], dim=1).flatten()  # the last position's is not looked at
+    flat = [one.flatten(0, 1) for one in states]
+    kl, losses = ([torch.empty(count * length, dtype=torch.float64) for _ in heads] for _ in range(2))
+    for run in runs_of_positions(heads[0].vocabulary, count * length):
+        p = torch.log_softmax(heads[0].logits(flat[0][run]), dim=-1)
+        following = targets[run, None].to(p.device)
+        losses[0][run] = -p.gather(-1, following)[:, 0].double().cpu()
+        likely = p.exp()
+        for place in range(1, len(heads)):
+            q = torch.log_softmax(heads[place].logits(flat[place][run]).to(p.device), dim=-1)
+            losses[place][run] = -q.gather(-1, following)[:, 0].double().cpu()
+            kl[place][run] = (likely * (p - q)).sum(-1).double().cpu()
+    whole = [loss.view(count, length)[:, :-1] for loss in losses]
+    return [(kl[place].view(count, length), whole[0], whole[place]) for place in range(1, len(heads))]

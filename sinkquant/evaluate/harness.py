@@ -15,7 +15,10 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.errors import RequestError
+from sinkquant.evaluate.likelihood import continuation_scores
+from sinkquant.evaluate.states import last_states
 from sinkquant.models import encode
+from sinkquant.models.head import OutputHead
 from sinkquant.models.processes import shared
 
 
@@ -38,6 +41,7 @@ class SinkLM(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=False)
         self._bos = int(tokenizer.bos_token_id) if bos else None
         self._quiet = quiet
+        self._head = OutputHead(model)
 
     @property
     def prefix_token_id(self) -> int | None:
@@ -138,6 +142,16 @@ class SinkLM(HFLM):
         """Scores of (request, context, scored tokens); several processes score a share each."""
         return shared(pairs, lambda mine: list(self._loglikelihood_tokens(
             mine, disable_tqdm=disable_tqdm or self._quiet)))
+
+    def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False,
+                              override_bs: int | None = None) -> list[tuple[float, bool]]:
+        """Instead of HFLM's, which takes logits of every position of a batch, and float32 copies of them."""
+        return continuation_scores(self._states, self._head, [(context, target) for _, context, target in requests],
+                                   override_bs or int(self.batch_size))
+
+    def _states(self, ids: torch.Tensor) -> torch.Tensor:
+        """What the output head is given for rows that are padded on the right."""
+        return last_states(self.model, ids)
 
     def get_model_info(self) -> dict[str, Any]:
         """Nothing: HFLM would ask the hub for the model's commit."""

@@ -10,10 +10,12 @@ import torch
 from sinkquant.artifacts import LinearShape
 from sinkquant.detect.residual import TOP
 from sinkquant.detect.survey import batch_rows
-from sinkquant.evaluate.divergence import LOGITS_BYTES, POSITIONS
+from sinkquant.evaluate.divergence import BATCH_ROWS
+from sinkquant.evaluate.likelihood import TOKENS_AT_ONCE
 from sinkquant.models import Decoder
 from sinkquant.models.alone import in_groups
 from sinkquant.models.experts import fused_parameters
+from sinkquant.models.head import PIECE_VALUES
 from sinkquant.models.memory import LARGE
 from sinkquant.models.on_disk import find_on_disk
 from sinkquant.quantize.distill import LOGITS_BYTES as DISTILL_LOGITS
@@ -155,13 +157,14 @@ class Needs:
 
     def evaluate_bytes(self) -> float:
         settings = self.recipe.evaluate
-        # lm-eval holds the logits of a batch, their log-softmax, and that of the batch before.
-        scored = 3 * settings.batch_size * min(self.decoder.max_length, EVALUATED_AT_ONCE)
-        row = settings.divergence_length
-        compared = 2 * max(row, min(4 * row, LOGITS_BYTES / (4 * self.vocabulary))) + 6 * POSITIONS
-        logits = 4.0 * self.vocabulary * max(scored, compared)
+        longest = min(self.decoder.max_length, EVALUATED_AT_ONCE)
+        rows = max(1, min(settings.batch_size, TOKENS_AT_ONCE // longest))
+        length = min(self.decoder.max_length, settings.divergence_length)
+        read = max(self._activations(rows * longest, longest), self._activations(BATCH_ROWS * length, length))
+        # Both distributions of some positions, and what the divergence makes of them.
+        logits = 6 * 4.0 * max(PIECE_VALUES, self.vocabulary)
         # The unquantized model beside another.
-        return EVALUATION_LOADS + 2 * self.total * self.item + KEPT_BY_ALLOCATOR * logits
+        return EVALUATION_LOADS + 2 * self.total * self.item + KEPT_BY_ALLOCATOR * (read + logits)
 
     def _detected_tokens(self) -> list[int]:
         """Tokens of every set of rows that detection walks with."""

@@ -19,11 +19,13 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture
 def inputs(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
-    """Every batch of token ids that the model is called with."""
+    """Every batch of token ids that the model is called with; none where its head alone is wanted, with zeros."""
     seen: list[torch.Tensor] = []
 
     def record(_module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
-        seen.append((kwargs["input_ids"] if "input_ids" in kwargs else args[0]).detach().clone())
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        if ids.any():
+            seen.append(ids.detach().clone())
 
     handle = model.register_forward_pre_hook(record, with_kwargs=True)
     yield seen

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
-
 import pytest
 import torch
 from families import tiny_model
+from kv_plans import kv_plan
 from transformers import PreTrainedModel
 
-from sinkquant.evaluate import compare_rows, divergence, row_divergences
+from sinkquant.evaluate import compare_rows, row_divergences
+from sinkquant.evaluate.divergence import compare_side_by_side
+from sinkquant.evaluate.states import last_states
+from sinkquant.models import head
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +54,47 @@ def test_lengths_around_the_chunk(pair: tuple[PreTrainedModel, PreTrainedModel],
     assert found.other_loss == pytest.approx(expected.tolist(), rel=1e-4)
 
 
-def test_a_large_vocabulary_runs_row_by_row(pair: tuple[PreTrainedModel, PreTrainedModel], rows: torch.Tensor,
-                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = []
-
-    def record(_module: torch.nn.Module, args: tuple[torch.Tensor, ...], _kwargs: dict[str, Any]) -> None:
-        sizes.append(len(args[0]))
-
+def test_a_large_vocabulary_takes_a_few_positions_at_a_time(pair: tuple[PreTrainedModel, PreTrainedModel],
+                                                            rows: torch.Tensor,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     expected = row_divergences(*pair, rows)
-    monkeypatch.setattr(divergence, "LOGITS_BYTES", 1)
-    handle = pair[0].register_forward_pre_hook(record, with_kwargs=True)
-    assert row_divergences(*pair, rows) == pytest.approx(expected, rel=1e-4)
+    sizes: list[int] = []
+    monkeypatch.setattr(head, "PIECE_VALUES", 7 * 128)
+    handle = pair[0].get_output_embeddings().register_forward_hook(
+        lambda _module, _args, logits: sizes.append(logits.numel()))
+    assert row_divergences(*pair, rows) == pytest.approx(expected, rel=1e-5)
     handle.remove()
-    assert sizes == [1] * 5
+    passes = [size for size in sizes if size in (4 * 150, 150)]  # the blocks' passes, which end before the head
+    assert len(passes) == 2
+    assert sorted({*sizes} - {*passes}) == [3 * 128, 5 * 128, 7 * 128]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "opt", "mixtral"])
+def test_the_head_alone_gives_the_models_logits(family: str, rows: torch.Tensor) -> None:
+    """Soft caps, learned positions, embeddings that are scaled: what follows the blocks is all there."""
+    model = tiny_model(family, initializer_range=0.3)
+    with torch.no_grad():
+        expected = model(rows, use_cache=False).logits
+    states = last_states(model, rows)
+    assert torch.allclose(head.OutputHead(model).logits(states.flatten(0, 1)), expected.flatten(0, 1), atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(model(rows, use_cache=False).logits, expected)
+
+
+def test_the_baseline_runs_once_for_all_models(pair: tuple[PreTrainedModel, PreTrainedModel],
+                                               rows: torch.Tensor) -> None:
+    base, other = pair
+    batches = rows.split(2)
+    states = [last_states(base, batch) for batch in batches]
+    calls: list[int] = []
+    handle = base.get_output_embeddings().register_forward_hook(
+        lambda _module, _args, logits: calls.append(logits.shape[0]))
+    plan = kv_plan(other, 2)
+    found = compare_side_by_side(base, states, [(other, None), (base, None), (other, plan)], batches)
+    handle.remove()
+    # Of the baseline's own row there are its blocks' passes, too; the predictions of each are made once.
+    assert sum(count for count in calls if count > 2) == 2 * rows.numel()
+    assert found[0] == compare_rows(base, other, rows, batch_size=2)
+    assert found[1].kl == [0.0] * 5
+    assert found[2] == compare_rows(base, other, rows, batch_size=2, kv=plan)
+    assert found[2].kl != found[0].kl

@@ -1,0 +1,62 @@
+"""The output head apart from the rest: logits are needed of a few positions at a time, and of some never."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedModel
+
+from sinkquant.models.decoder import Decoder
+from sinkquant.models.walk import stubbed
+
+PIECE_VALUES = 1 << 23
+"""Logits that are held at a time, per model: 32 MB in float32, whatever the vocabulary."""
+
+
+@contextlib.contextmanager
+def headless(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """Let a model's forward passes end before its output head; their logits mean nothing then.
+
+    Yields:
+        what the head was given by every pass, [rows, length, hidden_size].
+    """
+    head, states = model.get_output_embeddings(), []
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        states.append(hidden)
+        return hidden[..., :1]
+
+    head.forward = forward
+    try:
+        yield states
+    finally:
+        head.__dict__.pop("forward", None)
+
+
+class OutputHead:
+    """The output head of a model by itself, with all that the architecture does to logits (soft caps, factors)."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.decoder = model, Decoder.of(model)
+        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """float32 logits [positions, vocabulary] of what the head is given, [positions, hidden_size]."""
+        given = states.to(self.model.device)[:, None]
+        # The blocks hand on nothing of worth: what the head gets of it is replaced.
+        nothing = given.new_zeros(len(states), 1, self.decoder.hidden_size)
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(lambda _module, _args: (given,))
+        try:
+            with torch.no_grad(), stubbed(self.decoder, nothing):
+                tokens = torch.zeros(len(states), 1, dtype=torch.long, device=self.model.device)
+                return torch.as_tensor(self.model(tokens, use_cache=False).logits)[:, 0].float()
+        finally:
+            handle.remove()
+
+
+def runs_of_positions(vocabulary: int, positions: int) -> list[slice]:
+    """Positions in runs whose logits are `PIECE_VALUES` at most, or one position."""
+    size = max(1, PIECE_VALUES // vocabulary)
+    return [slice(start, min(start + size, positions)) for start in range(0, positions, size)]
