@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sinkquant.artifacts.formats import PLAIN, WeightFormat, backend_of
 from sinkquant.artifacts.plan import Plan
 from sinkquant.artifacts.shapes import ModelShape
 from sinkquant.errors import RequestError
-
-ON_OUR_GRIDS = frozenset({PLAIN, "gptq"})
-"""Storages of integer codes and one scale per group."""
+from sinkquant.schemes import WeightFormat, scheme_of
 
 
 def require_tunable(formats: Mapping[str, WeightFormat], shape: ModelShape, through: bool) -> None:
@@ -27,11 +24,12 @@ def require_tunable(formats: Mapping[str, WeightFormat], shape: ModelShape, thro
         if shape.linears[name].part_of:
             raise RequestError("weights.distill does not reach packed experts; set weights.distill=0, or leave the "
                                "experts in 16 bits with weights.ignore=['*.experts.*'].")
-        if form.storage not in ON_OUR_GRIDS:
-            raise RequestError(f"{backend_of({form.storage})} rounds weights by itself, so that they cannot be tuned; "
+        scheme = scheme_of(form)
+        if scheme.rounds_itself:
+            raise RequestError(f"{scheme.backend} rounds weights by itself, so that they cannot be tuned; "
                                "set weights.distill=0.")
-        if form.kind == "float":
-            raise RequestError("FP8 weights are not tuned; set weights.distill=0.")
+        if not scheme.integers:
+            raise RequestError(f"{scheme.words} are not tuned; set weights.distill=0.")
     if through:
         raise RequestError("weights.distill does not let the tokens of an exact prefix through rounded inputs; set "
                            "weights.distill=0, kv_cache.prefix=none or activations.format=16-bit.")

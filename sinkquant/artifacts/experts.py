@@ -9,10 +9,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from sinkquant.artifacts.formats import WeightFormat, backend_of
 from sinkquant.artifacts.shapes import ModelShape
 from sinkquant.artifacts.sinkmap import SinkMap
 from sinkquant.errors import RequestError
+from sinkquant.schemes import WeightFormat, scheme_of
 
 TUNE_AND_EXPERTS = ("weights.tune does not reach packed experts; set weights.tune=0, or leave the experts in 16 bits "
                     "with weights.ignore=['*.experts.*'].")
@@ -50,7 +50,7 @@ def require_loadable(shape: ModelShape, formats: Mapping[str, WeightFormat], own
             into the model's own.
     """
     for form in formats.values():
-        backend = backend_of({form.storage})
+        backend = scheme_of(form).backend
         if form.packed and not own and backend in shape.not_loaded_from:
             raise RequestError(f"{shape.architecture} cannot be packed in the format of {backend}: transformers loads "
                                "such a checkpoint into experts with other tensors than the model has; use the backend "

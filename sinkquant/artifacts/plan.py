@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import AfterValidator, Field, PrivateAttr
 
 from sinkquant.artifacts.base import Artifact, Strict
-from sinkquant.artifacts.formats import DEPLOYED, PLAIN, InputFormat, InputScale, Storage, WeightFormat, backend_of
 from sinkquant.artifacts.heads import SilencedHead
 from sinkquant.artifacts.kv import KVCachePlan
 from sinkquant.artifacts.pruning import Pruning
 from sinkquant.artifacts.sinkmap import SinkMap
+from sinkquant.schemes import PLAIN, WeightFormat, backend_of, input_format, stored_form
+from sinkquant.schemes.inputs import known_inputs
+from sinkquant.schemes.registry import known_storage
+from sinkquant.schemes.weight_format import Kind
 
 Method = Literal["rtn", "gptq", "gptaq", "none"]
 CALIBRATED = frozenset({"gptq", "gptaq"})
@@ -28,11 +31,11 @@ class ModuleDecision(Strict):
     one scale per output channel. `keep` says how its sink-related channels are kept: "module" for the whole linear
     at higher precision, "scale" for columns that are scaled up and their input down, "split" for `columns` and
     `scalars` in 16 bits beside the codes, null where nothing is kept. `columns` are those channels, `scalars` single
-    weights as (output row, input column). `kind` "float": the weights are 8-bit floating point. `activations` is the
+    weights as (output row, input column). `kind` "float": the codes are floating-point numbers. `activations` is the
     number format that inputs are rounded to ("int6" and "int4" only where sinkquant evaluates, not by the checkpoint),
     `activation_scale` whether every token has a scale of its own or all share a stored one; null with 16 bits. `prune`
     says which of its weights become zero, null for none: its bytes stay the same, since zeros are stored like any other
-    weight. `storage` says which tensors it becomes: integers of compressed-tensors or a format of another backend.
+    weight. `storage` says which tensors it becomes (`sinkquant.schemes`).
     """
 
     bits: Literal[2, 3, 4, 5, 6, 7, 8, 16]
@@ -41,10 +44,10 @@ class ModuleDecision(Strict):
     keep: Literal["module", "scale", "split"] | None = None
     columns: list[int] = Field(default_factory=list)
     scalars: list[tuple[int, int]] = Field(default_factory=list)
-    kind: Literal["int", "float"] = "int"
-    activations: InputFormat = "16-bit"
-    activation_scale: InputScale | None = None
-    storage: Storage = PLAIN
+    kind: Kind = "int"
+    activations: Annotated[str, AfterValidator(known_inputs)] = "16-bit"
+    activation_scale: Literal["token", "tensor"] | None = None
+    storage: Annotated[str, AfterValidator(known_storage)] = PLAIN
     bytes: int
     reason: str
     prune: Pruning | None = None
@@ -75,21 +78,13 @@ class ModuleDecision(Strict):
     @property
     def simulated(self) -> bool:
         """Whether its inputs are rounded by sinkquant alone, since no checkpoint can ask for it."""
-        return self.rounded and self.activations not in DEPLOYED
+        return self.rounded and not input_format(self.activations).deployed
 
     def inputs_in_words(self) -> str:
         """As a table has it: "int8 per token", say."""
         if self.activation_scale is None:
             return self.activations
         return f"{self.activations} per {self.activation_scale}{', simulated' if self.simulated else ''}"
-
-
-def stored_form(bits: int, group_size: int | None, kind: Literal["int", "float"], activations: str,
-                scale: str | None, storage: Storage = PLAIN) -> WeightFormat:
-    """How a linear is stored; inputs that are only simulated leave no trace in a checkpoint."""
-    if bits == 16 or activations not in DEPLOYED:
-        return WeightFormat(bits, group_size, kind, storage=PLAIN if bits == 16 else storage)
-    return WeightFormat(bits, group_size, kind, activations, scale, storage)
 
 
 class Transform(Strict):
@@ -197,7 +192,7 @@ class Plan(Artifact):
     @property
     def backend(self) -> str:
         """The backend whose checkpoint it makes."""
-        return backend_of({form.storage for form in self.formats.values()})
+        return backend_of(self.formats.values())
 
     @property
     def rotation(self) -> Transform | None:

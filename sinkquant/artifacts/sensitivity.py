@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from sinkquant.artifacts.base import Artifact, Strict
-from sinkquant.artifacts.formats import PLAIN, WeightFormat
 from sinkquant.artifacts.plan import Method
+from sinkquant.schemes import WeightFormat, scheme_of
 
 
 class Terms(Strict):
@@ -63,7 +63,7 @@ class UnitSensitivity(Strict):
     def loss(self, form: WeightFormat, method: Method | None = None) -> FormatLoss | None:
         """What a format costs by a method, or by the best of those that were tried where it is not among them; None
         where the format was no candidate. What inputs are rounded to makes no difference."""
-        if form.kind != "int" or form.storage not in (PLAIN, "gptq"):
+        if not scheme_of(form).integers:
             return None
         weights = WeightFormat(form.bits, form.group_size, columns=form.columns, scalars=form.scalars)
         alike = [loss for loss in self.losses if loss.form == weights]

@@ -10,9 +10,9 @@ from compressed_tensors.compressors.pack_quantized import pack_to_int32
 from transformers import PreTrainedModel
 
 from sinkquant.artifacts import Plan
-from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.models.inputs import input_args
 from sinkquant.quantize import PackedWeight, row_chunks
+from sinkquant.schemes import PLAIN, WeightFormat, scheme_of
 
 EXPERT = re.compile(r"\.experts\.\d+\.(\w+)$")
 """What ends the name of one projection of one expert."""
@@ -33,11 +33,11 @@ def quantization_config(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
                                    "group_size": None if channel else form.group_size}
         groups[f"group_{index}"] = {"targets": _targets(names), "weights": weights,
                                     "input_activations": _inputs(form), "output_activations": None,
-                                    "format": form.layout}
+                                    "format": scheme_of(form).layout(form)}
     packed = {name for names in formats.values() for name in names}
     ignore = [name for name, module in model.named_modules()
               if isinstance(module, torch.nn.Linear) and name not in packed]
-    layouts = sorted({form.layout for form in formats})
+    layouts = sorted({scheme_of(form).layout(form) for form in formats})
     return {"quant_method": "compressed-tensors", "format": layouts[0] if len(layouts) == 1 else "mixed-precision",
             "quantization_status": "compressed", "config_groups": groups, "ignore": ignore, "kv_cache_scheme": None}
 
@@ -73,7 +73,7 @@ def stored_linear(name: str, weight: PackedWeight, form: WeightFormat,
                   input_scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """The tensors that a quantized linear becomes."""
     inputs = {f"{name}.input_scale": input_scale} if form.static_inputs and input_scale is not None else {}
-    if form.layout != "pack-quantized":
+    if scheme_of(form).layout(form) != PLAIN:
         return {f"{name}.weight": weight.codes, f"{name}.weight_scale": weight.scale} | inputs
     beside = {} if weight.side is None else weight.side.tensors()
     return {f"{name}.weight_packed": pack(weight.codes, weight.bits), f"{name}.weight_scale": weight.scale,

@@ -18,10 +18,10 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sinkquant.artifacts import Plan
-from sinkquant.artifacts.formats import WeightFormat
-from sinkquant.artifacts.sizes import scale_dtype
 from sinkquant.models import weight_matrix
 from sinkquant.quantize.packed_linear import PackedLinear
+from sinkquant.schemes import WeightFormat
+from sinkquant.schemes.tensors import scale_dtype
 
 METHOD = "sinkquant"
 

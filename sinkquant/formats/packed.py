@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 
-from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.errors import RequestError
 from sinkquant.formats.backends import backend_in
 from sinkquant.formats.backends.gptq import GPTQFiles
@@ -32,6 +31,7 @@ from sinkquant.models.memory import give_back, map_large
 from sinkquant.quantize import UNPACKED, PackedWeight
 from sinkquant.quantize.packed_linear import PackedLinear
 from sinkquant.quantize.unpack import unpack
+from sinkquant.schemes import WeightFormat
 
 LOG = logging.getLogger("sinkquant")
 LEFT = "left in 16 bits by the checkpoint"

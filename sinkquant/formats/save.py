@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan, SinkMap
-from sinkquant.artifacts.formats import WeightFormat, backend_of
 from sinkquant.artifacts.sizes import GUARD, checkpoint_tensors, own_format, packed_tensors
 from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.formats.backends import BACKENDS
@@ -30,6 +29,7 @@ from sinkquant.formats.writer import CheckpointWriter
 from sinkquant.models import Decoder, pieces
 from sinkquant.quantize import BackendWeight, PackedWeight, packages_of, state_of
 from sinkquant.recipe import Recipe
+from sinkquant.schemes import WeightFormat, backend_of
 
 CHECKPOINT_SCHEMA = "sinkquant/checkpoint@1"
 STORED = ("weight", "weight_packed", "weight_scale", "weight_shape", "input_scale", "weight_columns", "weight_exact",
@@ -88,7 +88,7 @@ def write_packed(writer: CheckpointWriter, name: str, weight: PackedWeight | Bac
 def linear_tensors(name: str, weight: PackedWeight | BackendWeight, form: WeightFormat,
                    input_scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """The tensors that a quantized linear becomes in its backend."""
-    backend = BACKENDS.get(backend_of({form.storage}))
+    backend = BACKENDS.get(backend_of([form]))
     if backend is not None:
         return {f"{name}.{leaf}": tensor for leaf, tensor in backend.leaves(weight).items()}
     assert isinstance(weight, PackedWeight)

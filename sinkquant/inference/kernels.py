@@ -7,9 +7,9 @@ from typing import Literal
 
 import torch
 
-from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.inference.int4_cpu import Int4CPU
 from sinkquant.inference.int4_cuda import Int4CUDA
+from sinkquant.schemes import WeightFormat, scheme_of
 
 Int4 = Int4CPU | Int4CUDA
 GROUPS = (256, 128, 64, 32)
@@ -40,8 +40,8 @@ class Kernel:
 
 def kernel_for(form: WeightFormat, columns: int) -> Kernel | str:
     """The kernel for a linear of so many input columns, or in words why there is none."""
-    if form.kind == "float":
-        return "torch has no kernel here for 8-bit floating-point weights"
+    if not scheme_of(form).integers:
+        return f"torch has no kernel here for {form.numbers} weights"
     per_channel = form.group_size in (None, -1)
     size = columns if per_channel else int(form.group_size or columns)
     if size % GROUPS[-1]:

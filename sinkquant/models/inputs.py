@@ -18,14 +18,17 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp
 from torch import nn
 
+from sinkquant.schemes import input_format
+
 SWITCH = "sinkquant_inputs"
 """The attribute of a model that holds its switch."""
 
 
 def input_args(activations: str, scale: str) -> QuantizationArgs:
     """compressed-tensors' words for a plan's input format: "int8" and the like, "token" or "tensor"."""
-    kind, bits = ("float", 8) if activations == "fp8" else ("int", int(activations.removeprefix("int")))
-    return QuantizationArgs(num_bits=bits, type=kind, symmetric=True, strategy=scale, dynamic=scale == "token")
+    form = input_format(activations)
+    return QuantizationArgs(num_bits=form.bits, type=form.kind, symmetric=True, strategy=scale,
+                            dynamic=scale == "token")
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """SinkMap + Recipe -> Plan: rules, budget, and the control of the same size. Imports no torch."""
 
-from sinkquant.policy.backends import check_recipe
+from sinkquant.policy.carried import check_recipe
 from sinkquant.policy.distill import require_distill
 from sinkquant.policy.edited import accept_edited
 from sinkquant.policy.frontier import make_frontier

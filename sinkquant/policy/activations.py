@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 from sinkquant.artifacts import KVCachePlan, ModelShape, ModuleDecision, SinkMap
-from sinkquant.artifacts.formats import DEPLOYED
 from sinkquant.errors import RequestError
 from sinkquant.policy.rules import Choice
 from sinkquant.recipe import Recipe
+from sinkquant.schemes import input_format, scheme_of
+from sinkquant.schemes.registry import multiplied_with, of_backend
 
 
 def with_inputs(choices: dict[str, Choice], shape: ModelShape, recipe: Recipe) -> dict[str, Choice]:
@@ -25,18 +25,15 @@ def with_inputs(choices: dict[str, Choice], shape: ModelShape, recipe: Recipe) -
     if not any(choice.quantized for choice in choices.values()):
         raise RequestError(f"activations.format {settings.format} rounds the inputs of quantized linears, and the "
                            "recipe leaves all weights alone; quantize some, or set activations.format=16-bit.")
-    if settings.format == "fp8":
-        for name, choice in choices.items():
-            if choice.quantized and (choice.bits, choice.group_size) != (8, -1):
-                raise RequestError(f"FP8 inputs are multiplied with FP8 weights of one scale per channel, but {name} "
-                                   f"gets {choice.bits} bits in groups of {choice.group_size}; set weights.bits=8 and "
-                                   "weights.group_size=-1 (and its override).")
-            if choice.quantized and choice.method != "rtn":
-                raise RequestError(f"FP8 weights are rounded to nearest, but {name} gets {choice.method}; set "
-                                   "weights.method=rtn (and its override).")
-        if recipe.weights.tune:
-            raise RequestError("FP8 weights are not tuned; set weights.tune=0.")
-    kind: Literal["int", "float"] = "float" if settings.format == "fp8" else "int"
+    for name, choice in choices.items():
+        if not choice.quantized:
+            continue
+        scheme = multiplied_with(scheme_of(choice.form), settings.format)
+        if why := scheme.refuses(name, choice.bits, choice.group_size, choice.method):
+            raise RequestError(why)
+        if recipe.weights.tune and not scheme.integers:
+            raise RequestError(f"{scheme.words} are not tuned; set weights.tune=0.")
+    kind = input_format(settings.format).kind
     rounded = {name: replace(choice, kind=kind, activations=settings.format, activation_scale=settings.scale)
                for name, choice in choices.items() if choice.quantized and not shape.linears[name].part_of}
     return choices | rounded
@@ -96,18 +93,24 @@ def check_inputs(name: str, decision: ModuleDecision) -> None:
     if rounded and decision.bits == 16:
         raise RequestError(f"the plan rounds the inputs of {name}, whose weights stay in 16 bits; give it "
                            "activations '16-bit'.")
-    fp8 = decision.kind == "float"
-    if (decision.activations == "fp8" and not fp8) or (fp8 and decision.activations not in ("fp8", "16-bit")):
+    if decision.bits == 16:
+        return
+    scheme = scheme_of(decision.form)
+    if decision.activations not in scheme.inputs:
+        goes = "; ".join(f"{' or '.join(map(repr, one.inputs[1:]))} goes with {one.kind!r}"
+                         for one in of_backend(scheme.backend) if one.inputs[1:])
         raise RequestError(f"the plan gives {name} {decision.activations} activations and weights of the kind "
-                           f"{decision.kind!r}; 'fp8' goes with 'float'.")
-    if fp8 and (decision.bits, decision.group_size, decision.method) != (8, -1, "rtn"):
-        raise RequestError(f"the plan gives {name} floating-point weights, which take 8 bits, group_size -1 and the "
-                           "method 'rtn'.")
+                           f"{decision.kind!r}; {goes or f'{scheme.backend} leaves inputs in 16 bits'}.")
+    if scheme.refuses(name, decision.bits, decision.group_size, decision.method):
+        raise RequestError(f"the plan gives {name} {scheme.words}, which take {' or '.join(map(str, scheme.bits))} "
+                           f"bits, group_size {scheme.group_size} and the method "
+                           f"{' or '.join(map(repr, scheme.methods))}.")
 
 
 def simulated_notes(choices: dict[str, Choice]) -> list[str]:
     """A sentence for every input format that no checkpoint can ask for."""
-    forms = sorted({c.activations for c in choices.values() if c.quantized and c.activations != "16-bit"} - DEPLOYED)
+    forms = sorted({c.activations for c in choices.values() if c.quantized and c.activations != "16-bit"
+                    and not input_format(c.activations).deployed})
     return [f"{form} activations are simulated: sinkquant rounds inputs when it evaluates, no engine does, and the "
             "checkpoint holds the quantized weights alone" for form in forms]
 
@@ -115,10 +118,3 @@ def simulated_notes(choices: dict[str, Choice]) -> list[str]:
 EXCLUDED = ("static ranges leave the exact prefix out: the checkpoint is right only where rows start from the keys and "
             "values in kv_prefix; an engine that computes the prefix itself clips the sinks")
 """What a reader of such a plan has to know."""
-
-
-def vllm_inputs(choice: Choice) -> bool:
-    """Whether vLLM multiplies such inputs with such weights: 8-bit ones with 8-bit weights of one scale per channel."""
-    if choice.activations not in DEPLOYED:
-        return True
-    return choice.bits == 8 and choice.group_size == -1

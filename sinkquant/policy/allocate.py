@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sinkquant.artifacts import KVCachePlan, ModelShape, Sensitivity, SinkMap, Terms, UnitSensitivity
-from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.artifacts.sizes import checkpoint_bytes, module_bytes
 from sinkquant.errors import RequestError
 from sinkquant.policy.engines import engine_loads
@@ -18,6 +17,7 @@ from sinkquant.policy.rules import Choice
 from sinkquant.policy.solvable import check_solvable
 from sinkquant.policy.solver import Option, Solution, fewest_bytes, least_loss
 from sinkquant.recipe import Budget, Recipe
+from sinkquant.schemes import WeightFormat
 
 EXACT = WeightFormat(16, None)
 ROUNDS = 6

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from sinkquant.artifacts import ModelShape
-from sinkquant.artifacts.formats import PLAIN
 from sinkquant.artifacts.sizes import module_bytes
-from sinkquant.policy.backends import more_bits
+from sinkquant.policy.carried import more_precise
 from sinkquant.policy.rules import Choice
 from sinkquant.policy.sharing import moves_together
+from sinkquant.schemes import scheme_of
 
 SMALLEST_GROUP = 32
 
@@ -37,7 +37,7 @@ def fill(choices: dict[str, Choice], shape: ModelShape, spare: int, order: Seque
         why: ends the reason of every raised module.
     """
     chosen = dict(choices)
-    for raise_format in (_one_more_bit, _half_the_group, _left_alone):
+    for raise_format in (more_precise, _half_the_group, _left_alone):
         progress = True
         while progress:
             progress = False
@@ -100,11 +100,12 @@ def _formats(choice: Choice, columns: int) -> list[Choice]:
     sizes = [choice]
     while (smaller := _half_the_group(sizes[-1], columns)) is not None:
         sizes.append(smaller)
-    found = [replace(size, bits=bits) for size in sizes for bits in range(choice.bits, 9)]
-    if choice.storage != PLAIN:
-        found = sizes
-        while (higher := more_bits(found[-1], columns)) is not None:
-            found = [*found, higher]
+    found: list[Choice] = []
+    for size in sizes:
+        higher: Choice | None = size
+        while higher is not None:
+            found.append(higher)
+            higher = more_precise(higher, columns)
     return [*found, replace(choice, bits=16, group_size=None, method="none")]
 
 
@@ -140,15 +141,9 @@ def evenly_spread(names: Sequence[str]) -> list[str]:
     return [names[i] for i in sorted(range(len(names)), key=radical_inverse)]
 
 
-def _one_more_bit(choice: Choice, columns: int) -> Choice | None:
-    if choice.storage != PLAIN:
-        return more_bits(choice, columns)
-    return replace(choice, bits=choice.bits + 1) if choice.bits < 8 else None
-
-
 def _half_the_group(choice: Choice, columns: int) -> Choice | None:
     size = columns if choice.group_size == -1 else choice.group_size
-    if choice.kind == "float" or choice.storage != PLAIN:  # engines multiply FP8 with one scale per channel
+    if not scheme_of(choice.form).any_group:
         return None
     if size is None or size % 2 or size // 2 < SMALLEST_GROUP or columns % (size // 2):
         return None
@@ -156,7 +151,7 @@ def _half_the_group(choice: Choice, columns: int) -> Choice | None:
 
 
 def _left_alone(choice: Choice, columns: int) -> Choice | None:
-    if not (choice.bits == 8 or (choice.storage != PLAIN and more_bits(choice, columns) is None)):
+    if more_precise(choice, columns) is not None:
         return None
     alone = replace(choice, bits=16, group_size=None, method="none", scalars=())
     return replace(alone, keep=None, columns=()) if choice.keep == "split" else alone

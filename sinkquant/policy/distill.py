@@ -5,7 +5,7 @@ from __future__ import annotations
 from sinkquant.artifacts import ModelShape
 from sinkquant.artifacts.distill import require_tunable
 from sinkquant.policy.activations import with_inputs
-from sinkquant.policy.backends import carried
+from sinkquant.policy.carried import carried
 from sinkquant.policy.rules import base_choices
 from sinkquant.recipe import Recipe
 

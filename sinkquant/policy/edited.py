@@ -5,10 +5,9 @@ from __future__ import annotations
 from sinkquant.artifacts import LinearShape, ModelShape, ModuleDecision, Plan
 from sinkquant.artifacts.distill import check_distill
 from sinkquant.artifacts.experts import mixed_experts
-from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.errors import RequestError
 from sinkquant.policy.activations import check_inputs
-from sinkquant.policy.backends import check_choices
+from sinkquant.policy.carried import check_choices
 from sinkquant.policy.heads import accept_heads
 from sinkquant.policy.kv_cache import accept_kv
 from sinkquant.policy.plan import _finish
@@ -16,6 +15,7 @@ from sinkquant.policy.pruning import keep_pruning
 from sinkquant.policy.rules import Choice, check_group_sizes
 from sinkquant.policy.transforms import check_transforms
 from sinkquant.recipe import Recipe, near_miss
+from sinkquant.schemes import WeightFormat
 
 
 def accept_edited(plan: Plan, shape: ModelShape) -> Plan:

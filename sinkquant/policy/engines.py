@@ -1,22 +1,45 @@
-"""Which formats an engine loads."""
+"""Which engines load what a plan makes: what the schemes' rows of the engine table say, and what only a whole model
+tells."""
 
 from __future__ import annotations
 
-from sinkquant.artifacts import LinearShape
-from sinkquant.artifacts.formats import WeightFormat
+from collections.abc import Mapping
 
-VLLM_BITS = frozenset({4, 8})
-VLLM_GROUPS = frozenset({-1, 32, 64, 128})
+from sinkquant.artifacts import LinearShape, ModelShape
+from sinkquant.schemes import INTEGERS, WeightFormat, scheme_of
+
+OWN = "sinkquant"
 
 
-def in_vllm(form: WeightFormat) -> bool:
-    """Whether vLLM's documentation says that it loads a linear in this format."""
-    return form.bits in VLLM_BITS and form.group_size in VLLM_GROUPS
+def loads_in(shape: ModelShape, formats: Mapping[str, WeightFormat], own: bool) -> list[str]:
+    """The engines that load every linear of a checkpoint, in the order of the table.
+
+    Args:
+        formats: module name -> format of every packed linear. own: the checkpoint is in sinkquant's own format.
+    """
+    if own:
+        return [OWN]
+    schemes = dict.fromkeys(scheme_of(form) for form in formats.values()) or [INTEGERS]
+    named = list(dict.fromkeys(row.engine for scheme in schemes for row in scheme.loads))
+    found = [engine for engine in named if all(_takes(engine, form) for form in formats.values())]
+    if any(linear.part_of for linear in shape.linears.values()) and not _experts_by_name(shape, formats):
+        found = [engine for engine in found if not engine.startswith("vllm")]
+    return found
 
 
 def engine_loads(engine: str, form: WeightFormat, linear: LinearShape) -> bool:
-    """Whether a budget for `engine` ("any", "vllm", "transformers" or "sinkquant") may use a packed format. What is
-    split or stored transposed takes sinkquant's own format."""
-    if engine in ("any", "sinkquant"):
+    """Whether a budget for `engine` ("any" or one of the table) may use a packed format. What is split or stored
+    transposed takes sinkquant's own format."""
+    if engine in ("any", OWN):
         return True
-    return not (form.split or linear.transposed) and (engine != "vllm" or in_vllm(form))
+    return not (form.split or linear.transposed) and _takes(engine, form)
+
+
+def _takes(engine: str, form: WeightFormat) -> bool:
+    return any(row.engine == engine and row.takes(form) for row in scheme_of(form).loads)
+
+
+def _experts_by_name(shape: ModelShape, formats: Mapping[str, WeightFormat]) -> bool:
+    """Whether every expert is packed under the name that vLLM asks for: one tensor each, as most families call it."""
+    return all(name in formats and name.endswith("_proj")
+               for name, linear in shape.linears.items() if linear.part_of)

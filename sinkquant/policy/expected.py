@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sinkquant.artifacts import FormatLoss, Plan, PredictedLoss, Sensitivity, UnitSensitivity
-from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.artifacts.plan import Method
 from sinkquant.errors import RequestError
 from sinkquant.policy.kv_budget import expected_kv_loss
+from sinkquant.schemes import WeightFormat, scheme_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def loss_of(unit: UnitSensitivity, form: WeightFormat, method: Method | None = N
 
 def _of_larger_groups(unit: UnitSensitivity, form: WeightFormat) -> FormatLoss | None:
     """What the same bits cost in the smallest groups that were tried and are larger: a bound."""
-    if form.kind != "int" or form.split or form.group_size == -1 or not form.packed:
+    if not scheme_of(form).integers or form.split or form.group_size == -1 or not form.packed:
         return None
     larger = [loss for loss in unit.losses if loss.bits == form.bits and not loss.form.split
               and (loss.group_size == -1 or loss.group_size > (form.group_size or 0))]

@@ -6,10 +6,10 @@ from collections.abc import Set
 from dataclasses import replace
 
 from sinkquant.artifacts import FormatLoss, ModelShape, Sensitivity, SinkMap, UnitSensitivity
-from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.policy.expected import loss_of
 from sinkquant.policy.rules import Choice, affected, born_here
 from sinkquant.recipe import Recipe
+from sinkquant.schemes import WeightFormat
 
 NAMED = 4
 """No unit of an engine's fusing has more modules."""

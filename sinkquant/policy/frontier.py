@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from sinkquant.artifacts import KVCachePlan, ModelShape, Sensitivity, SinkMap
-from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.artifacts.frontier import Frontier, FrontierPoint
 from sinkquant.artifacts.sizes import checkpoint_bytes, module_bytes
 from sinkquant.policy.allocate import Problem
@@ -17,6 +16,7 @@ from sinkquant.policy.plan import choices_of, make_control, make_plan
 from sinkquant.policy.solvable import check_solvable
 from sinkquant.policy.solver import efficient
 from sinkquant.recipe import Recipe
+from sinkquant.schemes import WeightFormat
 
 POINTS = 20
 

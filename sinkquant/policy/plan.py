@@ -18,7 +18,6 @@ from sinkquant.artifacts import (
 )
 from sinkquant.artifacts.distill import check_distill
 from sinkquant.artifacts.experts import TUNE_AND_EXPERTS, require_loadable
-from sinkquant.artifacts.formats import PLAIN
 from sinkquant.artifacts.plan import Statistics
 from sinkquant.artifacts.sizes import checkpoint_bytes, own_format
 from sinkquant.errors import RequestError
@@ -27,13 +26,12 @@ from sinkquant.policy.activations import (
     check_exclusion,
     simulated_notes,
     spare_sinks,
-    vllm_inputs,
     with_inputs,
 )
 from sinkquant.policy.allocate import Allocation, solve
-from sinkquant.policy.backends import carried, check_recipe, engines, notes
 from sinkquant.policy.budget import choice_bytes, close_gap, evenly_spread, fill, linear_bytes
-from sinkquant.policy.engines import in_vllm
+from sinkquant.policy.carried import carried, check_recipe, notes
+from sinkquant.policy.engines import loads_in
 from sinkquant.policy.expected import with_expected_loss
 from sinkquant.policy.explain import explained
 from sinkquant.policy.heads import with_silenced_heads, with_small_heads
@@ -44,6 +42,7 @@ from sinkquant.policy.sharing import share_formats
 from sinkquant.policy.split import NO_BACKEND, NO_EXPERTS, NO_INPUTS, split_channels
 from sinkquant.policy.transforms import choose_transforms, scale_sinks, shape_after
 from sinkquant.recipe import Recipe
+from sinkquant.schemes import scheme_of
 
 EVEN_TOLERANCE = 0.002
 """Share of the linears' bytes that an even spread may leave unspent before the control is made less even."""
@@ -160,9 +159,9 @@ def _finish(name: str, choices: dict[str, Choice], shape: ModelShape, recipe: Re
             sinks: list[SinkSelector], statistics: Statistics, transforms: list[Transform]) -> Plan:
     formats = {module: c.form for module, c in choices.items() if c.quantized}
     own = own_format(shape, formats)
-    if own and any(form.storage != PLAIN for form in formats.values()):
+    if own and any(scheme_of(form).foreign for form in formats.values()):
         raise RequestError(NO_BACKEND)
-    if own and any(choice.quantized and (choice.kind == "float" or choice.activations != "16-bit")
+    if own and any(choice.quantized and (not scheme_of(choice.form).beside or choice.activations != "16-bit")
                    for choice in choices.values()):
         raise RequestError(NO_INPUTS)
     if own and any(shape.linears[module].part_of for module in formats):
@@ -190,7 +189,7 @@ def _finish(name: str, choices: dict[str, Choice], shape: ModelShape, recipe: Re
             descent=recipe.weights.descent, tune=recipe.weights.tune, distill=recipe.weights.distill,
             statistics=statistics, min_expert_tokens=settings.min_expert_tokens),
         predicted={"weight_bytes": float(total), "size_ratio": total / unquantized},
-        loads_in=["sinkquant"] if own else _engines(choices, shape),
+        loads_in=loads_in(shape, formats, own),
         notes=[*simulated_notes(choices), *notes(choices.values(), recipe)])
 
 
@@ -254,17 +253,6 @@ def _within_budget(base: dict[str, Choice], choices: dict[str, Choice], shape: M
             spare = allowed - over - linear_bytes(shape, choices)
             filled = fill(choices, shape, max(0, spare), order, f"{words} allows it")
     return filled
-
-
-def _engines(choices: dict[str, Choice], shape: ModelShape) -> list[str]:
-    if any(c.quantized and c.storage != PLAIN for c in choices.values()):
-        return engines(choices.values())
-    for name, linear in shape.linears.items():
-        # vLLM asks for one tensor per expert, under the name that most families give it.
-        if linear.part_of and not (choices[name].quantized and name.endswith("_proj")):
-            return ["transformers"]
-    vllm = all(in_vllm(c.form) and vllm_inputs(c) for c in choices.values() if c.quantized)
-    return ["transformers", "vllm"] if vllm else ["transformers"]
 
 
 def check_same_model(shape: ModelShape, sink_map: SinkMap) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from sinkquant.artifacts import ModelShape, ModuleDecision, Plan
-from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.artifacts.pruning import Pruning, pattern_group
 from sinkquant.artifacts.sizes import module_bytes
 from sinkquant.errors import RequestError
 from sinkquant.policy.patterns import match
 from sinkquant.recipe import Prune, Recipe
+from sinkquant.schemes import WeightFormat
 
 
 def with_pruning(plan: Plan, shape: ModelShape, recipe: Recipe) -> Plan:

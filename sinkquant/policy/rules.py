@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from sinkquant.artifacts import ModelShape, SinkMap
-from sinkquant.artifacts.formats import PLAIN, Storage, WeightFormat
-from sinkquant.artifacts.plan import Method, stored_form
+from sinkquant.artifacts.plan import Method
 from sinkquant.errors import RequestError
 from sinkquant.policy.patterns import match
 from sinkquant.recipe import Recipe
+from sinkquant.schemes import PLAIN, WeightFormat, stored_form
+from sinkquant.schemes.weight_format import Kind
 
 MIN_SINK_ENERGY = 0.05
 """A linear in which sink tokens give less of trace(H) is not theirs."""
@@ -32,10 +32,10 @@ class Choice:
     columns: tuple[int, ...] = field(default_factory=tuple)
     pinned: bool = False
     why: str = ""
-    kind: Literal["int", "float"] = "int"
+    kind: Kind = "int"
     activations: str = "16-bit"
     activation_scale: str | None = None
-    storage: Storage = PLAIN
+    storage: str = PLAIN
     scalars: tuple[tuple[int, int], ...] = ()
 
     @property

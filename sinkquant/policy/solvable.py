@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from sinkquant.artifacts.formats import PLAIN
 from sinkquant.errors import RequestError
-from sinkquant.policy.backends import storage_of
+from sinkquant.policy.carried import scheme_for
 from sinkquant.recipe import Recipe
+from sinkquant.schemes.registry import multiplied_with
 
 
 def check_solvable(recipe: Recipe) -> None:
@@ -19,8 +19,11 @@ def check_solvable(recipe: Recipe) -> None:
         if value != "none":
             raise RequestError(f"weights.{key}={value} changes the weights that sensitivities are taken of; set it to "
                                "none, or budget.solver=even.")
-    if recipe.activations.format == "fp8":
-        raise RequestError("FP8 weights have one format, so that there is nothing to solve for; leave the budget out.")
-    if storage_of(recipe) != PLAIN:
+    scheme = scheme_for(recipe)
+    multiplied = scheme if scheme.foreign else multiplied_with(scheme, recipe.activations.format)
+    if not (multiplied.integers or scheme.foreign):
+        raise RequestError(f"{multiplied.words} have one format, so that there is nothing to solve for; leave the "
+                           "budget out.")
+    if scheme.foreign:
         raise RequestError(f"a budget is solved for in the formats of compressed-tensors, not of {recipe.backend}; "
                            "leave backend at compressed-tensors, or set budget.solver=even.")

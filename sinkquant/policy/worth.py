@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from sinkquant.artifacts import KVCachePlan, Plan, Sensitivity
 from sinkquant.artifacts.advice import Answer, MeasuredWorth, MechanismAdvice, PredictedWorth
-from sinkquant.artifacts.formats import PLAIN
 from sinkquant.errors import RequestError
 from sinkquant.policy.expected import expect_loss
 from sinkquant.policy.kv_budget import expected_kv_loss
 from sinkquant.policy.mechanisms import Mechanism
+from sinkquant.schemes import scheme_of
 
 
 def formats_of(plans: Sequence[Plan]) -> list[str]:
@@ -24,7 +24,7 @@ def formats_of(plans: Sequence[Plan]) -> list[str]:
         if changed:
             raise RequestError(f"sensitivities are of the weights before {' and '.join(changed)}.")
     forms = {form for plan in plans for form in plan.formats.values()}
-    if any(form.kind != "int" or form.storage not in (PLAIN, "gptq") for form in forms):
+    if not all(scheme_of(form).integers for form in forms):
         raise RequestError("there are no sensitivities of floating-point weights, nor of bitsandbytes and quanto.")
     return [f"sensitivity.bits={sorted({form.bits for form in forms})}", "sensitivity.measure_rows=0",
             f"sensitivity.group_sizes={sorted({int(form.group_size or -1) for form in forms})}"]

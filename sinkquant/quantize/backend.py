@@ -9,14 +9,12 @@ from typing import Protocol, Self
 import torch
 from torch import nn
 
-from sinkquant.artifacts.formats import WeightFormat, backend_of
 from sinkquant.errors import RequestError
 from sinkquant.quantize.bitsandbytes import FourBit, LLMInt8
 from sinkquant.quantize.gptq_words import GPTQWords
 from sinkquant.quantize.quanto import Quanto
-
-PACKAGES = {"bitsandbytes": {"bitsandbytes": "bitsandbytes"}, "quanto": {"optimum-quanto": "optimum.quanto"}}
-"""Backend -> the distributions that it needs, with the module of each."""
+from sinkquant.schemes import WeightFormat, packages_of, scheme_of
+from sinkquant.schemes.bitsandbytes import FourBit as FourBitScheme
 
 
 class Reader(Protocol):
@@ -67,12 +65,14 @@ def _rounder(form: WeightFormat) -> Codec:
         return LLMInt8()
     if form.storage.startswith("quanto"):
         return Quanto(form.bits, form.group_size or -1, form.storage == "quanto-float8")
-    return FourBit(form.storage)
+    scheme = scheme_of(form)
+    assert isinstance(scheme, FourBitScheme)
+    return FourBit(scheme)
 
 
 def rounds_itself(form: WeightFormat) -> bool:
     """Whether the backend of this format chooses the codes, and not one of our methods."""
-    return backend_of({form.storage}) in PACKAGES
+    return scheme_of(form).rounds_itself
 
 
 def require_packages(backend: str) -> None:
@@ -81,15 +81,10 @@ def require_packages(backend: str) -> None:
     Raises:
         RequestError: with the command that installs it.
     """
-    for package, module in PACKAGES.get(backend, {}).items():
+    for package, module in packages_of(backend).items():
         if not _installed(module):
             raise RequestError(f"the backend {backend} needs the package {package}, which is not installed; run "
                                "pip install 'sinkquant[backends]'.")
-
-
-def packages_of(backend: str) -> list[str]:
-    """The distributions that a backend needs beyond those of every checkpoint."""
-    return list(PACKAGES.get(backend, {}))
 
 
 def install_modules(model: nn.Module, weights: dict[str, BackendWeight]) -> None:

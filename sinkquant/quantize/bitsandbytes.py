@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sinkquant.artifacts.storages import BLOCK, quant_state
+from sinkquant.schemes.bitsandbytes import BLOCK
+from sinkquant.schemes.bitsandbytes import FourBit as FourBitScheme
 
 Leaves = dict[str, torch.Tensor]
 THRESHOLD = 6.0
@@ -16,25 +17,23 @@ THRESHOLD = 6.0
 
 @dataclass(frozen=True)
 class FourBit:
-    """Round to the nearest of 16 levels, scaled by the largest weight of a block (QLoRA, arXiv 2305.14314, section 3).
+    """Round to the nearest of 16 levels, scaled by the largest weight of a block (QLoRA, arXiv 2305.14314, section
+    3)."""
 
-    `storage`: "nf4" or "fp4", with "-double" where the scales are quantized too.
-    """
-
-    storage: str
+    scheme: FourBitScheme
 
     def encode(self, weight: torch.Tensor) -> Leaves:
         """weight: float [rows, columns], 64 divides columns. Returns leaf name -> tensor, as bitsandbytes saves."""
         from bitsandbytes.functional import quantize_4bit
 
-        codes, state = quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type=self.storage[:3],
-                                     compress_statistics=self.storage.endswith("double"))
+        codes, state = quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type=self.scheme.quant_type,
+                                     compress_statistics=self.scheme.double_quantization)
         found = {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()
                  if isinstance(tensor, torch.Tensor)}
         dtype = str(weight.dtype).removeprefix("torch.")
         rows, columns = weight.shape
-        packed = quant_state(rows, columns, self.storage, dtype, float(state.offset) if state.nested else 0.0)
-        found[f"weight.quant_state.bitsandbytes__{self.storage[:3]}"] = torch.tensor(list(packed), dtype=torch.uint8)
+        packed = self.scheme.quant_state(rows, columns, dtype, float(state.offset) if state.nested else 0.0)
+        found[self.scheme.state_name] = torch.tensor(list(packed), dtype=torch.uint8)
         return {"weight": codes, **found}
 
     def decode(self, leaves: Leaves, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

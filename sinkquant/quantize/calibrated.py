@@ -8,7 +8,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sinkquant.artifacts import ModuleDecision, Plan
-from sinkquant.artifacts.sizes import scale_dtype
 from sinkquant.models import ActivationStore, Decoder, Walk, weight_matrix
 from sinkquant.models.inputs import inputs_left_alone
 from sinkquant.quantize.block import QuantizedBlock, inside, ours
@@ -23,6 +22,7 @@ from sinkquant.quantize.rows import calibration_rows
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.quantize.transforms import scale_block
 from sinkquant.quantize.tune import Tune
+from sinkquant.schemes.tensors import scale_dtype
 
 
 def calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase | None,

@@ -6,7 +6,6 @@ import torch
 
 from sinkquant.artifacts import Calibration, ModuleDecision, Plan
 from sinkquant.artifacts.plan import CALIBRATED
-from sinkquant.artifacts.sizes import expert_scale_dtype, scale_dtype
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
 from sinkquant.quantize.backend import BackendWeight, rounds_itself
@@ -18,6 +17,7 @@ from sinkquant.quantize.packed import PackedWeight, row_chunks
 from sinkquant.quantize.pruning import Pruned, prune, still_pruned, unheard
 from sinkquant.quantize.rtn import RTN
 from sinkquant.quantize.split import Solve, Split
+from sinkquant.schemes.tensors import expert_scale_dtype, scale_dtype
 
 TOGETHER = 1 << 24
 """Weights whose error is taken in one product with the Hessian."""

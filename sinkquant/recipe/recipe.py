@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from sinkquant.errors import RequestError
 from sinkquant.recipe.budget import Budget, SensitivitySettings
@@ -18,6 +18,8 @@ from sinkquant.recipe.measuring import CalibrationText, Compute, Detection, Eval
 from sinkquant.recipe.section import Section, Statistics
 from sinkquant.recipe.weights import Activations, Protect, Prune, Weights
 from sinkquant.resources import recipe_folder
+from sinkquant.schemes import DEFAULT_BACKEND
+from sinkquant.schemes.registry import known_backend
 
 DEFAULT_RECIPE = "w4-kv2-sink"
 """What `run` and `plan` do where no recipe is named."""
@@ -32,7 +34,7 @@ class Recipe(Section):
     name: str = "custom"
     description: str = ""
     seed: int = Field(default=0, ge=0)
-    backend: Literal["compressed-tensors", "bitsandbytes", "quanto", "gptq"] = "compressed-tensors"
+    backend: Annotated[str, AfterValidator(known_backend)] = DEFAULT_BACKEND
     compute: Compute = Field(default_factory=Compute)
     calibration: CalibrationText = Field(default_factory=CalibrationText)
     detect: Detection = Field(default_factory=Detection)

@@ -8,6 +8,8 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from sinkquant.artifacts.pruning import pattern_group
 from sinkquant.recipe.section import Bits, GroupSize, Section, Statistics
+from sinkquant.schemes.inputs import known_inputs
+from sinkquant.schemes.registry import known_format
 
 
 def _is_a_pattern(pattern: str) -> str:
@@ -44,7 +46,7 @@ class Weights(Section):
     """
 
     method: Literal["rtn", "gptq", "gptaq"] = "gptq"
-    format: Literal["int", "nf4", "fp4", "float8"] = "int"
+    format: Annotated[str, AfterValidator(known_format)] = "int"
     double_quantization: bool = False
     bits: int = Field(default=4, ge=2, le=8)
     group_size: GroupSize = 64
@@ -98,7 +100,7 @@ class Activations(Section):
     never come through the linears; it needs a `kv_cache.prefix`.
     """
 
-    format: Literal["16-bit", "int8", "fp8", "int6", "int4"] = "16-bit"
+    format: Annotated[str, AfterValidator(known_inputs)] = "16-bit"
     scale: Literal["token", "tensor"] = "token"
     sinks: Literal["dynamic", "16-bit", "all", "exclude"] = "dynamic"
     range_ratio: float = Field(default=2.0, gt=1)

@@ -9,7 +9,6 @@ import torch
 
 from sinkquant.artifacts import ModelShape, SinkMap
 from sinkquant.artifacts.plan import CALIBRATED, Method
-from sinkquant.artifacts.sizes import expert_scale_dtype, scale_dtype
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
 from sinkquant.policy.plan import choices_of
@@ -18,6 +17,7 @@ from sinkquant.quantize.packed import PackedWeight
 from sinkquant.quantize.rtn import RTN
 from sinkquant.quantize.split import Solve, Split
 from sinkquant.recipe import Recipe
+from sinkquant.schemes.tensors import expert_scale_dtype, scale_dtype
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from transformers.integrations.compressed_tensors import CompressedTensorsDequan
 
 import sinkquant as sq
 from sinkquant.artifacts import Plan
-from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.errors import RequestError
 from sinkquant.formats import load, save
 from sinkquant.formats.compressed import stored_linear
@@ -28,6 +27,7 @@ from sinkquant.policy import make_plan
 from sinkquant.quantize import PackedWeight, quantize
 from sinkquant.quantize.packed import group_scales, to_codes
 from sinkquant.recipe import Recipe
+from sinkquant.schemes import WeightFormat, scheme_of
 
 ROWS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
 LEFT = "left in 16 bits by the checkpoint"
@@ -148,7 +148,8 @@ def foreign(folder: Path) -> PreTrainedModel:
 def _group(target: str, form: WeightFormat) -> dict[str, Any]:
     strategy, size = ("channel", None) if form.group_size == -1 else ("group", form.group_size)
     inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    return {"targets": [target], "format": form.layout, "input_activations": inputs if form.input_scale else None,
+    return {"targets": [target], "format": scheme_of(form).layout(form),
+            "input_activations": inputs if form.input_scale else None,
             "weights": {"num_bits": form.bits, "type": "int", "symmetric": True, "strategy": strategy,
                         "group_size": size}}
 

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.inference import KernelLinear, int4_on, kernel_for
 from sinkquant.inference.int4_cpu import Int4CPU
 from sinkquant.quantize import PackedWeight
 from sinkquant.quantize.side import Side
+from sinkquant.schemes import WeightFormat
 
 INT4 = Int4CPU.probe()
 BFLOAT16 = 2**-8

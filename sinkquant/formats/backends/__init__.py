@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.errors import RequestError
 from sinkquant.formats.backends.base import Backend, dense_view
 from sinkquant.formats.backends.bitsandbytes import BitsAndBytes
@@ -19,6 +18,7 @@ from sinkquant.formats.backends.quanto import MAP, QuantoFiles
 from sinkquant.models import open_model
 from sinkquant.models.shards import Stored, StoredTensor, stored_tensors
 from sinkquant.quantize import require_packages
+from sinkquant.schemes import WeightFormat
 
 __all__ = ["BACKENDS", "Backend", "backend_in", "dense_of", "forms_in", "is_backend", "open_checkpoint",
            "rounds_inputs"]

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sinkquant.artifacts import Plan
-from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.models.shards import Stored, StoredTensor
 from sinkquant.quantize import BackendWeight, PackedWeight, codec
+from sinkquant.schemes import WeightFormat
 
 
 class Backend(Protocol):

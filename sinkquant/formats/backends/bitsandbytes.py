@@ -12,12 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from sinkquant.artifacts import Plan
-from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.errors import RequestError
 from sinkquant.formats.backends.base import kept_linears
 from sinkquant.formats.bars import no_bars
 from sinkquant.models.shards import StoredTensor
 from sinkquant.quantize import BackendWeight, PackedWeight
+from sinkquant.schemes import WeightFormat
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class BitsAndBytes:
         for key in stored:
             name, mark, kind = key.partition(".weight.quant_state.bitsandbytes__")
             if mark and kind in ("nf4", "fp4"):
-                found[name] = WeightFormat(4, 64, storage=kind)  # type: ignore[arg-type]  # double or not: the state tells
+                found[name] = WeightFormat(4, 64, storage=kind)  # double or not: the state tells
             elif key.endswith(".SCB"):
                 found[key.removesuffix(".SCB")] = WeightFormat(8, -1, storage="llm.int8")
         if not found:

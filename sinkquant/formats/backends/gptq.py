@@ -13,12 +13,12 @@ import torch
 from transformers import PreTrainedModel
 
 from sinkquant.artifacts import Plan
-from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.errors import RequestError
 from sinkquant.formats.backends.base import kept_linears
 from sinkquant.models.shards import StoredTensor
 from sinkquant.quantize import BackendWeight, PackedWeight
 from sinkquant.quantize.gptq_words import to_leaves
+from sinkquant.schemes import WeightFormat
 
 QWEIGHT = ".qweight"
 

@@ -12,11 +12,11 @@ import torch
 from transformers import PreTrainedModel
 
 from sinkquant.artifacts import Plan
-from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.errors import RequestError
 from sinkquant.formats.backends.base import kept_linears
 from sinkquant.models.shards import StoredTensor
 from sinkquant.quantize import BackendWeight, PackedWeight
+from sinkquant.schemes import WeightFormat
 
 MAP = "quanto_qmap.json"
 REFUSAL = "one type per module, in quanto_qmap.json: load with optimum.quanto.QuantizedModelForCausalLM"

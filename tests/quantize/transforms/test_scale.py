@@ -12,7 +12,6 @@ from sinkmaps import sink_map_of
 from transformers import PreTrainedModel
 
 from sinkquant.artifacts import Plan
-from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.models import Decoder, Step, Walk
 from sinkquant.policy import make_plan
@@ -24,6 +23,7 @@ from sinkquant.quantize.transforms.places import Inputs, Place, places, watch
 from sinkquant.quantize.transforms.search import Reader
 from sinkquant.quantize.transforms.smooth import AWQ, ScaleSinks, SmoothQuant
 from sinkquant.recipe import Recipe
+from sinkquant.schemes import WeightFormat
 
 ROWS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
 CALIBRATION = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,153 @@
+"""What the files of a recipe's backend can hold of a plan. What they cannot is refused, or left in 16 bits with a
+reason."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from sinkquant.artifacts import ModelShape
+from sinkquant.errors import RequestError
+from sinkquant.policy.rules import Choice
+from sinkquant.recipe import Recipe
+from sinkquant.schemes import DEFAULT_BACKEND, Scheme, scheme_of
+from sinkquant.schemes.registry import of_backend
+
+
+def scheme_for(recipe: Recipe) -> Scheme:
+    """The number format that a recipe asks for, whatever inputs are rounded to.
+
+    Raises:
+        RequestError: its backend does not have that number format.
+    """
+    backend, weights = recipe.backend, recipe.weights
+    held = of_backend(backend)
+    found = [scheme for scheme in held if scheme.format == weights.format]
+    if not found:
+        kinds = " or ".join(dict.fromkeys(scheme.format for scheme in held))
+        raise RequestError(f"weights.format {weights.format!r} is not held by the backend {backend}; use {kinds}, or "
+                           "another backend.")
+    found = [scheme for scheme in found if scheme.double_quantization == weights.double_quantization]
+    if not found:
+        raise RequestError("weights.double_quantization is for bitsandbytes' nf4 and fp4; set it to false.")
+    return found[0]
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse what the recipe's backend cannot hold.
+
+    Raises:
+        RequestError: naming the key, and what would do.
+    """
+    scheme, weights, protect, backend = scheme_for(recipe), recipe.weights, recipe.protect, recipe.backend
+    if not scheme.foreign:
+        return
+    methods = {weights.method, *(override.method for override in weights.overrides if override.method)}
+    for method in sorted(methods - set(scheme.methods)):
+        raise RequestError(f"{backend} rounds weights to nearest by itself, so that {method} cannot choose its codes; "
+                           "set weights.method=rtn.")
+    if weights.tune and scheme.rounds_itself:
+        raise RequestError(f"{backend} rounds weights by itself, so that they cannot be tuned; set weights.tune=0.")
+    fewest = min(weights.bits, *(override.bits for override in weights.overrides), scheme.zero_from)
+    if recipe.prune.method != "none" and fewest < scheme.zero_from:
+        without = " and ".join(str(bits) for bits in scheme.bits if bits < scheme.zero_from)
+        raise RequestError(f"{backend}'s {without} bits have no code for zero, so that pruned weights would come back; "
+                           f"use {scheme.zero_from} bits, or the backend {DEFAULT_BACKEND}.")
+    if recipe.activations.format not in scheme.inputs:
+        raise RequestError(f"{backend} checkpoints cannot ask for inputs in {recipe.activations.format}; set "
+                           f"activations.format=16-bit, or use the backend {DEFAULT_BACKEND}.")
+    _check_bits(recipe, scheme, protect.bits if protect.modules or protect.channels != "none" else None)
+    _check_groups(recipe, scheme)
+
+
+def _check_bits(recipe: Recipe, scheme: Scheme, protected: int | None) -> None:
+    weights = recipe.weights
+    wanted = [("weights.bits", weights.bits)]
+    wanted += [(f"weights.overrides[{i}].bits", override.bits) for i, override in enumerate(weights.overrides)]
+    wanted += [("protect.bits", protected)] if protected is not None else []
+    for key, bits in wanted:
+        held = scheme.bits if scheme.mixed or key == "weights.bits" else (weights.bits,)
+        if bits not in held and (bits <= 8 or key == "weights.bits"):
+            allowed = [*map(str, held), *([] if key == "weights.bits" else ["16"])]
+            raise RequestError(f"{key} is {bits}, and {recipe.backend} holds {' or '.join(allowed)} bits in such a "
+                               f"checkpoint; change it, or use the backend {DEFAULT_BACKEND}.")
+
+
+def _check_groups(recipe: Recipe, scheme: Scheme) -> None:
+    weights, group = recipe.weights, scheme.group_for(recipe.weights.bits)
+    sizes = {weights.group_size, *(override.group_size for override in weights.overrides if override.group_size)}
+    if scheme.one_group_size and len(sizes) > 1:
+        raise RequestError(f"{recipe.backend} holds one group size in a checkpoint; leave the overrides' group_size "
+                           "out.")
+    if group is not None and (weights.group_size != group if scheme.mixed else sizes != {group}):
+        raise RequestError(f"{recipe.backend} groups the weights by itself; set weights.group_size={group}"
+                           f"{' and leave that of the overrides out' if len(sizes) > 1 else ''}.")
+
+
+def carried(choices: dict[str, Choice], shape: ModelShape, recipe: Recipe) -> dict[str, Choice]:
+    """The choices in the storage of the recipe's backend; linears that it cannot hold stay in 16 bits.
+
+    Raises:
+        RequestError: nothing is left to quantize.
+    """
+    scheme = scheme_for(recipe)
+    made = {name: _carry(name, choice, shape, scheme) if choice.quantized else choice
+            for name, choice in choices.items()}
+    if any(choice.quantized for choice in choices.values()) and not any(choice.quantized for choice in made.values()):
+        why = next(made[name].reason for name, choice in choices.items() if choice.quantized)
+        raise RequestError(f"{recipe.backend} can hold nothing of {shape.architecture}: every linear is {why}.")
+    return made
+
+
+def check_choices(choices: dict[str, Choice], shape: ModelShape) -> None:
+    """Refuse edited choices that no checkpoint can hold.
+
+    Raises:
+        RequestError: several backends in one plan, or a linear in a format that its storage does not have.
+    """
+    schemes = {scheme_of(choice.form) for choice in choices.values() if choice.quantized}
+    formats = {choice.form for choice in choices.values() if choice.quantized}
+    several = len({scheme.backend for scheme in schemes}) > 1
+    if several or (len(formats) > 1 and not all(scheme.mixed for scheme in schemes)):
+        storages = ", ".join(sorted({scheme.storage for scheme in schemes}))
+        raise RequestError(f"the plan holds linears in {len(formats)} formats of {storages}, which one checkpoint "
+                           "cannot; give them one.")
+    for name, choice in choices.items():
+        if choice.quantized:
+            scheme = scheme_of(choice.form)
+            fitting = _carry(name, choice, shape, scheme)
+            if choice.bits not in scheme.bits or fitting.form != choice.form:
+                raise RequestError(f"the plan gives {name} {choice.bits} bits in groups of {choice.group_size}, which "
+                                   f"{choice.storage} does not hold.")
+
+
+def more_precise(choice: Choice, columns: int) -> Choice | None:
+    """The choice with the next more precise format that may stand in the same checkpoint, or None."""
+    form = scheme_of(choice.form).more_precise(choice.form, columns)
+    return None if form is None else replace(choice, bits=form.bits, group_size=form.group_size)
+
+
+def notes(choices: Collection[Choice], recipe: Recipe) -> list[str]:
+    """What a plan leaves behind, or has to say, because of the number formats that it is in."""
+    schemes = list(dict.fromkeys(scheme_of(choice.form) for choice in choices if choice.quantized))
+    found = []
+    for scheme in schemes:
+        if scheme.rounds_itself:
+            found.append(f"{scheme.backend} rounds the weights by itself: the statistics of sink tokens do not reach "
+                         "them, only whole linears can be kept for the sinks")
+        found += scheme.notes
+        if scheme.foreign and recipe.kv_cache is not None:
+            found.append(f"the packed KV cache is sinkquant's own: other loaders of a {scheme.backend} checkpoint keep "
+                         "theirs in 16 bits")
+    return list(dict.fromkeys(found))
+
+
+def _carry(name: str, choice: Choice, shape: ModelShape, scheme: Scheme) -> Choice:
+    linear = shape.linears[name]
+    alone = not linear.part_of and f"{name}.weight" in shape.tensors
+    obstacle = scheme.obstacle(linear.rows, linear.columns, alone)
+    if obstacle:
+        return Choice(16, None, "none", f"left in 16 bits: {obstacle}", pinned=True)
+    group = scheme.fitted(choice.bits, choice.group_size, linear.columns)
+    kind = choice.kind if choice.storage == scheme.storage else scheme.kind
+    return replace(choice, storage=scheme.storage, kind=kind, group_size=group)

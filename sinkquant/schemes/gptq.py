@@ -1,0 +1,44 @@
+"""GPTQ's own file format: unsigned codes and zeros in int32 words, one width and one group size in a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sinkquant.schemes.integers import KERNEL_GROUPS
+from sinkquant.schemes.loads import Loads
+from sinkquant.schemes.scheme import Scheme
+from sinkquant.schemes.tensors import Tensor
+from sinkquant.schemes.weight_format import WeightFormat
+
+BACKEND = "gptq"
+
+
+@dataclass(frozen=True)
+class Words(Scheme):
+    """Codes run down the input columns, rows stand side by side; scales are float16 whatever the model is."""
+
+    def tensors(self, rows: int, columns: int, form: WeightFormat, dtype: str, expert: bool) -> dict[str, Tensor]:
+        """Codes, zeros, scales, and the group of every column."""
+        groups = form.groups(columns)
+        return {"qweight": ("int32", [columns * form.bits // 32, rows]),
+                "qzeros": ("int32", [groups, rows * form.bits // 32]),
+                "scales": (self.scales(dtype, expert), [groups, rows]), "g_idx": ("int32", [columns])}
+
+    def scales(self, dtype: str, expert: bool) -> str:
+        """float16 in any model."""
+        return "float16"
+
+    def obstacle(self, rows: int, columns: int, alone: bool) -> str:
+        """Words of 32 bits are not shared, neither by columns nor by zeros."""
+        if alone and (columns % 32 or rows % 32):
+            return f"gptq packs multiples of 32, and the weight is {rows} x {columns}"
+        return super().obstacle(rows, columns, alone)
+
+
+GPTQ = Words(
+    storage="gptq", backend=BACKEND, words="weights in GPTQ's format", bits=(2, 3, 4, 8), one_group_size=True,
+    integers=True,
+    loads=(Loads("gptqmodel", "CUDA", "4", "read", "github.com/ModelCloud/GPTQModel"),
+           Loads("vllm", "CUDA, CPU", "0.11", "read", "docs.vllm.ai", frozenset({4, 8}), KERNEL_GROUPS),
+           Loads("sinkquant", "any", "0.1", "tried", "tests/formats/backends")),
+    notes=("loading it outside sinkquant takes the package gptqmodel, which was not run here",))

@@ -1,0 +1,52 @@
+"""The number formats that the inputs of a linear may be rounded to while a model runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """One format of inputs.
+
+    `kind` is that of its codes, and of the weights that they are multiplied with. `deployed`: a checkpoint can ask
+    engines for it; where not, sinkquant simulates it when it evaluates.
+    """
+
+    name: str
+    bits: int
+    kind: Literal["int", "float"] = "int"
+    deployed: bool = True
+
+
+NO_ROUNDING = "16-bit"
+INPUTS = (InputFormat(NO_ROUNDING, 16, deployed=False), InputFormat("int8", 8), InputFormat("fp8", 8, "float"),
+          InputFormat("int6", 6, deployed=False), InputFormat("int4", 4, deployed=False))
+"""All of them; the first one is no rounding at all."""
+
+
+def input_format(name: str) -> InputFormat:
+    """The format of a name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for one in INPUTS:
+        if one.name == name:
+            return one
+    raise ValueError(f"inputs are rounded to one of {', '.join(one.name for one in INPUTS)}, not {name!r}")
+
+
+def deployed(name: str) -> bool:
+    """Whether a checkpoint can ask engines for inputs in this format."""
+    return input_format(name).deployed
+
+
+def known_inputs(name: str) -> str:
+    """The name, for pydantic.
+
+    Raises:
+        ValueError: there is no such format.
+    """
+    return input_format(name).name

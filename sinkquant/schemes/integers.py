@@ -1,0 +1,61 @@
+"""Integers of 2 to 8 bits by group or by channel, in compressed-tensors' `pack-quantized` and `int-quantized`; and the
+columns and single weights that may stand beside them, in sinkquant's own format."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sinkquant.schemes.loads import Loads
+from sinkquant.schemes.scheme import DEFAULT_BACKEND, Scheme
+from sinkquant.schemes.tensors import Tensor, scale_dtype
+from sinkquant.schemes.weight_format import PLAIN, WeightFormat
+
+KERNEL_GROUPS = frozenset({-1, 32, 64, 128})
+"""Group sizes that the 4- and 8-bit kernels of most engines have."""
+
+
+@dataclass(frozen=True)
+class Integers(Scheme):
+    """Symmetric codes, dense int32 words or a byte each; a 16-bit scale for every group."""
+
+    def tensors(self, rows: int, columns: int, form: WeightFormat, dtype: str, expert: bool) -> dict[str, Tensor]:
+        """Words, scales and the weight's shape; or codes of a byte each and scales. One scale more where the inputs
+        have a static one; and what stands beside the codes."""
+        scale: dict[str, Tensor] = {"weight_scale": (self.scales(dtype, expert), [rows, form.groups(columns)])}
+        inputs: dict[str, Tensor] = {"input_scale": (scale_dtype(dtype), [1])} if form.static_inputs else {}
+        if bytewise(form):
+            return {"weight": ("int8", [rows, columns])} | scale | inputs
+        words: dict[str, Tensor] = {"weight_packed": ("int32", [rows, math.ceil(columns * form.bits / 32)])}
+        return words | scale | {"weight_shape": ("int64", [2])} | inputs | beside(rows, form, dtype)
+
+    def layout(self, form: WeightFormat) -> str:
+        """`int-quantized` or `pack-quantized`."""
+        return "int-quantized" if bytewise(form) else PLAIN
+
+
+def bytewise(form: WeightFormat) -> bool:
+    """Whether codes take a byte each (`int-quantized`): where an engine multiplies them with 8-bit inputs as they
+    stand."""
+    return form.bits == 8 and form.group_size == -1 and form.inputs == "int8"
+
+
+def beside(rows: int, form: WeightFormat, dtype: str) -> dict[str, Tensor]:
+    """The tensors of the columns and single weights that stand beside the codes of a weight, in 16 bits each."""
+    found: dict[str, Tensor] = {}
+    if form.columns:
+        found |= {"weight_columns": ("int32", [form.columns]),
+                  "weight_exact": (scale_dtype(dtype), [rows, form.columns])}
+    if form.scalars:
+        found |= {"weight_places": ("int32", [form.scalars, 2]), "weight_values": (scale_dtype(dtype), [form.scalars])}
+    return found
+
+
+INTEGERS = Integers(
+    storage=PLAIN, backend=DEFAULT_BACKEND, words="integer weights", mixed=True, integers=True, beside=True,
+    inputs=("16-bit", "int8", "int6", "int4"),
+    loads=(Loads("transformers", "any", "5.0", "tried", "tests/formats"),
+           Loads("vllm", "CUDA, CPU", "0.11", "read", "docs.vllm.ai", frozenset({4, 8}), KERNEL_GROUPS,
+                 frozenset({"16-bit"})),
+           Loads("vllm", "CUDA, CPU", "0.11", "read", "docs.vllm.ai", frozenset({8}), frozenset({-1}),
+                 frozenset({"int8"}))))

@@ -1,0 +1,100 @@
+"""Every number format that there is, in one list, and how one is found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sinkquant.errors import RequestError
+from sinkquant.schemes import bitsandbytes, fp8, gptq, integers, quanto
+from sinkquant.schemes.inputs import NO_ROUNDING, input_format
+from sinkquant.schemes.scheme import DEFAULT_BACKEND, Scheme
+from sinkquant.schemes.weight_format import WeightFormat
+
+SCHEMES: tuple[Scheme, ...] = (
+    integers.INTEGERS, fp8.FP8,
+    bitsandbytes.NF4, bitsandbytes.NF4_DOUBLE, bitsandbytes.FP4, bitsandbytes.FP4_DOUBLE, bitsandbytes.LLM_INT8,
+    quanto.INTEGERS, quanto.FLOAT8,
+    gptq.GPTQ)
+
+
+def scheme_of(form: WeightFormat) -> Scheme:
+    """The scheme of a format."""
+    return find(form.storage, form.kind)
+
+
+def find(storage: str, kind: str = "int") -> Scheme:
+    """The scheme that a plan names.
+
+    Raises:
+        RequestError: there is none.
+    """
+    for scheme in SCHEMES:
+        if (scheme.storage, scheme.kind) == (storage, kind):
+            return scheme
+    kinds = " or ".join(repr(scheme.kind) for scheme in SCHEMES if scheme.storage == storage)
+    raise RequestError(f"the storage {storage!r} holds weights of the kind {kinds}, not {kind!r}.")
+
+
+def multiplied_with(scheme: Scheme, inputs: str) -> Scheme:
+    """The scheme of a storage whose weights are multiplied with inputs in a format: FP8 with FP8, say.
+
+    Raises:
+        RequestError: there is none.
+    """
+    return scheme if inputs == NO_ROUNDING else find(scheme.storage, input_format(inputs).kind)
+
+
+def backends() -> list[str]:
+    """Whose files a checkpoint may be made of, the default first."""
+    return list(dict.fromkeys(scheme.backend for scheme in SCHEMES))
+
+
+def of_backend(backend: str) -> list[Scheme]:
+    """The schemes whose weights are held by a backend's files."""
+    return [scheme for scheme in SCHEMES if scheme.backend == backend]
+
+
+def backend_of(forms: Iterable[WeightFormat]) -> str:
+    """The backend whose checkpoints hold these formats; compressed-tensors where there are none."""
+    found = {scheme_of(form).backend for form in forms}
+    return found.pop() if len(found) == 1 else DEFAULT_BACKEND
+
+
+def packages_of(backend: str) -> dict[str, str]:
+    """The distributions that a backend needs beyond those of every checkpoint, with the module of each."""
+    return {package: module for scheme in of_backend(backend) for package, module in scheme.packages}
+
+
+def known_storage(storage: str) -> str:
+    """The name, for pydantic.
+
+    Raises:
+        ValueError: no scheme has it.
+    """
+    names = list(dict.fromkeys(scheme.storage for scheme in SCHEMES))
+    if storage not in names:
+        raise ValueError(f"a weight is stored as one of {', '.join(names)}, not {storage!r}")
+    return storage
+
+
+def known_backend(backend: str) -> str:
+    """The name, for pydantic.
+
+    Raises:
+        ValueError: no scheme has it.
+    """
+    if backend not in backends():
+        raise ValueError(f"a backend is one of {', '.join(backends())}, not {backend!r}")
+    return backend
+
+
+def known_format(name: str) -> str:
+    """The name of a format of weights in a recipe, for pydantic.
+
+    Raises:
+        ValueError: no scheme has it.
+    """
+    names = list(dict.fromkeys(scheme.format for scheme in SCHEMES))
+    if name not in names:
+        raise ValueError(f"weights have one of the formats {', '.join(names)}, not {name!r}")
+    return name

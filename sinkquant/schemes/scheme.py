@@ -1,0 +1,108 @@
+"""The contract of a number format, as far as it is known before any weight is read. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from sinkquant.schemes.loads import Loads
+from sinkquant.schemes.tensors import Tensor, expert_scale_dtype, scale_dtype
+from sinkquant.schemes.weight_format import Kind, WeightFormat
+
+ALL_METHODS = ("rtn", "gptq", "gptaq")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One number format: what a recipe may ask of it, the tensors that a linear becomes, and who loads them.
+
+    `storage` and `kind` are its name in a plan; `backend` says whose files hold it, `format` and
+    `double_quantization` what in a recipe's `weights` asks for it there.
+
+    Attributes:
+        words: what its weights are called in a sentence.
+        bits: what a weight may take. mixed: whether linears of one checkpoint may differ in bits and groups.
+        group_size: its own, or null where a recipe chooses. one_group_size: all linears have the same then.
+        methods: of choosing the codes. rounds_itself: the library does, and none of our methods.
+        integers: codes are integers times one scale per group, so that they can be tuned and their loss predicted.
+        beside: columns and single weights may stand beside the codes.
+        zero_from: fewest bits that have a code for zero, which pruning needs.
+        inputs: what the inputs of its linears may be rounded to.
+        packages: distribution -> module, beyond those that every checkpoint needs.
+        loads: its rows of the engine table. notes: what a plan has to say of it.
+    """
+
+    storage: str
+    backend: str
+    words: str
+    kind: Kind = "int"
+    format: str = "int"
+    double_quantization: bool = False
+    bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    mixed: bool = False
+    group_size: int | None = None
+    one_group_size: bool = False
+    methods: tuple[str, ...] = ALL_METHODS
+    rounds_itself: bool = False
+    integers: bool = False
+    beside: bool = False
+    zero_from: int = 0
+    inputs: tuple[str, ...] = ("16-bit",)
+    packages: tuple[tuple[str, str], ...] = ()
+    loads: tuple[Loads, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def foreign(self) -> bool:
+        """Whether another library's files hold it, and not those of compressed-tensors."""
+        return self.backend != DEFAULT_BACKEND
+
+    @property
+    def any_group(self) -> bool:
+        """Whether every linear may have groups of a size of its own."""
+        return self.group_size is None and not self.one_group_size
+
+    def tensors(self, rows: int, columns: int, form: WeightFormat, dtype: str, expert: bool) -> dict[str, Tensor]:
+        """The tensors that a linear becomes: what follows the module's name -> (dtype, shape).
+
+        Args:
+            dtype: of the model. expert: the linear is a projection of one expert.
+        """
+        raise NotImplementedError
+
+    def layout(self, form: WeightFormat) -> str:
+        """compressed-tensors' name of the tensors, where its files hold them."""
+        return self.storage
+
+    def scales(self, dtype: str, expert: bool) -> str:
+        """The dtype of the scales, in a model of `dtype`."""
+        return expert_scale_dtype(dtype) if expert else scale_dtype(dtype)
+
+    def group_for(self, bits: int) -> int | None:
+        """The group size that a recipe has to ask for; null where it may choose."""
+        return self.group_size
+
+    def fitted(self, bits: int, group_size: int | None, columns: int) -> int | None:
+        """The group size that a weight of so many columns gets."""
+        return group_size
+
+    def obstacle(self, rows: int, columns: int, alone: bool) -> str:
+        """Why a weight stays in 16 bits, or an empty string.
+
+        Args:
+            alone: it is a parameter of its own, and no part of fused experts.
+        """
+        return f"{self.backend} packs nn.Linear only" if self.foreign and not alone else ""
+
+    def refuses(self, name: str, bits: int, group_size: int | None, method: str) -> str:
+        """What a recipe asks of a linear and the format does not have, as a sentence; or an empty one."""
+        return ""
+
+    def more_precise(self, form: WeightFormat, columns: int) -> WeightFormat | None:
+        """The next format with more bits that may stand in the same checkpoint, or None."""
+        higher = [bits for bits in self.bits if bits > form.bits] if self.mixed else []
+        if not higher:
+            return None
+        return replace(form, bits=higher[0], group_size=self.fitted(higher[0], form.group_size, columns))
+
+
+DEFAULT_BACKEND = "compressed-tensors"
