@@ -1,18 +1,24 @@
 """sinkquant: find the attention sinks, decide what to keep exact, quantize the rest, prove it."""
 
-from sinkquant.advise import advise
-from sinkquant.artifacts import Diagnosis, Plan, Report, Sensitivity, SinkMap
-from sinkquant.detect import detect
-from sinkquant.diagnose import diagnose
-from sinkquant.errors import RequestError, SinkquantError
-from sinkquant.evaluate import evaluate
-from sinkquant.formats import load, save
-from sinkquant.heads import cut_heads
-from sinkquant.inference import Packing, packing
-from sinkquant.quantize import quantize
-from sinkquant.recipe import Recipe
-from sinkquant.run import plan, run
-from sinkquant.sensitivity import find_sensitivity
+from typing import TYPE_CHECKING
+
+from sinkquant.formats.registration import register_own_format
+from sinkquant.lazy import make_lazy
+
+if TYPE_CHECKING:
+    from sinkquant.advise import advise
+    from sinkquant.artifacts import Diagnosis, Plan, Report, Sensitivity, SinkMap
+    from sinkquant.detect import detect
+    from sinkquant.diagnose import diagnose
+    from sinkquant.errors import RequestError, SinkquantError
+    from sinkquant.evaluate import evaluate
+    from sinkquant.formats import load, save
+    from sinkquant.heads import cut_heads
+    from sinkquant.inference import Packing, packing
+    from sinkquant.quantize import quantize
+    from sinkquant.recipe import Recipe
+    from sinkquant.run import plan, run
+    from sinkquant.sensitivity import find_sensitivity
 
 __version__ = "0.1.0"
 
@@ -39,3 +45,6 @@ __all__ = [
     "run",
     "save",
 ]
+
+make_lazy(__name__)
+register_own_format()

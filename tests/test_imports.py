@@ -1,45 +1,74 @@
-"""What `import sinkquant` brings along: what detection and quantization run with counts as their memory."""
+"""What a command imports is what it needs: the help must come at once, and only evaluation loads lm-eval."""
 
 from __future__ import annotations
 
-import ast
-from pathlib import Path
+import subprocess
+import sys
+
+import pytest
 
 import sinkquant
 
-PACKAGE = Path(sinkquant.__file__).parent
-ONLY_FOR_EVALUATION = {"lm_eval", "datasets", "matplotlib"}
+HEAVY = {"torch", "transformers", "lm_eval", "datasets", "matplotlib", "scipy", "compressed_tensors", "accelerate",
+         "bitsandbytes"}
+AFTER_A_COMMAND = """
+import sys
+from sinkquant.cli import main
+try:
+    main()
+except SystemExit:
+    pass
+print("modules", *sorted({name.partition(".")[0] for name in sys.modules}))
+"""
 
 
-def imported(module: str) -> set[str]:
-    """Names of all modules that the top level of a module of the package imports."""
-    path = PACKAGE.parent.joinpath(*module.split("."))
-    tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8"))
-    found = set()
-    for node in tree.body:
-        if isinstance(node, ast.Import):
-            found |= {name.name for name in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-            found |= {name for alias in node.names if _is_module(name := f"{node.module}.{alias.name}")}
-    return found
+def imported(code: str, *arguments: str) -> set[str]:
+    """Top-level packages that a process of its own has imported at the end of a program."""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    last = done.stdout.splitlines()[-1].split()
+    assert last[0] == "modules"
+    return set(last[1:])
 
 
-def _is_module(name: str) -> bool:
-    path = PACKAGE.parent.joinpath(*name.split("."))
-    return name.startswith("sinkquant") and (path.is_dir() or path.with_suffix(".py").is_file())
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["recipes"], ["recipes", "show", "w4a16-sink"],
+                                       ["run", "no-such-recipe"], ["detect"], ["plan", "a", "--no-such-option"]],
+                         ids=" ".join)
+def test_help_and_wrong_arguments_import_nothing_heavy(arguments: list[str]) -> None:
+    assert not imported(AFTER_A_COMMAND, *arguments) & HEAVY
+
+
+def modules_after(*names: str) -> set[str]:
+    """Top-level packages that are there once modules are imported."""
+    code = "".join(f"import {name}\n" for name in names)
+    return imported(f"import sys\n{code}print('modules', *sorted({{n.partition('.')[0] for n in sys.modules}}))")
+
+
+def test_artifacts_recipes_and_policy_import_no_torch() -> None:
+    assert not modules_after("sinkquant", "sinkquant.artifacts", "sinkquant.recipe", "sinkquant.policy") & HEAVY
 
 
 def test_what_only_evaluation_needs_is_imported_by_it() -> None:
-    waiting, seen = ["sinkquant"], set()
-    while waiting:
-        module = waiting.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        if module.startswith("sinkquant"):
-            waiting += imported(module)
-            waiting += [module.rpartition(".")[0]] if "." in module else []
-    assert "sinkquant.evaluate.evaluate" in seen
-    assert not {module.split(".")[0] for module in seen} & ONLY_FOR_EVALUATION
-    assert not any("bitsandbytes" in module for module in seen if not module.startswith("sinkquant"))
+    """What detection and quantization run with counts as their memory."""
+    found = modules_after("sinkquant.detect", "sinkquant.formats.stream", "sinkquant.run.pipeline")
+    assert "transformers" in found
+    assert not found & {"lm_eval", "datasets", "matplotlib", "bitsandbytes"}
+
+
+def test_a_public_name_is_no_package_of_that_name() -> None:
+    """Importing `sinkquant.detect` must leave the function `sinkquant.detect` where it was."""
+    code = ("import sys, sinkquant\nimport sinkquant.detect.survey, sinkquant.run.folder, sinkquant.evaluate\n"
+            "names = [n for n in sinkquant.__all__ if callable(getattr(sinkquant, n)) and n in dir(sinkquant)]\n"
+            "print('modules', *names)")
+    assert imported(code) == set(sinkquant.__all__)
+
+
+@pytest.mark.parametrize("order", ["import sinkquant, transformers.quantizers",
+                                   "import transformers.quantizers, sinkquant"])
+def test_transformers_knows_the_own_format_after_importing_sinkquant(order: str) -> None:
+    code = (f"{order}\nfrom transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"
+            "print('modules', *AUTO_QUANTIZER_MAPPING)")
+    assert "sinkquant" in imported(code)
+
+
+def test_importing_sinkquant_imports_no_transformers() -> None:
+    assert not modules_after("sinkquant") & HEAVY

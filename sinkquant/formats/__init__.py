@@ -1,10 +1,17 @@
 """Checkpoints in and out."""
 
-from sinkquant.formats.backends import is_backend, open_checkpoint, rounds_inputs
-from sinkquant.formats.load import KV_PREFIX, load, load_dense, open_quantized, prefix_of, read_checkpoint
-from sinkquant.formats.save import STORED, require_free, save, versions, written_aside
-from sinkquant.formats.stream import dismiss, follow, quantize_to
+from typing import TYPE_CHECKING
+
+from sinkquant.lazy import make_lazy
+
+if TYPE_CHECKING:
+    from sinkquant.formats.backends import is_backend, open_checkpoint, rounds_inputs
+    from sinkquant.formats.load import KV_PREFIX, load, load_dense, open_quantized, prefix_of, read_checkpoint
+    from sinkquant.formats.save import STORED, require_free, save, versions, written_aside
+    from sinkquant.formats.stream import dismiss, follow, quantize_to
 
 __all__ = ["KV_PREFIX", "STORED", "dismiss", "follow", "is_backend", "load", "load_dense", "open_checkpoint",
            "open_quantized", "prefix_of", "quantize_to", "read_checkpoint", "require_free", "rounds_inputs", "save",
            "versions", "written_aside"]
+
+make_lazy(__name__)

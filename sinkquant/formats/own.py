@@ -1,5 +1,6 @@
 """sinkquant's own checkpoint format, registered with transformers: compressed-tensors' `pack-quantized` tensors with
-columns and single weights beside the codes, and `Conv1D`. `import sinkquant` is what makes `from_pretrained` know it.
+columns and single weights beside the codes, and `Conv1D`. `import sinkquant` is what makes `from_pretrained` know it:
+this module is imported while transformers still is, so that it imports little itself.
 
 Used only where a plan needs it; everything else stays plain compressed-tensors.
 """
@@ -8,20 +9,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sinkquant.artifacts import Plan
-from sinkquant.models import weight_matrix
-from sinkquant.quantize.packed_linear import PackedLinear
 from sinkquant.schemes import WeightFormat
 from sinkquant.schemes.tensors import scale_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 METHOD = "sinkquant"
 
@@ -69,6 +69,11 @@ class SinkquantQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        from transformers.pytorch_utils import Conv1D
+
+        from sinkquant.models import weight_matrix
+        from sinkquant.quantize.packed_linear import PackedLinear
+
         settings, dtype = self.quantization_config, model.dtype
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
         formats = settings.formats(linears)
@@ -83,6 +88,8 @@ class SinkquantQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """What `save_pretrained` writes: the packed tensors as they are, and the guard."""
+        from sinkquant.quantize.packed_linear import PackedLinear
+
         state = model.state_dict()
         first = next(name for name, module in model.named_modules() if isinstance(module, PackedLinear))
         return state | {f"{first}.weight": torch.empty(0, dtype=torch.int8)}, {}
@@ -99,6 +106,8 @@ class SinkquantQuantizer(HfQuantizer):
 
 def made_dense(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Put dense linears in place of the packed ones, in place. Returns the model."""
+    from sinkquant.quantize.packed_linear import PackedLinear
+
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear):
             model.set_submodule(name, module.dense(dtype))

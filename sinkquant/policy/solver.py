@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array
 
 NODES = 200_000
 """Branches that HiGHS may look at; counted, not timed, so that two runs give the same plan."""
@@ -113,6 +111,9 @@ def _solve(units: Options, costs: list[list[float]], weights: list[list[float]],
     kept = [_undominated(cost, weight) for cost, weight in zip(costs, weights, strict=True)]
     chosen, gap = [options[-1] for options in kept], 0.0  # the cheapest of each: optimal where there is room for it
     if sum(weights[unit][option] for unit, option in enumerate(chosen)) > limit:
+        from scipy.optimize import Bounds, LinearConstraint, milp  # half a second, which only a tight budget needs
+        from scipy.sparse import coo_array
+
         places = [(unit, option) for unit, options in enumerate(kept) for option in options]
         owner = np.array([unit for unit, _ in places])
         cost = np.array([costs[unit][option] for unit, option in places])
