@@ -13,14 +13,12 @@ from sinkquant.artifacts.heads import SilencedHead
 from sinkquant.artifacts.kv import KVCachePlan
 from sinkquant.artifacts.pruning import Pruning
 from sinkquant.artifacts.sinkmap import SinkMap
+from sinkquant.methods import AnyMethod, need_hessian, need_unquantized_inputs
 from sinkquant.schemes import PLAIN, WeightFormat, backend_of, input_format, stored_form
 from sinkquant.schemes.inputs import known_inputs
 from sinkquant.schemes.registry import known_storage
 from sinkquant.schemes.weight_format import Kind
 
-Method = Literal["rtn", "gptq", "gptaq", "none"]
-CALIBRATED = frozenset({"gptq", "gptaq"})
-"""Methods that need calibration rows."""
 Statistics = Literal["all", "boost", "attention", "cap", "exclude"]
 
 
@@ -40,7 +38,7 @@ class ModuleDecision(Strict):
 
     bits: Literal[2, 3, 4, 5, 6, 7, 8, 16]
     group_size: int | None
-    method: Method
+    method: AnyMethod
     keep: Literal["module", "scale", "split"] | None = None
     columns: list[int] = Field(default_factory=list)
     scalars: list[tuple[int, int]] = Field(default_factory=list)
@@ -209,13 +207,13 @@ class Plan(Artifact):
     @property
     def needs_rows(self) -> bool:
         """Whether carrying it out takes calibration rows."""
-        methods = {decision.method for decision in self.modules.values()}
         decisions = self.modules.values()
+        methods = {decision.method for decision in decisions if decision.bits < 16}
         if any(d.rounded and d.activation_scale == "tensor" for d in decisions) or any(
                 d.prune is not None and d.prune.needs_rows for d in decisions):
             return True
         tuned = self.calibration.tune > 0 or self.calibration.distill > 0
-        return self.rescales or bool(methods & CALIBRATED) or (tuned and methods != {"none"})
+        return self.rescales or need_hessian(methods) or (tuned and bool(methods))
 
     @property
     def rescales(self) -> bool:
@@ -225,7 +223,7 @@ class Plan(Artifact):
     @property
     def follows_unquantized(self) -> bool:
         """Whether carrying it out takes what every block gives in the unquantized model."""
-        return self.calibration.tune > 0 or any(decision.method == "gptaq" for decision in self.modules.values())
+        return self.calibration.tune > 0 or need_unquantized_inputs(one.method for one in self.modules.values())
 
     @property
     def sink_map(self) -> SinkMap | None:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from sinkquant.artifacts.base import Artifact, Strict
-from sinkquant.artifacts.plan import Method
+from sinkquant.methods import MethodName
 from sinkquant.schemes import WeightFormat, scheme_of
 
 
@@ -33,7 +33,7 @@ class FormatLoss(Strict):
 
     bits: int
     group_size: int
-    method: Method
+    method: MethodName
     columns: int = 0
     scalars: int = 0
     predicted: Terms
@@ -60,7 +60,7 @@ class UnitSensitivity(Strict):
     placed: bool = True
     losses: list[FormatLoss]
 
-    def loss(self, form: WeightFormat, method: Method | None = None) -> FormatLoss | None:
+    def loss(self, form: WeightFormat, method: str | None = None) -> FormatLoss | None:
         """What a format costs by a method, or by the best of those that were tried where it is not among them; None
         where the format was no candidate. What inputs are rounded to makes no difference."""
         if not scheme_of(form).integers:

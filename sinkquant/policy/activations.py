@@ -104,7 +104,7 @@ def check_inputs(name: str, decision: ModuleDecision) -> None:
     if scheme.refuses(name, decision.bits, decision.group_size, decision.method):
         raise RequestError(f"the plan gives {name} {scheme.words}, which take {' or '.join(map(str, scheme.bits))} "
                            f"bits, group_size {scheme.group_size} and the method "
-                           f"{' or '.join(map(repr, scheme.methods))}.")
+                           f"{' or '.join(map(repr, scheme.methods or ()))}.")
 
 
 def simulated_notes(choices: dict[str, Choice]) -> list[str]:

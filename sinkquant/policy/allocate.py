@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from sinkquant.artifacts import KVCachePlan, ModelShape, Sensitivity, SinkMap, Terms, UnitSensitivity
 from sinkquant.artifacts.sizes import checkpoint_bytes, module_bytes
 from sinkquant.errors import RequestError
+from sinkquant.methods import UNTOUCHED
 from sinkquant.policy.engines import engine_loads
 from sinkquant.policy.expected import expect_loss
 from sinkquant.policy.explain import found_in, sentence
@@ -84,7 +85,7 @@ def _in_format(choice: Choice, form: WeightFormat) -> Choice:
         return replace(choice, bits=form.bits, group_size=form.group_size, keep=None, columns=(), scalars=())
     if form.packed:
         return replace(choice, bits=form.bits, group_size=form.group_size)
-    return replace(choice, bits=16, group_size=None, method="none", keep=None, columns=(), scalars=())
+    return replace(choice, bits=16, group_size=None, method=UNTOUCHED, keep=None, columns=(), scalars=())
 
 
 def _by_best(choice: Choice, unit: UnitSensitivity, form: WeightFormat) -> Choice:

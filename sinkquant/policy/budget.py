@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from sinkquant.artifacts import ModelShape
 from sinkquant.artifacts.sizes import module_bytes
+from sinkquant.methods import UNTOUCHED
 from sinkquant.policy.carried import more_precise
 from sinkquant.policy.rules import Choice
 from sinkquant.policy.sharing import moves_together
@@ -106,7 +107,7 @@ def _formats(choice: Choice, columns: int) -> list[Choice]:
         while higher is not None:
             found.append(higher)
             higher = more_precise(higher, columns)
-    return [*found, replace(choice, bits=16, group_size=None, method="none")]
+    return [*found, replace(choice, bits=16, group_size=None, method=UNTOUCHED)]
 
 
 def _reason(choice: Choice, why: str) -> str:
@@ -153,5 +154,5 @@ def _half_the_group(choice: Choice, columns: int) -> Choice | None:
 def _left_alone(choice: Choice, columns: int) -> Choice | None:
     if more_precise(choice, columns) is not None:
         return None
-    alone = replace(choice, bits=16, group_size=None, method="none", scalars=())
+    alone = replace(choice, bits=16, group_size=None, method=UNTOUCHED, scalars=())
     return replace(alone, keep=None, columns=()) if choice.keep == "split" else alone

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from sinkquant.artifacts import ModelShape
 from sinkquant.errors import RequestError
+from sinkquant.methods import UNTOUCHED
 from sinkquant.policy.rules import Choice
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import DEFAULT_BACKEND, Scheme, scheme_of
@@ -43,7 +44,7 @@ def check_recipe(recipe: Recipe) -> None:
     if not scheme.foreign:
         return
     methods = {weights.method, *(override.method for override in weights.overrides if override.method)}
-    for method in sorted(methods - set(scheme.methods)):
+    for method in sorted(methods - set(methods if scheme.methods is None else scheme.methods)):
         raise RequestError(f"{backend} rounds weights to nearest by itself, so that {method} cannot choose its codes; "
                            "set weights.method=rtn.")
     if weights.tune and scheme.rounds_itself:
@@ -147,7 +148,7 @@ def _carry(name: str, choice: Choice, shape: ModelShape, scheme: Scheme) -> Choi
     alone = not linear.part_of and f"{name}.weight" in shape.tensors
     obstacle = scheme.obstacle(linear.rows, linear.columns, alone)
     if obstacle:
-        return Choice(16, None, "none", f"left in 16 bits: {obstacle}", pinned=True)
+        return Choice(16, None, UNTOUCHED, f"left in 16 bits: {obstacle}", pinned=True)
     group = scheme.fitted(choice.bits, choice.group_size, linear.columns)
     kind = choice.kind if choice.storage == scheme.storage else scheme.kind
     return replace(choice, storage=scheme.storage, kind=kind, group_size=group)

@@ -6,6 +6,7 @@ from sinkquant.artifacts import LinearShape, ModelShape, ModuleDecision, Plan
 from sinkquant.artifacts.distill import check_distill
 from sinkquant.artifacts.experts import mixed_experts
 from sinkquant.errors import RequestError
+from sinkquant.methods import UNTOUCHED, require_methods
 from sinkquant.policy.activations import check_inputs
 from sinkquant.policy.carried import check_choices
 from sinkquant.policy.heads import accept_heads
@@ -55,6 +56,7 @@ def accept_edited(plan: Plan, shape: ModelShape) -> Plan:
                                          "silenced_heads": accept_heads(plan, shape), "seed": plan.seed,
                                          "notes": list(dict.fromkeys([*plan.notes, *counted.notes]))})
     check_distill(counted, shape)
+    require_methods(counted)
     return counted
 
 
@@ -62,9 +64,9 @@ def _check(name: str, plan: Plan, shape: ModelShape) -> None:
     decision = plan.modules[name]
     if not (2 <= decision.bits <= 8 or decision.bits == 16):
         raise RequestError(f"the plan gives {name} {decision.bits} bits; give it 2 to 8, or 16 to leave it alone.")
-    if (decision.bits == 16) != (decision.method == "none"):
+    if (decision.bits == 16) != (decision.method == UNTOUCHED):
         raise RequestError(f"the plan gives {name} {decision.bits} bits and the method {decision.method!r}; "
-                           "'none' belongs to 16 bits, 'rtn' and 'gptq' to fewer.")
+                           f"{UNTOUCHED!r} belongs to 16 bits, a method to fewer.")
     if decision.bits < 16 and shape.linears[name].fixed:
         raise RequestError(f"the plan gives {name} {decision.bits} bits, but it has to stay in 16: "
                            f"{shape.linears[name].fixed}.")

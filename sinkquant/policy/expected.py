@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sinkquant.artifacts import FormatLoss, Plan, PredictedLoss, Sensitivity, UnitSensitivity
-from sinkquant.artifacts.plan import Method
 from sinkquant.errors import RequestError
 from sinkquant.policy.kv_budget import expected_kv_loss
 from sinkquant.schemes import WeightFormat, scheme_of
@@ -24,7 +23,7 @@ class ExpectedLoss:
 
 
 def expect_loss(formats: Mapping[str, WeightFormat], sensitivity: Sensitivity,
-                methods: Mapping[str, Method] | None = None) -> ExpectedLoss:
+                methods: Mapping[str, str] | None = None) -> ExpectedLoss:
     """What formats cost together: the sum over units, to second order. 16 bits cost nothing; smaller groups than were
     tried cost what the smallest tried ones do.
 
@@ -48,7 +47,7 @@ def expect_loss(formats: Mapping[str, WeightFormat], sensitivity: Sensitivity,
     return ExpectedLoss(total, sinks, unknown)
 
 
-def loss_of(unit: UnitSensitivity, form: WeightFormat, method: Method | None = None) -> FormatLoss | None:
+def loss_of(unit: UnitSensitivity, form: WeightFormat, method: str | None = None) -> FormatLoss | None:
     """What a format costs by a method (None: the best), or at most costs; None where neither is known, and for 16
     bits."""
     return unit.loss(form, method) or _of_larger_groups(unit, form)

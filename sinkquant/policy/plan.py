@@ -21,6 +21,7 @@ from sinkquant.artifacts.experts import TUNE_AND_EXPERTS, require_loadable
 from sinkquant.artifacts.plan import Statistics
 from sinkquant.artifacts.sizes import checkpoint_bytes, own_format
 from sinkquant.errors import RequestError
+from sinkquant.methods import require_methods
 from sinkquant.policy.activations import (
     EXCLUDED,
     check_exclusion,
@@ -91,6 +92,7 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
     if sensitivity is not None:
         plan = with_expected_loss(plan, sensitivity, solved.gap if solved else None)
     check_distill(plan, shape)
+    require_methods(plan)
     return plan.made_from(sink_map)
 
 

@@ -6,6 +6,7 @@ from sinkquant.artifacts import ModelShape, ModuleDecision, Plan
 from sinkquant.artifacts.pruning import Pruning, pattern_group
 from sinkquant.artifacts.sizes import module_bytes
 from sinkquant.errors import RequestError
+from sinkquant.methods import UNTOUCHED
 from sinkquant.policy.patterns import match
 from sinkquant.recipe import Prune, Recipe
 from sinkquant.schemes import WeightFormat
@@ -57,7 +58,7 @@ def pruning_alone(plan: Plan, shape: ModelShape) -> Plan:
     """The same plan without its quantization, so that a report can tell what each of the two costs."""
     left = WeightFormat(16, None)
     modules = {name: decision.model_copy(update={
-        "bits": 16, "group_size": None, "method": "none", "keep": None, "columns": [],
+        "bits": 16, "group_size": None, "method": UNTOUCHED, "keep": None, "columns": [],
         "bytes": module_bytes(shape, name, left)}) for name, decision in plan.modules.items()}
     weights = sum(linear.parameters for linear in shape.linears.values())
     return plan.model_copy(update={

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from sinkquant.artifacts import ModelShape, SinkMap
-from sinkquant.artifacts.plan import Method
 from sinkquant.errors import RequestError
+from sinkquant.methods import UNTOUCHED
 from sinkquant.policy.patterns import match
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import PLAIN, WeightFormat, stored_form
@@ -26,7 +26,7 @@ class Choice:
 
     bits: int
     group_size: int | None
-    method: Method
+    method: str
     reason: str
     keep: str | None = None
     columns: tuple[int, ...] = field(default_factory=tuple)
@@ -66,7 +66,7 @@ def base_choices(shape: ModelShape, recipe: Recipe) -> dict[str, Choice]:
     for index, override in enumerate(weights.overrides):
         for name in match(override.pattern, names, f"weights.overrides[{index}]"):
             if override.bits > 8:
-                choices[name] = Choice(16, None, "none", f"left in 16 bits by the override {override.pattern!r}",
+                choices[name] = Choice(16, None, UNTOUCHED, f"left in 16 bits by the override {override.pattern!r}",
                                        pinned=True)
             else:
                 choices[name] = Choice(override.bits, override.group_size or weights.group_size,
@@ -74,11 +74,11 @@ def base_choices(shape: ModelShape, recipe: Recipe) -> dict[str, Choice]:
                                        f"{override.bits} bits by the override {override.pattern!r}", pinned=True)
     for pattern in weights.ignore:
         for name in match(pattern, names, "weights.ignore"):
-            choices[name] = Choice(16, None, "none", f"left in 16 bits by weights.ignore {pattern!r}", pinned=True)
+            choices[name] = Choice(16, None, UNTOUCHED, f"left in 16 bits by weights.ignore {pattern!r}", pinned=True)
     asked = any(choice.quantized for choice in choices.values())
     for name, linear in shape.linears.items():
         if linear.fixed:
-            choices[name] = Choice(16, None, "none", f"left in 16 bits, {linear.fixed}", pinned=True)
+            choices[name] = Choice(16, None, UNTOUCHED, f"left in 16 bits, {linear.fixed}", pinned=True)
     # A recipe may leave all weights alone and pack the cache, or prune; weights that it asks for are never left alone
     # unsaid.
     other_work = recipe.kv_cache is not None or recipe.prune.asked
@@ -164,7 +164,7 @@ def check_group_sizes(choices: dict[str, Choice], shape: ModelShape) -> None:
 def _raised(choice: Choice, recipe: Recipe, why: str, columns: tuple[int, ...]) -> Choice:
     bits = max(recipe.protect.bits, choice.bits)
     if bits > 8:
-        return Choice(16, None, "none", f"left in 16 bits: {why}", "module", columns, why=why)
+        return Choice(16, None, UNTOUCHED, f"left in 16 bits: {why}", "module", columns, why=why)
     return Choice(bits, choice.group_size, choice.method, f"{bits} bits: {why}", "module", columns, why=why)
 
 

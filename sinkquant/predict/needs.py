@@ -12,6 +12,7 @@ from sinkquant.detect.residual import TOP
 from sinkquant.detect.survey import batch_rows
 from sinkquant.evaluate.divergence import BATCH_ROWS
 from sinkquant.evaluate.likelihood import TOKENS_AT_ONCE
+from sinkquant.methods import need_hessian, need_unquantized_inputs
 from sinkquant.models import Decoder
 from sinkquant.models.alone import in_groups
 from sinkquant.models.experts import fused_parameters
@@ -58,12 +59,11 @@ class Needs:
         self.widest = max(max(linear.columns, linear.rows) for block in self.linears for linear in block)
         self.hidden, self.vocabulary = decoder.hidden_size, decoder.vocabulary
         self.heads = int(decoder.model.config.get_text_config(decoder=True).num_attention_heads)
-        methods = {recipe.weights.method, *(o.method for o in recipe.weights.overrides)} - {None, "rtn"}
         static = recipe.activations.format != "16-bit" and recipe.activations.scale == "tensor"
         self.scaled = recipe.weights.smooth != "none" or recipe.protect.channels == "scale"
-        self.calibrated = bool(methods) or static or self.scaled or recipe.weights.distill > 0 or (
+        self.calibrated = need_hessian(recipe.methods) or static or self.scaled or recipe.weights.distill > 0 or (
             recipe.prune.method in ("wanda", "sparsegpt"))
-        self.asymmetric = "gptaq" in methods
+        self.asymmetric = need_unquantized_inputs(recipe.methods)
 
     def detect_bytes(self) -> float:
         settings = self.recipe.detect
@@ -106,7 +106,7 @@ class Needs:
         length = min(settings.length, longest)
         tokens, batch = settings.rows * length, settings.batch_size * length
         small = batch * self.hidden * self.item < LARGE
-        solved = {*settings.methods} != {"rtn"} if settings.methods else self.recipe.weights.method != "rtn"
+        solved = need_hessian(settings.methods or [self.recipe.weights.method])
         seen, solve = 0.0, 0.0
         for block in self.linears:
             free = [(_input(linear, i), linear) for i, linear in enumerate(block) if not linear.fixed]

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sinkquant.artifacts import ModuleDecision, Plan
+from sinkquant.methods import need_unquantized_inputs
 from sinkquant.models import ActivationStore, Decoder, Walk, weight_matrix
 from sinkquant.models.inputs import inputs_left_alone
 from sinkquant.quantize.block import QuantizedBlock, inside, ours
@@ -57,7 +58,7 @@ def calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase 
         # Fused modules read one input: its Hessian is collected once.
         source = {name: shape.linears[name].fused_with[0] for name in mine}
         readers = {source[name]: decoder.linears[source[name]] for name in mine}
-        asymmetric = any(decision.method == "gptaq" for decision in mine.values())
+        asymmetric = need_unquantized_inputs(decision.method for decision in mine.values())
         hessians = collect(step, readers, weights, ideal if asymmetric else None) if readers or experts else {}
         add_up(hessians, readers, asymmetric)
         routed = record_experts(step, decoder, experts, ideal)

@@ -7,6 +7,7 @@ from sinkquant.artifacts.distill import check_distill
 from sinkquant.artifacts.experts import TUNE_AND_EXPERTS, mixed_experts, require_loadable
 from sinkquant.artifacts.sizes import module_bytes, own_format
 from sinkquant.errors import RequestError
+from sinkquant.methods import require_methods
 from sinkquant.models import Decoder
 from sinkquant.quantize.backend import require_packages, rounds_itself
 from sinkquant.quantize.pruning import check_heads, check_pruning
@@ -58,5 +59,6 @@ def check(decoder: Decoder, plan: Plan) -> None:
                            "format, and a layer's be all packed or all in 16 bits.")
     require_loadable(shape, plan.formats, own_format(shape, plan.formats))
     check_distill(plan, shape)
+    require_methods(plan)
     if plan.calibration.tune and any(plan.modules[name].bits < 16 for name in decoder.experts):
         raise RequestError(TUNE_AND_EXPERTS)

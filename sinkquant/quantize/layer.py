@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 
 from sinkquant.artifacts import ModuleDecision, Plan
+from sinkquant.methods import need_unquantized_inputs
 from sinkquant.models import Decoder, Step
 from sinkquant.models.experts import by_expert
 from sinkquant.models.on_disk import ExpertsOnDisk
@@ -26,7 +27,7 @@ def record_experts(step: Step, decoder: Decoder, experts: dict[str, ModuleDecisi
     """What the layer's experts are handed, before anything of the block is changed."""
     if not experts:
         return {}
-    asymmetric = any(decision.method == "gptaq" for decision in experts.values())
+    asymmetric = need_unquantized_inputs(decision.method for decision in experts.values())
     parts = [decoder.experts[name] for name in experts]
     return record(step, {part.owner: part.module for part in parts}, ideal if asymmetric else None)
 

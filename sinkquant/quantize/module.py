@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from sinkquant.artifacts import Calibration, ModuleDecision, Plan
-from sinkquant.artifacts.plan import CALIBRATED
+from sinkquant.artifacts import ModuleDecision, Plan
 from sinkquant.errors import RequestError
+from sinkquant.methods import Problem, method_named
 from sinkquant.models import Decoder
 from sinkquant.quantize.backend import BackendWeight, rounds_itself
 from sinkquant.quantize.block import QuantizedBlock
-from sinkquant.quantize.fp8 import FP8
-from sinkquant.quantize.gptq import GPTQ
 from sinkquant.quantize.hessian import Hessian
 from sinkquant.quantize.packed import PackedWeight, row_chunks
-from sinkquant.quantize.pruning import Pruned, prune, still_pruned, unheard
-from sinkquant.quantize.rtn import RTN
-from sinkquant.quantize.split import Solve, Split
-from sinkquant.schemes.tensors import expert_scale_dtype, scale_dtype
+from sinkquant.quantize.pruning import prune, still_pruned, unheard
+from sinkquant.quantize.split import solve_beside
+from sinkquant.schemes import scheme_of
 
 TOGETHER = 1 << 24
 """Weights whose error is taken in one product with the Hessian."""
@@ -35,15 +32,14 @@ def quantize_module(decoder: Decoder, name: str, decision: ModuleDecision, plan:
         SinkquantError: the Hessian cannot be inverted.
     """
     weight = decoder.weight(name)
-    kind = expert_scale_dtype if name in decoder.experts else scale_dtype
-    scales = getattr(torch, kind(str(decoder.model.dtype).removeprefix("torch.")))
     settings = plan.calibration
     silent = made.silent.get(name)
     if seen is not None and silent is not None:
         unheard(seen, silent)
     hessian = None if seen is None else seen.mean()
-    # GPTQ takes the zeros alone, and comes back to the other weights itself.
-    passes = 0 if decision.method in CALIBRATED else settings.descent
+    method = None if decision.bits >= 16 else method_named(decision.method)
+    # A method with a Hessian comes back to the weights that are left by itself.
+    passes = 0 if method is not None and method.needs_hessian else settings.descent
     pruned = None if decision.prune is None else prune(weight, decision.prune, hessian, settings.damping, passes, name)
     if silent is not None:
         pruned = still_pruned(pruned, weight, silent)
@@ -58,16 +54,18 @@ def quantize_module(decoder: Decoder, name: str, decision: ModuleDecision, plan:
         whole = (weight if pruned is None else pruned.weight).to(decoder.model.dtype)
         put_packed(decoder, name, BackendWeight.of(whole, decision.form), made, weight, hessian)
         return
-    if decision.storage == "gptq":
-        scales = torch.float16  # whatever the model's dtype is
-    if decision.method in CALIBRATED and hessian is None:
+    assert method is not None
+    if method.needs_hessian and hessian is None:
         raise RequestError(f"no calibration token reached {name}; give more text, or set its method to rtn.")
-    cross = seen.cross() if seen is not None and decision.method == "gptaq" else None
-    solve = _method(decision, settings, scales, name, pruned)
+    cross = seen.cross() if seen is not None and method.needs_unquantized_inputs else None
+    start = weight if pruned is None or method.needs_hessian else pruned.weight
+    scales = scheme_of(decision.form).scales(str(decoder.model.dtype).removeprefix("torch."), name in decoder.experts)
+    problem = Problem(name, decision.form, start, getattr(torch, scales), settings, hessian, cross,
+                      None if pruned is None else pruned.kept)
     if decision.form.split:
-        packed = Split.of(decision, settings, scales).quantize(weight, hessian, solve, cross, name)
+        packed = solve_beside(method, problem, decision.columns, decision.scalars)
     else:
-        packed = solve(weight, hessian, cross)
+        packed = method.solve(problem)
     put_packed(decoder, name, packed, made, weight, hessian)
 
 
@@ -91,25 +89,6 @@ def relative_error(weight: torch.Tensor, new: torch.Tensor, hessian: torch.Tenso
         error += _norm(new[rows].float() - before, metric)
         total += _norm(before, metric)
     return error / max(total, 1e-30)
-
-
-def _method(decision: ModuleDecision, settings: Calibration, scales: torch.dtype, name: str,
-            pruned: Pruned | None) -> Solve:
-    """The decision's method as a function of weight, Hessian and cross. `pruned`: what of the weight is zero."""
-    assert decision.group_size is not None
-    if decision.method in CALIBRATED:
-        gptq = GPTQ(decision.bits, decision.group_size, settings.damping, settings.act_order, scales,
-                    settings.scale_search, passes=settings.descent)
-
-        def solve(weight: torch.Tensor, hessian: torch.Tensor | None, cross: torch.Tensor | None) -> PackedWeight:
-            assert hessian is not None
-            return gptq.quantize(weight, hessian, name, cross, None if pruned is None else pruned.kept)
-
-        return solve
-    nearest = (FP8(scales, settings.scale_search) if decision.kind == "float"
-               else RTN(decision.bits, decision.group_size, scales, settings.scale_search))
-    return lambda weight, hessian, _: nearest.quantize(weight if pruned is None else pruned.weight,
-                                                       None if hessian is None else hessian.diagonal())
 
 
 def _put_dense(decoder: Decoder, name: str, new: torch.Tensor, made: QuantizedBlock,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from sinkquant.artifacts import Calibration, ModuleDecision
-from sinkquant.artifacts.plan import CALIBRATED
 from sinkquant.errors import SinkquantError
+from sinkquant.methods import Method, Problem
 from sinkquant.quantize.packed import PackedWeight
 from sinkquant.quantize.side import Side
 
@@ -37,12 +36,6 @@ class Split:
     compensate: bool
     damping: float = 0.01
     asymmetry: float = 0.25
-
-    @classmethod
-    def of(cls, decision: ModuleDecision, settings: Calibration, scale_dtype: torch.dtype) -> Split:
-        """What a plan asks for. Rounding makes up for nothing, so that the exact columns keep their values."""
-        return cls(tuple(decision.columns), tuple(decision.scalars), scale_dtype, decision.method in CALIBRATED,
-                   settings.damping)
 
     def quantize(self, weight: torch.Tensor, hessian: torch.Tensor | None, solve: Solve,
                  cross: torch.Tensor | None = None, name: str = "weight") -> PackedWeight:
@@ -105,6 +98,22 @@ class Split:
         error[:, kept] = 0
         change = torch.cholesky_solve((pull - error @ across.T).T, factor).T
         return packed, weight[:, kept] + change.float()
+
+
+def solve_beside(method: Method, problem: Problem, columns: Sequence[int],
+                 scalars: Sequence[tuple[int, int]]) -> PackedWeight:
+    """What a method makes of a matrix, some columns and single weights of which stand beside the codes. A method that
+    takes no Hessian makes up for nothing, so that there the exact columns keep their values.
+
+    Raises:
+        SinkquantError: as the method, or the Hessian of the exact columns is singular.
+    """
+    split = Split(tuple(columns), tuple(scalars), problem.scale_dtype, method.needs_hessian, problem.settings.damping)
+
+    def solve(weight: torch.Tensor, hessian: torch.Tensor | None, cross: torch.Tensor | None) -> PackedWeight:
+        return method.solve(replace(problem, weight=weight, hessian=hessian, cross=cross))
+
+    return split.quantize(problem.weight, problem.hessian, solve, problem.cross, problem.name)
 
 
 def _without(matrix: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from sinkquant.methods import known_method, method_named
 from sinkquant.recipe.section import GroupSize, Section
+
+
+def _of_one_linear(name: str) -> str:
+    if method_named(known_method(name)).needs_unquantized_inputs:
+        raise ValueError("a sensitivity is of one linear, all others being unquantized, so that there is nothing of "
+                         "earlier blocks to make up for; name another method")
+    return name
+
+
+TriedAlone = Annotated[str, AfterValidator(_of_one_linear)]
+"""A method that sensitivities can be taken by."""
 
 
 class Budget(Section):
@@ -68,7 +80,7 @@ class SensitivitySettings(Section):
     batch_size: int = Field(default=8, ge=1)
     bits: list[Annotated[int, Field(ge=2, le=8)]] = Field(default=[2, 3, 4, 5, 6, 7, 8], min_length=1)
     group_sizes: list[GroupSize] = Field(default_factory=list)
-    methods: list[Literal["rtn", "gptq"]] = Field(default_factory=list)
+    methods: list[TriedAlone] = Field(default_factory=list)
     measure_rows: int = Field(default=0, ge=0)
     measure_length: int = Field(default=64, ge=2)
     score: Literal["second-order", "diagonal"] = "second-order"

@@ -11,6 +11,7 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError
 
 from sinkquant.errors import RequestError
+from sinkquant.methods import need_hessian
 from sinkquant.recipe.budget import Budget, SensitivitySettings
 from sinkquant.recipe.cache import KVCache
 from sinkquant.recipe.explain import explain, near_miss
@@ -49,6 +50,11 @@ class Recipe(Section):
     gate: Gate = Field(default_factory=Gate)
 
     @property
+    def methods(self) -> set[str]:
+        """Names of all methods that it asks for."""
+        return {self.weights.method, *(one.method for one in self.weights.overrides if one.method)}
+
+    @property
     def statistics(self) -> Statistics:
         """What tokens weigh: `protect.statistics`, or the policy that measured best; "all" where no token is protected.
 
@@ -58,9 +64,8 @@ class Recipe(Section):
         """
         if not self.protect.tokens:
             return "all"
-        methods = {self.weights.method, *(override.method or "rtn" for override in self.weights.overrides)}
-        alone = methods == {"rtn"} or "*" in self.weights.ignore
-        return self.protect.statistics or ("attention" if self.prune.method == "wanda" and alone else "boost")
+        corrected = need_hessian(self.methods) and "*" not in self.weights.ignore
+        return self.protect.statistics or ("attention" if self.prune.method == "wanda" and not corrected else "boost")
 
     @classmethod
     def load(cls, source: str | os.PathLike[str]) -> Self:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from sinkquant.artifacts.pruning import pattern_group
+from sinkquant.methods import MethodName
 from sinkquant.recipe.section import Bits, GroupSize, Section, Statistics
 from sinkquant.schemes.inputs import known_inputs
 from sinkquant.schemes.registry import known_format
@@ -28,7 +29,7 @@ class ModuleOverride(Section):
     pattern: str
     bits: Bits = Field(ge=2, le=16)
     group_size: GroupSize | None = None
-    method: Literal["rtn", "gptq", "gptaq"] | None = None
+    method: MethodName | None = None
 
 
 class Weights(Section):
@@ -45,7 +46,7 @@ class Weights(Section):
     bitsandbytes nf4 and fp4, quanto float8.
     """
 
-    method: Literal["rtn", "gptq", "gptaq"] = "gptq"
+    method: MethodName = "gptq"
     format: Annotated[str, AfterValidator(known_format)] = "int"
     double_quantization: bool = False
     bits: int = Field(default=4, ge=2, le=8)

@@ -29,7 +29,7 @@ class Float8(Scheme):
         if (bits, group_size) != (8, -1):
             return (f"FP8 inputs are multiplied with FP8 weights of one scale per channel, but {name} gets {bits} bits "
                     f"in groups of {group_size}; set weights.bits=8 and weights.group_size=-1 (and its override).")
-        if method not in self.methods:
+        if method not in (self.methods or ()):
             return (f"FP8 weights are rounded to nearest, but {name} gets {method}; set weights.method=rtn (and its "
                     "override).")
         return ""

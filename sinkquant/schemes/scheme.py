@@ -8,8 +8,6 @@ from sinkquant.schemes.loads import Loads
 from sinkquant.schemes.tensors import Tensor, expert_scale_dtype, scale_dtype
 from sinkquant.schemes.weight_format import Kind, WeightFormat
 
-ALL_METHODS = ("rtn", "gptq", "gptaq")
-
 
 @dataclass(frozen=True)
 class Scheme:
@@ -22,7 +20,7 @@ class Scheme:
         words: what its weights are called in a sentence.
         bits: what a weight may take. mixed: whether linears of one checkpoint may differ in bits and groups.
         group_size: its own, or null where a recipe chooses. one_group_size: all linears have the same then.
-        methods: of choosing the codes. rounds_itself: the library does, and none of our methods.
+        methods: of choosing the codes, null for any. rounds_itself: the library does, and none of our methods.
         integers: codes are integers times one scale per group, so that they can be tuned and their loss predicted.
         beside: columns and single weights may stand beside the codes.
         zero_from: fewest bits that have a code for zero, which pruning needs.
@@ -41,7 +39,7 @@ class Scheme:
     mixed: bool = False
     group_size: int | None = None
     one_group_size: bool = False
-    methods: tuple[str, ...] = ALL_METHODS
+    methods: tuple[str, ...] | None = None
     rounds_itself: bool = False
     integers: bool = False
     beside: bool = False

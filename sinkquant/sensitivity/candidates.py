@@ -8,16 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from sinkquant.artifacts import ModelShape, SinkMap
-from sinkquant.artifacts.plan import CALIBRATED, Method
 from sinkquant.errors import RequestError
+from sinkquant.methods import Problem, method_named
 from sinkquant.models import Decoder
 from sinkquant.policy.plan import choices_of
-from sinkquant.quantize.gptq import GPTQ
-from sinkquant.quantize.packed import PackedWeight
-from sinkquant.quantize.rtn import RTN
-from sinkquant.quantize.split import Solve, Split
+from sinkquant.quantize.split import solve_beside
 from sinkquant.recipe import Recipe
-from sinkquant.schemes.tensors import expert_scale_dtype, scale_dtype
+from sinkquant.schemes import WeightFormat, scheme_of
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class Candidate:
 
     bits: int
     group_size: int
-    method: Method
+    method: str
     columns: tuple[int, ...] = ()
     scalars: tuple[tuple[int, int], ...] = ()
 
@@ -98,30 +95,13 @@ def errors(decoder: Decoder, name: str, hessian: torch.Tensor, candidates: tuple
     Args:
         hessian: [columns, columns] of the input. stored: the dtype of the model, whatever it computes in.
     """
-    settings, weight = recipe.weights, decoder.weight(name)
-    kind = expert_scale_dtype if name in decoder.experts else scale_dtype
-    scales = getattr(torch, kind(str(stored).removeprefix("torch.")))
+    settings, weight = recipe.weights.model_copy(update={"descent": 0}), decoder.weight(name)
     for one in candidates:
-        solve = _method(one, recipe, scales, name)
+        method, form = method_named(one.method), WeightFormat(one.bits, one.group_size)
+        scales = scheme_of(form).scales(str(stored).removeprefix("torch."), name in decoder.experts)
+        problem = Problem(name, form, weight, getattr(torch, scales), settings, hessian if method.needs_hessian else None)
         if one.columns or one.scalars:
-            split = Split(one.columns, one.scalars, scales, one.method in CALIBRATED, settings.damping)
-            packed = split.quantize(weight, hessian, solve, name=name)
+            packed = solve_beside(method, problem, one.columns, one.scalars)
         else:
-            packed = solve(weight, hessian, None)
+            packed = method.solve(problem)
         yield one, packed.dequantized(stored).float() - weight.float()
-
-
-def _method(one: Candidate, recipe: Recipe, scales: torch.dtype, name: str) -> Solve:
-    """The candidate's method as a function of weight, Hessian and cross, which is not used."""
-    settings = recipe.weights
-    if one.method in CALIBRATED:
-        gptq = GPTQ(one.bits, one.group_size, settings.damping, settings.act_order, scales, settings.scale_search,
-                    passes=0)
-
-        def solve(weight: torch.Tensor, hessian: torch.Tensor | None, _: torch.Tensor | None) -> PackedWeight:
-            assert hessian is not None
-            return gptq.quantize(weight, hessian, name)
-
-        return solve
-    nearest = RTN(one.bits, one.group_size, scales, settings.scale_search)
-    return lambda weight, _, __: nearest.quantize(weight)

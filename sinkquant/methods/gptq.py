@@ -1,0 +1,38 @@
+"""GPTQ (Frantar et al. 2210.17323)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sinkquant.methods.contract import Cost, Method, Problem, Settings
+from sinkquant.schemes import WeightFormat, scheme_of
+
+if TYPE_CHECKING:
+    from sinkquant.artifacts.shapes import LinearShape
+    from sinkquant.quantize.packed import PackedWeight
+
+
+class GPTQMethod(Method):
+    """Columns are rounded one after the other, and those to come make up for the error; then rounds of coordinate
+    descent come back to all."""
+
+    name = "gptq"
+    needs_hessian = True
+
+    def takes(self, form: WeightFormat) -> str:
+        return "" if scheme_of(form).integers else "rounds to integers with a scale per group only"
+
+    def cost(self, shape: LinearShape, settings: Settings) -> Cost:
+        rows, columns = shape.rows, shape.columns
+        # Two Cholesky factors, an inverse and its product; the blocks' updates; the products of every descent round.
+        return Cost(bytes=48.0 * columns**2 + 16.0 * shape.parameters, columns=columns,
+                    operations=5.0 * columns**3 + (12.0 * settings.descent + 7) * rows * columns**2)
+
+    def solve(self, problem: Problem) -> PackedWeight:
+        from sinkquant.quantize.gptq import GPTQ
+
+        assert problem.hessian is not None
+        settings, form = problem.settings, problem.form
+        method = GPTQ(form.bits, form.group_size or -1, settings.damping, settings.act_order, problem.scale_dtype,
+                      settings.scale_search, passes=settings.descent)
+        return method.quantize(problem.weight, problem.hessian, problem.name, problem.cross, problem.kept)

@@ -1,0 +1,31 @@
+"""Rounding to nearest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sinkquant.methods.contract import Cost, Method, Problem, Settings
+from sinkquant.schemes import scheme_of
+
+if TYPE_CHECKING:
+    from sinkquant.artifacts.shapes import LinearShape
+    from sinkquant.quantize.packed import PackedWeight
+
+
+class Rounding(Method):
+    """Every weight goes to the nearest code, for any number format. Where rows walk for another reason, the mean square
+    of every input column weighs its errors in the search for scales."""
+
+    name = "rtn"
+
+    def cost(self, shape: LinearShape, settings: Settings) -> Cost:
+        return Cost(bytes=6.0 * shape.parameters, rounded=shape.parameters)
+
+    def solve(self, problem: Problem) -> PackedWeight:
+        from sinkquant.quantize.fp8 import FP8
+        from sinkquant.quantize.rtn import RTN
+
+        form, search = problem.form, problem.settings.scale_search
+        nearest = (FP8(problem.scale_dtype, search) if not scheme_of(form).integers
+                   else RTN(form.bits, form.group_size or -1, problem.scale_dtype, search))
+        return nearest.quantize(problem.weight, None if problem.hessian is None else problem.hessian.diagonal())
