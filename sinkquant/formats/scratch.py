@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from sinkquant.quantize import PackedWeight, QuantizedBlock, Side, Start
+from sinkquant.quantize import PackedWeight, QuantizedBlock, Side, TuningStart
 
 FOLDER = "distill"
 
@@ -26,21 +26,22 @@ class Scratch:
         tuned."""
         folder = self.partial / FOLDER
         path = folder / f"{block.index}.safetensors"
-        if not block.leanings and path.is_file():
+        if not block.offsets and path.is_file():
             return
         folder.mkdir(exist_ok=True)
         tensors: dict[str, torch.Tensor] = {}
-        for name, lean in block.leanings.items():
+        for name, offsets in block.offsets.items():
             packed = block.weights[name]
             assert isinstance(packed, PackedWeight)
-            parts = {"codes": packed.codes, "scale": packed.scale, "bits": torch.tensor(packed.bits), "lean": lean}
+            parts = {"codes": packed.codes, "scale": packed.scale, "bits": torch.tensor(packed.bits),
+                     "offsets": offsets}
             parts |= {} if packed.side is None else packed.side.tensors()
             tensors |= {f"{name}:{leaf}": tensor.contiguous() for leaf, tensor in parts.items()}
         save_file(tensors, path)
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
-    def starts(self, blocks: int) -> dict[str, Start]:
+    def starts(self, blocks: int) -> dict[str, TuningStart]:
         """Module name -> where it starts from, over all blocks."""
         found = {}
         for index in range(blocks):
@@ -49,13 +50,13 @@ class Scratch:
                 name, _, leaf = key.rpartition(":")
                 parts.setdefault(name, {})[leaf] = tensor
             for name in sorted(parts):
-                codes, scale, bits, lean = (parts[name][leaf] for leaf in ("codes", "scale", "bits", "lean"))
+                codes, scale, bits, offsets = (parts[name][leaf] for leaf in ("codes", "scale", "bits", "offsets"))
                 assert codes is not None
                 assert scale is not None
                 assert bits is not None
-                assert lean is not None
+                assert offsets is not None
                 side = Side.of(parts[name], len(codes), scale.dtype)
-                found[name] = Start(PackedWeight(codes, scale, int(bits), side), lean)
+                found[name] = TuningStart(PackedWeight(codes, scale, int(bits), side), offsets)
         return found
 
     def clear(self) -> None:

@@ -37,7 +37,7 @@ from sinkquant.formats.simulated import save_simulated
 from sinkquant.formats.writer import CheckpointWriter
 from sinkquant.models import ActivationStore, Decoder, source_of
 from sinkquant.models.shards import Stored, dense_tensors, stored_tensors
-from sinkquant.quantize import PackedWeight, QuantizedBlock, check, distilled, lesson_of, quantized_blocks
+from sinkquant.quantize import PackedWeight, QuantizedBlock, check, distilled, quantized_blocks, teacher_targets
 from sinkquant.quantize.ranks import join, leave, tell
 from sinkquant.quantize.transforms import rotate
 from sinkquant.recipe import Recipe
@@ -74,7 +74,7 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
         scratch = Scratch(partial)
         # The last stage learns from the unquantized model, before any block is read from what was written of it.
         over = _is_distilled(partial)
-        lesson = None if over else lesson_of(decoder, plan, tokenizer, device, dtype, store)
+        teacher = None if over else teacher_targets(decoder, plan, tokenizer, device, dtype, store)
         if done and plan.follows_unquantized and not over:
             # The unquantized weights of the blocks that are done are no longer there to be followed: begin again.
             done, scales = 0, {}
@@ -91,7 +91,7 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
             LOG.info("%s: goes on after %d of %d blocks", folder.name, done, len(decoder.blocks))
         for block in quantized_blocks(decoder, plan, tokenizer, device, dtype, progress, store, done, scales):
             _write_block(writer, block, plan)
-            if lesson is not None:
+            if teacher is not None:
                 scratch.keep(block)
             losses |= block.losses
             scales = scales | block.input_scales
@@ -101,9 +101,9 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
                 LOG.info("block %d of %d: %s", block.index + 1, len(decoder.blocks), in_words(block, losses, plan))
             del block  # or it would outlive the next one's making
         leave()
-        if lesson is not None:
+        if teacher is not None:
             _read_from(model, partial, decoder, plan, len(decoder.blocks))
-            found = distilled(decoder, plan, lesson, scratch.starts(len(decoder.blocks)), device, dtype, progress)
+            found = distilled(decoder, plan, teacher, scratch.starts(len(decoder.blocks)), device, dtype, progress)
             for block in _by_block(decoder, found, scales):
                 _write_block(writer, block, plan)
             _remember(partial, len(decoder.blocks), losses, scales, tokens, distilled=True)

@@ -5,8 +5,10 @@ Nothing here imports torch before a matrix is solved: recipes, plans and predict
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
-from importlib.metadata import entry_points
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator
@@ -40,7 +42,7 @@ def method_named(name: str) -> Method:
     for method in BUILT_IN:
         if method.name == name:
             return method
-    for point in entry_points(group=GROUP, name=name):
+    if (point := _brought(tuple(sys.path)).get(name)) is not None:
         return _loaded(point.load(), name)
     raise RequestError(f"there is no quantization method {name!r}; use {_in_words(method_names())}, or install the "
                        "package that brings it.")
@@ -48,8 +50,8 @@ def method_named(name: str) -> Method:
 
 def method_names() -> list[str]:
     """Names of all methods, those of installed packages after those built in."""
-    ours = [method.name for method in BUILT_IN]
-    return ours + sorted({point.name for point in entry_points(group=GROUP)} - set(ours))
+    built_in = [method.name for method in BUILT_IN]
+    return built_in + sorted(set(_brought(tuple(sys.path))) - set(built_in))
 
 
 def methods_of(names: Iterable[str]) -> list[Method]:
@@ -93,6 +95,12 @@ MethodName = Annotated[str, AfterValidator(known_method)]
 """A method in a recipe."""
 AnyMethod = Annotated[str, AfterValidator(_known_or_untouched)]
 """A method in a plan, or "none"."""
+
+
+@lru_cache(maxsize=1)
+def _brought(path: tuple[str, ...]) -> dict[str, EntryPoint]:
+    """What installed packages bring, by name. path: `sys.path`, which is all that it depends on."""
+    return {point.name: point for point in entry_points(group=GROUP)}
 
 
 def _loaded(found: Any, name: str) -> Method:

@@ -19,9 +19,9 @@ from sinkquant.models.experts import fused_parameters
 from sinkquant.models.head import PIECE_VALUES
 from sinkquant.models.memory import LARGE
 from sinkquant.models.on_disk import find_on_disk
-from sinkquant.quantize.distill import LOGITS_BYTES as DISTILL_LOGITS
-from sinkquant.quantize.distill import ROWS as DISTILL_ROWS
 from sinkquant.quantize.layer import WAITING
+from sinkquant.quantize.refine.distill import LOGITS_BYTES as DISTILL_LOGITS
+from sinkquant.quantize.refine.refine import ROWS as DISTILL_ROWS
 from sinkquant.quantize.rounded import TOGETHER
 from sinkquant.recipe import Recipe
 

@@ -17,7 +17,7 @@ from sinkquant.diagnose.fidelity import LENGTH, ROWS
 from sinkquant.evaluate.tasks import ready_tasks
 from sinkquant.models import Decoder, encode, read_text
 from sinkquant.predict.pace import Pace
-from sinkquant.quantize.distill import ROWS as DISTILL_ROWS
+from sinkquant.quantize.refine.refine import ROWS as DISTILL_ROWS
 from sinkquant.recipe import Recipe
 
 CANDIDATES = 3

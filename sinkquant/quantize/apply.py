@@ -10,10 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.artifacts import Plan
 from sinkquant.models import ActivationStore, Decoder, check_finite, pick_device
 from sinkquant.quantize.backend import BackendWeight, install_modules
-from sinkquant.quantize.block import QuantizedBlock, ours
+from sinkquant.quantize.block import QuantizedBlock, with_codes
 from sinkquant.quantize.calibrated import calibrated
 from sinkquant.quantize.check import check
-from sinkquant.quantize.end_to_end import Start, distilled, lesson_of
+from sinkquant.quantize.end_to_end import TuningStart, distilled, teacher_targets
 from sinkquant.quantize.inputs import get_ready
 from sinkquant.quantize.rounded import rounded
 from sinkquant.quantize.state import ATTRIBUTE, QuantizedState
@@ -43,17 +43,17 @@ def quantize(model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerB
     rotate(decoder, plan)
     state = QuantizedState(plan)
     place, kind = pick_device(device), getattr(torch, dtype)
-    lesson = lesson_of(decoder, plan, tokenizer, place, kind)
-    starts: dict[str, Start] = {}
+    teacher = teacher_targets(decoder, plan, tokenizer, place, kind)
+    starts: dict[str, TuningStart] = {}
     for block in quantized_blocks(decoder, plan, tokenizer, place, kind, progress):
         state.weights |= block.weights
         state.losses |= block.losses
         state.input_scales |= block.input_scales
         state.tokens |= block.tokens
-        codes = ours(block.weights)
-        starts |= {name: Start(codes[name], lean) for name, lean in block.leanings.items()}
-    if lesson is not None:
-        state.weights |= distilled(decoder, plan, lesson, starts, place, kind, progress)
+        codes = with_codes(block.weights)
+        starts |= {name: TuningStart(codes[name], offsets) for name, offsets in block.offsets.items()}
+    if teacher is not None:
+        state.weights |= distilled(decoder, plan, teacher, starts, place, kind, progress)
     install_modules(model, {name: w for name, w in state.weights.items() if isinstance(w, BackendWeight)})
     setattr(model, ATTRIBUTE, state)
     return model

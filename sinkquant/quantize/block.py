@@ -22,7 +22,8 @@ class QuantizedBlock:
         silent: output projection -> bool [columns], the input columns of heads that were taken out.
         input_scales: module name -> stored scale of its inputs, [1], where it has one.
         tokens: module name of a layer's experts -> calibration tokens that went to each of them.
-        leanings: module name -> where its weights lie beside their codes, where the whole model is tuned in the end.
+        offsets: module name -> how far its weights lie from their codes (`refine.compressed`), where the whole model is
+            tuned in the end.
         ended: False where more of this block is to come: its experts are not all in memory at a time.
     """
 
@@ -35,7 +36,7 @@ class QuantizedBlock:
     silent: dict[str, torch.Tensor] = field(default_factory=dict)
     input_scales: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)
-    leanings: dict[str, torch.Tensor] = field(default_factory=dict)
+    offsets: dict[str, torch.Tensor] = field(default_factory=dict)
     ended: bool = True
 
 
@@ -44,6 +45,6 @@ def inside(block: str, todo: dict[str, ModuleDecision]) -> dict[str, ModuleDecis
     return {name: decision for name, decision in todo.items() if name.startswith(f"{block}.")}
 
 
-def ours(weights: dict[str, PackedWeight | BackendWeight]) -> dict[str, PackedWeight]:
-    """Those that are on our grids: a backend's are neither tuned nor handed over."""
+def with_codes(weights: dict[str, PackedWeight | BackendWeight]) -> dict[str, PackedWeight]:
+    """Those whose codes a method has chosen: what a backend rounds is neither tuned nor handed over."""
     return {name: weight for name, weight in weights.items() if isinstance(weight, PackedWeight)}

@@ -11,18 +11,17 @@ from sinkquant.artifacts import ModuleDecision, Plan
 from sinkquant.methods import need_unquantized_inputs
 from sinkquant.models import ActivationStore, Decoder, Walk, weight_matrix
 from sinkquant.models.inputs import inputs_left_alone
-from sinkquant.quantize.block import QuantizedBlock, inside, ours
+from sinkquant.quantize.block import QuantizedBlock, inside, with_codes
 from sinkquant.quantize.hessian import collect
 from sinkquant.quantize.inputs import round_block
 from sinkquant.quantize.layer import keep_dense, quantize_experts, record_experts
 from sinkquant.quantize.module import put_packed, quantize_module
-from sinkquant.quantize.offsets import leanings
 from sinkquant.quantize.pruning import silence
 from sinkquant.quantize.ranks import add_up, exchange, solver, this_rank
+from sinkquant.quantize.refine import Tune, compressed, rounding_offsets
 from sinkquant.quantize.rows import calibration_rows
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.quantize.transforms import scale_block
-from sinkquant.quantize.tune import Tune
 from sinkquant.schemes.tensors import scale_dtype
 
 
@@ -78,13 +77,14 @@ def calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase 
             exchange(decoder, mine, made)
         if tune and tuned and ideal is not None:
             linears = {name: decoder.linears[name] for name in tuned}
-            codes = ours(made.weights)
+            codes = with_codes(made.weights)
             for name, packed in tune.run(step, linears, codes, originals, ideal, weights, made.kept).items():
                 seen = hessians.get(source[name])
                 put_packed(decoder, name, packed, made, originals[name], None if seen is None else seen.mean())
         if settings.distill:
-            codes = ours(made.weights)
-            made.leanings.update({name: leanings(codes[name], originals[name], made.kept.get(name)) for name in tuned})
+            codes = with_codes(made.weights)
+            made.offsets.update({name: compressed(rounding_offsets(codes[name], originals[name], made.kept.get(name)))
+                                 for name in tuned})
         if experts:
             yield made
             made = QuantizedBlock(step.index, step.name, {}, {})

@@ -11,36 +11,24 @@ from transformers import PreTrainedTokenizerBase
 from sinkquant.artifacts import Plan
 from sinkquant.models import ActivationStore, Decoder, Walk
 from sinkquant.models.placement import compute_in
-from sinkquant.quantize.distill import Distill
-from sinkquant.quantize.offsets import Offsets
 from sinkquant.quantize.packed import PackedWeight
+from sinkquant.quantize.refine import Distill, Offsets, TeacherTargets, decompressed
 from sinkquant.quantize.rows import calibration_rows
 
 Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where tuning starts from in one linear: what was packed, and where its weights lie beside the codes
-    (`offsets.leanings`)."""
+class TuningStart:
+    """Where tuning starts from in one linear: what was packed, and how far its weights lie from their codes, int8
+    [rows, columns] as `compressed` has it."""
 
     packed: PackedWeight
-    lean: torch.Tensor
+    offsets: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """What the unquantized model has to say about the calibration rows.
-
-    rows: int64 [rows, length]. target: [rows, length, hidden_size], what its last block gives, in the compute dtype.
-    """
-
-    rows: torch.Tensor
-    target: torch.Tensor
-
-
-def lesson_of(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase | None, device: str,
-              dtype: torch.dtype, store: ActivationStore | None = None) -> Lesson | None:
+def teacher_targets(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase | None, device: str,
+                    dtype: torch.dtype, store: ActivationStore | None = None) -> TeacherTargets | None:
     """Walk through the model before anything is quantized, rotated as the plan says; None where the plan does not
     distill.
 
@@ -53,10 +41,10 @@ def lesson_of(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase |
     walk = Walk(decoder, rows, plan.calibration.batch_size, device, dtype, store=store)
     for _ in walk.steps():
         pass
-    return Lesson(rows, walk.hidden)
+    return TeacherTargets(rows, walk.hidden)
 
 
-def distilled(decoder: Decoder, plan: Plan, lesson: Lesson, starts: Mapping[str, Start], device: str,
+def distilled(decoder: Decoder, plan: Plan, teacher: TeacherTargets, starts: Mapping[str, TuningStart], device: str,
               dtype: torch.dtype, progress: Progress | None = None) -> dict[str, PackedWeight]:
     """Tune all quantized linears of a model whose blocks are done, in memory as a whole.
 
@@ -71,13 +59,14 @@ def distilled(decoder: Decoder, plan: Plan, lesson: Lesson, starts: Mapping[str,
     model.eval()
     try:
         with decoder.present([model]), compute_in([model], device, dtype):
-            tuned = {name: Offsets.of(start.packed, start.lean, device) for name, start in starts.items()}
+            tuned = {name: Offsets.of(start.packed, decompressed(start.offsets, device))
+                     for name, start in starts.items()}
             method = Distill(plan.calibration.distill, plan.seed)
-            found = method.run(decoder, tuned, lesson.rows, lesson.target, device, stored, progress)
+            weights = method.run(decoder, tuned, teacher, device, stored, progress)
     finally:
         model.train(was_training)
     if decoder.source is None:  # exactly what the checkpoint gives, whatever was computed in
-        for name, packed in found.items():
+        for name, packed in weights.items():
             old = decoder.weight(name)
             decoder.put(name, packed.dequantized(stored).to(old.device))
-    return {name: packed.cpu() for name, packed in found.items()}
+    return {name: packed.cpu() for name, packed in weights.items()}

@@ -18,7 +18,7 @@ from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
 from sinkquant.models.inputs import InputRanges
 from sinkquant.models.processes import PATIENCE, new_store, this_process
-from sinkquant.quantize.block import QuantizedBlock, ours
+from sinkquant.quantize.block import QuantizedBlock, with_codes
 from sinkquant.quantize.hessian import Hessian
 from sinkquant.quantize.packed import PackedWeight
 
@@ -135,7 +135,7 @@ def solver(index: int) -> int:
 
 def exchange(decoder: Decoder, mine: dict[str, ModuleDecision], made: QuantizedBlock) -> None:
     """Let every rank hold what each of them has solved of a block."""
-    weights, losses = ours(made.weights), dict(made.losses)
+    weights, losses = with_codes(made.weights), dict(made.losses)
     for index, name in enumerate(mine):
         if mine[name].bits >= 16:
             continue

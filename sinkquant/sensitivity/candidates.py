@@ -99,7 +99,8 @@ def errors(decoder: Decoder, name: str, hessian: torch.Tensor, candidates: tuple
     for one in candidates:
         method, form = method_named(one.method), WeightFormat(one.bits, one.group_size)
         scales = scheme_of(form).scales(str(stored).removeprefix("torch."), name in decoder.experts)
-        problem = Problem(name, form, weight, getattr(torch, scales), settings, hessian if method.needs_hessian else None)
+        problem = Problem(name, form, weight, getattr(torch, scales), settings,
+                          hessian if method.needs_hessian else None)
         if one.columns or one.scalars:
             packed = solve_beside(method, problem, one.columns, one.scalars)
         else:

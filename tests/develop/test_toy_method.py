@@ -11,9 +11,9 @@ from small_runs import model_folder, small_recipe
 
 import sinkquant as sq
 from sinkquant import Plan, RequestError
-from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.methods import GROUP, Problem, method_named, method_names
 from sinkquant.recipe import Recipe
+from sinkquant.schemes import WeightFormat
 
 
 @pytest.fixture
@@ -31,7 +31,8 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("installed")
 def test_a_method_of_another_package_goes_from_a_recipe_to_a_report(tmp_path: Path, text_file: Path) -> None:
     folder = model_folder(tmp_path / "model")
-    recipe = small_recipe(text_file, "weights.method=error-diffusion", "detect.super_weights=false")
+    recipe = small_recipe(text_file, "weights.method=error-diffusion", "detect.super_weights=false",
+                          "evaluate.fidelity=false")
     report = sq.run(recipe, folder, tmp_path / "out")
     assert report is not None
     plan = Plan.load(tmp_path / "out" / "plan.json")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from sinkquant.artifacts import LinearShape
-from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.methods import Cost, Method, Problem, Settings
 from sinkquant.quantize.packed import PackedWeight, group_scales, to_codes
+from sinkquant.schemes import WeightFormat
 
 
 class ErrorDiffusion(Method):

@@ -14,7 +14,7 @@ from sinkquant.quantize import PackedWeight, QuantizedBlock
 def test_a_later_part_of_a_block_leaves_what_was_kept_of_it(tmp_path: Path) -> None:
     scratch, codes = Scratch(tmp_path), torch.arange(-8, 8, dtype=torch.int8).reshape(2, 8)
     packed = PackedWeight(codes, torch.ones(2, 1), 4)
-    scratch.keep(QuantizedBlock(0, "a", {"a.x": packed}, {}, leanings={"a.x": torch.zeros(2, 8)}, ended=False))
+    scratch.keep(QuantizedBlock(0, "a", {"a.x": packed}, {}, offsets={"a.x": torch.zeros(2, 8)}, ended=False))
     scratch.keep(QuantizedBlock(0, "a", {}, {}))
     scratch.keep(QuantizedBlock(1, "b", {}, {}))
     assert list(scratch.starts(2)) == ["a.x"]

@@ -11,12 +11,12 @@ import torch
 
 import sinkquant
 from sinkquant.artifacts import LinearShape
-from sinkquant.artifacts.formats import WeightFormat
 from sinkquant.errors import RequestError
 from sinkquant.methods import BUILT_IN, Problem, method_named, methods_of, need_hessian, need_unquantized_inputs
 from sinkquant.quantize import GPTQ, RTN
 from sinkquant.quantize.fp8 import FP8
 from sinkquant.recipe import Recipe
+from sinkquant.schemes import WeightFormat
 
 PACKAGE = Path(sinkquant.__file__).parent
 COMPARED = re.compile(r"""methods?\b[^\n"']*(?:==|!=|\bin\b)[^\n"']*["'](?:rtn|gptq|gptaq)["']""")
@@ -53,7 +53,7 @@ def test_methods_are_known_without_torch() -> None:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
-            assert not [name for name in names if name.startswith(("torch", "sinkquant.quantize", "transformers"))], path
+            assert not any(name.startswith(("torch", "sinkquant.quantize", "transformers")) for name in names), path
 
 
 def test_each_solves_as_its_solver_does() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,8 @@ from sinkquant.errors import RequestError
 from sinkquant.evaluate.divergence import row_divergences
 from sinkquant.models import Decoder, read_text, token_rows
 from sinkquant.policy import make_plan, require_distill
-from sinkquant.quantize import PackedWeight, distill, quantize, ranks, state_of
-from sinkquant.quantize.offsets import HELD, SCALE_RATE, Offsets, leanings
-from sinkquant.quantize.rtn import RTN
-from sinkquant.quantize.tune import _Variables
+from sinkquant.quantize import PackedWeight, quantize, ranks, state_of
+from sinkquant.quantize.refine import refine
 from sinkquant.recipe import Recipe
 
 ROWS, LENGTH = 4, 32
@@ -89,31 +88,6 @@ def test_it_comes_last_in_whatever_a_recipe_composes(more: list[str], text_file:
             assert (packed.codes.unflatten(1, (-1, 4)) == 0).sum(-1).min() >= 2
 
 
-def test_one_step_is_that_of_automatic_differentiation() -> None:
-    generator = torch.Generator().manual_seed(0)
-    original = torch.randn(8, 64, generator=generator)
-    packed = RTN(3, 32, torch.bfloat16, True).quantize(original)
-    # Moved, so that the nearest codes are not all its own; and with some on the end of the grid.
-    packed = PackedWeight((packed.codes + torch.randint(-1, 2, packed.codes.shape, generator=generator)).clamp(-4, 3)
-                          .to(torch.int8), packed.scale, 3)
-    kept = torch.rand(8, 64, generator=generator) < 0.8
-    packed = PackedWeight(packed.codes * kept, packed.scale, 3)
-    reference = _Variables(packed, original, kept)
-    mine = Offsets.of(packed, leanings(packed, original, kept), "cpu")
-    assert torch.equal(leanings(packed, original, kept) == HELD, ~kept)
-    for rate in (0.3, 0.2, 0.1):
-        gradient = torch.randn(8, 64, generator=generator)
-        reference.dense().backward(gradient)
-        reference.step(rate)
-        mine.step(gradient, rate, rate * SCALE_RATE)
-        assert torch.equal(mine.stretch, reference.stretch.detach())
-        off = (mine.shift.nan_to_num(0.0) - reference.shift.detach()).abs().max()
-        assert off <= 0.4 / 127  # what the steps of a leaning are apart
-    assert torch.equal(mine.now().scale, reference.packed().scale)
-    assert (mine.now().codes[~kept] == 0).all()
-    assert (mine.now().codes != packed.codes).any()
-
-
 def test_two_runs_give_the_same_codes_and_another_seed_others(text_file: Path) -> None:
     found = []
     for seed in (0, 0, 1):
@@ -126,7 +100,7 @@ def test_two_runs_give_the_same_codes_and_another_seed_others(text_file: Path) -
 
 
 def test_what_does_not_help_is_not_kept(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distill, "RATE", -8.0)  # uphill
+    monkeypatch.setattr(sys.modules[refine.__module__], "RATE", -8.0)  # uphill
     plain, worse = (tiny_model("llama", num_hidden_layers=1) for _ in range(2))
     for model, iterations in ((plain, 0), (worse, 2)):
         quantize(model, planned(model, text_file, iterations, "weights.method=gptq"), tiny_tokenizer())

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sinkquant.quantize import GPTQ, RTN, PackedWeight
+from sinkquant.quantize.refine import Offsets, rounding_offsets
 from sinkquant.quantize.split import Split
-from sinkquant.quantize.tune import _Variables
 
 ROWS, COLUMNS, KEPT = 24, 96, (3, 40, 41)
 PLACES = ((5, 7), (20, 95))
@@ -128,12 +128,10 @@ def test_nothing_beside_is_plain_gptq() -> None:
 def test_tuning_moves_codes_but_none_of_the_exact_columns() -> None:
     weight, hessian, _ = problem(5)
     packed = Split(KEPT, PLACES, torch.bfloat16, True).quantize(weight, hessian, solve(gptq(2)))
-    variables = _Variables(packed, weight, None)
+    offsets = Offsets.of(packed, rounding_offsets(packed, weight))
     for _ in range(3):
-        (variables.dense() * 100).sum().backward()
-        variables.step(0.5)
-    tuned = variables.packed()
-    assert tuned.side is packed.side
+        offsets.step(torch.full_like(weight, 100.0), 0.5)
+    tuned = offsets.now()
     kept = list(KEPT)
     assert (tuned.codes[:, kept] == 0).all()
     assert (tuned.codes != packed.codes).any()

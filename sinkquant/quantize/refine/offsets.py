@@ -15,38 +15,53 @@ NEAR = 0.4
 """A weight that was rounded elsewhere than to its nearest code starts this far towards that one."""
 SCALE_RATE = 0.1
 """The step of a scale, relative to itself, over the step of a code."""
-LEAN_STEPS = 127
+OFFSET_STEPS = 127
 HELD = -128
-"""In `leanings`: a weight that stays as it is."""
+"""In compressed offsets: a weight that stays as it is."""
 
 
-def leanings(packed: PackedWeight, original: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
-    """Where every weight lies beside its code, which is what tuning starts from.
+def rounding_offsets(packed: PackedWeight, original: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+    """How far every weight lies from its code, which is what tuning starts from.
 
     Args:
         original: float [rows, columns], the weight before it was rounded.
         kept: bool [rows, columns] of a pruned linear; weights where it is False are held.
 
     Returns:
-        int8 [rows, columns] on the CPU, in 127ths of `NEAR` codes; `HELD` for pruned weights and for columns that
-        stand beside the codes.
+        float32 [rows, columns] on the original's device, in codes, at most `NEAR` in size; NaN for weights that are
+        held: pruned ones, and columns that stand beside the codes.
     """
-    beside = torch.zeros(packed.codes.shape)
+    device = original.device
+    beside = torch.zeros(packed.codes.shape, device=device)
     if packed.side is not None:
-        packed.side.to("cpu").add_to(beside)
-    scale = packed.scale.cpu().float().repeat_interleave(packed.codes.shape[1] // packed.scale.shape[1], dim=1)
-    away = (original.cpu().float() - beside) / scale - packed.codes.cpu().float()
-    lean = (away.clamp(-NEAR, NEAR) * (LEAN_STEPS / NEAR)).round().to(torch.int8)
+        packed.side.to(device).add_to(beside)
+    scale = packed.scale.to(device).float().repeat_interleave(packed.codes.shape[1] // packed.scale.shape[1], dim=1)
+    offsets = ((original.float() - beside) / scale - packed.codes.to(device).float()).clamp_(-NEAR, NEAR)
     if kept is not None:
-        lean[~kept.cpu()] = HELD
+        offsets[~kept.to(device)] = float("nan")
     if packed.side is not None:
-        lean[:, packed.side.columns.long().cpu()] = HELD
-    return lean
+        offsets[:, packed.side.columns.long().to(device)] = float("nan")
+    return offsets
+
+
+def compressed(offsets: torch.Tensor) -> torch.Tensor:
+    """Offsets in one byte each: int8 [rows, columns] on the CPU, in 127ths of `NEAR` codes, `HELD` where they are
+    NaN."""
+    steps = (offsets * (OFFSET_STEPS / NEAR)).round()
+    return steps.nan_to_num(HELD).to("cpu", torch.int8)
+
+
+def decompressed(steps: torch.Tensor, device: str) -> torch.Tensor:
+    """What `compressed` was given, to half a step, float32 [rows, columns]."""
+    offsets = steps.to(device).float() * (NEAR / OFFSET_STEPS)
+    offsets[steps.to(device) == HELD] = float("nan")
+    return offsets
 
 
 @dataclass
 class Offsets:
-    """One linear on its way: `shift` is what its codes have moved by, `stretch` what its scales have grown by.
+    """One linear on its way: `shift` is what its codes have moved by, NaN where they are held, `stretch` what its
+    scales have grown by.
 
     Gradients pass over the rounding (straight through) and stop where a code is clamped. What is held is only what
     cannot be computed again: 5 bytes a weight.
@@ -57,12 +72,11 @@ class Offsets:
     stretch: torch.Tensor
 
     @classmethod
-    def of(cls, packed: PackedWeight, lean: torch.Tensor, device: str) -> Offsets:
-        """From where `leanings` says that its weights lie."""
+    def of(cls, packed: PackedWeight, shift: torch.Tensor) -> Offsets:
+        """From where `rounding_offsets` says that its weights lie, on the device of these."""
+        device = shift.device
         here = PackedWeight(packed.codes.to(device), packed.scale.to(device), packed.bits,
                             None if packed.side is None else packed.side.to(device))
-        shift = lean.to(device).float() * (NEAR / LEAN_STEPS)
-        shift[lean.to(device) == HELD] = float("nan")
         return cls(here, shift, torch.zeros(here.scale.shape, device=device))
 
     def now(self) -> PackedWeight:
@@ -72,12 +86,12 @@ class Offsets:
         scale = storable(self.packed.scale.float() * (1 + self.stretch), self.packed.bits, self.packed.scale.dtype)
         return PackedWeight(codes, scale, self.packed.bits, self.packed.side)
 
-    def step(self, gradient: torch.Tensor, rate: float, scale_rate: float) -> None:
+    def step(self, gradient: torch.Tensor, rate: float) -> None:
         """One step against the sign of the gradient.
 
         Args:
             gradient: of the dense weight that `now` gives, float [rows, columns].
-            rate: in codes. scale_rate: relative to a scale.
+            rate: in codes; a scale moves by `SCALE_RATE` of it, relative to itself.
         """
         now = self.now()
         grouped = gradient.float().reshape(*now.scale.shape, -1)
@@ -86,4 +100,4 @@ class Offsets:
         upwards *= moved == now.codes  # no way on from beyond the ends of the grid
         self.shift = (self.shift - rate * upwards).clamp_(-REACH, REACH)
         codes = now.codes.reshape(grouped.shape)
-        self.stretch -= scale_rate * ((grouped * codes).sum(-1) * self.packed.scale.float()).sign_()
+        self.stretch -= rate * SCALE_RATE * ((grouped * codes).sum(-1) * self.packed.scale.float()).sign_()

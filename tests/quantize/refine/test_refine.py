@@ -1,0 +1,114 @@
+"""The descent that block-wise and end-to-end tuning share: its steps against automatic differentiation, and what it
+keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from sinkquant.quantize import RTN, PackedWeight
+from sinkquant.quantize.packed import dequantize
+from sinkquant.quantize.refine import Offsets, compressed, decompressed, refine, rounding_offsets
+from sinkquant.quantize.refine.offsets import HELD, NEAR, REACH, SCALE_RATE
+from sinkquant.quantize.scales import storable
+
+
+def moved(bits: int = 3) -> tuple[PackedWeight, torch.Tensor, torch.Tensor]:
+    """A packed weight whose codes are not all the nearest ones, some on the end of the grid and some pruned; the
+    weight; and what is kept of it."""
+    generator = torch.Generator().manual_seed(0)
+    original = torch.randn(8, 64, generator=generator)
+    packed = RTN(bits, 32, torch.bfloat16, True).quantize(original)
+    codes = packed.codes + torch.randint(-1, 2, packed.codes.shape, generator=generator)
+    kept = torch.rand(8, 64, generator=generator) < 0.8
+    return PackedWeight(codes.clamp(-4, 3).to(torch.int8) * kept, packed.scale, bits), original, kept
+
+
+def test_steps_are_those_of_automatic_differentiation() -> None:
+    """The reference rounds with a straight-through gradient, clamps as torch does, and follows the sign."""
+    packed, original, kept = moved()
+    generator = torch.Generator().manual_seed(1)
+    spread = packed.scale.float().repeat_interleave(32, dim=1)
+    nearest = (original / spread - packed.codes.float()).clamp(-NEAR, NEAR)
+    shift, stretch = (nearest * kept).requires_grad_(), torch.zeros(8, 2, requires_grad=True)
+    mine = Offsets.of(packed, rounding_offsets(packed, original, kept))
+    for rate in (0.3, 0.2, 0.1):
+        gradient = torch.randn(8, 64, generator=generator)
+        real = packed.codes + shift
+        codes = (real + (real.round() - real).detach()).clamp(-4, 3)
+        scale = packed.scale.float() * (1 + stretch)
+        scale = scale + (storable(scale, 3, torch.bfloat16).float() - scale).detach()
+        dense = codes * scale.repeat_interleave(32, dim=1)
+        assert torch.equal(dense.detach(), mine.now().dequantized())
+        dense.backward(gradient)
+        assert shift.grad is not None
+        assert stretch.grad is not None
+        with torch.no_grad():
+            shift -= rate * shift.grad.sign() * kept
+            shift.clamp_(-REACH, REACH)
+            stretch -= SCALE_RATE * rate * stretch.grad.sign()
+        shift.grad = stretch.grad = None
+        mine.step(gradient, rate)
+        assert torch.equal(mine.stretch, stretch.detach())
+        assert torch.equal(mine.shift.nan_to_num(0.0), shift.detach())
+    assert (mine.now().codes[~kept] == 0).all()
+    assert (mine.now().codes != packed.codes).any()
+
+
+def test_offsets_survive_one_byte_each() -> None:
+    packed, original, kept = moved()
+    offsets = rounding_offsets(packed, original, kept)
+    steps = compressed(offsets)
+    assert steps.dtype == torch.int8
+    assert torch.equal(steps == HELD, ~kept)
+    again = decompressed(steps, "cpu")
+    assert torch.equal(again.isnan(), ~kept)
+    assert (again - offsets)[kept].abs().max() <= NEAR / 127 / 2 + 1e-7
+
+
+@dataclass
+class Distance:
+    """The squared distance of dense weights from others; every row of the text says the same."""
+
+    wanted: dict[str, torch.Tensor]
+    uphill: bool = False
+    rows: int = 6
+    held: dict[str, torch.Tensor] = field(default_factory=dict)
+    asked: list[list[int]] = field(default_factory=list)
+
+    def put(self, name: str, packed: PackedWeight) -> None:
+        self.held[name] = dequantize(packed.codes, packed.scale)
+
+    def gradients(self, chosen: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.asked.append(chosen.tolist())
+        return {name: (self.held[name] - wanted) * (-1 if self.uphill else 1) for name, wanted in self.wanted.items()}
+
+    def loss(self) -> float:
+        return sum(float((self.held[name] - wanted).square().sum()) for name, wanted in self.wanted.items())
+
+
+@pytest.mark.parametrize("uphill", [False, True])
+def test_what_comes_back_is_held_and_no_worse(uphill: bool) -> None:
+    packed, original, _ = moved()
+    objective = Distance({"a": original}, uphill)
+    refined = refine({"a": Offsets.of(packed, rounding_offsets(packed, original))}, objective, 20, 0)
+    assert refined.better is not uphill
+    assert objective.loss() == pytest.approx(min(refined.before, refined.after))
+    assert torch.equal(objective.held["a"], refined.weights["a"].dequantized())
+    assert torch.equal(refined.weights["a"].codes, packed.codes) is uphill
+    if not uphill:
+        assert refined.after < 0.7 * refined.before
+
+
+def test_every_iteration_takes_rows_by_the_seed() -> None:
+    packed, original, _ = moved()
+    asked = []
+    for seed in (0, 0, 1):
+        objective = Distance({"a": original})
+        refine({"a": Offsets.of(packed, rounding_offsets(packed, original))}, objective, 5, seed)
+        assert [len(set(rows)) for rows in objective.asked] == [4] * 5
+        asked.append(objective.asked)
+    assert asked[0] == asked[1]
+    assert asked[0] != asked[2]
