@@ -31,9 +31,10 @@ from sinkquant.policy.headers import nothing_found
 from sinkquant.policy.mechanisms import OUTLIERS, Mechanism, mechanisms, unprotected
 from sinkquant.policy.worth import cache_candidates, formats_of, judged, overall, predicted_cache_worth, predicted_worth
 from sinkquant.predict import SENSITIVITIES, require_memory
-from sinkquant.quantize import quantize, require_packages
+from sinkquant.quantize import quantize
 from sinkquant.quantize.transforms import rotate
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe, near_miss
+from sinkquant.schemes.packages import require_packages
 from sinkquant.sensitivity import find_sensitivity
 
 Progress = Callable[[int, int, str], None]

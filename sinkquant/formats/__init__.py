@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 from sinkquant.lazy import make_lazy
 
 if TYPE_CHECKING:
-    from sinkquant.formats.backends import is_backend, open_checkpoint, rounds_inputs
     from sinkquant.formats.load import KV_PREFIX, load, load_dense, open_quantized, prefix_of, read_checkpoint
     from sinkquant.formats.save import STORED, require_free, save, versions, written_aside
     from sinkquant.formats.stream import dismiss, follow, quantize_to
+    from sinkquant.schemes.codecs.reading import is_library, open_checkpoint, rounds_inputs
 
-__all__ = ["KV_PREFIX", "STORED", "dismiss", "follow", "is_backend", "load", "load_dense", "open_checkpoint",
+__all__ = ["KV_PREFIX", "STORED", "dismiss", "follow", "is_library", "load", "load_dense", "open_checkpoint",
            "open_quantized", "prefix_of", "quantize_to", "read_checkpoint", "require_free", "rounds_inputs", "save",
            "versions", "written_aside"]
 

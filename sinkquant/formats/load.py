@@ -13,8 +13,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from sinkquant.artifacts import Plan, SinkMap
 from sinkquant.cache import Prefix, install, load_prefix
 from sinkquant.errors import RequestError
-from sinkquant.formats.backends import dense_of, is_backend, open_checkpoint, rounds_inputs
-from sinkquant.formats.bars import no_bars
 from sinkquant.formats.opened import Inputs, check_readable, plain, read_json, require_complete
 from sinkquant.formats.own import METHOD, made_dense
 from sinkquant.formats.packed import load_packed
@@ -23,7 +21,9 @@ from sinkquant.formats.simulated import simulate
 from sinkquant.models import cast_experts, check_finite, load_model, load_tokenizer, open_model, resolve
 from sinkquant.models.inputs import let_through, round_inputs
 from sinkquant.models.loading import loading_errors
+from sinkquant.models.progress import no_progress_bars
 from sinkquant.quantize import UNPACKED
+from sinkquant.schemes.codecs.reading import dense_of, is_library, open_checkpoint, rounds_inputs
 
 KV_PREFIX = "kv_prefix/prefix.safetensors"
 """In a folder of its own: some engines load every safetensors file beside config.json as weights."""
@@ -80,14 +80,14 @@ def load_dense(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu
             tensors or cannot be unpacked.
     """
     config = read_json(path / "config.json")
-    if is_backend(path):
+    if is_library(path):
         return _load_backend(path, dtype, device)
     if "quantization_config" not in config:
         return load_model(path, dtype, device)
     check_readable(path, config["quantization_config"])
     method = config["quantization_config"]["quant_method"]
     try:
-        with no_bars():
+        with no_progress_bars():
             model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
             require_complete(path, info)
             model = model.to(device).eval()
@@ -119,7 +119,7 @@ def _load_backend(path: Path, dtype: torch.dtype | str, device: str) -> PreTrain
     """A checkpoint of another library: dense where only weights are rounded, so that what is measured is what they are
     worth and not which kernel a CPU has; the library's own modules where inputs are rounded too."""
     if rounds_inputs(path):
-        with loading_errors(path), no_bars():
+        with loading_errors(path), no_progress_bars():
             model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device},
                                                                output_loading_info=True)
         require_complete(path, info)

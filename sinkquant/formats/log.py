@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from sinkquant.artifacts import Plan
 from sinkquant.artifacts.experts import few_tokens, in_short
-from sinkquant.formats.compressed import EXPERT
 from sinkquant.quantize import QuantizedBlock
+from sinkquant.schemes.codecs.compressed import EXPERT
 
 
 def in_words(block: QuantizedBlock, losses: Mapping[str, float], plan: Plan) -> str:

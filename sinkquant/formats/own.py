@@ -72,7 +72,7 @@ class SinkquantQuantizer(HfQuantizer):
         from transformers.pytorch_utils import Conv1D
 
         from sinkquant.models import weight_matrix
-        from sinkquant.quantize.packed_linear import PackedLinear
+        from sinkquant.schemes.codecs.packed_linear import PackedLinear
 
         settings, dtype = self.quantization_config, model.dtype
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
@@ -88,7 +88,7 @@ class SinkquantQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """What `save_pretrained` writes: the packed tensors as they are, and the guard."""
-        from sinkquant.quantize.packed_linear import PackedLinear
+        from sinkquant.schemes.codecs.packed_linear import PackedLinear
 
         state = model.state_dict()
         first = next(name for name, module in model.named_modules() if isinstance(module, PackedLinear))
@@ -106,7 +106,7 @@ class SinkquantQuantizer(HfQuantizer):
 
 def made_dense(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Put dense linears in place of the packed ones, in place. Returns the model."""
-    from sinkquant.quantize.packed_linear import PackedLinear
+    from sinkquant.schemes.codecs.packed_linear import PackedLinear
 
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear):

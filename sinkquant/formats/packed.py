@@ -15,9 +15,6 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 
 from sinkquant.errors import RequestError
-from sinkquant.formats.backends import backend_in
-from sinkquant.formats.backends.gptq import GPTQFiles
-from sinkquant.formats.bars import no_bars
 from sinkquant.formats.opened import Inputs, check_readable, plain, read_json, require_complete
 from sinkquant.formats.optimum import load_by_optimum
 from sinkquant.formats.own import SinkquantQuantizer
@@ -28,10 +25,13 @@ from sinkquant.models.experts import expert_linears, fused_parameters
 from sinkquant.models.inputs import round_inputs
 from sinkquant.models.loading import loading_errors
 from sinkquant.models.memory import give_back, map_large
+from sinkquant.models.progress import no_progress_bars
 from sinkquant.quantize import UNPACKED, PackedWeight
-from sinkquant.quantize.packed_linear import PackedLinear
-from sinkquant.quantize.unpack import unpack
 from sinkquant.schemes import WeightFormat
+from sinkquant.schemes.codecs.gptq import GPTQFiles
+from sinkquant.schemes.codecs.packed_linear import PackedLinear
+from sinkquant.schemes.codecs.reading import files_in
+from sinkquant.schemes.codecs.words import unpack
 
 LOG = logging.getLogger("sinkquant")
 LEFT = "left in 16 bits by the checkpoint"
@@ -58,9 +58,10 @@ def load_packed(path: Path, dtype: torch.dtype | str = "auto", device: str = "cp
     if head_bits not in (4, 8, 16):
         raise RequestError(f"head_bits is 4, 8 or 16, not {head_bits}.")
     settings = read_json(path / "config.json").get("quantization_config")
-    if isinstance(backend_in(path), GPTQFiles):
+    library = files_in(path)
+    if isinstance(library, GPTQFiles):
         return load_by_optimum(path, device)
-    if backend_in(path) is not None:
+    if library is not None:
         raise RequestError(f"packed=True reads compressed-tensors and sinkquant's own format, and {path} is in another "
                            "library's; load it without packed=True, or with transformers for that library's kernels.")
     if settings is None:
@@ -68,7 +69,7 @@ def load_packed(path: Path, dtype: torch.dtype | str = "auto", device: str = "cp
     check_readable(path, settings)
     int4 = int4_on(torch.device(device))
     map_large()  # more of what packing leaves behind would stay resident
-    with loading_errors(path), no_bars():
+    with loading_errors(path), no_progress_bars():
         model, info = AutoModelForCausalLM.from_pretrained(path, config=split_config(path), dtype=torch.bfloat16,
                                                            output_loading_info=True)
         require_complete(path, info)

@@ -20,16 +20,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.artifacts import Plan, SinkMap
 from sinkquant.artifacts.sizes import GUARD, checkpoint_tensors, own_format, packed_tensors
 from sinkquant.errors import RequestError, SinkquantError
-from sinkquant.formats.backends import BACKENDS
-from sinkquant.formats.compressed import quantization_config, stored_linear
 from sinkquant.formats.load import load_dense
 from sinkquant.formats.own import own_config
 from sinkquant.formats.simulated import save_simulated
 from sinkquant.formats.writer import CheckpointWriter
 from sinkquant.models import Decoder, pieces
-from sinkquant.quantize import BackendWeight, PackedWeight, packages_of, state_of
+from sinkquant.quantize import state_of
 from sinkquant.recipe import Recipe
-from sinkquant.schemes import WeightFormat, backend_of
+from sinkquant.schemes import DEFAULT_BACKEND, WeightFormat, packages_of
+from sinkquant.schemes.codecs import StoredWeight, codec_of, files_of
 
 CHECKPOINT_SCHEMA = "sinkquant/checkpoint@1"
 STORED = ("weight", "weight_packed", "weight_scale", "weight_shape", "input_scale", "weight_columns", "weight_exact",
@@ -78,21 +77,17 @@ def copy_dense(writer: CheckpointWriter, decoder: Decoder, plan: Plan) -> None:
                 writer.write(name, rows, start)
 
 
-def write_packed(writer: CheckpointWriter, name: str, weight: PackedWeight | BackendWeight, form: WeightFormat,
+def write_packed(writer: CheckpointWriter, name: str, weight: StoredWeight, form: WeightFormat,
                  input_scale: torch.Tensor | None = None) -> None:
     """Write the tensors of a quantized linear."""
     for key, tensor in linear_tensors(name, weight, form, input_scale).items():
         writer.write(key, tensor)
 
 
-def linear_tensors(name: str, weight: PackedWeight | BackendWeight, form: WeightFormat,
+def linear_tensors(name: str, weight: StoredWeight, form: WeightFormat,
                    input_scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """The tensors that a quantized linear becomes in its backend."""
-    backend = BACKENDS.get(backend_of([form]))
-    if backend is not None:
-        return {f"{name}.{leaf}": tensor for leaf, tensor in backend.leaves(weight).items()}
-    assert isinstance(weight, PackedWeight)
-    return stored_linear(name, weight, form, input_scale)
+    """The tensors that a quantized linear becomes, by their names."""
+    return {f"{name}.{leaf}": tensor for leaf, tensor in codec_of(form).leaves(weight, form, input_scale).items()}
 
 
 def require_free(folder: Path) -> None:
@@ -137,7 +132,7 @@ def disk_errors(target: Path) -> Iterator[None]:
         raise SinkquantError(f"cannot write {target}: {reason}.") from error
 
 
-def versions(backend: str = "compressed-tensors") -> dict[str, str]:
+def versions(backend: str = DEFAULT_BACKEND) -> dict[str, str]:
     """Versions of the packages that decide what a checkpoint holds."""
     return {package: importlib.metadata.version(package) for package in (*PACKAGES, *packages_of(backend))}
 
@@ -151,8 +146,7 @@ def write_files(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
     """
     packed = any(decision.bits < 16 for decision in plan.modules.values())
     if packed:
-        settings = BACKENDS[plan.backend].settings if plan.backend in BACKENDS else quantization_config
-        asked = settings(model, plan)
+        asked = files_of(plan.backend).settings(model, plan)
         needs_own = own_format(Decoder.of(model).shape(""), plan.formats)
         model.config.quantization_config = own_config(asked, plan, model.dtype) if needs_own else asked
     try:
@@ -168,8 +162,7 @@ def write_files(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
         tokenizer.save_pretrained(folder)
     except Exception as error:  # The tokenizers library raises bare ones, for a full disk too.
         raise OSError(str(error)) from error
-    if plan.backend in BACKENDS:
-        BACKENDS[plan.backend].write_more(folder, plan)
+    files_of(plan.backend).write_more(folder, plan)
     content: dict[str, Any] = {
         "schema": CHECKPOINT_SCHEMA, "versions": versions(plan.backend), "seed": plan.seed,
         "recipe": recipe.model_dump(mode="json") if recipe else plan.recipe,

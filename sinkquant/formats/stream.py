@@ -19,8 +19,6 @@ from transformers.pytorch_utils import Conv1D
 from sinkquant.artifacts import Plan, SinkMap
 from sinkquant.artifacts.base import write_atomically
 from sinkquant.errors import SinkquantError
-from sinkquant.formats.backends import BACKENDS, open_checkpoint
-from sinkquant.formats.backends.base import dense_view
 from sinkquant.formats.load import load_dense
 from sinkquant.formats.log import in_words
 from sinkquant.formats.save import (
@@ -41,6 +39,8 @@ from sinkquant.quantize import PackedWeight, QuantizedBlock, check, distilled, q
 from sinkquant.quantize.ranks import join, leave, tell
 from sinkquant.quantize.transforms import rotate
 from sinkquant.recipe import Recipe
+from sinkquant.schemes.codecs import LibraryFiles, files_of
+from sinkquant.schemes.codecs.reading import dense_view, open_checkpoint
 
 Progress = Callable[[int, int, str], None]
 LOG = logging.getLogger("sinkquant")
@@ -185,7 +185,7 @@ def _read_from(model: PreTrainedModel, partial: Path, decoder: Decoder, plan: Pl
     changed = [name for name in plan.changed if decoder.block_of(name) < done]
     stored = stored_tensors(partial)
     dense: dict[str, Stored]
-    if plan.backend in BACKENDS:
+    if isinstance(files_of(plan.backend), LibraryFiles):
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         dense = dense_view(stored, forms, shapes, model.dtype)
     else:
@@ -241,8 +241,9 @@ def _check_reload(partial: Path, decoder: Decoder, plan: Plan) -> None:
     if size > RELOADED:
         LOG.info("not loaded as a whole by transformers, since it would take %d bytes", size)
         return
-    backend, dtype = BACKENDS.get(plan.backend), decoder.model.dtype
-    again = backend.reload(partial, dtype) if backend else load_dense(partial, dtype=dtype).state_dict()
+    files, dtype = files_of(plan.backend), decoder.model.dtype
+    again = (files.reload(partial, dtype) if isinstance(files, LibraryFiles)
+             else load_dense(partial, dtype=dtype).state_dict())
     if again is None:
         LOG.info("not loaded by %s itself, which cannot be run here", plan.backend)
         return

@@ -11,8 +11,8 @@ from sinkquant.errors import RequestError
 from sinkquant.inference.int4_cpu import Int4CPU
 from sinkquant.inference.kernels import Int4, Kernel, kernel_for
 from sinkquant.inference.linear import KernelLinear
-from sinkquant.quantize.packed import PackedWeight, group_scales, row_chunks, to_codes
 from sinkquant.schemes import WeightFormat
+from sinkquant.schemes.codecs.packed import PackedWeight, group_scales, row_chunks, to_codes
 
 FORMATS = {8: WeightFormat(8, -1), 4: WeightFormat(4, 32)}
 """Bits -> a scale per token, or a scale and a zero for every 32 values of it. In groups of 32, 4 bits lose a quarter

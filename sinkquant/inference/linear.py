@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from sinkquant.inference.kernels import ROWS, Int4, Kernel
-from sinkquant.quantize.packed import PackedWeight, dequantize
-from sinkquant.quantize.side import Side
+from sinkquant.schemes.codecs.packed import PackedWeight, dequantize
+from sinkquant.schemes.codecs.side import Side
 
 CHUNK = 1 << 20
 """Weights that are made dense at a time."""

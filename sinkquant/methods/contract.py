@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
     from sinkquant.artifacts.plan import Plan
     from sinkquant.artifacts.shapes import LinearShape
-    from sinkquant.quantize.packed import PackedWeight
     from sinkquant.schemes import WeightFormat
+    from sinkquant.schemes.codecs.packed import PackedWeight
 
 
 class Settings(Protocol):

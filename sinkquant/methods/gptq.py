@@ -9,7 +9,7 @@ from sinkquant.schemes import WeightFormat, scheme_of
 
 if TYPE_CHECKING:
     from sinkquant.artifacts.shapes import LinearShape
-    from sinkquant.quantize.packed import PackedWeight
+    from sinkquant.schemes.codecs.packed import PackedWeight
 
 
 class GPTQMethod(Method):

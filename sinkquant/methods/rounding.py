@@ -9,7 +9,7 @@ from sinkquant.schemes import scheme_of
 
 if TYPE_CHECKING:
     from sinkquant.artifacts.shapes import LinearShape
-    from sinkquant.quantize.packed import PackedWeight
+    from sinkquant.schemes.codecs.packed import PackedWeight
 
 
 class Rounding(Method):
@@ -22,8 +22,8 @@ class Rounding(Method):
         return Cost(bytes=6.0 * shape.parameters, rounded=shape.parameters)
 
     def solve(self, problem: Problem) -> PackedWeight:
-        from sinkquant.quantize.fp8 import FP8
         from sinkquant.quantize.rtn import RTN
+        from sinkquant.schemes.codecs.fp8 import FP8
 
         form, search = problem.form, problem.settings.scale_search
         nearest = (FP8(problem.scale_dtype, search) if not scheme_of(form).integers

@@ -160,8 +160,8 @@ def _solved(recipe: Recipe, rows: int) -> float:
 
 
 def _rounded(recipe: Recipe, nearest: bool) -> tuple[float, float]:
-    from sinkquant.formats.compressed import pack
     from sinkquant.quantize.module import relative_error
+    from sinkquant.schemes.codecs.words import pack
 
     settings = recipe.weights
     columns = 1024 if settings.group_size == -1 else 8 * settings.group_size

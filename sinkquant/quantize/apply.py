@@ -9,7 +9,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan
 from sinkquant.models import ActivationStore, Decoder, check_finite, pick_device
-from sinkquant.quantize.backend import BackendWeight, install_modules
 from sinkquant.quantize.block import QuantizedBlock, with_codes
 from sinkquant.quantize.calibrated import calibrated
 from sinkquant.quantize.check import check
@@ -18,6 +17,7 @@ from sinkquant.quantize.inputs import get_ready
 from sinkquant.quantize.rounded import rounded
 from sinkquant.quantize.state import ATTRIBUTE, QuantizedState
 from sinkquant.quantize.transforms import rotate
+from sinkquant.schemes.codecs import install_modules
 
 Progress = Callable[[int, int, str], None]
 
@@ -54,7 +54,7 @@ def quantize(model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerB
         starts |= {name: TuningStart(codes[name], offsets) for name, offsets in block.offsets.items()}
     if teacher is not None:
         state.weights |= distilled(decoder, plan, teacher, starts, place, kind, progress)
-    install_modules(model, {name: w for name, w in state.weights.items() if isinstance(w, BackendWeight)})
+    install_modules(model, state.weights)
     setattr(model, ATTRIBUTE, state)
     return model
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from sinkquant.artifacts import ModuleDecision
-from sinkquant.quantize.backend import BackendWeight
-from sinkquant.quantize.packed import PackedWeight
+from sinkquant.schemes.codecs import PackedWeight, StoredWeight
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class QuantizedBlock:
 
     index: int
     name: str
-    weights: dict[str, PackedWeight | BackendWeight]
+    weights: dict[str, StoredWeight]
     losses: dict[str, float]
     dense: dict[str, torch.Tensor] = field(default_factory=dict)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -45,6 +44,6 @@ def inside(block: str, todo: dict[str, ModuleDecision]) -> dict[str, ModuleDecis
     return {name: decision for name, decision in todo.items() if name.startswith(f"{block}.")}
 
 
-def with_codes(weights: dict[str, PackedWeight | BackendWeight]) -> dict[str, PackedWeight]:
+def with_codes(weights: dict[str, StoredWeight]) -> dict[str, PackedWeight]:
     """Those whose codes a method has chosen: what a backend rounds is neither tuned nor handed over."""
     return {name: weight for name, weight in weights.items() if isinstance(weight, PackedWeight)}

@@ -9,11 +9,12 @@ from sinkquant.artifacts.sizes import module_bytes, own_format
 from sinkquant.errors import RequestError
 from sinkquant.methods import require_methods
 from sinkquant.models import Decoder
-from sinkquant.quantize.backend import require_packages, rounds_itself
 from sinkquant.quantize.pruning import check_heads, check_pruning
 from sinkquant.quantize.ranks import this_rank
 from sinkquant.quantize.state import is_quantized
 from sinkquant.quantize.transforms import require_equivalent
+from sinkquant.schemes import scheme_of
+from sinkquant.schemes.packages import require_packages
 
 
 def check(decoder: Decoder, plan: Plan) -> None:
@@ -26,7 +27,7 @@ def check(decoder: Decoder, plan: Plan) -> None:
     if is_quantized(decoder.model):
         raise RequestError("this model is quantized already; start from the unquantized one.")
     require_packages(plan.backend)
-    if plan.needs_rows and this_rank()[1] > 1 and any(rounds_itself(form) for form in plan.formats.values()):
+    if plan.needs_rows and this_rank()[1] > 1 and any(scheme_of(form).rounds_itself for form in plan.formats.values()):
         raise RequestError(f"weights that {plan.backend} rounds are not shared among processes; run it in one.")
     shape = decoder.shape("")
     missing = [name for name in shape.linears if name not in plan.modules]

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sinkquant.quantize.packed import PackedWeight
-from sinkquant.quantize.scales import storable
+from sinkquant.schemes.codecs.integer_scales import storable
+from sinkquant.schemes.codecs.packed import PackedWeight
 
 BLOCK = 128
 CHUNK = 1 << 24

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from sinkquant.artifacts import Plan
 from sinkquant.models import ActivationStore, Decoder, Walk
 from sinkquant.models.placement import compute_in
-from sinkquant.quantize.packed import PackedWeight
 from sinkquant.quantize.refine import Distill, Offsets, TeacherTargets, decompressed
 from sinkquant.quantize.rows import calibration_rows
+from sinkquant.schemes.codecs.packed import PackedWeight
 
 Progress = Callable[[int, int, str], None]
 

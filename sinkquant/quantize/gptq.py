@@ -9,8 +9,8 @@ import torch
 
 from sinkquant.quantize.descent import descend
 from sinkquant.quantize.factor import damped_hessian, inverse_factor
-from sinkquant.quantize.packed import PackedWeight, group_scales, to_codes
-from sinkquant.quantize.scales import searched_scales
+from sinkquant.schemes.codecs.integer_scales import searched_scales
+from sinkquant.schemes.codecs.packed import PackedWeight, group_scales, to_codes
 
 BLOCK = 128
 

@@ -8,13 +8,12 @@ from sinkquant.artifacts import ModuleDecision, Plan
 from sinkquant.errors import RequestError
 from sinkquant.methods import Problem, method_named
 from sinkquant.models import Decoder
-from sinkquant.quantize.backend import BackendWeight, rounds_itself
 from sinkquant.quantize.block import QuantizedBlock
 from sinkquant.quantize.hessian import Hessian
-from sinkquant.quantize.packed import PackedWeight, row_chunks
 from sinkquant.quantize.pruning import prune, still_pruned, unheard
 from sinkquant.quantize.split import solve_beside
 from sinkquant.schemes import scheme_of
+from sinkquant.schemes.codecs import StoredWeight, library_codec, row_chunks
 
 TOGETHER = 1 << 24
 """Weights whose error is taken in one product with the Hessian."""
@@ -50,9 +49,9 @@ def quantize_module(decoder: Decoder, name: str, decision: ModuleDecision, plan:
         if decision.bits >= 16:
             _put_dense(decoder, name, pruned.weight, made, hessian)
             return
-    if rounds_itself(decision.form):
+    if (library := library_codec(decision.form)) is not None:
         whole = (weight if pruned is None else pruned.weight).to(decoder.model.dtype)
-        put_packed(decoder, name, BackendWeight.of(whole, decision.form), made, weight, hessian)
+        put_packed(decoder, name, library.rounded(whole, decision.form), made, weight, hessian)
         return
     assert method is not None
     if method.needs_hessian and hessian is None:
@@ -69,7 +68,7 @@ def quantize_module(decoder: Decoder, name: str, decision: ModuleDecision, plan:
     put_packed(decoder, name, packed, made, weight, hessian)
 
 
-def put_packed(decoder: Decoder, name: str, packed: PackedWeight | BackendWeight, made: QuantizedBlock,
+def put_packed(decoder: Decoder, name: str, packed: StoredWeight, made: QuantizedBlock,
                weight: torch.Tensor, hessian: torch.Tensor | None) -> None:
     """Let a module hold a packed weight in place of `weight`."""
     # What the checkpoint will give: rounded to the model's own dtype, whatever the walk computes in.

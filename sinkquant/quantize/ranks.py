@@ -20,7 +20,7 @@ from sinkquant.models.inputs import InputRanges
 from sinkquant.models.processes import PATIENCE, new_store, this_process
 from sinkquant.quantize.block import QuantizedBlock, with_codes
 from sinkquant.quantize.hessian import Hessian
-from sinkquant.quantize.packed import PackedWeight
+from sinkquant.schemes.codecs.packed import PackedWeight
 
 
 def join() -> None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sinkquant.quantize.packed import PackedWeight, group_scales, row_chunks, to_codes
-from sinkquant.quantize.scales import searched_scales
+from sinkquant.schemes.codecs.integer_scales import searched_scales
+from sinkquant.schemes.codecs.packed import PackedWeight, group_scales, row_chunks, to_codes
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 
 from sinkquant.errors import SinkquantError
 from sinkquant.methods import Method, Problem
-from sinkquant.quantize.packed import PackedWeight
-from sinkquant.quantize.side import Side
+from sinkquant.schemes.codecs.packed import PackedWeight
+from sinkquant.schemes.codecs.side import Side
 
 Solve = Callable[[torch.Tensor, "torch.Tensor | None", "torch.Tensor | None"], PackedWeight]
 """(weight, Hessian, cross) -> packed weight: any method."""

@@ -9,8 +9,7 @@ from torch import nn
 
 from sinkquant.artifacts import Plan
 from sinkquant.errors import RequestError
-from sinkquant.quantize.backend import BackendWeight
-from sinkquant.quantize.packed import PackedWeight
+from sinkquant.schemes.codecs import StoredWeight
 
 ATTRIBUTE = "sinkquant_state"
 UNPACKED = "sinkquant_unpacked"
@@ -25,7 +24,7 @@ class QuantizedState:
     """
 
     plan: Plan
-    weights: dict[str, PackedWeight | BackendWeight] = field(default_factory=dict)
+    weights: dict[str, StoredWeight] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     input_scales: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)

@@ -20,7 +20,7 @@ from sinkquant.diagnose import sink_fidelity
 from sinkquant.evaluate import Candidate, Compare
 from sinkquant.formats import (
     STORED,
-    is_backend,
+    is_library,
     load_dense,
     open_checkpoint,
     open_quantized,
@@ -42,7 +42,7 @@ def weight_bytes(folder: Path) -> int:
 
 def bits_on_disk(folder: Path) -> float:
     """Average bits per value of a checkpoint as it is stored; scales count, and packed words as what they hold."""
-    if is_backend(folder):  # its tensors hold several codes each: the model tells how many weights they stand for
+    if is_library(folder):  # its tensors hold several codes each: the model tells how many weights they stand for
         values = sum(parameter.numel() for parameter in open_checkpoint(folder).parameters())
         return 8 * weight_bytes(folder) / max(values, 1)
     size, values = 0, 0
@@ -99,7 +99,7 @@ def sinks_after(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, recipe: Re
                 progress: Progress | None = None) -> SinkMap:
     """The sinks of a quantized checkpoint on the rows that the unquantized model was detected on, without ablations."""
     fast = recipe.replace(["detect.super_weights=false", "prune.heads=none"])
-    if is_backend(checkpoint):
+    if is_library(checkpoint):
         model = load_dense(checkpoint) if rounds_inputs(checkpoint) else open_checkpoint(checkpoint)
     else:
         model = open_quantized(checkpoint)

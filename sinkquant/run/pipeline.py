@@ -57,7 +57,7 @@ from sinkquant.policy import (
 from sinkquant.policy.expected import with_expected_loss
 from sinkquant.policy.pruning import pruning_alone
 from sinkquant.predict import SENSITIVITIES, Prediction, require_memory, spill_limit, with_seconds
-from sinkquant.quantize import quantize, require_packages
+from sinkquant.quantize import quantize
 from sinkquant.quantize.ranks import join, require_one_process
 from sinkquant.quantize.transforms import rotate
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe
@@ -73,6 +73,7 @@ from sinkquant.run.candidates import (
 )
 from sinkquant.run.folder import CONTROL, MODEL, WorkFolder, partial_folder, peak_resident, run_key, work_folder
 from sinkquant.run.planning import plan_ready, with_calibration_notes
+from sinkquant.schemes.packages import require_packages
 from sinkquant.sensitivity import find_sensitivity
 
 Progress = Callable[[int, int, str], None]

@@ -15,8 +15,8 @@ BLOCK, NESTED_BLOCK = 64, 256
 """Weights that share a scale in bitsandbytes' 4-bit formats; scales that share one with double quantization."""
 OFFSET_ROOM = 24
 """Characters of the longest float that JSON writes."""
-_LOADS = (Loads("transformers with bitsandbytes", "any", "0.49", "tried", "tests/formats/backends"),
-          Loads("sinkquant", "any", "0.1", "tried", "tests/formats/backends"))
+_LOADS = (Loads("transformers with bitsandbytes", "any", "0.49", "tried", "tests/schemes/codecs"),
+          Loads("sinkquant", "any", "0.1", "tried", "tests/schemes/codecs"))
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,9 @@ def _four_bit(quant_type: str, double: bool) -> FourBit:
         quant_type=quant_type)
 
 
-NF4, NF4_DOUBLE, FP4, FP4_DOUBLE = (_four_bit(kind, double) for kind in ("nf4", "fp4") for double in (False, True))
+NF4, FP4 = _four_bit("nf4", double=False), _four_bit("fp4", double=False)
+FOUR_BIT = (NF4, _four_bit("nf4", double=True), FP4, _four_bit("fp4", double=True))
 LLM_INT8 = RowsOfInt8(
     storage="llm.int8", backend=BACKEND, words="LLM.int8() weights", bits=(8,), group_size=-1, methods=("rtn",),
-    rounds_itself=True, packages=((BACKEND, BACKEND),), loads=_LOADS,
+    rounds_itself=True, own_module=True, packages=((BACKEND, BACKEND),), loads=_LOADS,
     notes=("LLM.int8() rounds the inputs of its linears too, columns over 6 excepted",))

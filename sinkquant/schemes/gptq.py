@@ -40,5 +40,5 @@ GPTQ = Words(
     integers=True,
     loads=(Loads("gptqmodel", "CUDA", "4", "read", "github.com/ModelCloud/GPTQModel"),
            Loads("vllm", "CUDA, CPU", "0.11", "read", "docs.vllm.ai", frozenset({4, 8}), KERNEL_GROUPS),
-           Loads("sinkquant", "any", "0.1", "tried", "tests/formats/backends")),
+           Loads("sinkquant", "any", "0.1", "tried", "tests/schemes/codecs")),
     notes=("loading it outside sinkquant takes the package gptqmodel, which was not run here",))

@@ -10,8 +10,8 @@ from sinkquant.schemes.tensors import Tensor
 from sinkquant.schemes.weight_format import WeightFormat
 
 BACKEND = "quanto"
-_LOADS = (Loads("optimum.quanto", "any", "0.2.7", "tried", "tests/formats/backends"),
-          Loads("sinkquant", "any", "0.1", "tried", "tests/formats/backends"))
+_LOADS = (Loads("optimum.quanto", "any", "0.2.7", "tried", "tests/schemes/codecs"),
+          Loads("sinkquant", "any", "0.1", "tried", "tests/schemes/codecs"))
 _NOTES = ("optimum.quanto loads it (QuantizedModelForCausalLM), plain transformers refuses it",)
 
 
@@ -19,13 +19,14 @@ _NOTES = ("optimum.quanto loads it (QuantizedModelForCausalLM), plain transforme
 class Quanto(Scheme):
     """Codes and scales in the model's own dtype."""
 
-    code: str = "int8"
+    floating: bool = False
 
     def tensors(self, rows: int, columns: int, form: WeightFormat, dtype: str, expert: bool) -> dict[str, Tensor]:
         """Codes, scales and what is taken off; and the scales of inputs and outputs, which are one."""
         found: dict[str, Tensor] = {"input_scale": (dtype, []), "output_scale": (dtype, [])}
         if form.bits == 8:
-            return found | {"weight._data": (self.code, [rows, columns]), "weight._scale": (dtype, [rows, 1])}
+            code = "float8_e4m3fn" if self.floating else "int8"
+            return found | {"weight._data": (code, [rows, columns]), "weight._scale": (dtype, [rows, 1])}
         groups = rows * form.groups(columns)
         packed = -(-groups * form.bits // 8)  # codes of several rows share a byte
         return found | {"weight._data._data": ("uint8", [packed, rows * columns // groups]),
@@ -50,4 +51,4 @@ INTEGERS = Quanto(
 FLOAT8 = Quanto(
     storage="quanto-float8", backend=BACKEND, words="quanto's float8 weights", format="float8", bits=(8,),
     group_size=-1, methods=("rtn",), rounds_itself=True, packages=(("optimum-quanto", "optimum.quanto"),),
-    loads=_LOADS, notes=_NOTES, code="float8_e4m3fn")
+    loads=_LOADS, notes=_NOTES, floating=True)

@@ -12,7 +12,7 @@ from sinkquant.schemes.weight_format import WeightFormat
 
 SCHEMES: tuple[Scheme, ...] = (
     integers.INTEGERS, fp8.FP8,
-    bitsandbytes.NF4, bitsandbytes.NF4_DOUBLE, bitsandbytes.FP4, bitsandbytes.FP4_DOUBLE, bitsandbytes.LLM_INT8,
+    *bitsandbytes.FOUR_BIT, bitsandbytes.LLM_INT8,
     quanto.INTEGERS, quanto.FLOAT8,
     gptq.GPTQ)
 

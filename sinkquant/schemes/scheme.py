@@ -22,6 +22,7 @@ class Scheme:
         group_size: its own, or null where a recipe chooses. one_group_size: all linears have the same then.
         methods: of choosing the codes, null for any. rounds_itself: the library does, and none of our methods.
         integers: codes are integers times one scale per group, so that they can be tuned and their loss predicted.
+        own_module: the library's module does more than a dense weight can show: it rounds inputs.
         beside: columns and single weights may stand beside the codes.
         zero_from: fewest bits that have a code for zero, which pruning needs.
         inputs: what the inputs of its linears may be rounded to.
@@ -42,6 +43,7 @@ class Scheme:
     methods: tuple[str, ...] | None = None
     rounds_itself: bool = False
     integers: bool = False
+    own_module: bool = False
     beside: bool = False
     zero_from: int = 0
     inputs: tuple[str, ...] = ("16-bit",)
@@ -70,6 +72,12 @@ class Scheme:
     def layout(self, form: WeightFormat) -> str:
         """compressed-tensors' name of the tensors, where its files hold them."""
         return self.storage
+
+    def arguments(self, form: WeightFormat) -> dict[str, object]:
+        """compressed-tensors' `QuantizationArgs` of the weights, where its files hold them."""
+        channel = form.group_size == -1
+        return {"num_bits": form.bits, "type": form.kind, "symmetric": True, "dynamic": False,
+                "strategy": "channel" if channel else "group", "group_size": None if channel else form.group_size}
 
     def scales(self, dtype: str, expert: bool) -> str:
         """The dtype of the scales, in a model of `dtype`."""

@@ -6,8 +6,8 @@ import torch
 
 from sinkquant.artifacts import LinearShape
 from sinkquant.methods import Cost, Method, Problem, Settings
-from sinkquant.quantize.packed import PackedWeight, group_scales, to_codes
 from sinkquant.schemes import WeightFormat
+from sinkquant.schemes.codecs.packed import PackedWeight, group_scales, to_codes
 
 
 class ErrorDiffusion(Method):

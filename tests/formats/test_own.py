@@ -24,8 +24,8 @@ from sinkquant.formats import load, quantize_to, save
 from sinkquant.models import Decoder, load_tokenizer, open_model
 from sinkquant.policy import make_plan
 from sinkquant.quantize import quantize
-from sinkquant.quantize.packed_linear import PackedLinear
 from sinkquant.recipe import Recipe
+from sinkquant.schemes.codecs.packed_linear import PackedLinear
 
 CASES = [("llama", "gptq", 3, torch.bfloat16), ("phi3", "rtn", 2, torch.float16),
          ("gpt_neox", "gptaq", 5, torch.float32), ("gpt_oss", "rtn", 4, torch.bfloat16),

@@ -20,14 +20,14 @@ import sinkquant as sq
 from sinkquant.artifacts import Plan
 from sinkquant.errors import RequestError
 from sinkquant.formats import load, save
-from sinkquant.formats.compressed import stored_linear
+from sinkquant.formats.save import linear_tensors
 from sinkquant.inference import KernelLinear
 from sinkquant.models import Decoder
 from sinkquant.policy import make_plan
 from sinkquant.quantize import PackedWeight, quantize
-from sinkquant.quantize.packed import group_scales, to_codes
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import WeightFormat, scheme_of
+from sinkquant.schemes.codecs.packed import group_scales, to_codes
 
 ROWS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
 LEFT = "left in 16 bits by the checkpoint"
@@ -126,7 +126,7 @@ def foreign(folder: Path) -> PreTrainedModel:
         form = next(form for target, form in FORMATS.items() if target == "Linear" or name.endswith(target[5:-1]))
         scale = group_scales(decoder.weight(name), form.bits, form.group_size or -1, torch.bfloat16)
         packed = PackedWeight(to_codes(decoder.weight(name), scale, form.bits), scale, form.bits)
-        tensors |= stored_linear(name, packed, form)
+        tensors |= linear_tensors(name, packed, form)
         decoder.put(name, packed.dequantized(torch.bfloat16))
     model.save_pretrained(folder)
     others = {key.replace(".block_sparse_moe.", ".mlp."): tensor

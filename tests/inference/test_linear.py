@@ -14,8 +14,8 @@ from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.inference import KernelLinear, int4_on, kernel_for
 from sinkquant.inference.int4_cpu import Int4CPU
 from sinkquant.quantize import PackedWeight
-from sinkquant.quantize.side import Side
 from sinkquant.schemes import WeightFormat
+from sinkquant.schemes.codecs.side import Side
 
 INT4 = Int4CPU.probe()
 BFLOAT16 = 2**-8

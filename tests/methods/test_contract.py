@@ -14,9 +14,9 @@ from sinkquant.artifacts import LinearShape
 from sinkquant.errors import RequestError
 from sinkquant.methods import BUILT_IN, Problem, method_named, methods_of, need_hessian, need_unquantized_inputs
 from sinkquant.quantize import GPTQ, RTN
-from sinkquant.quantize.fp8 import FP8
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import WeightFormat
+from sinkquant.schemes.codecs.fp8 import FP8
 
 PACKAGE = Path(sinkquant.__file__).parent
 COMPARED = re.compile(r"""methods?\b[^\n"']*(?:==|!=|\bin\b)[^\n"']*["'](?:rtn|gptq|gptaq)["']""")

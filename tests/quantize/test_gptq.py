@@ -7,7 +7,7 @@ import torch
 
 from sinkquant.errors import SinkquantError
 from sinkquant.quantize import GPTQ, RTN
-from sinkquant.quantize.packed import group_scales
+from sinkquant.schemes.codecs.packed import group_scales
 
 ROWS, COLUMNS, DAMPING = 24, 48, 0.01
 

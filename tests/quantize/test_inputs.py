@@ -22,11 +22,11 @@ from sinkquant.models import Decoder, Walk, read_text, token_rows
 from sinkquant.models.inputs import InputSwitch, RoundedInputs, input_args, round_inputs, switch_of
 from sinkquant.policy import make_plan
 from sinkquant.quantize import quantize, state_of
-from sinkquant.quantize.fp8 import FP8
 from sinkquant.quantize.hessian import collect
 from sinkquant.quantize.inputs import in_front
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.recipe import Recipe
+from sinkquant.schemes.codecs.fp8 import FP8
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 STATIC = ["activations.format=int8", "activations.scale=tensor"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from references import rtn
 
 from sinkquant.quantize import RTN
-from sinkquant.quantize.packed import group_scales, to_codes
+from sinkquant.schemes.codecs.packed import group_scales, to_codes
 
 STORES = [torch.bfloat16, torch.float16]
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from sinkquant.quantize.packed import group_scales, to_codes
-from sinkquant.quantize.scales import searched_scales
+from sinkquant.schemes.codecs.integer_scales import searched_scales
+from sinkquant.schemes.codecs.packed import group_scales, to_codes
 
 
 def errors(weight: torch.Tensor, scale: torch.Tensor, bits: int, cost: torch.Tensor, size: int) -> torch.Tensor:

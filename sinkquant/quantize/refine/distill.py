@@ -16,9 +16,9 @@ from torch import nn
 from sinkquant.errors import SinkquantError
 from sinkquant.models import Decoder, as_stored, weight_matrix
 from sinkquant.models.walk import stubbed
-from sinkquant.quantize.packed import PackedWeight
 from sinkquant.quantize.refine.offsets import Offsets
 from sinkquant.quantize.refine.refine import ROWS, refine
+from sinkquant.schemes.codecs.packed import PackedWeight
 
 LOGITS_BYTES = 1 << 28
 """What the float32 logits of one batch may take; one row is always run."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sinkquant.quantize.packed import PackedWeight
-from sinkquant.quantize.scales import storable
+from sinkquant.schemes.codecs.integer_scales import storable
+from sinkquant.schemes.codecs.packed import PackedWeight
 
 REACH = 1.0
 """How far from where it stood a code may move before it is rounded, in codes."""

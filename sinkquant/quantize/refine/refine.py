@@ -11,8 +11,8 @@ from typing import Protocol
 
 import torch
 
-from sinkquant.quantize.packed import PackedWeight
 from sinkquant.quantize.refine.offsets import Offsets
+from sinkquant.schemes.codecs.packed import PackedWeight
 
 ROWS = 4
 """Calibration rows of an iteration."""

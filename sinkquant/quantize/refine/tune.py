@@ -9,10 +9,10 @@ from torch import nn
 
 from sinkquant.models import Step, as_stored
 from sinkquant.models.inputs import switch_of
-from sinkquant.quantize.packed import PackedWeight
 from sinkquant.quantize.refine.offsets import Offsets, rounding_offsets
 from sinkquant.quantize.refine.refine import refine
 from sinkquant.quantize.statistics import TokenWeights
+from sinkquant.schemes.codecs.packed import PackedWeight
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sinkquant.quantize.packed import dequantize, group_scales, to_codes
 from sinkquant.schemes import WeightFormat
+from sinkquant.schemes.codecs.packed import dequantize, group_scales, to_codes
 
 ROWS = 128
 """Rows of a weight that the error is taken over, evenly spread: rows are rounded one by one."""

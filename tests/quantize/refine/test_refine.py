@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from sinkquant.quantize import RTN, PackedWeight
-from sinkquant.quantize.packed import dequantize
 from sinkquant.quantize.refine import Offsets, compressed, decompressed, refine, rounding_offsets
 from sinkquant.quantize.refine.offsets import HELD, NEAR, REACH, SCALE_RATE
-from sinkquant.quantize.scales import storable
+from sinkquant.schemes.codecs.integer_scales import storable
+from sinkquant.schemes.codecs.packed import dequantize
 
 
 def moved(bits: int = 3) -> tuple[PackedWeight, torch.Tensor, torch.Tensor]:

@@ -166,9 +166,9 @@ def test_a_width_that_64_does_not_divide_stays_in_16_bits_with_the_reason(text_f
 
 
 def test_a_missing_library_is_named(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sinkquant.quantize import backend
+    from sinkquant.schemes import packages
 
-    monkeypatch.setattr(backend, "_installed", lambda module: False)
+    monkeypatch.setattr(packages, "installed", lambda module: False)
     with pytest.raises(RequestError, match=r"backend bitsandbytes needs the package bitsandbytes.*pip install"):
         quantized("nf4", text_file)
     with pytest.raises(RequestError, match="backend quanto needs the package optimum-quanto"):

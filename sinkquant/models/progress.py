@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 
 @contextlib.contextmanager
-def no_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """While this is open, transformers and compressed-tensors draw no bar. transformers has a switch for it;
     compressed-tensors has none, so the `tqdm` that its modules have imported is replaced in them."""
     modules: list[Any] = [module for name, module in sorted(sys.modules.items())

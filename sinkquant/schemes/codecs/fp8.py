@@ -1,4 +1,4 @@
-"""Round to nearest on the grid of 8-bit floating point (E4M3, as torch.float8_e4m3fn and engines have it)."""
+"""8-bit floating point (E4M3, as torch.float8_e4m3fn and engines have it): rounding to nearest, and its tensors."""
 
 from __future__ import annotations
 
@@ -6,12 +6,29 @@ from dataclasses import dataclass
 
 import torch
 
-from sinkquant.quantize.packed import PackedWeight, row_chunks
+from sinkquant.schemes import WeightFormat
+from sinkquant.schemes.codecs.codec import Codec, Leaves, StoredWeight
+from sinkquant.schemes.codecs.packed import PackedWeight, row_chunks
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 SHARES = torch.linspace(0.5, 1.0, 17)
 """Scales that are tried, as shares of the one that reaches the largest weight: half of it is the same grid again, but
 for its ends."""
+
+
+@dataclass(frozen=True)
+class FP8Codec(Codec):
+    """Codes and scales as they stand."""
+
+    def leaves(self, weight: StoredWeight, form: WeightFormat, input_scale: torch.Tensor | None = None) -> Leaves:
+        """weight float8_e4m3fn [rows, columns], weight_scale [rows, 1], and input_scale [1] where it is static."""
+        assert isinstance(weight, PackedWeight)
+        inputs = {"input_scale": input_scale} if form.static_inputs and input_scale is not None else {}
+        return {"weight": weight.codes, "weight_scale": weight.scale} | inputs
+
+    def decode(self, leaves: Leaves, form: WeightFormat, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """code * scale, [rows, columns] in `dtype`."""
+        return PackedWeight(leaves["weight"], leaves["weight_scale"], form.bits).dequantized(dtype)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from sinkquant.quantize.packed import dequantize
-from sinkquant.quantize.side import Side
-from sinkquant.quantize.unpack import unpack
 from sinkquant.schemes import WeightFormat
+from sinkquant.schemes.codecs.packed import dequantize
+from sinkquant.schemes.codecs.side import Side
+from sinkquant.schemes.codecs.words import unpack
 
 CHUNK = 1 << 22
 """Weights that are made dense at a time."""

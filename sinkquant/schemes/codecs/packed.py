@@ -8,7 +8,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams
 
-from sinkquant.quantize.side import Side
+from sinkquant.schemes.codecs.side import Side
 
 CHUNK = 1 << 17
 """Weights that are worked on at a time."""

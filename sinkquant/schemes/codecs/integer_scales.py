@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sinkquant.quantize.packed import group_scales
+from sinkquant.schemes.codecs.packed import group_scales
 
 SMALLEST, LARGEST, STEPS = 0.4, 1.1, 29
 """The grid, as shares of the scale that reaches the largest |weight|: at 2 bits the best one clips more than half."""

@@ -1,0 +1,82 @@
+"""The contract of a codec: weights of one number format -> the tensors of its files, and back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import nn
+
+from sinkquant.schemes import Scheme, WeightFormat
+from sinkquant.schemes.codecs.files import Files
+from sinkquant.schemes.codecs.packed import PackedWeight
+
+Leaves = dict[str, torch.Tensor]
+"""The tensors of a linear, by what follows the module's name on disk."""
+
+
+@dataclass(frozen=True)
+class LibraryWeight:
+    """A weight that a library has rounded by itself, as it stores it. `shape`: of the dense one."""
+
+    codec: Codec
+    form: WeightFormat
+    leaves: Leaves
+    shape: tuple[int, ...]
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """What it stands for, [rows, columns]."""
+        return self.codec.decode(self.leaves, self.form, self.shape, dtype)
+
+    def cpu(self) -> Self:
+        """The same in main memory."""
+        leaves = {name: leaf.cpu() for name, leaf in self.leaves.items()}
+        return type(self)(self.codec, self.form, leaves, self.shape)
+
+
+StoredWeight = PackedWeight | LibraryWeight
+"""Codes that one of our methods chose, or a library's."""
+
+
+@dataclass(frozen=True)
+class Codec(ABC):
+    """One number format. `files`: whose checkpoints hold it."""
+
+    scheme: Scheme
+    files: Files
+
+    @abstractmethod
+    def leaves(self, weight: StoredWeight, form: WeightFormat, input_scale: torch.Tensor | None = None) -> Leaves:
+        """The tensors that a quantized linear becomes; those that `Scheme.tensors` announces.
+
+        Args:
+            input_scale: the stored scale of its inputs, [1], where it has one.
+        """
+
+    @abstractmethod
+    def decode(self, leaves: Leaves, form: WeightFormat, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """What the tensors stand for, [rows, columns] in `dtype`. shape: of the dense weight."""
+
+    def module(self, leaves: Leaves, linear: nn.Linear) -> nn.Module:
+        """The library's own module in place of a linear; of schemes with an `own_module`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LibraryCodec(Codec):
+    """A format whose codes a library chooses."""
+
+    @abstractmethod
+    def encode(self, weight: torch.Tensor, form: WeightFormat) -> Leaves:
+        """Let the library round a weight, float [rows, columns]."""
+
+    def leaves(self, weight: StoredWeight, form: WeightFormat, input_scale: torch.Tensor | None = None) -> Leaves:
+        """As the library itself saves them."""
+        assert isinstance(weight, LibraryWeight)
+        return weight.leaves
+
+    def rounded(self, weight: torch.Tensor, form: WeightFormat) -> LibraryWeight:
+        """The weight, float [rows, columns], as the library rounds and stores it."""
+        return LibraryWeight(self, form, self.encode(weight, form), tuple(weight.shape))

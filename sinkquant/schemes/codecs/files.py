@@ -1,0 +1,61 @@
+"""The contract of what a checkpoint holds beside the tensors of its linears: how one library writes and reads it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from sinkquant.artifacts import Plan
+from sinkquant.models.shards import StoredTensor
+from sinkquant.schemes import WeightFormat
+
+
+class Files(ABC):
+    """The files of one library's checkpoints.
+
+    Attributes:
+        backend: its name in a recipe, and the `quant_method` of config.json.
+    """
+
+    backend: ClassVar[str]
+
+    @abstractmethod
+    def settings(self, model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
+        """The `quantization_config` of config.json."""
+
+    def write_more(self, folder: Path, plan: Plan) -> None:  # noqa: B027
+        """Files that the library wants beside config.json and the weights: none."""
+
+
+class LibraryFiles(Files):
+    """Files that are read here too, since compressed-tensors does not."""
+
+    def recognizes(self, folder: Path, settings: dict[str, Any]) -> bool:
+        """Whether a folder with that `quantization_config` is one of its checkpoints."""
+        return settings.get("quant_method") == self.backend
+
+    @abstractmethod
+    def forms(self, folder: Path, settings: dict[str, Any], stored: Mapping[str, StoredTensor]) -> dict[
+            str, WeightFormat]:
+        """Module name -> format of every packed linear of a folder.
+
+        Raises:
+            RequestError: it is packed in a way that is not read here.
+        """
+
+    def reload(self, folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
+        """Every dense parameter as the library itself loads it, or None where it cannot be run here."""
+        return None
+
+
+def kept_linears(model: PreTrainedModel, plan: Plan) -> list[str]:
+    """Names of the linears that a plan leaves alone, the output head among them."""
+    return [name for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D) and name not in plan.formats]
