@@ -12,7 +12,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 
 from sinkquant.errors import RequestError
-from sinkquant.formats.own import METHOD
+from sinkquant.schemes.scheme import COMPRESSED
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def check_readable(path: Path, settings: dict[str, Any]) -> None:
         RequestError: the checkpoint has such, or is in a format that is not read here.
     """
     method = settings.get("quant_method")
-    if method not in ("compressed-tensors", METHOD):
+    if method not in COMPRESSED:
         raise RequestError(f"{path} is quantized in the {method} format, which is not read here; "
                            "give a compressed-tensors checkpoint or the unquantized model.")
     for name, group in (settings.get("config_groups") or {}).items():

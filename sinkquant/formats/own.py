@@ -18,12 +18,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sinkquant.artifacts import Plan
 from sinkquant.schemes import WeightFormat
+from sinkquant.schemes.scheme import OWN
 from sinkquant.schemes.tensors import scale_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-METHOD = "sinkquant"
+METHOD = OWN
 
 
 def own_config(settings: dict[str, Any], plan: Plan, dtype: torch.dtype) -> dict[str, Any]:

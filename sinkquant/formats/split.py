@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import CompressedTensorsConfig
 from sinkquant.inference.experts import split_experts
 from sinkquant.models.experts import ExpertLinear, expert_linears, fused_parameters, made_by
 from sinkquant.models.loading import read_config
+from sinkquant.schemes import DEFAULT_BACKEND
 
 METHOD = "compressed-tensors-split"
 LAYER = re.compile(r".*?\.\d+(?=\.)")
@@ -33,7 +34,7 @@ LAYER = re.compile(r".*?\.\d+(?=\.)")
 def split_config(path: Path) -> PreTrainedConfig:
     """The configuration of a quantized checkpoint, which asks for split experts if it is compressed-tensors'."""
     config = read_config(path)
-    if config.quantization_config["quant_method"] == "compressed-tensors":
+    if config.quantization_config["quant_method"] == DEFAULT_BACKEND:
         config.quantization_config = config.quantization_config | {"quant_method": METHOD}
     return config
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sinkquant.methods.contract import Cost, Method, Problem, Settings
-from sinkquant.schemes import scheme_of
 
 if TYPE_CHECKING:
     from sinkquant.artifacts.shapes import LinearShape
@@ -22,10 +21,7 @@ class Rounding(Method):
         return Cost(bytes=6.0 * shape.parameters, rounded=shape.parameters)
 
     def solve(self, problem: Problem) -> PackedWeight:
-        from sinkquant.quantize.rtn import RTN
-        from sinkquant.schemes.codecs.fp8 import FP8
+        from sinkquant.schemes.codecs import codec_of
 
-        form, search = problem.form, problem.settings.scale_search
-        nearest = (FP8(problem.scale_dtype, search) if not scheme_of(form).integers
-                   else RTN(form.bits, form.group_size or -1, problem.scale_dtype, search))
+        nearest = codec_of(problem.form).nearest(problem.form, problem.scale_dtype, problem.settings.scale_search)
         return nearest.quantize(problem.weight, None if problem.hessian is None else problem.hessian.diagonal())

@@ -36,6 +36,7 @@ from sinkquant.models.edits import Edit, EditedTensor
 from sinkquant.models.inputs import round_inputs
 from sinkquant.models.loading import loading_errors, read_config
 from sinkquant.models.shards import Stored, StoredTensor, dense_tensors, stored_tensors
+from sinkquant.schemes.scheme import COMPRESSED
 
 ATTRIBUTE = "sinkquant_source"
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "mixed-precision")
@@ -302,7 +303,7 @@ def _groups(folder: Path, quantization: Any, stored: dict[str, StoredTensor]) ->
     formats that sinkquant writes, or in sinkquant's own, which adds to them."""
     settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
     settings = settings.get("quantization_config", settings)
-    known = settings.get("quant_method") in ("compressed-tensors", "sinkquant")
+    known = settings.get("quant_method") in COMPRESSED
     if not known or settings.get("format") not in FORMATS:
         raise RequestError(f"{folder} is quantized as {settings.get('quant_method')!r}; start from the unquantized "
                            "model.")

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from sinkquant.artifacts import ModelShape, SinkMap
 from sinkquant.errors import RequestError
+from sinkquant.policy.carried import scheme_for
 from sinkquant.policy.rules import Choice, affected
 from sinkquant.recipe import Recipe
-from sinkquant.schemes import DEFAULT_BACKEND
 
 NAMED = 6
 """A reason lists no more columns than that."""
@@ -34,7 +34,7 @@ def check_split(recipe: Recipe) -> None:
     if recipe.prune.asked:
         raise RequestError("protect.channels 'split' keeps whole columns, and the section prune sets weights in them "
                            "to zero; choose one of the two.")
-    if recipe.backend != DEFAULT_BACKEND:
+    if not scheme_for(recipe).beside:
         raise RequestError(NO_BACKEND)
     if recipe.activations.format != "16-bit":
         raise RequestError(NO_INPUTS)

@@ -5,9 +5,9 @@ from sinkquant.quantize.block import QuantizedBlock
 from sinkquant.quantize.check import check
 from sinkquant.quantize.end_to_end import TuningStart, distilled, teacher_targets
 from sinkquant.quantize.gptq import GPTQ
-from sinkquant.quantize.rtn import RTN
 from sinkquant.quantize.state import UNPACKED, QuantizedState, is_quantized, state_of
 from sinkquant.schemes.codecs.packed import PackedWeight, row_chunks
+from sinkquant.schemes.codecs.rtn import RTN
 from sinkquant.schemes.codecs.side import Side
 
 __all__ = ["GPTQ", "RTN", "UNPACKED", "PackedWeight", "QuantizedBlock", "QuantizedState",

@@ -20,10 +20,6 @@ class Float8(Scheme):
         return {"weight": ("float8_e4m3fn", [rows, columns]),
                 "weight_scale": (self.scales(dtype, expert), [rows, form.groups(columns)])} | inputs
 
-    def layout(self, form: WeightFormat) -> str:
-        """`float-quantized`."""
-        return "float-quantized"
-
     def refuses(self, name: str, bits: int, group_size: int | None, method: str) -> str:
         """FP8 inputs come with FP8 weights of one shape, and those with one method."""
         if (bits, group_size) != (8, -1):
@@ -37,6 +33,6 @@ class Float8(Scheme):
 
 FP8 = Float8(
     storage=PLAIN, backend=DEFAULT_BACKEND, words="FP8 weights", kind="float", bits=(8,), mixed=True,
-    group_size=-1, methods=("rtn",), inputs=("16-bit", "fp8"),
+    group_size=-1, methods=("rtn",), inputs=("16-bit", "fp8"), layouts=("float-quantized",),
     loads=(Loads("transformers", "any", "5.0", "tried", "tests/formats"),
            Loads("vllm", "CUDA, CPU", "0.11", "read", "docs.vllm.ai")))

@@ -30,8 +30,8 @@ class Integers(Scheme):
         return words | scale | {"weight_shape": ("int64", [2])} | inputs | beside(rows, form, dtype)
 
     def layout(self, form: WeightFormat) -> str:
-        """`int-quantized` or `pack-quantized`."""
-        return "int-quantized" if bytewise(form) else PLAIN
+        """A byte for every code, or dense words."""
+        return self.layouts[bytewise(form)]
 
 
 def bytewise(form: WeightFormat) -> bool:
@@ -53,7 +53,7 @@ def beside(rows: int, form: WeightFormat, dtype: str) -> dict[str, Tensor]:
 
 INTEGERS = Integers(
     storage=PLAIN, backend=DEFAULT_BACKEND, words="integer weights", mixed=True, integers=True, beside=True,
-    inputs=("16-bit", "int8", "int6", "int4"),
+    inputs=("16-bit", "int8", "int6", "int4"), layouts=(PLAIN, "int-quantized"),
     loads=(Loads("transformers", "any", "5.0", "tried", "tests/formats"),
            Loads("vllm", "CUDA, CPU", "0.11", "read", "docs.vllm.ai", frozenset({4, 8}), KERNEL_GROUPS,
                  frozenset({"16-bit"})),

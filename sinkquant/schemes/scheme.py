@@ -26,6 +26,7 @@ class Scheme:
         beside: columns and single weights may stand beside the codes.
         zero_from: fewest bits that have a code for zero, which pruning needs.
         inputs: what the inputs of its linears may be rounded to.
+        layouts: compressed-tensors' names of its tensors, where its files hold them.
         packages: distribution -> module, beyond those that every checkpoint needs.
         loads: its rows of the engine table. notes: what a plan has to say of it.
     """
@@ -47,6 +48,7 @@ class Scheme:
     beside: bool = False
     zero_from: int = 0
     inputs: tuple[str, ...] = ("16-bit",)
+    layouts: tuple[str, ...] = ()
     packages: tuple[tuple[str, str], ...] = ()
     loads: tuple[Loads, ...] = ()
     notes: tuple[str, ...] = ()
@@ -70,8 +72,8 @@ class Scheme:
         raise NotImplementedError
 
     def layout(self, form: WeightFormat) -> str:
-        """compressed-tensors' name of the tensors, where its files hold them."""
-        return self.storage
+        """The one of `layouts` that a linear is in."""
+        return self.layouts[0]
 
     def arguments(self, form: WeightFormat) -> dict[str, object]:
         """compressed-tensors' `QuantizationArgs` of the weights, where its files hold them."""
@@ -112,3 +114,7 @@ class Scheme:
 
 
 DEFAULT_BACKEND = "compressed-tensors"
+OWN = "sinkquant"
+"""`quant_method` of a checkpoint in sinkquant's own format: compressed-tensors' tensors with others beside them."""
+COMPRESSED = (DEFAULT_BACKEND, OWN)
+"""`quant_method` of the checkpoints whose tensors are compressed-tensors'."""

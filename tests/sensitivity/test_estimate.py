@@ -16,8 +16,8 @@ from sinkquant import Recipe, find_sensitivity
 from sinkquant.artifacts import Calibration, Sensitivity, UnitSensitivity
 from sinkquant.models import Decoder, Walk, token_rows
 from sinkquant.models.backward import steps_back
-from sinkquant.quantize.rtn import RTN
 from sinkquant.quantize.statistics import TokenWeights
+from sinkquant.schemes.codecs.rtn import RTN
 from sinkquant.sensitivity import sink_places
 
 SMALL = ["weights.group_size=32", "weights.method=rtn", "weights.scale_search=false", "sensitivity.rows=6",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import nn
@@ -40,6 +40,13 @@ StoredWeight = PackedWeight | LibraryWeight
 """Codes that one of our methods chose, or a library's."""
 
 
+class Nearest(Protocol):
+    """Rounding to nearest."""
+
+    def quantize(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> PackedWeight:
+        """weight: float [rows, columns]; importance: [columns], the diagonal of the Hessian, or None."""
+
+
 @dataclass(frozen=True)
 class Codec(ABC):
     """One number format. `files`: whose checkpoints hold it."""
@@ -58,6 +65,14 @@ class Codec(ABC):
     @abstractmethod
     def decode(self, leaves: Leaves, form: WeightFormat, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """What the tensors stand for, [rows, columns] in `dtype`. shape: of the dense weight."""
+
+    def nearest(self, form: WeightFormat, scale_dtype: torch.dtype, scale_search: bool) -> Nearest:
+        """Rounding to nearest on the grid of this format; of schemes whose codes our methods choose.
+
+        Args:
+            scale_search: scales with the least squared error instead of those that reach the largest weight.
+        """
+        raise NotImplementedError
 
     def module(self, leaves: Leaves, linear: nn.Linear) -> nn.Module:
         """The library's own module in place of a linear; of schemes with an `own_module`."""

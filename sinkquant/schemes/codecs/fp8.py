@@ -26,6 +26,10 @@ class FP8Codec(Codec):
         inputs = {"input_scale": input_scale} if form.static_inputs and input_scale is not None else {}
         return {"weight": weight.codes, "weight_scale": weight.scale} | inputs
 
+    def nearest(self, form: WeightFormat, scale_dtype: torch.dtype, scale_search: bool) -> FP8:
+        """To the nearest FP8 number."""
+        return FP8(scale_dtype, scale_search)
+
     def decode(self, leaves: Leaves, form: WeightFormat, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """code * scale, [rows, columns] in `dtype`."""
         return PackedWeight(leaves["weight"], leaves["weight_scale"], form.bits).dequantized(dtype)

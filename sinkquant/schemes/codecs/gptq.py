@@ -19,6 +19,7 @@ from sinkquant.schemes import WeightFormat
 from sinkquant.schemes.codecs.codec import Codec, Leaves, StoredWeight
 from sinkquant.schemes.codecs.files import LibraryFiles, kept_linears
 from sinkquant.schemes.codecs.packed import PackedWeight
+from sinkquant.schemes.codecs.rtn import RTN
 from sinkquant.schemes.gptq import BACKEND, GPTQ
 
 WORD = 32
@@ -42,6 +43,10 @@ class GPTQCodec(Codec):
         return {"qweight": _pack(codes, weight.bits), "qzeros": _pack(zeros, weight.bits).T.contiguous(),
                 "scales": weight.scale.T.contiguous(),
                 "g_idx": torch.arange(columns, dtype=torch.int32) // (columns // groups)}
+
+    def nearest(self, form: WeightFormat, scale_dtype: torch.dtype, scale_search: bool) -> RTN:
+        """To the nearest integer."""
+        return RTN(form.bits, form.group_size or -1, scale_dtype, scale_search)
 
     def decode(self, leaves: Leaves, form: WeightFormat, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """(code - zero) * scale, [rows, columns] in `dtype`."""

@@ -9,6 +9,7 @@ import torch
 from sinkquant.schemes import WeightFormat
 from sinkquant.schemes.codecs.codec import Codec, Leaves, StoredWeight
 from sinkquant.schemes.codecs.packed import PackedWeight
+from sinkquant.schemes.codecs.rtn import RTN
 from sinkquant.schemes.codecs.side import Side
 from sinkquant.schemes.codecs.words import pack, unpack
 from sinkquant.schemes.integers import bytewise
@@ -28,6 +29,10 @@ class IntegerCodec(Codec):
         beside = {} if weight.side is None else weight.side.tensors()
         return {"weight_packed": pack(weight.codes, weight.bits), "weight_scale": weight.scale,
                 "weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64), **beside} | inputs
+
+    def nearest(self, form: WeightFormat, scale_dtype: torch.dtype, scale_search: bool) -> RTN:
+        """To the nearest integer."""
+        return RTN(form.bits, form.group_size or -1, scale_dtype, scale_search)
 
     def decode(self, leaves: Leaves, form: WeightFormat, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """code * scale, and what stands beside it, [rows, columns] in `dtype`."""

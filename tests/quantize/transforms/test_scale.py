@@ -16,7 +16,6 @@ from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.models import Decoder, Step, Walk
 from sinkquant.policy import make_plan
 from sinkquant.quantize import ranks
-from sinkquant.quantize.rtn import RTN
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.quantize.transforms import scale_block
 from sinkquant.quantize.transforms.places import Inputs, Place, places, watch
@@ -24,6 +23,7 @@ from sinkquant.quantize.transforms.search import Reader
 from sinkquant.quantize.transforms.smooth import AWQ, ScaleSinks, SmoothQuant
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import WeightFormat
+from sinkquant.schemes.codecs.rtn import RTN
 
 ROWS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
 CALIBRATION = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(1))
