@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -16,30 +17,57 @@ from sinkquant.errors import RequestError
 
 
 def install(model: PreTrainedModel, plan: KVCachePlan, prefix: Prefix | None = None) -> PreTrainedModel:
-    """Prepare a model, and let its `generate` start from a new SinkCache where the call names no cache of its own
-    (`past_key_values`, `cache_implementation`, `use_cache=False`). Where the plan has a `front`, generate refuses rows
-    that do not begin with it.
+    """Prepare a model, and let its `generate` start from a new SinkCache unless the caller asks for another cache, or
+    for none: by `past_key_values`, `cache_implementation` or `use_cache=False`, in the call or in a generation_config
+    of the caller's own. What the model's own configuration names is no such wish, and is set aside here. Where the plan
+    has a `front`, generate refuses rows that do not begin with it.
 
     Raises:
         RequestError: the plan or the prefix is of another model.
     """
     SinkCache(model.config, plan)
     prepare(model, prefix)
-    # A partial, because it is copied with the model: a closure would go on generating from the original.
-    model.generate = functools.partial(_generate, model, plan)
+    settings = model.generation_config
+    named = settings.cache_implementation
+    settings.cache_implementation, settings.use_cache = None, True
+    # Partials, because they are copied with the model: a closure would go on generating from the original.
+    model.generate = functools.partial(_generate, model, plan, named)
+    model.generate_batch = _refuse_batching
     return model
 
 
-def _generate(model: PreTrainedModel, plan: KVCachePlan, *args: Any, **kwargs: Any) -> Any:
-    settings = kwargs.get("generation_config") or model.generation_config
-    chosen = ("past_key_values" in kwargs or kwargs.get("cache_implementation", settings.cache_implementation)
-              or kwargs.get("use_cache", settings.use_cache) is False)
-    if not chosen:
+def _generate(model: PreTrainedModel, plan: KVCachePlan, named: str | None, *args: Any, **kwargs: Any) -> Any:
+    args, kwargs = _without_default(named, args, kwargs)
+    settings = (args[1] if len(args) > 1 else kwargs.get("generation_config")) or model.generation_config
+    implementation = kwargs.get("cache_implementation") or settings.cache_implementation
+    if settings.cache_implementation is None:
+        implementation = implementation or model.generation_config.cache_implementation
+    uses = kwargs["use_cache"] if kwargs.get("use_cache") is not None else settings.use_cache
+    if kwargs.get("past_key_values") is None and not implementation and uses is not False:
         if plan.front:
             _require_front(plan.front, args[0] if args else kwargs.get("input_ids", kwargs.get("inputs")),
                            kwargs.get("attention_mask"))
         kwargs["past_key_values"] = SinkCache(model.config, plan)
     return type(model).generate(model, *args, **kwargs)
+
+
+def _without_default(named: str | None, args: tuple[Any, ...],
+                     kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call; a generation_config among them that names the same cache as the model's files do was
+    read from there, and that is set aside in a copy of it."""
+    given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    if given is None or named is None or given.cache_implementation != named:
+        return args, kwargs
+    given = copy.deepcopy(given)
+    given.cache_implementation = None
+    if len(args) > 1:
+        return (args[0], given, *args[2:]), kwargs
+    return args, kwargs | {"generation_config": given}
+
+
+def _refuse_batching(*_: Any, **__: Any) -> Any:
+    raise RequestError("continuous batching keeps keys and values in pages of its own, 16 bits each, not in this "
+                       "checkpoint's packed KV cache; call generate, or load the folder with transformers.")
 
 
 def _require_front(front: list[int], ids: torch.Tensor | None, mask: torch.Tensor | None) -> None:

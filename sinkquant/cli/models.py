@@ -55,7 +55,8 @@ def diagnose(models: Annotated[list[str], typer.Argument(help="A model folder, a
 
     folders = [resolve(model) for model in models]
     tokenizers = [load_tokenizer(folder, trust_remote_code) for folder in folders]
-    read_text(text, "evaluation")
+    for tokenizer in tokenizers:
+        read_text(text, "evaluation", tokenizer)
     other = resolve(_checkpoint_of(against)) if against else None
     found = []
     with shown_progress() as progress:

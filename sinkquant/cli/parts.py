@@ -37,7 +37,7 @@ def find_sinks(model: str, text: str | None, recipe: Recipe, trust_remote_code: 
 
     folder = resolve(model)
     tokenizer = load_tokenizer(folder, trust_remote_code)
-    read_text(text or recipe.calibration.text, "calibration")
+    read_text(text or recipe.calibration.text, "calibration", tokenizer)
     with shown_progress() as progress:
         loaded = open_model(folder, trust_remote_code=trust_remote_code)
         return find(loaded, tokenizer, text, recipe, model, progress)

@@ -57,7 +57,7 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
     require_dense(model)
     check_finite(model)
     surveyor = Surveyor(decoder, recipe, progress)
-    content = read_text(text or recipe.calibration.text, "calibration")
+    content = read_text(text or recipe.calibration.text, "calibration", tokenizer)
     rows = surveyor.rows(tokenizer, content, settings.rows, settings.length)
     long_rows = surveyor.long_rows(tokenizer, content)
     notes = []
@@ -96,8 +96,8 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
 
     heads, ablations = _heads(surveys, found, settings), None
     if recipe.prune.heads != "none":
-        evaluation = token_rows(tokenizer, read_text(recipe.evaluate.text, "evaluation"), len(rows), rows.shape[1],
-                                recipe.calibration.bos, decoder.vocabulary, "evaluation text")
+        evaluation = token_rows(tokenizer, read_text(recipe.evaluate.text, "evaluation", tokenizer), len(rows),
+                                rows.shape[1], recipe.calibration.bos, decoder.vocabulary, "evaluation text")
         ablations = HeadAblator(decoder, settings, surveyor.device, surveyor.dtype, progress).run(
             heads, {"calibration": rows, "evaluation": evaluation}, lambda some: sink_positions(some, found))
 

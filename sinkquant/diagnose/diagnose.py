@@ -67,7 +67,7 @@ def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
     recipe = recipe or Recipe()
     decoder = Decoder.of(model)
     check_finite(model)
-    job = _Job(decoder, tokenizer, read_text(text, "evaluation"), recipe)
+    job = _Job(decoder, tokenizer, read_text(text, "evaluation", tokenizer), recipe)
     steps = _Steps(progress)
     steps.next("finding sinks")
     if sink_map is None:

@@ -76,7 +76,7 @@ def sink_fidelity(original: PreTrainedModel, quantized: PreTrainedModel, tokeniz
     if (first.hidden_size, len(first.blocks), first.vocabulary) != (
             second.hidden_size, len(second.blocks), second.vocabulary):
         raise RequestError("the two models differ in width, depth or vocabulary: one is not the other quantized.")
-    content = read_text(text or recipe.evaluate.text, "evaluation")
+    content = read_text(text or recipe.evaluate.text, "evaluation", tokenizer)
     rows = token_rows(tokenizer, content, ROWS, min(LENGTH, first.max_length), recipe.calibration.bos,
                       first.vocabulary, "evaluation text")
     marked = mark_sinks(rows, sinks)

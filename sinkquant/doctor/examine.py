@@ -126,7 +126,7 @@ def _loss_with_and_without(decoder: Decoder, tokenizer: PreTrainedTokenizerBase,
     """The measured worth of `<bos>`: next-token loss of the same text with it in front, and without."""
     if tokenizer.bos_token_id is None:
         return
-    content = read_text(text, "evaluation")
+    content = read_text(text, "evaluation", tokenizer)
     length = min(LENGTH, decoder.max_length)
     losses = {}
     policies: tuple[BosPolicy, ...] = ("always", "never")

@@ -77,7 +77,7 @@ def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, re
 
     settings = recipe.evaluate
     bos = starts_with_bos(tokenizer, recipe.calibration.bos)
-    content = read_text(settings.text, "evaluation")
+    content = read_text(settings.text, "evaluation", tokenizer)
     steps = _Steps(sum(1 + len(settings.tasks) * candidate.tasks_too for candidate in candidates), progress)
     baseline: PreTrainedModel | None = None
     comparisons: dict[str, SinkFidelity] = {}
@@ -125,14 +125,17 @@ def _divergences(baseline: PreTrainedModel, other: PreTrainedModel, rows: torch.
     return shared(range(len(rows)), lambda mine: row_divergences(baseline, other, rows[mine], kv=kv))
 
 
-def require_tasks_possible(recipe: Recipe) -> None:
+def require_tasks_possible(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """Read the evaluation text and look for the tasks before any compute is spent.
+
+    Args:
+        tokenizer: of the model, whose chat template writes records of messages.
 
     Raises:
         RequestError: the text cannot be read, is empty, or is too short for the tasks; a task cannot be had.
     """
     settings = recipe.evaluate
-    content = read_text(settings.text, "evaluation")
+    content = read_text(settings.text, "evaluation", tokenizer)
     if not settings.tasks:
         raise RequestError("evaluate.tasks is empty; name at least one task.")
     if settings.text is not None:

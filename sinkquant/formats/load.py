@@ -32,7 +32,8 @@ KV_PREFIX = "kv_prefix/prefix.safetensors"
 def load(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto", device: str = "cpu", *,
          packed: bool = False, head_bits: int = 16, device_map: DeviceMap | None = None,
          max_memory: Mapping[int | str, int | str] | None = None,
-         offload_folder: str | os.PathLike[str] | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+         offload_folder: str | os.PathLike[str] | None = None,
+         trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a checkpoint that sinkquant wrote, or any other that transformers can.
 
     Packed weights are made dense at once, so that the model can be observed, evaluated and generated from. With
@@ -51,10 +52,12 @@ def load(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto", devi
         raise RequestError("head_bits rounds a model that is loaded with packed=True; give that too.")
     placement = Placement.asked(device_map, max_memory, offload_folder, device)
     path = resolve(str(folder))
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, trust_remote_code)
     if placement is not None and not packed and "quantization_config" not in read_json(path / "config.json"):
-        return load_model(path, dtype, placement=placement.arguments()), tokenizer
-    model = load_packed(path, dtype, device, head_bits) if packed else load_dense(path, dtype, device)
+        return load_model(path, dtype, trust_remote_code=trust_remote_code,
+                          placement=placement.arguments()), tokenizer
+    model = (load_packed(path, dtype, device, head_bits, trust_remote_code) if packed else
+             load_dense(path, dtype, device, trust_remote_code))
     content = read_checkpoint(path)
     if content and packed:
         simulate(model, content["plan"], path)
@@ -71,7 +74,8 @@ def prefix_of(path: Path) -> Prefix | None:
     return load_prefix(file) if file.is_file() else None
 
 
-def load_dense(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> PreTrainedModel:
+def load_dense(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu",
+               trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a folder in evaluation mode, packed weights made dense. Where the checkpoint rounds the inputs of
     linears, so does the model, to the bit as plain transformers does; simulated inputs are rounded too.
 
@@ -81,14 +85,15 @@ def load_dense(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu
     """
     config = read_json(path / "config.json")
     if is_library(path):
-        return _load_backend(path, dtype, device)
+        return _load_backend(path, dtype, device, trust_remote_code)
     if "quantization_config" not in config:
-        return load_model(path, dtype, device)
+        return load_model(path, dtype, device, trust_remote_code)
     check_readable(path, config["quantization_config"])
     method = config["quantization_config"]["quant_method"]
     try:
         with no_progress_bars():
-            model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code)
             require_complete(path, info)
             model = model.to(device).eval()
             cast_experts(model)
@@ -115,16 +120,18 @@ def load_dense(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu
     return model
 
 
-def _load_backend(path: Path, dtype: torch.dtype | str, device: str) -> PreTrainedModel:
+def _load_backend(path: Path, dtype: torch.dtype | str, device: str, trust_remote_code: bool) -> PreTrainedModel:
     """A checkpoint of another library: dense where only weights are rounded, so that what is measured is what they are
     worth and not which kernel a CPU has; the library's own modules where inputs are rounded too."""
     if rounds_inputs(path):
         with loading_errors(path), no_progress_bars():
             model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device},
-                                                               output_loading_info=True)
+                                                               output_loading_info=True,
+                                                               trust_remote_code=trust_remote_code)
         require_complete(path, info)
     else:
-        model = dense_of(open_checkpoint(path, dtype=dtype if isinstance(dtype, torch.dtype) else None)).to(device)
+        model = dense_of(open_checkpoint(path, trust_remote_code,
+                                         dtype if isinstance(dtype, torch.dtype) else None)).to(device)
         if getattr(model.config, "quantization_config", None) is not None:
             del model.config.quantization_config
     check_finite(model)
@@ -132,14 +139,14 @@ def _load_backend(path: Path, dtype: torch.dtype | str, device: str) -> PreTrain
     return model.eval()
 
 
-def open_quantized(path: Path) -> PreTrainedModel:
+def open_quantized(path: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a checkpoint with no weight read yet, for a walk: simulated inputs are rounded, and the tokens of
     its exact prefix let through.
 
     Raises:
         RequestError: it is quantized in a format that sinkquant does not write.
     """
-    model, content = open_model(path), read_checkpoint(path)
+    model, content = open_model(path, trust_remote_code), read_checkpoint(path)
     if content:
         simulate(model, content["plan"], path)
         let_through(model, content["plan"].kv_cache.prefix if content["plan"].kv_cache else [])

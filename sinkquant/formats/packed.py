@@ -43,7 +43,7 @@ small that the allocator keeps all of it."""
 
 
 def load_packed(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu",
-                head_bits: int = 16) -> PreTrainedModel:
+                head_bits: int = 16, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a compressed-tensors checkpoint, or one in sinkquant's own format, in bfloat16; weights that no
     kernel takes are dense, and named with the reason by `packing`. `head_bits` 8 or 4 rounds the token embedding and
     the output head, which the checkpoint has in 16 bits, as it is loaded.
@@ -70,8 +70,9 @@ def load_packed(path: Path, dtype: torch.dtype | str = "auto", device: str = "cp
     int4 = int4_on(torch.device(device))
     map_large()  # more of what packing leaves behind would stay resident
     with loading_errors(path), no_progress_bars():
-        model, info = AutoModelForCausalLM.from_pretrained(path, config=split_config(path), dtype=torch.bfloat16,
-                                                           output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, config=split_config(path, trust_remote_code), dtype=torch.bfloat16, output_loading_info=True,
+            trust_remote_code=trust_remote_code)
         require_complete(path, info)
         model = model.to(device).eval()
         cast_experts(model)

@@ -20,11 +20,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.artifacts import Plan, SinkMap
 from sinkquant.artifacts.sizes import GUARD, checkpoint_tensors, own_format, packed_tensors
 from sinkquant.errors import RequestError, SinkquantError
+from sinkquant.formats.carried import carry, files_below, write_config
 from sinkquant.formats.load import load_dense
 from sinkquant.formats.own import own_config
 from sinkquant.formats.simulated import save_simulated
 from sinkquant.formats.writer import CheckpointWriter
 from sinkquant.models import Decoder, pieces
+from sinkquant.models.source import runs_own_code
 from sinkquant.quantize import state_of
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import DEFAULT_BACKEND, WeightFormat, packages_of
@@ -51,12 +53,13 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
     target = Path(folder)
     require_free(target)
     with written_aside(target) as temporary:
+        carry(temporary, model, tokenizer)
         writer = open_writer(temporary, model, state.plan)
         copy_dense(writer, Decoder.of(model), state.plan)
         for name, weight in state.weights.items():
             write_packed(writer, name, weight, state.plan.formats[name], state.input_scales.get(name))
         save_simulated(temporary, state.plan, state.input_scales)
-        write_files(temporary, model, tokenizer, state.plan, sink_map or state.plan.sink_map, recipe, state.tokens)
+        write_files(temporary, model, state.plan, sink_map or state.plan.sink_map, recipe, state.tokens)
         check_reload(model, temporary)
     return target
 
@@ -137,9 +140,9 @@ def versions(backend: str = DEFAULT_BACKEND) -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in (*PACKAGES, *packages_of(backend))}
 
 
-def write_files(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan,
-                sink_map: SinkMap | None, recipe: Recipe | None, tokens: dict[str, list[int]] | None = None) -> None:
-    """Everything of a checkpoint but its weights: config.json, the tokenizer, sinkquant.json.
+def write_files(folder: Path, model: PreTrainedModel, plan: Plan, sink_map: SinkMap | None, recipe: Recipe | None,
+                tokens: dict[str, list[int]] | None = None) -> None:
+    """What of a checkpoint says how it was made: config.json and sinkquant.json.
 
     Args:
         tokens: module name of a layer's experts -> calibration tokens that went to each of them.
@@ -150,18 +153,10 @@ def write_files(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
         needs_own = own_format(Decoder.of(model).shape(""), plan.formats)
         model.config.quantization_config = own_config(asked, plan, model.dtype) if needs_own else asked
     try:
-        model.config.dtype = str(model.dtype).removeprefix("torch.")
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(folder)
-        if model.can_generate():
-            model.generation_config.save_pretrained(folder)
+        write_config(folder, model)
     finally:
         if packed:
             del model.config.quantization_config
-    try:
-        tokenizer.save_pretrained(folder)
-    except Exception as error:  # The tokenizers library raises bare ones, for a full disk too.
-        raise OSError(str(error)) from error
     files_of(plan.backend).write_more(folder, plan)
     content: dict[str, Any] = {
         "schema": CHECKPOINT_SCHEMA, "versions": versions(plan.backend), "seed": plan.seed,
@@ -172,7 +167,7 @@ def write_files(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
         content["expert_tokens"] = tokens
     ours = folder / "sinkquant.json"
     ours.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for path in folder.iterdir():  # safetensors makes files that only their owner may read.
+    for path in files_below(folder):  # safetensors makes files that only their owner may read.
         path.chmod(ours.stat().st_mode)
 
 
@@ -182,7 +177,7 @@ def check_reload(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         SinkquantError: they differ.
     """
-    again = load_dense(folder, dtype=model.dtype)
+    again = load_dense(folder, dtype=model.dtype, trust_remote_code=runs_own_code(model))
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     row = torch.randint(vocabulary, (1, 16), generator=generator)

@@ -31,9 +31,9 @@ LAYER = re.compile(r".*?\.\d+(?=\.)")
 """What the name of a parameter begins with."""
 
 
-def split_config(path: Path) -> PreTrainedConfig:
+def split_config(path: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration of a quantized checkpoint, which asks for split experts if it is compressed-tensors'."""
-    config = read_config(path)
+    config = read_config(path, trust_remote_code)
     if config.quantization_config["quant_method"] == DEFAULT_BACKEND:
         config.quantization_config = config.quantization_config | {"quant_method": METHOD}
     return config

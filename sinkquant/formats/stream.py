@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from sinkquant.artifacts import Plan, SinkMap
 from sinkquant.artifacts.base import write_atomically
 from sinkquant.errors import SinkquantError
+from sinkquant.formats.carried import carry
 from sinkquant.formats.load import load_dense
 from sinkquant.formats.log import in_words
 from sinkquant.formats.save import (
@@ -35,6 +36,7 @@ from sinkquant.formats.simulated import save_simulated
 from sinkquant.formats.writer import CheckpointWriter
 from sinkquant.models import ActivationStore, Decoder, source_of
 from sinkquant.models.shards import Stored, dense_tensors, stored_tensors
+from sinkquant.models.source import runs_own_code
 from sinkquant.quantize import PackedWeight, QuantizedBlock, check, distilled, quantized_blocks, teacher_targets
 from sinkquant.quantize.ranks import join, leave, tell
 from sinkquant.quantize.transforms import rotate
@@ -68,6 +70,7 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
     partial = folder.with_name(f"{folder.name}.partial")
     with disk_errors(folder):
         partial.mkdir(parents=True, exist_ok=True)
+        carry(partial, model, tokenizer)
         rotate(decoder, plan)
         writer = open_writer(partial, model, plan)
         done, losses, scales, tokens = _state(partial)
@@ -109,7 +112,7 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
             _remember(partial, len(decoder.blocks), losses, scales, tokens, distilled=True)
         scratch.clear()
         save_simulated(partial, plan, scales)
-        write_files(partial, model, tokenizer, plan, sink_map, recipe, tokens)
+        write_files(partial, model, plan, sink_map, recipe, tokens)
         (partial / STATE).unlink()
         _check_reload(partial, decoder, plan)
         partial.rename(folder)
@@ -241,13 +244,13 @@ def _check_reload(partial: Path, decoder: Decoder, plan: Plan) -> None:
     if size > RELOADED:
         LOG.info("not loaded as a whole by transformers, since it would take %d bytes", size)
         return
-    files, dtype = files_of(plan.backend), decoder.model.dtype
+    files, dtype, trusted = files_of(plan.backend), decoder.model.dtype, runs_own_code(decoder.model)
     again = (files.reload(partial, dtype) if isinstance(files, LibraryFiles)
-             else load_dense(partial, dtype=dtype).state_dict())
+             else load_dense(partial, dtype=dtype, trust_remote_code=trusted).state_dict())
     if again is None:
         LOG.info("not loaded by %s itself, which cannot be run here", plan.backend)
         return
-    mine = Decoder.of(open_checkpoint(partial))
+    mine = Decoder.of(open_checkpoint(partial, trusted))
     with mine.present([mine.model]):
         for name, tensor in mine.model.state_dict().items():
             if name in again and not torch.equal(again[name], tensor):

@@ -7,18 +7,18 @@ from sinkquant.lazy import make_lazy
 if TYPE_CHECKING:
     from sinkquant.models.activations import ActivationStore
     from sinkquant.models.attention import AttentionObserver, AttentionRecord, AttentionRows, observed_attention
+    from sinkquant.models.corpus import documents, read_text
     from sinkquant.models.decoder import Decoder, as_stored, max_length, require_dense, weight_matrix
     from sinkquant.models.experts import cast_experts
+    from sinkquant.models.folder import resolve
     from sinkquant.models.heads import head_columns
-    from sinkquant.models.loading import check_finite, load_model, load_tokenizer, pick_device, resolve
+    from sinkquant.models.loading import check_finite, load_model, load_tokenizer, pick_device
     from sinkquant.models.source import open_model, source_of
     from sinkquant.models.tensors import pieces
     from sinkquant.models.text import (
         BosPolicy,
         adds_bos,
-        documents,
         encode,
-        read_text,
         starts_with_bos,
         token_rows,
         tokenization_facts,

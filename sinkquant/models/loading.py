@@ -1,17 +1,13 @@
-"""A model folder, a hub id or "demo" -> model and tokenizer, checked before anything is computed."""
+"""A model's folder -> model and tokenizer, checked before anything is computed."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,100 +19,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sinkquant.errors import RequestError
-from sinkquant.resources import demo_model
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
-
-
-def resolve(model: str) -> Path:
-    """The local folder of a model: "demo", a folder, or a hub id (the hub's offline cache is respected).
-
-    Raises:
-        RequestError: there is no such folder or hub model, or the folder is not a complete safetensors checkpoint.
-    """
-    if model == "demo":
-        folder = demo_model()
-    elif Path(model).is_dir():
-        folder = Path(model)
-    elif Path(model).exists() or not HUB_ID.fullmatch(model) or model.startswith("."):
-        raise RequestError(f"{model!r} is not a model folder, a hub id (owner/name) or 'demo'.")
-    else:
-        try:
-            folder = Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise RequestError(f"{model!r} is no local folder, and the hub did not give it: {reason}") from error
-    check_folder(folder)
-    return folder
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that transformers could not load completely.
-
-    Raises:
-        RequestError: no config.json, no safetensors, a shard that is missing or shorter than its header says.
-    """
-    if not (folder / "config.json").is_file():
-        raise RequestError(f"{folder} is not a model folder: it has no config.json.")
-    for shard in weight_files(folder):
-        check_shard(shard)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in order.
-
-    Raises:
-        RequestError: there are none, or the index names one that is missing.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RequestError(f"{index} is broken; copy the model folder again.") from error
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise RequestError(f"{folder} lacks the shard {missing[0]}; copy the model folder again.")
-        return [folder / name for name in names]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    others = sorted(path.name for path in folder.glob("*.bin"))
-    hint = f" (it has {others[0]}; convert it to safetensors first)" if others else ""
-    raise RequestError(f"{folder} has no safetensors weights{hint}.")
-
-
-def read_header(path: Path) -> dict[str, dict[str, object]]:
-    """The header of a safetensors file: tensor name -> {"dtype", "shape", "data_offsets"}.
-
-    Raises:
-        RequestError: the file is too short or its header is not JSON.
-    """
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if size > path.stat().st_size - 8:
-            raise RequestError(f"{path} is truncated inside its header; copy it again.")
-        try:
-            header = json.loads(file.read(size))
-        except ValueError as error:
-            raise RequestError(f"{path} is not a safetensors file; copy it again.") from error
-    header.pop("__metadata__", None)
-    return dict(header)
-
-
-def check_shard(path: Path) -> None:
-    """Compare a safetensors file's size with its header.
-
-    Raises:
-        RequestError: it is truncated.
-    """
-    header = read_header(path)
-    with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-    needed = start + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)  # type: ignore[index]
-    found = path.stat().st_size
-    if found < needed:
-        raise RequestError(f"{path} is truncated: it has {found} of {needed} bytes; copy it again.")
 
 
 def has_tokenizer(folder: Path) -> bool:

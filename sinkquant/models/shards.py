@@ -15,11 +15,8 @@ from typing import Any, Protocol
 import torch
 from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 
-from sinkquant.models.loading import read_header, weight_files
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-          "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+from sinkquant.models.folder import weight_files
+from sinkquant.models.headers import read_header
 
 PARTS = ("weight_packed", "weight_scale", "weight_columns", "weight_exact", "weight_places", "weight_values")
 """What a packed linear's weight is read from."""
@@ -135,15 +132,8 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         RequestError: a file of the checkpoint is missing or broken.
     """
-    found = {}
-    for path in weight_files(folder):
-        with path.open("rb") as file:
-            start = 8 + int.from_bytes(file.read(8), "little")
-        for name, entry in read_header(path).items():
-            offsets, shape = entry["data_offsets"], entry["shape"]
-            found[name] = StoredTensor(path, start + int(offsets[0]), DTYPES[str(entry["dtype"])],  # type: ignore[index]
-                                       tuple(shape))  # type: ignore[arg-type]
-    return found
+    return {name: StoredTensor(path, entry.offset, entry.dtype, entry.shape)
+            for path in weight_files(folder) for name, entry in read_header(path).items()}
 
 
 def dense_tensors(tensors: Mapping[str, StoredTensor], bits: Mapping[str, int], dtype: torch.dtype,

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from compressed_tensors.quantization import QuantizationArgs
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -33,6 +35,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.models.edits import Edit, EditedTensor
+from sinkquant.models.folder import HUB_ID
 from sinkquant.models.inputs import round_inputs
 from sinkquant.models.loading import loading_errors, read_config
 from sinkquant.models.shards import Stored, StoredTensor, dense_tensors, stored_tensors
@@ -88,6 +91,27 @@ def source_of(model: PreTrainedModel) -> WeightSource | None:
     """Where the weights of a model from `open_model` are read; None for a model that holds its own."""
     source = getattr(model, ATTRIBUTE, None)
     return source if isinstance(source, WeightSource) else None
+
+
+def folder_of(model: PreTrainedModel) -> Path | None:
+    """The local folder that a model was made from, by `open_model` or by `from_pretrained`; None for one that was made
+    in memory, or whose folder is gone."""
+    source = source_of(model)
+    if source is not None:
+        return source.folder
+    name = str(getattr(model, "name_or_path", "") or "")
+    if not name:
+        return None
+    folder = Path(name)
+    if not folder.is_dir() and HUB_ID.fullmatch(name):
+        with contextlib.suppress(HFValidationError, LocalEntryNotFoundError, OSError):
+            folder = Path(snapshot_download(name, local_files_only=True))
+    return folder if (folder / "config.json").is_file() else None
+
+
+def runs_own_code(loaded: object) -> bool:
+    """Whether the code of a model or a tokenizer came with its folder, so that it was trusted before."""
+    return type(loaded).__module__.startswith("transformers_modules")
 
 
 class WeightSource:

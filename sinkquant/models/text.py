@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -11,39 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from sinkquant.artifacts import TokenizationFacts
 from sinkquant.errors import RequestError
-from sinkquant.resources import demo_text
+from sinkquant.models.corpus import documents
 
 BosPolicy = Literal["auto", "always", "never"]
-DOCUMENT_SEPARATOR = "<|doc|>"
-
-
-def read_text(path: str | os.PathLike[str] | None, split: Literal["calibration", "evaluation"]) -> str:
-    """The user's text, or the packaged text of that split.
-
-    Raises:
-        RequestError: the file cannot be read, is not UTF-8, or is empty.
-    """
-    source = Path(path) if path is not None else demo_text(split)
-    try:
-        text = source.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"cannot read the {split} text {source}: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        raise RequestError(f"the {split} text {source} is not UTF-8; convert it first.") from error
-    if not text.strip():
-        raise RequestError(f"the {split} text {source} is empty; give a file with some prose.")
-    return text
-
-
-def documents(text: str) -> list[str]:
-    """The documents of a text: lines that are exactly `<|doc|>` separate them and are not part of them."""
-    parts: list[list[str]] = [[]]
-    for line in text.splitlines(keepends=True):
-        if line.strip() == DOCUMENT_SEPARATOR:
-            parts.append([])
-        else:
-            parts[-1].append(line)
-    return [joined for part in parts if (joined := "".join(part).strip())]
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> Literal["none", "once", "twice"]:
@@ -82,7 +50,9 @@ def token_rows(tokenizer: PreTrainedTokenizerBase, text: str, rows: int, length:
                vocabulary: int | None = None, what: str = "calibration text") -> torch.Tensor:
     """Cut a text into rows of `length` tokens, `<bos>` counted, and take `rows` of them spread evenly over it.
 
-    Rows do not cross documents. Fewer rows come back where the text holds fewer.
+    Rows do not cross documents. Only where that gives too few rows, documents that are shorter than one are packed: one
+    after the other, with `</s>` between them (an empty line where the tokenizer has none). Fewer rows come back where
+    the text holds fewer.
 
     Args:
         vocabulary: number of rows of the model's embedding; ids beyond it are refused.
@@ -95,15 +65,13 @@ def token_rows(tokenizer: PreTrainedTokenizerBase, text: str, rows: int, length:
     """
     front = [int(tokenizer.bos_token_id)] if starts_with_bos(tokenizer, bos) else []
     room = length - len(front)
-    windows: list[list[int]] = []
-    total = 0
-    for document in documents(text):
-        ids = encode(tokenizer, document)
-        total += len(ids)
-        windows += [ids[start:start + room] for start in range(0, len(ids) - room + 1, room)]
+    encoded = [encode(tokenizer, document) for document in documents(text)]
+    windows = [ids[start:start + room] for ids in encoded for start in range(0, len(ids) - room + 1, room)]
+    if len(windows) < rows:
+        windows += _packed([ids for ids in encoded if len(ids) < room], room, _between(tokenizer))
     if not windows:
-        raise RequestError(f"the {what} is shorter than one row: it has {total} tokens and a row needs {room}; "
-                           "give more text or a smaller calibration.length.")
+        raise RequestError(f"the {what} is shorter than one row: it has {sum(map(len, encoded))} tokens and a row "
+                           f"needs {room}; give more text or a smaller calibration.length.")
     if len(windows) > rows:
         windows = [windows[i * len(windows) // rows] for i in range(rows)]
     table = torch.tensor([front + window for window in windows], dtype=torch.long)
@@ -111,6 +79,18 @@ def token_rows(tokenizer: PreTrainedTokenizerBase, text: str, rows: int, length:
         raise RequestError(f"the tokenizer gives the token id {int(table.max())}, but the model's embedding has only "
                            f"{vocabulary} rows; this tokenizer belongs to another model.")
     return table
+
+
+def _packed(short: list[list[int]], room: int, between: list[int]) -> list[list[int]]:
+    """Documents one after the other, cut into windows."""
+    stream = [token for ids in short for token in (*ids, *between)][:-len(between) or None]
+    return [stream[start:start + room] for start in range(0, len(stream) - room + 1, room)]
+
+
+def _between(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What stands between packed documents."""
+    end = tokenizer.eos_token_id
+    return encode(tokenizer, "\n\n") if end is None else [int(end)]
 
 
 def tokenization_facts(tokenizer: PreTrainedTokenizerBase, rows: torch.Tensor) -> TokenizationFacts:

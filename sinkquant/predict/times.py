@@ -117,7 +117,7 @@ class _Job:
 def task_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, decoder: Decoder) -> list[float]:
     """Tokens that a model reads for each of sinkquant's own tasks; tasks of lm-eval's are not counted."""
     settings = recipe.evaluate
-    content = read_text(settings.text, "evaluation")
+    content = read_text(settings.text, "evaluation", tokenizer)
     sample = content[:SAMPLE]
     per_character = len(encode(tokenizer, sample)) / max(1, len(sample))
     found = []

@@ -21,6 +21,6 @@ def calibration_rows(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenize
     if tokenizer is None:
         raise RequestError("the plan uses a method that needs calibration rows; hand over the tokenizer.")
     settings = plan.calibration
-    rows = token_rows(tokenizer, read_text(settings.text, "calibration"), settings.rows,
+    rows = token_rows(tokenizer, read_text(settings.text, "calibration", tokenizer), settings.rows,
                       min(settings.length, decoder.max_length), settings.bos, decoder.vocabulary)
     return my_rows(in_front(rows, plan, decoder.max_length), plan)

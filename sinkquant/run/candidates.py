@@ -28,7 +28,7 @@ from sinkquant.formats import (
     read_checkpoint,
     rounds_inputs,
 )
-from sinkquant.models.loading import weight_files
+from sinkquant.models.folder import weight_files
 from sinkquant.models.processes import this_process
 from sinkquant.recipe import Recipe
 
@@ -59,10 +59,11 @@ def bits_on_disk(folder: Path) -> float:
     return 8 * size / max(values, 1)
 
 
-def loader(path: Path, dtype: torch.dtype, device: str) -> Callable[[], PreTrainedModel]:
+def loader(path: Path, dtype: torch.dtype, device: str,
+           trust_remote_code: bool = False) -> Callable[[], PreTrainedModel]:
     """A checkpoint's model, given its KV prefix where it has one."""
     def load() -> PreTrainedModel:
-        model, prefix = load_dense(path, dtype, device), prefix_of(path)
+        model, prefix = load_dense(path, dtype, device, trust_remote_code), prefix_of(path)
         return model if prefix is None else prepare(model, prefix)
 
     return load
@@ -96,13 +97,14 @@ def _with_own_prefix(load: Callable[[], PreTrainedModel], ids: list[int]) -> Cal
 
 
 def sinks_after(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, name: str,
-                progress: Progress | None = None) -> SinkMap:
+                progress: Progress | None = None, trust_remote_code: bool = False) -> SinkMap:
     """The sinks of a quantized checkpoint on the rows that the unquantized model was detected on, without ablations."""
     fast = recipe.replace(["detect.super_weights=false", "prune.heads=none"])
     if is_library(checkpoint):
-        model = load_dense(checkpoint) if rounds_inputs(checkpoint) else open_checkpoint(checkpoint)
+        model = (load_dense(checkpoint, trust_remote_code=trust_remote_code) if rounds_inputs(checkpoint) else
+                 open_checkpoint(checkpoint, trust_remote_code))
     else:
-        model = open_quantized(checkpoint)
+        model = open_quantized(checkpoint, trust_remote_code)
     return detect(model, tokenizer, recipe=fast, name=name, progress=progress)
 
 

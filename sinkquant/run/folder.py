@@ -16,6 +16,7 @@ from pathlib import Path
 from sinkquant.artifacts.base import write_atomically
 from sinkquant.errors import RequestError
 from sinkquant.formats import versions
+from sinkquant.models.corpus import text_digest
 from sinkquant.recipe import Recipe
 
 LOG = logging.getLogger("sinkquant")
@@ -107,8 +108,8 @@ def run_key(recipe: Recipe, folder: Path, plan: str | None = None, sink_map: str
     digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode())
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         digest.update(f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns};".encode())
-    for text in (recipe.calibration.text, recipe.evaluate.text):
-        digest.update(Path(text).read_bytes() if text else b"packaged")
+    digest.update(text_digest(recipe.calibration.text, "calibration"))
+    digest.update(text_digest(recipe.evaluate.text, "evaluation"))
     return digest.hexdigest()
 
 

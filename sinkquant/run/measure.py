@@ -37,7 +37,7 @@ def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
         content = read_checkpoint(folder)
         places = {content["plan"].name if content else "quantized": folder}
     tokenizer = load_tokenizer(resolve(str(next(iter(places.values())))))
-    require_tasks_possible(recipe)
+    require_tasks_possible(recipe, tokenizer)
     device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
     candidates, maps, original, plans = [], {}, None, []
     if baseline is not None:

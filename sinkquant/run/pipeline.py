@@ -141,10 +141,10 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
     # Headers alone are planned from without a tokenizer too.
     tokenizer = None if ready and not has_tokenizer(folder) else load_tokenizer(folder, trust_remote_code)
     pick_device(recipe.compute.device)
-    read_text(recipe.calibration.text, "calibration")
-    read_text(recipe.evaluate.text, "evaluation")
+    read_text(recipe.calibration.text, "calibration", tokenizer)
+    read_text(recipe.evaluate.text, "evaluation", tokenizer)
     if not plan_only and not recipe.evaluate.skip:
-        require_tasks_possible(recipe)
+        require_tasks_possible(recipe, tokenizer)
     if this_process()[0] > 0:
         follow(lambda: open_model(folder, trust_remote_code), tokenizer)
         if tokenizer is not None and not (recipe.evaluate.skip or plan_only):
@@ -302,7 +302,8 @@ class _Job:
         path = self.work / f"sinkmap-{name}.json"
         if path.is_file():
             return SinkMap.load(path)
-        found = sinks_after(self.work / place, self.tokenizer, self.recipe, name, self.progress)
+        found = sinks_after(self.work / place, self.tokenizer, self.recipe, name, self.progress,
+                            self.trust_remote_code)
         found.save(path)
         return found
 
@@ -312,7 +313,8 @@ class _Job:
             BASELINE, self.name, lambda: load_model(self.folder, dtype, device, self.trust_remote_code),
             weight_bytes(self.folder), bits_on_disk(self.folder))]
         for place, one in plans.items():
-            candidates.append(Candidate(one.name, place, loader(self.work / place, dtype, device),
+            candidates.append(Candidate(one.name, place, loader(self.work / place, dtype, device,
+                                                                 self.trust_remote_code),
                                         weight_bytes(self.work / place), one.bits_per_weight, one.kv_cache,
                                         one.inputs_in_words()))
         done = plans[MODEL].modules.values()

@@ -48,8 +48,8 @@ def _notes(plan: Plan, decoder: Decoder, tokenizer: PreTrainedTokenizerBase | No
         return ["the model folder has no tokenizer; carrying this plan out takes one"]
     settings = plan.calibration
     length = min(settings.length, decoder.max_length)
-    rows = token_rows(tokenizer, read_text(settings.text, "calibration"), settings.rows, length, settings.bos,
-                      decoder.vocabulary)
+    rows = token_rows(tokenizer, read_text(settings.text, "calibration", tokenizer), settings.rows, length,
+                      settings.bos, decoder.vocabulary)
     notes = []
     if length < settings.length:
         notes.append(f"calibration rows have {length} tokens instead of {settings.length}: that is the model's context")

@@ -16,6 +16,7 @@ from sinkquant.artifacts import Calibration, Sensitivity, SinkMap, SinkToken
 from sinkquant.artifacts.kv import packed_tokens
 from sinkquant.errors import RequestError
 from sinkquant.models import ActivationStore, Decoder, Walk, load_model, pick_device, read_text, token_rows
+from sinkquant.models.source import runs_own_code
 from sinkquant.policy.kv_cache import make_kv_plan
 from sinkquant.policy.plan import sink_selectors
 from sinkquant.quantize.statistics import TokenWeights
@@ -79,7 +80,7 @@ def find_sensitivity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 def _rows(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, count: int,
           length: int) -> torch.Tensor:
     """Rows of the calibration text, int64 [rows, length]."""
-    text = read_text(recipe.calibration.text, "calibration")
+    text = read_text(recipe.calibration.text, "calibration", tokenizer)
     return token_rows(tokenizer, text, count, length, recipe.calibration.bos, decoder.vocabulary)
 
 
@@ -131,7 +132,7 @@ def _measured(made: Sensitivity, decoder: Decoder, tokenizer: PreTrainedTokenize
     settings = recipe.sensitivity
     source = decoder.source
     if source is not None:
-        decoder = Decoder.of(load_model(source.folder, trust_remote_code=_remote(decoder)))
+        decoder = Decoder.of(load_model(source.folder, trust_remote_code=runs_own_code(decoder.model)))
     units = units_of(decoder, recipe, sink_map)
     rows = _rows(decoder, tokenizer, recipe, settings.measure_rows, min(settings.measure_length, decoder.max_length))
     terms = measure(decoder, units, rows, sink_places(rows, sink_map), weights, recipe, progress)
@@ -173,12 +174,7 @@ def _in_memory(decoder: Decoder, recipe: Recipe) -> PreTrainedModel:
     device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
     if decoder.source is None:
         return copy.deepcopy(decoder.model).to(device, dtype)
-    return load_model(decoder.source.folder, dtype, device, _remote(decoder))
-
-
-def _remote(decoder: Decoder) -> bool:
-    """Whether its code came with the model folder, so that it was trusted before."""
-    return type(decoder.model).__module__.startswith("transformers_modules")
+    return load_model(decoder.source.folder, dtype, device, runs_own_code(decoder.model))
 
 
 def sink_places(rows: torch.Tensor, sink_map: SinkMap) -> torch.Tensor:

@@ -63,10 +63,14 @@ def test_rows_are_windows_of_one_document_in_order(texts: list[list[str]], count
     tokenizer = tiny_tokenizer()
     text = "\n<|doc|>\n".join(" ".join(words) for words in texts)
     room = length - 1
-    windows = [ids[i:i + room] for words in texts for ids in [encode(tokenizer, " ".join(words))]
-               for i in range(0, len(ids) - room + 1, room)]
+    encoded = [encode(tokenizer, " ".join(words)) for words in texts]
+    windows = [ids[i:i + room] for ids in encoded for i in range(0, len(ids) - room + 1, room)]
+    if len(windows) < count:  # then short documents are packed, </s> between them
+        short = [token for ids in encoded if len(ids) < room for token in (*ids, 2)][:-1]
+        windows += [short[i:i + room] for i in range(0, len(short) - room + 1, room)]
     if not windows:
-        with pytest.raises(RequestError, match="shorter than one row"):
+        total = sum(map(len, encoded))
+        with pytest.raises(RequestError, match=f"shorter than one row: it has {total} tokens and a row needs {room}"):
             token_rows(tokenizer, text, count, length)
         return
     rows = token_rows(tokenizer, text, count, length)
@@ -75,6 +79,18 @@ def test_rows_are_windows_of_one_document_in_order(texts: list[list[str]], count
     assert rows[0, 1:].tolist() == windows[0]
     assert all(row[1:].tolist() in windows for row in rows)
     assert places == sorted(places) or len(set(map(tuple, windows))) < len(windows)
+
+
+def test_documents_shorter_than_a_row_are_packed() -> None:
+    tokenizer = tiny_tokenizer()
+    text = "\n<|doc|>\n".join(f"w{8 + i % 100} w9 w10" for i in range(2000))
+    rows = token_rows(tokenizer, text, 8, 33)
+    assert rows.shape == (8, 33)
+    assert rows[0].tolist() == [1, *([t for i in range(8) for t in (8 + i, 9, 10, 2)])]
+    assert (rows == 1).sum() == 8
+    without_end = tiny_tokenizer()
+    without_end.eos_token = None
+    assert token_rows(without_end, text, 1, 7).tolist() == [[1, 8, 9, 10, 9, 9, 10]]
 
 
 def test_documents_are_split_at_their_separator_only() -> None:

@@ -1,0 +1,215 @@
+"""A user's text as it is found: prose, or records of JSON, CSV or parquet; one file, several, or standard input.
+
+Whatever it was, it becomes one text in which lines that are exactly `<|doc|>` stand between documents. A record is a
+document: its field `text`, or its field `messages` as the model's chat template writes them.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import glob
+import hashlib
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from sinkquant.errors import RequestError
+from sinkquant.resources import demo_text
+
+DOCUMENT_SEPARATOR = "<|doc|>"
+STANDARD_INPUT = "-"
+Split = Literal["calibration", "evaluation"]
+TextSource = str | os.PathLike[str] | None
+PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstandard", b"BZh": "bzip2",
+          b"\xfd7zXZ": "xz"}
+MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+"""How files begin that are no text in UTF-8."""
+
+
+def read_text(path: TextSource, split: Split, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+    """The user's text, or the packaged text of that split. What a file holds decides how it is read, not its name.
+
+    Args:
+        path: a file, a pattern of files such as `texts/*.jsonl`, or `-` for standard input; None for the packaged text.
+        tokenizer: its chat template writes records of messages.
+
+    Raises:
+        RequestError: a file cannot be read, is empty, is not UTF-8, or holds data without a text in it; or there are
+            messages and no chat template.
+    """
+    found = []
+    for name, content in _contents(path, split):
+        what = f"the {split} text {name}"
+        data = _is_data(name, content)
+        text = _joined(_records(name, content, what), what, tokenizer) if data else _decoded(content, what)
+        if not text.strip():
+            raise RequestError(f"{what} is empty; give a file with some prose.")
+        found.append(text)
+    return f"\n{DOCUMENT_SEPARATOR}\n".join(found)
+
+
+def text_digest(path: TextSource, split: Split) -> bytes:
+    """A hash of what `read_text` would read."""
+    digest = hashlib.sha256()
+    for _, content in _contents(path, split):
+        digest.update(hashlib.sha256(content).digest())
+    return digest.digest()
+
+
+def documents(text: str) -> list[str]:
+    """The documents of a text: lines that are exactly `<|doc|>` separate them and are not part of them."""
+    parts: list[list[str]] = [[]]
+    for line in text.splitlines(keepends=True):
+        if line.strip() == DOCUMENT_SEPARATOR:
+            parts.append([])
+        else:
+            parts[-1].append(line)
+    return [joined for part in parts if (joined := "".join(part).strip())]
+
+
+def _contents(path: TextSource, split: Split) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of every file, in the order of their names."""
+    if path is None:
+        paths = [demo_text(split)]
+    elif str(path) == STANDARD_INPUT:
+        yield "on standard input", _standard_input()
+        return
+    else:
+        whole = Path(path).expanduser()
+        matching = [] if whole.exists() else sorted(glob.glob(str(whole), recursive=True))
+        paths = [Path(one) for one in matching if Path(one).is_file()] or [whole]
+    for one in paths:
+        try:
+            content = one.read_bytes()
+        except IsADirectoryError as error:
+            raise RequestError(f"cannot read the {split} text {one}: it is a folder; name a file in it, or a pattern "
+                               f"such as {one}/*.txt.") from error
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise RequestError(f"cannot read the {split} text {one}: {reason}.") from error
+        yield str(one), content
+
+
+@functools.cache
+def _standard_input() -> bytes:
+    """It can be read once, and is needed for every stage."""
+    return sys.stdin.buffer.read()
+
+
+def _decoded(content: bytes, what: str) -> str:
+    for start, kind in PACKED.items():
+        if content.startswith(start):
+            raise RequestError(f"{what} is not text: it is packed by {kind}; unpack it first.")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        kind = next((f" (it begins as {mark} does)" for start, mark in MARKS.items() if content.startswith(start)), "")
+        raise RequestError(f"{what} is not UTF-8{kind}; convert it first.") from error
+    if "\0" in text:
+        raise RequestError(f"{what} is not text: it holds zero bytes; give a file with some prose.")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _is_data(name: str, content: bytes) -> bool:
+    """Whether a file holds records, by its first bytes; by its name too where those could be prose."""
+    start = content.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if content.startswith(b"PAR1") or name.lower().endswith((".parquet", ".json", ".jsonl", ".ndjson", ".csv", ".tsv")):
+        return True
+    return start[:1] in (b"{", b"[") and (_parses(start.splitlines()[0]) or _parses(start))
+
+
+def _parses(text: bytes) -> bool:
+    try:
+        return isinstance(json.loads(text), dict | list)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _records(name: str, content: bytes, what: str) -> Sequence[Any]:
+    """The records of a file of data, empty where it holds none."""
+    if content.startswith(b"PAR1"):
+        return _parquet(content, what)
+    text = _decoded(content, what)
+    if name.lower().endswith((".csv", ".tsv")):
+        delimiter = "\t" if name.lower().endswith(".tsv") else ","
+        try:
+            return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
+        except csv.Error as error:
+            raise RequestError(f"{what} is no table that can be read: {error}.") from error
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        return _lines(text, what)
+    if isinstance(whole, dict) and not {"text", "messages"} & set(whole):
+        lists = [value for value in whole.values() if isinstance(value, list)]
+        whole = lists[0] if len(lists) == 1 else whole
+    if isinstance(whole, dict) and isinstance(whole.get("text"), list):
+        return list(whole["text"])
+    return whole if isinstance(whole, list) else [whole]
+
+
+def _lines(text: str, what: str) -> list[Any]:
+    records = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                records.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise RequestError(f"{what} is neither JSON nor JSON lines: line {number} does not parse; mend it, or "
+                                   "name it .txt if it is prose.") from error
+    return records
+
+
+def _parquet(content: bytes, what: str) -> Sequence[Any]:
+    import pyarrow.parquet  # of no use to anybody else
+
+    try:
+        file = pyarrow.parquet.ParquetFile(io.BytesIO(content))
+        names = [name for name in ("text", "messages") if name in file.schema_arrow.names]
+        table = file.read(columns=names[:1] or None)
+        return list(table.to_pylist())
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise RequestError(f"{what} is a parquet file that cannot be read: {str(error).splitlines()[0]}.") from error
+
+
+def _joined(records: Sequence[Any], what: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    texts = [_text_of(record, f"{what}, record {number},", tokenizer) for number, record in enumerate(records, start=1)]
+    return f"\n{DOCUMENT_SEPARATOR}\n".join(text for text in texts if text.strip())
+
+
+def _text_of(record: Any, what: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    if isinstance(record, str):
+        return record
+    if isinstance(record, Mapping):
+        text, messages = record.get("text"), record.get("messages")
+        if isinstance(text, str):
+            return text
+        if isinstance(messages, list):
+            return _chat(messages, what, tokenizer)
+        if "text" in record and text is None and messages is None:
+            return ""
+        names = ", ".join(sorted(map(str, record))[:8]) or "none"
+        raise RequestError(f"{what} has no text (a string) and no messages (a list); its fields are {names}. Rename "
+                           "the field that holds the text.")
+    raise RequestError(f"{what} is a {type(record).__name__}, and a string or an object with the field text or "
+                       "messages is needed.")
+
+
+def _chat(messages: list[Any], what: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """A conversation as the model reads it, without the `<bos>` that rows are given anyway."""
+    if tokenizer is None or not tokenizer.chat_template:
+        raise RequestError(f"{what} holds messages, and the model's tokenizer has no chat template to write them with; "
+                           "give their text in the field text.")
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # a template is a program, and raises what it wants
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise RequestError(f"{what} cannot be written by the model's chat template: {reason}.") from error
+    return text.removeprefix(tokenizer.bos_token or "")

@@ -1,0 +1,141 @@
+"""A model's name -> its folder, and which of the files there transformers would load."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from sinkquant.errors import RequestError
+from sinkquant.models.headers import read_header
+from sinkquant.resources import demo_model
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+
+
+def resolve(model: str) -> Path:
+    """The local folder of a model: "demo", a folder, or a hub id (the hub's offline cache is respected).
+
+    Raises:
+        RequestError: there is no such folder or hub model, or the folder is not a complete safetensors checkpoint.
+    """
+    if model == "demo":
+        folder = demo_model()
+    elif Path(model).is_dir():
+        folder = Path(model)
+    elif Path(model).exists() or not HUB_ID.fullmatch(model) or model.startswith("."):
+        raise RequestError(f"{model!r} is not a model folder, a hub id (owner/name) or 'demo'.")
+    else:
+        try:
+            folder = Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise RequestError(f"{model!r} is no local folder, and the hub did not give it: {reason}") from error
+    check_folder(folder)
+    return folder
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that transformers could not load completely, or would not load as it looks.
+
+    Raises:
+        RequestError: no config.json, no safetensors, a shard that is missing or shorter than its header says, or an
+            adapter that transformers would put on top of the weights.
+    """
+    if (folder / ADAPTER).is_file():
+        raise RequestError(f"{folder} holds an adapter ({ADAPTER}); merge it into its base model first (peft: "
+                           "merge_and_unload, then save_pretrained), and name the folder of the merged model.")
+    read_settings(folder)
+    for shard in weight_files(folder):
+        read_header(shard)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """config.json as it stands in a folder.
+
+    Raises:
+        RequestError: there is none, or it is no JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        inside = sorted(found.parent.name for found in folder.glob("*/config.json"))
+        hint = f"; its subfolder {inside[0]} has one" if inside else ""
+        raise RequestError(f"{folder} is not a model folder: it has no config.json{hint}.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RequestError(f"{path} cannot be read ({str(error).splitlines()[0]}); copy the model folder "
+                           "again.") from error
+    if not isinstance(content, dict):
+        raise RequestError(f"{path} is no JSON object; copy the model folder again.")
+    return content
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint that transformers reads, in order: the file that config.json names, the
+    single file, the shards of the index.
+
+    Raises:
+        RequestError: there are none, the index names one that is missing, or shards have no index.
+    """
+    named = _named(folder)
+    if named is not None and named.endswith(".safetensors"):
+        return [folder / named]
+    index = folder / (named or INDEX)
+    names = _shards(index) if index.is_file() else []  # other engines read it beside a single file too
+    if named is None and (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if names:
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise RequestError(f"{folder} lacks the shard {missing[0]}; copy the model folder again.")
+        return [folder / name for name in names]
+    raise RequestError(f"{folder} has no safetensors weights{_instead(folder)}.")
+
+
+def _named(folder: Path) -> str | None:
+    """The weight file that config.json names itself (`transformers_weights`)."""
+    path = folder / "config.json"
+    named = read_settings(folder).get("transformers_weights") if path.is_file() else None
+    if named is None:
+        return None
+    inside = isinstance(named, str) and (folder / named).resolve().is_relative_to(folder.resolve())
+    if not inside or not named.endswith((".safetensors", ".safetensors.index.json")) or not (folder / named).is_file():
+        raise RequestError(f"{path} names {named!r} as the weights, which is no safetensors file of this folder.")
+    return str(named)
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names."""
+    try:
+        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RequestError(f"{index} is broken; copy the model folder again.") from error
+    if not names:
+        raise RequestError(f"{index} names no shard; copy the model folder again.")
+    return names
+
+
+def _instead(folder: Path) -> str:
+    """What lies there in place of the weights, in brackets."""
+    files = sorted(path.name for path in folder.glob("*") if path.is_file())
+    shards = [name for name in files if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]
+    if shards:
+        return f" that transformers would load (it has {shards[0]}, but no {INDEX}; copy that too)"
+    variants = [name for name in files if re.fullmatch(r"model\.\w+\.safetensors(\.index\.json)?", name)]
+    if variants:
+        return f" that transformers would load (it has {variants[0]}; rename that to {SINGLE} to use this variant)"
+    others = [name for name in files if name.endswith(".safetensors")]
+    if others:
+        return f" that transformers would load (it has {others[0]}, and looks for {SINGLE})"
+    pickled = [name for name in files if name.endswith(".bin")]
+    if pickled:
+        return f" (it has {pickled[0]}; convert it to safetensors first)"
+    inside = sorted(str(path.parent.relative_to(folder)) for path in folder.glob("*/*.safetensors"))
+    return f" (its subfolder {inside[0]} has; name that folder)" if inside else ""

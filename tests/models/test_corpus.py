@@ -1,0 +1,131 @@
+"""Texts as people have them: whatever a file holds, its documents come out, or one sentence says why not."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from tiny_tokenizer import tiny_tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from sinkquant.errors import RequestError
+from sinkquant.models import corpus, documents, read_text, token_rows
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+RECORDS = [{"text": "w8 w9", "id": 1}, {"text": "", "id": 2}, {"text": "w10\nw11", "id": 3}]
+FOUND = ["w8 w9", "w10\nw11"]
+
+
+def chat_tokenizer() -> PreTrainedTokenizerBase:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def written(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def parquet(path: Path, records: list[dict[str, object]]) -> Path:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    return path
+
+
+def lines(records: list[object]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("a.jsonl", lines(RECORDS)), ("a.txt", lines(RECORDS)), ("bare", lines(RECORDS)),
+    ("crlf.jsonl", lines(RECORDS).replace("\n", "\r\n")), ("marked.jsonl", "\ufeff" + lines(RECORDS)),
+    ("list.json", json.dumps(RECORDS, indent=1)), ("data.json", json.dumps({"version": 1, "data": RECORDS})),
+    ("strings.json", json.dumps(FOUND)), ("columns.json", json.dumps({"text": FOUND})),
+    ("table.csv", 'id,text\n1,w8 w9\n2,\n3,"w10\nw11"\n'), ("table.tsv", 'id\ttext\n1\tw8 w9\n3\t"w10\nw11"\n'),
+    ("prose.txt", "w8 w9\r\n<|doc|>\r\nw10\r\nw11\r\n"), ("marked.txt", "\ufeffw8 w9\n<|doc|>\nw10\nw11")])
+def test_whatever_holds_the_documents_they_are_the_same(tmp_path: Path, name: str, content: str) -> None:
+    assert documents(read_text(written(tmp_path / name, content), "calibration")) == FOUND
+
+
+def test_parquet_is_read_by_its_text(tmp_path: Path) -> None:
+    records = [{"id": 1, "text": "w8 w9"}, {"id": 2, "text": None}, {"id": 3, "text": "w10\nw11"}]
+    assert documents(read_text(parquet(tmp_path / "a.parquet", records), "calibration")) == FOUND
+    other = parquet(tmp_path / "b.parquet", [{"prompt": "w8"}])
+    with pytest.raises(RequestError, match=r"record 1, has no text .* its fields are prompt"):
+        read_text(other, "calibration")
+    broken = written(tmp_path / "c.parquet", (tmp_path / "a.parquet").read_bytes()[:-9])
+    with pytest.raises(RequestError, match=r"c\.parquet is a parquet file that cannot be read"):
+        read_text(broken, "calibration")
+
+
+def test_messages_are_written_by_the_chat_template_without_its_bos(tmp_path: Path) -> None:
+    records = [{"messages": [{"role": "user", "content": f"w{i} w{i + 1}"}, {"role": "assistant", "content": "w9"}]}
+               for i in range(10, 50)]
+    expected = [f"user: w{i} w{i + 1}\nassistant: w9" for i in range(10, 50)]
+    for path in (written(tmp_path / "a.jsonl", lines(list(records))), parquet(tmp_path / "a.parquet", list(records))):
+        text = read_text(path, "calibration", chat_tokenizer())
+        assert documents(text) == expected
+        rows = token_rows(chat_tokenizer(), text, 4, 16)
+        assert rows.shape == (4, 16)
+        assert (rows == 1).sum(1).tolist() == [1] * 4
+        with pytest.raises(RequestError, match="record 1, holds messages, and the model's tokenizer has no chat templ"):
+            read_text(path, "calibration", tiny_tokenizer())
+    refusing = tiny_tokenizer()
+    refusing.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(RequestError, match="cannot be written by the model's chat template: roles must alternate"):
+        read_text(tmp_path / "a.jsonl", "calibration", refusing)
+
+
+def test_several_files_are_read_in_the_order_of_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path / "b.jsonl", lines(RECORDS))
+    written(tmp_path / "a.txt", "w20")
+    written(tmp_path / "set [1].txt", "w30")
+    assert documents(read_text(f"{tmp_path}/[ab].*", "calibration")) == ["w20", *FOUND]
+    assert documents(read_text(tmp_path / "set [1].txt", "calibration")) == ["w30"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert documents(read_text("~/a.txt", "calibration")) == ["w20"]
+    with pytest.raises(RequestError, match=r"cannot read the calibration text .*/none\*: "):
+        read_text(tmp_path / "none*", "calibration")
+
+
+def test_standard_input_is_read_once_for_every_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus._standard_input.cache_clear()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines(RECORDS).encode())))
+    for _ in range(2):
+        assert documents(read_text("-", "calibration")) == FOUND
+    corpus._standard_input.cache_clear()
+
+
+@pytest.mark.parametrize(("name", "content", "said"), [
+    ("a.jsonl", lines([{"prompt": "x", "answer": "y"}]), "record 1, has no text .* its fields are answer, prompt"),
+    ("a.txt", lines([{"text": "w8"}, {"text": 3}]), "record 2, has no text"),
+    ("a.jsonl", lines([{"text": "w8"}]) + "{broken\n", "neither JSON nor JSON lines: line 2 does not parse"),
+    ("a.json", "prose after all", "line 1 does not parse"), ("a.json", "[3]", "record 1, is a int"),
+    ("a.json", "[]", "is empty"), ("a.jsonl", "", "is empty"), ("a.txt", "[" * 100_000, None),
+    ("a.csv", "prompt,answer\nx,y\n", "its fields are answer, prompt"),
+    ("a.txt", "w8".encode("utf-16"), "is not UTF-8 .it begins as UTF-16 does"),
+    ("a.txt", "naïve".encode("latin-1"), "is not UTF-8"), ("a.txt", b"w8 \0 w9", "it holds zero bytes"),
+    ("a.txt.gz", gzip.compress(b"w8 w9"), "packed by gzip")])
+def test_what_holds_no_text_is_said(tmp_path: Path, name: str, content: str | bytes, said: str | None) -> None:
+    path = written(tmp_path / name, content)
+    if said is None:
+        assert documents(read_text(path, "calibration")) == [content]
+        return
+    with pytest.raises(RequestError, match=said) as caught:
+        read_text(path, "calibration")
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_the_digest_is_of_what_is_read(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.txt", "w8")
+    before = corpus.text_digest(path, "calibration")
+    assert corpus.text_digest(None, "calibration") != corpus.text_digest(None, "evaluation")
+    written(path, "w9")
+    assert corpus.text_digest(path, "calibration") != before
