@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.detect.table import AttentionTable
 from sinkquant.errors import RequestError
 from sinkquant.models import BosPolicy, Decoder, Walk, adds_bos, read_text, starts_with_bos, token_rows
+from sinkquant.schemes.table import out_of_reach
 
 SAMPLE = "The attention sink."
 MESSAGES = [{"role": "user", "content": SAMPLE}]
@@ -118,7 +119,15 @@ def _support(decoder: Decoder, audit: Audit) -> None:
     for reason in sorted({linear.fixed for linear in shape.linears.values() if linear.fixed}):
         audit.support[f"left in 16 bits ({sum(x.fixed == reason for x in shape.linears.values())})"] = reason
     sizes = [size for size in (32, 64, 128) if all(linear.columns % size == 0 for linear in free)]
+    for index, sentence in enumerate(out_of_reach(_instructions())):
+        audit.support[f"engines on this processor ({index + 1})"] = sentence
     audit.support["group sizes that fit all"] = ", ".join(map(str, [*sizes, "-1 (per output channel)"]))
+
+
+def _instructions() -> frozenset[str]:
+    """Which of the instructions that engines' kernels need this processor has."""
+    has = {"AVX-512": torch.cpu._is_avx512_supported(), "VNNI": torch.cpu._is_vnni_supported()}
+    return frozenset(name for name, there in has.items() if there)
 
 
 def _loss_with_and_without(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, text: str | None,

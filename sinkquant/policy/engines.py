@@ -22,6 +22,8 @@ def loads_in(shape: ModelShape, formats: Mapping[str, WeightFormat], own: bool) 
     schemes = dict.fromkeys(scheme_of(form) for form in formats.values()) or [INTEGERS]
     named = list(dict.fromkeys(row.engine for scheme in schemes for row in scheme.loads))
     found = [engine for engine in named if all(_takes(engine, form) for form in formats.values())]
+    superfluous = {row.engine for scheme in schemes for row in scheme.loads if row.instead_of in found}
+    found = [engine for engine in found if engine not in superfluous]
     if any(linear.part_of for linear in shape.linears.values()) and not _experts_by_name(shape, formats):
         found = [engine for engine in found if not engine.startswith("vllm")]
     return found
@@ -36,7 +38,7 @@ def engine_loads(engine: str, form: WeightFormat, linear: LinearShape) -> bool:
 
 
 def _takes(engine: str, form: WeightFormat) -> bool:
-    return any(row.engine == engine and row.takes(form) for row in scheme_of(form).loads)
+    return any(engine in row.names and row.takes(form) for row in scheme_of(form).loads)
 
 
 def _experts_by_name(shape: ModelShape, formats: Mapping[str, WeightFormat]) -> bool:

@@ -26,7 +26,8 @@ class Budget(Section):
 
     `bits`: average bits per weight of the blocks' linears, scales counted. `bytes`: of the whole checkpoint, and with
     `context` also of the KV cache of `batch` rows of so many tokens. `loss`: a ceiling of the predicted KL divergence
-    from the unquantized model, nats per token, met in the fewest bytes. `engine`: only formats that it loads.
+    from the unquantized model, nats per token, met in the fewest bytes. `engine`: only formats that it loads
+    (docs/engines.md; "vllm": by the kernels that most builds have, "vllm-cuda": by any that it has there).
     `solver` "even" raises `weights.bits` evenly until the bytes are spent, the linears that sinks dominate first;
     "sensitivity" solves for the least predicted loss (see `sensitivity`). Null: "even" for `bits` or `bytes` alone,
     "sensitivity" for `loss`, or where `context` or an `engine` is named.
@@ -37,7 +38,7 @@ class Budget(Section):
     loss: float | None = Field(default=None, gt=0)
     context: int | None = Field(default=None, ge=1)
     batch: int = Field(default=1, ge=1)
-    engine: Literal["any", "vllm", "transformers", "sinkquant"] = "any"
+    engine: Literal["any", "vllm", "vllm-cuda", "vllm-cpu", "transformers", "sinkquant"] = "any"
     solver: Literal["even", "sensitivity"] | None = None
 
     @model_validator(mode="after")

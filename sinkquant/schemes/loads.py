@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,9 +14,12 @@ class Loads:
     """One engine that loads a scheme, for the formats of it that meet all conditions; null: any will do.
 
     Attributes:
-        engine: as `plan.json` names it. hardware, since: where it runs, and from which version on.
-        known: "tried" here, or "read" in `place`.
+        engine: as `plan.json` names it. hardware, since: where it runs; the oldest version that is known to do so,
+            empty where none was named.
+        known: "tried" by the tests or by hand, or "read" in `place`.
         bits, group_sizes, inputs: what weights and inputs may be. caveat: what to know of it.
+        instructions: of the processor, that its kernels need: "AVX-512" or "VNNI".
+        instead_of: an engine that makes this row superfluous in a plan where it loads all, too.
     """
 
     engine: str
@@ -27,9 +31,37 @@ class Loads:
     group_sizes: frozenset[int] | None = None
     inputs: frozenset[str] | None = None
     caveat: str = ""
+    instead_of: str = ""
+    instructions: str = ""
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The engine, and the engine on this hardware: "vllm" and "vllm-cuda"."""
+        return self.engine, f"{self.engine}-{self.hardware.lower()}"
 
     def takes(self, form: WeightFormat) -> bool:
-        """Whether a format meets the conditions."""
+        """Whether a format meets the conditions on weights and inputs."""
         return (self.bits is None or form.bits in self.bits) and (
             self.group_sizes is None or form.group_size in self.group_sizes) and (
             self.inputs is None or form.inputs in self.inputs)
+
+    def conditions(self) -> str:
+        """What weights and inputs may be, in words; empty where any will do."""
+        parts = []
+        if self.bits is not None:
+            parts.append(f"{_listed(self.bits)} bits")
+        if self.group_sizes is not None:
+            sizes = _listed(size for size in self.group_sizes if size > 0)
+            named = ([f"groups of {sizes}"] if sizes else []) + (["per channel"] if -1 in self.group_sizes else [])
+            parts.append(" or ".join(named))
+        if self.inputs is not None:
+            parts.append(f"{' or '.join(sorted(self.inputs))} inputs")
+        return ", ".join(parts)
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    """"2, 3 or 4"; "2 to 8" where none between is left out."""
+    found = sorted(numbers)
+    if len(found) > 3 and found == list(range(found[0], found[-1] + 1)):
+        return f"{found[0]} to {found[-1]}"
+    return " or ".join(filter(None, [", ".join(map(str, found[:-1])), str(found[-1]) if found else ""]))

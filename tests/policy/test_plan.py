@@ -37,7 +37,7 @@ def test_without_protection_every_linear_has_the_recipes_format_and_a_reason(dec
     assert list(plan.modules) == list(decoder.linears)
     assert set(formats(plan, *plan.modules)) == {(3, 32, "rtn")}
     assert all(decision.reason.startswith("3 bits: ") for decision in plan.modules.values())
-    assert plan.loads_in == ["transformers"]
+    assert plan.loads_in == ["transformers", "vllm-cuda"]
     assert planned(decoder).loads_in == ["transformers", "vllm"]
 
 

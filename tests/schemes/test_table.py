@@ -1,0 +1,41 @@
+"""The engine table: what its conditions say, what a processor lacks, and that the page shows what plans read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sinkquant.schemes import INTEGERS, Loads, WeightFormat
+from sinkquant.schemes.table import engine_table, out_of_reach
+
+PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
+
+
+def test_the_page_shows_the_rows() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    shown = text.partition("<!-- ENGINES -->\n")[2].partition("\n<!-- /ENGINES -->")[0]
+    assert shown.splitlines() == engine_table()
+
+
+@pytest.mark.parametrize(("form", "engines"), [
+    (WeightFormat(4, 64), {"transformers", "vllm", "vllm-cuda", "vllm-cpu"}),
+    (WeightFormat(3, 64), {"transformers", "vllm-cuda"}), (WeightFormat(3, 16), {"transformers"}),
+    (WeightFormat(8, -1), {"transformers", "vllm", "vllm-cuda"}),
+    (WeightFormat(8, -1, inputs="int8", input_scale="token"), {"transformers", "vllm", "vllm-cpu"}),
+    (WeightFormat(4, 64, inputs="int8", input_scale="token"), {"transformers"})])
+def test_who_loads_integers(form: WeightFormat, engines: set[str]) -> None:
+    assert {row.engine for row in INTEGERS.loads if row.takes(form)} == engines
+
+
+def test_conditions_in_words() -> None:
+    row = Loads("e", "CPU", "", "read", "p", frozenset({2, 3, 4, 5}), frozenset({-1, 32}), frozenset({"int8"}))
+    assert row.conditions() == "2 to 5 bits, groups of 32 or per channel, int8 inputs"
+    assert Loads("e", "any", "", "read", "p").conditions() == ""
+    assert row.names == ("e", "e-cpu")
+
+
+def test_what_a_processor_lacks() -> None:
+    assert out_of_reach(frozenset({"AVX-512", "VNNI"})) == []
+    (one,) = out_of_reach(frozenset({"AVX-512"}))
+    assert "needs VNNI for integer weights (8 bits, per channel, int8 inputs), which this processor lacks" in one
