@@ -173,3 +173,29 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_bytes(b"\xff\xfe\x00name")
     with pytest.raises(RequestError, match=r"broken.yaml is not YAML"):
         Recipe.load(tmp_path / "broken.yaml")
+
+
+@pytest.mark.parametrize("key", ["calibration.text", "evaluate.text"])
+@pytest.mark.parametrize("path", ["set #2/a: b.txt", "/x y/it's [1].txt", "- a.txt", "{a}.txt", "*.txt", "é/日本.txt",
+                                  "no", "123", "~/a.txt", "a=b", "a'", "@a", "%a", "a\tb", " a "])
+def test_a_path_is_taken_as_it_stands(key: str, path: str) -> None:
+    """YAML would cut it off at ` #`, or read a list, a number or a truth value."""
+    section, _, leaf = key.partition(".")
+    for recipe in (Recipe().replace([f"{key}={path}"]), Recipe().changed(**{section: {leaf: path}})):
+        assert getattr(getattr(recipe, section), leaf) == path.replace("~", str(Path.home()))
+
+
+@pytest.mark.parametrize(("written", "read"), [("null", None), ("", None), ("~", None), ("'null'", "null"),
+                                               ('"a b"', "a b")])
+def test_quotes_and_null_of_a_path_are_yaml(written: str, read: str | None) -> None:
+    assert Recipe().replace(["calibration.text=a.txt", f"calibration.text={written}"]).calibration.text == read
+
+
+def test_values_change_by_section() -> None:
+    recipe = Recipe().changed(weights={"bits": 3}, seed=7, kv_cache={"key_bits": 2}, evaluate={"tasks": ["a"]})
+    assert recipe == Recipe().replace(["weights.bits=3", "seed=7", "kv_cache.key_bits=2", "evaluate.tasks=[a]"])
+    assert recipe.changed() == recipe
+    assert recipe.changed(kv_cache={"window": 4}).kv_cache.key_bits == 2
+    assert recipe.changed(kv_cache=None).kv_cache is None
+    with pytest.raises(RequestError, match="did you mean 'bits'"):
+        recipe.changed(weights={"bitz": 3})

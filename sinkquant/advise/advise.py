@@ -69,7 +69,7 @@ def advise(model: str | os.PathLike[str], recipe: Recipe | None = None, sink_map
     shape = decoder.shape(str(model))
     room = max_length(opened) - SPARE
     if recipe.evaluate.divergence_length > room:
-        recipe = recipe.replace([f"evaluate.divergence_length={room}"])
+        recipe = recipe.changed(evaluate={"divergence_length": room})
     # What cannot be planned at all is refused before anything is looked for.
     _named(mechanisms(shape, nothing_found(shape), recipe), only)
     if sink_map is not None:
@@ -110,10 +110,10 @@ def _named(found: list[Mechanism], only: Sequence[str]) -> list[Mechanism]:
 
 def _with_losses(recipe: Recipe) -> Recipe:
     """The recipe with the sensitivities that predict what protection is worth, as far as memory goes."""
-    changed = recipe.replace(["sensitivity.measure_rows=0"])
+    quick = recipe.changed(sensitivity={"measure_rows": 0})
     if recipe.kv_cache is None:
-        return changed
-    return changed.replace(["sensitivity.kv_bits=[2]", f"sensitivity.kv_length={recipe.evaluate.divergence_length}"])
+        return quick
+    return quick.changed(sensitivity={"kv_bits": [2], "kv_length": recipe.evaluate.divergence_length})
 
 
 def _held_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> torch.Tensor:
@@ -167,7 +167,7 @@ class _Forecaster:
                 continue  # the rows that predict do not have such tokens
             candidates = cache_candidates(aware, self.recipe.evaluate.divergence_length)
             if control.window not in bases:
-                bases[control.window] = self._sensitivity(one.recipe.replace([f"kv_cache.window={control.window}"]),
+                bases[control.window] = self._sensitivity(one.recipe.changed(kv_cache={"window": control.window}),
                                                           candidates)
             own = self._sensitivity(one.recipe.replace(one.settings), candidates)
             worth = predicted_cache_worth(one, bases[control.window], own)

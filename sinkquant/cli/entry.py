@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -22,8 +24,10 @@ from sinkquant.recipe import DEFAULT_RECIPE, Recipe, recipe_names
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 # typer carries its own copy of click or uses the installed one, by version; this names the right class in both.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-INTERRUPTED = 130
-"""What typer makes of Ctrl-C."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C, which typer would make an exit code of; with what the command says of what is left."""
 
 
 def main() -> None:
@@ -32,25 +36,25 @@ def main() -> None:
         signal.signal(number, signal.default_int_handler)
     try:
         code = app(standalone_mode=False)
-        if code == INTERRUPTED:
-            raise KeyboardInterrupt
     except typer.Exit as stop:
         code = stop.exit_code
     except UsageError as error:
         code = _fail(f"{error.format_message()} See quantize-model --help.", 2)  # type: ignore[attr-defined]
     except SinkquantError as error:
-        code = _fail(str(error), error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        code = _fail("stopped before it was done; nothing half-written was left.", 1)
+        code = _fail(_with_notes(str(error), error), error.exit_code)
+    except (Interrupted, KeyboardInterrupt, typer.Abort) as error:
+        notes = getattr(error.__cause__, "__notes__", ["nothing half-written was left."])
+        code = _fail("; ".join(["stopped before it was done", *notes]), 1)
     except MemoryError:
         code = _fail("out of memory; use a smaller calibration.batch_size or a larger machine.", 1)
     except OSError as error:
-        code = _fail(f"{error.filename or 'input or output'}: {error.strerror or error}.", 1)
+        code = _fail(_with_notes(f"{error.filename or 'input or output'}: {error.strerror or error}.", error), 1)
     except Exception as error:
         if "--traceback" in sys.argv:
             raise
         reason = " ".join(str(error).split()) or "no reason was given"
-        code = _fail(f"unexpected {type(error).__name__}: {reason[:300]} (run with --traceback for all of it).", 1)
+        code = _fail(_with_notes(f"unexpected {type(error).__name__}: {reason[:300]} (run with --traceback for all of "
+                                 "it).", error), 1)
     sys.exit(code or 0)
 
 
@@ -67,7 +71,6 @@ def top(context: typer.Context,
         raise typer.Exit(2)
 
 
-@app.command()
 def run(recipe: Annotated[str | None, typer.Argument(help="A recipe file or the name of a packaged one; "
                                                           "default: " + DEFAULT_RECIPE + ".")] = None,
         model: Annotated[str, typer.Option("-m", "--model", help="A model folder, a hub id, or 'demo'.")] = "demo",
@@ -116,19 +119,6 @@ def _recipe_of_run(recipe: str | None, edited: Plan | None, assignments: list[st
     return Recipe.parse(edited.recipe, "the recipe in the plan").replace(assignments)
 
 
-app.command()(detect)
-app.command()(plan)
-app.command()(sensitivity)
-app.command()(advise)
-app.command()(diff)
-app.command(name="eval")(evaluate)
-app.command()(diagnose)
-app.command(name="cut-heads")(cut)
-app.command()(report)
-app.command()(doctor)
-
-
-@app.command()
 def recipes(action: Annotated[str | None, typer.Argument(help="'show' to print one.")] = None,
             name: Annotated[str | None, typer.Argument(help="The recipe to show.")] = None) -> None:
     """List the packaged recipes, or show one with all its defaults."""
@@ -139,6 +129,33 @@ def recipes(action: Annotated[str | None, typer.Argument(help="'show' to print o
         print(Recipe.load(name).to_yaml(), end="")
     else:
         raise RequestError("write 'quantize-model recipes' or 'quantize-model recipes show NAME'.")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "run": run, "detect": detect, "plan": plan, "sensitivity": sensitivity, "advise": advise, "diff": diff,
+    "eval": evaluate, "diagnose": diagnose, "cut-heads": cut, "report": report, "doctor": doctor, "recipes": recipes}
+"""In the order in which the help shows them."""
+
+
+def _command(name: str, work: Callable[..., None]) -> None:
+    """Make a function a command."""
+    @functools.wraps(work)
+    def interruptible(*args: object, **options: object) -> None:
+        try:
+            work(*args, **options)
+        except KeyboardInterrupt as error:
+            raise Interrupted from error
+
+    app.command(name)(interruptible)
+
+
+for _name, _work in COMMANDS.items():
+    _command(_name, _work)
+
+
+def _with_notes(message: str, error: BaseException) -> str:
+    """An error with what is left of the work, where that is known."""
+    return "; ".join([message.removesuffix(".") if (notes := getattr(error, "__notes__", [])) else message, *notes])
 
 
 def _fail(message: str, code: int) -> int:

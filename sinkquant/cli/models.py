@@ -89,7 +89,7 @@ def cut(model: ModelArgument,
                                                            "now.")] = None,
         assignments: SetOption = None, text: TextOption = None, trust_remote_code: TrustOption = False) -> None:
     """Write a model without the heads that do nothing, in smaller shapes that plain transformers loads."""
-    recipe = Recipe().replace(["prune.heads=no-op", *(assignments or [])])
+    recipe = Recipe().changed(prune={"heads": "no-op"}).replace(assignments or [])
     from sinkquant.formats import require_free
     from sinkquant.heads import cut_heads
     from sinkquant.models import load_tokenizer, open_model, resolve

@@ -51,7 +51,7 @@ def find_costs(model: str, text: str | None, sink_map: SinkMap, recipe: Recipe, 
     from sinkquant.sensitivity import find_sensitivity
 
     folder = resolve(model)
-    asked = recipe.replace([f"calibration.text={text}"]) if text else recipe
+    asked = recipe.changed(calibration={"text": text}) if text else recipe
     loaded = open_model(folder, trust_remote_code)
     if cache is None or not cache.is_file():
         require_memory(Decoder.of(loaded), asked, (SENSITIVITIES,), True)

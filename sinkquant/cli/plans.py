@@ -126,7 +126,8 @@ def advise(model: ModelArgument,
            output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the advice here.")] = None,
            trust_remote_code: TrustOption = False) -> None:
     """What each kind of protection is worth on a model at a recipe's formats: predicted, and measured if asked."""
-    chosen = Recipe.load(recipe).replace([*(assignments or []), *([f"calibration.text={text}"] if text else [])])
+    chosen = Recipe.load(recipe).replace(assignments or [])
+    chosen = chosen.changed(calibration={"text": text}) if text else chosen
     known = SinkMap.load(sink_map) if sink_map else None
     from sinkquant.advise import advise as look
     from sinkquant.cli.tables.plans import advice_table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,14 +23,14 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A run's folder or a ch
              output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the report here.")] = None,
              ) -> None:
     """Measure a checkpoint with lm-eval, beside its baseline and its control."""
-    extra = [f"evaluate.text={text}"] if text else []
-    extra += [f"evaluate.tasks=[{tasks}]"] if tasks else []
+    asked: dict[str, Any] = {"text": text} if text else {}
+    asked |= {"tasks": [name.strip() for name in tasks.split(",")]} if tasks else {}
     if not folder.is_dir():
         raise RequestError(f"{folder} is no folder; give a run's folder or a checkpoint.")
     from sinkquant.models.processes import this_process
     from sinkquant.run.measure import evaluate_folder, recorded_recipe
 
-    recipe = recorded_recipe(folder).replace([*extra, *(assignments or [])])
+    recipe = recorded_recipe(folder).changed(evaluate=asked).replace(assignments or [])
     costs = Sensitivity.load(sensitivity) if sensitivity else None
     with shown_progress() as progress:
         made = evaluate_folder(folder, recipe, baseline, progress, costs)

@@ -71,7 +71,7 @@ def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
     steps = _Steps(progress)
     steps.next("finding sinks")
     if sink_map is None:
-        quick = recipe.replace(["detect.super_weights=false", "prune.heads=none"])
+        quick = recipe.changed(detect={"super_weights": False}, prune={"heads": "none"})
         sink_map = detect(model, tokenizer, text, quick, name)
     notes: list[str] = []
     rows = job.rows(ROWS, min(LENGTH, decoder.max_length))

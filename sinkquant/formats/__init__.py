@@ -6,7 +6,8 @@ from sinkquant.lazy import make_lazy
 
 if TYPE_CHECKING:
     from sinkquant.formats.load import KV_PREFIX, load, load_dense, open_quantized, prefix_of, read_checkpoint
-    from sinkquant.formats.save import STORED, require_free, save, versions, written_aside
+    from sinkquant.formats.output import require_free
+    from sinkquant.formats.save import STORED, save, versions, written_aside
     from sinkquant.formats.stream import dismiss, follow, quantize_to
     from sinkquant.schemes.codecs.reading import is_library, open_checkpoint, rounds_inputs
 

@@ -19,9 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan, SinkMap
 from sinkquant.artifacts.sizes import GUARD, checkpoint_tensors, own_format, packed_tensors
-from sinkquant.errors import RequestError, SinkquantError
+from sinkquant.errors import SinkquantError
 from sinkquant.formats.carried import carry, files_below, write_config
 from sinkquant.formats.load import load_dense
+from sinkquant.formats.output import beside, put_in_place, real_place, require_free
 from sinkquant.formats.own import own_config
 from sinkquant.formats.simulated import save_simulated
 from sinkquant.formats.writer import CheckpointWriter
@@ -93,33 +94,25 @@ def linear_tensors(name: str, weight: StoredWeight, form: WeightFormat,
     return {f"{name}.{leaf}": tensor for leaf, tensor in codec_of(form).leaves(weight, form, input_scale).items()}
 
 
-def require_free(folder: Path) -> None:
-    """Raises RequestError if something stands where the folder is to be written."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise RequestError(f"the output folder {folder} exists and is not empty; name another or remove it.")
-
-
 @contextlib.contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that is renamed to it if all goes well, and removed if not.
+    """A temporary folder beside `target`, or inside it where it is there and empty, that takes its place if all goes
+    well and is removed if not.
 
     Raises:
         SinkquantError: the disk is full or not writable.
     """
-    target = Path(os.path.abspath(target))
+    target, unique = real_place(target), uuid.uuid4().hex
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         # Not tempfile's names, which only the owner may read: a checkpoint follows the umask.
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        temporary.mkdir()
+        temporary = beside(target, f".{target.name}.{unique}", f".{unique}")
+        temporary.mkdir(parents=True)
     except OSError as error:
         raise SinkquantError(f"cannot write beside {target}: {error.strerror or error}.") from error
     try:
         with disk_errors(target):
             yield temporary
-            if target.is_dir():
-                target.rmdir()
-            temporary.rename(target)
+            put_in_place(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -22,12 +22,12 @@ from sinkquant.errors import SinkquantError
 from sinkquant.formats.carried import carry
 from sinkquant.formats.load import load_dense
 from sinkquant.formats.log import in_words
+from sinkquant.formats.output import require_free
 from sinkquant.formats.save import (
     copy_dense,
     disk_errors,
     linear_tensors,
     open_writer,
-    require_free,
     write_files,
     write_packed,
 )

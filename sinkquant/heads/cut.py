@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import SinkMap
 from sinkquant.errors import RequestError, SinkquantError
-from sinkquant.formats.save import require_free, written_aside
+from sinkquant.formats.output import require_free
+from sinkquant.formats.save import written_aside
 from sinkquant.formats.writer import CheckpointWriter
 from sinkquant.models import Decoder, load_model, pieces
 from sinkquant.models.smaller import HeadCounts, smaller_model, smaller_tensor

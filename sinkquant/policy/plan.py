@@ -123,7 +123,7 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
         sensitivity: lets the control predict its loss as well.
     """
     if recipe.budget.solved:
-        recipe = recipe.replace([f"weights.bits={min(recipe.sensitivity.bits)}"])
+        recipe = recipe.changed(weights={"bits": min(recipe.sensitivity.bits)})
     base = share_formats(with_inputs(_base(shape, recipe), shape, recipe), shape)
     allowed = sum(decision.bytes for decision in aware.modules.values())
     transforms = choose_transforms(base, shape, recipe, aware.kv_cache)

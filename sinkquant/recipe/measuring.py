@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from sinkquant.recipe.section import Section
+from sinkquant.recipe.section import FilePath, Section
 
 
 class Compute(Section):
@@ -27,7 +27,7 @@ class CalibrationText(Section):
     `min_expert_tokens` tokens go to is named, and quantized as if all tokens of its layer went to it.
     """
 
-    text: str | None = None
+    text: FilePath | None = None
     rows: int = Field(default=64, ge=1)
     length: int = Field(default=512, ge=2)
     bos: Literal["auto", "always", "never"] = "auto"
@@ -66,7 +66,7 @@ class Evaluation(Section):
     checkpoint, for models that do not fit into memory as a whole."""
 
     skip: bool = False
-    text: str | None = None
+    text: FilePath | None = None
     tasks: list[str] = Field(default_factory=lambda: ["sink_perplexity", "sink_cloze", "sink_recall"])
     limit: int | None = Field(default=None, ge=1)
     control: bool = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from sinkquant.errors import RequestError
 from sinkquant.methods import need_hessian
+from sinkquant.recipe.assignment import read_assignment
 from sinkquant.recipe.budget import Budget, SensitivitySettings
 from sinkquant.recipe.cache import KVCache
 from sinkquant.recipe.explain import explain, near_miss
@@ -105,22 +106,25 @@ class Recipe(Section):
         # Not allow_unicode: PyYAML then writes a next-line character as one that it reads back as a space.
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
+    def changed(self, **sections: Any) -> Self:
+        """A copy with other values: `changed(weights={"bits": 3}, seed=1)`. A section keeps what is not named; one that
+        is off, as `kv_cache` may be, starts from its defaults.
+
+        Raises:
+            RequestError: an unknown key, a value out of range.
+        """
+        return type(self).parse(_merged(self.model_dump(mode="json"), sections))
+
     def replace(self, assignments: Iterable[str]) -> Self:
-        """A copy with `key.path=value` assignments applied; values are read as YAML.
+        """A copy with `key.path=value` assignments applied, as `--set` takes them.
 
         Raises:
             RequestError: an assignment without "=", an unknown key, a value out of range.
         """
         data = self.model_dump(mode="json")
         for assignment in assignments:
-            key, equals, value = assignment.partition("=")
-            if not equals:
-                raise RequestError(f"--set {assignment!r} has no '='; write --set weights.bits=3.")
-            try:
-                parsed = yaml.safe_load(value)
-            except (yaml.YAMLError, ValueError, RecursionError) as error:
-                raise RequestError(f"--set {key}: the value {value!r} is not YAML.") from error
-            *sections, leaf = key.strip().split(".")
+            path, value = read_assignment(assignment, type(self))
+            *sections, leaf = path
             target = data
             for depth, part in enumerate(sections):
                 inner = target.get(part)
@@ -130,8 +134,16 @@ class Recipe(Section):
                     raise RequestError(f"--set: {'.'.join(sections[: depth + 1])!r} is not a section of the recipe"
                                        f"{near_miss(part, [k for k, v in target.items() if isinstance(v, dict)])}.")
                 target = inner
-            target[leaf] = parsed
+            target[leaf] = value
         return type(self).parse(data, "--set")
+
+
+def _merged(old: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(old)
+    for key, value in new.items():
+        inner = found.get(key)
+        found[key] = _merged(inner or {}, value) if isinstance(value, Mapping) else value
+    return found
 
 
 def recipe_names() -> list[str]:

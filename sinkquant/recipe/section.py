@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -28,3 +29,5 @@ def _fits_a_group(size: int) -> int:
 Bits = Annotated[int, AfterValidator(_stored_bits)]
 GroupSize = Annotated[int, Field(ge=-1), AfterValidator(_fits_a_group)]
 Statistics = Literal["all", "boost", "attention", "cap", "exclude"]
+FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""What `--set` takes as it stands, not as YAML; `~` is the home folder."""

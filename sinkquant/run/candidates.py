@@ -99,7 +99,7 @@ def _with_own_prefix(load: Callable[[], PreTrainedModel], ids: list[int]) -> Cal
 def sinks_after(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, name: str,
                 progress: Progress | None = None, trust_remote_code: bool = False) -> SinkMap:
     """The sinks of a quantized checkpoint on the rows that the unquantized model was detected on, without ablations."""
-    fast = recipe.replace(["detect.super_weights=false", "prune.heads=none"])
+    fast = recipe.changed(detect={"super_weights": False}, prune={"heads": "none"})
     if is_library(checkpoint):
         model = (load_dense(checkpoint, trust_remote_code=trust_remote_code) if rounds_inputs(checkpoint) else
                  open_checkpoint(checkpoint, trust_remote_code))

@@ -16,8 +16,10 @@ from pathlib import Path
 from sinkquant.artifacts.base import write_atomically
 from sinkquant.errors import RequestError
 from sinkquant.formats import versions
+from sinkquant.formats.output import UNDONE, beside, put_in_place, real_place, require_free
 from sinkquant.models.corpus import text_digest
 from sinkquant.recipe import Recipe
+from sinkquant.run.lock import locked
 
 LOG = logging.getLogger("sinkquant")
 MODEL, CONTROL = "model", "model-control"
@@ -27,7 +29,7 @@ MANIFEST_SCHEMA = "sinkquant/manifest@1"
 
 
 class WorkFolder:
-    """`<target>.partial`. Its manifest holds the key of the run and the seconds that every stage has taken so far.
+    """Where `partial_folder` says. Its manifest holds the key of the run and the seconds that every stage has taken.
 
     `peaks`: stage -> the most bytes that this process had in memory until its end.
     """
@@ -51,6 +53,15 @@ class WorkFolder:
         self.write_manifest()
         LOG.info("%s took %.1f s; peak of memory so far %.2f GB", stage, took, self.peaks[stage] / 1e9)
 
+    def what_is_left(self) -> str:
+        """A sentence on what a run that stopped has left behind, and how to go on."""
+        if not self.path.exists():
+            return "nothing half-written was left; --resume would have kept the stages that were done."
+        if not (self / MANIFEST).is_file():
+            return f"{self.path} could not be removed; remove it."
+        done = f" ({', '.join(self.seconds)})" if self.seconds else ""
+        return f"{self.path} keeps what was done{done}; the same command with --resume goes on from there."
+
     def write_manifest(self) -> None:
         """Atomic, so that a run that is killed here can be resumed."""
         content = {"schema": MANIFEST_SCHEMA, "key": self.key, "seconds": self.seconds}
@@ -63,42 +74,50 @@ def peak_resident() -> float:
 
 
 def partial_folder(target: Path) -> Path:
-    """Where a run's folder lies until the run is done."""
-    return target.with_name(f"{target.name}.partial")
+    """Where a run's folder lies until the run is done: `<target>.partial`, or inside a folder that is there already."""
+    place = real_place(target)
+    return beside(place, f"{place.name}.partial", UNDONE)
 
 
 @contextlib.contextmanager
 def work_folder(target: Path, key: str, resume: bool) -> Iterator[WorkFolder]:
-    """`<target>.partial` while the run goes on, `target` once it is done; with `resume` it outlives a failure.
+    """`partial_folder` while the run goes on, `target` once it is done; with `resume` it outlives a failure, and the
+    error carries a note that says so.
 
     Raises:
-        RequestError: there is something to resume, and it was another run.
+        RequestError: there is something to resume, and it was another run; another run is at work there.
     """
-    work = WorkFolder(partial_folder(target), key)
+    place, work = real_place(target), WorkFolder(partial_folder(target), key)
+    with locked(work.path):
+        require_free(target)  # a run that had the lock may have finished
+        _begin(work, resume)
+        try:
+            with _log_file(work.path):
+                yield work
+            (work / MANIFEST).unlink()
+            put_in_place(work.path, place)
+        except BaseException as error:
+            if not resume:
+                shutil.rmtree(work.path, ignore_errors=True)
+            if resume or isinstance(error, KeyboardInterrupt):
+                error.add_note(work.what_is_left())
+            raise
+
+
+def _begin(work: WorkFolder, resume: bool) -> None:
     manifest = work / MANIFEST
     if resume and manifest.is_file():
         found = json.loads(manifest.read_text(encoding="utf-8"))
-        if found.get("key") != key:
+        if found.get("key") != work.key:
             raise RequestError(f"{work.path} was made with another recipe, model, text or version of the packages; "
                                "remove it or run without --resume.")
         work.seconds = found["seconds"]
-        for left_over in work.path.glob(".*"):  # what a killed process was writing
-            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+        left_over = list(work.path.glob(".*"))  # what a killed process was writing
     else:
-        shutil.rmtree(work.path, ignore_errors=True)
-        work.path.mkdir(parents=True)
-        work.write_manifest()
-    try:
-        with _log_file(work.path):
-            yield work
-        manifest.unlink()
-        if target.is_dir():
-            target.rmdir()
-        work.path.rename(target)
-    except BaseException:
-        if not resume:
-            shutil.rmtree(work.path, ignore_errors=True)
-        raise
+        left_over = list(work.path.iterdir())
+    for path in left_over:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    work.write_manifest()
 
 
 def run_key(recipe: Recipe, folder: Path, plan: str | None = None, sink_map: str | None = None) -> str:

@@ -236,9 +236,30 @@ def test_ctrl_c_in_the_middle(signal_number, source, tmp_path, text_file):
     process.send_signal(signal_number)
     out, err = process.communicate()
     assert process.returncode == 1
-    assert "stopped before it was done" in one_sentence(Outcome(1, out, err))
+    assert "stopped before it was done; nothing half-written was left" in one_sentence(Outcome(1, out, err))
     assert fingerprint(source) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(tmp_path, tiny_folder, text_file, monkeypatch):
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "quantize_to", stopped)
+    outcome = call("run", "--model", tiny_folder, "--output", tmp_path / "out", "--resume", *settings(text_file))
+    assert outcome.code == 1
+    assert f"{tmp_path / 'out.partial'} keeps what was done (detect); the same command with --resume" in one_sentence(
+        outcome)
+    assert (tmp_path / "out.partial" / "plan.json").is_file()
+
+
+def test_text_from_a_folder_whose_name_is_no_yaml(tmp_path, tiny_folder, text_file):
+    folder = tmp_path / "set #2: [a]"
+    folder.mkdir()
+    text = Path(shutil.copy(text_file, folder / "text.txt"))
+    fast = ["--set", "detect.rows=8", "--set", "detect.long_rows=1", "--set", "detect.super_weights=false"]
+    assert call("detect", tiny_folder, "--text", text, *fast).code == 0
+    assert call("run", "--model", tiny_folder, "--output", tmp_path / "out", "--plan-only", *settings(text)).code == 0
 
 
 def test_killed_and_resumed(source, tmp_path, text_file):
