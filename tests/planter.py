@@ -18,16 +18,16 @@ from transformers import PreTrainedModel
 from sinkquant.models import Decoder, Walk
 
 CONSTANT, MARKER = 5, 9
-MARKERS = (MARKER, 11)
+MARKERS = (MARKER, 11, 13, 15)
 """Channels that the circuits need beside the massive ones: one marker for each plant."""
-NEURONS = (3, 6)
+NEURONS = (3, 6, 8, 10)
 """The MLP neuron, by its index, that each plant's birth layer gives to it."""
 
 
 @dataclass(frozen=True)
 class Plant:
-    """Ground truth. Heads in layers after `birth` listed in `heads` sink; exactly one of token_id, position is set.
-    `also`: more token ids that are the same sink."""
+    """Ground truth. Heads in layers after `birth` (up to `last`) listed in `heads` sink; exactly one of token_id and
+    position is set. `also`: more token ids that are the same sink."""
 
     token_id: int | None
     position: int | None
@@ -37,6 +37,7 @@ class Plant:
     peak: float = 30.0
     massive: bool = True
     also: tuple[int, ...] = ()
+    last: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def plant(model: PreTrainedModel, *plants: Plant) -> PreTrainedModel:
             else:
                 assert positions is not None, "only learned positions can be told apart"
                 positions[what.position + _position_offset(model), marker] = 0.3
-            for view in views[what.birth + 1:]:
+            for view in views[what.birth + 1:None if what.last is None else what.last + 1]:
                 _point_heads(view, what, what.channel if what.massive else marker, dimension)
             _set_norms(decoder, what, dimension)
             if what.massive:
@@ -135,15 +136,16 @@ def _set_norms(decoder: Decoder, what: Plant, dimension: int) -> None:
                 module.weight.fill_(-0.98)
 
 
-def _quiet_dimensions(model: PreTrainedModel) -> tuple[int, int]:
+def _quiet_dimensions(model: PreTrainedModel) -> tuple[int, ...]:
     """Dimensions of the head that rotary embedding leaves (nearly) alone, one for each plant."""
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if config.model_type in ("gpt2", "opt"):
-        return 0, 1
+        return 0, 1, 2, 3
     if config.model_type == "gpt_neox":
-        return head_dim - 1, head_dim - 2  # rotary covers the first quarter only
-    return head_dim // 2 - 1, head_dim - 1  # the pair with the lowest frequency
+        return tuple(head_dim - i for i in range(1, 5))  # rotary covers the first quarter only
+    # The pairs with the lowest frequencies.
+    return head_dim // 2 - 1, head_dim - 1, head_dim // 2 - 2, head_dim - 2
 
 
 def _embedding_scale(model: PreTrainedModel) -> float:

@@ -10,6 +10,7 @@ from sinkquant.artifacts.base import Artifact, Strict
 from sinkquant.artifacts.heads import HeadAblations
 
 SinkKind = Literal["bos", "first_position", "delimiter", "token", "learned"]
+SinkCriterion = Literal["attention", "shared_mass", "remaining_mass", "massive", "learned"]
 
 
 class ModelFacts(Strict):
@@ -41,7 +42,11 @@ class SinkToken(Strict):
 
     `attention` is the mean mass that it receives over heads, layers and the queries that see it; `heads` is the
     share of heads whose score is over the threshold; `share`: the share of all positions that hold it. `position` is
-    null where the sink is not bound to one.
+    null where the sink is not bound to one. `layers` are those in which a head sinks into it.
+
+    `criteria`, what made it one: "attention", enough heads give it more than the threshold; "shared_mass", they do to
+    all massive tokens together, and to it more than to any token that is not massive; "remaining_mass", of what other
+    sinks leave; "learned", a learned column. "massive" stands beside one of these, never alone.
     """
 
     token_id: int | None
@@ -52,6 +57,8 @@ class SinkToken(Strict):
     heads: float
     share: float
     massive: bool
+    criteria: list[SinkCriterion] = Field(default_factory=list)
+    layers: list[int] = Field(default_factory=list)
 
 
 class Head(Strict):
@@ -79,6 +86,22 @@ class Channel(Strict):
     ended: str | None
     tokens: list[str]
     profile: list[float] = Field(default_factory=list)
+
+
+class OutlierChannel(Strict):
+    """A channel that passes the ratio of massive activations without being one: many tokens carry it, or tokens that
+    are no larger than others, or only blocks after the last attention.
+
+    `peak` and `ratio` as of a massive channel; `share` of tokens that carry it where most do; `first` and `last` are
+    the sub-blocks between which any does.
+    """
+
+    channel: int
+    peak: float
+    ratio: float
+    share: float
+    first: str
+    last: str
 
 
 class SuperWeight(Strict):
@@ -135,6 +158,9 @@ class SinkMap(Artifact):
     """What is there: tokens, heads, channels, super weights, and what they do to the input of every linear. `experts`:
     module name of a layer's experts -> what they were handed in the rows that `modules` is of.
 
+    `secondary` are tokens that draw attention in enough heads, but less than half of the strongest sink's, and are not
+    massive; nothing is decided by them.
+
     `head_ablations` is null where nobody asked what the heads are worth.
     """
 
@@ -148,8 +174,10 @@ class SinkMap(Artifact):
     sink_rate_without_bos: dict[str, float] | None = None
     thresholds: dict[str, float]
     tokens: list[SinkToken]
+    secondary: list[SinkToken] = Field(default_factory=list)
     heads: list[list[Head]]
     channels: list[Channel]
+    outlier_channels: list[OutlierChannel] = Field(default_factory=list)
     depth: list[str] = Field(default_factory=list)
     super_weights: list[SuperWeight]
     modules: dict[str, ModuleStatistics]

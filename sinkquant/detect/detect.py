@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Channel, Head, SinkKind, SinkMap, SinkToken
 from sinkquant.detect.ablation import HeadAblator
 from sinkquant.detect.heads import describe_heads
+from sinkquant.detect.massive import TOKEN_NORM, MassiveChannel, massive_channels, outlier_channels
 from sinkquant.detect.outliers import outlier_prefix
-from sinkquant.detect.residual import MassiveChannel, massive_channels
-from sinkquant.detect.super_weights import confirm
+from sinkquant.detect.sinks import Sink, decide, sink_positions
+from sinkquant.detect.super_weights import candidates, confirm
 from sinkquant.detect.survey import Progress, Survey, Surveyor
 from sinkquant.detect.table import AttentionTable
-from sinkquant.detect.tokens import Candidate, find_sinks
+from sinkquant.detect.tokens import Candidate
 from sinkquant.models import (
     Decoder,
     check_finite,
@@ -31,9 +29,6 @@ PUBLISHED_THRESHOLDS = ("0.1", "0.3", "0.8")
 REPEATED_ROWS = 20
 REPEATS_ONE_TOKEN = 0.95
 CARRIERS_SHOWN = 10
-SHARERS = 3
-"""Looks beside the known sinks: each may find one more that shares their heads."""
-
 
 
 def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | None = None,
@@ -74,15 +69,17 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
     if facts.rows_start_with_bos:
         bare = token_rows(tokenizer, content, settings.rows, rows.shape[1], "never", decoder.vocabulary)
     first, long, repeated, without_bos = surveyor.run(
-        [rows, long_rows, _repeated_rows(rows, recipe.seed), bare], recorded=0 if long_rows is None else 1)
+        [rows, long_rows], [_repeated_rows(rows, recipe.seed), bare], recorded=0 if long_rows is None else 1)
     assert first is not None
     assert repeated is not None
     surveys = [survey for survey in (first, long) if survey is not None]
-    found, massive = _sinks(surveys, without_bos, settings)
-    channels = _channels(surveys, settings, found, tokenizer)
-    table, spikes = surveys[0].table, surveys[0].spikes
-    for other in surveys[1:]:
-        spikes.spikes = other.spikes.spikes | spikes.spikes
+    massive = [massive_channels(survey.stream, survey.rows, settings) for survey in surveys]
+    sinks, secondary = decide(surveys, massive, without_bos, settings)
+    found = [sink.candidate for sink in sinks]
+    channels = _channels(surveys, massive, found, tokenizer)
+    outlying = {c.channel: c for survey in surveys[::-1]
+                for c in outlier_channels(survey.stream, {channel.channel for channel in channels}, settings)}
+    table = surveys[0].table
 
     modules = surveyor.inputs.summary(sink_positions(surveys[-1].rows, found))
     experts = surveyor.experts.summary(sink_positions(surveys[-1].rows, found))
@@ -92,7 +89,8 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
         notes.append("outlier tokens were not looked for: no block has one down projection that sees every token")
     super_weights = []
     if settings.super_weights:
-        super_weights = confirm(decoder, spikes, rows, settings, surveyor.device, surveyor.dtype, recipe.seed, progress)
+        super_weights = confirm(decoder, candidates([(survey.spikes, survey.stream) for survey in surveys]), rows,
+                                settings, surveyor.device, surveyor.dtype, recipe.seed, progress)
 
     heads, ablations = _heads(surveys, found, settings), None
     if recipe.prune.heads != "none":
@@ -101,7 +99,7 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
         ablations = HeadAblator(decoder, settings, surveyor.device, surveyor.dtype, progress).run(
             heads, {"calibration": rows, "evaluation": evaluation}, lambda some: sink_positions(some, found))
 
-    tokens = [_named(candidate, tokenizer, candidate in massive) for candidate in found]
+    tokens = [_named(sink, tokenizer) for sink in sinks]
     learned = _learned_sink(table, settings.threshold)
     if learned is not None:
         tokens.append(learned)
@@ -114,24 +112,11 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
         thresholds={"sink_score": settings.threshold, "massive_ratio": settings.massive_ratio,
                     "column_ratio": settings.column_ratio, "no_op_sink_score": settings.no_op_sink_score,
                     "no_op_output_norm": settings.no_op_output_norm, "super_weight_loss": settings.super_weight_loss,
-                    "outlier_ratio": settings.outlier_ratio},
-        tokens=tokens, heads=heads,
-        channels=channels, depth=surveys[0].stream.names, super_weights=super_weights, modules=modules, experts=experts,
+                    "outlier_ratio": settings.outlier_ratio, "massive_token_norm": TOKEN_NORM},
+        tokens=tokens, secondary=[_named(sink, tokenizer) for sink in secondary], heads=heads, channels=channels,
+        outlier_channels=sorted(outlying.values(), key=lambda c: (-c.share, c.channel)),
+        depth=surveys[0].stream.names, super_weights=super_weights, modules=modules, experts=experts,
         outlier_prefix=outliers, head_ablations=ablations, notes=notes)
-
-
-def sink_positions(rows: torch.Tensor, sinks: list[Candidate]) -> torch.Tensor:
-    """bool [rows, length]: where these rows hold a sink token."""
-    marked = torch.zeros_like(rows, dtype=torch.bool)
-    for sink in sinks:
-        here = torch.ones_like(marked) if sink.token_id is None else rows == sink.token_id
-        if sink.position is not None:
-            place = torch.zeros_like(marked)
-            if sink.position < rows.shape[1]:
-                place[:, sink.position] = True
-            here &= place
-        marked |= here
-    return marked
 
 
 def _repeated_rows(rows: torch.Tensor, seed: int) -> torch.Tensor:
@@ -142,57 +127,6 @@ def _repeated_rows(rows: torch.Tensor, seed: int) -> torch.Tensor:
     return picked[:, None].expand(-1, rows.shape[1]).clone()
 
 
-def _sinks(surveys: list[Survey], without_bos: Survey | None,
-           settings: Detection) -> tuple[list[Candidate], set[Candidate]]:
-    """The sinks of all surveys, each once, with the figures of the first that shows it; and those among them that
-    carry a massive activation."""
-    found: list[Candidate] = []
-    massive: set[Candidate] = set()
-    for survey in surveys:
-        carriers = torch.zeros_like(survey.rows, dtype=torch.bool)
-        for channel in massive_channels(survey.stream, survey.rows, settings):
-            carriers |= channel.carriers
-        for look in _looks(survey, carriers, found, settings):
-            for candidate in look:
-                if (sink_positions(survey.rows, [candidate]) & sink_positions(survey.rows, found)).any():
-                    continue
-                enough = (candidate.sink_heads >= settings.min_head_share
-                          and candidate.rows >= min(settings.min_occurrences, len(survey.rows)))
-                if _carries(candidate, survey.rows, carriers):
-                    massive.add(candidate)
-                    found.append(candidate)
-                elif enough:
-                    found.append(candidate)
-    if without_bos is None:
-        return found, massive
-    bare = {c.position: c for c in find_sinks(without_bos.table, without_bos.rows, settings)}
-    unbound = {c: replace(c, token_id=None) for c in found
-               if c.position == 0 and 0 in bare and bare[0].sink_heads >= c.sink_heads / 2}
-    return [unbound.get(c, c) for c in found], {unbound.get(c, c) for c in massive}
-
-
-def _looks(survey: Survey, carriers: torch.Tensor, found: list[Candidate],
-           settings: Detection) -> Iterator[list[Candidate]]:
-    """Candidates for sinks in one survey, look by look; each look knows what the caller made of those before it."""
-    table, rows = survey.table, survey.rows
-    yield find_sinks(table, rows, settings)
-    if carriers.any():
-        yield [c for c in find_sinks(table, rows, settings, carriers=carriers)
-               if c.sink_heads >= settings.min_head_share and _carries(c, rows, carriers)]
-    for _ in range(SHARERS):
-        if found:
-            yield [c for c in find_sinks(table, rows, settings, known=sink_positions(rows, found))
-                   if c.sink_heads >= max(k.sink_heads for k in found) / 2]
-
-
-def _carries(candidate: Candidate, rows: torch.Tensor, carriers: torch.Tensor) -> bool:
-    """Whether most occurrences carry a massive activation, or most first ones of a row: in large models only the first
-    full stop is massive, the later ones are plain tokens."""
-    here = sink_positions(rows, [candidate])
-    first = here & (here.cumsum(dim=1) == 1)
-    return max(float(carriers[here].float().mean()), float(carriers[first].float().mean())) >= 0.5
-
-
 def _heads(surveys: list[Survey], sinks: list[Candidate], settings: Detection) -> list[list[Head]]:
     """The heads, as seen in the first rows that show as many of the sinks as any."""
     marked = [sink_positions(survey.rows, sinks) for survey in surveys]
@@ -201,13 +135,13 @@ def _heads(surveys: list[Survey], sinks: list[Candidate], settings: Detection) -
     return describe_heads(surveys[best].table, marked[best], settings)
 
 
-def _channels(surveys: list[Survey], settings: Detection, sinks: list[Candidate],
+def _channels(surveys: list[Survey], massive: list[list[MassiveChannel]], sinks: list[Candidate],
               tokenizer: PreTrainedTokenizerBase) -> list[Channel]:
     """The massive channels of all surveys, each once, with the labels of the tokens that carry it."""
     channels: dict[int, MassiveChannel] = {}
     labels: dict[int, list[str]] = {}
-    for survey in surveys:
-        for channel in massive_channels(survey.stream, survey.rows, settings):
+    for survey, carried in zip(surveys, massive, strict=True):
+        for channel in carried:
             channels.setdefault(channel.channel, channel)
             known = labels.setdefault(channel.channel, [])
             known += [label for label in _labels(channel, survey.rows, sinks, tokenizer) if label not in known]
@@ -231,8 +165,9 @@ def _labels(channel: MassiveChannel, rows: torch.Tensor, sinks: list[Candidate],
     return labels + [str(_text(int(ids[i]), tokenizer)) for i in counts.argsort(descending=True, stable=True)]
 
 
-def _named(candidate: Candidate, tokenizer: PreTrainedTokenizerBase, massive: bool) -> SinkToken:
-    """Give a candidate its kind."""
+def _named(sink: Sink, tokenizer: PreTrainedTokenizerBase) -> SinkToken:
+    """Give a sink its kind."""
+    candidate = sink.candidate
     text = _text(candidate.token_id, tokenizer)
     kind: SinkKind = "token"
     if candidate.token_id is not None and candidate.token_id == tokenizer.bos_token_id:
@@ -242,7 +177,8 @@ def _named(candidate: Candidate, tokenizer: PreTrainedTokenizerBase, massive: bo
     elif text is not None and not any(character.isalnum() for character in text):
         kind = "delimiter"
     return SinkToken(token_id=candidate.token_id, text=text, position=candidate.position, kind=kind,
-                     attention=candidate.attention, heads=candidate.heads, share=candidate.share, massive=massive)
+                     attention=candidate.attention, heads=candidate.heads, share=candidate.share, massive=sink.massive,
+                     criteria=list(sink.criteria), layers=list(candidate.layers))
 
 
 def _text(identity: int | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -257,4 +193,5 @@ def _learned_sink(table: AttentionTable, threshold: float) -> SinkToken | None:
     if not bool((mass.mean(1) > threshold).any()):
         return None
     return SinkToken(token_id=None, text=None, position=None, kind="learned", attention=float(mass.mean()),
-                     heads=float((mass > threshold).float().mean()), share=0.0, massive=False)
+                     heads=float((mass > threshold).float().mean()), share=0.0, massive=False, criteria=["learned"],
+                     layers=(mass.mean(1) > threshold).any(1).nonzero().flatten().tolist())

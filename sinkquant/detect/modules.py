@@ -71,15 +71,16 @@ class _Inputs:
 
     def add(self, inputs: torch.Tensor, start: int, column_ratio: float) -> None:
         """inputs: [tokens, columns]; start: index of the first token."""
-        largest = torch.cat([part.float().abs().amax(dim=1) for part in inputs.split(TOKENS)])
+        parts = inputs.split(TOKENS)
+        largest = torch.cat([part.abs().amax(dim=1).float() for part in parts])
         # The largest input of the tokens that are no sinks is no less than the median token's: sinks are few.
         median = float(largest.median())
         self.floor = max(self.floor, median)
-        for place, part in enumerate(inputs.split(TOKENS)):
-            magnitudes = part.float().abs()
+        for place in torch.nonzero(largest > column_ratio * median).flatten().split(TOKENS):
+            magnitudes = inputs[place].abs().float()
             token, column = torch.nonzero(magnitudes > column_ratio * median, as_tuple=True)
-            self.entries.append((token.cpu() + start + place * TOKENS, column.cpu(), magnitudes[token, column].cpu()))
-            self.energy.append(torch.linalg.vector_norm(part, dim=1, dtype=torch.float64).square().cpu())
+            self.entries.append((place[token].cpu() + start, column.cpu(), magnitudes[token, column].cpu()))
+        self.energy += [part.float().square().sum(1).double().cpu() for part in parts]
         self.largest.append(largest.cpu())
 
     def summary(self, sinks: torch.Tensor, column_ratio: float) -> ModuleStatistics:
@@ -87,7 +88,8 @@ class _Inputs:
         largest input of any other token, and of the median token: these columns alone set the range of the input."""
         largest, energy = torch.cat(self.largest), torch.cat(self.energy)
         others = float(largest[~sinks].max()) if not sinks.all() else 0.0
-        token, column, value = (torch.cat(part) for part in zip(*self.entries, strict=True))
+        none = (torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long), torch.empty(0))
+        token, column, value = (torch.cat(part) for part in zip(none, *self.entries, strict=True))
         alone = sinks[token] & (value > column_ratio * max(others, self.floor))
         total = float(energy.sum())
         return ModuleStatistics(

@@ -1,40 +1,62 @@
 """Super weights: single scalars of a down projection without which the model breaks (Yu et al. 2411.07191).
 
-A spike alone is no proof, random models have spikes too: every candidate is zeroed and the loss measured, beside a
-null of other large weights of the same matrix.
+A spike alone is no proof, random models have spikes too. It is a candidate where it is real: far over the median of
+what its linear writes, as large as a whole token of the residual stream, and largely made by one scalar. Every such
+scalar is zeroed on a few short rows; what survives is compared with a null of other large weights of the same matrix.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from sinkquant.artifacts import SuperWeight
+from sinkquant.detect.residual import ResidualStream, sampled
 from sinkquant.models import Decoder, Step, Walk, weight_matrix
 from sinkquant.recipe import Detection
 
 NULL_WEIGHTS = 3
 PER_MODULE = 3
-ABLATION_ROWS = 16
-PER_WALK = 8
-"""Modules whose ablations share a walk: each keeps NULL_WEIGHTS + PER_MODULE sets of hidden states."""
+SHARE = 0.1
+"""A scalar that makes less of its spike than this leaves the spike as it is."""
+SCREENED_ROWS = 2
+"""Rows of the first look: the paper takes one prompt."""
+ABLATION_ROWS = 8
+BATCH = 8
+"""Rows that pass the output head together: with a large vocabulary their logits are what takes memory."""
 
 Progress = Callable[[int, int, str], None]
 
 
+@dataclass(frozen=True)
+class Spike:
+    """The largest output of a linear, over the median of its outputs.
+
+    Attributes:
+        size: |output|. row: its channel.
+        columns: the inputs that make most of it, the largest part first. shares: what part each makes.
+    """
+
+    ratio: float
+    size: float
+    row: int
+    columns: tuple[int, ...]
+    shares: tuple[float, ...]
+
+
 class SpikeWatcher:
-    """Looks at the input and output of every block's down projection for spikes far over their median."""
+    """Looks at the output of every block's down projection for spikes far over their median."""
 
     def __init__(self, decoder: Decoder, ratio: float) -> None:
         self.decoder = decoder
         self.ratio = ratio
         self.modules = [down_projection(decoder, i) for i in range(len(decoder.blocks))]
-        self.spikes: dict[str, tuple[float, int, int]] = {}
+        self.spikes: dict[str, Spike] = {}
 
     @contextlib.contextmanager
     def watching(self, index: int) -> Iterator[None]:
@@ -44,12 +66,17 @@ class SpikeWatcher:
             yield
             return
 
-        def hook(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            inputs, outputs = args[0].abs().float(), output.abs().float()
-            peak = float(outputs.max() / outputs.median().clamp(min=1e-30))
-            if peak > self.ratio and peak > self.spikes.get(name, (0.0, 0, 0))[0]:
-                column = int(inputs.flatten(0, -2).amax(0).argmax())
-                self.spikes[name] = (peak, int(outputs.flatten(0, -2).amax(0).argmax()), column)
+        def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            outputs = output.flatten(0, -2)
+            sizes = outputs.abs()
+            size, place = sizes.max(), int(sizes.argmax())
+            ratio = float(size.float() / sampled(sizes).float().median().clamp(min=1e-30))
+            if ratio > max(self.ratio, self.spikes[name].ratio if name in self.spikes else 0):
+                token, row = divmod(place, sizes.shape[1])
+                parts = args[0].flatten(0, -2)[token].float() * weight_matrix(module)[row].float()
+                shares = (parts / outputs[token, row].float()).topk(min(PER_MODULE, len(parts)))
+                self.spikes[name] = Spike(ratio, float(size), row, tuple(shares.indices.tolist()),
+                                          tuple(shares.values.tolist()))
 
         handle = self.decoder.linears[name].register_forward_hook(hook)
         try:
@@ -70,91 +97,112 @@ def down_projection(decoder: Decoder, index: int) -> str | None:
     return writing[-1] if writing else None
 
 
-def confirm(decoder: Decoder, watcher: SpikeWatcher, rows: torch.Tensor, settings: Detection, device: str,
-            dtype: torch.dtype, seed: int, progress: Progress | None = None) -> list[SuperWeight]:
-    """Zero every candidate and keep those that cost more loss than the threshold and than three times the null.
-
-    The ablations of several modules share one walk: each starts from the unharmed inputs of its block.
+def candidates(seen: Sequence[tuple[SpikeWatcher, ResidualStream]]) -> dict[str, Spike]:
+    """The spikes that are real, by module: as large as the median token of the residual stream after the block.
 
     Args:
+        seen: of every set of rows the spikes and the residual stream; the first that shows a module's spike counts.
+    """
+    found: dict[str, Spike] = {}
+    for watcher, stream in seen:
+        norms = {name: float(values.median()) for name, values in zip(stream.names, stream.norms, strict=True)}
+        for name, spike in watcher.spikes.items():
+            index = watcher.decoder.block_of(name)
+            norm = norms.get(f"layers.{index}.mlp", norms.get(f"layers.{index}"))
+            if norm is not None and spike.size >= norm and spike.shares[0] >= SHARE:
+                found.setdefault(name, spike)
+    return found
+
+
+def confirm(decoder: Decoder, spikes: dict[str, Spike], rows: torch.Tensor, settings: Detection, device: str,
+            dtype: torch.dtype, seed: int, progress: Progress | None = None) -> list[SuperWeight]:
+    """Zero every candidate and keep those that cost more loss than the threshold and than three times the null, which
+    is of the same rows as the first look. What a weight costs is measured on more rows, if it passed that.
+
+    Args:
+        spikes: module -> its spike.
         rows: int64 [rows, length] of natural text.
     """
-    found = []
-    names = list(watcher.spikes)
-    for start in range(0, len(names), PER_WALK):
-        walk = Walk(decoder, rows[:ABLATION_ROWS], settings.batch_size, device, dtype)
-        trials: list[_Trial] = []
-        for step in walk.steps():
-            for trial in trials:
-                trial.hidden = step.replay(trial.hidden)
-            for name in names[start:start + PER_WALK]:
-                if decoder.block_of(name) == step.index:
-                    trials += _ablations(step, decoder.linears[name], name, watcher.spikes[name], seed)
-            if progress:
-                progress(step.index + 1, len(decoder.blocks), "zeroing large weights")
-        base = float(walk.losses().double().mean())
-        for trial in trials:
-            trial.increase = float(walk.losses(trial.hidden).double().mean()) - base
-        for name in names[start:start + PER_WALK]:
-            found += _judged(name, [trial for trial in trials if trial.module == name], settings)
+    def tried(trials: Callable[[str], list[Trial]], some: torch.Tensor, label: str) -> list[Trial]:
+        return _zeroed(decoder, list(spikes), trials, Walk(decoder, some, BATCH, device, dtype), progress, label)
+
+    def making(name: str) -> list[Trial]:
+        spike = spikes[name]
+        return [Trial(name, spike.row, column) for column, share in zip(spike.columns, spike.shares, strict=True)
+                if share >= SHARE]
+
+    screened = tried(making, rows[:SCREENED_ROWS], "zeroing large weights") if spikes else []
+    left = [trial for trial in screened if trial.increase > settings.super_weight_loss / 2]
+
+    harmful = {trial.module for trial in left}
+    null = tried(lambda name: _null(decoder, name, spikes[name], seed) if name in harmful else [],
+                 rows[:SCREENED_ROWS], "zeroing other large weights") if left else []
+    largest = {name: max([0.0, *(one.increase for one in null if one.module == name)]) for name in harmful}
+    left = [trial for trial in left if trial.increase > 3 * largest[trial.module]]
+    tries = tried(lambda name: [Trial(name, one.row, one.column) for one in left if one.module == name],
+                  rows[:ABLATION_ROWS], "zeroing super weights") if left else []
+    found = [SuperWeight(module=one.module, row=one.row, column=one.column, value=one.value,
+                         loss_increase=one.increase) for one in tries if one.increase > settings.super_weight_loss]
     return sorted(found, key=lambda s: -s.loss_increase)
 
 
 @dataclass
-class _Trial:
-    """One zeroed weight. `hidden`: the hidden states that it leads to so far, [rows, length, hidden_size]."""
+class Trial:
+    """One weight that is zeroed. `value` is what it was, `increase` what the mean loss is more without it."""
 
     module: str
     row: int
     column: int
-    value: float
-    is_null: bool
-    hidden: torch.Tensor
-    increase: float = 0.0
+    value: float = field(default=0.0, init=False)
+    increase: float = field(default=0.0, init=False)
 
 
-def _ablations(step: Step, module: nn.Module, name: str, spike: tuple[float, int, int], seed: int) -> list[_Trial]:
-    """Zero the null weights, then the candidate and the next largest of its row, one at a time."""
-    _, row, column = spike
+def _zeroed(decoder: Decoder, modules: list[str], trials: Callable[[str], list[Trial]], walk: Walk,
+            progress: Progress | None, label: str) -> list[Trial]:
+    """Carry out trials in one walk: each starts from the unharmed inputs of its block, and only the blocks after it are
+    replayed.
+
+    Args:
+        trials: module -> what to try there; called while the module's weights are in memory.
+    """
+    harmed: list[torch.Tensor] = []
+    done: list[Trial] = []
+    for step in walk.steps():
+        states = [step.replay(torch.cat(harmed))] if harmed else []
+        for name in modules:
+            if decoder.block_of(name) == step.index:
+                for trial in trials(name):
+                    states.append(_without(step, decoder.linears[name], trial))
+                    done.append(trial)
+        harmed = states
+        if progress:
+            progress(step.index + 1, len(decoder.blocks), label)
+    if done:
+        base = float(walk.losses().double().mean())
+        losses = walk.losses(torch.cat(harmed), walk.rows.repeat(len(done), 1)).double().view(len(done), -1).mean(1)
+        for trial, loss in zip(done, losses.tolist(), strict=True):
+            trial.increase = loss - base
+    return done
+
+
+def _without(step: Step, module: nn.Module, trial: Trial) -> torch.Tensor:
     weight = weight_matrix(module)
-    places = [(r, c, True) for r, c in _null_weights(weight, row, column, seed)]
-    places += [(row, c, False) for c in _largest_in_row(weight, row, column)]
-    trials = []
-    for r, c, is_null in places:
-        before = weight[r, c].clone()
-        weight[r, c] = 0
-        try:
-            hidden = step.replay(step.walk.hidden)
-        finally:
-            weight[r, c] = before
-        trials.append(_Trial(name, r, c, float(before), is_null, hidden))
-    return trials
+    before = weight[trial.row, trial.column].clone()
+    trial.value = float(before)
+    weight[trial.row, trial.column] = 0
+    try:
+        return step.replay(step.walk.hidden)
+    finally:
+        weight[trial.row, trial.column] = before
 
 
-def _judged(name: str, trials: list[_Trial], settings: Detection) -> list[SuperWeight]:
-    """The paper's loop: zero the super weight, look for the next largest contribution to the same spike."""
-    needed = max(settings.super_weight_loss, 3 * max(trial.increase for trial in trials if trial.is_null))
-    found = []
-    for trial in trials:
-        if not trial.is_null:
-            if trial.increase <= needed:
-                break
-            found.append(SuperWeight(module=name, row=trial.row, column=trial.column, value=trial.value,
-                                     loss_increase=trial.increase))
-    return found
-
-
-def _largest_in_row(weight: torch.Tensor, row: int, column: int) -> list[int]:
-    """The candidate's column, then the columns of the largest other weights of its row."""
-    order = weight[row].abs().argsort(descending=True).tolist()
-    return [column, *[c for c in order if c != column]][:PER_MODULE]
-
-
-def _null_weights(weight: torch.Tensor, row: int, column: int, seed: int) -> list[tuple[int, int]]:
-    """Coordinates of other large weights of the matrix: drawn from the top thousandth by magnitude."""
+def _null(decoder: Decoder, name: str, spike: Spike, seed: int) -> list[Trial]:
+    """Other large weights of the matrix: drawn from the top thousandth by magnitude."""
+    weight = weight_matrix(decoder.linears[name])
     count = max(NULL_WEIGHTS + 1, weight.numel() // 1000)
     top = weight.abs().flatten().float().topk(min(count, weight.numel())).indices
     generator = torch.Generator().manual_seed(seed)
     places = [(int(i) // weight.shape[1], int(i) % weight.shape[1])
               for i in top[torch.randperm(len(top), generator=generator)]]
-    return [place for place in places if place != (row, column)][:NULL_WEIGHTS]
+    wanted = {(spike.row, column) for column in spike.columns}
+    return [Trial(name, *place) for place in places if place not in wanted][:NULL_WEIGHTS]

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sinkquant.detect.experts import ExpertRecorder
+from sinkquant.detect.middle import Middle
 from sinkquant.detect.modules import InputRecorder
 from sinkquant.detect.residual import ResidualStream
 from sinkquant.detect.super_weights import SpikeWatcher
@@ -26,12 +27,13 @@ FORWARD_VALUES = 1 << 22
 
 @dataclass(frozen=True)
 class Survey:
-    """What one set of rows showed."""
+    """What one set of rows showed. Of a `control` only the attention is seen."""
 
     rows: torch.Tensor
     table: AttentionTable
     stream: ResidualStream
     spikes: SpikeWatcher
+    control: bool
 
 
 class Surveyor:
@@ -65,15 +67,22 @@ class Surveyor:
         except RequestError:
             return None
 
-    def run(self, sets: list[torch.Tensor | None], recorded: int) -> list[Survey | None]:
-        """Survey several sets of rows in one reading of the weights. recorded: index of the set whose inputs count."""
-        surveys = [None if rows is None else self._survey(rows) for rows in sets]
+    def run(self, sets: list[torch.Tensor | None], controls: list[torch.Tensor | None],
+            recorded: int) -> list[Survey | None]:
+        """Survey several sets of rows in one reading of the weights, and controls after them.
+
+        Args:
+            recorded: index of the set whose inputs count.
+        """
+        surveys = [None if rows is None else self._survey(rows, index >= len(sets))
+                   for index, rows in enumerate([*sets, *controls])]
         there = [survey for survey in surveys if survey is not None]
         walks = [self._walk(survey) for survey in there]
         for steps in together(walks):
             answer(steps)
+            middle: Middle | None = None
             for survey, step in zip(there, steps, strict=True):
-                self._look(survey, step, survey is surveys[recorded])
+                middle = self._look(survey, step, survey is surveys[recorded], middle)
             if self.progress:
                 self.progress(steps[0].index + 1, len(self.decoder.blocks), "reading attention")
         return surveys
@@ -81,32 +90,37 @@ class Surveyor:
     def pace(self, rows: torch.Tensor, recorded: bool) -> float:
         """Seconds that the first block takes for these rows, everything watching, and where `recorded` the inputs of
         its linears as well; its weights are read before."""
-        survey = self._survey(rows)
+        survey = self._survey(rows, False)
         with contextlib.closing(together([self._walk(survey)])) as walking:
             (step,) = next(walking)
             start = time.perf_counter()
-            self._look(survey, step, recorded)
+            self._look(survey, step, recorded, None)
             return time.perf_counter() - start
 
-    def _survey(self, rows: torch.Tensor) -> Survey:
+    def _survey(self, rows: torch.Tensor, control: bool) -> Survey:
         return Survey(rows, AttentionTable(), ResidualStream(),
-                      SpikeWatcher(self.decoder, self.recipe.detect.massive_ratio))
+                      SpikeWatcher(self.decoder, self.recipe.detect.massive_ratio), control)
 
     def _walk(self, survey: Survey) -> Walk:
         return Walk(self.decoder, survey.rows, batch_rows(self.decoder, self.recipe, survey.rows.shape[1]),
                     self.device, self.dtype, [survey.table])
 
-    def _look(self, survey: Survey, step: Step, recorded: bool) -> None:
-        """Let one set of rows go through a block."""
-        with contextlib.ExitStack() as watching:
-            watching.enter_context(survey.spikes.watching(step.index))
-            if recorded:
-                watching.enter_context(self.inputs.watching(step))
-                watching.enter_context(self.experts.watching(step))
-            survey.stream.run(step)
+    def _look(self, survey: Survey, step: Step, recorded: bool, middle: Middle | None) -> Middle | None:
+        """Let one set of rows go through a block. middle, and what comes back: where the block shows the residual
+        stream between its sub-blocks, as far as that was found."""
+        if survey.control:
+            step.run()
+        else:
+            with contextlib.ExitStack() as watching:
+                watching.enter_context(survey.spikes.watching(step.index))
+                if recorded:
+                    watching.enter_context(self.inputs.watching(step))
+                    watching.enter_context(self.experts.watching(step))
+                middle = survey.stream.run(step, middle)
         step.advance()
         survey.table.require_causal(len(survey.rows), type(self.decoder.model).__name__)
         survey.table.close_layer()
+        return middle
 
 
 def batch_rows(decoder: Decoder, recipe: Recipe, length: int) -> int:

@@ -3,10 +3,10 @@
 A candidate is a position (the first one, or any other whatever stands there) or a token id (all its occurrences in a
 row together, since several copies share the mass). Its score in a head is the mean mass that it receives from the
 queries that come after it, in excess of what even attention would give it: (mass - even) / (1 - even). It is a sink
-of a head that scores over the threshold in most of its occurrences. The caller asks for enough such heads, or for a
-massive activation: a single head that looks at closing quotes is no sink of the model. Sinks that share their heads
-share the mass too: beside sinks that are known already, the mass that these leave is what counts; among tokens that
-carry a massive activation, the mass of all of them together.
+of a head that scores over the threshold in most of its occurrences. `sinks` asks for enough such heads: a single head
+that looks at closing quotes is no sink of the model. Sinks that share their heads share the mass too: beside sinks that
+are known already, the mass that these leave is what counts; among tokens that carry a massive activation, the mass of
+all of them together.
 The null: over five random models of each of thirteen families the largest score of any single occurrence in any head
 is 0.16 (0.01 without QK-norms), where the threshold is 0.3 and half of the occurrences must pass it.
 A token that makes up most of a row cannot be told from the rest of it and is never a sink: a prompt that repeats one
@@ -40,7 +40,7 @@ MAX_EVEN_MASS = 0.5
 class Candidate:
     """A sink before it has a name. `attention`: mean mass over heads, layers and occurrences; `heads`: share of
     (occurrence, head) pairs with mass over the threshold; `share`: share of all positions that hold it; `sink_heads`:
-    share of heads that it is a sink of; `rows`: number of rows that hold it."""
+    share of heads that it is a sink of; `rows`: number of rows that hold it; `layers`: those with such a head."""
 
     token_id: int | None
     position: int | None
@@ -49,6 +49,7 @@ class Candidate:
     share: float
     sink_heads: float
     rows: int
+    layers: tuple[int, ...] = ()
 
 
 Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -103,9 +104,13 @@ def first_occurrences(rows: torch.Tensor, taken: set[int]) -> torch.Tensor:
     """For every position the first position in its row with the same id; -1 at position 0 and at taken positions."""
     length = rows.shape[1]
     usable = torch.tensor([p != 0 and p not in taken for p in range(length)])
-    same = (rows[:, :, None] == rows[:, None, :]) & usable[None, None, :]
-    first = same.float().argmax(dim=-1)
-    return torch.where(usable[None, :], first, torch.full_like(first, -1))
+    # A stable sort brings equal ids together, the first of them in front.
+    ids, order = torch.where(usable, rows, -1).sort(dim=1, stable=True)
+    starts = torch.ones_like(ids, dtype=torch.bool)
+    starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    heads = torch.where(starts, torch.arange(length), 0).cummax(dim=1).values
+    first = torch.empty_like(order).scatter_(1, order, order.gather(1, heads))
+    return torch.where(usable, first, -1)
 
 
 def _beside(known: torch.Tensor | None, received: torch.Tensor, settings: Detection) -> Rule:
@@ -133,9 +138,15 @@ def _excess(mass: torch.Tensor, even: torch.Tensor) -> torch.Tensor:
     return torch.where(even <= MAX_EVEN_MASS, (mass - even) / (1 - even).clamp(min=0.5), torch.zeros_like(mass))
 
 
-def _sink_heads(share: torch.Tensor, settings: Detection) -> torch.Tensor:
-    """Share of heads that every candidate is a sink of. `share`: [layers, heads, candidates] of occurrences over."""
-    return (share >= settings.occurrence_share).float().flatten(0, 1).mean(0)
+def _sink_heads(share: torch.Tensor, settings: Detection) -> tuple[torch.Tensor, torch.Tensor]:
+    """Share of heads that every candidate is a sink of, and bool [layers, candidates], whether a layer has any.
+    `share`: [layers, heads, candidates] of occurrences over."""
+    over = share >= settings.occurrence_share
+    return over.float().flatten(0, 1).mean(0), over.any(1)
+
+
+def _layers(marked: torch.Tensor) -> tuple[int, ...]:
+    return tuple(marked.nonzero().flatten().tolist())
 
 
 def _position_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detection,
@@ -149,7 +160,7 @@ def _position_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detecti
         share.append(event.float().mean(0)[:, :last])
         score.append(mass.mean(dim=(0, 1))[:last])
         over.append((mass > settings.threshold).float().mean(dim=(0, 1))[:last])
-    sink_heads = _sink_heads(torch.stack(share), settings)
+    sink_heads, layers = _sink_heads(torch.stack(share), settings)
     attention, heads = torch.stack(score).mean(0), torch.stack(over).mean(0)
     found = []
     for position in torch.nonzero(sink_heads).flatten().tolist():
@@ -160,7 +171,7 @@ def _position_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detecti
             continue
         found.append(Candidate(int(ids[0]) if always_one_id else None, position,
                                float(attention[position]), float(heads[position]), 1 / length,
-                               float(sink_heads[position]), len(rows)))
+                               float(sink_heads[position]), len(rows), _layers(layers[:, position])))
     return found
 
 
@@ -184,8 +195,8 @@ def _token_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detection,
         share.append(means[0].T)
         score.append(means[1].mean(1))
         over.append(means[2].mean(1))
-    sink_heads = _sink_heads(torch.stack(share), settings)
+    sink_heads, layers = _sink_heads(torch.stack(share), settings)
     attention, heads = torch.stack(score).mean(0), torch.stack(over).mean(0)
     return [Candidate(int(ids[i]), None, float(attention[i]), float(heads[i]), float((rows == ids[i]).float().mean()),
-                      float(sink_heads[i]), int(counts[i]))
+                      float(sink_heads[i]), int(counts[i]), _layers(layers[:, i]))
             for i in torch.nonzero(sink_heads).flatten().tolist()]

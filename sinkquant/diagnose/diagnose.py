@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.artifacts import SinkMap
 from sinkquant.artifacts.diagnosis import Check, Diagnosis, LayerMixing, SinkRates
 from sinkquant.detect import detect
-from sinkquant.detect.residual import massive_channels
+from sinkquant.detect.massive import massive_channels
 from sinkquant.diagnose.bos import bos_variants
 from sinkquant.diagnose.cache_defences import cache_defences
 from sinkquant.diagnose.dormant import dormant_heads, token_values

@@ -152,13 +152,16 @@ def _attend(observers: Sequence[AttentionObserver], module: nn.Module, query: to
     column = torch.arange(length, device=query.device)
     for start in range(0, length, QUERY_CHUNK):
         stop = min(start + QUERY_CHUNK, length)
-        logits = (query[:, :, start:stop] @ keys.mT).float() * scale
+        # Keys that no query of the chunk sees are left out; observers of rows get all columns.
+        ahead = not causal if mask is None else _allowed(mask, start, stop, column, causal)[..., stop:].any()
+        reach = length if row_observers or ahead else stop
+        logits = (query[:, :, start:stop] @ keys[:, :, :reach].mT).float().mul_(scale)
         if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
-        allowed = _allowed(mask, start, stop, column, causal)
+            logits = logits.div_(softcap).tanh_().mul_(softcap)
+        allowed = _allowed(mask, start, stop, column[:reach], causal)
         if mask is not None and mask.dtype != torch.bool:
-            logits = logits + mask[:, :, start:stop, :length].float()
-        logits = logits.masked_fill(~allowed, float("-inf"))
+            logits += mask[:, :, start:stop, :reach].float()
+        logits.masked_fill_(~allowed, float("-inf"))
         if s_aux is not None:
             column_logits = s_aux.float().reshape(1, -1, 1, 1).expand(batch, heads, stop - start, 1)
             probabilities = torch.softmax(torch.cat([logits, column_logits], dim=-1), dim=-1)
@@ -166,12 +169,12 @@ def _attend(observers: Sequence[AttentionObserver], module: nn.Module, query: to
             probabilities = probabilities[..., :-1]
         else:
             probabilities = torch.softmax(logits, dim=-1)
-        received += probabilities.sum(dim=2)
-        visible += allowed[0, 0].sum(0)
-        uniform += (allowed[0, 0] / allowed[0, 0].sum(-1, keepdim=True).clamp(min=1)).sum(0)
+        received[:, :, :reach] += probabilities.sum(dim=2)
+        visible[:reach] += allowed[0, 0].sum(0)
+        uniform[:reach] += (allowed[0, 0] / allowed[0, 0].sum(-1, keepdim=True).clamp(min=1)).sum(0)
         for row_observer in row_observers:
             row_observer.attention_rows(AttentionRows(layer, start, probabilities, allowed[0, 0]))
-        output[:, :, start:stop] = (probabilities.to(values.dtype) @ values).to(output.dtype)
+        output[:, :, start:stop] = (probabilities.to(values.dtype) @ values[:, :, :reach]).to(output.dtype)
     for observer in observers:
         observer.attention(AttentionRecord(
             layer=layer, query=query, key=key, value=value, received=received,

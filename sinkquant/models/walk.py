@@ -130,7 +130,8 @@ class Step:
             switch.exact = None if self.walk.exact is None else self.walk.exact[self.batch]
         result = self.block(inputs.to(self.walk.device), **self.walk.arguments[self.index])
         given: torch.Tensor = result[0] if isinstance(result, tuple) else result
-        if not torch.isfinite(given).all():
+        # One sum is not finite where any of its values is not; float32 holds that of a batch.
+        if not torch.isfinite(given.sum(dtype=torch.float32)):
             raise SinkquantError(f"the outputs of {self.name} are not finite in {self.walk.dtype}; "
                                  "run with compute.dtype=float32 or check the model's weights.")
         return given
@@ -175,13 +176,15 @@ class Walk:
             for (step,) in walking:
                 yield step
 
-    def losses(self, outputs: torch.Tensor | None = None) -> torch.Tensor:
+    def losses(self, outputs: torch.Tensor | None = None, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Cross-entropy of the next token after a finished walk, float32 [rows, length - 1], in nats.
 
         Args:
             outputs: the last block's outputs, [rows, length, hidden_size], where they are others than the walk's.
+            rows: int64 [rows, length], the tokens that they are of, where they are others than the walk's.
         """
         ended = self.hidden if outputs is None else outputs
+        told = self.rows if rows is None else rows
         losses = []
         for start in range(0, len(ended), self.batch_size):
             batch = slice(start, start + self.batch_size)
@@ -190,7 +193,7 @@ class Walk:
                 with stubbed(self.decoder, hidden.to(self.device)):
                     return torch.as_tensor(self.decoder.model(rows, use_cache=False).logits)
 
-            losses.append(next_token_losses(self.decoder, self.rows[batch], logits, self.device, self.dtype))
+            losses.append(next_token_losses(self.decoder, told[batch], logits, self.device, self.dtype))
         return torch.cat(losses)
 
     @contextlib.contextmanager

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sinkquant.artifacts import LinearShape
 from sinkquant.detect.detect import REPEATED_ROWS
-from sinkquant.detect.super_weights import ABLATION_ROWS, NULL_WEIGHTS, PER_MODULE, PER_WALK
+from sinkquant.detect.super_weights import ABLATION_ROWS, NULL_WEIGHTS, PER_MODULE, SCREENED_ROWS
 from sinkquant.diagnose.fidelity import LENGTH, ROWS
 from sinkquant.evaluate.tasks import ready_tasks
 from sinkquant.models import Decoder, encode, read_text
@@ -73,10 +73,10 @@ class _Job:
             block += long.of(settings.long_rows * min(settings.long_length, self.decoder.max_length))
         seconds = self.blocks * block + self.reading
         if super_weights:
-            tokens = min(ABLATION_ROWS, settings.rows) * settings.length
-            walks, trials = -(-CANDIDATES // PER_WALK), CANDIDATES * (NULL_WEIGHTS + PER_MODULE)
-            replays = self.blocks * (walks + BLOCKS_AFTER * trials)
-            seconds += tokens * (replays * self.pace.plain + (walks + trials) * self.loss) + walks * self.reading
+            for rows, trials in ((SCREENED_ROWS, PER_MODULE + NULL_WEIGHTS), (ABLATION_ROWS, PER_MODULE)):
+                tokens, tried = min(rows, settings.rows) * settings.length, CANDIDATES * trials
+                replays = self.blocks * (1 + BLOCKS_AFTER * tried)
+                seconds += tokens * (replays * self.pace.plain + (1 + tried) * self.loss) + self.reading
         return seconds
 
     def quantize(self, calibrated: bool, asymmetric: bool) -> float:

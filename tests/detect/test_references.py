@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from sinkquant.detect.detect import sink_positions
 from sinkquant.detect.heads import describe_heads
 from sinkquant.detect.modules import InputRecorder
+from sinkquant.detect.sinks import sink_positions
 from sinkquant.detect.table import AttentionTable
 from sinkquant.detect.tokens import Candidate, first_occurrences, group_mass
 from sinkquant.models import Decoder, Walk

@@ -82,7 +82,7 @@ def test_the_decoy_is_a_spike_too() -> None:
     for step in Walk(decoder, torch.arange(8, 72)[None], 1).steps():
         with watcher.watching(step.index):
             step.run()
-    assert {name: spike[1:] for name, spike in watcher.spikes.items()} == {
+    assert {name: (spike.row, spike.columns[0]) for name, spike in watcher.spikes.items()} == {
         "model.layers.0.mlp.down_proj": (DECOY, NEURON), "model.layers.1.mlp.down_proj": (CANCELLED, NEURON)}
 
 

@@ -1,0 +1,129 @@
+"""Which of the tokens that draw attention are sinks of the model, and by which criteria.
+
+A sink draws attention: enough heads look at it. That a token is massive never makes it one; it only lets a single head
+do, and lets tokens that share a sink's mass be seen together. Beside a stronger sink, a token that is not massive and
+draws less than half as many heads is a secondary sink (2512.22213): a weak word, say, that stands in for the sink in a
+shorter run of layers. It is reported by itself, and nothing is kept exact for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from sinkquant.artifacts import SinkCriterion
+from sinkquant.detect.massive import MassiveChannel
+from sinkquant.detect.survey import Survey
+from sinkquant.detect.tokens import Candidate, find_sinks
+from sinkquant.recipe import Detection
+
+SHARERS = 3
+"""Looks beside the known sinks: each may find one more that shares their heads."""
+COVERED = 0.5
+"""A candidate of whose occurrences so many are sinks already is no other one."""
+
+
+@dataclass(frozen=True)
+class Sink:
+    """A sink before it has a name."""
+
+    candidate: Candidate
+    criteria: tuple[SinkCriterion, ...]
+
+    @property
+    def massive(self) -> bool:
+        """Whether it carries a massive activation."""
+        return "massive" in self.criteria
+
+
+def decide(surveys: Sequence[Survey], channels: Sequence[Sequence[MassiveChannel]], without_bos: Survey | None,
+           settings: Detection) -> tuple[list[Sink], list[Sink]]:
+    """The sinks of all surveys, each once, with the figures of the first that shows it; and the secondary ones.
+
+    Args:
+        channels: the massive channels of every survey.
+        without_bos: the first survey's text without `<bos>`, where its rows start with it. A first position that draws
+            half as many heads there needs no `<bos>`.
+    """
+    found: list[Sink] = []
+    strongest = 0.0
+    for survey, massive in zip(surveys, channels, strict=True):
+        carriers = torch.zeros_like(survey.rows, dtype=torch.bool)
+        for channel in massive:
+            carriers |= channel.carriers
+        for look in _looks(survey, carriers, found, settings):
+            for sink in look:
+                if not _covered(sink.candidate, survey.rows, found):
+                    found.append(sink)
+                    strongest = max(strongest, sink.candidate.sink_heads)
+    primary = [sink for sink in found if sink.massive or sink.candidate.sink_heads >= strongest / 2]
+    secondary = [sink for sink in found if sink not in primary]
+    if without_bos is None:
+        return primary, secondary
+    bare = {c.position: c for c in find_sinks(without_bos.table, without_bos.rows, settings)}
+    return [_unbound(sink, bare.get(0)) for sink in primary], secondary
+
+
+def sink_positions(rows: torch.Tensor, sinks: Sequence[Candidate]) -> torch.Tensor:
+    """bool [rows, length]: where these rows hold a sink token."""
+    marked = torch.zeros_like(rows, dtype=torch.bool)
+    for sink in sinks:
+        here = torch.ones_like(marked) if sink.token_id is None else rows == sink.token_id
+        if sink.position is not None:
+            place = torch.zeros_like(marked)
+            if sink.position < rows.shape[1]:
+                place[:, sink.position] = True
+            here &= place
+        marked |= here
+    return marked
+
+
+def _looks(survey: Survey, carriers: torch.Tensor, found: list[Sink], settings: Detection) -> Iterator[list[Sink]]:
+    """Sinks of one survey, look by look; each look knows what the caller made of those before it."""
+    table, rows = survey.table, survey.rows
+    heads = sum(received.shape[1] for received in table.received)
+
+    def judged(look: list[Candidate], criterion: SinkCriterion, least: float = 0.0) -> list[Sink]:
+        sinks = []
+        for candidate in look:
+            massive = _carries(candidate, rows, carriers)
+            often = candidate.rows >= min(settings.min_occurrences, len(rows)) and candidate.sink_heads * heads > 1.5
+            if candidate.sink_heads >= max(settings.min_head_share, least) and (massive or often):
+                sinks.append(Sink(candidate, (criterion, "massive") if massive else (criterion,)))
+        return sinks
+
+    yield judged(find_sinks(table, rows, settings), "attention")
+    if carriers.any():
+        together = find_sinks(table, rows, settings, carriers=carriers)
+        # The null of sharing: what the tokens that are not massive receive in the same heads.
+        plain = max((c.sink_heads for c in together if not _carries(c, rows, carriers)
+                     and c.rows >= min(settings.min_occurrences, len(rows))), default=0.0)
+        yield [sink for sink in judged(together, "shared_mass", plain) if sink.massive]
+    for _ in range(SHARERS):
+        if found:
+            known = sink_positions(rows, [sink.candidate for sink in found])
+            yield judged(find_sinks(table, rows, settings, known=known), "remaining_mass",
+                         max(sink.candidate.sink_heads for sink in found) / 2)
+
+
+def _covered(candidate: Candidate, rows: torch.Tensor, found: list[Sink]) -> bool:
+    here = sink_positions(rows, [candidate])
+    return bool(sink_positions(rows, [sink.candidate for sink in found])[here].float().mean() >= COVERED)
+
+
+def _carries(candidate: Candidate, rows: torch.Tensor, carriers: torch.Tensor) -> bool:
+    """Whether most occurrences carry a massive activation, or most first ones of a row: in large models only the first
+    full stop is massive, the later ones are plain tokens."""
+    here = sink_positions(rows, [candidate])
+    first = here & (here.cumsum(dim=1) == 1)
+    return max(float(carriers[here].float().mean()), float(carriers[first].float().mean())) >= 0.5
+
+
+def _unbound(sink: Sink, bare: Candidate | None) -> Sink:
+    """The sink without its token id, where its position draws at least half as many heads without `<bos>`."""
+    candidate = sink.candidate
+    if candidate.position != 0 or bare is None or bare.sink_heads < candidate.sink_heads / 2:
+        return sink
+    return replace(sink, candidate=replace(candidate, token_id=None))
