@@ -159,7 +159,7 @@ class SinkMap(Artifact):
     module name of a layer's experts -> what they were handed in the rows that `modules` is of.
 
     `secondary` are tokens that draw attention in enough heads, but less than half of the strongest sink's, and are not
-    massive; nothing is decided by them.
+    massive wherever they stand; nothing is decided by them.
 
     `head_ablations` is null where nobody asked what the heads are worth.
     """

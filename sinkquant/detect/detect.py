@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.artifacts import Channel, Head, SinkKind, SinkMap, SinkToken
 from sinkquant.detect.ablation import HeadAblator
 from sinkquant.detect.heads import describe_heads
-from sinkquant.detect.massive import TOKEN_NORM, MassiveChannel, massive_channels, outlier_channels
+from sinkquant.detect.massive import EXCEPTION, MassiveChannel, massive_channels, outlier_channels
 from sinkquant.detect.outliers import outlier_prefix
 from sinkquant.detect.sinks import Sink, decide, sink_positions
 from sinkquant.detect.super_weights import candidates, confirm
@@ -112,7 +112,7 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
         thresholds={"sink_score": settings.threshold, "massive_ratio": settings.massive_ratio,
                     "column_ratio": settings.column_ratio, "no_op_sink_score": settings.no_op_sink_score,
                     "no_op_output_norm": settings.no_op_output_norm, "super_weight_loss": settings.super_weight_loss,
-                    "outlier_ratio": settings.outlier_ratio, "massive_token_norm": TOKEN_NORM},
+                    "outlier_ratio": settings.outlier_ratio, "massive_exception": EXCEPTION},
         tokens=tokens, secondary=[_named(sink, tokenizer) for sink in secondary], heads=heads, channels=channels,
         outlier_channels=sorted(outlying.values(), key=lambda c: (-c.share, c.channel)),
         depth=surveys[0].stream.names, super_weights=super_weights, modules=modules, experts=experts,

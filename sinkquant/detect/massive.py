@@ -8,9 +8,9 @@ from sinkquant.artifacts import OutlierChannel
 from sinkquant.detect.residual import ResidualStream
 from sinkquant.recipe import Detection
 
-TOKEN_NORM = 5.0
-"""A token whose norm is less than so many times the median token's carries no massive activation: in that layer, others
-are as large. The null: over five random models of each of thirteen families no token passes 2.4 times."""
+EXCEPTION = 4.0
+"""A massive token's norm, and its value in the channel, are at least so many times the median token's: else, others are
+as large there. The null: over five random models of each of thirteen families no token's norm passes 2.4 times."""
 
 
 class MassiveChannel:
@@ -20,7 +20,7 @@ class MassiveChannel:
         peak: the largest |h| anywhere. ratio: the largest |h| over the median of a boundary that attention reads.
         born, ended: the sub-blocks with the largest rise and fall of the channel's maximum (2603.05498).
         carriers: bool [rows, length], the massive tokens with at least half of the channel's largest value, at the
-            boundary that attention reads where it is largest.
+            boundary where its ratio is largest.
     """
 
     def __init__(self, channel: int, ratio: float, carriers: torch.Tensor, stream: ResidualStream) -> None:
@@ -40,21 +40,20 @@ def massive_channels(stream: ResidualStream, rows: torch.Tensor, settings: Detec
     """The channels with massive activations, largest peak first.
 
     Published (Sun et al. 2402.17762): |h| over 100 and about 1,000 times the median, in few tokens. So that it holds
-    for small models as well, it is measured without a scale, at boundaries that the attention of a later block reads:
-    the channel is at least `settings.massive_ratio` times the median of one of them; where it is largest, it is among a
-    token's `TOP` largest channels, and the token's norm is at least `TOKEN_NORM` times the median token's; and few
-    tokens are like that. The null of the ratio: over five random models of each of thirteen families the largest is
-    10.5, where the threshold is 50.
+    for small models as well, it is measured without a scale, at the boundary that the attention of a later block reads
+    where the channel's ratio to the median is largest: that ratio is at least `settings.massive_ratio`; the channel is
+    among a token's `TOP` largest; the token's value in it, and its norm, are at least `EXCEPTION` times the median
+    token's; and few tokens are like that. The null of the ratio: over five random models of each of thirteen families
+    the largest is 10.5, where the threshold is 50.
 
     Args:
         rows: int64 [rows, length], the rows that `stream` watched.
     """
     read = stream.read
     ratios = torch.stack([stream.ratio(i) for i in read])
-    maxima = torch.stack([stream.maximum[i] for i in read])
     found = []
     for channel in torch.nonzero(ratios.amax(0) >= settings.massive_ratio).flatten().tolist():
-        boundary = read[int(maxima[:, channel].argmax())]
+        boundary = read[int(ratios[:, channel].argmax())]
         carriers = _carriers(stream, boundary, channel)
         if carriers.any() and min(float(carriers.float().mean()),
                                   _share_of_ids(carriers, rows)) <= settings.massive_token_share:
@@ -85,10 +84,10 @@ def outlier_channels(stream: ResidualStream, massive: set[int], settings: Detect
 
 def _carriers(stream: ResidualStream, boundary: int, channel: int) -> torch.Tensor:
     """bool [rows, length]: tokens far larger than the others that hold at least half of a channel's largest value."""
-    norms = stream.norms[boundary]
-    here = (stream.top_channels[boundary] == channel) & (
-        stream.top_values[boundary] >= 0.5 * stream.maximum[boundary][channel])
-    return here.any(-1) & (norms >= TOKEN_NORM * norms.median().clamp(min=1e-30))
+    norms, values = stream.norms[boundary], stream.top_values[boundary]
+    least = max(0.5 * float(stream.maximum[boundary][channel]), EXCEPTION * float(stream.typical[boundary][channel]))
+    here = (stream.top_channels[boundary] == channel) & (values >= least)
+    return here.any(-1) & (norms >= EXCEPTION * norms.median().clamp(min=1e-30))
 
 
 def _share_of_ids(marked: torch.Tensor, rows: torch.Tensor) -> float:

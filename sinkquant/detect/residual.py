@@ -24,7 +24,7 @@ class ResidualStream:
     Attributes (lists over boundaries, the embedding first):
         names: "embedding", "layers.0.attention", "layers.0.mlp", ...; "layers.0" where a block is not divided.
         maximum: [hidden_size], largest |h| of every channel. median: median |h| of the boundary.
-        norms: [rows, length], the norm of every token.
+        typical: [hidden_size], the median token's |h| in every channel. norms: [rows, length], the norm of every token.
         top_values, top_channels: [rows, length, TOP], every token's largest channels.
     """
 
@@ -32,6 +32,7 @@ class ResidualStream:
         self.names: list[str] = []
         self.maximum: list[torch.Tensor] = []
         self.median: list[float] = []
+        self.typical: list[torch.Tensor] = []
         self.norms: list[torch.Tensor] = []
         self.top_values: list[torch.Tensor] = []
         self.top_channels: list[torch.Tensor] = []
@@ -47,6 +48,7 @@ class ResidualStream:
         self.names.append(name)
         self.maximum.append(torch.stack(boundary.maximum).amax(0))
         self.median.append(float(torch.tensor(boundary.median).mean()))
+        self.typical.append(torch.stack(boundary.typical).median(0).values)
         self.norms.append(torch.cat(boundary.norms))
         self.top_values.append(torch.cat(boundary.top_values))
         self.top_channels.append(torch.cat(boundary.top_channels))
@@ -87,6 +89,7 @@ class _Boundary:
     def __init__(self) -> None:
         self.maximum: list[torch.Tensor] = []
         self.median: list[float] = []
+        self.typical: list[torch.Tensor] = []
         self.norms: list[torch.Tensor] = []
         self.top_values: list[torch.Tensor] = []
         self.top_channels: list[torch.Tensor] = []
@@ -100,7 +103,9 @@ class _Boundary:
             top = magnitudes.topk(min(TOP, part.shape[-1]), dim=-1)
             self.top_values.append(top.values.cpu())
             self.top_channels.append(top.indices.cpu())
-        self.median.append(float(sampled(states).abs().float().median()))
+        some = sampled(states).abs().float()
+        self.median.append(float(some.median()))
+        self.typical.append(some.median(dim=0).values.cpu())
 
 
 def sampled(values: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """Which of the tokens that draw attention are sinks of the model, and by which criteria.
 
 A sink draws attention: enough heads look at it. That a token is massive never makes it one; it only lets a single head
-do, and lets tokens that share a sink's mass be seen together. Beside a stronger sink, a token that is not massive and
-draws less than half as many heads is a secondary sink (2512.22213): a weak word, say, that stands in for the sink in a
-shorter run of layers. It is reported by itself, and nothing is kept exact for it.
+do, and lets tokens that share a sink's mass be seen together. Beside a stronger sink, a token that draws less than half
+as many heads, and is not massive wherever it stands, is a secondary sink (2512.22213): a weak word, say, that stands in
+for the sink in a shorter run of layers, or in some places. It is reported by itself, and nothing is kept exact for it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ COVERED = 0.5
 
 @dataclass(frozen=True)
 class Sink:
-    """A sink before it has a name."""
+    """A sink before it has a name. always_massive: most of its occurrences carry a massive activation."""
 
     candidate: Candidate
     criteria: tuple[SinkCriterion, ...]
+    always_massive: bool
 
     @property
     def massive(self) -> bool:
@@ -58,7 +59,7 @@ def decide(surveys: Sequence[Survey], channels: Sequence[Sequence[MassiveChannel
                 if not _covered(sink.candidate, survey.rows, found):
                     found.append(sink)
                     strongest = max(strongest, sink.candidate.sink_heads)
-    primary = [sink for sink in found if sink.massive or sink.candidate.sink_heads >= strongest / 2]
+    primary = [sink for sink in found if sink.always_massive or sink.candidate.sink_heads >= strongest / 2]
     secondary = [sink for sink in found if sink not in primary]
     if without_bos is None:
         return primary, secondary
@@ -91,7 +92,8 @@ def _looks(survey: Survey, carriers: torch.Tensor, found: list[Sink], settings: 
             massive = _carries(candidate, rows, carriers)
             often = candidate.rows >= min(settings.min_occurrences, len(rows)) and candidate.sink_heads * heads > 1.5
             if candidate.sink_heads >= max(settings.min_head_share, least) and (massive or often):
-                sinks.append(Sink(candidate, (criterion, "massive") if massive else (criterion,)))
+                sinks.append(Sink(candidate, (criterion, "massive") if massive else (criterion,),
+                                  _share(candidate, rows, carriers) >= 0.5))
         return sinks
 
     yield judged(find_sinks(table, rows, settings), "attention")
@@ -118,7 +120,12 @@ def _carries(candidate: Candidate, rows: torch.Tensor, carriers: torch.Tensor) -
     full stop is massive, the later ones are plain tokens."""
     here = sink_positions(rows, [candidate])
     first = here & (here.cumsum(dim=1) == 1)
-    return max(float(carriers[here].float().mean()), float(carriers[first].float().mean())) >= 0.5
+    return max(_share(candidate, rows, carriers), float(carriers[first].float().mean())) >= 0.5
+
+
+def _share(candidate: Candidate, rows: torch.Tensor, carriers: torch.Tensor) -> float:
+    """The share of a candidate's occurrences that carry a massive activation."""
+    return float(carriers[sink_positions(rows, [candidate])].float().mean())
 
 
 def _unbound(sink: Sink, bare: Candidate | None) -> Sink:

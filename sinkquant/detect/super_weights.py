@@ -1,8 +1,8 @@
 """Super weights: single scalars of a down projection without which the model breaks (Yu et al. 2411.07191).
 
 A spike alone is no proof, random models have spikes too. It is a candidate where it is real: far over the median of
-what its linear writes, as large as a whole token of the residual stream, and largely made by one scalar. Every such
-scalar is zeroed on a few short rows; what survives is compared with a null of other large weights of the same matrix.
+what its linear writes, a change of the residual stream as large as a whole token, and largely made by one scalar. Every
+such scalar is zeroed on a few short rows; what survives is compared with a null of other large weights of its matrix.
 """
 
 from __future__ import annotations
@@ -98,18 +98,19 @@ def down_projection(decoder: Decoder, index: int) -> str | None:
 
 
 def candidates(seen: Sequence[tuple[SpikeWatcher, ResidualStream]]) -> dict[str, Spike]:
-    """The spikes that are real, by module: as large as the median token of the residual stream after the block.
+    """The spikes that are real, by module: they change the largest value of their channel of the residual stream by at
+    least the norm of its median token.
 
     Args:
         seen: of every set of rows the spikes and the residual stream; the first that shows a module's spike counts.
     """
     found: dict[str, Spike] = {}
     for watcher, stream in seen:
-        norms = {name: float(values.median()) for name, values in zip(stream.names, stream.norms, strict=True)}
         for name, spike in watcher.spikes.items():
-            index = watcher.decoder.block_of(name)
-            norm = norms.get(f"layers.{index}.mlp", norms.get(f"layers.{index}"))
-            if norm is not None and spike.size >= norm and spike.shares[0] >= SHARE:
+            block = f"layers.{watcher.decoder.block_of(name)}"
+            after = stream.names.index(f"{block}.mlp" if f"{block}.mlp" in stream.names else block)
+            change = stream.maximum[after][spike.row] - stream.maximum[after - 1][spike.row]
+            if abs(float(change)) >= float(stream.norms[after].median()) and spike.shares[0] >= SHARE:
                 found.setdefault(name, spike)
     return found
 
