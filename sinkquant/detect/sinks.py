@@ -59,7 +59,8 @@ def decide(surveys: Sequence[Survey], channels: Sequence[Sequence[MassiveChannel
                 if not _covered(sink.candidate, survey.rows, found):
                     found.append(sink)
                     strongest = max(strongest, sink.candidate.sink_heads)
-    primary = [sink for sink in found if sink.always_massive or sink.candidate.sink_heads >= strongest / 2]
+    primary = [sink for sink in found if sink.always_massive or (
+        "shared_mass" not in sink.criteria and sink.candidate.sink_heads >= strongest / 2)]
     secondary = [sink for sink in found if sink not in primary]
     if without_bos is None:
         return primary, secondary

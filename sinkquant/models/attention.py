@@ -157,7 +157,7 @@ def _attend(observers: Sequence[AttentionObserver], module: nn.Module, query: to
         reach = length if row_observers or ahead else stop
         logits = (query[:, :, start:stop] @ keys[:, :, :reach].mT).float().mul_(scale)
         if softcap is not None:
-            logits = logits.div_(softcap).tanh_().mul_(softcap)
+            logits = torch.tanh(logits / softcap) * softcap
         allowed = _allowed(mask, start, stop, column[:reach], causal)
         if mask is not None and mask.dtype != torch.bool:
             logits += mask[:, :, start:stop, :reach].float()
