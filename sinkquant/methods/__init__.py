@@ -5,15 +5,13 @@ Nothing here imports torch before a matrix is solved: recipes, plans and predict
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
-from functools import lru_cache
-from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator
 
 from sinkquant.errors import RequestError
+from sinkquant.extensions import brought, loaded
 from sinkquant.methods.contract import Cost, Method, Problem, Settings
 from sinkquant.methods.gptaq import GPTAQMethod
 from sinkquant.methods.gptq import GPTQMethod
@@ -42,8 +40,8 @@ def method_named(name: str) -> Method:
     for method in BUILT_IN:
         if method.name == name:
             return method
-    if (point := _brought(tuple(sys.path)).get(name)) is not None:
-        return _loaded(point.load(), name)
+    if name in brought(GROUP):
+        return _loaded(name)
     raise RequestError(f"there is no quantization method {name!r}; use {_in_words(method_names())}, or install the "
                        "package that brings it.")
 
@@ -51,7 +49,7 @@ def method_named(name: str) -> Method:
 def method_names() -> list[str]:
     """Names of all methods, those of installed packages after those built in."""
     built_in = [method.name for method in BUILT_IN]
-    return built_in + sorted(set(_brought(tuple(sys.path))) - set(built_in))
+    return built_in + sorted(set(brought(GROUP)) - set(built_in))
 
 
 def methods_of(names: Iterable[str]) -> list[Method]:
@@ -97,15 +95,9 @@ AnyMethod = Annotated[str, AfterValidator(_known_or_untouched)]
 """A method in a plan, or "none"."""
 
 
-@lru_cache(maxsize=1)
-def _brought(path: tuple[str, ...]) -> dict[str, EntryPoint]:
-    """What installed packages bring, by name. path: `sys.path`, which is all that it depends on."""
-    return {point.name: point for point in entry_points(group=GROUP)}
-
-
-def _loaded(found: Any, name: str) -> Method:
-    method = found() if isinstance(found, type) else found
-    if not isinstance(method, Method) or method.name != name:
+def _loaded(name: str) -> Method:
+    method = loaded(GROUP, name, Method)  # type: ignore[type-abstract]
+    if method.name != name:
         raise RequestError(f"the entry point {name!r} of {GROUP} is no sinkquant.methods.Method of that name; mend the "
                            "package that brings it.")
     return method

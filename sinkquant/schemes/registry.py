@@ -5,16 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from sinkquant.errors import RequestError
+from sinkquant.extensions import brought, loaded
 from sinkquant.schemes import bitsandbytes, fp8, gptq, integers, quanto
 from sinkquant.schemes.inputs import NO_ROUNDING, input_format
 from sinkquant.schemes.scheme import DEFAULT_BACKEND, Scheme
 from sinkquant.schemes.weight_format import WeightFormat
 
+GROUP = "sinkquant.schemes"
+"""The group of entry points that other packages bring schemes by, under the name of their storage."""
 SCHEMES: tuple[Scheme, ...] = (
     integers.INTEGERS, fp8.FP8,
     *bitsandbytes.FOUR_BIT, bitsandbytes.LLM_INT8,
     quanto.INTEGERS, quanto.FLOAT8,
     gptq.GPTQ)
+
+
+def all_schemes() -> list[Scheme]:
+    """Every scheme, built in or from an installed package.
+
+    Raises:
+        RequestError: an entry point names no scheme of its name.
+    """
+    return [*SCHEMES, *(_brought(name) for name in sorted(brought(GROUP)))]
 
 
 def scheme_of(form: WeightFormat) -> Scheme:
@@ -31,7 +43,11 @@ def find(storage: str, kind: str = "int") -> Scheme:
     for scheme in SCHEMES:
         if (scheme.storage, scheme.kind) == (storage, kind):
             return scheme
-    kinds = " or ".join(repr(scheme.kind) for scheme in SCHEMES if scheme.storage == storage)
+    if storage in brought(GROUP) and (found := _brought(storage)).kind == kind:
+        return found
+    kinds = " or ".join(repr(scheme.kind) for scheme in all_schemes() if scheme.storage == storage)
+    if not kinds:
+        raise RequestError(f"there is no storage {storage!r} of weights; install the package that brings it.")
     raise RequestError(f"the storage {storage!r} holds weights of the kind {kinds}, not {kind!r}.")
 
 
@@ -46,12 +62,12 @@ def multiplied_with(scheme: Scheme, inputs: str) -> Scheme:
 
 def backends() -> list[str]:
     """Whose files a checkpoint may be made of, the default first."""
-    return list(dict.fromkeys(scheme.backend for scheme in SCHEMES))
+    return list(dict.fromkeys(scheme.backend for scheme in all_schemes()))
 
 
 def of_backend(backend: str) -> list[Scheme]:
     """The schemes whose weights are held by a backend's files."""
-    return [scheme for scheme in SCHEMES if scheme.backend == backend]
+    return [scheme for scheme in all_schemes() if scheme.backend == backend]
 
 
 def backend_of(forms: Iterable[WeightFormat]) -> str:
@@ -71,7 +87,7 @@ def known_storage(storage: str) -> str:
     Raises:
         ValueError: no scheme has it.
     """
-    names = list(dict.fromkeys(scheme.storage for scheme in SCHEMES))
+    names = list(dict.fromkeys(scheme.storage for scheme in all_schemes()))
     if storage not in names:
         raise ValueError(f"a weight is stored as one of {', '.join(names)}, not {storage!r}")
     return storage
@@ -94,7 +110,15 @@ def known_format(name: str) -> str:
     Raises:
         ValueError: no scheme has it.
     """
-    names = list(dict.fromkeys(scheme.format for scheme in SCHEMES))
+    names = list(dict.fromkeys(scheme.format for scheme in all_schemes()))
     if name not in names:
         raise ValueError(f"weights have one of the formats {', '.join(names)}, not {name!r}")
     return name
+
+
+def _brought(name: str) -> Scheme:
+    scheme = loaded(GROUP, name, Scheme)
+    if scheme.storage != name:
+        raise RequestError(f"the entry point {name!r} of {GROUP} is a scheme with the storage {scheme.storage!r}; mend "
+                           "the package that brings it.")
+    return scheme

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from sinkquant.schemes import WeightFormat, bitsandbytes, fp8, gptq, integers, quanto, scheme_of
+from sinkquant.errors import RequestError
+from sinkquant.extensions import brought, loaded
+from sinkquant.schemes import Scheme, WeightFormat, bitsandbytes, fp8, gptq, integers, quanto, scheme_of
 from sinkquant.schemes.codecs.bitsandbytes import BitsAndBytesFiles, FourBitCodec, LLMInt8Codec
 from sinkquant.schemes.codecs.codec import Codec, LibraryCodec
 from sinkquant.schemes.codecs.compressed import CompressedTensorsFiles
@@ -11,7 +13,10 @@ from sinkquant.schemes.codecs.fp8 import FP8Codec
 from sinkquant.schemes.codecs.gptq import GPTQCodec, GPTQFiles
 from sinkquant.schemes.codecs.integers import IntegerCodec
 from sinkquant.schemes.codecs.quanto import QuantoCodec, QuantoFiles
+from sinkquant.schemes.registry import all_schemes, of_backend
 
+GROUP = "sinkquant.codecs"
+"""The group of entry points that other packages bring codecs by, under the name of the storage."""
 CODECS: tuple[Codec, ...] = (
     IntegerCodec(integers.INTEGERS, CompressedTensorsFiles()), FP8Codec(fp8.FP8, CompressedTensorsFiles()),
     *(FourBitCodec(scheme, BitsAndBytesFiles()) for scheme in bitsandbytes.FOUR_BIT),
@@ -20,10 +25,15 @@ CODECS: tuple[Codec, ...] = (
     GPTQCodec(gptq.GPTQ, GPTQFiles()))
 
 
+
+
 def codec_of(form: WeightFormat) -> Codec:
-    """The codec of a format."""
-    scheme = scheme_of(form)
-    return next(codec for codec in CODECS if codec.scheme == scheme)
+    """The codec of a format.
+
+    Raises:
+        RequestError: it comes from another package, which brings no codec of it.
+    """
+    return _codec(scheme_of(form))
 
 
 def library_codec(form: WeightFormat) -> LibraryCodec | None:
@@ -34,10 +44,21 @@ def library_codec(form: WeightFormat) -> LibraryCodec | None:
 
 def files_of(backend: str) -> Files:
     """How the checkpoints of a backend are written."""
-    return next(codec.files for codec in CODECS if codec.files.backend == backend)
+    return _codec(of_backend(backend)[0]).files
 
 
 def library_files() -> list[LibraryFiles]:
     """The files that are read by codecs, one of a kind."""
-    found = {codec.files.backend: codec.files for codec in CODECS}
-    return [files for files in found.values() if isinstance(files, LibraryFiles)]
+    found = {scheme.backend: scheme for scheme in all_schemes()}
+    kinds = [_codec(scheme).files for scheme in found.values()]
+    return [files for files in kinds if isinstance(files, LibraryFiles)]
+
+
+def _codec(scheme: Scheme) -> Codec:
+    for codec in CODECS:
+        if codec.scheme == scheme:
+            return codec
+    if scheme.storage not in brought(GROUP):
+        raise RequestError(f"no package brings a codec of {scheme.storage!r} ({GROUP}); mend the one that brings the "
+                           "scheme.")
+    return loaded(GROUP, scheme.storage, Codec)  # type: ignore[type-abstract]
