@@ -184,9 +184,9 @@ def _form_of(module: nn.Module) -> WeightFormat | str | None:
 def _weight_of(module: nn.Module, form: WeightFormat) -> PackedWeight:
     """The codes of a packed linear, and what stands beside them."""
     if isinstance(module, PackedLinear):
-        words, side = module.get_buffer("weight_packed"), module.side
+        words, outliers = module.get_buffer("weight_packed"), module.outliers
         return PackedWeight(unpack(words, form.bits, module.in_features), module.get_buffer("weight_scale"), form.bits,
-                            side)
+                            outliers)
     assert isinstance(module, nn.Linear)
     scale = module.get_parameter("weight_scale").data
     stored = module._parameters.get("weight_packed")

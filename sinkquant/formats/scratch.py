@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from sinkquant.quantize import PackedWeight, QuantizedBlock, Side, TuningStart
+from sinkquant.quantize import Outliers, PackedWeight, QuantizedBlock, TuningStart
 
 FOLDER = "distill"
 
@@ -35,7 +35,7 @@ class Scratch:
             assert isinstance(packed, PackedWeight)
             parts = {"codes": packed.codes, "scale": packed.scale, "bits": torch.tensor(packed.bits),
                      "offsets": offsets}
-            parts |= {} if packed.side is None else packed.side.tensors()
+            parts |= {} if packed.outliers is None else packed.outliers.tensors()
             tensors |= {f"{name}:{leaf}": tensor.contiguous() for leaf, tensor in parts.items()}
         save_file(tensors, path)
         with path.open("rb") as file:
@@ -55,8 +55,8 @@ class Scratch:
                 assert scale is not None
                 assert bits is not None
                 assert offsets is not None
-                side = Side.of(parts[name], len(codes), scale.dtype)
-                found[name] = TuningStart(PackedWeight(codes, scale, int(bits), side), offsets)
+                outliers = Outliers.of(parts[name], len(codes), scale.dtype)
+                found[name] = TuningStart(PackedWeight(codes, scale, int(bits), outliers), offsets)
         return found
 
     def clear(self) -> None:

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from sinkquant.inference.kernels import ROWS, Int4, Kernel
+from sinkquant.schemes.codecs.outliers import Outliers
 from sinkquant.schemes.codecs.packed import PackedWeight, dequantize
-from sinkquant.schemes.codecs.side import Side
 
 CHUNK = 1 << 20
 """Weights that are made dense at a time."""
@@ -24,7 +24,7 @@ class KernelLinear(nn.Module):
     the weight is made dense, some rows at a time. What stands beside the codes is added in both cases.
 
     Buffers: `words_i` and `scales_i` [columns / group, rows, 2] of every int4 plane i, or `codes` int8 [rows, columns]
-    and `scale` [rows] for the int8 kernel; and those of `Side`.
+    and `scale` [rows] for the int8 kernel; and those of `Outliers`.
 
     Args:
         weight: codes int8 [rows, columns], 16-bit scales [rows, groups]. zeros: [rows, groups], added to code * scale,
@@ -40,13 +40,13 @@ class KernelLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.codes.shape
         self.kernel, self.int4, self.transposed, self.bias = kernel, int4, transposed, bias
-        self.has_side = weight.side is not None
+        self.has_outliers = weight.outliers is not None
         if kernel.name == "int8":
             self.register_buffer("codes", aligned(weight.codes.contiguous()))
             self.register_buffer("scale", weight.scale[:, 0].to(torch.bfloat16))
         else:
             self._register_planes(weight, zeros)
-        for name, tensor in (weight.side.tensors() if weight.side else {}).items():
+        for name, tensor in (weight.outliers.tensors() if weight.outliers else {}).items():
             self.register_buffer(name, tensor)
 
     def _register_planes(self, weight: PackedWeight, zeros: torch.Tensor | None) -> None:
@@ -84,11 +84,11 @@ class KernelLinear(nn.Module):
         else:
             parts = [self.int4.product(flat, self.get_buffer(f"words_{index}"), self.kernel.group,
                                        self.get_buffer(f"scales_{index}")) for index in range(self.kernel.planes)]
-        side = self.side
-        if side is None and len(parts) == 1:
+        outliers = self.outliers
+        if outliers is None and len(parts) == 1:
             return parts[0][:, :self.out_features]
         product = sum(parts[1:], parts[0].float())[:, :self.out_features]
-        return product if side is None else product + side.times(flat.float())
+        return product if outliers is None else product + outliers.times(flat.float())
 
     def _dense_product(self, flat: torch.Tensor) -> torch.Tensor:
         # Without instructions for bfloat16 a CPU multiplies float32 several times as fast.
@@ -98,11 +98,11 @@ class KernelLinear(nn.Module):
         return torch.cat([functional.linear(given, rows.to(kind)) for rows in self._dense_rows()], -1)
 
     @property
-    def side(self) -> Side | None:
+    def outliers(self) -> Outliers | None:
         """What stands beside the codes."""
-        if not self.has_side:  # looking among the buffers takes 2 % of a small step
+        if not self.has_outliers:  # looking among the buffers takes 2 % of a small step
             return None
-        return Side.of(dict(self._buffers), self.out_features, torch.bfloat16)
+        return Outliers.of(dict(self._buffers), self.out_features, torch.bfloat16)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -119,11 +119,11 @@ class KernelLinear(nn.Module):
         """The weight in float32, some rows at a time."""
         block = self.int4.block if self.kernel.name == "int4" else 1
         step = max(block, CHUNK // self.in_features // block * block)
-        side = self.side
+        outliers = self.outliers
         for start in range(0, self.out_features, step):
             stop = min(start + step, self.out_features)
             dense = self._int8_rows(start, stop) if self.kernel.name == "int8" else self._int4_rows(start, stop)
-            yield dense if side is None else side.add_to(dense, start)
+            yield dense if outliers is None else outliers.add_to(dense, start)
 
     def _int8_rows(self, start: int, stop: int) -> torch.Tensor:
         return dequantize(self.get_buffer("codes")[start:stop], self.get_buffer("scale")[start:stop, None])

@@ -145,8 +145,8 @@ def notes(choices: Collection[Choice], recipe: Recipe) -> list[str]:
 
 def _carry(name: str, choice: Choice, shape: ModelShape, scheme: Scheme) -> Choice:
     linear = shape.linears[name]
-    alone = not linear.part_of and f"{name}.weight" in shape.tensors
-    obstacle = scheme.obstacle(linear.rows, linear.columns, alone)
+    own_parameter = not linear.part_of and f"{name}.weight" in shape.tensors
+    obstacle = scheme.obstacle(linear.rows, linear.columns, own_parameter)
     if obstacle:
         return Choice(16, None, UNTOUCHED, f"left in 16 bits: {obstacle}", pinned=True)
     group = scheme.fitted(choice.bits, choice.group_size, linear.columns)

@@ -6,10 +6,25 @@ from sinkquant.quantize.check import check
 from sinkquant.quantize.end_to_end import TuningStart, distilled, teacher_targets
 from sinkquant.quantize.gptq import GPTQ
 from sinkquant.quantize.state import UNPACKED, QuantizedState, is_quantized, state_of
+from sinkquant.schemes.codecs.outliers import Outliers
 from sinkquant.schemes.codecs.packed import PackedWeight, row_chunks
 from sinkquant.schemes.codecs.rtn import RTN
-from sinkquant.schemes.codecs.side import Side
 
-__all__ = ["GPTQ", "RTN", "UNPACKED", "PackedWeight", "QuantizedBlock", "QuantizedState",
-           "Side", "TuningStart", "check", "distilled", "is_quantized", "quantize",
-           "quantized_blocks", "row_chunks", "state_of", "teacher_targets"]
+__all__ = [
+           "GPTQ",
+           "RTN",
+           "UNPACKED",
+           "Outliers",
+           "PackedWeight",
+           "QuantizedBlock",
+           "QuantizedState",
+           "TuningStart",
+           "check",
+           "distilled",
+           "is_quantized",
+           "quantize",
+           "quantized_blocks",
+           "row_chunks",
+           "state_of",
+           "teacher_targets",
+]

@@ -97,6 +97,6 @@ def keep_dense(decoder: Decoder, todo: dict[str, ModuleDecision], made: Quantize
     for name, decision in todo.items():
         part = decoder.experts.get(name)
         if decision.bits >= 16 and part is not None and (key := part.parameter) not in made.dense:
-            apart = (on_disk or {}).get(part.owner)
+            stored = (on_disk or {}).get(part.owner)
             made.dense[key] = (decoder.model.get_parameter(key).data.to("cpu", decoder.model.dtype)
-                               if apart is None else apart.whole(part.leaf))
+                               if stored is None else stored.whole(part.leaf))

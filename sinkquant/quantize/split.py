@@ -9,8 +9,8 @@ import torch
 
 from sinkquant.errors import SinkquantError
 from sinkquant.methods import Method, Problem
+from sinkquant.schemes.codecs.outliers import Outliers
 from sinkquant.schemes.codecs.packed import PackedWeight
-from sinkquant.schemes.codecs.side import Side
 
 Solve = Callable[[torch.Tensor, "torch.Tensor | None", "torch.Tensor | None"], PackedWeight]
 """(weight, Hessian, cross) -> packed weight: any method."""
@@ -62,8 +62,8 @@ class Split:
         # At a column that was taken out the weight is 0 and no error is counted, so that any code would do there.
         codes = packed.codes.clone()
         codes[:, kept] = 0
-        side = Side(kept.to(torch.int32), exact.to(self.scale_dtype), places, values)
-        return replace(packed, codes=codes, side=side)
+        outliers = Outliers(kept.to(torch.int32), exact.to(self.scale_dtype), places, values)
+        return replace(packed, codes=codes, outliers=outliers)
 
     def _compensated(self, weight: torch.Tensor, rest: torch.Tensor, kept: torch.Tensor, hessian: torch.Tensor,
                      solve: Solve, cross: torch.Tensor | None, name: str) -> tuple[PackedWeight, torch.Tensor]:

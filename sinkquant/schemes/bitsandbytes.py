@@ -55,11 +55,11 @@ class FourBit(Scheme):
             room = OFFSET_ROOM - len(json.dumps(offset))
         return json.dumps(state).encode() + b" " * room
 
-    def obstacle(self, rows: int, columns: int, alone: bool) -> str:
+    def obstacle(self, rows: int, columns: int, own_parameter: bool) -> str:
         """bitsandbytes lets blocks run from one row into the next, and unpacks them by row."""
-        if columns % BLOCK and alone:
+        if columns % BLOCK and own_parameter:
             return f"bitsandbytes gives wrong values where {BLOCK} does not divide the {columns} input columns"
-        return super().obstacle(rows, columns, alone)
+        return super().obstacle(rows, columns, own_parameter)
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,11 @@ class Words(Scheme):
         """float16 in any model."""
         return "float16"
 
-    def obstacle(self, rows: int, columns: int, alone: bool) -> str:
+    def obstacle(self, rows: int, columns: int, own_parameter: bool) -> str:
         """Words of 32 bits are not shared, neither by columns nor by zeros."""
-        if alone and (columns % 32 or rows % 32):
+        if own_parameter and (columns % 32 or rows % 32):
             return f"gptq packs multiples of 32, and the weight is {rows} x {columns}"
-        return super().obstacle(rows, columns, alone)
+        return super().obstacle(rows, columns, own_parameter)
 
 
 GPTQ = Words(

@@ -93,13 +93,13 @@ class Scheme:
         """The group size that a weight of so many columns gets."""
         return group_size
 
-    def obstacle(self, rows: int, columns: int, alone: bool) -> str:
+    def obstacle(self, rows: int, columns: int, own_parameter: bool) -> str:
         """Why a weight stays in 16 bits, or an empty string.
 
         Args:
-            alone: it is a parameter of its own, and no part of fused experts.
+            own_parameter: the weight is a parameter by itself, and no part of fused experts.
         """
-        return f"{self.backend} packs nn.Linear only" if self.foreign and not alone else ""
+        return f"{self.backend} packs nn.Linear only" if self.foreign and not own_parameter else ""
 
     def refuses(self, name: str, bits: int, group_size: int | None, method: str) -> str:
         """What a recipe asks of a linear and the format does not have, as a sentence; or an empty one."""

@@ -101,7 +101,7 @@ def test_columns_and_super_weights_beside_the_codes_are_added(text_file: Path, t
     assert distance(packed, model, ROWS) < 0.02
     module = packed.get_submodule(names[0])
     assert isinstance(module, KernelLinear)
-    assert module.side is not None
+    assert module.outliers is not None
 
 
 @pytest.mark.parametrize("more", [

@@ -15,7 +15,7 @@ from sinkquant.inference import KernelLinear, int4_on, kernel_for
 from sinkquant.inference.int4_cpu import Int4CPU
 from sinkquant.quantize import PackedWeight
 from sinkquant.schemes import WeightFormat
-from sinkquant.schemes.codecs.side import Side
+from sinkquant.schemes.codecs.outliers import Outliers
 
 INT4 = Int4CPU.probe()
 BFLOAT16 = 2**-8
@@ -32,7 +32,7 @@ def weight_of(bits: int, groups: int, rows: int = 90, columns: int = 192, beside
     codes[:, kept.long()] = 0
     exact = torch.randn(rows, 2, generator=generator).bfloat16() * 4
     places, values = torch.tensor([[5, 9], [80, 100]], dtype=torch.int32), torch.tensor([30.0, -20.0]).bfloat16()
-    return PackedWeight(codes, scale, bits, Side(kept, exact, places, values))
+    return PackedWeight(codes, scale, bits, Outliers(kept, exact, places, values))
 
 
 def reference(weight: PackedWeight, zeros: torch.Tensor | None) -> torch.Tensor:
@@ -41,10 +41,10 @@ def reference(weight: PackedWeight, zeros: torch.Tensor | None) -> torch.Tensor:
     dense = weight.codes.double() * weight.scale.double().repeat_interleave(width, 1)
     if zeros is not None:
         dense += zeros.double().repeat_interleave(width, 1)
-    if weight.side is not None:
-        dense[:, weight.side.columns.long()] += weight.side.exact.double()
-        at = weight.side.places.long()
-        dense[at[:, 0], at[:, 1]] += weight.side.values.double()
+    if weight.outliers is not None:
+        dense[:, weight.outliers.columns.long()] += weight.outliers.exact.double()
+        at = weight.outliers.places.long()
+        dense[at[:, 0], at[:, 1]] += weight.outliers.values.double()
     return dense
 
 

@@ -64,14 +64,14 @@ def test_the_exact_columns_are_the_best_there_are_for_the_codes(asymmetric: bool
     weight, hessian, cross = problem(1)
     split = Split(KEPT, PLACES, torch.bfloat16, compensate=True, damping=1e-6)
     packed = split.quantize(weight, hessian, solve(gptq()), cross if asymmetric else None)
-    assert packed.side is not None
+    assert packed.outliers is not None
     pull = 0.25 * weight.double() @ cross if asymmetric else torch.zeros_like(weight, dtype=torch.float64)
     kept = list(KEPT)
     free = packed.dequantized().double() - weight.double()
     free[:, kept] = 0
     best = torch.linalg.solve(hessian[kept][:, kept], (pull[:, kept] - free @ hessian[:, kept]).T).T
-    found = packed.side.exact.double() - weight[:, kept].double()
-    assert torch.allclose(found, best, atol=float(packed.side.exact.abs().max()) * 2**-8)
+    found = packed.outliers.exact.double() - weight[:, kept].double()
+    assert torch.allclose(found, best, atol=float(packed.outliers.exact.abs().max()) * 2**-8)
     assert (found.abs().max() > 0.01).item()
 
 
@@ -91,7 +91,7 @@ def test_a_method_without_rounding_error_ends_at_the_optimum_of_the_whole_loss()
         return PackedWeight(found, torch.ones(ROWS, 1), 8)
 
     packed = Split(KEPT, PLACES, torch.float32, compensate=True, damping=1e-9).quantize(weight, hessian, ideal, cross)
-    assert packed.side is not None
+    assert packed.outliers is not None
     pull = 0.25 * weight.double() @ cross
     best = best_real(weight, hessian, pull) - weight.double()
     assert loss(packed, weight, hessian, pull) == pytest.approx(-float((best * pull).sum()), rel=1e-4)

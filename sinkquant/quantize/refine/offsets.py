@@ -33,14 +33,14 @@ def rounding_offsets(packed: PackedWeight, original: torch.Tensor, kept: torch.T
     """
     device = original.device
     beside = torch.zeros(packed.codes.shape, device=device)
-    if packed.side is not None:
-        packed.side.to(device).add_to(beside)
+    if packed.outliers is not None:
+        packed.outliers.to(device).add_to(beside)
     scale = packed.scale.to(device).float().repeat_interleave(packed.codes.shape[1] // packed.scale.shape[1], dim=1)
     offsets = ((original.float() - beside) / scale - packed.codes.to(device).float()).clamp_(-NEAR, NEAR)
     if kept is not None:
         offsets[~kept.to(device)] = float("nan")
-    if packed.side is not None:
-        offsets[:, packed.side.columns.long().to(device)] = float("nan")
+    if packed.outliers is not None:
+        offsets[:, packed.outliers.columns.long().to(device)] = float("nan")
     return offsets
 
 
@@ -76,7 +76,7 @@ class Offsets:
         """From where `rounding_offsets` says that its weights lie, on the device of these."""
         device = shift.device
         here = PackedWeight(packed.codes.to(device), packed.scale.to(device), packed.bits,
-                            None if packed.side is None else packed.side.to(device))
+                            None if packed.outliers is None else packed.outliers.to(device))
         return cls(here, shift, torch.zeros(here.scale.shape, device=device))
 
     def now(self) -> PackedWeight:
@@ -84,7 +84,7 @@ class Offsets:
         low, high = -(2 ** (self.packed.bits - 1)), 2 ** (self.packed.bits - 1) - 1
         codes = (self.packed.codes + self.shift.nan_to_num(0.0)).round_().clamp_(low, high).to(torch.int8)
         scale = storable(self.packed.scale.float() * (1 + self.stretch), self.packed.bits, self.packed.scale.dtype)
-        return PackedWeight(codes, scale, self.packed.bits, self.packed.side)
+        return PackedWeight(codes, scale, self.packed.bits, self.packed.outliers)
 
     def step(self, gradient: torch.Tensor, rate: float) -> None:
         """One step against the sign of the gradient.

@@ -3,9 +3,24 @@
 from sinkquant.schemes.codecs.codec import Codec, LibraryCodec, LibraryWeight, StoredWeight
 from sinkquant.schemes.codecs.files import Files, LibraryFiles
 from sinkquant.schemes.codecs.install import install_modules
+from sinkquant.schemes.codecs.outliers import Outliers
 from sinkquant.schemes.codecs.packed import PackedWeight, row_chunks
 from sinkquant.schemes.codecs.registry import CODECS, codec_of, files_of, library_codec, library_files
-from sinkquant.schemes.codecs.side import Side
 
-__all__ = ["CODECS", "Codec", "Files", "LibraryCodec", "LibraryFiles", "LibraryWeight", "PackedWeight", "Side",
-           "StoredWeight", "codec_of", "files_of", "install_modules", "library_codec", "library_files", "row_chunks"]
+__all__ = [
+           "CODECS",
+           "Codec",
+           "Files",
+           "LibraryCodec",
+           "LibraryFiles",
+           "LibraryWeight",
+           "Outliers",
+           "PackedWeight",
+           "StoredWeight",
+           "codec_of",
+           "files_of",
+           "install_modules",
+           "library_codec",
+           "library_files",
+           "row_chunks",
+]

@@ -8,9 +8,9 @@ import torch
 
 from sinkquant.schemes import WeightFormat
 from sinkquant.schemes.codecs.codec import Codec, Leaves, StoredWeight
+from sinkquant.schemes.codecs.outliers import Outliers
 from sinkquant.schemes.codecs.packed import PackedWeight
 from sinkquant.schemes.codecs.rtn import RTN
-from sinkquant.schemes.codecs.side import Side
 from sinkquant.schemes.codecs.words import pack, unpack
 from sinkquant.schemes.integers import bytewise
 
@@ -26,7 +26,7 @@ class IntegerCodec(Codec):
         inputs = {"input_scale": input_scale} if form.static_inputs and input_scale is not None else {}
         if bytewise(form):
             return {"weight": weight.codes, "weight_scale": weight.scale} | inputs
-        beside = {} if weight.side is None else weight.side.tensors()
+        beside = {} if weight.outliers is None else weight.outliers.tensors()
         return {"weight_packed": pack(weight.codes, weight.bits), "weight_scale": weight.scale,
                 "weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64), **beside} | inputs
 
@@ -38,4 +38,5 @@ class IntegerCodec(Codec):
         """code * scale, and what stands beside it, [rows, columns] in `dtype`."""
         scale = leaves["weight_scale"]
         codes = leaves["weight"] if bytewise(form) else unpack(leaves["weight_packed"], form.bits, shape[1])
-        return PackedWeight(codes, scale, form.bits, Side.of(dict(leaves), shape[0], scale.dtype)).dequantized(dtype)
+        outliers = Outliers.of(dict(leaves), shape[0], scale.dtype)
+        return PackedWeight(codes, scale, form.bits, outliers).dequantized(dtype)

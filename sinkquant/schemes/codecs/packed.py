@@ -8,7 +8,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams
 
-from sinkquant.schemes.codecs.side import Side
+from sinkquant.schemes.codecs.outliers import Outliers
 
 CHUNK = 1 << 17
 """Weights that are worked on at a time."""
@@ -17,12 +17,12 @@ CHUNK = 1 << 17
 @dataclass(frozen=True)
 class PackedWeight:
     """codes: int8 [rows, columns] in -2^(bits-1) .. 2^(bits-1) - 1, or float8_e4m3fn; scale: 16-bit float
-    [rows, groups]; side: what stands beside the codes, or None."""
+    [rows, groups]; outliers: what stands beside the codes, or None."""
 
     codes: torch.Tensor
     scale: torch.Tensor
     bits: int
-    side: Side | None = None
+    outliers: Outliers | None = None
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """code * scale, [rows, columns]: in every dtype what compressed-tensors gives for a model of that dtype.
@@ -32,13 +32,13 @@ class PackedWeight:
         dense = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
         for rows in row_chunks(self.codes):
             part = dequantize(self.codes[rows], self.scale[rows])
-            dense[rows] = part if self.side is None else self.side.add_to(part, rows.start)
+            dense[rows] = part if self.outliers is None else self.outliers.add_to(part, rows.start)
         return dense
 
     def cpu(self) -> PackedWeight:
         """The same in main memory."""
         return PackedWeight(self.codes.cpu(), self.scale.cpu(), self.bits,
-                            None if self.side is None else self.side.to("cpu"))
+                            None if self.outliers is None else self.outliers.to("cpu"))
 
 
 def group_scales(weight: torch.Tensor, bits: int, group_size: int, dtype: torch.dtype) -> torch.Tensor:

@@ -11,8 +11,8 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from sinkquant.schemes import WeightFormat
+from sinkquant.schemes.codecs.outliers import Outliers
 from sinkquant.schemes.codecs.packed import dequantize
-from sinkquant.schemes.codecs.side import Side
 from sinkquant.schemes.codecs.words import unpack
 
 CHUNK = 1 << 22
@@ -55,9 +55,9 @@ class PackedLinear(nn.Module):
         self.bias = nn.Parameter(empty, requires_grad=False) if bias else None
 
     @property
-    def side(self) -> Side | None:
+    def outliers(self) -> Outliers | None:
         """What stands beside the codes."""
-        return Side.of(dict(self._buffers), self.out_features, self._scale().dtype)
+        return Outliers.of(dict(self._buffers), self.out_features, self._scale().dtype)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -70,8 +70,8 @@ class PackedLinear(nn.Module):
         """Rows start..stop of the weight, [stop - start, in_features]: code * scale in float32, then rounded."""
         words = self.get_buffer("weight_packed")[start:stop]
         dense = dequantize(unpack(words, self.form.bits, self.in_features), self._scale()[start:stop])
-        side = self.side
-        return (dense if side is None else side.add_to(dense, start)).to(dtype)
+        outliers = self.outliers
+        return (dense if outliers is None else outliers.add_to(dense, start)).to(dtype)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """inputs: [..., in_features], float of any dtype. Returns [..., out_features] in that dtype."""

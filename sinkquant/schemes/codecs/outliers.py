@@ -8,7 +8,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Side:
+class Outliers:
     """Added to what the codes give. Codes of `columns` are zero, so that there the sum is `exact`; a weight at
     `places` left its group as a summand of its own (a super weight, Yu et al. 2411.07191).
 
@@ -22,7 +22,7 @@ class Side:
     values: torch.Tensor
 
     @classmethod
-    def of(cls, tensors: dict[str, torch.Tensor | None], rows: int, dtype: torch.dtype) -> Side | None:
+    def of(cls, tensors: dict[str, torch.Tensor | None], rows: int, dtype: torch.dtype) -> Outliers | None:
         """From the tensors of a checkpoint, by the end of their names; None where there are none of them."""
         columns, places = tensors.get("weight_columns"), tensors.get("weight_places")
         if columns is None and places is None:
@@ -43,9 +43,10 @@ class Side:
             found |= {"weight_places": self.places, "weight_values": self.values}
         return found
 
-    def to(self, device: torch.device | str) -> Side:
+    def to(self, device: torch.device | str) -> Outliers:
         """The same on another device."""
-        return Side(self.columns.to(device), self.exact.to(device), self.places.to(device), self.values.to(device))
+        return Outliers(self.columns.to(device), self.exact.to(device), self.places.to(device),
+                        self.values.to(device))
 
     def add_to(self, dense: torch.Tensor, start: int = 0) -> torch.Tensor:
         """Add it to float32 rows of the weight in place, [some rows, columns], the first of them row `start`."""
