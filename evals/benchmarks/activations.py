@@ -19,10 +19,11 @@ import itertools
 from pathlib import Path
 
 import torch
-from measure import Lines, table
+from measure import Lines, held_out_texts, table
 
+from sinkquant.artifacts import SinkMap
 from sinkquant.detect import detect
-from sinkquant.models import Decoder, load_model, load_tokenizer, read_text, resolve, token_rows
+from sinkquant.models import Decoder, load_model, load_tokenizer, resolve
 from sinkquant.policy import make_plan
 from sinkquant.recipe import Recipe
 
@@ -39,7 +40,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--text")
-    parser.add_argument("--heldout")
+    parser.add_argument("--heldout", nargs="*", default=[], metavar="NAME=FILE", help="default: the packaged text")
+    parser.add_argument("--sink-map", type=Path, help="of this model, made before")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--weights", type=int, nargs="+", default=[16, 8, 4])
@@ -53,9 +55,9 @@ def main() -> None:
     tokenizer, base = load_tokenizer(folder), load_model(folder, torch.float32)
     recipe = Recipe().replace([f"calibration.text={arguments.text or 'null'}", "detect.super_weights=false",
                                *arguments.settings])
-    sink_map = detect(base, tokenizer, recipe=recipe)
-    rows = token_rows(tokenizer, read_text(arguments.heldout, "evaluation"), arguments.rows,
-                      min(arguments.length, Decoder.of(base).max_length), recipe.calibration.bos)
+    sink_map = SinkMap.load(arguments.sink_map) if arguments.sink_map else detect(base, tokenizer, recipe=recipe)
+    texts = held_out_texts(arguments.heldout, tokenizer, arguments.rows,
+                           min(arguments.length, Decoder.of(base).max_length))
     lines, shape = Lines(arguments.lines), Decoder.of(base).shape(arguments.model)
     for bits, inputs, scale in itertools.product(arguments.weights, arguments.inputs, arguments.scales):
         labels = {"weights": str(bits), "inputs": inputs, "scales": scale}
@@ -65,8 +67,8 @@ def main() -> None:
             weights += ["weights.method=rtn", f"weights.scale_search={bits != 16}"]
         plan = make_plan(shape, sink_map, recipe.replace(
             [*weights, f"activations.format={inputs}", *SCALES[scale]]))
-        lines.measure(labels, folder, base, plan, tokenizer, rows, keep_weights=bits == 16)
-    print(table(lines.lines, ["weights", "inputs"], arguments.seed))
+        lines.measure(labels, folder, base, plan, tokenizer, texts, keep_weights=bits == 16)
+    print(table(lines.lines, ["weights", "inputs", "text"], arguments.seed))
 
 
 if __name__ == "__main__":

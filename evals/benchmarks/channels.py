@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from measure import Lines, table
+from measure import Lines, held_out_texts, table
 
 from sinkquant.artifacts import ModelShape, Plan, SinkMap
 from sinkquant.artifacts.sizes import checkpoint_bytes
 from sinkquant.detect import detect
-from sinkquant.models import Decoder, load_model, load_tokenizer, open_model, read_text, resolve, token_rows
+from sinkquant.models import Decoder, load_model, load_tokenizer, open_model, resolve
 from sinkquant.policy import make_control, make_plan
 from sinkquant.recipe import Recipe
 
@@ -36,24 +36,25 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--channels", nargs="+", default=["split", "module", "scale"])
     parser.add_argument("--held-out", type=int, default=32, help="held-out rows")
-    parser.add_argument("--text", help="held-out text; default: the packaged one")
+    parser.add_argument("--text", nargs="*", default=[], metavar="NAME=FILE", help="held-out texts; default: packaged")
+    parser.add_argument("--sink-map", type=Path, help="of this model, made before")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more of the recipe")
     parser.add_argument("--lines", type=Path, help="keep what was measured here (measure.py)")
     arguments = parser.parse_args()
     folder = resolve(arguments.model)
     base, tokenizer = load_model(folder, torch.float32), load_tokenizer(folder)
     recipe = Recipe().replace(["detect.super_weights=false", *arguments.set])
-    held_out = token_rows(tokenizer, read_text(arguments.text, "evaluation"), arguments.held_out,
-                          min(512, Decoder.of(base).max_length))
-    sink_map = detect(base, tokenizer, recipe=recipe, name=arguments.model)
+    texts = held_out_texts(arguments.text, tokenizer, arguments.held_out, min(512, Decoder.of(base).max_length))
+    sink_map = SinkMap.load(arguments.sink_map) if arguments.sink_map else detect(
+        base, tokenizer, recipe=recipe, name=arguments.model)
     shape, stored = (Decoder.of(model).shape(arguments.model) for model in (base, open_model(folder)))
     lines = Lines(arguments.lines)
     for bits, method in itertools.product(arguments.bits, arguments.methods):
         asked = recipe.replace([f"weights.bits={bits}", f"weights.method={method}"])
         for kept, where, plan in plans(shape, sink_map, asked, arguments.channels):
             labels = {"bits": str(bits), "method": method, "kept exact": kept, "bytes spent on": where}
-            lines.measure(labels, folder, base, plan, tokenizer, held_out, checkpoint_bytes(stored, plan.formats))
-    print(table(lines.lines, ["bits", "method", "kept exact"], recipe.seed))
+            lines.measure(labels, folder, base, plan, tokenizer, texts, checkpoint_bytes(stored, plan.formats))
+    print(table(lines.lines, ["bits", "method", "kept exact", "text"], recipe.seed))
 
 
 def plans(shape: ModelShape, sink_map: SinkMap, recipe: Recipe,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.artifacts import Plan
 from sinkquant.cache import make_prefix, prepare
 from sinkquant.evaluate import Divergence, compare_rows, paired_difference
-from sinkquant.models import load_model
+from sinkquant.models import load_model, read_text, token_rows
 from sinkquant.quantize import quantize
 
 RESAMPLES = 2000
@@ -116,14 +116,36 @@ class Lines:
                 file.write(json.dumps(asdict(line)) + "\n")
 
     def measure(self, labels: dict[str, str], folder: Path, base: PreTrainedModel, plan: Plan,
-                tokenizer: PreTrainedTokenizerBase, rows: torch.Tensor, size: int | None = None,
+                tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, torch.Tensor], size: int | None = None,
                 keep_weights: bool = False) -> None:
-        """Carry out a plan and keep what comes of it, unless there is such a line; `base` is the same in all calls."""
-        if not self.has(labels):
-            self.known = self.known or Remembered(base)
-            model, seconds = carry_out(folder, base, plan, tokenizer, keep_weights)
-            found = compare_rows(cast(PreTrainedModel, self.known), model, rows, kv=plan.kv_cache)
-            self.add(Line.of(labels, found, seconds, size))
+        """Carry out a plan and keep what comes of it on every text, unless there are such lines.
+
+        Args:
+            base: the same in all calls.
+            rows: name of a text -> its rows (`held_out_texts`).
+        """
+        wanted = {name: labels | ({"text": name} if name else {}) for name in rows}
+        if all(self.has(one) for one in wanted.values()):
+            return
+        self.known = self.known or Remembered(base)
+        model, seconds = carry_out(folder, base, plan, tokenizer, keep_weights)
+        for name, one in wanted.items():
+            if not self.has(one):
+                found = compare_rows(cast(PreTrainedModel, self.known), model, rows[name], kv=plan.kv_cache)
+                self.add(Line.of(one, found, seconds, size))
+
+
+def held_out_texts(named: Sequence[str], tokenizer: PreTrainedTokenizerBase, count: int,
+                   length: int) -> dict[str, torch.Tensor]:
+    """Rows that models are compared on, by the name of their text: int64 [count, length] each.
+
+    Args:
+        named: "NAME=FILE" each, where FILE may be left out for the packaged text; a file alone has no name, and nothing
+            at all is the packaged text.
+    """
+    texts = [one.partition("=") if "=" in one else ("", "=", one) for one in named] or [("", "=", "")]
+    return {name: token_rows(tokenizer, read_text(file or None, "evaluation"), count, length)
+            for name, _, file in texts}
 
 
 def read(paths: Iterable[Path]) -> list[Line]:

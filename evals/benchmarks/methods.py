@@ -3,7 +3,7 @@
     python evals/benchmarks/methods.py MODEL [--methods rtn gptq gptaq] [--statistics all boost exclude+prefix]
                                              [--bits 4 3 2] [--transforms none awq rotate ...]
                                              [--set weights.descent=0 ...] [--checkpoint NAME:BITS=DIR ...]
-                                             [--lines FILE.jsonl]
+                                             [--lines FILE.jsonl] [--text NAME=FILE ...]
     python evals/benchmarks/methods.py MODEL --rows rows.safetensors
 
 Every line is one quantization of the whole model, on the same calibration rows. A `--checkpoint`, a peer's for
@@ -20,11 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from measure import Line, Lines, table
+from measure import Line, Lines, held_out_texts, table
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinkquant.artifacts import Plan, Transform
+from sinkquant.artifacts import Plan, SinkMap, Transform
 from sinkquant.detect import detect
 from sinkquant.evaluate import compare_rows
 from sinkquant.formats import load_dense
@@ -53,7 +53,8 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more of the recipe")
     parser.add_argument("--checkpoint", nargs="*", default=[], metavar="NAME:BITS=DIR")
-    parser.add_argument("--text", help="held-out text; default: the packaged one")
+    parser.add_argument("--text", nargs="*", default=[], metavar="NAME=FILE", help="held-out texts; default: packaged")
+    parser.add_argument("--sink-map", type=Path, help="of this model, made before")
     parser.add_argument("--rows", help="write calibration and held-out rows here, and stop")
     parser.add_argument("--lines", type=Path, help="keep what was measured here")
     arguments = parser.parse_args()
@@ -61,28 +62,31 @@ def main() -> None:
     tokenizer = load_tokenizer(resolve(arguments.model))
     recipe = Recipe().replace(["detect.super_weights=false", *arguments.set])
     settings, limit = recipe.calibration, Decoder.of(base).max_length
-    held_out = token_rows(tokenizer, read_text(arguments.text, "evaluation"), arguments.held_out,
-                          min(512, limit))
+    texts = held_out_texts(arguments.text, tokenizer, arguments.held_out, min(512, limit))
     if arguments.rows:
         calibration = token_rows(tokenizer, read_text(settings.text, "calibration"), settings.rows,
                                  min(settings.length, limit), settings.bos)
-        save_file({"calibration": calibration, "held_out": held_out}, arguments.rows)
+        save_file({"calibration": calibration, **{name or "held_out": rows for name, rows in texts.items()}},
+                  arguments.rows)
         return
     lines = Lines(arguments.lines)
     for checkpoint in arguments.checkpoint:
         label, _, folder = checkpoint.partition("=")
         name, _, bits = label.rpartition(":")
-        found = compare_rows(base, load_dense(Path(folder), torch.float32), held_out)
-        lines.add(Line.of({"method": name, "bits": bits, "tokens": "all"}, found))
+        for text, rows in texts.items():
+            found = compare_rows(base, load_dense(Path(folder), torch.float32), rows)
+            labels = {"method": name, "bits": bits, "tokens": "all"} | ({"text": text} if text else {})
+            lines.add(Line.of(labels, found))
     for labels, plan in plans(arguments, base, tokenizer, recipe):
-        lines.measure(labels, resolve(arguments.model), base, plan, tokenizer, held_out)
-    print(table(lines.lines, ["bits"], recipe.seed))
+        lines.measure(labels, resolve(arguments.model), base, plan, tokenizer, texts)
+    print(table(lines.lines, ["bits", "text"], recipe.seed))
 
 
 def plans(arguments: argparse.Namespace, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
           recipe: Recipe) -> Iterator[tuple[dict[str, str], Plan]]:
     """What is to be measured, and how it is made."""
-    sink_map = detect(base, tokenizer, recipe=recipe, name=arguments.model)
+    sink_map = SinkMap.load(arguments.sink_map) if arguments.sink_map else detect(
+        base, tokenizer, recipe=recipe, name=arguments.model)
     shape = Decoder.of(base).shape(arguments.model)
     for bits, method, transform in itertools.product(arguments.bits, arguments.methods, arguments.transforms):
         # Rounding to nearest alone, and a rotation, take no statistics.

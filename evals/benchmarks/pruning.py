@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from measure import Lines, table
+from measure import Lines, held_out_texts, table
 from transformers import PreTrainedModel
 
 from sinkquant.artifacts import Plan, SinkMap
 from sinkquant.detect import detect
-from sinkquant.models import Decoder, load_model, load_tokenizer, read_text, resolve, token_rows
+from sinkquant.models import Decoder, load_model, load_tokenizer, resolve
 from sinkquant.policy import make_plan
 from sinkquant.recipe import Recipe
 
@@ -38,19 +38,20 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[16])
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more of the recipe")
     parser.add_argument("--held-out", type=int, default=64, help="held-out rows")
-    parser.add_argument("--text", help="held-out text; default: the packaged one")
+    parser.add_argument("--text", nargs="*", default=[], metavar="NAME=FILE", help="held-out texts; default: packaged")
+    parser.add_argument("--sink-map", type=Path, help="of this model, made before")
     parser.add_argument("--lines", type=Path, help="keep what was measured here (measure.py)")
     arguments = parser.parse_args()
     base = load_model(resolve(arguments.model), torch.float32)
     tokenizer = load_tokenizer(resolve(arguments.model))
     recipe = Recipe().replace(["detect.super_weights=false", *arguments.set])
-    held_out = token_rows(tokenizer, read_text(arguments.text, "evaluation"), arguments.held_out,
-                          min(512, Decoder.of(base).max_length))
-    sink_map = detect(base, tokenizer, recipe=recipe, name=arguments.model)
+    texts = held_out_texts(arguments.text, tokenizer, arguments.held_out, min(512, Decoder.of(base).max_length))
+    sink_map = SinkMap.load(arguments.sink_map) if arguments.sink_map else detect(
+        base, tokenizer, recipe=recipe, name=arguments.model)
     lines = Lines(arguments.lines)
     for labels, plan in plans(arguments, base, sink_map, recipe):
-        lines.measure(labels, resolve(arguments.model), base, plan, tokenizer, held_out)
-    print(table(lines.lines, ["pattern", "bits", "method"], recipe.seed))
+        lines.measure(labels, resolve(arguments.model), base, plan, tokenizer, texts)
+    print(table(lines.lines, ["pattern", "bits", "method", "text"], recipe.seed))
 
 
 def plans(arguments: argparse.Namespace, base: PreTrainedModel, sink_map: SinkMap,
