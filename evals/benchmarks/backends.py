@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Line, Lines, Remembered, table
+from measure import Baseline, Line, Lines, table
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan
 from sinkquant.detect import detect
-from sinkquant.evaluate import compare_rows
 from sinkquant.formats import load_dense, save
 from sinkquant.models import Decoder, load_model, load_tokenizer, read_text, resolve, token_rows
 from sinkquant.policy import make_control, make_plan
@@ -55,7 +54,7 @@ def main() -> None:
     parser.add_argument("--lines", type=Path, help="keep what was measured here (measure.py)")
     arguments = parser.parse_args()
     folder, lines = resolve(arguments.model), Lines(arguments.lines)
-    base, tokenizer = Remembered(load_model(folder, torch.float32)), load_tokenizer(folder)
+    base, tokenizer = Baseline(load_model(folder, torch.float32)), load_tokenizer(folder)
     common = ["detect.super_weights=false", "kv_cache=null", *arguments.set]
     sink_map = detect(base.model, tokenizer, recipe=Recipe().replace(common), name=arguments.model)
     held_out = token_rows(tokenizer, read_text(arguments.text, "evaluation"), arguments.held_out,
@@ -64,7 +63,7 @@ def main() -> None:
     labels = {"backend": "none", "format": "bfloat16", "row": "unquantized"}
     if not lines.has(labels):
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        lines.add(Line.of(labels, compare_rows(base, base, held_out), size=size,
+        lines.add(Line.of(labels, base.compare(base.model, held_out), size=size,
                           speed=decode_speed(lambda: load_model(folder), held_out)))
     for name in arguments.formats:
         packaged, assigned = FORMATS[name]
@@ -77,14 +76,14 @@ def main() -> None:
     print(table(lines.lines, ["format"]))
 
 
-def measured(labels: dict[str, str], folder: Path, plan: Plan, base: Remembered, tokenizer: PreTrainedTokenizerBase,
+def measured(labels: dict[str, str], folder: Path, plan: Plan, base: Baseline, tokenizer: PreTrainedTokenizerBase,
              held_out: torch.Tensor) -> Line:
     """Write a plan's checkpoint, measure it and forget it."""
     with tempfile.TemporaryDirectory() as place:
         start = time.process_time()
         out = save(quantize(load_model(folder), plan, tokenizer), tokenizer, Path(place) / "model")
         seconds = time.process_time() - start
-        found = compare_rows(base, load_dense(out, torch.float32), held_out)
+        found = base.compare(load_dense(out, torch.float32), held_out)
         size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
         return Line.of(labels, found, seconds, size, decode_speed(lambda: own_loader(out, plan.backend), held_out))
 

@@ -12,16 +12,17 @@ import argparse
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinkquant.artifacts import Plan
+from sinkquant.artifacts import KVCachePlan, Plan
 from sinkquant.cache import make_prefix, prepare
-from sinkquant.evaluate import Divergence, compare_rows, paired_difference
+from sinkquant.evaluate import Divergence, paired_difference
+from sinkquant.evaluate.divergence import BATCH_ROWS, compare_side_by_side
+from sinkquant.evaluate.states import last_states
 from sinkquant.models import load_model, read_text, token_rows
 from sinkquant.quantize import quantize
 
@@ -78,22 +79,24 @@ def carry_out(folder: Path, base: PreTrainedModel, plan: Plan, tokenizer: PreTra
     return model, seconds
 
 
-@dataclass(frozen=True)
-class Remembered:
-    """A model that runs over every batch once: the unquantized one, with which all others are compared."""
+class Baseline:
+    """The unquantized model, with which all others are compared: it runs over every batch once."""
 
-    model: Any
-    answers: dict[bytes, Any] = field(default_factory=dict)
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._states: dict[bytes, torch.Tensor] = {}
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
+    def compare(self, other: PreTrainedModel, rows: torch.Tensor, kv: KVCachePlan | None = None) -> Divergence:
+        """As `sinkquant.evaluate.compare_rows`."""
+        batches = rows.split(BATCH_ROWS)
+        states = [self._last_states(batch) for batch in batches]
+        return compare_side_by_side(self.model, states, [(other, kv)], batches)[0]
 
-    def __call__(self, rows: torch.Tensor, **settings: Any) -> Any:
-        """The model's output for int64 [rows, length]."""
-        key = rows.numpy().tobytes()
-        if key not in self.answers:
-            self.answers[key] = self.model(rows, **settings)
-        return self.answers[key]
+    def _last_states(self, batch: torch.Tensor) -> torch.Tensor:
+        key = batch.numpy().tobytes()
+        if key not in self._states:
+            self._states[key] = last_states(self.model, batch)
+        return self._states[key]
 
 
 class Lines:
@@ -102,7 +105,7 @@ class Lines:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.lines = read([path]) if path is not None and path.exists() else []
-        self.known: Remembered | None = None
+        self.baseline: Baseline | None = None
 
     def has(self, labels: dict[str, str]) -> bool:
         """Whether there is such a line."""
@@ -127,12 +130,11 @@ class Lines:
         wanted = {name: labels | ({"text": name} if name else {}) for name in rows}
         if all(self.has(one) for one in wanted.values()):
             return
-        self.known = self.known or Remembered(base)
+        self.baseline = self.baseline or Baseline(base)
         model, seconds = carry_out(folder, base, plan, tokenizer, keep_weights)
         for name, one in wanted.items():
             if not self.has(one):
-                found = compare_rows(cast(PreTrainedModel, self.known), model, rows[name], kv=plan.kv_cache)
-                self.add(Line.of(one, found, seconds, size))
+                self.add(Line.of(one, self.baseline.compare(model, rows[name], plan.kv_cache), seconds, size))
 
 
 def held_out_texts(named: Sequence[str], tokenizer: PreTrainedTokenizerBase, count: int,
