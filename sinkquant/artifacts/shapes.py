@@ -55,7 +55,8 @@ class ModelShape(Strict):
     unquantized checkpoint: name -> (dtype, shape), tied weights once. `kv_layers` has one entry per layer.
     `not_rotated`: scope of a rotation ("values", "full") -> why it is not possible; `untied`: what a full rotation
     adds to `tensors`. `not_loaded_from`: backends whose checkpoints transformers loads into other experts than the
-    model's own, which have tensors of other names (Llama 4).
+    model's own, which have tensors of other names (Llama 4). `carried`: tensors of its folder that the model does not
+    compute with and a checkpoint takes along; `notes`: what a plan has to say about its files.
     """
 
     name: str
@@ -68,8 +69,15 @@ class ModelShape(Strict):
     not_rotated: dict[str, str] = Field(default_factory=dict)
     untied: dict[str, tuple[str, list[int]]] = Field(default_factory=dict)
     not_loaded_from: list[str] = Field(default_factory=list)
+    carried: dict[str, tuple[str, list[int]]] = Field(default_factory=dict)
+    notes: list[str] = Field(default_factory=list)
 
     @property
     def parameters(self) -> int:
-        """Number of values in all tensors of the unquantized checkpoint."""
+        """Number of values in all tensors that the model computes with."""
         return sum(math.prod(size) for _, size in self.tensors.values())
+
+    @property
+    def values(self) -> int:
+        """Number of values in all tensors of the unquantized checkpoint."""
+        return self.parameters + sum(math.prod(size) for _, size in self.carried.values())

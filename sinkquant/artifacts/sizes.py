@@ -66,7 +66,7 @@ def checkpoint_tensors(shape: ModelShape, formats: dict[str, WeightFormat]) -> d
                 tensors |= packed_tensors(part, linear.rows, linear.columns, formats[part], shape.dtype, expert=True)
         else:
             tensors[name] = tensor
-    return tensors
+    return tensors | shape.carried
 
 
 def checkpoint_bytes(shape: ModelShape, formats: dict[str, WeightFormat]) -> int:

@@ -28,6 +28,7 @@ from sinkquant.formats.simulated import save_simulated
 from sinkquant.formats.writer import CheckpointWriter
 from sinkquant.models import Decoder, pieces
 from sinkquant.models.source import runs_own_code
+from sinkquant.models.unused import unused_of
 from sinkquant.quantize import state_of
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import DEFAULT_BACKEND, WeightFormat, packages_of
@@ -75,8 +76,12 @@ def copy_dense(writer: CheckpointWriter, decoder: Decoder, plan: Plan) -> None:
     shape = decoder.shape("")
     packed = {key for name, form in plan.formats.items() for key in packed_tensors(
         name, shape.linears[name].rows, shape.linears[name].columns, form, shape.dtype)}
+    unused = unused_of(decoder.model)
+    for name in unused.carried:
+        for start, rows in unused.pieces(name):
+            writer.write(name, rows, start)
     for name in writer.tensors:
-        if name not in packed and writer.tensors[name] != GUARD:
+        if name not in packed and name not in unused.carried and writer.tensors[name] != GUARD:
             for start, rows in pieces(decoder, name):
                 writer.write(name, rows, start)
 
@@ -143,6 +148,8 @@ def write_files(folder: Path, model: PreTrainedModel, plan: Plan, sink_map: Sink
     packed = any(decision.bits < 16 for decision in plan.modules.values())
     if packed:
         asked = files_of(plan.backend).settings(model, plan)
+        if "ignore" in asked:
+            asked["ignore"] = [*asked["ignore"], *unused_of(model).modules]
         needs_own = own_format(Decoder.of(model).shape(""), plan.formats)
         model.config.quantization_config = own_config(asked, plan, model.dtype) if needs_own else asked
     try:

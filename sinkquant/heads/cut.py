@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import SinkMap
 from sinkquant.errors import RequestError, SinkquantError
+from sinkquant.formats.carried import carry, write_config
 from sinkquant.formats.output import require_free
 from sinkquant.formats.save import written_aside
 from sinkquant.formats.writer import CheckpointWriter
@@ -45,11 +46,15 @@ def cut_heads(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sink_m
     decoder, counts, facts = Decoder.of(model), HeadCounts.of(model), sink_map.model
     if (facts.layers, facts.heads, facts.kv_heads) != (len(decoder.blocks), counts.heads, counts.kv_heads):
         raise RequestError(f"the sink map is of another model ({facts.name}); run detect on this one.")
+    whole = decoder.shape("")
+    if whole.carried:
+        raise RequestError(f"this model comes with {next(iter(whole.carried))}, which transformers does not compute "
+                           "with: it would not fit the smaller heads.")
     built = {count: smaller for count in range(1, counts.kv_heads)
              if (smaller := smaller_model(model, count)) is not None}
     kept = kv_heads_to_keep(sink_map, list(built), (recipe or Recipe()).prune.head_loss)
     smaller = built[len(kept[0])]
-    before, after = decoder.shape("").tensors, Decoder.of(smaller).shape("").tensors
+    before, after = whole.tensors, Decoder.of(smaller).shape("").tensors
     with written_aside(Path(folder)) as aside:
         writer = CheckpointWriter(aside, after)
         for name, (_, shape) in after.items():
@@ -58,12 +63,8 @@ def cut_heads(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sink_m
                     writer.write(name, rows, start)
             else:
                 writer.write(name, smaller_tensor(decoder, name, kept, shape))
-        smaller.config.dtype = str(model.dtype).removeprefix("torch.")
-        smaller.config.architectures = [type(model).__name__]
-        smaller.config.save_pretrained(aside)
-        if model.can_generate():
-            model.generation_config.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+        write_config(aside, smaller, model)
+        carry(aside, model, tokenizer)
         _check(aside, decoder, kept, after)
     return kept
 

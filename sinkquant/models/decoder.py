@@ -27,6 +27,7 @@ from sinkquant.models.experts import (
 from sinkquant.models.kv import kv_layers
 from sinkquant.models.source import WeightSource, source_of
 from sinkquant.models.structure import Structure, inputs, refusals, structure_of
+from sinkquant.models.unused import unused_of
 
 FUSED_BY_ENGINES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")
@@ -171,10 +172,16 @@ class Decoder:
         state = {key: value for key, value in self.model.state_dict().items() if key not in ignored}
         tensors = {key: (str(value.dtype).removeprefix("torch."), list(value.shape))
                    for key, value in remove_tied_weights_from_state_dict(state, self.model).items()}
+        unused, cannot = unused_of(self.model), refusals(structure)
+        if unused.carried:
+            cannot.setdefault("full", f"it comes with {next(iter(unused.carried))}, which transformers does not "
+                                      "compute with and a rotation would leave behind")
+        carried = {key: (str(one.dtype).removeprefix("torch."), list(one.shape)) for key, one in unused.carried.items()}
         return ModelShape(name=name, architecture=type(self.model).__name__, blocks=len(self.blocks),
                           dtype=str(self.model.dtype).removeprefix("torch."), linears=linears, tensors=tensors,
-                          kv_layers=kv_layers(self.model.config), not_rotated=refusals(structure),
-                          untied=self._untied(structure), not_loaded_from=not_loaded_from(self.model))
+                          kv_layers=kv_layers(self.model.config), not_rotated=cannot,
+                          untied=self._untied(structure), not_loaded_from=not_loaded_from(self.model),
+                          carried=carried, notes=unused.notes())
 
     def _untied(self, structure: Structure) -> dict[str, tuple[str, list[int]]]:
         """The output head's tensor where rotating the residual stream unties it from the token embedding: the gain of

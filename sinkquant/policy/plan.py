@@ -182,7 +182,7 @@ def _finish(name: str, choices: dict[str, Choice], shape: ModelShape, recipe: Re
         raise RequestError(TUNE_AND_EXPERTS)
     return Plan(
         name=name, bits_per_weight=8 * linear_bytes(shape, choices) / weights,
-        bits_per_parameter=8 * total / shape.parameters, weight_bytes=total, unquantized_bytes=unquantized,
+        bits_per_parameter=8 * total / shape.values, weight_bytes=total, unquantized_bytes=unquantized,
         modules=modules, transforms=transforms, seed=recipe.seed, recipe=recipe.model_dump(mode="json"),
         calibration=Calibration(
             text=settings.text, rows=settings.rows, length=settings.length, bos=settings.bos,
@@ -192,7 +192,7 @@ def _finish(name: str, choices: dict[str, Choice], shape: ModelShape, recipe: Re
             statistics=statistics, min_expert_tokens=settings.min_expert_tokens),
         predicted={"weight_bytes": float(total), "size_ratio": total / unquantized},
         loads_in=loads_in(shape, formats, own),
-        notes=[*simulated_notes(choices), *notes(choices.values(), recipe)])
+        notes=[*shape.notes, *simulated_notes(choices), *notes(choices.values(), recipe)])
 
 
 def _inputs(choice: Choice) -> dict[str, Any]:

@@ -1,0 +1,90 @@
+"""Tensors of a model's folder that transformers does not compute with: multi-token prediction, mostly.
+
+A checkpoint takes them along as they are, since other engines compute with them and config.json announces them. Only
+buffers of older versions that transformers computes anew are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from sinkquant.models.folder import read_settings
+from sinkquant.models.shards import StoredTensor, stored_tensors
+from sinkquant.models.source import folder_of, source_of
+
+PIECE = 1 << 25
+"""Values that are read at a time."""
+COMPUTED = ("inv_freq", "masked_bias")
+"""Leaves that hold no weights."""
+
+
+@dataclass(frozen=True)
+class Unused:
+    """`carried`: name on disk -> tensor that a checkpoint takes along. `left`: names of those that it does not."""
+
+    carried: dict[str, StoredTensor] = field(default_factory=dict)
+    left: tuple[str, ...] = ()
+
+    def pieces(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """One of those that are carried, as (first row, rows)."""
+        tensor = self.carried[name]
+        if not tensor.shape:
+            yield 0, tensor[...]
+            return
+        step = max(1, PIECE // max(1, math.prod(tensor.shape[1:])))
+        for start in range(0, tensor.shape[0], step):
+            yield start, tensor.rows(start, min(start + step, tensor.shape[0]))
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the linears among those that are carried: an engine must not look for codes there."""
+        return [name.removesuffix(".weight") for name, tensor in self.carried.items()
+                if name.endswith(".weight") and len(tensor.shape) == 2]
+
+    def notes(self) -> list[str]:
+        """What is to be said of them."""
+        said = []
+        if self.carried:
+            said.append(f"{_listed(self.carried)} are taken along as they are: transformers does not compute with "
+                        "them, other engines may")
+        if self.left:
+            said.append(f"{_listed(self.left)} are left out: transformers does not read them")
+        return said
+
+
+def unused_of(model: PreTrainedModel) -> Unused:
+    """What the folder of an unquantized model holds beside its parameters and buffers; only headers are read."""
+    folder = folder_of(model)
+    if folder is None or read_settings(folder).get("quantization_config") is not None:
+        return Unused()
+    stored = stored_tensors(folder)
+    source = source_of(model)
+    names = [name for name in _not_in(model, stored) if source is None or name in source.tensors]
+    modules = {name for name, _ in model.named_modules()}
+    prefix = f"{model.base_model_prefix}."
+    left = [name for name in names if name.rpartition(".")[2] in COMPUTED
+            or not modules.isdisjoint({name.rpartition(".")[0], prefix + name.rpartition(".")[0]})]
+    return Unused({name: stored[name] for name in names if name not in left}, tuple(left))
+
+
+def _not_in(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """The names that transformers' loader finds no place for."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    return [name for name in names
+            if rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0] not in state]
+
+
+def _listed(names: Iterable[str]) -> str:
+    shown = sorted(names)
+    more = f" and {len(shown) - 2} more" if len(shown) > 2 else ""
+    return f"the tensors {', '.join(shown[:2])}{more}"
