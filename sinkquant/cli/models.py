@@ -61,8 +61,9 @@ def diagnose(models: Annotated[list[str], typer.Argument(help="A model folder, a
     found = []
     with shown_progress() as progress:
         for name, folder, tokenizer in zip(models, folders, tokenizers, strict=True):
-            quantized = load_dense(other) if other else None
-            found.append(examine(load_dense(folder), tokenizer, text, recipe, name, against=quantized,
+            quantized = load_dense(other, trust_remote_code=trust_remote_code) if other else None
+            loaded = load_dense(folder, trust_remote_code=trust_remote_code)
+            found.append(examine(loaded, tokenizer, text, recipe, name, against=quantized,
                                  against_name=against or "", progress=progress))
     if output:
         found[0].save(output)

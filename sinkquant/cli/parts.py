@@ -18,7 +18,7 @@ from sinkquant.recipe import Recipe
 
 out, err = Console(), Console(stderr=True)
 
-ModelArgument = Annotated[str, typer.Argument(help="A model folder, a hub id, or 'demo'.")]
+ModelArgument = Annotated[str, typer.Argument(help="A model folder, a GGUF file, a hub id, or 'demo'.")]
 RecipeOption = Annotated[str, typer.Option("-r", "--recipe", help="A recipe file or name.")]
 SinkMapOption = Annotated[Path | None, typer.Option(help="A sink map made before; default: detect now.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Set a recipe key.")]

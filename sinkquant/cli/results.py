@@ -9,7 +9,7 @@ import typer
 
 from sinkquant.artifacts import Plan, Report, Sensitivity, SinkMap
 from sinkquant.artifacts.base import write_atomically
-from sinkquant.cli.parts import JsonOption, SetOption, TextOption, out, shown_progress
+from sinkquant.cli.parts import JsonOption, SetOption, TextOption, TrustOption, out, shown_progress
 from sinkquant.cli.show import show_report
 from sinkquant.errors import RequestError
 
@@ -21,19 +21,19 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A run's folder or a ch
              sensitivity: Annotated[Path | None, typer.Option(help="Predict the losses from this file; default: what "
                                                                    "the plans say.")] = None,
              output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the report here.")] = None,
-             ) -> None:
+             trust_remote_code: TrustOption = False) -> None:
     """Measure a checkpoint with lm-eval, beside its baseline and its control."""
     asked: dict[str, Any] = {"text": text} if text else {}
     asked |= {"tasks": [name.strip() for name in tasks.split(",")]} if tasks else {}
-    if not folder.is_dir():
-        raise RequestError(f"{folder} is no folder; give a run's folder or a checkpoint.")
+    if not folder.is_dir() and folder.suffix != ".gguf":
+        raise RequestError(f"{folder} is no folder; give a run's folder, a checkpoint or a GGUF file.")
     from sinkquant.models.processes import this_process
     from sinkquant.run.measure import evaluate_folder, recorded_recipe
 
     recipe = recorded_recipe(folder).changed(evaluate=asked).replace(assignments or [])
     costs = Sensitivity.load(sensitivity) if sensitivity else None
     with shown_progress() as progress:
-        made = evaluate_folder(folder, recipe, baseline, progress, costs)
+        made = evaluate_folder(folder, recipe, baseline, progress, costs, trust_remote_code)
     if this_process()[0] > 0:
         return
     if output:

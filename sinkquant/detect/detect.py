@@ -23,6 +23,8 @@ from sinkquant.models import (
     token_rows,
     tokenization_facts,
 )
+from sinkquant.models.gguf import source_notes
+from sinkquant.models.source import folder_of
 from sinkquant.recipe import Detection, Recipe
 
 PUBLISHED_THRESHOLDS = ("0.1", "0.3", "0.8")
@@ -55,7 +57,7 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
     content = read_text(text or recipe.calibration.text, "calibration", tokenizer)
     rows = surveyor.rows(tokenizer, content, settings.rows, settings.length)
     long_rows = surveyor.long_rows(tokenizer, content)
-    notes = []
+    notes = source_notes(folder_of(model))
     ids, counts = rows[:, 1:].unique(return_counts=True)
     if float(counts.max()) / rows[:, 1:].numel() > REPEATS_ONE_TOKEN:
         # Gu et al.'s negative control repeats the token from the first position on; a <bos> would be its sink.

@@ -31,6 +31,8 @@ from sinkquant.diagnose.squashing import over_squashing, representational_collap
 from sinkquant.diagnose.survey import Compute, Survey, survey
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, check_finite, pick_device, read_text, starts_with_bos, token_rows
+from sinkquant.models.gguf import source_notes
+from sinkquant.models.source import folder_of
 from sinkquant.recipe import Recipe
 
 ROWS, LENGTH = 32, 128
@@ -73,7 +75,7 @@ def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
     if sink_map is None:
         quick = recipe.changed(detect={"super_weights": False}, prune={"heads": "none"})
         sink_map = detect(model, tokenizer, text, quick, name)
-    notes: list[str] = []
+    notes = source_notes(folder_of(model))
     rows = job.rows(ROWS, min(LENGTH, decoder.max_length))
     sinks = mark_sinks(rows, sink_map.tokens)
     steps.next("mixing")

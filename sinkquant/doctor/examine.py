@@ -121,6 +121,8 @@ def _support(decoder: Decoder, audit: Audit) -> None:
     sizes = [size for size in (32, 64, 128) if all(linear.columns % size == 0 for linear in free)]
     for index, sentence in enumerate(out_of_reach(_instructions())):
         audit.support[f"engines on this processor ({index + 1})"] = sentence
+    for note in shape.notes:
+        audit.support["files"] = f"{audit.support['files']}; {note}" if "files" in audit.support else note
     audit.support["group sizes that fit all"] = ", ".join(map(str, [*sizes, "-1 (per output channel)"]))
 
 

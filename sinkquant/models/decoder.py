@@ -24,8 +24,9 @@ from sinkquant.models.experts import (
     fused_parameters,
     not_loaded_from,
 )
+from sinkquant.models.gguf import source_notes
 from sinkquant.models.kv import kv_layers
-from sinkquant.models.source import WeightSource, source_of
+from sinkquant.models.source import WeightSource, folder_of, source_of
 from sinkquant.models.structure import Structure, inputs, refusals, structure_of
 from sinkquant.models.unused import unused_of
 
@@ -181,7 +182,7 @@ class Decoder:
                           dtype=str(self.model.dtype).removeprefix("torch."), linears=linears, tensors=tensors,
                           kv_layers=kv_layers(self.model.config), not_rotated=cannot,
                           untied=self._untied(structure), not_loaded_from=not_loaded_from(self.model),
-                          carried=carried, notes=unused.notes())
+                          carried=carried, notes=[*source_notes(folder_of(self.model)), *unused.notes()])
 
     def _untied(self, structure: Structure) -> dict[str, tuple[str, list[int]]]:
         """The output head's tensor where rotating the residual stream unties it from the token embedding: the gain of

@@ -11,6 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from sinkquant.errors import RequestError
+from sinkquant.models.gguf import SUFFIX, gguf_in, unpacked
 from sinkquant.models.headers import read_header
 from sinkquant.resources import demo_model
 
@@ -20,7 +21,8 @@ ADAPTER = "adapter_config.json"
 
 
 def resolve(model: str) -> Path:
-    """The local folder of a model: "demo", a folder, or a hub id (the hub's offline cache is respected).
+    """The local folder of a model: "demo", a folder, a GGUF file or a folder with one, or a hub id (the hub's offline
+    cache is respected).
 
     Raises:
         RequestError: there is no such folder or hub model, or the folder is not a complete safetensors checkpoint.
@@ -28,9 +30,12 @@ def resolve(model: str) -> Path:
     if model == "demo":
         folder = demo_model()
     elif Path(model).is_dir():
-        folder = Path(model)
+        packed = gguf_in(Path(model))
+        folder = Path(model) if packed is None else unpacked(packed)
+    elif Path(model).is_file() and model.endswith(SUFFIX):
+        folder = unpacked(Path(model))
     elif Path(model).exists() or not HUB_ID.fullmatch(model) or model.startswith("."):
-        raise RequestError(f"{model!r} is not a model folder, a hub id (owner/name) or 'demo'.")
+        raise RequestError(f"{model!r} is not a model folder, a GGUF file, a hub id (owner/name) or 'demo'.")
     else:
         try:
             folder = Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))

@@ -20,7 +20,8 @@ Progress = Callable[[int, int, str], None]
 
 
 def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
-                    progress: Progress | None = None, sensitivity: Sensitivity | None = None) -> Report:
+                    progress: Progress | None = None, sensitivity: Sensitivity | None = None,
+                    trust_remote_code: bool = False) -> Report:
     """Measure a checkpoint, or a run's folder with its control, beside a baseline.
 
     Args:
@@ -33,28 +34,32 @@ def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
     """
     places = {"sink_aware": folder / MODEL, "control": folder / CONTROL}
     places = {name: path for name, path in places.items() if (path / "config.json").is_file()}
+    named = {name: str(path) for name, path in places.items()}
     if not places:
-        content = read_checkpoint(folder)
-        places = {content["plan"].name if content else "quantized": folder}
-    tokenizer = load_tokenizer(resolve(str(next(iter(places.values())))))
+        place = resolve(str(folder))
+        content = read_checkpoint(place)
+        places = {content["plan"].name if content else "quantized": place}
+        named = dict.fromkeys(places, str(folder))
+    tokenizer = load_tokenizer(resolve(str(next(iter(places.values())))), trust_remote_code)
     require_tasks_possible(recipe, tokenizer)
     device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
     candidates, maps, original, plans = [], {}, None, []
     if baseline is not None:
         source = resolve(baseline)
-        candidates.append(Candidate(BASELINE, baseline, lambda: load_model(source, dtype, device),
+        candidates.append(Candidate(BASELINE, baseline, lambda: load_model(source, dtype, device, trust_remote_code),
                                     weight_bytes(source), bits_on_disk(source)))
     for name, path in places.items():
         content = read_checkpoint(resolve(str(path)))
         original = original or (content["sink_map"] if content else None) or None
         if content and content["sink_map"] and recipe.gate.max_sink_rate_change is not None:
             maps[BASELINE] = content["sink_map"]
-            maps[name] = sinks_after(path, tokenizer, recipe, name, progress)
+            maps[name] = sinks_after(path, tokenizer, recipe, name, progress, trust_remote_code)
         if content:
             plan = content["plan"] if sensitivity is None else with_expected_loss(content["plan"], sensitivity)
             plans.append(plan.model_copy(update={"name": name}))
         bits = content["plan"].bits_per_weight if content else bits_on_disk(path)
-        candidates.append(Candidate(name, str(path), loader(path, dtype, device), weight_bytes(path), bits,
+        candidates.append(Candidate(name, named[name], loader(path, dtype, device, trust_remote_code),
+                                    weight_bytes(path), bits,
                                     content["plan"].kv_cache if content else None,
                                     content["plan"].inputs_in_words() if content else "16-bit"))
     report = evaluate(candidates, tokenizer, recipe, model=baseline or str(folder),

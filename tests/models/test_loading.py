@@ -64,7 +64,7 @@ def test_demo_is_a_model() -> None:
 
 @pytest.mark.parametrize("name", ["no/such/folder", "./nothing", "not a folder"])
 def test_no_folder_and_no_hub_id(name: str) -> None:
-    with pytest.raises(RequestError, match=r"is not a model folder, a hub id \(owner/name\) or 'demo'"):
+    with pytest.raises(RequestError, match=r"is not a model folder, a GGUF file, a hub id \(owner/name\) or 'demo'"):
         resolve(name)
 
 

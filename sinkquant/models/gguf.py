@@ -1,0 +1,154 @@
+"""A GGUF file as a model's folder: read by transformers, dequantized, and kept where the hub's libraries keep what they
+make of downloads, so that every command after the first finds it there."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import shutil
+import uuid
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from huggingface_hub import cached_assets_path
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from sinkquant.errors import RequestError, SinkquantError
+from sinkquant.models.progress import no_progress_bars
+
+SUFFIX = ".gguf"
+SOURCE = "gguf_source.json"
+"""Says in the folder which file it was made of; a checkpoint takes it along."""
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def gguf_in(folder: Path) -> Path | None:
+    """The GGUF file of a folder that holds no other model; None where there is none.
+
+    Raises:
+        RequestError: there are several.
+    """
+    files = sorted(path for path in folder.glob(f"*{SUFFIX}") if path.is_file())
+    if not files or any(folder.glob("*.safetensors")):
+        return None
+    if len(files) > 1:
+        raise RequestError(f"{folder} holds {len(files)} GGUF files; name one of them, such as {files[0]}.")
+    return files[0]
+
+
+def unpacked(path: Path) -> Path:
+    """The folder of safetensors that a GGUF file stands for, made now unless it was made before. Weights are in the
+    file's own dtype where they were never quantized, and in bfloat16 otherwise.
+
+    Raises:
+        RequestError: the file is cut, is no GGUF file, or is one that transformers cannot read.
+        SinkquantError: there is no room for the folder.
+    """
+    try:
+        place = Path(cached_assets_path("sinkquant", namespace="gguf")) / _key(path)
+        if (place / SOURCE).is_file():
+            return place
+        types = _types(path)
+        dtype = next((kind for name, kind in PLAIN.items() if set(types) == {name}), torch.bfloat16)
+        if set(types) == {"F32", "F16"}:  # norms are in 32 bits in every file
+            dtype = torch.float16
+        aside = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise SinkquantError(f"cannot keep what {path} is unpacked to: {error.strerror or error}; set HF_HOME to a "
+                             "folder with room.") from error
+    try:
+        _convert(path, aside, dtype)
+        source = {"file": path.name, "types": dict(sorted(types.items())), "dtype": str(dtype).removeprefix("torch.")}
+        (aside / SOURCE).write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
+        for file in aside.iterdir():  # the same model has the same files, whenever it is unpacked
+            os.utime(file, ns=(path.stat().st_mtime_ns, path.stat().st_mtime_ns))
+        if not place.exists():
+            aside.rename(place)
+    except OSError as error:
+        raise SinkquantError(f"cannot unpack {path} to {place}: {error.strerror or error}; set HF_HOME to a folder "
+                             "with room.") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return place
+
+
+def source_notes(folder: Path | None) -> list[str]:
+    """What is to be said of where a folder's weights come from."""
+    path = None if folder is None else folder / SOURCE
+    if path is None or not path.is_file():
+        return []
+    content = json.loads(path.read_text(encoding="utf-8"))
+    packed = [name for name in content["types"] if name not in PLAIN]
+    if not packed:
+        return [f"the weights come from {content['file']}"]
+    return [f"the weights come from {content['file']}, where they were quantized before ({', '.join(packed)}): all "
+            "figures are against those weights, not the original ones"]
+
+
+def _key(path: Path) -> str:
+    stat = path.resolve().stat()
+    made_by = [importlib.metadata.version(name) for name in ("transformers", "gguf")]
+    given = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, *made_by]
+    return f"{path.stem}-{hashlib.sha256(json.dumps(given).encode()).hexdigest()[:16]}"
+
+
+def _types(path: Path) -> Counter[str]:
+    """How often each kind of numbers stands in a file; its parts are looked for, not read."""
+    from gguf import GGUFReader
+
+    try:
+        with path.open("rb") as file:
+            begins = file.read(4)
+        if begins != b"GGUF":
+            raise RequestError(f"{path} is no GGUF file: it does not begin like one.")
+        reader = GGUFReader(path)
+        ends = max((int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors), default=0)
+        split = reader.get_field("split.count")
+        count = int(split.contents()) if split is not None else 1
+        values = sum(int(tensor.n_elements) for tensor in reader.tensors)
+        types = Counter(str(tensor.tensor_type.name) for tensor in reader.tensors)
+    except OSError as error:
+        raise RequestError(f"cannot read {path}: {error.strerror or error}.") from error
+    except RequestError:
+        raise
+    except Exception as error:  # whatever numpy, struct and enum say of bytes that are not there
+        raise RequestError(f"{path} is cut or broken; copy it again.") from error
+    if ends > path.stat().st_size or not types:
+        raise RequestError(f"{path} is cut or broken: it ends before its tensors do; copy it again.")
+    if count > 1:
+        raise RequestError(f"{path} is one of {count} parts, which transformers does not read; merge them first "
+                           "(llama-gguf-split --merge).")
+    free = psutil.virtual_memory().available
+    if 4 * values > free:  # transformers unpacks to float32 first, and holds the model as a whole
+        raise RequestError(f"unpacking {path} takes about {4 * values / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB "
+                           "are free; start from the model's safetensors instead.")
+    return types
+
+
+def _convert(path: Path, folder: Path, dtype: torch.dtype) -> None:
+    given: dict[str, Any] = {"gguf_file": path.name}
+    try:
+        with no_progress_bars(), contextlib.redirect_stderr(io.StringIO()):  # where transformers draws one all the same
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, **given)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path.parent, dtype=dtype, quantization_config=GgufConfig(dequantize=True), output_loading_info=True,
+                **given)
+    except Exception as error:  # architecture, tokenizer and tensors each fail in their own way
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise RequestError(f"transformers cannot read {path}: {reason}.") from error
+    if info["missing_keys"]:
+        raise RequestError(f"transformers cannot read {path}: it finds no {sorted(info['missing_keys'])[0]} there.")
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    with no_progress_bars():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
