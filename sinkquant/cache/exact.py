@@ -13,6 +13,7 @@ import torch
 
 from sinkquant.artifacts.kv import KVCachePlan, KVSink, MassiveCarriers
 from sinkquant.errors import RequestError
+from sinkquant.sinks import SinkSelector
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,11 @@ class Detected:
 
     def flags(self, new: NewTokens) -> torch.Tensor | None:
         """Raises RequestError where a sink is known by its token and the cache was not shown the tokens."""
-        found = torch.zeros_like(new.positions, dtype=torch.bool)
-        for sink in self.sinks:
-            here = new.positions >= 0
-            if sink.position is not None:
-                here = here & (new.positions == sink.position)
-            if sink.token_id is not None:
-                if new.ids is None:
-                    raise RequestError("the KV cache keeps sinks by their token id, but was not shown the tokens; pass "
-                                       "input_ids, and call sinkquant.cache.prepare(model) once before generating.")
-                here = here & (new.ids == sink.token_id)
-            found |= here
-        return found
+        selector = SinkSelector.of(self.sinks)
+        if new.ids is None and selector.needs_ids:
+            raise RequestError("the KV cache keeps sinks by their token id, but was not shown the tokens; pass "
+                               "input_ids, and call sinkquant.cache.prepare(model) once before generating.")
+        return selector.mask(new.ids, new.positions)
 
 
 @dataclass(frozen=True)
@@ -90,8 +84,7 @@ class Massive:
 
     def verdict(self, hidden: torch.Tensor) -> torch.Tensor:
         """bool [batch, new] from the hidden states [batch, new, hidden] after the emergence block."""
-        channels = hidden[..., self.carriers.channels].float().abs()
-        return (channels >= channels.new_tensor(self.carriers.thresholds)).any(-1)
+        return SinkSelector(carriers=self.carriers).mask(hidden=hidden)
 
 
 def exact_tokens(plan: KVCachePlan) -> ExactTokens:

@@ -10,7 +10,7 @@ from sinkquant.detect.ablation import HeadAblator
 from sinkquant.detect.heads import describe_heads
 from sinkquant.detect.massive import EXCEPTION, MassiveChannel, massive_channels, outlier_channels
 from sinkquant.detect.outliers import outlier_prefix
-from sinkquant.detect.sinks import Sink, decide, sink_positions
+from sinkquant.detect.sinks import Sink, decide
 from sinkquant.detect.super_weights import candidates, confirm
 from sinkquant.detect.survey import Progress, Survey, Surveyor
 from sinkquant.detect.table import AttentionTable
@@ -26,6 +26,7 @@ from sinkquant.models import (
 from sinkquant.models.gguf import source_notes
 from sinkquant.models.source import folder_of
 from sinkquant.recipe import Detection, Recipe
+from sinkquant.sinks import SinkSelector
 
 PUBLISHED_THRESHOLDS = ("0.1", "0.3", "0.8")
 REPEATED_ROWS = 20
@@ -83,8 +84,8 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
                 for c in outlier_channels(survey.stream, {channel.channel for channel in channels}, settings)}
     table = surveys[0].table
 
-    modules = surveyor.inputs.summary(sink_positions(surveys[-1].rows, found))
-    experts = surveyor.experts.summary(sink_positions(surveys[-1].rows, found))
+    modules = surveyor.inputs.summary(SinkSelector.of(found).mask(surveys[-1].rows))
+    experts = surveyor.experts.summary(SinkSelector.of(found).mask(surveys[-1].rows))
     outliers = outlier_prefix(decoder, surveyor.inputs, surveys[-1].rows, settings.outlier_ratio,
                               facts.bos_token_id if facts.rows_start_with_bos else None, tokenizer)
     if outliers is None:
@@ -99,7 +100,7 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
         evaluation = token_rows(tokenizer, read_text(recipe.evaluate.text, "evaluation", tokenizer), len(rows),
                                 rows.shape[1], recipe.calibration.bos, decoder.vocabulary, "evaluation text")
         ablations = HeadAblator(decoder, settings, surveyor.device, surveyor.dtype, progress).run(
-            heads, {"calibration": rows, "evaluation": evaluation}, lambda some: sink_positions(some, found))
+            heads, {"calibration": rows, "evaluation": evaluation}, SinkSelector.of(found).mask)
 
     tokens = [_named(sink, tokenizer) for sink in sinks]
     learned = _learned_sink(table, settings.threshold)
@@ -131,8 +132,8 @@ def _repeated_rows(rows: torch.Tensor, seed: int) -> torch.Tensor:
 
 def _heads(surveys: list[Survey], sinks: list[Candidate], settings: Detection) -> list[list[Head]]:
     """The heads, as seen in the first rows that show as many of the sinks as any."""
-    marked = [sink_positions(survey.rows, sinks) for survey in surveys]
-    shown = [sum(bool(sink_positions(survey.rows, [sink]).any()) for sink in sinks) for survey in surveys]
+    marked = [SinkSelector.of(sinks).mask(survey.rows) for survey in surveys]
+    shown = [sum(bool(SinkSelector.of([sink]).mask(survey.rows).any()) for sink in sinks) for survey in surveys]
     best = shown.index(max(shown))
     return describe_heads(surveys[best].table, marked[best], settings)
 
@@ -156,7 +157,7 @@ def _labels(channel: MassiveChannel, rows: torch.Tensor, sinks: list[Candidate],
     """The tokens that carry a channel: sinks first, the first position whatever stands there, then ids."""
     rest, labels = channel.carriers.clone(), []
     for sink in sinks:
-        here = sink_positions(rows, [sink])
+        here = SinkSelector.of([sink]).mask(rows)
         if (rest & here).any():
             labels.append(_text(sink.token_id, tokenizer) or f"position {sink.position}")
             rest &= ~here

@@ -18,6 +18,7 @@ from sinkquant.detect.massive import MassiveChannel
 from sinkquant.detect.survey import Survey
 from sinkquant.detect.tokens import Candidate, find_sinks
 from sinkquant.recipe import Detection
+from sinkquant.sinks import SinkSelector
 
 SHARERS = 3
 """Looks beside the known sinks: each may find one more that shares their heads."""
@@ -68,20 +69,6 @@ def decide(surveys: Sequence[Survey], channels: Sequence[Sequence[MassiveChannel
     return [_unbound(sink, bare.get(0)) for sink in primary], secondary
 
 
-def sink_positions(rows: torch.Tensor, sinks: Sequence[Candidate]) -> torch.Tensor:
-    """bool [rows, length]: where these rows hold a sink token."""
-    marked = torch.zeros_like(rows, dtype=torch.bool)
-    for sink in sinks:
-        here = torch.ones_like(marked) if sink.token_id is None else rows == sink.token_id
-        if sink.position is not None:
-            place = torch.zeros_like(marked)
-            if sink.position < rows.shape[1]:
-                place[:, sink.position] = True
-            here &= place
-        marked |= here
-    return marked
-
-
 def _looks(survey: Survey, carriers: torch.Tensor, found: list[Sink], settings: Detection) -> Iterator[list[Sink]]:
     """Sinks of one survey, look by look; each look knows what the caller made of those before it."""
     table, rows = survey.table, survey.rows
@@ -106,27 +93,27 @@ def _looks(survey: Survey, carriers: torch.Tensor, found: list[Sink], settings: 
         yield [sink for sink in judged(together, "shared_mass", plain) if sink.massive]
     for _ in range(SHARERS):
         if found:
-            known = sink_positions(rows, [sink.candidate for sink in found])
+            known = SinkSelector.of(sink.candidate for sink in found).mask(rows)
             yield judged(find_sinks(table, rows, settings, known=known), "remaining_mass",
                          max(sink.candidate.sink_heads for sink in found) / 2)
 
 
 def _covered(candidate: Candidate, rows: torch.Tensor, found: list[Sink]) -> bool:
-    here = sink_positions(rows, [candidate])
-    return bool(sink_positions(rows, [sink.candidate for sink in found])[here].float().mean() >= COVERED)
+    here = SinkSelector.of([candidate]).mask(rows)
+    return bool(SinkSelector.of(sink.candidate for sink in found).mask(rows)[here].float().mean() >= COVERED)
 
 
 def _carries(candidate: Candidate, rows: torch.Tensor, carriers: torch.Tensor) -> bool:
     """Whether most occurrences carry a massive activation, or most first ones of a row: in large models only the first
     full stop is massive, the later ones are plain tokens."""
-    here = sink_positions(rows, [candidate])
+    here = SinkSelector.of([candidate]).mask(rows)
     first = here & (here.cumsum(dim=1) == 1)
     return max(_share(candidate, rows, carriers), float(carriers[first].float().mean())) >= 0.5
 
 
 def _share(candidate: Candidate, rows: torch.Tensor, carriers: torch.Tensor) -> float:
     """The share of a candidate's occurrences that carry a massive activation."""
-    return float(carriers[sink_positions(rows, [candidate])].float().mean())
+    return float(carriers[SinkSelector.of([candidate]).mask(rows)].float().mean())
 
 
 def _unbound(sink: Sink, bare: Candidate | None) -> Sink:

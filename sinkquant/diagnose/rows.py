@@ -7,17 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from sinkquant.artifacts import SinkToken
+from sinkquant.sinks import SinkSelector
 
 
 def mark_sinks(rows: torch.Tensor, sinks: Sequence[SinkToken]) -> torch.Tensor:
     """bool [rows, length]: where these rows hold a sink token; the first position where the model has none."""
-    marked = torch.zeros_like(rows, dtype=torch.bool)
-    places = torch.arange(rows.shape[1]).expand_as(rows)
-    for sink in sinks:
-        if sink.kind == "learned":
-            continue
-        here = torch.ones_like(marked) if sink.token_id is None else rows == sink.token_id
-        marked |= here if sink.position is None else here & (places == sink.position)
+    marked = SinkSelector.of(sinks).mask(rows)
     if not marked.any():
         marked[:, 0] = True
     return marked

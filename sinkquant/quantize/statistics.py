@@ -8,6 +8,7 @@ import torch
 
 from sinkquant.artifacts import Calibration
 from sinkquant.models import AttentionRecord, Step
+from sinkquant.sinks import SinkSelector
 
 RSQ_FLOOR = 0.005
 """What the token that receives the least attention weighs, the one with the most weighing 1 (2503.01820)."""
@@ -34,9 +35,7 @@ class TokenWeights:
         self.sinks = torch.zeros(self.rows.shape, dtype=torch.bool)
         boosted = torch.ones(self.rows.shape, dtype=torch.float32)
         for sink in self.calibration.sinks:
-            here = torch.ones_like(self.sinks) if sink.token_id is None else self.rows == sink.token_id
-            if sink.position is not None:
-                here = here & (torch.arange(self.rows.shape[1]) == sink.position)
+            here = SinkSelector.of([sink]).mask(self.rows)
             # A token that several selectors name takes the largest weight.
             boosted = torch.where(here, torch.maximum(boosted, torch.tensor(sink.weight)), boosted)
             self.sinks |= here

@@ -26,6 +26,7 @@ from sinkquant.sensitivity.estimate import estimate
 from sinkquant.sensitivity.kv import exact_places, kv_losses, measured_kv
 from sinkquant.sensitivity.measure import measure
 from sinkquant.sensitivity.ranking import ranking, spearman
+from sinkquant.sinks import SinkSelector
 
 Progress = Callable[[int, int, str], None]
 LATER = ("bits", "ignore", "overrides", "descent", "tune", "distill")
@@ -179,11 +180,7 @@ def _in_memory(decoder: Decoder, recipe: Recipe) -> PreTrainedModel:
 
 def sink_places(rows: torch.Tensor, sink_map: SinkMap) -> torch.Tensor:
     """Where the sinks of a map stand in rows int64 [rows, length]: bool, alike."""
-    places = torch.zeros(rows.shape, dtype=torch.bool)
-    for token in _placed(sink_map):
-        here = torch.ones_like(places) if token.token_id is None else rows == token.token_id
-        places |= here if token.position is None else here & (torch.arange(rows.shape[1]) == token.position)
-    return places
+    return SinkSelector.of(sink_map.tokens).mask(rows)
 
 
 def _placed(sink_map: SinkMap) -> list[SinkToken]:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from families import tiny_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from sinkquant.detect.heads import describe_heads
 from sinkquant.detect.modules import InputRecorder
-from sinkquant.detect.sinks import sink_positions
 from sinkquant.detect.table import AttentionTable
-from sinkquant.detect.tokens import Candidate, first_occurrences, group_mass
+from sinkquant.detect.tokens import first_occurrences, group_mass
 from sinkquant.models import Decoder, Walk
 from sinkquant.recipe import Detection
 
@@ -141,15 +136,3 @@ def test_modules(model: PreTrainedModel, rows: torch.Tensor) -> None:
         assert statistics.sink_energy == pytest.approx(traces[0] / traces[1], rel=1e-4)
         over = x[marked].abs().amax(0) > 1.05 * x[~marked].abs().max()
         assert statistics.sink_columns == over.nonzero().flatten().tolist()
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 4), st.integers(2, 9), st.data())
-def test_sink_positions(count: int, length: int, data: Any) -> None:
-    rows = torch.tensor(data.draw(st.lists(st.lists(st.integers(0, 3), min_size=length, max_size=length),
-                                           min_size=count, max_size=count)))
-    sinks = [Candidate(identity, position, 0, 0, 0, 0, 0) for identity, position in data.draw(st.lists(st.tuples(
-        st.none() | st.integers(0, 3), st.none() | st.integers(0, 10)).filter(lambda s: s != (None, None))))]
-    expected = [[any(s.token_id in (None, rows[r, p]) and s.position in (None, p) for s in sinks)
-                 for p in range(length)] for r in range(count)]
-    assert sink_positions(rows, sinks).tolist() == expected
