@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sinkquant.artifacts.kv import KVCachePlan
 from sinkquant.cache.cache import SinkCache
 from sinkquant.cache.layer import SinkLayer
+from sinkquant.cache.ordered import save_ordered
 from sinkquant.errors import RequestError
 
 SCHEMA = "sinkquant/kvcache@1"
@@ -42,8 +42,8 @@ def save_cache(cache: SinkCache, path: str | os.PathLike[str]) -> None:
         tensors |= {f"{index}.{name}": tensor.contiguous().clone() for name, tensor in held.items()}
     if cache.row_starts is not None:
         tensors["row_starts"] = cache.row_starts.clone()
-    save_file(tensors, path, {"schema": SCHEMA, "plan": cache.plan.model_dump_json(), "lengths": json.dumps(lengths),
-                              "dropped": json.dumps(dropped)})
+    save_ordered(tensors, path, {"schema": SCHEMA, "plan": cache.plan.model_dump_json(), "lengths": json.dumps(lengths),
+                                 "dropped": json.dumps(dropped)})
 
 
 def load_cache(config: PreTrainedConfig, path: str | os.PathLike[str], device: str = "cpu") -> SinkCache:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import DynamicCache, PreTrainedModel
 
+from sinkquant.cache.ordered import save_ordered
 from sinkquant.errors import RequestError
 
 SCHEMA = "sinkquant/kvprefix@1"
@@ -70,7 +70,7 @@ def save_prefix(prefix: Prefix, path: str | os.PathLike[str]) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"{index}.{name}": tensor.contiguous() for name, states in (("keys", prefix.keys),
                ("values", prefix.values)) for index, tensor in states.items()}
-    save_file(tensors, path, {"schema": SCHEMA, "ids": json.dumps(prefix.ids), "model": prefix.model})
+    save_ordered(tensors, path, {"schema": SCHEMA, "ids": json.dumps(prefix.ids), "model": prefix.model})
 
 
 def load_prefix(path: str | os.PathLike[str]) -> Prefix:

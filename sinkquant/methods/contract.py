@@ -43,6 +43,8 @@ class Problem:
         hessian: the weighted mean of x x^T, float64 [columns, columns]; None where no rows walk.
         cross: the weighted mean of (x' - x) x^T, x' the inputs in the unquantized model, float64 [columns, columns];
             None where the method does not need it, or where it is not known.
+        fused_scale: the scale of the whole tensor that the format shares among linears which engines fuse, float32 [1];
+            None in formats without one.
         kept: bool [rows, columns]; where it is False the weight was pruned, and its code must be zero. None: all kept.
     """
 
@@ -54,6 +56,7 @@ class Problem:
     hessian: torch.Tensor | None = None
     cross: torch.Tensor | None = None
     kept: torch.Tensor | None = None
+    fused_scale: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

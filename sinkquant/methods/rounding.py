@@ -23,5 +23,6 @@ class Rounding(Method):
     def solve(self, problem: Problem) -> PackedWeight:
         from sinkquant.schemes.codecs import codec_of
 
-        nearest = codec_of(problem.form).nearest(problem.form, problem.scale_dtype, problem.settings.scale_search)
+        nearest = codec_of(problem.form).nearest(problem.form, problem.scale_dtype, problem.settings.scale_search,
+                                                 problem.fused_scale)
         return nearest.quantize(problem.weight, None if problem.hessian is None else problem.hessian.diagonal())

@@ -57,7 +57,7 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.activations.format not in scheme.inputs:
         raise RequestError(f"{backend} checkpoints cannot ask for inputs in {recipe.activations.format}; set "
                            f"activations.format=16-bit, or use the backend {DEFAULT_BACKEND}.")
-    _check_bits(recipe, scheme, protect.bits if protect.modules or protect.channels != "none" else None)
+    _check_bits(recipe, scheme, protect.bits if protect.modules or protect.channels == "module" else None)
     _check_groups(recipe, scheme)
 
 

@@ -19,6 +19,7 @@ class QuantizedBlock:
         dense: parameter name -> its new values in the model's dtype, for what was changed and stays in 16 bits.
         kept: module name -> bool [rows, columns], the weights that pruning has left; others are zero.
         silent: output projection -> bool [columns], the input columns of heads that were taken out.
+        fused_scales: module name -> scale of its whole tensor, in formats that share one among fused linears.
         input_scales: module name -> stored scale of its inputs, [1], where it has one.
         tokens: module name of a layer's experts -> calibration tokens that went to each of them.
         offsets: module name -> how far its weights lie from their codes (`refine.compressed`), where the whole model is
@@ -33,6 +34,7 @@ class QuantizedBlock:
     dense: dict[str, torch.Tensor] = field(default_factory=dict)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     silent: dict[str, torch.Tensor] = field(default_factory=dict)
+    fused_scales: dict[str, torch.Tensor] = field(default_factory=dict)
     input_scales: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)
     offsets: dict[str, torch.Tensor] = field(default_factory=dict)

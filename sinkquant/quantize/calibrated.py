@@ -12,6 +12,7 @@ from sinkquant.methods import need_unquantized_inputs
 from sinkquant.models import ActivationStore, Decoder, Walk, weight_matrix
 from sinkquant.models.inputs import inputs_left_alone
 from sinkquant.quantize.block import QuantizedBlock, inside, with_codes
+from sinkquant.quantize.fused import fused_scales
 from sinkquant.quantize.hessian import collect
 from sinkquant.quantize.inputs import round_block
 from sinkquant.quantize.layer import keep_dense, quantize_experts, record_experts
@@ -52,6 +53,7 @@ def calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase 
         silent = silence(decoder, plan, step.index)
         scaled = scale_block(decoder, step, plan, weights, shape)
         made = QuantizedBlock(step.index, step.name, {}, {}, silent=silent, ended=not experts,
+                              fused_scales=fused_scales(decoder, mine),
                               input_scales=round_block(step, decoder, plan, getattr(torch, scale_dtype(
                                   str(decoder.model.dtype).removeprefix("torch.")))))
         # Fused modules read one input: its Hessian is collected once.

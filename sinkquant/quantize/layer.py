@@ -14,6 +14,7 @@ from sinkquant.models.experts import by_expert
 from sinkquant.models.on_disk import ExpertsOnDisk
 from sinkquant.quantize.block import QuantizedBlock
 from sinkquant.quantize.experts import Routed, record
+from sinkquant.quantize.fused import fused_scales
 from sinkquant.quantize.module import quantize_module
 from sinkquant.quantize.ranks import add_up, exchange, solver, this_rank
 from sinkquant.quantize.statistics import TokenWeights
@@ -79,8 +80,8 @@ def _solve(step: Step, decoder: Decoder, todo: dict[str, ModuleDecision], expert
     hessians = {f"{index} {role}": hessian for index in experts for role, hessian in one.hessians(
         index, weights, index in few, step.walk.device, step.walk.dtype).items()}
     add_up(hessians, dict.fromkeys(hessians, one.module), one.ideal is not None)
-    solved = QuantizedBlock(step.index, step.name, {}, {})
     decisions = {name: todo[name] for members in experts.values() for name in members}
+    solved = QuantizedBlock(step.index, step.name, {}, {}, fused_scales=fused_scales(decoder, decisions))
     for place, (name, decision) in enumerate(decisions.items()):
         if solver(place) == rank or decision.bits >= 16:
             part = decoder.experts[name]

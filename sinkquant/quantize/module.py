@@ -60,7 +60,7 @@ def quantize_module(decoder: Decoder, name: str, decision: ModuleDecision, plan:
     start = weight if pruned is None or method.needs_hessian else pruned.weight
     scales = scheme_of(decision.form).scales(str(decoder.model.dtype).removeprefix("torch."), name in decoder.experts)
     problem = Problem(name, decision.form, start, getattr(torch, scales), settings, hessian, cross,
-                      None if pruned is None else pruned.kept)
+                      None if pruned is None else pruned.kept, made.fused_scales.get(name))
     if decision.form.split:
         packed = solve_beside(method, problem, decision.columns, decision.scalars)
     else:

@@ -15,6 +15,7 @@ from sinkquant.models import Decoder
 from sinkquant.models.alone import StoredPart, in_groups, stored_parts
 from sinkquant.models.experts import fused_parameters
 from sinkquant.quantize.block import QuantizedBlock, inside
+from sinkquant.quantize.fused import fused_scales
 from sinkquant.quantize.inputs import put
 from sinkquant.quantize.layer import keep_dense
 from sinkquant.quantize.module import quantize_module
@@ -36,6 +37,7 @@ def rounded(decoder: Decoder, plan: Plan, todo: dict[str, ModuleDecision], done:
                 for place, group in enumerate(groups):
                     made = QuantizedBlock(index, name, {}, {}, ended=place == len(groups) - 1)
                     with decoder.present_alone({module: alone[module] for module in group}):
+                        made.fused_scales.update(fused_scales(decoder, {x: mine[x] for x in group}))
                         for module in group:
                             quantize_module(decoder, module, mine[module], plan, made, None)
                     yield made
@@ -49,7 +51,8 @@ def _rest(decoder: Decoder, plan: Plan, index: int, mine: dict[str, ModuleDecisi
     needed = {decoder.experts[module].owner for module in mine if module in decoder.experts}
     without = [decoder.model.get_submodule(owner) for owner in sorted(owners - needed)]
     with decoder.present([decoder.blocks[index]], without):
-        made = QuantizedBlock(index, name, {}, {}, silent=silence(decoder, plan, index), ended=ended)
+        made = QuantizedBlock(index, name, {}, {}, silent=silence(decoder, plan, index), ended=ended,
+                              fused_scales=fused_scales(decoder, mine))
         for module, decision in mine.items():
             quantize_module(decoder, module, decision, plan, made, None)
         keep_dense(decoder, mine, made)

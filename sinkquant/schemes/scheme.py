@@ -22,6 +22,7 @@ class Scheme:
         group_size: its own, or null where a recipe chooses. one_group_size: all linears have the same then.
         methods: of choosing the codes, null for any. rounds_itself: the library does, and none of our methods.
         integers: codes are integers times one scale per group, so that they can be tuned and their loss predicted.
+        fused_scale: beside the groups' scales there is one of the whole tensor, which linears that engines fuse share.
         own_module: the library's module does more than a dense weight can show: it rounds inputs.
         beside: columns and single weights may stand beside the codes.
         zero_from: fewest bits that have a code for zero, which pruning needs.
@@ -44,6 +45,7 @@ class Scheme:
     methods: tuple[str, ...] | None = None
     rounds_itself: bool = False
     integers: bool = False
+    fused_scale: bool = False
     own_module: bool = False
     beside: bool = False
     zero_from: int = 0

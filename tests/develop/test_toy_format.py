@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_runs import model_folder, small_recipe
 
 import sinkquant as sq
@@ -15,6 +16,8 @@ from sinkquant.schemes import find
 from sinkquant.schemes.codecs.registry import GROUP as CODECS
 from sinkquant.schemes.registry import GROUP as SCHEMES
 
+BLOCKS = ["backend=toy-blocks", "weights.format=blocks", "weights.bits=4", "weights.group_size=16",
+          "weights.method=rtn"]
 ASKED = ["backend=toy", "weights.format=shifts", "weights.bits=8", "weights.group_size=-1", "weights.method=rtn"]
 
 
@@ -29,8 +32,9 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, schemes: str, codecs:
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(tmp_path / "site", monkeypatch, "shifts = develop.toy_format.scheme:SHIFTS",
-            "shifts = develop.toy_format.codec:SHIFT_CODEC")
+    install(tmp_path / "site", monkeypatch,
+            "shifts = develop.toy_format.scheme:SHIFTS\nblocks = develop.toy_blocks.scheme:BLOCKS",
+            "shifts = develop.toy_format.codec:SHIFT_CODEC\nblocks = develop.toy_blocks.codec:BLOCK_CODEC")
 
 
 @pytest.mark.usefixtures("installed")
@@ -53,6 +57,23 @@ def test_a_format_of_another_package_goes_from_a_recipe_to_a_report(tmp_path: Pa
     assert not torch.equal(given, before)
     assert torch.equal(model.get_parameter("model.layers.2.mlp.down_proj.weight"),
                        original.get_parameter("model.layers.2.mlp.down_proj.weight"))
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("rows", [[], ["weights.smooth=awq"]], ids=["rounded", "calibrated"])
+def test_fused_linears_share_the_scale_of_the_tensor(rows: list[str], tmp_path: Path, text_file: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    recipe = small_recipe(text_file, *BLOCKS, *rows, "detect.super_weights=false", "evaluate.skip=true")
+    sq.run(recipe, folder, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    attention = [stored[f"model.layers.1.self_attn.{name}_proj.weight_global_scale"] for name in "qkvo"]
+    assert torch.equal(attention[0], attention[1])
+    assert torch.equal(attention[0], attention[2])
+    assert not torch.equal(attention[0], attention[3])
+    model, original = (sq.load(path)[0] for path in (tmp_path / "out" / "model", folder))
+    given, before = (one(torch.arange(64)[None]).logits for one in (model, original))
+    error = (given - before).square().mean() / before.square().mean()
+    assert 1e-4 < error < 0.05  # a weight's is 0.01
 
 
 @pytest.mark.usefixtures("installed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -66,12 +67,19 @@ class Codec(ABC):
     def decode(self, leaves: Leaves, form: WeightFormat, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """What the tensors stand for, [rows, columns] in `dtype`. shape: of the dense weight."""
 
-    def nearest(self, form: WeightFormat, scale_dtype: torch.dtype, scale_search: bool) -> Nearest:
+    def nearest(self, form: WeightFormat, scale_dtype: torch.dtype, scale_search: bool,
+                fused_scale: torch.Tensor | None = None) -> Nearest:
         """Rounding to nearest on the grid of this format; of schemes whose codes our methods choose.
 
         Args:
             scale_search: scales with the least squared error instead of those that reach the largest weight.
+            fused_scale: what `fused_scale` gives, in schemes that have one.
         """
+        raise NotImplementedError
+
+    def fused_scale(self, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The scale of a whole tensor that linears which engines fuse share, float32 [1]; of schemes with a
+        `fused_scale`. weights: of all of them, float [rows, columns]."""
         raise NotImplementedError
 
     def module(self, leaves: Leaves, linear: nn.Linear) -> nn.Module:

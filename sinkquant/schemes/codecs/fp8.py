@@ -26,7 +26,8 @@ class FP8Codec(Codec):
         inputs = {"input_scale": input_scale} if form.static_inputs and input_scale is not None else {}
         return {"weight": weight.codes, "weight_scale": weight.scale} | inputs
 
-    def nearest(self, form: WeightFormat, scale_dtype: torch.dtype, scale_search: bool) -> FP8:
+    def nearest(self, form: WeightFormat, scale_dtype: torch.dtype, scale_search: bool,
+                fused_scale: torch.Tensor | None = None) -> FP8:
         """To the nearest FP8 number."""
         return FP8(scale_dtype, scale_search)
 

@@ -44,7 +44,8 @@ class GPTQCodec(Codec):
                 "scales": weight.scale.T.contiguous(),
                 "g_idx": torch.arange(columns, dtype=torch.int32) // (columns // groups)}
 
-    def nearest(self, form: WeightFormat, scale_dtype: torch.dtype, scale_search: bool) -> RTN:
+    def nearest(self, form: WeightFormat, scale_dtype: torch.dtype, scale_search: bool,
+                fused_scale: torch.Tensor | None = None) -> RTN:
         """To the nearest integer."""
         return RTN(form.bits, form.group_size or -1, scale_dtype, scale_search)
 

@@ -30,7 +30,8 @@ class IntegerCodec(Codec):
         return {"weight_packed": pack(weight.codes, weight.bits), "weight_scale": weight.scale,
                 "weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64), **beside} | inputs
 
-    def nearest(self, form: WeightFormat, scale_dtype: torch.dtype, scale_search: bool) -> RTN:
+    def nearest(self, form: WeightFormat, scale_dtype: torch.dtype, scale_search: bool,
+                fused_scale: torch.Tensor | None = None) -> RTN:
         """To the nearest integer."""
         return RTN(form.bits, form.group_size or -1, scale_dtype, scale_search)
 

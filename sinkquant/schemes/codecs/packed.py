@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -35,10 +36,10 @@ class PackedWeight:
             dense[rows] = part if self.outliers is None else self.outliers.add_to(part, rows.start)
         return dense
 
-    def cpu(self) -> PackedWeight:
+    def cpu(self) -> Self:
         """The same in main memory."""
-        return PackedWeight(self.codes.cpu(), self.scale.cpu(), self.bits,
-                            None if self.outliers is None else self.outliers.to("cpu"))
+        return replace(self, codes=self.codes.cpu(), scale=self.scale.cpu(),
+                       outliers=None if self.outliers is None else self.outliers.to("cpu"))
 
 
 def group_scales(weight: torch.Tensor, bits: int, group_size: int, dtype: torch.dtype) -> torch.Tensor:
