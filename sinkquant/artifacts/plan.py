@@ -44,7 +44,7 @@ class ModuleDecision(Strict):
     scalars: list[tuple[int, int]] = Field(default_factory=list)
     kind: Kind = "int"
     activations: Annotated[str, AfterValidator(known_inputs)] = "16-bit"
-    activation_scale: Literal["token", "tensor"] | None = None
+    activation_scale: Literal["token", "tensor", "group"] | None = None
     storage: Annotated[str, AfterValidator(known_storage)] = PLAIN
     bytes: int
     reason: str

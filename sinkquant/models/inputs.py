@@ -26,9 +26,7 @@ SWITCH = "sinkquant_inputs"
 
 def input_args(activations: str, scale: str) -> QuantizationArgs:
     """compressed-tensors' words for a plan's input format: "int8" and the like, "token" or "tensor"."""
-    form = input_format(activations)
-    return QuantizationArgs(num_bits=form.bits, type=form.kind, symmetric=True, strategy=scale,
-                            dynamic=scale == "token")
+    return QuantizationArgs(**input_format(activations).arguments(scale))
 
 
 @dataclass

@@ -25,6 +25,9 @@ def with_inputs(choices: dict[str, Choice], shape: ModelShape, recipe: Recipe) -
     if not any(choice.quantized for choice in choices.values()):
         raise RequestError(f"activations.format {settings.format} rounds the inputs of quantized linears, and the "
                            "recipe leaves all weights alone; quantize some, or set activations.format=16-bit.")
+    if settings.scale not in (held := input_format(settings.format).scales):
+        raise RequestError(f"activations.format {settings.format} has a scale per {' or '.join(held)}, not per "
+                           f"{settings.scale}; set activations.scale={held[0]}.")
     for name, choice in choices.items():
         if not choice.quantized:
             continue
@@ -95,6 +98,9 @@ def check_inputs(name: str, decision: ModuleDecision) -> None:
                            "activations '16-bit'.")
     if decision.bits == 16:
         return
+    if rounded and decision.activation_scale not in (held := input_format(decision.activations).scales):
+        raise RequestError(f"the plan gives {name} {decision.activations} activations with a scale per "
+                           f"{decision.activation_scale}; they have one per {' or '.join(held)}.")
     scheme = scheme_of(decision.form)
     if decision.activations not in scheme.inputs:
         goes = "; ".join(f"{' or '.join(map(repr, one.inputs[1:]))} goes with {one.kind!r}"

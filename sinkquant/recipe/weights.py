@@ -94,7 +94,8 @@ class Activations(Section):
 
     "int8" and "fp8" are written into the checkpoint, so that engines do it; "fp8" takes 8-bit weights with one scale
     per channel, which become floating-point numbers too. "int6" and "int4" are simulated when sinkquant evaluates.
-    `scale` "token": every token's inputs get a scale as they come; "tensor": one scale for all, from calibration.
+    `scale` "token": every token's inputs get a scale as they come; "tensor": one scale for all, from calibration;
+    "group": as the format has it.
     `sinks` says what becomes of linears whose static range the sinks set (their largest input is over `range_ratio`
     times that of all other tokens): "dynamic": one scale per token in these; "16-bit": their inputs are left alone;
     "all": nothing, sinks count as any other token; "exclude": the tokens of the exact prefix do not count, since they
@@ -102,7 +103,7 @@ class Activations(Section):
     """
 
     format: Annotated[str, AfterValidator(known_inputs)] = "16-bit"
-    scale: Literal["token", "tensor"] = "token"
+    scale: Literal["token", "tensor", "group"] = "token"
     sinks: Literal["dynamic", "16-bit", "all", "exclude"] = "dynamic"
     range_ratio: float = Field(default=2.0, gt=1)
 

@@ -11,13 +11,20 @@ class InputFormat:
     """One format of inputs.
 
     `kind` is that of its codes, and of the weights that they are multiplied with. `deployed`: a checkpoint can ask
-    engines for it; where not, sinkquant simulates it when it evaluates.
+    engines for it; where not, sinkquant simulates it when it evaluates. `scales`: what a scale may be of: "token" and
+    "group" come as the inputs come, "tensor" is stored.
     """
 
     name: str
     bits: int
     kind: Literal["int", "float"] = "int"
     deployed: bool = True
+    scales: tuple[str, ...] = ("token", "tensor")
+
+    def arguments(self, scale: str) -> dict[str, object]:
+        """compressed-tensors' `QuantizationArgs` of such inputs, with scales of that."""
+        return {"num_bits": self.bits, "type": self.kind, "symmetric": True, "dynamic": scale != "tensor",
+                "strategy": scale, "group_size": None}
 
 
 NO_ROUNDING = "16-bit"

@@ -86,6 +86,7 @@ def test_simulated_inputs_say_so(decoder: Decoder) -> None:
     (("activations.format=fp8", "weights.bits=8", "weights.group_size=-1"), r"set weights.method=rtn"),
     (("activations.format=fp8", "weights.bits=8", "weights.group_size=-1", "weights.method=rtn", "weights.tune=3"),
      r"set weights.tune=0"),
+    (("activations.format=int8", "activations.scale=group"), r"a scale per token or tensor, not per group; set"),
     (("activations.format=int8", "weights.ignore=['*']", "kv_cache={key_bits: 2}"), "leaves all weights alone"),
     ((*STATIC, "activations.sinks=exclude"), "set kv_cache.prefix=bos or found"),
     ((*STATIC, "activations.sinks=exclude", "kv_cache={key_bits: 2}"), "set kv_cache.prefix=bos or found")])
@@ -97,6 +98,7 @@ def test_what_cannot_be_had_is_refused(decoder: Decoder, assignments: tuple[str,
 @pytest.mark.parametrize(("change", "message"), [
     ({"activation_scale": None}, "goes with null"), ({"activations": "16-bit"}, "goes with null"),
     ({"bits": 16, "group_size": None, "method": "none"}, "whose weights stay in 16 bits"),
+    ({"activation_scale": "group"}, "they have one per token or tensor"),
     ({"activations": "fp8"}, "'fp8' goes with 'float'"), ({"kind": "float"}, "'fp8' goes with 'float'"),
     ({"kind": "float", "activations": "fp8"}, "take 8 bits, group_size -1")])
 def test_an_edited_plan_that_makes_no_sense_is_refused(decoder: Decoder, change: dict[str, Any],

@@ -9,8 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sinkquant.artifacts import Plan
-from sinkquant.models.inputs import input_args
-from sinkquant.schemes import DEFAULT_BACKEND, WeightFormat, scheme_of
+from sinkquant.schemes import DEFAULT_BACKEND, WeightFormat, input_format, scheme_of
 from sinkquant.schemes.codecs.files import Files
 
 EXPERT = re.compile(r"\.experts\.\d+\.(\w+)$")
@@ -63,8 +62,6 @@ def _order(form: WeightFormat) -> tuple[int, int, str, str, str]:
 
 def _inputs(form: WeightFormat) -> dict[str, Any] | None:
     """How an engine is asked to round inputs; null where it is not."""
-    if form.inputs == "16-bit" or form.input_scale is None:
+    if form.input_scale is None:
         return None
-    args = input_args(form.inputs, form.input_scale)
-    return {"num_bits": args.num_bits, "type": args.type, "symmetric": True, "dynamic": args.dynamic,
-            "strategy": args.strategy, "group_size": None}
+    return input_format(form.inputs).arguments(form.input_scale)
