@@ -31,7 +31,10 @@ def imported(code: str, *arguments: str) -> set[str]:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["recipes"], ["recipes", "show", "w4a16-sink"],
-                                       ["run", "no-such-recipe"], ["detect"], ["plan", "a", "--no-such-option"]],
+                                       ["run", "no-such-recipe"], ["detect"], ["plan", "a", "--no-such-option"],
+                                       ["detect", "nowhere"], ["plan", "nowhere"], ["run", "-m", "nowhere"],
+                                       ["doctor", "nowhere"], ["diagnose", "nowhere"], ["advise", "nowhere"],
+                                       ["eval", "nowhere"]],
                          ids=" ".join)
 def test_help_and_wrong_arguments_import_nothing_heavy(arguments: list[str]) -> None:
     assert not imported(AFTER_A_COMMAND, *arguments) & HEAVY

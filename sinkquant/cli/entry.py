@@ -19,6 +19,7 @@ from sinkquant.cli.plans import advise, diff, plan, sensitivity
 from sinkquant.cli.results import evaluate, report
 from sinkquant.cli.show import show_plan, show_report
 from sinkquant.errors import RequestError, SinkquantError
+from sinkquant.models import resolve
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe, recipe_names
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -89,6 +90,7 @@ def run(recipe: Annotated[str | None, typer.Argument(help="A recipe file or the 
     edited = Plan.load(plan_file) if plan_file else None
     known = SinkMap.load(sink_map) if sink_map else None
     chosen = _recipe_of_run(recipe, edited, assignments or [])
+    resolve(model)
     from sinkquant.models.processes import this_process
     from sinkquant.run import run as run_pipeline
 

@@ -22,6 +22,7 @@ from sinkquant.cli.parts import (
 )
 from sinkquant.cli.show import show_sink_map
 from sinkquant.errors import RequestError
+from sinkquant.models import resolve
 from sinkquant.recipe import Recipe
 
 
@@ -48,16 +49,16 @@ def diagnose(models: Annotated[list[str], typer.Argument(help="A model folder, a
     recipe = Recipe().replace(assignments or [])
     if len(models) > 1 and (output or against):
         raise RequestError("-o and --against are for one model; name one.")
+    folders = [resolve(model) for model in models]
+    other = resolve(_checkpoint_of(against)) if against else None
     from sinkquant.cli.tables.diagnosis import scale_table, tables
     from sinkquant.diagnose import diagnose as examine
     from sinkquant.formats import load_dense
-    from sinkquant.models import load_tokenizer, read_text, resolve
+    from sinkquant.models import load_tokenizer, read_text
 
-    folders = [resolve(model) for model in models]
     tokenizers = [load_tokenizer(folder, trust_remote_code) for folder in folders]
     for tokenizer in tokenizers:
         read_text(text, "evaluation", tokenizer)
-    other = resolve(_checkpoint_of(against)) if against else None
     found = []
     with shown_progress() as progress:
         for name, folder, tokenizer in zip(models, folders, tokenizers, strict=True):
@@ -91,12 +92,12 @@ def cut(model: ModelArgument,
         assignments: SetOption = None, text: TextOption = None, trust_remote_code: TrustOption = False) -> None:
     """Write a model without the heads that do nothing, in smaller shapes that plain transformers loads."""
     recipe = Recipe().changed(prune={"heads": "no-op"}).replace(assignments or [])
+    folder = resolve(model)
     from sinkquant.formats import require_free
     from sinkquant.heads import cut_heads
-    from sinkquant.models import load_tokenizer, open_model, resolve
+    from sinkquant.models import load_tokenizer, open_model
 
     require_free(output)
-    folder = resolve(model)
     found = SinkMap.load(sink_map) if sink_map else find_sinks(model, text, recipe, trust_remote_code)
     kept = cut_heads(open_model(folder, trust_remote_code=trust_remote_code),
                      load_tokenizer(folder, trust_remote_code), found, output, recipe)
@@ -106,10 +107,10 @@ def cut(model: ModelArgument,
 
 def doctor(model: ModelArgument, text: TextOption = None, trust_remote_code: TrustOption = False) -> None:
     """Audit the tokenization, and say what of a model is supported."""
-    from sinkquant.doctor import examine
-    from sinkquant.models import load_tokenizer, open_model, resolve
-
     folder = resolve(model)
+    from sinkquant.doctor import examine
+    from sinkquant.models import load_tokenizer, open_model
+
     audit = examine(open_model(folder, trust_remote_code=trust_remote_code),
                     load_tokenizer(folder, trust_remote_code), text)
     for title, facts in (("Tokenization", audit.tokenization), ("Support", audit.support)):

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from sinkquant.artifacts import Sensitivity, SinkMap
+from sinkquant.models import resolve
 from sinkquant.recipe import Recipe
 
 out, err = Console(), Console(stderr=True)
@@ -32,10 +33,10 @@ TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code
 
 def find_sinks(model: str, text: str | None, recipe: Recipe, trust_remote_code: bool) -> SinkMap:
     """The sink map of a model, with bars."""
-    from sinkquant.detect import detect as find
-    from sinkquant.models import load_tokenizer, open_model, read_text, resolve
-
     folder = resolve(model)
+    from sinkquant.detect import detect as find
+    from sinkquant.models import load_tokenizer, open_model, read_text
+
     tokenizer = load_tokenizer(folder, trust_remote_code)
     read_text(text or recipe.calibration.text, "calibration", tokenizer)
     with shown_progress() as progress:
@@ -46,7 +47,7 @@ def find_sinks(model: str, text: str | None, recipe: Recipe, trust_remote_code: 
 def find_costs(model: str, text: str | None, sink_map: SinkMap, recipe: Recipe, cache: Path | None,
                trust_remote_code: bool) -> Sensitivity:
     """The sensitivities of a model, from a file or made now."""
-    from sinkquant.models import ActivationStore, Decoder, load_tokenizer, open_model, resolve
+    from sinkquant.models import ActivationStore, Decoder, load_tokenizer, open_model
     from sinkquant.predict import SENSITIVITIES, require_memory, spill_limit
     from sinkquant.sensitivity import find_sensitivity
 

@@ -25,6 +25,7 @@ from sinkquant.cli.parts import (
 )
 from sinkquant.cli.show import show_frontier, show_plan
 from sinkquant.errors import RequestError
+from sinkquant.models import resolve
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe
 
 PlanArgument = Annotated[Path, typer.Argument(help="A plan.json, a run's folder, or a quantized checkpoint.")]
@@ -41,15 +42,15 @@ def plan(model: ModelArgument,
                                                      "page, and its figures as JSON beside it.")] = None,
          trust_remote_code: TrustOption = False) -> None:
     """Decide bits per module, with reasons and exact bytes; quantizes nothing."""
-    chosen = Recipe.load(recipe).replace(assignments or [])
-    from sinkquant.models import Decoder, open_model, resolve
+    chosen, folder = Recipe.load(recipe).replace(assignments or []), resolve(model)
+    from sinkquant.models import Decoder, open_model
     from sinkquant.policy import check_solvable, make_frontier, make_plan
     from sinkquant.run.planning import plan_ready
 
     if frontier or chosen.budget.solved:
         check_solvable(chosen)
     known = SinkMap.load(sink_map) if sink_map else None
-    shape = Decoder.of(open_model(resolve(model), trust_remote_code=trust_remote_code)).shape(model)
+    shape = Decoder.of(open_model(folder, trust_remote_code=trust_remote_code)).shape(model)
     made, _ = plan_ready(shape, chosen, None, known) if sensitivity is None and not frontier else (None, [])
     if frontier:
         known = known or find_sinks(model, text, chosen, trust_remote_code)
@@ -128,6 +129,7 @@ def advise(model: ModelArgument,
     """What each kind of protection is worth on a model at a recipe's formats: predicted, and measured if asked."""
     chosen = Recipe.load(recipe).replace(assignments or [])
     chosen = chosen.changed(calibration={"text": text}) if text else chosen
+    resolve(model)
     known = SinkMap.load(sink_map) if sink_map else None
     from sinkquant.advise import advise as look
     from sinkquant.cli.tables.plans import advice_table

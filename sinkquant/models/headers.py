@@ -8,21 +8,20 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from sinkquant.errors import RequestError
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-          "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-"""Kinds of numbers that are read here. Others hold packed codes or their scales (U32 of MLX, F8_E8M0 of MXFP8)."""
+DTYPES = {"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
+          "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "U8": ("uint8", 1),
+          "BOOL": ("bool", 1), "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1)}
+"""Kinds of numbers that are read here, each with torch's name and its bytes. Others hold packed codes or their scales
+(U32 of MLX, F8_E8M0 of MXFP8)."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: `offset` bytes from the file's start, `size` bytes long."""
+    """One tensor of a file: `offset` bytes from the file's start, `size` bytes long. `dtype` is torch's name."""
 
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
     offset: int
     size: int
@@ -50,13 +49,14 @@ def read_header(path: Path) -> dict[str, Entry]:
             raise RequestError(f"{path} is not a safetensors file; copy it again.") from error
     entries = {}
     for name, (kind, shape, start, stop) in raw.items():
-        if kind not in DTYPES:
+        dtype, width = DTYPES.get(kind, ("", 0))
+        if not dtype:
             raise RequestError(f"{path} holds {name} as {kind}, which is how packed weights are stored: the model is "
                                "quantized already; start from the unquantized model.")
-        if min(shape, default=0) < 0 or start < 0 or stop - start != DTYPES[kind].itemsize * math.prod(shape):
+        if min(shape, default=0) < 0 or start < 0 or stop - start != width * math.prod(shape):
             raise RequestError(f"{path} is not a safetensors file: the size of {name} is not that of its shape; copy "
                                "it again.")
-        entries[name] = Entry(DTYPES[kind], shape, 8 + size + start, stop - start)
+        entries[name] = Entry(dtype, shape, 8 + size + start, stop - start)
     needed = max((entry.offset + entry.size for entry in entries.values()), default=8 + size)
     if length < needed:
         raise RequestError(f"{path} is truncated: it has {length} of {needed} bytes; copy it again.")

@@ -132,7 +132,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         RequestError: a file of the checkpoint is missing or broken.
     """
-    return {name: StoredTensor(path, entry.offset, entry.dtype, entry.shape)
+    return {name: StoredTensor(path, entry.offset, getattr(torch, entry.dtype), entry.shape)
             for path in weight_files(folder) for name, entry in read_header(path).items()}
 
 
