@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import inspect
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sinkquant.artifacts import Plan, SinkMap
 from sinkquant.cli.models import cut, detect, diagnose, doctor
-from sinkquant.cli.parts import SensitivityOption, SetOption, TrustOption, err, out, shown_progress
+from sinkquant.cli.paper import err, out, paragraph
+from sinkquant.cli.parts import QuietOption
 from sinkquant.cli.plans import advise, diff, plan, sensitivity
 from sinkquant.cli.results import evaluate, report
-from sinkquant.cli.show import show_plan, show_report
+from sinkquant.cli.runs import run
 from sinkquant.errors import RequestError, SinkquantError
-from sinkquant.models import resolve
-from sinkquant.recipe import DEFAULT_RECIPE, Recipe, recipe_names
+from sinkquant.recipe import Recipe, recipe_names
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 the request is wrong, 3 done but below the recipe's quality gate."
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, epilog=EXIT_CODES)
 # typer carries its own copy of click or uses the installed one, by version; this names the right class in both.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
@@ -72,61 +72,12 @@ def top(context: typer.Context,
         raise typer.Exit(2)
 
 
-def run(recipe: Annotated[str | None, typer.Argument(help="A recipe file or the name of a packaged one; "
-                                                          "default: " + DEFAULT_RECIPE + ".")] = None,
-        model: Annotated[str, typer.Option("-m", "--model", help="A model folder, a hub id, or 'demo'.")] = "demo",
-        output: Annotated[Path, typer.Option("-o", "--output", help="The run's folder; must not exist yet.")] =
-        Path("out"),
-        assignments: SetOption = None,
-        plan_file: Annotated[Path | None, typer.Option("--plan", help="Carry out this plan, edited or not, with the "
-                                                                      "recipe that it was made with.")] = None,
-        sink_map: Annotated[Path | None, typer.Option(help="A sink map made before; default: detect.")] = None,
-        sensitivity: SensitivityOption = None,
-        resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run, and keep this one if it "
-                                                              "is interrupted.")] = False,
-        plan_only: Annotated[bool, typer.Option("--plan-only", help="Stop before anything is quantized.")] = False,
-        trust_remote_code: TrustOption = False) -> None:
-    """Detect, plan, quantize, save, evaluate, report."""
-    edited = Plan.load(plan_file) if plan_file else None
-    known = SinkMap.load(sink_map) if sink_map else None
-    chosen = _recipe_of_run(recipe, edited, assignments or [])
-    resolve(model)
-    from sinkquant.models.processes import this_process
-    from sinkquant.run import run as run_pipeline
-
-    with shown_progress() as progress:
-        report = run_pipeline(chosen, model, output, edited=edited, sink_map=known, sensitivity=sensitivity,
-                              plan_only=plan_only, resume=resume, trust_remote_code=trust_remote_code,
-                              progress=progress)
-    if this_process()[0] > 0:
-        return
-    if report is None:
-        show_plan(Plan.load(output / "plan.json"))
-        out.print(f"Plan: {output / 'plan.json'}", soft_wrap=True, highlight=False)
-        return
-    show_report(report)
-    out.print(f"Report: {output / 'report.html'}", soft_wrap=True, highlight=False)
-    if report.verdict.gate == "failed":
-        raise typer.Exit(3)
-
-
-def _recipe_of_run(recipe: str | None, edited: Plan | None, assignments: list[str]) -> Recipe:
-    if edited is None:
-        return Recipe.load(recipe or DEFAULT_RECIPE).replace(assignments)
-    if recipe is not None:
-        raise RequestError("a plan brings the recipe that it was made with; give --plan or a recipe, not both.")
-    for assignment in assignments:
-        if assignment.partition(".")[0] in ("weights", "prune", "protect", "budget", "calibration"):
-            raise RequestError(f"--set {assignment} would change nothing beside --plan; edit the plan instead.")
-    return Recipe.parse(edited.recipe, "the recipe in the plan").replace(assignments)
-
-
 def recipes(action: Annotated[str | None, typer.Argument(help="'show' to print one.")] = None,
             name: Annotated[str | None, typer.Argument(help="The recipe to show.")] = None) -> None:
     """List the packaged recipes, or show one with all its defaults."""
     if action is None:
         for each in recipe_names():
-            out.print(f"{each}: {Recipe.load(each).description}", soft_wrap=True, highlight=False)
+            paragraph(f"{each}: {Recipe.load(each).description}")
     elif action == "show" and name:
         print(Recipe.load(name).to_yaml(), end="")
     else:
@@ -140,15 +91,20 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def _command(name: str, work: Callable[..., None]) -> None:
-    """Make a function a command."""
+    """Make a function a command, with what all commands can do."""
     @functools.wraps(work)
-    def interruptible(*args: object, **options: object) -> None:
+    def command(*args: object, quiet: bool, **options: object) -> None:
+        out.quiet = quiet
         try:
             work(*args, **options)
         except KeyboardInterrupt as error:
             raise Interrupted from error
 
-    app.command(name)(interruptible)
+    quietly = inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=QuietOption)
+    parameters = [*inspect.signature(work, eval_str=True).parameters.values(), quietly]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in parameters}
+    app.command(name, epilog=EXIT_CODES)(command)
 
 
 for _name, _work in COMMANDS.items():

@@ -10,14 +10,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from sinkquant.artifacts import SinkMap
+from sinkquant.cli.paper import paragraph, table
 from sinkquant.cli.parts import (
+    FullOption,
     JsonOption,
     ModelArgument,
     SetOption,
     TextOption,
     TrustOption,
     find_sinks,
-    out,
     shown_progress,
 )
 from sinkquant.cli.show import show_sink_map
@@ -27,6 +28,7 @@ from sinkquant.recipe import Recipe
 
 
 def detect(model: ModelArgument, text: TextOption = None, assignments: SetOption = None, json: JsonOption = False,
+           full: FullOption = False,
            output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the sink map here.")] = None,
            trust_remote_code: TrustOption = False) -> None:
     """Find sink tokens, heads, channels and super weights."""
@@ -36,7 +38,7 @@ def detect(model: ModelArgument, text: TextOption = None, assignments: SetOption
     if json:
         print(sink_map.to_json(), end="")
     else:
-        show_sink_map(sink_map)
+        show_sink_map(sink_map, full)
 
 
 def diagnose(models: Annotated[list[str], typer.Argument(help="A model folder, a hub id, or 'demo'; several to "
@@ -72,12 +74,12 @@ def diagnose(models: Annotated[list[str], typer.Argument(help="A model folder, a
         print(found[0].to_json() if len(found) == 1 else f"[{','.join(one.to_json() for one in found)}]")
         return
     for one in found:
-        for table in tables(one):
-            out.print(table)
+        for shown in tables(one):
+            table(shown)
         for note in one.notes:
-            out.print(f"Note: {escape(note)}", soft_wrap=True)
+            paragraph(f"Note: {note}")
     if len(found) > 1:
-        out.print(scale_table(found))
+        table(scale_table(found))
 
 
 def _checkpoint_of(place: str) -> str:
@@ -101,8 +103,7 @@ def cut(model: ModelArgument,
     found = SinkMap.load(sink_map) if sink_map else find_sinks(model, text, recipe, trust_remote_code)
     kept = cut_heads(open_model(folder, trust_remote_code=trust_remote_code),
                      load_tokenizer(folder, trust_remote_code), found, output, recipe)
-    out.print(f"{len(kept[0])} of {found.model.kv_heads} key-value heads are left in every layer: {output}",
-              soft_wrap=True, highlight=False)
+    paragraph(f"{len(kept[0])} of {found.model.kv_heads} key-value heads are left in every layer: {output}")
 
 
 def doctor(model: ModelArgument, text: TextOption = None, trust_remote_code: TrustOption = False) -> None:
@@ -114,11 +115,10 @@ def doctor(model: ModelArgument, text: TextOption = None, trust_remote_code: Tru
     audit = examine(open_model(folder, trust_remote_code=trust_remote_code),
                     load_tokenizer(folder, trust_remote_code), text)
     for title, facts in (("Tokenization", audit.tokenization), ("Support", audit.support)):
-        table = Table(title=title, show_header=False, title_justify="left")
+        shown = Table(title=title, show_header=False, title_justify="left")
         for key, value in facts.items():
-            table.add_row(escape(key), escape(value))
-        out.print(table)
+            shown.add_row(escape(key), escape(value))
+        table(shown)
     for warning in audit.warnings:
-        out.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
-    if not audit.warnings:
-        out.print("Nothing to complain about.")
+        paragraph(f"warning: {warning}")
+    paragraph(audit.sentence())

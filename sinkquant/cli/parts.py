@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from sinkquant.artifacts import Sensitivity, SinkMap
+from sinkquant.cli.paper import err
 from sinkquant.models import resolve
 from sinkquant.recipe import Recipe
-
-out, err = Console(), Console(stderr=True)
 
 ModelArgument = Annotated[str, typer.Argument(help="A model folder, a GGUF file, a hub id, or 'demo'.")]
 RecipeOption = Annotated[str, typer.Option("-r", "--recipe", help="A recipe file or name.")]
@@ -27,6 +25,8 @@ TextOption = Annotated[str | None, typer.Option("--text", help="A file of your o
 SensitivityOption = Annotated[Path | None, typer.Option("--sensitivity", help="Take sensitivities from this file, or "
                                                         "write them there; a solved budget needs them, and "
                                                         "any plan then predicts its loss.")]
+FullOption = Annotated[bool, typer.Option("--full", help="Show everything, not one screen.")]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors and what --json asks for, no more.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the artifact as JSON.")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model folder carries.")]
 
@@ -85,5 +85,5 @@ def shown_progress() -> Iterator[Bars]:
     for library in ("compressed_tensors", "bitsandbytes"):
         logging.getLogger(library).setLevel(logging.ERROR)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
+    with Progress(*columns, console=err, disable=not err.is_terminal or err.quiet) as progress:
         yield Bars(progress)

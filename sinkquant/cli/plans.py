@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from sinkquant.artifacts import Plan, Sensitivity, SinkMap
+from sinkquant.cli.paper import paragraph, table
 from sinkquant.cli.parts import (
+    FullOption,
     JsonOption,
     ModelArgument,
     RecipeOption,
@@ -20,7 +21,6 @@ from sinkquant.cli.parts import (
     TrustOption,
     find_costs,
     find_sinks,
-    out,
     shown_progress,
 )
 from sinkquant.cli.show import show_frontier, show_plan
@@ -34,6 +34,7 @@ PlanArgument = Annotated[Path, typer.Argument(help="A plan.json, a run's folder,
 def plan(model: ModelArgument,
          recipe: RecipeOption = DEFAULT_RECIPE,
          assignments: SetOption = None, text: TextOption = None, json: JsonOption = False,
+         full: FullOption = False,
          sink_map: SinkMapOption = None,
          sensitivity: SensitivityOption = None,
          frontier: Annotated[bool, typer.Option("--frontier", help="Solve a sweep of budgets: predicted loss against "
@@ -67,7 +68,7 @@ def plan(model: ModelArgument,
     if json:
         print(made.to_json(), end="")
     else:
-        show_plan(made)
+        show_plan(made, full)
 
 
 def sensitivity(model: ModelArgument,
@@ -79,18 +80,18 @@ def sensitivity(model: ModelArgument,
                 trust_remote_code: TrustOption = False) -> None:
     """What every format of every linear would lose, through the sinks and through all other tokens."""
     chosen = Recipe.load(recipe).replace(assignments or [])
-    from sinkquant.cli.tables.sensitivity import cache_table, ranking_in_words, table
+    from sinkquant.cli.tables.sensitivity import cache_table, linear_table, ranking_in_words
 
     found = SinkMap.load(sink_map) if sink_map else find_sinks(model, text, chosen, trust_remote_code)
     made = find_costs(model, text, found, chosen, output, trust_remote_code)
     if json:
         print(made.to_json(), end="")
         return
-    out.print(table(made))
+    table(linear_table(made))
     if made.kv:
-        out.print(cache_table(made))
+        table(cache_table(made))
     for line in [*ranking_in_words(made), *(f"Note: {note}" for note in made.notes)]:
-        out.print(escape(line), soft_wrap=True)
+        paragraph(line)
 
 
 def diff(a: PlanArgument, b: PlanArgument,
@@ -106,13 +107,13 @@ def diff(a: PlanArgument, b: PlanArgument,
     if json:
         print(found.to_json(), end="")
         return
-    out.print(totals(found))
+    table(totals(found))
     if found.modules:
-        out.print(changes(found))
+        table(changes(found))
     if found.settings:
-        out.print(settings(found))
+        table(settings(found))
     if not found.modules and not found.settings:
-        out.print("The plans decide the same.")
+        paragraph("The plans decide the same.")
 
 
 def advise(model: ModelArgument,
@@ -142,13 +143,13 @@ def advise(model: ModelArgument,
     if json:
         print(found.to_json(), end="")
         return
-    out.print(advice_table(found))
+    table(advice_table(found))
     for one in found.mechanisms:
         if one.measured is None:
-            out.print(escape(f"{one.name} ({one.applies_to}): {one.sentence}"), soft_wrap=True)
-    out.print(escape(found.sentence), soft_wrap=True)
+            paragraph(f"{one.name} ({one.applies_to}): {one.sentence}")
+    paragraph(found.sentence)
     for note in found.notes:
-        out.print(f"Note: {escape(note)}", soft_wrap=True)
+        paragraph(f"Note: {note}")
 
 
 def _plan_at(place: Path) -> Plan:

@@ -9,7 +9,8 @@ import typer
 
 from sinkquant.artifacts import Plan, Report, Sensitivity, SinkMap
 from sinkquant.artifacts.base import write_atomically
-from sinkquant.cli.parts import JsonOption, SetOption, TextOption, TrustOption, out, shown_progress
+from sinkquant.cli.paper import paragraph
+from sinkquant.cli.parts import JsonOption, SetOption, TextOption, TrustOption, shown_progress
 from sinkquant.cli.show import show_report
 from sinkquant.errors import RequestError
 
@@ -55,7 +56,7 @@ def report(folders: Annotated[list[Path], typer.Argument(help="One run's folder,
     if len(folders) == 1:
         folder = folders[0]
         write(output or folder, reports[0][1], SinkMap.load(folder / "sinkmap.json"), Plan.load(folder / "plan.json"))
-        out.print(f"Report: {(output or folder) / 'report.html'}", soft_wrap=True)
+        paragraph(f"Report: {(output or folder) / 'report.html'}")
         return
     page = write_atomically(output or Path("comparison.html"), comparison(reports))
-    out.print(f"Comparison: {page}", soft_wrap=True)
+    paragraph(f"Comparison: {page}")

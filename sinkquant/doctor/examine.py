@@ -28,6 +28,17 @@ class Audit:
     support: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
+    def sentence(self) -> str:
+        """What it means for this model."""
+        if self.support["detection"] == "no":
+            return "For this model: nothing can be done with it as it is; the warnings say why."
+        quantized = self.support["quantization"]
+        done = ("its sinks can be found, but nothing of it can be quantized" if quantized == "no" else
+                f"its sinks can be found, and {quantized} quantized")
+        if not self.warnings:
+            return f"For this model: {done}; nothing to complain about."
+        return f"For this model: {done}; see to the warnings first ({len(self.warnings)})."
+
 
 def examine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | None = None) -> Audit:
     """Audit the tokenization of calibration, evaluation, chat and serving, and measure what `<bos>` is worth.

@@ -1,10 +1,8 @@
-"""Frontier -> a page with a picture and a table, and a table for the terminal."""
+"""Frontier -> a page with a picture and a table."""
 
 from __future__ import annotations
 
 import matplotlib as mpl
-from rich.markup import escape
-from rich.table import Table
 
 from sinkquant.artifacts.frontier import Frontier
 from sinkquant.report.plots import MARKERS, SERIES, STYLE, Plot, _figure, _svg
@@ -49,13 +47,3 @@ def rows(found: Frontier) -> list[list[str]]:
     """One line of cells per plan, in the order of `COLUMNS`."""
     return [[p.name, f"{p.bits_per_weight:.3f}", f"{p.bytes:,}", f"{p.kl:.4g}", f"{p.kl_sinks:.2g}"]
             for p in found.points]
-
-
-def table(found: Frontier) -> Table:
-    """The same for the terminal."""
-    shown = Table(COLUMNS[0], title=f"{found.model}: predicted loss against bytes", title_justify="left")
-    for name in COLUMNS[1:]:
-        shown.add_column(name, justify="right")
-    for row in rows(found):
-        shown.add_row(*map(escape, row))
-    return shown

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from sinkquant.artifacts import Frontier, Sensitivity
 from sinkquant.cli import app
-from sinkquant.cli.tables.sensitivity import ranking_in_words, table
+from sinkquant.cli.tables.sensitivity import linear_table, ranking_in_words
 from sinkquant.models import Decoder
 
 
@@ -31,7 +31,7 @@ def test_the_command_writes_a_file_and_shows_it_with_its_ranking(tiny: PreTraine
     found = Sensitivity.load(out)
     assert "Rank correlation of predicted and measured losses over 24 formats" in done.output
     with (console := Console(width=200)).capture() as shown:
-        console.print(table(found))
+        console.print(linear_table(found))
     row = next(line for line in shown.get().splitlines() if "model.layers.1.self_attn.q_proj + k_proj + v_proj" in line)
     first = next(unit for unit in found.units if unit.modules[0] == "model.layers.1.self_attn.q_proj").losses[0].terms
     assert f"{1000 * first.total:.2g}" in row

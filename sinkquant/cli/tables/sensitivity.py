@@ -8,7 +8,7 @@ from rich.table import Table
 from sinkquant.artifacts import KVLoss, Sensitivity, UnitSensitivity
 
 
-def table(found: Sensitivity) -> Table:
+def linear_table(found: Sensitivity) -> Table:
     """One row per module, or group of them, one column per format: thousandths of a nat per token; and the share that
     the sinks lose by themselves in the smallest format."""
     forms = list(dict.fromkeys((loss.bits, loss.group_size) for unit in found.units for loss in unit.losses))

@@ -1,0 +1,65 @@
+"""The command that does the whole job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sinkquant.artifacts import Plan, SinkMap
+from sinkquant.cli.paper import paragraph
+from sinkquant.cli.parts import FullOption, SensitivityOption, SetOption, TrustOption, shown_progress
+from sinkquant.cli.show import show_plan, show_report
+from sinkquant.errors import RequestError
+from sinkquant.models import resolve
+from sinkquant.recipe import DEFAULT_RECIPE, Recipe
+
+
+def run(recipe: Annotated[str | None, typer.Argument(help="A recipe file or the name of a packaged one; "
+                                                          "default: " + DEFAULT_RECIPE + ".")] = None,
+        model: Annotated[str, typer.Option("-m", "--model", help="A model folder, a hub id, or 'demo'.")] = "demo",
+        output: Annotated[Path, typer.Option("-o", "--output", help="The run's folder; must not exist yet.")] =
+        Path("out"),
+        assignments: SetOption = None,
+        plan_file: Annotated[Path | None, typer.Option("--plan", help="Carry out this plan, edited or not, with the "
+                                                                      "recipe that it was made with.")] = None,
+        sink_map: Annotated[Path | None, typer.Option(help="A sink map made before; default: detect.")] = None,
+        sensitivity: SensitivityOption = None,
+        resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run, and keep this one if it "
+                                                              "is interrupted.")] = False,
+        plan_only: Annotated[bool, typer.Option("--plan-only", help="Stop before anything is quantized.")] = False,
+        full: FullOption = False, trust_remote_code: TrustOption = False) -> None:
+    """Detect, plan, quantize, save, evaluate, report."""
+    edited = Plan.load(plan_file) if plan_file else None
+    known = SinkMap.load(sink_map) if sink_map else None
+    chosen = _recipe_of_run(recipe, edited, assignments or [])
+    resolve(model)
+    from sinkquant.models.processes import this_process
+    from sinkquant.run import run as run_pipeline
+
+    with shown_progress() as progress:
+        report = run_pipeline(chosen, model, output, edited=edited, sink_map=known, sensitivity=sensitivity,
+                              plan_only=plan_only, resume=resume, trust_remote_code=trust_remote_code,
+                              progress=progress)
+    if this_process()[0] > 0:
+        return
+    if report is None:
+        show_plan(Plan.load(output / "plan.json"), full)
+        paragraph(f"Plan: {output / 'plan.json'}")
+        return
+    show_report(report)
+    paragraph(f"Report: {output / 'report.html'}")
+    if report.verdict.gate == "failed":
+        raise typer.Exit(3)
+
+
+def _recipe_of_run(recipe: str | None, edited: Plan | None, assignments: list[str]) -> Recipe:
+    if edited is None:
+        return Recipe.load(recipe or DEFAULT_RECIPE).replace(assignments)
+    if recipe is not None:
+        raise RequestError("a plan brings the recipe that it was made with; give --plan or a recipe, not both.")
+    for assignment in assignments:
+        if assignment.partition(".")[0] in ("weights", "prune", "protect", "budget", "calibration"):
+            raise RequestError(f"--set {assignment} would change nothing beside --plan; edit the plan instead.")
+    return Recipe.parse(edited.recipe, "the recipe in the plan").replace(assignments)

@@ -1,0 +1,35 @@
+"""A report as a table: every row's main figures, the verdict and what broke the gate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.table import Table
+
+from sinkquant.artifacts import Report
+
+
+def result_table(made: Report) -> Table:
+    """A line for every model that was measured."""
+    shown = Table("row", "bytes", "bits", "activations", "KV bits", title="Result", title_justify="left")
+    columns = list(dict.fromkeys((task, metric) for row in made.rows for task, metrics in row.tasks.items()
+                                 for metric in metrics if metric in ("kl", "word_perplexity", "acc")))
+    for task, metric in columns:
+        shown.add_column(f"{task} {metric}")
+    for row in made.rows:
+        cells = []
+        for task, metric in columns:
+            measure = row.tasks.get(task, {}).get(metric)
+            cells.append("" if measure is None else f"{measure.value:.4g}")
+        shown.add_row(row.name, f"{row.weight_bytes:,}", f"{row.bits_per_weight:.3f}", row.activations,
+                      f"{row.kv_bits:.3g}", *cells)
+    return shown
+
+
+def sentences(made: Report) -> Iterator[str]:
+    """The verdict, sink fidelity, and what is below the gate."""
+    yield made.verdict.sentence
+    for name, one in (made.fidelity.comparisons.items() if made.fidelity else ()):
+        yield f"{name}: {one.sentence}"
+    for failure in made.verdict.failures:
+        yield f"gate: {failure}"
