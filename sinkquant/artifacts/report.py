@@ -34,7 +34,7 @@ class Row(Strict):
 
 class Paired(Strict):
     """A difference a - b of two rows on the same `documents` (rows of tokens for "divergence"), with its 95 %
-    bootstrap interval."""
+    interval: by the bootstrap over documents, for "divergence" that of the stopping rule (docs/evaluation.md)."""
 
     task: str
     metric: str

@@ -27,6 +27,8 @@ SensitivityOption = Annotated[Path | None, typer.Option("--sensitivity", help="T
                                                         "any plan then predicts its loss.")]
 FullOption = Annotated[bool, typer.Option("--full", help="Show everything, not one screen.")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors and what --json asks for, no more.")]
+TaskFolderOption = Annotated[Path | None, typer.Option(help="A folder of lm-eval task files of your own; all of them "
+                                                            "are run where evaluate.tasks names none.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the artifact as JSON.")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model folder carries.")]
 

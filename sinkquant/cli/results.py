@@ -10,7 +10,7 @@ import typer
 from sinkquant.artifacts import Plan, Report, Sensitivity, SinkMap
 from sinkquant.artifacts.base import write_atomically
 from sinkquant.cli.paper import paragraph
-from sinkquant.cli.parts import JsonOption, SetOption, TextOption, TrustOption, shown_progress
+from sinkquant.cli.parts import JsonOption, SetOption, TaskFolderOption, TextOption, TrustOption, shown_progress
 from sinkquant.cli.show import show_report
 from sinkquant.errors import RequestError
 
@@ -18,13 +18,14 @@ from sinkquant.errors import RequestError
 def evaluate(folder: Annotated[Path, typer.Argument(help="A run's folder or a checkpoint.")],
              baseline: Annotated[str | None, typer.Option(help="The unquantized model.")] = None,
              text: TextOption = None, tasks: Annotated[str | None, typer.Option(help="Task names, by commas.")] = None,
-             assignments: SetOption = None, json: JsonOption = False,
+             task_folder: TaskFolderOption = None, assignments: SetOption = None, json: JsonOption = False,
              sensitivity: Annotated[Path | None, typer.Option(help="Predict the losses from this file; default: what "
                                                                    "the plans say.")] = None,
              output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the report here.")] = None,
              trust_remote_code: TrustOption = False) -> None:
-    """Measure a checkpoint with lm-eval, beside its baseline and its control."""
-    asked: dict[str, Any] = {"text": text} if text else {}
+    """Measure a checkpoint with lm-eval, beside its baseline and its control: all documents, all rows."""
+    asked: dict[str, Any] = {"sample": None, "precision": None} | ({"text": text} if text else {})
+    asked |= {"task_folder": str(task_folder)} if task_folder else {}
     asked |= {"tasks": [name.strip() for name in tasks.split(",")]} if tasks else {}
     if not folder.is_dir() and folder.suffix != ".gguf":
         raise RequestError(f"{folder} is no folder; give a run's folder, a checkpoint or a GGUF file.")

@@ -9,7 +9,7 @@ import typer
 
 from sinkquant.artifacts import Plan, SinkMap
 from sinkquant.cli.paper import paragraph
-from sinkquant.cli.parts import FullOption, SensitivityOption, SetOption, TrustOption, shown_progress
+from sinkquant.cli.parts import FullOption, SensitivityOption, SetOption, TaskFolderOption, TrustOption, shown_progress
 from sinkquant.cli.show import show_plan, show_report
 from sinkquant.errors import RequestError
 from sinkquant.models import resolve
@@ -22,6 +22,7 @@ def run(recipe: Annotated[str | None, typer.Argument(help="A recipe file or the 
         output: Annotated[Path, typer.Option("-o", "--output", help="The run's folder; must not exist yet.")] =
         Path("out"),
         assignments: SetOption = None,
+        task_folder: TaskFolderOption = None,
         plan_file: Annotated[Path | None, typer.Option("--plan", help="Carry out this plan, edited or not, with the "
                                                                       "recipe that it was made with.")] = None,
         sink_map: Annotated[Path | None, typer.Option(help="A sink map made before; default: detect.")] = None,
@@ -34,6 +35,8 @@ def run(recipe: Annotated[str | None, typer.Argument(help="A recipe file or the 
     edited = Plan.load(plan_file) if plan_file else None
     known = SinkMap.load(sink_map) if sink_map else None
     chosen = _recipe_of_run(recipe, edited, assignments or [])
+    if task_folder:
+        chosen = chosen.changed(evaluate={"task_folder": str(task_folder)})
     resolve(model)
     from sinkquant.models.processes import this_process
     from sinkquant.run import run as run_pipeline

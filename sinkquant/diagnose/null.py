@@ -42,5 +42,9 @@ def self_distance(rows: int, seed: int, distance: Callable[[torch.Tensor, torch.
         count: of halvings, at most `HALVES`.
     """
     first, second = halves(rows, seed)
-    found = [distance(a, b) for a, b in zip(first[:count], second[:count], strict=True)]
-    return float(torch.quantile(torch.tensor(found, dtype=torch.float64), LEVEL))
+    return level_of([distance(a, b) for a, b in zip(first[:count], second[:count], strict=True)])
+
+
+def level_of(distances: list[float]) -> float:
+    """What 95 % of the distances stay within."""
+    return float(torch.quantile(torch.tensor(distances, dtype=torch.float64), LEVEL))

@@ -86,7 +86,7 @@ class Survey:
 
     Attributes:
         rows, sinks: int64 and bool [rows, length].
-        losses: [rows, length - 1] nats.
+        losses: [rows, length - 1] nats. ended: what the last block gave, [rows, length, hidden_size].
     """
 
     rows: torch.Tensor
@@ -99,6 +99,7 @@ class Survey:
     effective_rank: list[torch.Tensor] = field(default_factory=list)
     effective_rank_without_sinks: list[torch.Tensor] = field(default_factory=list)
     losses: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    ended: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     def head_mass(self) -> list[torch.Tensor]:
         """Mean attention on the sinks by layer, float64 [heads, rows], by the queries that come after a row's first
@@ -109,12 +110,14 @@ class Survey:
         return [((mass.double() * after).sum(-1) / after.sum(-1).clamp(min=1)).T for mass in self.table.sink_mass]
 
 
-def survey(decoder: Decoder, rows: torch.Tensor, sinks: torch.Tensor, compute: Compute, ranks: bool = True) -> Survey:
+def survey(decoder: Decoder, rows: torch.Tensor, sinks: torch.Tensor, compute: Compute, ranks: bool = True,
+           losses: bool = True) -> Survey:
     """Walk over rows.
 
     Args:
         rows: int64 [rows, length]; sinks: bool [rows, length].
         ranks: also rank collapse and effective rank, which take a singular value decomposition per row and layer.
+        losses: also the losses, which take all logits.
     """
     table = QueryTable(sinks)
     found = Survey(rows, sinks, table, ResidualStream())
@@ -126,7 +129,9 @@ def survey(decoder: Decoder, rows: torch.Tensor, sinks: torch.Tensor, compute: C
         if ranks:
             assert step.outputs is not None
             _ranks(found, step.outputs)
-    found.losses = walk.losses()
+    found.ended = walk.hidden
+    if losses:
+        found.losses = walk.losses()
     return found
 
 

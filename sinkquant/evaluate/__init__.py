@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from sinkquant.evaluate.candidate import BASELINE, Candidate
 from sinkquant.evaluate.divergence import Divergence, compare_rows, held_out_rows, row_divergences
-from sinkquant.evaluate.evaluate import BASELINE, Candidate, Compare, evaluate, require_tasks_possible
+from sinkquant.evaluate.evaluate import Compare, evaluate
 from sinkquant.evaluate.forecasts import forecasts_of_plans, forecasts_of_run
+from sinkquant.evaluate.requests import require_tasks_possible
 from sinkquant.evaluate.results import TaskResult
 from sinkquant.evaluate.statistics import paired_difference
 from sinkquant.evaluate.tasks import LOCAL_TASKS, build_tasks

@@ -21,9 +21,9 @@ class CachedSinkLM(SinkLM):
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bos: bool, batch_size: int,
-                 plan: KVCachePlan, quiet: bool = True) -> None:
+                 plan: KVCachePlan, quiet: bool = True, window: int | None = None) -> None:
         self._plan = plan
-        super().__init__(model, tokenizer, bos, batch_size, quiet)
+        super().__init__(model, tokenizer, bos, batch_size, quiet, window)
         prepare(model)
 
     @property

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.errors import RequestError
 from sinkquant.evaluate.likelihood import continuation_scores
 from sinkquant.evaluate.states import last_states
-from sinkquant.models import encode
+from sinkquant.models import encode, max_length
 from sinkquant.models.head import OutputHead
 from sinkquant.models.processes import shared
 
@@ -29,16 +29,18 @@ class SinkLM(HFLM):
         model: a loaded model; it is scored in its own dtype on its own device.
         bos: whether rows of this model start with `<bos>`.
         quiet: no progress bars.
+        window: tokens that are scored at once, or stand before them, at most; None: as many as there are positions.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bos: bool, batch_size: int,
-                 quiet: bool = True) -> None:
+                 quiet: bool = True, window: int | None = None) -> None:
         if tokenizer.pad_token_id is None:
             # HFLM would give the caller's tokenizer a padding token, and some an id that the model does not know.
             tokenizer = copy.deepcopy(tokenizer)
             if tokenizer.eos_token_id is None and tokenizer.unk_token_id is None:
                 tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=False)
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=False,
+                         max_length=None if window is None else min(window, max_length(model)))
         self._bos = int(tokenizer.bos_token_id) if bos else None
         self._quiet = quiet
         self._head = OutputHead(model)

@@ -8,6 +8,7 @@ import logging
 import math
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,72 +27,117 @@ from sinkquant.evaluate.cached import CachedSinkLM
 from sinkquant.evaluate.harness import SinkLM
 from sinkquant.evaluate.results import TaskResult
 from sinkquant.evaluate.statistics import Samples, standard_error, value_of
-from sinkquant.evaluate.tasks import LOCAL_TASKS
-from sinkquant.recipe import near_miss
+from sinkquant.evaluate.task_files import unknown_task
+
+
+@dataclass(frozen=True)
+class OpenTasks:
+    """Tasks whose data was read, once for all models.
+
+    Attributes:
+        tasks: name -> lm-eval's task, group of tasks, or the tasks of a tag; managers: name -> where it came from.
+        documents: how many every task has, those of groups each by itself.
+    """
+
+    tasks: dict[str, list[Any]]
+    managers: dict[str, TaskManager]
+    documents: dict[str, int]
 
 
 def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], folder: Path | None,
               *, bos: bool, batch_size: int, limit: int | None = None, seed: int = 0,
               quiet: bool = True, kv: KVCachePlan | None = None) -> dict[str, TaskResult]:
+    """`score_tasks` of tasks that are opened for this one model; see `open_tasks`."""
+    opened = open_tasks(tasks, folder, quiet=quiet)
+    return score_tasks(model, tokenizer, opened, tasks, bos=bos, batch_size=batch_size, limit=limit, seed=seed,
+                       quiet=quiet, kv=kv)
+
+
+def score_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, opened: OpenTasks, tasks: Sequence[str],
+                *, bos: bool, batch_size: int, limit: int | None = None, sample: int | None = None, seed: int = 0,
+                window: int | None = None, quiet: bool = True, kv: KVCachePlan | None = None) -> dict[str, TaskResult]:
     """Score a model on tasks with lm-eval's `simple_evaluate`.
 
-    Local tasks need no network. A group of tasks comes back as its tasks. Several processes of torchrun share the
-    requests; the first one gets the results, another may get none.
+    A group of tasks comes back as its tasks. Several processes of torchrun share the requests; the first one gets the
+    results, another may get none.
 
     Args:
-        folder: holds the YAML of local tasks; any other name is looked up among lm-eval's own.
+        tasks: names of opened tasks.
         bos: whether rows of this model start with `<bos>`.
         limit: score only the first so many documents of each task.
+        sample: where there is no limit, score so many documents of each task at most, drawn by the seed: the same ones
+            for every model.
+        window: tokens of a context, or of a window of rolling perplexity, at most; None: the model's positions.
         quiet: neither log lines nor progress bars of lm-eval.
         kv: score through a KV cache that is packed so; null for none.
 
     Raises:
-        RequestError: there is no such task, its data cannot be reached, or an answer is longer than the context.
+        RequestError: an answer is longer than the context.
     """
+    drawn = {} if sample is None or limit is not None else {
+        name: _draw(name, count, sample, seed) for name, count in opened.documents.items() if count > sample}
+    found: dict[str, TaskResult] = {}
     with _undisturbed(quiet):
-        manager = _manager(tasks, folder)
-        harness = (SinkLM(model, tokenizer, bos, batch_size, quiet) if kv is None else
-                   CachedSinkLM(model, tokenizer, bos, batch_size, kv, quiet))
-        result = lm_eval.simple_evaluate(
-            model=harness, tasks=list(tasks), task_manager=manager,
-            limit=limit, log_samples=True, bootstrap_iters=0, random_seed=seed, numpy_random_seed=seed,
-            torch_random_seed=seed, fewshot_random_seed=seed)
-    if result is None:  # lm-eval hands it to the first process of torchrun on a machine, which reports it
-        return {}
-    return {task: _result(samples, result["results"][task], result["higher_is_better"].get(task) or {})
-            for task, samples in result["samples"].items()}
+        harness = (SinkLM(model, tokenizer, bos, batch_size, quiet, window) if kv is None else
+                   CachedSinkLM(model, tokenizer, bos, batch_size, kv, quiet, window))
+        for name in tasks:
+            result = lm_eval.simple_evaluate(
+                model=harness, tasks=opened.tasks[name], task_manager=opened.managers[name],
+                limit=limit, samples=drawn or None, log_samples=True, bootstrap_iters=0, random_seed=seed,
+                numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed)
+            # lm-eval hands it to the first process of torchrun on a machine, which reports it
+            found |= {} if result is None else {
+                task: _result(samples, result["results"][task], result["higher_is_better"].get(task) or {})
+                for task, samples in result["samples"].items()}
+    return found
 
 
-def require_tasks(tasks: Sequence[str]) -> None:
-    """Load the tasks that are not sinkquant's own, before any compute is spent.
+def open_tasks(tasks: Sequence[str], folder: Path | None, own: Path | None = None, quiet: bool = True) -> OpenTasks:
+    """Find tasks and read their data. Tasks of the folders need no network.
+
+    Args:
+        folder: holds the YAML of sinkquant's tasks. own: the user's folder of task files. Any other name is looked up
+            among lm-eval's own.
 
     Raises:
-        RequestError: lm-eval has no such task, or its data cannot be reached.
+        RequestError: there is no such task, or its data cannot be read.
     """
-    with _undisturbed(True):
-        _manager([task for task in tasks if task not in LOCAL_TASKS], None)
+    opened: dict[str, list[Any]] = {}
+    managers: dict[str, TaskManager] = {}
+    documents: dict[str, int] = {}
+    with _undisturbed(quiet):
+        paths = [str(path) for path in (own, folder) if path is not None]
+        local, builtin = TaskManager(include_path=paths, include_defaults=False), None
+        for name in tasks:
+            manager = local
+            if name not in local.all_tasks:
+                builtin = manager = builtin or TaskManager(include_defaults=True)
+                if name not in builtin.all_tasks:
+                    raise RequestError(unknown_task(name, own, local.all_tasks))
+            managers[name] = manager
+            opened[name], leaves = _open(name, manager)
+            documents |= leaves
+    return OpenTasks(opened, managers, documents)
 
 
-def _manager(tasks: Sequence[str], folder: Path | None) -> TaskManager | None:
-    """A task manager that knows the tasks; those of lm-eval are loaded once to see that they can be."""
-    local = {path.stem for path in folder.glob("*.yaml")} if folder else set()
-    outside = [task for task in tasks if task not in local]
-    if not outside:
-        return TaskManager(include_path=str(folder), include_defaults=False) if folder else None
-    manager = TaskManager(include_path=str(folder) if folder else None, include_defaults=True)
-    for task in outside:
-        known = task in manager.all_tasks
-        if not known:
-            raise RequestError(f"there is no task {task!r}{near_miss(task, LOCAL_TASKS)}: it is neither one of "
-                               f"sinkquant's ({', '.join(LOCAL_TASKS)}) nor one of lm-eval's.")
-        try:
-            manager.load([task])
-        except Exception as error:  # whatever a task's own code, its data set or the network may raise
-            text = str(error).strip()
-            reason = (text.splitlines()[0] if text else type(error).__name__).rstrip(".")
-            raise RequestError(f"lm-eval cannot load the task {task!r} here, its data has to be reachable: "
-                               f"{reason}.") from error
-    return manager
+def _open(name: str, manager: TaskManager) -> tuple[list[Any], dict[str, int]]:
+    """What lm-eval makes of a name, and how many documents every task of it has."""
+    try:
+        found = manager.load([name])
+        inside = {task for group in found["groups"].values() for task in group.get_all_tasks()}
+        top = [group for key, group in found["groups"].items() if key == name] or [
+            task for task in found["tasks"].values() if task not in inside]
+        return top, {key: len(task.eval_docs) for key, task in found["tasks"].items()}
+    except Exception as error:  # whatever a task's own code, its data set or the network may raise
+        text = str(error).strip()
+        reason = (text.splitlines()[0] if text else type(error).__name__).rstrip(".")
+        raise RequestError(f"lm-eval cannot load the task {name!r} here, its data has to be reachable: "
+                           f"{reason}.") from error
+
+
+def _draw(name: str, count: int, sample: int, seed: int) -> list[int]:
+    """Indices of so many documents, ascending; each task draws for itself."""
+    return sorted(random.Random(f"{seed} {name}").sample(range(count), sample))
 
 
 def _result(samples: list[dict[str, Any]], aggregate: dict[str, Any], directions: dict[str, Any]) -> TaskResult:

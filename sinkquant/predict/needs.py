@@ -12,6 +12,7 @@ from sinkquant.detect.residual import TOP
 from sinkquant.detect.survey import batch_rows
 from sinkquant.evaluate.divergence import BATCH_ROWS
 from sinkquant.evaluate.likelihood import TOKENS_AT_ONCE
+from sinkquant.evaluate.shelf import SHARE
 from sinkquant.methods import need_hessian, need_unquantized_inputs
 from sinkquant.models import Decoder
 from sinkquant.models.alone import in_groups
@@ -163,8 +164,11 @@ class Needs:
         read = max(self._activations(rows * longest, longest), self._activations(BATCH_ROWS * length, length))
         # Both distributions of some positions, and what the divergence makes of them.
         logits = 6 * 4.0 * max(PIECE_VALUES, self.vocabulary)
-        # The unquantized model beside another.
-        return EVALUATION_LOADS + 2 * self.total * self.item + KEPT_BY_ALLOCATOR * (read + logits)
+        # The unquantized model beside another, or all where there is room; they share embeddings and head.
+        whole = self.total * self.item
+        models = min(2 + settings.control, max(2, int(SHARE * self.memory / whole)))
+        others = (models - 1) * (whole - self.vocabulary * self.hidden * self.item)
+        return EVALUATION_LOADS + whole + others + KEPT_BY_ALLOCATOR * (read + logits)
 
     def _detected_tokens(self) -> list[int]:
         """Tokens of every set of rows that detection walks with."""

@@ -6,16 +6,13 @@ weights are zeroed to see whether they are super weights.
 
 from __future__ import annotations
 
-import json
-
 from transformers import PreTrainedTokenizerBase
 
 from sinkquant.artifacts import LinearShape
 from sinkquant.detect.detect import REPEATED_ROWS
 from sinkquant.detect.super_weights import ABLATION_ROWS, NULL_WEIGHTS, PER_MODULE, SCREENED_ROWS
-from sinkquant.diagnose.fidelity import LENGTH, ROWS
-from sinkquant.evaluate.tasks import ready_tasks
-from sinkquant.models import Decoder, encode, read_text
+from sinkquant.evaluate.costs import evaluation_work
+from sinkquant.models import Decoder
 from sinkquant.predict.pace import Pace
 from sinkquant.quantize.refine.refine import ROWS as DISTILL_ROWS
 from sinkquant.recipe import Recipe
@@ -24,14 +21,8 @@ CANDIDATES = 3
 BLOCKS_AFTER = 2 / 3
 """The share of the blocks that follow a candidate: they stand where massive activations are born, in the first blocks,
 or end, in the last."""
-SAMPLE = 50_000
-"""Characters of text that are encoded to see how many make a token."""
-FIDELITY_PASSES = 8.0
-"""Plain forward passes of its rows that `sink_fidelity` takes for each of two models: it watches, and swaps tokens."""
 VALUE_PASSES = 2.0
 """Passes over all logits, as costly as a log-softmax, that lm-eval and the divergence make."""
-OPENING_EVALUATION, PER_TASK = 8.0, 0.4
-"""Processor seconds of a two-core machine: importing lm-eval; a task's data for one model."""
 READ_BYTES = 1e9
 """Bytes per second that files are read and written at."""
 
@@ -52,7 +43,7 @@ def stages(decoder: Decoder, recipe: Recipe, pace: Pace, tokenizer: PreTrainedTo
         if not recipe.evaluate.skip:
             found[f"detect {name}"] = job.detect(False)
     if not recipe.evaluate.skip:
-        found["evaluate"] = job.evaluate(1 + len(plans), tokenizer)
+        found["evaluate"] = job.evaluate(len(plans), tokenizer)
     return found
 
 
@@ -103,41 +94,6 @@ class _Job:
             operations += (3 * tuned + 4 * tokens) * head
         return seconds + operations * pace.operation
 
-    def evaluate(self, models: int, tokenizer: PreTrainedTokenizerBase) -> float:
-        settings, pace = self.recipe.evaluate, self.pace
-        token = self.blocks * pace.plain + self.head
-        tasks = task_tokens(self.recipe, tokenizer, self.decoder)
-        rows = settings.divergence_rows * settings.divergence_length
-        fidelity = FIDELITY_PASSES * ROWS * LENGTH if settings.fidelity else 0.0
-        seconds = models * (sum(tasks) * token + PER_TASK * len(settings.tasks))
-        seconds += (models - 1) * 2 * (rows * token + fidelity * pace.plain * self.blocks)
-        return seconds + OPENING_EVALUATION
-
-
-def task_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, decoder: Decoder) -> list[float]:
-    """Tokens that a model reads for each of sinkquant's own tasks; tasks of lm-eval's are not counted."""
-    settings = recipe.evaluate
-    content = read_text(settings.text, "evaluation", tokenizer)
-    sample = content[:SAMPLE]
-    per_character = len(encode(tokenizer, sample)) / max(1, len(sample))
-    found = []
-    with ready_tasks(settings.text, content, settings.tasks, recipe.seed) as folder:
-        for path in sorted(folder.glob("*.jsonl")):
-            if path.stem in settings.tasks:
-                items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-                lengths = [_characters(path.stem, item) for item in items[:settings.limit]]
-                found.append(per_character * sum(lengths))
-    return found
-
-
-def _characters(task: str, item: dict[str, object]) -> int:
-    """Characters that a model is given for one item, over all of its answers."""
-    if task == "sink_perplexity":
-        return len(str(item["text"]))
-    if task == "sink_cloze":
-        answers = item["choices"]
-        assert isinstance(answers, list)
-        return sum(len(str(item["context"])) + len(answer) for answer in answers)
-    openings = item["openings"]
-    assert isinstance(openings, list)
-    return sum(len(opening) + len(str(item["middle"])) + len(str(item["end"])) for opening in openings)
+    def evaluate(self, plans: int, tokenizer: PreTrainedTokenizerBase) -> float:
+        work = evaluation_work(self.recipe, tokenizer, plans, self.decoder.max_length)
+        return work.read * self.blocks * self.pace.plain + work.predicted * self.head + work.seconds

@@ -61,18 +61,27 @@ class Detection(Section):
 
 
 class Evaluation(Section):
-    """How the result is measured. `tasks` are names of packaged lm-eval tasks or of any task lm-eval can reach;
+    """How the result is measured. `tasks` are names of packaged lm-eval tasks, of those in `task_folder`, a folder of
+    lm-eval task files, or of any task lm-eval can reach; where none is in the folder, all in the folder are added.
+    `limit` scores the first documents of each task, `sample` as many drawn by the seed; null: all, which is what
+    `quantize-model eval` takes. `window`: tokens of a context, or a window of rolling perplexity, at most.
+    Divergence is measured on `divergence_rows` rows, or fewer once every verdict is certain or its difference known to
+    `precision` times the divergence; null: all of them, as in `quantize-model eval`.
     `fidelity` compares the sinks of every quantized row with the unquantized model's. With `skip` a run ends with its
     checkpoint, for models that do not fit into memory as a whole."""
 
     skip: bool = False
     text: FilePath | None = None
     tasks: list[str] = Field(default_factory=lambda: ["sink_perplexity", "sink_cloze", "sink_recall"])
+    task_folder: str | None = None
     limit: int | None = Field(default=None, ge=1)
+    sample: int | None = Field(default=24, ge=2)
+    window: int = Field(default=2048, ge=16)
     control: bool = True
     fidelity: bool = True
     divergence_rows: int = Field(default=64, ge=2)
     divergence_length: int = Field(default=512, ge=16)
+    precision: float | None = Field(default=0.05, gt=0, lt=1)
     bootstrap: int = Field(default=2000, ge=100)
     batch_size: int = Field(default=8, ge=1)
 

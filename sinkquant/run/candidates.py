@@ -11,12 +11,12 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinkquant.artifacts import Plan, SinkMap
+from sinkquant.artifacts import Plan, SinkFidelity, SinkMap
 from sinkquant.artifacts.experts import few_tokens, in_short
 from sinkquant.artifacts.report import Fidelity
 from sinkquant.cache import make_prefix, prepare
 from sinkquant.detect import detect
-from sinkquant.diagnose import sink_fidelity
+from sinkquant.diagnose.fidelity import SinkComparison
 from sinkquant.evaluate import Candidate, Compare
 from sinkquant.formats import (
     STORED,
@@ -122,7 +122,14 @@ def comparison(tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap | None, rec
     """Sink fidelity of a quantized model, where the sinks of the original are known and the recipe asks for it."""
     if sink_map is None or not recipe.evaluate.fidelity or this_process()[0] > 0:  # the first process reports
         return None
-    return lambda original, quantized: sink_fidelity(original, quantized, tokenizer, sink_map.tokens, recipe)
+    looked: list[SinkComparison] = []
+
+    def compare(original: PreTrainedModel, quantized: PreTrainedModel) -> SinkFidelity:
+        if not looked:  # the original is looked at once
+            looked.append(SinkComparison(original, tokenizer, sink_map.tokens, recipe))
+        return looked[0].compare(quantized)
+
+    return compare
 
 
 def expert_notes(checkpoint: Path, one: Plan) -> list[str]:

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from sinkquant.artifacts import SinkFidelity, SinkToken
 from sinkquant.artifacts.report import Fidelity
 from sinkquant.diagnose import sink_fidelity
-from sinkquant.diagnose.fidelity import bernoulli_divergence, massive_entries, overlap_and_ratio, position_divergence
+from sinkquant.diagnose.fidelity import SinkComparison, position_divergence
+from sinkquant.diagnose.fidelity_checks import bernoulli_divergence, massive_entries, overlap_and_ratio
 from sinkquant.diagnose.survey import Compute, survey
 from sinkquant.errors import RequestError
 from sinkquant.evaluate.verdict import gate_failures
@@ -106,6 +107,21 @@ def test_position_divergence_against_float64(original: PreTrainedModel) -> None:
         p, q = (torch.log_softmax(model(rows, use_cache=False).logits.double(), -1) for model in (original, other))
     torch.testing.assert_close(position_divergence(original, other, rows), (p.exp() * (p - q)).sum(-1),
                                rtol=1e-3, atol=1e-6)
+
+
+def test_the_original_is_looked_at_once(original: PreTrainedModel, text_file: Path) -> None:
+    """What it shows is kept for the next model, and no figure depends on the models before."""
+    comparison = SinkComparison(original, tiny_tokenizer(), [SINK], text=str(text_file))
+    coarse, fine = rounded(original, 3), rounded(original, 8)
+    passes: list[int] = []
+    handle = original.model.layers[0].self_attn.register_forward_hook(lambda *_: passes.append(1))
+    comparison.compare(coarse)
+    first = len(passes)
+    found = comparison.compare(fine)
+    handle.remove()
+    assert first > 0
+    assert len(passes) == first
+    assert found == sink_fidelity(original, fine, tiny_tokenizer(), [SINK], text=str(text_file))
 
 
 def test_bernoulli_divergence() -> None:

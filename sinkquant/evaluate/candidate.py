@@ -1,0 +1,38 @@
+"""A model that is measured, and the pairs that are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedModel
+
+from sinkquant.artifacts import KVCachePlan
+from sinkquant.evaluate.results import TaskResult
+
+BASELINE = "unquantized"
+DECIDED = (("control", "sink_aware"), ("pruned_control", "pruned"), ("weights_control", "weights"),
+           ("cache_control", "cache"))
+"""Pairs whose difference in divergence is a verdict."""
+PAIRS = (*DECIDED, ("sink_aware", BASELINE), ("control", BASELINE), ("quantized", BASELINE))
+
+
+@dataclass
+class Candidate:
+    """A model to be measured: loaded when its turn comes, and once for all candidates that name the same `load`.
+
+    `kv`: the KV cache that it is read through, null for an unquantized one; `activations`: what inputs are rounded to.
+    `tasks_too`: whether tasks are run, or the divergence alone. `tasks` and `divergences` (nats per token, one per row)
+    are filled by `evaluate`.
+    """
+
+    name: str
+    path: str
+    load: Callable[[], PreTrainedModel]
+    weight_bytes: int
+    bits_per_weight: float
+    kv: KVCachePlan | None = None
+    activations: str = "16-bit"
+    tasks_too: bool = True
+    tasks: dict[str, TaskResult] = field(default_factory=dict)
+    divergences: list[float] = field(default_factory=list)

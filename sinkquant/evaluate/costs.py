@@ -1,0 +1,90 @@
+"""The work of an evaluation, counted in tokens before it begins."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from sinkquant.diagnose.fidelity import LENGTH, ROWS
+from sinkquant.evaluate.looks import looks
+from sinkquant.evaluate.tasks import ready_tasks
+from sinkquant.models import encode, read_text
+from sinkquant.recipe import Recipe
+
+SAMPLE = 50_000
+"""Characters of text that are encoded to see how many make a token."""
+CACHED = 1.3
+"""Plain passes through the blocks that one with a packed cache takes: it packs, and reads in chunks."""
+FIDELITY_PASSES = 8.0
+"""Plain passes through the blocks that sink fidelity takes for its rows and a model: it watches, and swaps tokens."""
+OPENING, PER_TASK = 6.0, 0.5
+"""Processor seconds: importing lm-eval; opening a task and putting its results together."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tokens that go through all blocks, and positions that go through the head; seconds beside them."""
+
+    read: float
+    predicted: float
+    seconds: float
+
+
+def evaluation_work(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, plans: int, longest: int) -> Work:
+    """What an evaluation takes.
+
+    Args:
+        plans: quantized models beside the unquantized one. longest: tokens that the model has positions for.
+    """
+    settings, cached = recipe.evaluate, recipe.kv_cache is not None
+    weights = recipe.weights.bits < 16
+    slower = CACHED if cached else 1.0
+    tasks = task_tokens(recipe, tokenizer)
+    read = sum(task[0] for task in tasks) * (1 + plans * slower)
+    predicted = sum(task[1] for task in tasks) * (1 + plans)
+    # Rows of the table, each read once, the cache's and the weights' own among them; the second look ends most.
+    rows = [look.rows for look in looks(settings.divergence_rows, settings.precision)]
+    tokens = rows[min(1, len(rows) - 1)] * min(settings.divergence_length, longest)
+    plain, through = (1 + plans, plans * 2) if cached and weights else (1 + plans * (not cached), plans * cached)
+    read += tokens * (plain + through * CACHED)
+    predicted += tokens * (plain + through)
+    if settings.fidelity:
+        read += FIDELITY_PASSES * ROWS * LENGTH * (1 + plans)
+        predicted += ROWS * LENGTH * 2 * plans
+    return Work(read, predicted, OPENING + PER_TASK * len(tasks) * (1 + plans))
+
+
+def task_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[tuple[float, float]]:
+    """Tokens that a model reads for each of sinkquant's own tasks, and those of them that are scored; tasks of a folder
+    and lm-eval's are not counted."""
+    settings = recipe.evaluate
+    content = read_text(settings.text, "evaluation", tokenizer)
+    part = content[:SAMPLE]
+    per_character = len(encode(tokenizer, part)) / max(1, len(part))
+    found = []
+    with ready_tasks(settings.text, content, settings.tasks, recipe.seed) as folder:
+        for path in sorted(folder.glob("*.jsonl")):
+            if path.stem in settings.tasks:
+                items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+                count = min(len(items), settings.limit or settings.sample or len(items))
+                lengths = [_characters(path.stem, item) for item in items]
+                read, scored = (per_character * count * sum(one) / len(items) for one in zip(*lengths, strict=True))
+                found.append((read, scored))
+    return found
+
+
+def _characters(task: str, item: dict[str, object]) -> tuple[int, int]:
+    """Characters that a model is given for one item, over all of its answers, and that are scored."""
+    if task == "sink_perplexity":
+        return len(str(item["text"])), len(str(item["text"]))
+    if task == "sink_cloze":
+        answers = item["choices"]
+        assert isinstance(answers, list)
+        scored = sum(map(len, answers))
+        return len(answers) * len(str(item["context"])) + scored, scored
+    openings = item["openings"]
+    assert isinstance(openings, list)
+    scored = len(openings) * len(str(item["end"]))
+    return sum(len(opening) + len(str(item["middle"])) for opening in openings) + scored, scored
