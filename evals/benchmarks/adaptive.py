@@ -31,7 +31,6 @@ from sinkquant.recipe import Recipe
 from sinkquant.run.candidates import loader, mechanisms
 
 SEEDS = 20
-TRIALS = 4000
 PRECISION = 0.05
 
 
@@ -40,6 +39,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", type=Path)
     parser.add_argument("--model", default="demo", help="the unquantized model of all runs")
     parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--trials", type=int, default=4000, help="of the error rate")
     parser.add_argument("--known", type=Path, help="divergences that were measured before, instead of runs")
     parser.add_argument("-o", "--output", type=Path, help="write the divergences here")
     parser.add_argument("--markdown", type=Path, help="write the table here")
@@ -49,7 +49,7 @@ def main() -> None:
         pairs |= divergences(run, given.model, given.rows)
     if given.output:
         given.output.write_text(json.dumps(pairs) + "\n")
-    lines = table(pairs)
+    lines = table(pairs, given.trials)
     print("\n".join(lines))
     if given.markdown:
         given.markdown.write_text("\n".join(lines) + "\n")
@@ -77,10 +77,10 @@ def divergences(run: Path, model: str, count: int) -> dict[str, list[list[float]
     return {f"{run.name}: {a} - {b}": [by_name[a], by_name[b]] for a, b in DECIDED if {a, b} <= set(by_name)}
 
 
-def table(pairs: dict[str, list[list[float]]]) -> list[str]:
+def table(pairs: dict[str, list[list[float]]], trials: int) -> list[str]:
     """Markdown lines."""
     lines = [f"Looks at {', '.join(str(look.rows) for look in looks(64, PRECISION))} rows, precision {PRECISION:.0%}, "
-             f"{SEEDS} orders of the rows, {TRIALS} null trials.", "",
+             f"{SEEDS} orders of the rows, {trials} trials without a difference.", "",
              "| pair | difference of all rows, nats | verdict of all rows | orders with the same verdict | opposite "
              "verdicts | rows used, mean (least, most) | error at no difference |",
              "|---|---:|---|---:|---:|---:|---:|"]
@@ -92,7 +92,7 @@ def table(pairs: dict[str, list[list[float]]]) -> list[str]:
         opposite = sum(verdict * sign(whole.low, whole.high) < 0 for verdict in verdicts)
         lines.append(f"| {name} | {whole.mean:.3g}, {whole.low:.3g} to {whole.high:.3g} | "
                      f"{ANSWERS[sign(whole.low, whole.high)]} | {same} of {SEEDS} | {opposite} | "
-                     f"{np.mean(used):.1f} ({min(used)}, {max(used)}) | {error_rate(first, second):.3f} |")
+                     f"{np.mean(used):.1f} ({min(used)}, {max(used)}) | {error_rate(first, second, trials):.3f} |")
     return lines
 
 
@@ -115,13 +115,13 @@ def replay(a: np.ndarray, b: np.ndarray, seed: int) -> tuple[int, int]:
     return sign(found.low, found.high), look.rows
 
 
-def error_rate(a: np.ndarray, b: np.ndarray) -> float:
+def error_rate(a: np.ndarray, b: np.ndarray, trials: int) -> float:
     """How often a look is certain of a difference where there is none."""
     generator = np.random.default_rng(0)
     wrong = 0
-    for _ in range(TRIALS):
+    for _ in range(trials):
         wrong += _errs((a - b - (a - b).mean())[generator.integers(len(a), size=64)])
-    return wrong / TRIALS
+    return wrong / trials
 
 
 def _errs(differences: np.ndarray) -> bool:

@@ -33,7 +33,10 @@ LONGEST = FILLER + 2 * SENTENCE_LENGTH[1] + 2
 """Characters of the longest item that has to fit into a context as a whole."""
 RUN = 20
 """Words that stand in for a sentence in a text without sentence marks."""
-SENTENCE = re.compile(r"[^.!?…。！？؟।]+[.!?…。！？؟।]+[\"'”’»)\]]*")
+MARKS = ".!?…。！？؟।"
+SENTENCE = re.compile(rf"[^{MARKS}]+[{MARKS}]+[\"'”’»)\]]*")
+CLOSERS = 16
+"""Characters after the last mark that may close its sentence."""
 WORD = re.compile(r"\S+")
 
 
@@ -157,7 +160,9 @@ def sentences(flat: list[str]) -> list[Sentence]:
     """The sentences of documents; runs of RUN words of a document that has next to no sentence marks."""
     found = []
     for place, document in enumerate(flat):
-        spans = [match.span() for match in SENTENCE.finditer(document)]
+        # What comes after the last mark is no sentence, and looking for one there takes the square of its length.
+        last = max(document.rfind(mark) for mark in MARKS)
+        spans = [match.span() for match in SENTENCE.finditer(document, 0, last + 1 + CLOSERS)] if last >= 0 else []
         words = [match.span() for match in WORD.finditer(document)]
         if len(spans) * 100 < len(words):
             spans = [(words[i][0], words[min(i + RUN, len(words)) - 1][1]) for i in range(0, len(words), RUN)]
