@@ -30,10 +30,10 @@ def inverse_factor(damped: torch.Tensor, damping: float, name: str) -> torch.Ten
     Raises:
         SinkquantError: it is not positive definite with this damping.
     """
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if not failed:
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+    # With the columns in reverse, the factor of H itself is the inverse of U: one Cholesky and one triangular inverse.
+    factor, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
     if failed:
         raise SinkquantError(f"the Hessian of {name} is singular with weights.damping {damping}; "
                              "raise it or give more calibration rows.")
-    return upper.float()
+    unit = torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
+    return torch.linalg.solve_triangular(factor.flip(0, 1), unit, upper=True).float()

@@ -10,9 +10,9 @@ import torch
 from sinkquant.quantize.descent import descend
 from sinkquant.quantize.factor import damped_hessian, inverse_factor
 from sinkquant.schemes.codecs.integer_scales import searched_scales
-from sinkquant.schemes.codecs.packed import PackedWeight, group_scales, to_codes
+from sinkquant.schemes.codecs.packed import PackedWeight, group_scales
 
-BLOCK = 128
+BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -53,48 +53,63 @@ class GPTQ:
         Raises:
             SinkquantError: the Hessian is not finite, or not positive definite with this damping.
         """
-        rows, columns = weight.shape
+        columns = weight.shape[1]
         size = columns if self.group_size == -1 else self.group_size
         order = self._order(hessian.diagonal(), size)
         damped, mean = damped_hessian(hessian, self.damping, name)
-        inverse = inverse_factor(damped[order][:, order], self.damping, name)
-        drift = None if cross is None else self._drift(cross[order][:, order].double() / mean, inverse)
-        work = weight[:, order].float().clone()
-        pruned = None if kept is None else ~kept[:, order]
-        codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
-        scale = torch.empty(rows, columns // size, dtype=self.scale_dtype, device=weight.device)
-        step = BLOCK if size == columns else size * max(1, BLOCK // size)
-        current = scale[:, 0]
-        for start in range(0, columns, step):
-            stop = min(start + step, columns)
-            errors = torch.zeros(rows, stop - start, device=weight.device)
-            before = torch.zeros(rows, stop - start, device=weight.device)
-            for i in range(start, stop):
-                if i % size == 0:
-                    group = work[:, i:i + size]
-                    if pruned is not None:  # zeros fit any scale
-                        group = group.masked_fill(pruned[:, i:i + size], 0)
-                    current = self._scale(group, inverse.diagonal()[i:i + size])
-                    scale[:, int(order[i]) // size] = current
-                column = work[:, i:i + 1].clone()
-                code = to_codes(column, current[:, None], self.bits)
-                if pruned is not None:
-                    code.masked_fill_(pruned[:, i:i + 1], 0)
-                codes[:, order[i]] = code[:, 0]
-                error = (column - code.float() * current[:, None].float()) / inverse[i, i]
-                work[:, i + 1:stop] -= error * inverse[i, i + 1:stop]
-                errors[:, i - start] = error[:, 0]
-                if drift is not None:
-                    work[:, i + 1:stop] += column * drift[i, i + 1:stop]
-                    before[:, i - start] = column[:, 0]
-            work[:, stop:] -= errors @ inverse[start:stop, stop:]
-            if drift is not None:
-                work[:, stop:] += before @ drift[start:stop, stop:]
-        packed = PackedWeight(codes, scale, self.bits)
-        if self.passes == 0:
-            return packed
-        pull = None if cross is None else self.asymmetry * (weight.float() @ (cross / mean).float())
-        return descend(packed, weight, damped, self.passes, order, pull, kept)
+        damped = damped[order][:, order]
+        factor = inverse_factor(damped, self.damping, name)
+        drift = None if cross is None else self._drift(cross[order][:, order].double() / mean, factor)
+        work, kept = weight[:, order], None if kept is None else kept[:, order]
+        packed = self._in_order(work, size, factor, drift, kept)
+        if self.passes:
+            pull = None if cross is None else self.asymmetry * (weight.float() @ (cross / mean).float())[:, order]
+            packed = descend(packed, work, damped, self.passes, pull, kept)
+        back = order.argsort()
+        return PackedWeight(packed.codes[:, back], packed.scale[:, back[::size] // size], self.bits)
+
+    def _in_order(self, weight: torch.Tensor, size: int, factor: torch.Tensor, drift: torch.Tensor | None,
+                  kept: torch.Tensor | None) -> PackedWeight:
+        """Quantize columns from the first to the last, groups one after the other.
+
+        A column of the weight is a row of memory here. What the columns before it in its block cost it is one product
+        when its turn comes; the columns after the block get all of the block's errors in one.
+
+        Args:
+            factor: U, the upper Cholesky factor of the inverse Hessian. drift: as `_drift` has it.
+        """
+        work = weight.T.float().contiguous()
+        free = None if kept is None else kept.T.float().contiguous()
+        # An error e in column i is made up for by e U[i, j] / U[i, i] in column j.
+        shares = (factor / factor.diagonal()[:, None]).T.contiguous()
+        gains = None if drift is None else drift.T.contiguous()
+        columns, rows = work.shape
+        low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        codes, real = torch.empty(columns, rows, dtype=torch.int8, device=work.device), torch.empty_like(work[0])
+        scales = []
+        for group in range(0, columns, size):
+            entered = work[group:group + size]
+            scales.append(self._scale((entered if free is None else entered * free[group:group + size]).T.contiguous(),
+                                      factor.diagonal()[group:group + size]))
+            scale = scales[-1].float()
+            for start in range(group, group + size, BLOCK):
+                stop = min(start + BLOCK, group + size)
+                errors = torch.empty(stop - start, rows, device=work.device)
+                for i in range(start, stop):
+                    done, column = i - start, work[i]
+                    if done:
+                        column.addmv_(errors[:done].T, shares[i, start:i], alpha=-1)
+                        if gains is not None:
+                            column.addmv_(work[start:i].T, gains[i, start:i])
+                    torch.div(column, scale, out=real).round_().clamp_(low, high)
+                    if free is not None:
+                        real *= free[i]
+                    codes[i] = real
+                    torch.addcmul(column, real, scale, value=-1, out=errors[done])
+                work[stop:].addmm_(shares[stop:, start:stop], errors, alpha=-1)
+                if gains is not None:
+                    work[stop:].addmm_(gains[stop:, start:stop], work[start:stop])
+        return PackedWeight(codes.T.contiguous(), torch.stack(scales, dim=1), self.bits)
 
     def _scale(self, group: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         """The scale of one group: [rows] from weights [rows, size] and the factor's diagonal [size]."""

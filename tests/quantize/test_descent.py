@@ -42,7 +42,7 @@ def test_no_row_gets_worse_and_the_whole_gets_better_with_every_pass(bits: int, 
 
 def test_the_end_is_a_place_where_no_single_code_can_be_improved() -> None:
     weight, hessian = problem(0)
-    packed = descend(RTN(3, 32).quantize(weight), weight, hessian, 30, order=torch.arange(159, -1, -1))
+    packed = descend(RTN(3, 32).quantize(weight), weight, hessian, 30)
     least = losses(packed.dequantized(), weight, hessian)
     for step in (-1, 1):
         for column in range(160):

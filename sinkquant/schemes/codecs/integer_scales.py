@@ -6,17 +6,20 @@ import torch
 
 from sinkquant.schemes.codecs.packed import group_scales
 
-SMALLEST, LARGEST, STEPS = 0.4, 1.1, 29
+SMALLEST, LARGEST, STEPS = 0.4, 1.1, 15
 """The grid, as shares of the scale that reaches the largest |weight|: at 2 bits the best one clips more than half."""
+FITS = 2
+"""Times that the best scale is fitted to its codes and the codes are taken anew."""
 
 
 def searched_scales(weight: torch.Tensor, bits: int, group_size: int, dtype: torch.dtype,
                     importance: torch.Tensor | None = None) -> torch.Tensor:
     """Scales with the least sum of importance * (weight - rounded)^2 in every group.
 
-    A grid of clipped ranges is tried in both signs: codes reach one further below zero than above, and a negative
-    scale turns that side to where the larger weights are, at no cost in bytes. The best of the grid is then fitted to
-    its codes by least squares, and the fit kept where it is better.
+    The codes of a grid of clipped ranges are tried in both signs: codes reach one further below zero than above, and a
+    negative scale turns that side to where the larger weights are, at no cost in bytes. Codes count with the scale that
+    fits them best by least squares, s = sum c w q / sum c q^2, which leaves sum c w^2 - (sum c w q)^2 / sum c q^2. The
+    best of the grid is then stored and fitted again, and kept where it is better.
 
     Args:
         weight: float [rows, columns]; group_size divides columns, or is -1 for one group per row.
@@ -34,13 +37,21 @@ def searched_scales(weight: torch.Tensor, bits: int, group_size: int, dtype: tor
     # A group that nothing reads is still to be rounded sensibly.
     cost = torch.where(cost.sum(-1, keepdim=True) > 0, cost, torch.ones_like(cost))
     reach = group_scales(weight, bits, group_size, dtype)
-    best, least = reach, _error(grouped, reach, bits, cost)[0]
+    pulls = grouped * cost
+    best, most = reach.float(), torch.zeros(reach.shape, device=weight.device)
+    codes, work = torch.empty_like(grouped), torch.empty_like(grouped)
     for share in torch.linspace(SMALLEST, LARGEST, STEPS).tolist():
         for sign in (share, -share):
-            best, least, _ = _better(grouped, storable(reach.float() * sign, bits, dtype), bits, cost, best, least)
-    codes = _error(grouped, best, bits, cost)[1]
-    fitted = (cost * grouped * codes).sum(-1) / (cost * codes.square()).sum(-1).clamp(min=1e-30)
-    return _better(grouped, storable(fitted, bits, dtype), bits, cost, best, least)[0]
+            _round(grouped, reach.float() * sign, bits, codes)
+            fitted, saved = _fit(codes, pulls, cost, work)
+            best, most = torch.where(saved > most, fitted, best), torch.maximum(saved, most)
+    found, least = reach, _error(grouped, reach, bits, cost, codes)
+    for _ in range(FITS):
+        scale = storable(best, bits, dtype)
+        error = _error(grouped, scale, bits, cost, codes)
+        found, least = torch.where(error < least, scale, found), torch.minimum(error, least)
+        best = _fit(codes, pulls, cost, work)[0]
+    return found
 
 
 def storable(scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
@@ -51,16 +62,24 @@ def storable(scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor
     return torch.where(scale < 0, -size, size).to(dtype)
 
 
-def _error(grouped: torch.Tensor, scale: torch.Tensor, bits: int,
-           cost: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted squared error of every group [rows, groups], and the codes as floats [rows, groups, size]."""
-    spread = scale.float()[..., None]
-    codes = torch.clamp(torch.round(grouped / spread), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    return ((codes * spread - grouped).square() * cost).sum(-1), codes
+def _round(grouped: torch.Tensor, scale: torch.Tensor, bits: int, codes: torch.Tensor) -> None:
+    """The nearest codes as floats, [rows, groups, size], into `codes`. scale: float32 [rows, groups]."""
+    torch.div(grouped, scale[..., None], out=codes).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
-def _better(grouped: torch.Tensor, scale: torch.Tensor, bits: int, cost: torch.Tensor, best: torch.Tensor,
-            least: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    error, codes = _error(grouped, scale, bits, cost)
-    wins = error < least
-    return torch.where(wins, scale, best), torch.where(wins, error, least), codes
+def _fit(codes: torch.Tensor, pulls: torch.Tensor, cost: torch.Tensor,
+         work: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scales that fit codes best, and what they take off the weighted square of a group, both [rows, groups].
+    pulls: cost * weight."""
+    along = torch.mul(codes, pulls, out=work).sum(-1)
+    square = torch.mul(codes, codes, out=work).mul_(cost).sum(-1).clamp_(min=1e-30)
+    scale = along / square
+    return scale, scale * along
+
+
+def _error(grouped: torch.Tensor, scale: torch.Tensor, bits: int, cost: torch.Tensor,
+           codes: torch.Tensor) -> torch.Tensor:
+    """Weighted squared error of every group, [rows, groups]; its codes go into `codes`."""
+    spread = scale.float()
+    _round(grouped, spread, bits, codes)
+    return ((codes * spread[..., None] - grouped).square_() * cost).sum(-1)
