@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -111,3 +112,8 @@ class Method(ABC):
         Raises:
             SinkquantError: the Hessian is not finite, or cannot be inverted.
         """
+
+    def solve_together(self, problems: Sequence[Problem]) -> list[PackedWeight]:
+        """Quantize matrices that read one input in one number format: all have the same Hessian and cross term. A
+        method whose rows do not see each other may take them as one matrix."""
+        return [self.solve(problem) for problem in problems]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sinkquant.methods.contract import Cost, Method, Problem, Settings
@@ -36,3 +38,16 @@ class GPTQMethod(Method):
         method = GPTQ(form.bits, form.group_size or -1, settings.damping, settings.act_order, problem.scale_dtype,
                       settings.scale_search, passes=settings.descent)
         return method.quantize(problem.weight, problem.hessian, problem.name, problem.cross, problem.kept)
+
+    def solve_together(self, problems: Sequence[Problem]) -> list[PackedWeight]:
+        """One matrix of all rows: the Hessian is factored once, and every column visited once."""
+        if len(problems) == 1:
+            return [self.solve(problems[0])]
+        import torch
+
+        kept = None
+        if any(one.kept is not None for one in problems):
+            kept = torch.cat([torch.ones_like(one.weight, dtype=torch.bool) if one.kept is None else one.kept
+                              for one in problems])
+        whole = self.solve(replace(problems[0], weight=torch.cat([one.weight for one in problems]), kept=kept))
+        return whole.split([len(one.weight) for one in problems])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -44,6 +45,14 @@ class QuantizedBlock:
 def inside(block: str, todo: dict[str, ModuleDecision]) -> dict[str, ModuleDecision]:
     """What a plan decides about the modules of a block."""
     return {name: decision for name, decision in todo.items() if name.startswith(f"{block}.")}
+
+
+def by_input(source: Mapping[str, str]) -> dict[str, list[str]]:
+    """What is read -> the modules that read it, in their order. source: module name -> what it reads."""
+    shared: dict[str, list[str]] = {}
+    for name, read in source.items():
+        shared.setdefault(read, []).append(name)
+    return shared
 
 
 def with_codes(weights: dict[str, StoredWeight]) -> dict[str, PackedWeight]:

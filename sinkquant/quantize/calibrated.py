@@ -11,12 +11,12 @@ from sinkquant.artifacts import ModuleDecision, Plan
 from sinkquant.methods import need_unquantized_inputs
 from sinkquant.models import ActivationStore, Decoder, Walk, weight_matrix
 from sinkquant.models.inputs import inputs_left_alone
-from sinkquant.quantize.block import QuantizedBlock, inside, with_codes
+from sinkquant.quantize.block import QuantizedBlock, by_input, inside, with_codes
 from sinkquant.quantize.fused import fused_scales
 from sinkquant.quantize.hessian import collect
 from sinkquant.quantize.inputs import round_block
 from sinkquant.quantize.layer import keep_dense, quantize_experts, record_experts
-from sinkquant.quantize.module import put_packed, quantize_module
+from sinkquant.quantize.module import put_packed, quantize_modules
 from sinkquant.quantize.pruning import silence
 from sinkquant.quantize.ranks import add_up, exchange, solver, this_rank
 from sinkquant.quantize.refine import Tune, compressed, rounding_offsets
@@ -66,17 +66,17 @@ def calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase 
         if ideal is not None:
             with inputs_left_alone(decoder.model):
                 ideal = step.replay(ideal)
-        last = {source[name]: name for name in mine}
+        shared = by_input(source)
         tuned = [name for name in mine if mine[name].bits < 16] if tune or settings.distill else []
         originals = {name: weight_matrix(decoder.linears[name]) for name in tuned}
-        for place_in_block, (name, decision) in enumerate(mine.items()):
+        for place, (read, names) in enumerate(shared.items()):
             # What stays in 16 bits is pruned by every rank: the sums are the same, and it is quickly done.
-            if solver(place_in_block) == rank or decision.bits >= 16:
-                quantize_module(decoder, name, decision, plan, made, hessians.get(source[name]))
-            if last[source[name]] == name and not tune:
-                hessians.pop(source[name], None)
+            here = {name: mine[name] for name in names if solver(place) == rank or mine[name].bits >= 16}
+            quantize_modules(decoder, here, plan, made, hessians.get(read))
+            if not tune:
+                hessians.pop(read, None)
         if ranks > 1:
-            exchange(decoder, mine, made)
+            exchange(decoder, mine, made, shared)
         if tune and tuned and ideal is not None:
             linears = {name: decoder.linears[name] for name in tuned}
             codes = with_codes(made.weights)

@@ -18,6 +18,7 @@ CHUNK = 1 << 24
 """Weights that are worked on at a time."""
 
 
+@torch.no_grad()
 def descend(packed: PackedWeight, weight: torch.Tensor, hessian: torch.Tensor, passes: int,
             pull: torch.Tensor | None = None, kept: torch.Tensor | None = None) -> PackedWeight:
     """Lower trace((Q - W) H (Q - W)^T) - 2 trace((Q - W) P^T), where Q is what the codes and scales give.
@@ -57,8 +58,8 @@ def _descend(codes: torch.Tensor, scale: torch.Tensor, bits: int, metric: torch.
 @dataclass(frozen=True)
 class _State:
     """Codes [columns, rows] as floats and scales [groups, rows], and what takes a product as large as the Hessian to
-    know: `slope` is H Q^T - B [columns, rows], `loss` Q H Q^T - 2 Q B^T of every row, float64 [rows], the loss less what
-    no code changes; B is `wanted`. A column of the weight is a row of memory."""
+    know: `slope` is H Q^T - B [columns, rows], `loss` Q H Q^T - 2 Q B^T of every row, float64 [rows], the loss less
+    what no code changes; B is `wanted`. A column of the weight is a row of memory."""
 
     codes: torch.Tensor
     scale: torch.Tensor

@@ -39,6 +39,7 @@ class GPTQ:
     asymmetry: float = 0.25
     passes: int = 3
 
+    @torch.no_grad()
     def quantize(self, weight: torch.Tensor, hessian: torch.Tensor, name: str = "weight",
                  cross: torch.Tensor | None = None, kept: torch.Tensor | None = None) -> PackedWeight:
         """Quantize one matrix.

@@ -12,10 +12,10 @@ from sinkquant.methods import need_unquantized_inputs
 from sinkquant.models import Decoder, Step
 from sinkquant.models.experts import by_expert
 from sinkquant.models.on_disk import ExpertsOnDisk
-from sinkquant.quantize.block import QuantizedBlock
+from sinkquant.quantize.block import QuantizedBlock, by_input
 from sinkquant.quantize.experts import Routed, record
 from sinkquant.quantize.fused import fused_scales
-from sinkquant.quantize.module import quantize_module
+from sinkquant.quantize.module import quantize_modules
 from sinkquant.quantize.ranks import add_up, exchange, solver, this_rank
 from sinkquant.quantize.statistics import TokenWeights
 
@@ -82,12 +82,13 @@ def _solve(step: Step, decoder: Decoder, todo: dict[str, ModuleDecision], expert
     add_up(hessians, dict.fromkeys(hessians, one.module), one.ideal is not None)
     decisions = {name: todo[name] for members in experts.values() for name in members}
     solved = QuantizedBlock(step.index, step.name, {}, {}, fused_scales=fused_scales(decoder, decisions))
-    for place, (name, decision) in enumerate(decisions.items()):
-        if solver(place) == rank or decision.bits >= 16:
-            part = decoder.experts[name]
-            quantize_module(decoder, name, decision, plan, solved, hessians[f"{part.index} {part.role}"])
+    parts = {name: decoder.experts[name] for name in decisions}
+    shared = by_input({name: f"{part.index} {part.role}" for name, part in parts.items()})
+    for place, (read, names) in enumerate(shared.items()):
+        here = {name: todo[name] for name in names if solver(place) == rank or todo[name].bits >= 16}
+        quantize_modules(decoder, here, plan, solved, hessians[read])
     if ranks > 1:
-        exchange(decoder, decisions, solved)
+        exchange(decoder, decisions, solved, shared)
     made.weights.update(solved.weights)
     made.losses.update(solved.losses)
 

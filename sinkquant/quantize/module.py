@@ -1,44 +1,71 @@
-"""One linear, or one projection of one expert: its decision is carried out, and the model holds the result."""
+"""Linears, or projections of one expert, that read one input: their decisions are carried out, and the model holds the
+results."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 
 from sinkquant.artifacts import ModuleDecision, Plan
 from sinkquant.errors import RequestError
-from sinkquant.methods import Problem, method_named
+from sinkquant.methods import Problem, method_named, need_hessian
 from sinkquant.models import Decoder
 from sinkquant.quantize.block import QuantizedBlock
 from sinkquant.quantize.hessian import Hessian
-from sinkquant.quantize.pruning import prune, still_pruned, unheard
+from sinkquant.quantize.pruning import Pruned, prune, still_pruned, unheard
 from sinkquant.quantize.split import solve_beside
-from sinkquant.schemes import scheme_of
+from sinkquant.schemes import WeightFormat, scheme_of
 from sinkquant.schemes.codecs import StoredWeight, library_codec, row_chunks
 
 TOGETHER = 1 << 24
 """Weights whose error is taken in one product with the Hessian."""
 
 
-def quantize_module(decoder: Decoder, name: str, decision: ModuleDecision, plan: Plan, made: QuantizedBlock,
-                    seen: Hessian | None) -> None:
-    """Prune and quantize one module as a plan decides, and note the result in `made`.
+def quantize_modules(decoder: Decoder, decisions: Mapping[str, ModuleDecision], plan: Plan, made: QuantizedBlock,
+                     seen: Hessian | None) -> None:
+    """Prune and quantize modules that read one input as a plan decides, and note the results in `made`.
 
     Args:
-        seen: the Hessian of its inputs, or None where no rows walk.
+        decisions: module name -> decision. seen: the Hessian of their input, or None where no rows walk.
 
     Raises:
         RequestError: the plan asks for what does not go together, or no token reached a module that needs some.
         SinkquantError: the Hessian cannot be inverted.
     """
-    weight = decoder.weight(name)
-    settings = plan.calibration
-    silent = made.silent.get(name)
-    if seen is not None and silent is not None:
-        unheard(seen, silent)
+    for name in decisions:
+        if seen is not None and name in made.silent:
+            unheard(seen, made.silent[name])
     hessian = None if seen is None else seen.mean()
-    method = None if decision.bits >= 16 else method_named(decision.method)
+    together: dict[tuple[str, WeightFormat, float | None], list[Problem]] = {}
+    for name, decision in decisions.items():
+        pruned = _pruned(decoder, name, decision, plan, made, hessian)
+        if decision.bits >= 16:
+            if pruned is not None:
+                _put_dense(decoder, name, pruned.weight, made, hessian)
+        elif (library := library_codec(decision.form)) is not None:
+            weight = decoder.weight(name)
+            whole = (weight if pruned is None else pruned.weight).to(decoder.model.dtype)
+            put_packed(decoder, name, library.rounded(whole, decision.form), made, weight, hessian)
+        else:
+            problem = _problem(decoder, name, decision, plan, made, pruned, seen, hessian)
+            if decision.form.split:
+                packed = solve_beside(method_named(decision.method), problem, decision.columns, decision.scalars)
+                put_packed(decoder, name, packed, made, decoder.weight(name), hessian)
+            else:
+                scale = None if problem.fused_scale is None else float(problem.fused_scale)
+                together.setdefault((decision.method, decision.form, scale), []).append(problem)
+    for (method, _, _), problems in together.items():
+        for problem, packed in zip(problems, method_named(method).solve_together(problems), strict=True):
+            put_packed(decoder, problem.name, packed, made, decoder.weight(problem.name), hessian)
+
+
+def _pruned(decoder: Decoder, name: str, decision: ModuleDecision, plan: Plan, made: QuantizedBlock,
+            hessian: torch.Tensor | None) -> Pruned | None:
+    """What pruning and silenced heads leave of a module, noted in `made`; None where all of it stays."""
+    weight, settings, silent = decoder.weight(name), plan.calibration, made.silent.get(name)
     # A method with a Hessian comes back to the weights that are left by itself.
-    passes = 0 if method is not None and method.needs_hessian else settings.descent
+    passes = 0 if need_hessian([decision.method]) else settings.descent
     pruned = None if decision.prune is None else prune(weight, decision.prune, hessian, settings.damping, passes, name)
     if silent is not None:
         pruned = still_pruned(pruned, weight, silent)
@@ -46,26 +73,19 @@ def quantize_module(decoder: Decoder, name: str, decision: ModuleDecision, plan:
         if decision.form.split:
             raise RequestError(f"the plan both prunes and splits {name}; it can do one of the two.")
         made.kept[name] = pruned.kept
-        if decision.bits >= 16:
-            _put_dense(decoder, name, pruned.weight, made, hessian)
-            return
-    if (library := library_codec(decision.form)) is not None:
-        whole = (weight if pruned is None else pruned.weight).to(decoder.model.dtype)
-        put_packed(decoder, name, library.rounded(whole, decision.form), made, weight, hessian)
-        return
-    assert method is not None
+    return pruned
+
+
+def _problem(decoder: Decoder, name: str, decision: ModuleDecision, plan: Plan, made: QuantizedBlock,
+             pruned: Pruned | None, seen: Hessian | None, hessian: torch.Tensor | None) -> Problem:
+    method, weight = method_named(decision.method), decoder.weight(name)
     if method.needs_hessian and hessian is None:
         raise RequestError(f"no calibration token reached {name}; give more text, or set its method to rtn.")
     cross = seen.cross() if seen is not None and method.needs_unquantized_inputs else None
     start = weight if pruned is None or method.needs_hessian else pruned.weight
     scales = scheme_of(decision.form).scales(str(decoder.model.dtype).removeprefix("torch."), name in decoder.experts)
-    problem = Problem(name, decision.form, start, getattr(torch, scales), settings, hessian, cross,
-                      None if pruned is None else pruned.kept, made.fused_scales.get(name))
-    if decision.form.split:
-        packed = solve_beside(method, problem, decision.columns, decision.scalars)
-    else:
-        packed = method.solve(problem)
-    put_packed(decoder, name, packed, made, weight, hessian)
+    return Problem(name, decision.form, start, getattr(torch, scales), plan.calibration, hessian, cross,
+                   None if pruned is None else pruned.kept, made.fused_scales.get(name))
 
 
 def put_packed(decoder: Decoder, name: str, packed: StoredWeight, made: QuantizedBlock,

@@ -129,14 +129,16 @@ def widest(ranges: InputRanges, names: list[str]) -> None:
 
 
 def solver(index: int) -> int:
-    """The rank that solves a block's module of that index."""
+    """The rank that solves the modules that read a block's input of that index."""
     return index % this_rank()[1]
 
 
-def exchange(decoder: Decoder, mine: dict[str, ModuleDecision], made: QuantizedBlock) -> None:
-    """Let every rank hold what each of them has solved of a block."""
+def exchange(decoder: Decoder, mine: dict[str, ModuleDecision], made: QuantizedBlock,
+             shared: Mapping[str, list[str]]) -> None:
+    """Let every rank hold what each of them has solved of a block. shared: `by_input` of the modules in `mine`."""
     weights, losses = with_codes(made.weights), dict(made.losses)
-    for index, name in enumerate(mine):
+    places = {name: place for place, names in enumerate(shared.values()) for name in names}
+    for name, index in places.items():
         if mine[name].bits >= 16:
             continue
         made.weights[name], made.losses[name] = _hand_over(solver(index), weights.get(name), losses.get(name))

@@ -18,7 +18,7 @@ from sinkquant.quantize.block import QuantizedBlock, inside
 from sinkquant.quantize.fused import fused_scales
 from sinkquant.quantize.inputs import put
 from sinkquant.quantize.layer import keep_dense
-from sinkquant.quantize.module import quantize_module
+from sinkquant.quantize.module import quantize_modules
 from sinkquant.quantize.pruning import silence
 
 TOGETHER = 1 << 25
@@ -39,7 +39,7 @@ def rounded(decoder: Decoder, plan: Plan, todo: dict[str, ModuleDecision], done:
                     with decoder.present_alone({module: alone[module] for module in group}):
                         made.fused_scales.update(fused_scales(decoder, {x: mine[x] for x in group}))
                         for module in group:
-                            quantize_module(decoder, module, mine[module], plan, made, None)
+                            quantize_modules(decoder, {module: mine[module]}, plan, made, None)
                     yield made
                     del made  # or it would outlive the next one's making
 
@@ -54,7 +54,7 @@ def _rest(decoder: Decoder, plan: Plan, index: int, mine: dict[str, ModuleDecisi
         made = QuantizedBlock(index, name, {}, {}, silent=silence(decoder, plan, index), ended=ended,
                               fused_scales=fused_scales(decoder, mine))
         for module, decision in mine.items():
-            quantize_module(decoder, module, decision, plan, made, None)
+            quantize_modules(decoder, {module: decision}, plan, made, None)
         keep_dense(decoder, mine, made)
         put(decoder, mine, {})  # no static ones: those need rows
     return made

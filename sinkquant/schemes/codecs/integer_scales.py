@@ -12,6 +12,7 @@ FITS = 2
 """Times that the best scale is fitted to its codes and the codes are taken anew."""
 
 
+@torch.no_grad()
 def searched_scales(weight: torch.Tensor, bits: int, group_size: int, dtype: torch.dtype,
                     importance: torch.Tensor | None = None) -> torch.Tensor:
     """Scales with the least sum of importance * (weight - rounded)^2 in every group.

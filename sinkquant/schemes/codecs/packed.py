@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -35,6 +36,12 @@ class PackedWeight:
             part = dequantize(self.codes[rows], self.scale[rows])
             dense[rows] = part if self.outliers is None else self.outliers.add_to(part, rows.start)
         return dense
+
+    def split(self, rows: Sequence[int]) -> list[Self]:
+        """Weights of so many rows each, one below the other in this one, of which nothing stands beside the codes."""
+        assert self.outliers is None
+        return [replace(self, codes=codes, scale=scale) for codes, scale in zip(
+            self.codes.split(list(rows)), self.scale.split(list(rows)), strict=True)]
 
     def cpu(self) -> Self:
         """The same in main memory."""
