@@ -221,7 +221,7 @@ def test_a_survey_of_single_rows_counts_every_token_once_and_reads_every_expert_
     for model in (load_model(folder), open_model(folder)):
         surveyor = Surveyor(Decoder.of(model), Recipe(), None)
         read.clear()
-        surveyor.run([rows, rows[:, :40]], recorded=0)
+        surveyor.run([rows, rows[:, :40]], [], recorded=0)
         surveys.append(surveyor)
     assert sorted(offset for offset in read if offset in offsets) == sorted([*offsets, *offsets])
     sinks = torch.zeros(rows.shape, dtype=torch.bool)
