@@ -1,6 +1,7 @@
 """What exact sinks in the KV cache are worth: divergence and added loss beside the control of equal bytes.
 
-    python evals/benchmarks/kv_protection.py MODEL [--bits 4 3 2] [--rows 64] [--length 512] [--window 32]
+    python evals/benchmarks/kv_protection.py MODEL [--sink-map MAP] [--bits 4 3 2] [--rows 64]
+                                             [--length 512] [--window 32] [--set KEY=VALUE ...]
 
 Weights are untouched; every row is read through the packed cache in chunks, as decoding would read it.
 """
@@ -11,6 +12,7 @@ import argparse
 
 import torch
 
+from sinkquant.artifacts import SinkMap
 from sinkquant.detect import detect
 from sinkquant.evaluate.divergence import compare_rows
 from sinkquant.evaluate.statistics import paired_difference
@@ -23,18 +25,20 @@ def main() -> None:
     """Print the table as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--text")
+    parser.add_argument("--sink-map", help="of this model, made before")
+    parser.add_argument("--text", help="held-out text; default: the packaged one")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--window", type=int, default=32)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more of the recipe")
     arguments = parser.parse_args()
     folder = resolve(arguments.model)
     tokenizer = load_tokenizer(folder)
     base, other = (load_model(folder, torch.float32) for _ in range(2))
     settings = Recipe().replace(["detect.super_weights=false", f"kv_cache.window={arguments.window}",
-                                 f"kv_cache.length={arguments.length}"])
-    sink_map = detect(base, tokenizer, recipe=settings)
+                                 f"kv_cache.length={arguments.length}", *arguments.set])
+    sink_map = SinkMap.load(arguments.sink_map) if arguments.sink_map else detect(base, tokenizer, recipe=settings)
     rows = token_rows(tokenizer, read_text(arguments.text, "evaluation"), arguments.rows, arguments.length)
     print("| bits | bytes | control | KL | control | difference, 95 % interval | loss added | control | "
           "difference, 95 % interval |\n|---:|---:|---:|---:|---:|---|---:|---:|---|")
