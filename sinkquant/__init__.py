@@ -7,7 +7,8 @@ from sinkquant.lazy import make_lazy
 
 if TYPE_CHECKING:
     from sinkquant.advise import advise
-    from sinkquant.artifacts import Diagnosis, Plan, Report, Sensitivity, SinkMap
+    from sinkquant.artifacts import Comparison, Diagnosis, Plan, Report, Sensitivity, SinkMap
+    from sinkquant.compare import compare
     from sinkquant.detect import detect
     from sinkquant.diagnose import diagnose
     from sinkquant.errors import RequestError, SinkquantError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Comparison",
     "Diagnosis",
     "Packing",
     "Plan",
@@ -33,6 +35,7 @@ __all__ = [
     "SinkMap",
     "SinkquantError",
     "advise",
+    "compare",
     "cut_heads",
     "detect",
     "diagnose",

@@ -5,6 +5,7 @@ Nothing here imports torch.
 """
 
 from sinkquant.artifacts.base import Artifact
+from sinkquant.artifacts.comparison import Comparison
 from sinkquant.artifacts.diagnosis import Diagnosis
 from sinkquant.artifacts.fidelity import SinkFidelity
 from sinkquant.artifacts.frontier import Frontier, FrontierPoint
@@ -32,6 +33,7 @@ __all__ = [
     "Artifact",
     "Calibration",
     "Channel",
+    "Comparison",
     "Diagnosis",
     "Forecast",
     "FormatLoss",

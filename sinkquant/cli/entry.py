@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from sinkquant.cli.compared import compare
 from sinkquant.cli.models import cut, detect, diagnose, doctor
 from sinkquant.cli.paper import err, out, paragraph
 from sinkquant.cli.parts import QuietOption
@@ -86,7 +87,8 @@ def recipes(action: Annotated[str | None, typer.Argument(help="'show' to print o
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "run": run, "detect": detect, "plan": plan, "sensitivity": sensitivity, "advise": advise, "diff": diff,
-    "eval": evaluate, "diagnose": diagnose, "cut-heads": cut, "report": report, "doctor": doctor, "recipes": recipes}
+    "eval": evaluate, "compare": compare, "diagnose": diagnose, "cut-heads": cut, "report": report, "doctor": doctor,
+    "recipes": recipes}
 """In the order in which the help shows them."""
 
 

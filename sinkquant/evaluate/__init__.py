@@ -3,7 +3,14 @@
 from typing import Any
 
 from sinkquant.evaluate.candidate import BASELINE, Candidate
-from sinkquant.evaluate.divergence import Divergence, compare_rows, held_out_rows, row_divergences
+from sinkquant.evaluate.divergence import (
+    Divergence,
+    TokenFigures,
+    compare_rows,
+    held_out_rows,
+    row_divergences,
+    token_figures,
+)
 from sinkquant.evaluate.evaluate import Compare, evaluate
 from sinkquant.evaluate.forecasts import forecasts_of_plans, forecasts_of_run
 from sinkquant.evaluate.requests import require_tasks_possible
@@ -19,6 +26,7 @@ __all__ = [
     "Divergence",
     "SinkLM",
     "TaskResult",
+    "TokenFigures",
     "build_tasks",
     "compare_rows",
     "evaluate",
@@ -29,6 +37,7 @@ __all__ = [
     "require_tasks_possible",
     "row_divergences",
     "run_tasks",
+    "token_figures",
 ]
 
 

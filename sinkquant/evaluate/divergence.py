@@ -33,6 +33,22 @@ class Divergence:
     other_loss: list[float] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class TokenFigures:
+    """Two models on the same rows, one number per token, on the CPU.
+
+    Attributes:
+        kl: float64 [rows, length], KL(baseline || other) in nats; rounding can leave it a hair below zero.
+        baseline_loss, other_loss: float64 [rows, length - 1], cross-entropy of the next token in nats.
+        same_top: bool [rows, length], whether both think the same token likeliest.
+    """
+
+    kl: torch.Tensor
+    baseline_loss: torch.Tensor
+    other_loss: torch.Tensor
+    same_top: torch.Tensor
+
+
 def compare_rows(baseline: PreTrainedModel, other: PreTrainedModel, rows: torch.Tensor,
                  batch_size: int = BATCH_ROWS, kv: KVCachePlan | None = None) -> Divergence:
     """Run both models over the same rows and compare what they predict.
@@ -64,11 +80,11 @@ def compare_side_by_side(baseline: PreTrainedModel, states: Sequence[torch.Tenso
     heads = [OutputHead(model) for model in (baseline, *(model for model, _ in others))]
     for batch, first in zip(batches, states, strict=True):
         given = [first, *(last_states(model, batch, kv) for model, kv in others)]
-        for one, (kl, base_loss, other_loss) in zip(found, _compare(heads, given, batch), strict=True):
+        for one, tokens in zip(found, token_figures(heads, given, batch), strict=True):
             # Rounding can leave a row of equal distributions a hair below zero.
-            one.kl.extend(kl.mean(1).clamp(min=0).tolist())
-            one.baseline_loss.extend(base_loss.mean(1).tolist())
-            one.other_loss.extend(other_loss.mean(1).tolist())
+            one.kl.extend(tokens.kl.mean(1).clamp(min=0).tolist())
+            one.baseline_loss.extend(tokens.baseline_loss.mean(1).tolist())
+            one.other_loss.extend(tokens.other_loss.mean(1).tolist())
     return found
 
 
@@ -90,9 +106,13 @@ def row_divergences(baseline: PreTrainedModel, other: PreTrainedModel, rows: tor
     return compare_rows(baseline, other, rows, batch_size, kv).kl
 
 
-def _compare(heads: Sequence[OutputHead], states: Sequence[torch.Tensor],
-             rows: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Of every model but the first: KL [rows, length] and both losses [rows, length - 1], float64, on the CPU.
+def token_figures(heads: Sequence[OutputHead], states: Sequence[torch.Tensor],
+                  rows: torch.Tensor) -> list[TokenFigures]:
+    """Of every model but the first, beside the first.
+
+    Args:
+        heads: of all models, the baseline first. states: their `last_states`, alike.
+        rows: int64 [rows, length].
 
     A few positions at a time, all models side by side: logits of a large vocabulary are the largest thing here.
     """
@@ -100,14 +120,17 @@ def _compare(heads: Sequence[OutputHead], states: Sequence[torch.Tensor],
     targets = torch.cat([rows[:, 1:], rows[:, :1]], dim=1).flatten()  # the last position's is not looked at
     flat = [one.flatten(0, 1) for one in states]
     kl, losses = ([torch.empty(count * length, dtype=torch.float64) for _ in heads] for _ in range(2))
+    same = [torch.empty(count * length, dtype=torch.bool) for _ in heads]
     for run in runs_of_positions(heads[0].vocabulary, count * length):
         p = torch.log_softmax(heads[0].logits(flat[0][run]), dim=-1)
         following = targets[run, None].to(p.device)
         losses[0][run] = -p.gather(-1, following)[:, 0].double().cpu()
-        likely = p.exp()
+        likely, top = p.exp(), p.argmax(-1)
         for place in range(1, len(heads)):
             q = torch.log_softmax(heads[place].logits(flat[place][run]).to(p.device), dim=-1)
             losses[place][run] = -q.gather(-1, following)[:, 0].double().cpu()
             kl[place][run] = (likely * (p - q)).sum(-1).double().cpu()
+            same[place][run] = (q.argmax(-1) == top).cpu()
     whole = [loss.view(count, length)[:, :-1] for loss in losses]
-    return [(kl[place].view(count, length), whole[0], whole[place]) for place in range(1, len(heads))]
+    return [TokenFigures(kl[place].view(count, length), whole[0], whole[place], same[place].view(count, length))
+            for place in range(1, len(heads))]

@@ -64,7 +64,7 @@ def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, re
     plan = looks(len(rows), settings.precision) if diverging else []
     steps = _Steps(sum(len(wanted.names) for candidate in candidates if candidate.tasks_too) + len(plan), progress)
     with ready_tasks(settings.text, content, wanted.names, recipe.seed,
-                     _characters(tokenizer, content, limit)) as folder:
+                     fitting_characters(tokenizer, content, limit)) as folder:
         comparisons, available = _run_tasks(ordered, shelf, tokenizer, recipe, wanted, folder, bos,
                                               compare, steps)
     look = Look(len(rows), ERROR)
@@ -139,7 +139,7 @@ class _Steps:
             self.progress(self.total, self.total, "evaluated")
 
 
-def _characters(tokenizer: PreTrainedTokenizerBase, content: str, limit: int) -> int:
+def fitting_characters(tokenizer: PreTrainedTokenizerBase, content: str, limit: int) -> int:
     """How many characters of this text surely fit into a context of `limit` tokens."""
     sample = content[:50_000]
     return int(FILL * limit * len(sample) / max(1, len(encode(tokenizer, sample))))

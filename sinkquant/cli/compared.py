@@ -1,0 +1,56 @@
+"""Commands that put quantized models beside their original: several at once, and why one of them is worse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sinkquant.artifacts import SinkMap
+from sinkquant.cli.paper import paragraph, table
+from sinkquant.cli.parts import JsonOption, SetOption, SinkMapOption, TextOption, TrustOption, shown_progress
+from sinkquant.models import resolve
+from sinkquant.recipe import Recipe
+
+BaselineOption = Annotated[str, typer.Option("--baseline", help="The unquantized model.")]
+CHECKPOINT = "A run's folder, a checkpoint (compressed-tensors, GPTQ, bitsandbytes, quanto) or a GGUF file"
+
+
+def compare(checkpoints: Annotated[list[str], typer.Argument(help=CHECKPOINT + "; any number of them.")],
+            baseline: BaselineOption, text: TextOption = None,
+            tasks: Annotated[str | None, typer.Option(help="lm-eval tasks to score all models on, by commas; default: "
+                                                           "none.")] = None,
+            assignments: SetOption = None, sink_map: SinkMapOption = None,
+            sinks: Annotated[bool, typer.Option(help="Whether to measure sink fidelity.")] = True,
+            json: JsonOption = False,
+            output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the report here; .html, .md or "
+                                                                               ".json.")] = None,
+            trust_remote_code: TrustOption = False) -> None:
+    """Any number of checkpoints beside their unquantized model: sizes, divergence, perplexity, sinks, by size."""
+    recipe = Recipe().replace(assignments or [])
+    known = SinkMap.load(sink_map) if sink_map else None
+    resolve(baseline)
+    from sinkquant.compare import compare as measure
+    from sinkquant.report.compared import require_writable, write_comparison
+
+    if output:
+        require_writable(output)
+    named = [name.strip() for name in tasks.split(",")] if tasks else []
+    with shown_progress() as progress:
+        found = measure(checkpoints, baseline, text=text, tasks=named, recipe=recipe, sink_map=known, sinks=sinks,
+                        trust_remote_code=trust_remote_code, progress=progress)
+    if output:
+        write_comparison(output, found)
+    if json:
+        print(found.to_json(), end="")
+        return
+    from sinkquant.cli.tables.comparison import comparison_table
+    from sinkquant.report.compared import sentence
+
+    table(comparison_table(found))
+    paragraph(sentence(found))
+    for warning in found.warnings:
+        paragraph(f"warning: {warning}.")
+    if output:
+        paragraph(f"Report: {output}")

@@ -1,0 +1,105 @@
+"""A checkpoint of any format that is read here: where it is, what it is called, what it weighs, how it is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from sinkquant.artifacts import KVCachePlan, SinkMap
+from sinkquant.errors import RequestError
+from sinkquant.formats import read_checkpoint
+from sinkquant.models import resolve
+from sinkquant.models.folder import read_settings
+from sinkquant.models.gguf import PLAIN, SOURCE, SUFFIX, gguf_in
+from sinkquant.run.candidates import loader, weight_bytes
+
+MODEL = "model"
+"""The checkpoint's folder inside a run's folder."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One model to be measured.
+
+    Attributes:
+        name: short, and of no other one. named: as the user named it. folder: what is loaded.
+        bytes: of its tensors' files, or of the tensors in a GGUF file. form: its format in a word or two.
+        kv: the packed cache that it is read through. sinks: the sink map that it carries.
+        recipe: the recipe that it carries, as read from the file.
+    """
+
+    name: str
+    named: str
+    folder: Path
+    bytes: int
+    form: str
+    kv: KVCachePlan | None = None
+    sinks: SinkMap | None = None
+    recipe: dict[str, Any] | None = None
+
+    def load(self, dtype: torch.dtype, device: str, trust_remote_code: bool = False) -> PreTrainedModel:
+        """The model, dense."""
+        return loader(self.folder, dtype, device, trust_remote_code)()
+
+
+def open_checkpoints(named: Sequence[str]) -> list[Checkpoint]:
+    """The checkpoints by those names: run folders, model folders, GGUF files, hub ids, or "demo".
+
+    Raises:
+        RequestError: one of them is none, or is named twice.
+    """
+    places = [_inside(one) for one in named]
+    twice = next((one for one in places if places.count(one) > 1), None)
+    if twice is not None:
+        raise RequestError(f"{twice} is named twice; name every checkpoint once.")
+    return [_opened(one, place, name) for one, place, name in zip(named, places, _short_names(places), strict=True)]
+
+
+def _inside(name: str) -> str:
+    """The checkpoint inside a run's folder, or what was named."""
+    path = Path(name)
+    return str(path / MODEL) if (path / MODEL / "config.json").is_file() and not (path / "config.json").is_file() \
+        else name.rstrip("/") or name
+
+
+def _short_names(places: Sequence[str]) -> list[str]:
+    """The last part of every path, or as many parts as tell them apart."""
+    parts = [[part for part in Path(place).parts if part != MODEL] or [place] for place in places]
+    for count in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(places)
+
+
+def _opened(named: str, place: str, name: str) -> Checkpoint:
+    folder = resolve(place)
+    packed = Path(place) if place.endswith(SUFFIX) else gguf_in(Path(place)) if Path(place).is_dir() else None
+    if packed is not None:
+        return Checkpoint(name, named, folder, _gguf_bytes(packed), _gguf_form(folder))
+    content = read_checkpoint(folder)
+    settings = read_settings(folder).get("quantization_config") or {}
+    form = str(settings.get("quant_method") or "unquantized")
+    if content is None:
+        return Checkpoint(name, named, folder, weight_bytes(folder), form)
+    plan = content["plan"]
+    return Checkpoint(name, named, folder, weight_bytes(folder), form, plan.kv_cache, content["sink_map"] or None,
+                      content.get("recipe"))
+
+
+def _gguf_bytes(path: Path) -> int:
+    from gguf import GGUFReader
+
+    return sum(int(tensor.n_bytes) for tensor in GGUFReader(path).tensors)
+
+
+def _gguf_form(folder: Path) -> str:
+    types = json.loads((folder / SOURCE).read_text(encoding="utf-8"))["types"]
+    packed = {name: count for name, count in types.items() if name not in PLAIN} or types
+    return f"GGUF {max(packed, key=lambda name: (packed[name], name))}"

@@ -1,0 +1,184 @@
+"""Checkpoints and their baseline -> Comparison. One checkpoint at a time is in memory beside the baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sinkquant.artifacts import Measure, SinkMap
+from sinkquant.artifacts.comparison import ComparedRow, Comparison
+from sinkquant.compare.checkpoint import Checkpoint, open_checkpoints
+from sinkquant.compare.figures import BATCH_ROWS, Reference, divergence_figures, exponential, over_rows
+from sinkquant.compare.judge import neighbours, warnings, with_front
+from sinkquant.compare.tasks import Scorer, scored_tasks
+from sinkquant.detect import detect
+from sinkquant.diagnose.fidelity import SinkComparison
+from sinkquant.errors import RequestError
+from sinkquant.evaluate import TokenFigures, held_out_rows, require_tasks_possible
+from sinkquant.evaluate.shelf import share_equal
+from sinkquant.evaluate.states import last_states
+from sinkquant.formats import versions
+from sinkquant.models import load_model, load_tokenizer, max_length, pick_device, read_text
+from sinkquant.models.loading import read_config
+from sinkquant.recipe import Recipe
+
+Progress = Callable[[int, int, str], None]
+
+
+def compare(checkpoints: Sequence[str], baseline: str, *, text: str | None = None, tasks: Sequence[str] = (),
+            recipe: Recipe | None = None, sink_map: SinkMap | None = None, sinks: bool = True,
+            trust_remote_code: bool = False, progress: Progress | None = None) -> Comparison:
+    """Measure any number of checkpoints on the same rows of text, beside one unquantized model.
+
+    Divergence is KL(baseline || checkpoint) of the next token in nats; intervals are Student's over rows, 95 %.
+
+    Args:
+        checkpoints: run folders, checkpoints of any format that `sinkquant.load` reads, or GGUF files.
+        baseline: the unquantized model.
+        text: a file of evaluation text; None: the recipe's, or the packaged one.
+        tasks: lm-eval tasks to score all models on; none unless named.
+        recipe: how to measure (`evaluate`, `compute`, `calibration.bos`); None: the defaults.
+        sink_map: of the baseline; None: one that a checkpoint carries, or detected now. sinks: whether sink fidelity
+            is measured at all.
+
+    Raises:
+        RequestError: no checkpoint, one twice, one that is not read here or is of another vocabulary.
+        SinkquantError: a model predicts something that is not finite.
+    """
+    if not checkpoints:
+        raise RequestError("there is nothing to compare; name one checkpoint or more.")
+    asked: dict[str, Any] = {"tasks": list(tasks), "sample": None} | ({} if text is None else {"text": text})
+    recipe = (recipe or Recipe()).changed(evaluate=asked)
+    opened, (base,) = open_checkpoints(checkpoints), open_checkpoints([baseline])
+    tokenizer = load_tokenizer(base.folder, trust_remote_code)
+    if tasks:
+        require_tasks_possible(recipe, tokenizer)
+    content = read_text(recipe.evaluate.text, "evaluation", tokenizer)
+    steps = _Steps(len(opened) + 3, progress)
+    device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
+    steps.next("the unquantized model")
+    original = load_model(base.folder, dtype, device, trust_remote_code)
+    room = max_length(original) - max(len(one.kv.front) if one.kv else 0 for one in opened)
+    rows = held_out_rows(original, tokenizer, content, recipe, room)
+    if len(rows) < 2:
+        raise RequestError("the evaluation text holds but one row, and intervals need two; give more text or a smaller "
+                           "evaluate.divergence_length.")
+    reference = Reference.of(original, rows)
+    measured = _Measured(reference, sum(parameter.numel() for parameter in original.parameters()))
+    fidelity = _fidelity(original, tokenizer, opened, sink_map, recipe, base.named) if sinks else None
+    with scored_tasks(recipe, tokenizer, content, room) as score:
+        front = _baseline_row(measured, base, score)
+        found = []
+        for one in opened:
+            steps.next(one.name)
+            found.append(_checkpoint_row(measured, one, score, fidelity, recipe, trust_remote_code))
+    steps.next("the noise floor")
+    floor = _noise_floor(measured, base, rows, recipe, trust_remote_code)
+    steps.end()
+    pairs = neighbours(measured.kl)
+    front = front.model_copy(update={"perplexity": measured.baseline_perplexity()})
+    facts: dict[str, str | int | float | bool | None] = {
+        "text": recipe.evaluate.text or "packaged evaluation text", "rows": len(rows), "length": rows.shape[1],
+        "tokens": rows.numel(), "dtype": recipe.compute.dtype, "seed": recipe.seed}
+    return Comparison(model=baseline, rows=[front, *with_front(found), *floor], pairs=pairs,
+                      warnings=warnings(found, floor, pairs), facts=facts, versions=versions())
+
+
+class _Measured:
+    """Rows of the table as they are measured, and the divergence of every checkpoint by row of text."""
+
+    def __init__(self, reference: Reference, parameters: int) -> None:
+        self.reference, self.parameters = reference, parameters
+        self.kl: dict[str, torch.Tensor] = {}
+        self.losses = torch.empty(0)
+
+    def row(self, one: Checkpoint, name: str, kind: str, tokens: TokenFigures, **more: Any) -> ComparedRow:
+        self.losses = tokens.baseline_loss.mean(1)
+        if kind == "checkpoint":
+            self.kl[name] = tokens.kl.mean(1)
+        return ComparedRow.model_validate({
+            "name": name, "path": one.named, "kind": kind, "format": one.form, "bytes": one.bytes,
+            "bits_per_weight": 8 * one.bytes / self.parameters, **divergence_figures(tokens), **more})
+
+    def baseline_perplexity(self) -> Any:
+        return exponential(over_rows(self.losses))
+
+
+def _baseline_row(measured: _Measured, base: Checkpoint, score: Scorer | None) -> ComparedRow:
+    """The baseline; its perplexity is put in when the first checkpoint was compared with it."""
+    model = measured.reference.model
+    nothing = {"value": 1.0, "low": 1.0, "high": 1.0}
+    return ComparedRow.model_validate({
+        "name": "unquantized", "path": base.named, "kind": "baseline", "format": base.form, "bytes": base.bytes,
+        "bits_per_weight": 8 * base.bytes / measured.parameters, "perplexity": nothing,
+        "tasks": score(model, None) if score else {}})
+
+
+def _checkpoint_row(measured: _Measured, one: Checkpoint, score: Scorer | None, fidelity: SinkComparison | None,
+                    recipe: Recipe, trust_remote_code: bool) -> ComparedRow:
+    original = measured.reference.model
+    model = one.load(getattr(torch, recipe.compute.dtype), str(original.device), trust_remote_code)
+    sizes = [int(found.get_input_embeddings().weight.shape[0]) for found in (original, model)]
+    if sizes[0] != sizes[1]:
+        raise RequestError(f"{one.named} has a vocabulary of {sizes[1]} and the baseline one of {sizes[0]}: it was not "
+                           "made of that model.")
+    share_equal(original, model)
+    tokens = measured.reference.against(model, one.kv)
+    tasks: dict[str, dict[str, Measure]] = score(model, one.kv) if score else {}
+    sinks = fidelity.compare(model) if fidelity is not None else None
+    return measured.row(one, one.name, "checkpoint", tokens, tasks=tasks, sinks=sinks.verdict if sinks else None,
+                        sinks_sentence=sinks.sentence if sinks else None,
+                        kv_bits=one.kv.bits_per_value if one.kv else 16.0)
+
+
+def _noise_floor(measured: _Measured, base: Checkpoint, rows: torch.Tensor, recipe: Recipe,
+                 trust_remote_code: bool) -> list[ComparedRow]:
+    """The unquantized model beside itself: with rows in other batches, and in another dtype."""
+    original = measured.reference.model
+    one_by_one = [last_states(original, row) for row in rows.split(1)]
+    regrouped = [torch.cat(one_by_one[start:start + BATCH_ROWS]) for start in range(0, len(rows), BATCH_ROWS)]
+    found = [measured.row(base, "unquantized, rows one by one", "floor",
+                          measured.reference.against(original, given=regrouped))]
+    other = _other_dtype(base.folder, recipe, trust_remote_code)
+    model = load_model(base.folder, other, str(original.device), trust_remote_code)
+    tokens = measured.reference.against(model)
+    return [*found, measured.row(base, f"unquantized in {str(other).removeprefix('torch.')}", "floor", tokens)]
+
+
+def _other_dtype(folder: Path, recipe: Recipe, trust_remote_code: bool) -> torch.dtype:
+    """The one that the model is stored in, where it is computed in another; else bfloat16, or float32."""
+    mine = getattr(torch, recipe.compute.dtype)
+    stored = getattr(read_config(folder, trust_remote_code).get_text_config(decoder=True), "dtype", None)
+    if isinstance(stored, torch.dtype) and stored != mine:
+        return stored
+    return torch.float32 if mine == torch.bfloat16 else torch.bfloat16
+
+
+def _fidelity(original: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, opened: Sequence[Checkpoint],
+              sink_map: SinkMap | None, recipe: Recipe, name: str) -> SinkComparison:
+    """Looks at the sinks of the original once, for all checkpoints."""
+    known = sink_map or next((one.sinks for one in opened if one.sinks is not None), None)
+    if known is None:
+        fast = recipe.changed(detect={"super_weights": False}, prune={"heads": "none"})
+        known = detect(original, tokenizer, recipe=fast, name=name)
+    return SinkComparison(original, tokenizer, known.tokens, recipe)
+
+
+class _Steps:
+    """Counts steps for a bar: `next` ends the one that runs and begins another."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.total, self.progress, self.begun = total, progress, 0
+
+    def next(self, label: str) -> None:
+        if self.progress:
+            self.progress(self.begun, self.total, f"comparing {label}")
+        self.begun += 1
+
+    def end(self) -> None:
+        if self.progress:
+            self.progress(self.total, self.total, "compared")

@@ -1,0 +1,100 @@
+"""What one model shows on the rows, beside the baseline: one number per token, made into figures with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from sinkquant.artifacts import KVCachePlan
+from sinkquant.artifacts.comparison import Interval, PositionLoss
+from sinkquant.errors import SinkquantError
+from sinkquant.evaluate import TokenFigures, token_figures
+from sinkquant.evaluate.looks import ERROR, interval
+from sinkquant.evaluate.states import last_states
+from sinkquant.models.head import OutputHead
+
+BATCH_ROWS = 4
+POSITIONS = (0, 1, 4, 32, 128, 512, 2048)
+"""Where bins of positions begin: the first token by itself, then what sees few tokens, then more."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The unquantized model on the rows: its blocks run once for all that is compared with it.
+
+    Attributes:
+        batches: int64 [rows, length] each. states: what the output head is given for each.
+    """
+
+    model: PreTrainedModel
+    batches: tuple[torch.Tensor, ...]
+    states: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, rows: torch.Tensor, batch_rows: int = BATCH_ROWS) -> Reference:
+        """Run the model. rows: int64 [rows, length]."""
+        batches = rows.split(batch_rows)
+        return cls(model, batches, tuple(last_states(model, batch) for batch in batches))
+
+    def against(self, other: PreTrainedModel, kv: KVCachePlan | None = None,
+                given: Sequence[torch.Tensor] | None = None) -> TokenFigures:
+        """Every token of every row.
+
+        Args:
+            kv: run the other model through a packed cache.
+            given: the other model's states of every batch, where they are known.
+
+        Raises:
+            SinkquantError: what the other model predicts is not finite.
+        """
+        heads = [OutputHead(self.model), OutputHead(other)]
+        found = []
+        for place, (batch, mine) in enumerate(zip(self.batches, self.states, strict=True)):
+            theirs = last_states(other, batch, kv) if given is None else given[place]
+            found.append(token_figures(heads, [mine, theirs], batch)[0])
+        together = TokenFigures(*(torch.cat([getattr(one, name) for one in found])
+                                  for name in ("kl", "baseline_loss", "other_loss", "same_top")))
+        if not torch.isfinite(together.kl).all():
+            raise SinkquantError("what the model predicts is not finite: its weights, or what they make of this text, "
+                                 "overflow.")
+        return together
+
+
+def divergence_figures(tokens: TokenFigures) -> dict[str, Any]:
+    """The fields of a `ComparedRow` that say how far a model is from the baseline."""
+    kl = tokens.kl.clamp(min=0)
+    values = kl.flatten().numpy()
+    change = tokens.other_loss.mean(1) - tokens.baseline_loss.mean(1)
+    ratio = over_rows(change)
+    same = over_rows(tokens.same_top.double().mean(1))
+    return {"kl": over_rows(kl.mean(1)), "kl_median": float(np.median(values)),
+            "kl_99": float(np.quantile(values, 0.99)), "kl_99_9": float(np.quantile(values, 0.999)),
+            "kl_by_position": by_position(kl),
+            "same_top": same.model_copy(update={"low": max(0.0, same.low), "high": min(1.0, same.high)}),
+            "perplexity": exponential(over_rows(tokens.other_loss.mean(1))), "perplexity_ratio": exponential(ratio),
+            "loss_shown": not ratio.low <= 0 <= ratio.high}
+
+
+def by_position(kl: torch.Tensor) -> list[PositionLoss]:
+    """Means over bins of positions. kl: [rows, length]."""
+    length = kl.shape[1]
+    ends = [*POSITIONS[1:], max(length, POSITIONS[-1] + 1)]
+    return [PositionLoss(first=start, last=min(end, length) - 1, kl=float(kl[:, start:end].mean()))
+            for start, end in zip(POSITIONS, ends, strict=True) if start < length]
+
+
+def over_rows(values: torch.Tensor) -> Interval:
+    """A mean over rows with Student's interval; values: [rows], two or more."""
+    found = interval(values.tolist(), ERROR)
+    return Interval(value=found.mean, low=found.low, high=found.high)
+
+
+def exponential(one: Interval) -> Interval:
+    """Of losses, or of a difference of them: perplexities, or their ratio; the largest number where it is over it."""
+    return Interval(**{name: math.exp(min(getattr(one, name), 700.0)) for name in ("value", "low", "high")})

@@ -1,0 +1,165 @@
+"""Comparison -> Markdown, or a page with two pictures and the table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib as mpl
+
+from sinkquant.artifacts.base import write_atomically
+from sinkquant.artifacts.comparison import ComparedRow, Comparison, Interval
+from sinkquant.errors import RequestError
+from sinkquant.report.plots import INK, MARKERS, SERIES, SOFT, STYLE, Plot, _figure, _svg
+from sinkquant.report.render import _environment
+
+KINDS = (".json", ".html", ".md")
+LINES = 6
+"""Models whose divergence by position is drawn: more lines cannot be told apart."""
+
+
+def require_writable(path: Path) -> None:
+    """Refuse a report's file that is of no kind that is written.
+
+    Raises:
+        RequestError: it ends otherwise than .html, .md or .json.
+    """
+    if path.suffix not in KINDS:
+        raise RequestError(f"{path} is none of the files that are written; end it in .html, .md or .json.")
+
+
+def write_comparison(path: Path, found: Comparison) -> Path:
+    """Write a comparison as what the file's name says: HTML, Markdown or JSON."""
+    require_writable(path)
+    if path.suffix == ".json":
+        return found.save(path)
+    return write_atomically(path, page(found) if path.suffix == ".html" else markdown(found))
+
+
+def columns(found: Comparison) -> list[str]:
+    """Names of the table's columns."""
+    tasks = [f"{task} {metric}" for task, metric in _metrics(found)]
+    return ["model", "format", "MB", "bits per weight", "KV bits", "KL mean", "KL median", "KL 99 %", "KL 99.9 %",
+            "same top-1", "perplexity", "perplexity, ratio", "sinks", *tasks, "Pareto"]
+
+
+def cells(found: Comparison) -> list[list[str]]:
+    """One line per model, in the order of `columns`."""
+    return [[row.name, row.format, f"{row.bytes / 1e6:,.2f}", f"{row.bits_per_weight:.2f}", f"{row.kv_bits:.3g}",
+             _interval(row.kl), _number(row.kl_median), _number(row.kl_99), _number(row.kl_99_9),
+             _percent(row.same_top), _interval(row.perplexity), _interval(row.perplexity_ratio, digits=4),
+             row.sinks or "", *(_measure(row, task, metric) for task, metric in _metrics(found)),
+             "yes" if row.pareto else ""] for row in found.rows]
+
+
+def sentence(found: Comparison) -> str:
+    """What came closest, and what came out smallest."""
+    models = [row for row in found.rows if row.kind == "checkpoint" and row.kl]
+    best = min(models, key=_kl)
+    small = min(models, key=lambda row: row.bytes)
+    said = f"{best.name} comes closest: KL {_kl(best):.2g} nats at {best.bytes / 1e6:,.3g} MB"
+    if small is best:
+        return f"{said}."
+    return f"{said}; {small.name} is smallest: {_kl(small):.2g} at {small.bytes / 1e6:,.3g} MB."
+
+
+def markdown(found: Comparison) -> str:
+    """The table and the warnings."""
+    names = columns(found)
+    lines = [f"# {found.model}, quantized in several ways", "", sentence(found), "", f"| {' | '.join(names)} |",
+             f"|---|---|{'---:|' * (len(names) - 2)}",
+             *(f"| {' | '.join(line)} |" for line in cells(found)), "", *(f"- {one}." for one in found.warnings),
+             *([""] if found.warnings else []), f"{_said_of(found)}"]
+    return "\n".join(lines) + "\n"
+
+
+def page(found: Comparison) -> str:
+    """One self-contained HTML page."""
+    return _environment().get_template("compared.html.j2").render(
+        found=found, plots=[dots(found), positions(found)], rows=cells(found), columns=columns(found),
+        sentence=sentence(found), facts=_said_of(found))
+
+
+def dots(found: Comparison) -> Plot:
+    """A line per model on one axis of KL, smallest first, with intervals; the noise floor as a dashed line."""
+    models = [row for row in found.rows if row.kind == "checkpoint" and row.kl]
+    noise = max((row.kl.value for row in found.rows if row.kind == "floor" and row.kl), default=0.0)
+    with mpl.rc_context(STYLE):
+        figure, (axis,) = _figure(1, 0.9 + 0.3 * len(models))
+        for place, row in enumerate(models):
+            assert row.kl is not None
+            reach = [max(row.kl.low, row.kl.value / 100), row.kl.high]  # a logarithmic axis shows nothing below zero
+            axis.plot(reach, [place, place], color=SERIES[0], linewidth=1.6)
+            axis.plot([row.kl.value], [place], marker="o" if row.pareto else "D", markersize=5, color=SERIES[0],
+                      markerfacecolor=SERIES[0] if row.pareto else "none", linestyle="none")
+        if noise > 0:
+            axis.axvline(noise, color=SOFT, linestyle="--", linewidth=1)
+            axis.annotate("noise floor", (noise, -0.6), color=INK, fontsize=8, xytext=(3, 0),
+                          textcoords="offset points")
+        axis.set_yticks(range(len(models)), [f"{row.name}\n{row.bytes / 1e6:,.3g} MB" for row in models])
+        axis.set_ylim(len(models) - 0.5, -0.8)
+        if models and all(_kl(row) > 0 for row in models):
+            axis.set_xscale("log")
+        axis.set(xlabel="KL from the unquantized model, nats per token")
+        table = [["model", "MB", "KL mean"],
+                 *([row.name, f"{row.bytes / 1e6:,.2f}", _interval(row.kl)] for row in models)]
+        return Plot("Divergence, smallest model first", _svg(figure, "dots"),
+                    "Filled: no other is as small and as close (the Pareto front). Bars are 95 % intervals.", table)
+
+
+def positions(found: Comparison) -> Plot:
+    """KL by position in the row, of the models with the largest differences in size."""
+    models = [row for row in found.rows if row.kind == "checkpoint" and row.kl_by_position][:LINES]
+    with mpl.rc_context(STYLE):
+        figure, (axis,) = _figure(1, 2.6)
+        for i, row in enumerate(models):
+            axis.plot([str(one.first) if one.first == one.last else f"{one.first}-{one.last}"
+                       for one in row.kl_by_position], [max(one.kl, 1e-12) for one in row.kl_by_position],
+                      marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1.2, color=SERIES[i % len(SERIES)],
+                      linestyle="-" if i < len(SERIES) else "--", label=row.name)
+        axis.set_yscale("log")
+        axis.set(xlabel="position in the row", ylabel="KL, nats per token")
+        axis.legend()
+        words = [f"{one.first}-{one.last}" for one in models[0].kl_by_position] if models else []
+        table = [["model", *words], *([row.name, *(f"{one.kl:.3g}" for one in row.kl_by_position)] for row in models)]
+        more = len([row for row in found.rows if row.kind == "checkpoint"]) - len(models)
+        return Plot("Divergence by position", _svg(figure, "positions"),
+                    "The first token stands by itself: nothing comes before it but what the model learned."
+                    + (f" {more} larger models are not drawn." if more > 0 else ""), table)
+
+
+def _said_of(found: Comparison) -> str:
+    facts = found.facts
+    return (f"{facts['rows']} rows of {facts['length']} tokens, {facts['text']}; KL in nats per token; bits per "
+            "weight: bytes of the checkpoint over all parameters; intervals 95 %, over rows.")
+
+
+def _metrics(found: Comparison) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((task, metric) for row in found.rows for task, metrics in row.tasks.items()
+                              for metric in metrics))
+
+
+def _kl(row: ComparedRow) -> float:
+    assert row.kl is not None
+    return row.kl.value
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _interval(one: Interval | None, digits: int = 3) -> str:
+    if one is None:
+        return ""
+    half = (one.high - one.low) / 2
+    return f"{one.value:.{digits}g} ± {half:.2g}" if half > 0 else f"{one.value:.{digits}g}"
+
+
+def _percent(one: Interval | None) -> str:
+    return "" if one is None else f"{100 * one.value:.1f} ± {50 * (one.high - one.low):.1f} %"
+
+
+def _measure(row: ComparedRow, task: str, metric: str) -> str:
+    one = row.tasks.get(task, {}).get(metric)
+    if one is None:
+        return ""
+    return f"{one.value:.4g}" + (f" ± {1.96 * one.stderr:.2g}" if one.stderr is not None else "")
