@@ -10,22 +10,31 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from sinkquant.artifacts import Paired, Plan, Report, Row, SinkMap
 from sinkquant.artifacts.base import write_atomically
+from sinkquant.report.card import CARD, hub_id
 from sinkquant.report.plots import Plot, Points, accuracy_against_bytes, accuracy_points, all_plots
 from sinkquant.report.sample import lines, visible
 
 HEADLINES = {"pays": "Protection pays", "does not pay": "Protection does not pay",
              "no difference shown": "No difference was shown",
              "not measured": "Whether protection pays was not measured"}
+CHECKPOINT = "model"
+"""The folder of the checkpoint in a run's folder."""
 ADDS = {"none": "does not add <bos>", "once": "adds <bos> once", "twice": "adds <bos> twice"}
 
 
 def write(folder: Path, report: Report, sink_map: SinkMap, plan: Plan, after: SinkMap | None = None) -> Report:
-    """Write report.json, report.md and report.html. Returns the report with its plots' alternative texts."""
+    """Write report.json, report.md, report.html, and the card of the checkpoint in `model/`, if there is one.
+
+    Returns:
+        The report with its plots' alternative texts.
+    """
     plots = all_plots(report, sink_map, plan, after)
     report = report.model_copy(update={"plots": {name: plot.alt for name, plot in plots.items()}})
     report.save(folder / "report.json")
     write_atomically(folder / "report.md", render("report.md.j2", report, sink_map, plan, plots))
     write_atomically(folder / "report.html", render("report.html.j2", report, sink_map, plan, plots))
+    if (folder / CHECKPOINT).is_dir():
+        write_atomically(folder / CHECKPOINT / CARD, render("card.md.j2", report, sink_map, plan, plots))
     return report
 
 
@@ -41,6 +50,7 @@ def render(template: str, report: Report, sink_map: SinkMap, plan: Plan, plots: 
         report=report, sink_map=sink_map, plan=plan, plots=plots, metrics=_metrics(report), words=in_words,
         cell=lambda row, task, metric: _cell(report, row, task, metric), tokenization=tokenization,
         headline=HEADLINES[report.verdict.answer], tiles=_tiles(report, unquantized), unquantized_bytes=unquantized,
+        base_model=hub_id(report.model), title=Path(report.model).name or report.model,
         facts=_facts(report), sample=sample, sample_lines=lines(sample) if sample else [],
         notes=list(dict.fromkeys([*report.notes, *sink_map.notes, *plan.notes])),
         no_ops=sum(head.no_op for layer in sink_map.heads for head in layer))
