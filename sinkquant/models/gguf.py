@@ -16,17 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from huggingface_hub import cached_assets_path
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from sinkquant.errors import RequestError, SinkquantError
-from sinkquant.models.progress import no_progress_bars
 
 SUFFIX = ".gguf"
 SOURCE = "gguf_source.json"
 """Says in the folder which file it was made of; a checkpoint takes it along."""
-PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Numbers that were never quantized: GGUF's name -> torch's."""
 
 
 def gguf_in(folder: Path) -> Path | None:
@@ -56,9 +54,9 @@ def unpacked(path: Path) -> Path:
         if (place / SOURCE).is_file():
             return place
         types = _types(path)
-        dtype = next((kind for name, kind in PLAIN.items() if set(types) == {name}), torch.bfloat16)
+        dtype = next((kind for name, kind in PLAIN.items() if set(types) == {name}), "bfloat16")
         if set(types) == {"F32", "F16"}:  # norms are in 32 bits in every file
-            dtype = torch.float16
+            dtype = "float16"
         aside = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
         aside.mkdir(parents=True)
     except OSError as error:
@@ -66,7 +64,7 @@ def unpacked(path: Path) -> Path:
                              "folder with room.") from error
     try:
         _convert(path, aside, dtype)
-        source = {"file": path.name, "types": dict(sorted(types.items())), "dtype": str(dtype).removeprefix("torch.")}
+        source = {"file": path.name, "types": dict(sorted(types.items())), "dtype": dtype}
         (aside / SOURCE).write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
         for file in aside.iterdir():  # the same model has the same files, whenever it is unpacked
             os.utime(file, ns=(path.stat().st_mtime_ns, path.stat().st_mtime_ns))
@@ -133,7 +131,11 @@ def _types(path: Path) -> Counter[str]:
     return types
 
 
-def _convert(path: Path, folder: Path, dtype: torch.dtype) -> None:
+def _convert(path: Path, folder: Path, dtype: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from sinkquant.models.progress import no_progress_bars
+
     given: dict[str, Any] = {"gguf_file": path.name}
     try:
         with no_progress_bars(), contextlib.redirect_stderr(io.StringIO()):  # where transformers draws one all the same

@@ -52,6 +52,11 @@ class WeightFormat:
         return self.packed and self.columns + self.scalars > 0
 
     @property
+    def floating(self) -> bool:
+        """Whether its codes are floating-point numbers."""
+        return self.kind == "float"
+
+    @property
     def numbers(self) -> str:
         """What its codes are, in words."""
         return f"{self.bits}-bit {NUMBERS[self.kind]}"

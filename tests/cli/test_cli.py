@@ -60,7 +60,7 @@ def test_step_by_step(tmp_path, tiny_folder, text_file):
     output = tmp_path / "out"
     done = call("run", "--plan", tmp_path / "plan.json", "--model", tiny_folder, "--output", output)
     assert done.code == 0, done.err
-    assert f"Report: {output / 'report.html'}" in done.out
+    assert f"Report: {output / 'report.html'}" in " ".join(done.out.split())
     assert Plan.load(output / "plan.json").modules[name].bits == 8
     assert {one.quantity for one in Report.load(output / "report.json").forecasts} >= {
         "weight_bytes", "kl", "seconds to quantize sink_aware", "peak resident bytes"}

@@ -33,7 +33,7 @@ def decision_in_words(one: ModuleDecision) -> str:
             "split": "sink columns beside the codes", None: ""}[one.keep]
     pruned = "" if one.prune is None else f"{one.prune.sparsity:.0%} pruned ({one.prune.pattern}) by {one.prune.method}"
     inputs = "" if one.activations == "16-bit" or one.bits == 16 else f"inputs {one.inputs_in_words()}"
-    number = f"{one.bits} bits{' (float)' if one.kind == 'float' else ''}"
+    number = f"{one.bits} bits{' (float)' if one.form.floating else ''}"
     method = "" if one.method == "none" else one.method.upper()
     return ", ".join(word for word in (number, groups, method, inputs, kept, pruned) if word)
 
@@ -80,7 +80,6 @@ def _said(made: Plan, names: Sequence[str], parts: Sequence[str]) -> str:
         texts = [text for name in names for text in made.modules[name].reason.split("; ") if template(text) == part]
         said.append(with_ranges(texts))
     return "; ".join(said)
-
 
 
 def _count(names: Sequence[str]) -> str:
