@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from sinkquant.cli.compared import compare
+from sinkquant.cli.init import init
 from sinkquant.cli.models import cut, detect, diagnose, doctor
 from sinkquant.cli.paper import err, out, paragraph
 from sinkquant.cli.parts import QuietOption
@@ -23,7 +24,7 @@ from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.recipe import Recipe, recipe_names
 
 EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 the request is wrong, 3 done but below the recipe's quality gate."
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, epilog=EXIT_CODES)
+app = typer.Typer( pretty_exceptions_enable=False, epilog=EXIT_CODES)
 # typer carries its own copy of click or uses the installed one, by version; this names the right class in both.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
@@ -88,7 +89,7 @@ def recipes(action: Annotated[str | None, typer.Argument(help="'show' to print o
 COMMANDS: dict[str, Callable[..., None]] = {
     "run": run, "detect": detect, "plan": plan, "sensitivity": sensitivity, "advise": advise, "diff": diff,
     "eval": evaluate, "compare": compare, "diagnose": diagnose, "cut-heads": cut, "report": report, "doctor": doctor,
-    "recipes": recipes}
+    "recipes": recipes, "init": init}
 """In the order in which the help shows them."""
 
 
