@@ -1,4 +1,4 @@
-"""The work of an evaluation, counted in tokens before it begins."""
+"""What an evaluation takes, in memory and time; its work is counted in tokens before it begins."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from sinkquant.costs import KEPT_BY_ALLOCATOR, Pace, Sizes
 from sinkquant.diagnose.fidelity import LENGTH, ROWS
+from sinkquant.evaluate.divergence import BATCH_ROWS
+from sinkquant.evaluate.likelihood import TOKENS_AT_ONCE
 from sinkquant.evaluate.looks import looks
+from sinkquant.evaluate.shelf import SHARE
 from sinkquant.evaluate.tasks import ready_tasks
 from sinkquant.models import encode, read_text
+from sinkquant.models.head import PIECE_VALUES
 from sinkquant.recipe import Recipe
 
 SAMPLE = 50_000
@@ -22,6 +27,11 @@ FIDELITY_PASSES = 8.0
 OPENING, PER_TASK = 6.0, 0.5
 """Processor seconds: importing lm-eval; opening a task and putting its results together."""
 
+EVALUATED_AT_ONCE = 1024
+"""Tokens of the longest request of sinkquant's own tasks, where the model has positions for them."""
+EVALUATION_LOADS = 0.25e9
+"""lm-eval, datasets, pyarrow and matplotlib, which only evaluation needs."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -30,6 +40,28 @@ class Work:
     read: float
     predicted: float
     seconds: float
+
+
+def evaluate_bytes(sizes: Sizes) -> float:
+    """Bytes at the worst moment."""
+    settings = sizes.recipe.evaluate
+    longest = min(sizes.decoder.max_length, EVALUATED_AT_ONCE)
+    rows = max(1, min(settings.batch_size, TOKENS_AT_ONCE // longest))
+    length = min(sizes.decoder.max_length, settings.divergence_length)
+    read = max(sizes.activations(rows * longest, longest), sizes.activations(BATCH_ROWS * length, length))
+    # Both distributions of some positions, and what the divergence makes of them.
+    logits = 6 * 4.0 * max(PIECE_VALUES, sizes.vocabulary)
+    # The unquantized model beside another, or all where there is room; they share embeddings and head.
+    whole = sizes.total * sizes.item
+    models = min(2 + settings.control, max(2, int(SHARE * sizes.memory / whole)))
+    others = (models - 1) * (whole - sizes.vocabulary * sizes.hidden * sizes.item)
+    return EVALUATION_LOADS + whole + others + KEPT_BY_ALLOCATOR * (read + logits)
+
+
+def evaluate_seconds(sizes: Sizes, pace: Pace, plans: int, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Seconds; plans: quantized models beside the unquantized one."""
+    work = evaluation_work(sizes.recipe, tokenizer, plans, sizes.decoder.max_length)
+    return work.read * len(sizes.linears) * pace.plain + work.predicted * pace.head(sizes) + work.seconds
 
 
 def evaluation_work(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, plans: int, longest: int) -> Work:

@@ -7,12 +7,13 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from sinkquant.costs import Pace, Rate
 from sinkquant.detect.survey import Surveyor
+from sinkquant.methods import need_hessian
 from sinkquant.models import Decoder, Walk, pick_device, together
 from sinkquant.models.experts import fused_parameters
 from sinkquant.quantize import GPTQ, RTN
@@ -24,43 +25,6 @@ MOST_TOKENS = 2048
 FEW_ROWS, MANY_ROWS = 32, 512
 TRIES = 2
 """The faster one counts: the other may be disturbed by what else the machine does."""
-
-
-@dataclass(frozen=True)
-class Rate:
-    """Seconds that a set of rows takes in one block: `fixed`, however few there are, and for one `token`."""
-
-    fixed: float
-    token: float
-
-    def of(self, tokens: float) -> float:
-        """Seconds for a set of so many tokens."""
-        return self.fixed + tokens * self.token
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Seconds that things take here.
-
-    Attributes:
-        operation: one floating-point operation of a large product. value: one value of a log-softmax. scored: one value
-            of the cross-entropy of whole rows.
-        watched: a set of rows in one block, watched as detection watches its short rows, and its long ones, whose
-            inputs it records.
-        plain: one token in one block of a plain forward pass.
-        column: one column of a matrix that GPTQ solves. column_row: one row in one such column.
-        rounded: rounding one weight. kept: packing, checking and comparing one that was quantized.
-    """
-
-    operation: float
-    value: float
-    scored: float
-    watched: tuple[Rate, Rate]
-    plain: float
-    column: float
-    column_row: float
-    rounded: float
-    kept: float
 
 
 def measure(decoder: Decoder, recipe: Recipe, calibrated: bool) -> Pace:
@@ -78,7 +42,7 @@ def measure(decoder: Decoder, recipe: Recipe, calibrated: bool) -> Pace:
     # What rows do not walk for is rounded only, and the other way round.
     few, many = (_solved(recipe, rows) for rows in (FEW_ROWS, MANY_ROWS)) if calibrated else (0.0, 0.0)
     column_row = max(0.0, many - few) / (MANY_ROWS - FEW_ROWS)
-    rounded, kept = _rounded(recipe, not calibrated)
+    rounded, kept = _rounded(recipe, not calibrated or not need_hessian(recipe.methods))
     return Pace(operation=operation, value=_value(), scored=_scored(), watched=watched,
                 plain=_plain(decoder, recipe, operation), column=max(0.0, few - FEW_ROWS * column_row),
                 column_row=column_row, rounded=rounded, kept=kept)

@@ -13,12 +13,14 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sinkquant as sq
+from sinkquant.costs import Pace, Rate, Sizes
 from sinkquant.detect.survey import batch_rows
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, open_model
 from sinkquant.predict import SENSITIVITIES, predict, require_memory, spill_limit
-from sinkquant.predict.pace import Pace, Rate, _weights_of_a_token, measure
-from sinkquant.predict.times import stages
+from sinkquant.predict.pace import _weights_of_a_token, measure
+from sinkquant.predict.predict import stage_seconds
+from sinkquant.quantize import costs
 from sinkquant.run import pipeline
 
 
@@ -84,11 +86,10 @@ def test_sensitivities_are_a_stage_of_their_own_where_they_are_looked_for(large:
 def test_time_is_counted_work_at_the_pace_of_the_machine(large: Decoder) -> None:
     pace = Pace(operation=2e-11, value=1e-9, scored=5e-9, watched=(Rate(1e-2, 1e-4), Rate(2e-2, 2e-4)),
                 plain=5e-5, column=1e-3, column_row=1e-6, rounded=3e-7, kept=1e-8)
-    linears = [[x for x in large.shape("").linears.values() if x.block == block] for block in range(16)]
 
     def seconds(*assignments: str) -> dict[str, float]:
         recipe = sq.Recipe().replace(["detect.super_weights=false", *assignments])
-        return stages(large, recipe, pace, tiny_tokenizer(), linears, recipe.weights.method != "rtn", False)
+        return stage_seconds(Sizes(large, recipe, 1e12), pace, tiny_tokenizer())
 
     rtn = seconds("weights.method=rtn", "evaluate.skip=true")
     reading = 16 * 60_821_504 * 2 / 1e9
@@ -126,8 +127,8 @@ def test_experts_that_stay_on_disk_are_not_counted_with_their_block(tmp_path: Pa
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_mixture("deepseek_v3", moe_intermediate_size=256).save_pretrained(tmp_path / "model")
     decoder = Decoder.of(open_model(tmp_path / "model"))
-    monkeypatch.setattr("sinkquant.predict.needs.RELOADED", 0)
-    monkeypatch.setattr("sinkquant.predict.needs.WAITING", 1)
+    monkeypatch.setattr(costs, "RELOADED", 0)
+    monkeypatch.setattr(costs, "WAITING", 1)
 
     def peaks(*more: str) -> dict[str, float]:
         # States go to the disk or are few, so that weights are what counts.

@@ -21,7 +21,7 @@ from sinkquant.models.alone import in_groups
 from sinkquant.models.shards import StoredTensor
 from sinkquant.policy import make_plan
 from sinkquant.predict import predict
-from sinkquant.quantize import quantize, quantized_blocks, rounded
+from sinkquant.quantize import costs, quantize, quantized_blocks, rounded
 from sinkquant.recipe import Recipe
 
 EXPERT = 3 * 32 * 64 * 2
@@ -149,9 +149,9 @@ def test_groups_hold_whole_experts_and_the_prediction_counts_one(mixtral: Path,
     assert [len(group) for group in in_groups(layer, 5 * 3 * 32 * 64)] == [15, 15, 15, 3]
     assert in_groups({}, 5) == []
     asked = recipe("evaluate.skip=true")
-    monkeypatch.setattr("sinkquant.predict.needs.RELOADED", 0)
+    monkeypatch.setattr(costs, "RELOADED", 0)
     together = predict(decoder, asked).peak_bytes["quantize"]
-    monkeypatch.setattr("sinkquant.predict.needs.TOGETHER", 1)
+    monkeypatch.setattr(costs, "TOGETHER", 1)
     assert together - predict(decoder, asked).peak_bytes["quantize"] == 3 * (
         sum(p.numel() for p in decoder.blocks[0].mlp.experts.parameters()) - sum(
             p.numel() for n, p in decoder.blocks[0].named_parameters() if "experts" not in n))

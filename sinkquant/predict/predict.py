@@ -10,12 +10,16 @@ from dataclasses import dataclass, field, replace
 import psutil
 from transformers import PreTrainedTokenizerBase
 
+from sinkquant.costs import SPILL_SHARE, Pace, Sizes
+from sinkquant.detect.costs import detect_bytes, detect_seconds
 from sinkquant.errors import RequestError
+from sinkquant.evaluate.costs import evaluate_bytes, evaluate_seconds
 from sinkquant.models import Decoder
-from sinkquant.predict.needs import SPILL_SHARE, Needs
 from sinkquant.predict.pace import measure
-from sinkquant.predict.times import stages
+from sinkquant.quantize.costs import quantize_bytes, quantize_seconds
+from sinkquant.quantize.refine.costs import distill_bytes
 from sinkquant.recipe import Recipe
+from sinkquant.sensitivity.costs import sensitivity_bytes
 
 CHEAPER = ("evaluate.batch_size=1", "evaluate.skip=true", "calibration.batch_size=1", "detect.batch_size=1",
            "sensitivity.batch_size=1", "sensitivity.measure_rows=0", "sensitivity.rows=16", "compute.dtype=bfloat16",
@@ -101,14 +105,14 @@ def require_memory(decoder: Decoder, recipe: Recipe, stages: Sequence[str] | Non
 def predict(decoder: Decoder, recipe: Recipe, sensitivities: bool | None = None) -> Prediction:
     """Predict the memory of a run of a recipe on a model, which may be one from `open_model`; `sensitivities` as in
     `require_memory`."""
-    job = Needs(decoder, recipe, memory_allowed(recipe))
-    peaks = {"detect": job.detect_bytes(), "quantize": job.quantize_bytes()}
+    sizes = Sizes(decoder, recipe, memory_allowed(recipe))
+    peaks = {"detect": detect_bytes(sizes), "quantize": quantize_bytes(sizes)}
     if recipe.budget.solved if sensitivities is None else sensitivities:
-        peaks[SENSITIVITIES] = job.sensitivity_bytes()
+        peaks[SENSITIVITIES] = sensitivity_bytes(sizes)
     if recipe.weights.distill:
-        peaks["distill"] = job.distill_bytes()
+        peaks["distill"] = distill_bytes(sizes)
     if not recipe.evaluate.skip:
-        peaks["evaluate"] = job.evaluate_bytes()
+        peaks["evaluate"] = evaluate_bytes(sizes)
     return Prediction(peaks)
 
 
@@ -116,9 +120,22 @@ def with_seconds(found: Prediction, decoder: Decoder, recipe: Recipe,
                  tokenizer: PreTrainedTokenizerBase) -> Prediction:
     """A prediction with the time of every stage: a few rows go through the first block, and small matrices are
     quantized, to see what this machine takes."""
-    job = Needs(decoder, recipe, memory_allowed(recipe))
-    pace = measure(decoder, recipe, job.calibrated)
-    return replace(found, seconds=stages(decoder, recipe, pace, tokenizer, job.linears, job.calibrated, job.asymmetric))
+    sizes = Sizes(decoder, recipe, memory_allowed(recipe))
+    return replace(found, seconds=stage_seconds(sizes, measure(decoder, recipe, sizes.calibrated), tokenizer))
+
+
+def stage_seconds(sizes: Sizes, pace: Pace, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    """Stage, under the name that it is timed by -> seconds."""
+    evaluated = not sizes.recipe.evaluate.skip
+    plans = ["sink_aware", *(["control"] if sizes.recipe.evaluate.control and evaluated else [])]
+    found = {"detect": detect_seconds(sizes, pace, sizes.recipe.detect.super_weights)}
+    for name in plans:
+        found[f"quantize {name}"] = quantize_seconds(sizes, pace)
+        if evaluated:
+            found[f"detect {name}"] = detect_seconds(sizes, pace, False)
+    if evaluated:
+        found["evaluate"] = evaluate_seconds(sizes, pace, len(plans), tokenizer)
+    return found
 
 
 def _needed(changed: list[str], fits: Callable[[list[str]], bool]) -> list[str]:

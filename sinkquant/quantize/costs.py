@@ -1,0 +1,79 @@
+"""What quantizing the weights takes, in memory and time; what a method takes for a matrix it says itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sinkquant.artifacts import LinearShape
+from sinkquant.costs import SPILL_SHARE, Pace, Sizes, by_input
+from sinkquant.methods import method_named, methods_of
+from sinkquant.models import Decoder
+from sinkquant.models.alone import in_groups
+from sinkquant.models.experts import fused_parameters
+from sinkquant.quantize.layer import WAITING
+from sinkquant.quantize.refine.costs import distill_seconds
+from sinkquant.quantize.rounded import TOGETHER
+
+RELOADED = 1 << 30
+"""Bytes of a checkpoint up to which it is loaded again as a whole and compared."""
+
+
+def quantize_bytes(sizes: Sizes) -> float:
+    """Bytes at the worst moment."""
+    dense = 2 * sizes.total * sizes.stored if sizes.total * sizes.stored <= RELOADED else 0
+    if not sizes.calibrated:
+        read = sizes.block if sizes.recipe.prune.asked else _read_at_once(sizes.decoder)
+        return max(read * (sizes.stored + 1) + sizes.largest * (4 + sizes.stored), dense)
+    settings = sizes.recipe.calibration
+    states = settings.rows * settings.length * sizes.hidden * sizes.item
+    whole = sizes.scaled or sizes.asymmetric or sizes.recipe.weights.tune > 0
+    held, expert = (sizes.block, 0) if whole else (sizes.held, sizes.expert)
+    buffers = 0 if states > sizes.memory / SPILL_SHARE else (6 if expert else 3) * states
+    codes = held + (max(WAITING, expert) if expert else 0)
+    if sizes.block * sizes.stored <= sizes.memory / SPILL_SHARE:
+        codes += sizes.stored * (sizes.block - held)  # what experts on disk were changed to
+    hessians, solve = 0.0, 0.0
+    methods = methods_of(sizes.recipe.methods)
+    for block in sizes.linears:
+        inputs = by_input(block).values()
+        sums = 8.0 * sum(linears[0].columns ** 2 for linears in inputs)
+        hessians = max(hessians, sums + 4 * max((linears[0].columns ** 2 for linears in inputs), default=0))
+        solve = max([solve, *(sums + method.cost(_together(linears), sizes.recipe.weights).bytes
+                              for linears in inputs for method in methods)])
+    return max(sizes.walked(held, expert) + codes + buffers + max(
+        hessians + sizes.activations(settings.batch_size * settings.length, settings.length), solve), dense)
+
+
+def quantize_seconds(sizes: Sizes, pace: Pace) -> float:
+    """Seconds of one checkpoint: walking, Hessians, solving, packing, writing."""
+    seconds = sizes.weights * pace.kept + 2 * pace.reading(sizes)
+    if not sizes.calibrated:
+        return seconds + sizes.weights * pace.rounded
+    settings, method = sizes.recipe.calibration, method_named(sizes.recipe.weights.method)
+    tokens = settings.rows * settings.length
+    seconds += tokens * len(sizes.linears) * pace.plain * (4 if sizes.asymmetric else 2)
+    for block in sizes.linears:
+        for linears in by_input(block).values():
+            seconds += 2.0 * tokens * linears[0].columns ** 2 * pace.operation
+            for matrix in linears if linears[0].part_of else [_together(linears)]:
+                cost = method.cost(matrix, sizes.recipe.weights)
+                seconds += cost.operations * pace.operation + cost.rounded * pace.rounded
+                seconds += cost.columns * (pace.column + pace.column_row * matrix.rows)
+    return seconds + (distill_seconds(sizes, pace) if sizes.recipe.weights.distill else 0.0)
+
+
+def _together(linears: Sequence[LinearShape]) -> LinearShape:
+    """What a method solves at once: the rows of all linears that read one input; experts come one after the other."""
+    first = linears[0]
+    return first if first.part_of else first.model_copy(update={"rows": sum(one.rows for one in linears)})
+
+
+def _read_at_once(decoder: Decoder) -> int:
+    """Weights of a block that are in memory together where no rows walk: its experts come a few at a time."""
+    most = 0
+    for name, block in zip(decoder.block_names, decoder.blocks, strict=True):
+        fused = sum(parameter.numel() for parameter in fused_parameters(decoder.model, (name,)).values())
+        alone = {part: one for part, one in decoder.experts.items() if part.startswith(f"{name}.")}
+        groups = [sum(alone[part].weight.numel() for part in group) for group in in_groups(alone, TOGETHER)]
+        most = max(most, sum(p.numel() for p in block.parameters()) - fused, *groups)
+    return most

@@ -1,0 +1,58 @@
+"""What looking for sensitivities takes in memory."""
+
+from __future__ import annotations
+
+from sinkquant.costs import PIECES, SPILL_SHARE, Sizes, by_input
+from sinkquant.methods import need_hessian
+from sinkquant.models.memory import LARGE
+
+KEPT_OF_SMALL = 1.2
+"""What is resident over what is in use where tensors are too small for the allocator to map each by itself."""
+
+
+def sensitivity_bytes(sizes: Sizes) -> float:
+    """Bytes at the worst moment."""
+    settings, longest = sizes.recipe.sensitivity, sizes.decoder.max_length
+    length = min(settings.length, longest)
+    tokens, batch = settings.rows * length, settings.batch_size * length
+    small = batch * sizes.hidden * sizes.item < LARGE
+    solved = need_hessian(settings.methods or [sizes.recipe.weights.method])
+    seen, solve = 0.0, 0.0
+    for block in sizes.linears:
+        free = [(name, linear) for name, linears in by_input(block).items() for linear in linears]
+        wide = sum({name: linear.columns for name, linear in free}.values())
+        # Every linear's gradient; of experts that of the layer, and what one of them makes of its tokens.
+        wide += sum({(linear.part_of or i): sizes.hidden if linear.part_of else linear.rows
+                     for i, (_, linear) in enumerate(free)}.values())
+        wide += max((2 * (linear.rows + linear.columns) for _, linear in free if linear.part_of), default=0)
+        seen = max(seen, float(tokens * wide * sizes.item))
+        solve = max([solve, *(max(12.0 * linear.columns ** 2, (4.0 + (40 if solved else 0))
+                                  * linear.columns ** 2 + 16 * linear.parameters + 12 * batch * linear.rows)
+                              for _, linear in free)])
+    peaks = [_walked_back(sizes, tokens, batch, length) + seen + max(solve, _graph(sizes, batch, length))]
+    if settings.kv_bits:
+        length = min(settings.kv_length, longest)
+        batch = min(settings.batch_size, settings.kv_rows) * length
+        scores = 7.0 * 4 * batch * sizes.heads * length
+        peaks.append(_walked_back(sizes, settings.kv_rows * length, batch, length) + _graph(sizes, batch, length)
+                     + scores)
+    if settings.measure_rows:
+        length = min(settings.measure_length, longest)
+        base, at_once = settings.measure_rows, min(settings.measure_rows, settings.batch_size)
+        logits = 4.0 * sizes.vocabulary * length * (base + 3 * at_once + 8)
+        peaks.append(sizes.total * sizes.item + sizes.tensor * sizes.stored + 3.0 * tokens * sizes.hidden * sizes.item
+                     + logits + solve)
+    return (KEPT_OF_SMALL if small else 1.0) * (max(peaks) + PIECES)
+
+
+def _walked_back(sizes: Sizes, tokens: int, batch: int, length: int) -> float:
+    """A walk back: a block, and what comes into every block and its gradient; or the head with a batch's logits."""
+    states = tokens * sizes.hidden * sizes.item
+    kept = 0 if states > sizes.memory / SPILL_SHARE else (len(sizes.linears) + 3) * states
+    head = sizes.vocabulary * sizes.hidden * (sizes.item + sizes.stored) + 4 * 4.0 * batch * sizes.vocabulary
+    return max(sizes.walked(sizes.block, 0), head - _graph(sizes, batch, length)) + kept
+
+
+def _graph(sizes: Sizes, batch: int, length: int) -> float:
+    """What one batch leaves in a block for the way back, beside inputs and gradients of the linears."""
+    return sizes.activations(batch, length) + 3 * 4.0 * batch * sizes.heads * length
