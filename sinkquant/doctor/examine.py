@@ -12,6 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.detect.table import AttentionTable
 from sinkquant.errors import RequestError
 from sinkquant.models import BosPolicy, Decoder, Walk, adds_bos, read_text, starts_with_bos, token_rows
+from sinkquant.policy.plan import formats_asked
+from sinkquant.quantize.trial import require_loads
+from sinkquant.recipe import Recipe
 from sinkquant.schemes.table import out_of_reach
 
 SAMPLE = "The attention sink."
@@ -134,6 +137,11 @@ def _support(decoder: Decoder, audit: Audit) -> None:
         audit.support[f"engines on this processor ({index + 1})"] = sentence
     for note in shape.notes:
         audit.support["files"] = f"{audit.support['files']}; {note}" if "files" in audit.support else note
+    try:
+        audit.support["checkpoint loads again"] = require_loads(decoder, shape, formats_asked(shape, Recipe()))
+    except RequestError as error:
+        audit.support["checkpoint loads again"] = "no"
+        audit.warnings.append(str(error))
     audit.support["group sizes that fit all"] = ", ".join(map(str, [*sizes, "-1 (per output channel)"]))
 
 

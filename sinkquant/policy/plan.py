@@ -43,7 +43,7 @@ from sinkquant.policy.sharing import share_formats
 from sinkquant.policy.split import NO_BACKEND, NO_EXPERTS, NO_INPUTS, split_channels
 from sinkquant.policy.transforms import choose_transforms, scale_sinks, shape_after
 from sinkquant.recipe import Recipe
-from sinkquant.schemes import scheme_of
+from sinkquant.schemes import WeightFormat, scheme_of
 
 EVEN_TOLERANCE = 0.002
 """Share of the linears' bytes that an even spread may leave unspent before the control is made less even."""
@@ -110,6 +110,16 @@ def choices_of(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> tuple[di
     protected = scale_sinks(protect(base, shape, sink_map, recipe), shape, sink_map, recipe)
     protected = split_channels(protected, shape, sink_map, recipe)
     return base, share_formats(carried(with_inputs(protected, shape, recipe), shape, recipe), shape)
+
+
+def formats_asked(shape: ModelShape, recipe: Recipe) -> dict[str, WeightFormat]:
+    """Module name -> format of every linear that a recipe packs, as far as that is known before there are sinks.
+
+    Raises:
+        RequestError: a pattern matches nothing, or a group size does not fit.
+    """
+    asked = share_formats(with_inputs(_base(shape, recipe), shape, recipe), shape)
+    return {name: choice.form for name, choice in asked.items() if choice.quantized}
 
 
 def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Plan,

@@ -13,6 +13,7 @@ from sinkquant.quantize.pruning import check_heads, check_pruning
 from sinkquant.quantize.ranks import this_rank
 from sinkquant.quantize.state import is_quantized
 from sinkquant.quantize.transforms import require_equivalent
+from sinkquant.quantize.trial import require_loads
 from sinkquant.schemes import scheme_of
 from sinkquant.schemes.packages import require_packages
 
@@ -22,7 +23,8 @@ def check(decoder: Decoder, plan: Plan) -> None:
 
     Raises:
         RequestError: modules or sizes of another model, a module that is no linear, a group size that does not
-            divide, fused modules in several formats, a model that is quantized already.
+            divide, fused modules in several formats, a model that is quantized already, or one whose family its
+            library does not load in these formats.
     """
     if is_quantized(decoder.model):
         raise RequestError("this model is quantized already; start from the unquantized one.")
@@ -63,3 +65,4 @@ def check(decoder: Decoder, plan: Plan) -> None:
     require_methods(plan)
     if plan.calibration.tune and any(plan.modules[name].bits < 16 for name in decoder.experts):
         raise RequestError(TUNE_AND_EXPERTS)
+    require_loads(decoder, shape, plan.formats)

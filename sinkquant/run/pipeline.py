@@ -55,11 +55,13 @@ from sinkquant.policy import (
     require_transforms,
 )
 from sinkquant.policy.expected import with_expected_loss
+from sinkquant.policy.plan import formats_asked
 from sinkquant.policy.pruning import pruning_alone
 from sinkquant.predict import SENSITIVITIES, Prediction, require_memory, spill_limit, with_seconds
 from sinkquant.quantize import quantize
 from sinkquant.quantize.ranks import join, require_one_process
 from sinkquant.quantize.transforms import rotate
+from sinkquant.quantize.trial import require_loads
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe
 from sinkquant.run.candidates import (
     bits_on_disk,
@@ -140,6 +142,8 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
     ready, asking = plan_ready(shape, recipe, edited, sink_map) if plan_only and sensitivity is None else (None, [])
     # Headers alone are planned from without a tokenizer too.
     tokenizer = None if ready and not has_tokenizer(folder) else load_tokenizer(folder, trust_remote_code)
+    if not plan_only:
+        form = require_loads(decoder, shape, edited.formats if edited else formats_asked(shape, recipe))
     pick_device(recipe.compute.device)
     read_text(recipe.calibration.text, "calibration", tokenizer)
     read_text(recipe.evaluate.text, "evaluation", tokenizer)
@@ -161,6 +165,8 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
         LOG.info("recipe %s, model %s, %s", recipe.name, folder, versions())
         LOG.info("predicted: %.2f GB of memory above what is loaded (%s)", predicted.peak / 1e9, ", ".join(
             f"{stage} {size / 1e9:.2f}" for stage, size in predicted.peak_bytes.items()))
+        if not plan_only:
+            LOG.info("the checkpoint's form on a tiny model of this class: %s", form)
         report = None
         if plan_only and ready is None:
             LOG.info("detects the sinks first, for %s", ", ".join(asking))
