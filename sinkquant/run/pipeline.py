@@ -143,7 +143,8 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
     # Headers alone are planned from without a tokenizer too.
     tokenizer = None if ready and not has_tokenizer(folder) else load_tokenizer(folder, trust_remote_code)
     if not plan_only:
-        form = require_loads(decoder, shape, edited.formats if edited else formats_asked(shape, recipe))
+        asked = edited.formats if edited else formats_asked(shape, recipe)
+        form = require_loads(decoder, shape, {name: asked[name] for name in asked if name in shape.linears})
     pick_device(recipe.compute.device)
     read_text(recipe.calibration.text, "calibration", tokenizer)
     read_text(recipe.evaluate.text, "evaluation", tokenizer)
