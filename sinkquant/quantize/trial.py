@@ -57,6 +57,11 @@ def require_loads(decoder: Decoder, shape: ModelShape, formats: Mapping[str, Wei
         return NOT_SMALLER + "nothing is packed"
     if own_format(shape, packed):
         return NOT_SMALLER + "it is in sinkquant's own format, which sinkquant loads"
+    unread = sorted({scheme_of(form).words for form in packed.values()
+                     if not any(one.engine.startswith("transformers") for one in scheme_of(form).loads)
+                     and not isinstance(files_of(scheme_of(form).backend), LibraryFiles)})
+    if unread:
+        return f"{NOT_SMALLER}transformers is none of those that load {unread[0]}"
     layers = _kinds(decoder, packed)
     unit = math.lcm(UNIT, *(max(form.group_size or 1, 1) for form in packed.values()))
     try:
@@ -176,7 +181,7 @@ def _written(folder: Path, decoder: Decoder, plan: Plan) -> dict[str, torch.Tens
                 quantize_modules(decoder, {one: decision}, plan, made, None)
                 form = decision.form
                 scale = torch.ones(1, dtype=getattr(torch, scale_dtype(str(model.dtype).removeprefix("torch."))))
-                leaves |= {f"{one}.{leaf}": tensor.contiguous() for leaf, tensor in codec_of(form).leaves(
+                leaves |= {f"{one}.{leaf}": tensor.clone().contiguous() for leaf, tensor in codec_of(form).leaves(
                     made.weights[one], form, scale if form.static_inputs else None).items()}
     gone = {f"{name}.weight" for name in plan.formats} | {
         decoder.experts[name].parameter for name in plan.formats if name in decoder.experts}
