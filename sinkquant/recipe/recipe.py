@@ -61,12 +61,17 @@ class Recipe(Section):
 
         Wanda looks at single columns, in which RSQ's weighting (arXiv 2503.01820) of every token leaves less than a
         boosted sink (docs/pruning.md). Methods that move an error between columns do better with the sink alone, and
-        GPTQ after Wanda moves the errors of the zeros too.
+        GPTQ after Wanda moves the errors of the zeros too. Rounding behind AWQ's scales does worse with a boosted sink
+        (evals/results/smollm2.md): scales that suit one token suit the others less.
         """
         if not self.protect.tokens:
             return "all"
         corrected = need_hessian(self.methods) and "*" not in self.weights.ignore
-        return self.protect.statistics or ("attention" if self.prune.method == "wanda" and not corrected else "boost")
+        if self.protect.statistics or corrected:
+            return self.protect.statistics or "boost"
+        if self.prune.method == "wanda":
+            return "attention"
+        return "all" if self.weights.smooth == "awq" else "boost"
 
     @classmethod
     def load(cls, source: str | os.PathLike[str]) -> Self:

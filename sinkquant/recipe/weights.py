@@ -114,7 +114,7 @@ class Protect(Section):
     `tokens`: sink tokens count in the statistics of calibration as `statistics` says, which costs no bytes. "boost":
     as often as they are read, up to `sink_weight` (1: as any other); "cap": no more than the mean token; "attention":
     every token by the attention that it receives; "exclude": not at all; "all": as any other; null: what measured
-    best, which is "attention" where Wanda prunes and no GPTQ follows, and "boost" elsewhere.
+    best: without GPTQ "attention" where Wanda prunes and "all" behind AWQ's scales, and "boost" elsewhere.
     `channels` "module": linears whose input ranges the sinks set get `bits`, at most `max_share` of all weights;
     "scale": their sink columns are scaled up, and the norm or the linear before them down, at no cost in bytes;
     "split": of such linears the columns that the sinks set and the super weights stay in 16 bits beside the codes, at
