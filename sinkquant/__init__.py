@@ -7,12 +7,13 @@ from sinkquant.lazy import make_lazy
 
 if TYPE_CHECKING:
     from sinkquant.advise import advise
-    from sinkquant.artifacts import Comparison, Diagnosis, Plan, Report, Sensitivity, SinkMap
+    from sinkquant.artifacts import Comparison, Diagnosis, Explanation, Plan, Report, Sensitivity, SinkMap
     from sinkquant.compare import compare
     from sinkquant.detect import detect
     from sinkquant.diagnose import diagnose
     from sinkquant.errors import RequestError, SinkquantError
     from sinkquant.evaluate import evaluate
+    from sinkquant.explain import explain
     from sinkquant.formats import load, save
     from sinkquant.heads import cut_heads
     from sinkquant.inference import Packing, packing
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Comparison",
     "Diagnosis",
+    "Explanation",
     "Packing",
     "Plan",
     "Recipe",
@@ -40,6 +42,7 @@ __all__ = [
     "detect",
     "diagnose",
     "evaluate",
+    "explain",
     "find_sensitivity",
     "load",
     "packing",

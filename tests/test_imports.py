@@ -34,7 +34,8 @@ def imported(code: str, *arguments: str) -> set[str]:
                                        ["run", "no-such-recipe"], ["detect"], ["plan", "a", "--no-such-option"],
                                        ["detect", "nowhere"], ["plan", "nowhere"], ["run", "-m", "nowhere"],
                                        ["doctor", "nowhere"], ["diagnose", "nowhere"], ["advise", "nowhere"],
-                                       ["eval", "nowhere"], ["compare", "x", "--baseline", "nowhere"]],
+                                       ["eval", "nowhere"], ["compare", "x", "--baseline", "nowhere"],
+                                       ["explain", "x", "--baseline", "nowhere"]],
                          ids=" ".join)
 def test_help_and_wrong_arguments_import_nothing_heavy(arguments: list[str]) -> None:
     assert not imported(AFTER_A_COMMAND, *arguments) & HEAVY

@@ -7,6 +7,7 @@ Nothing here imports torch.
 from sinkquant.artifacts.base import Artifact
 from sinkquant.artifacts.comparison import Comparison
 from sinkquant.artifacts.diagnosis import Diagnosis
+from sinkquant.artifacts.explanation import Explanation
 from sinkquant.artifacts.fidelity import SinkFidelity
 from sinkquant.artifacts.frontier import Frontier, FrontierPoint
 from sinkquant.artifacts.kv import KVCachePlan, KVLayer, KVSink, MassiveCarriers
@@ -35,6 +36,7 @@ __all__ = [
     "Channel",
     "Comparison",
     "Diagnosis",
+    "Explanation",
     "Forecast",
     "FormatLoss",
     "Frontier",

@@ -9,7 +9,15 @@ import typer
 
 from sinkquant.artifacts import SinkMap
 from sinkquant.cli.paper import paragraph, table
-from sinkquant.cli.parts import JsonOption, SetOption, SinkMapOption, TextOption, TrustOption, shown_progress
+from sinkquant.cli.parts import (
+    FullOption,
+    JsonOption,
+    SetOption,
+    SinkMapOption,
+    TextOption,
+    TrustOption,
+    shown_progress,
+)
 from sinkquant.models import resolve
 from sinkquant.recipe import Recipe
 
@@ -54,3 +62,41 @@ def compare(checkpoints: Annotated[list[str], typer.Argument(help=CHECKPOINT + "
         paragraph(f"warning: {warning}.")
     if output:
         paragraph(f"Report: {output}")
+
+
+def explain(checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT + ".")], baseline: BaselineOption,
+            text: TextOption = None,
+            rows: Annotated[int, typer.Option(min=1, help="Rows of text that everything is measured on.")] = 8,
+            length: Annotated[int, typer.Option(min=8, help="Tokens of a row.")] = 128,
+            assignments: SetOption = None, sink_map: SinkMapOption = None,
+            sinks: Annotated[bool, typer.Option(help="Whether to look at the sinks.")] = True,
+            verify: Annotated[bool, typer.Option("--verify", help="Quantize the baseline anew with each recipe change "
+                                                                  "that is named, and measure it.")] = False,
+            full: FullOption = False, json: JsonOption = False,
+            output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the explanation here; .md or "
+                                                                               ".json.")] = None,
+            trust_remote_code: TrustOption = False) -> None:
+    """Where the loss of a checkpoint comes from: ranked causes, each with what putting it right removes."""
+    recipe = Recipe().replace(assignments or [])
+    known = SinkMap.load(sink_map) if sink_map else None
+    resolve(baseline)
+    from sinkquant.cli.tables.explanation import explanation_lines, explanation_tables
+    from sinkquant.explain import explain as find_causes
+    from sinkquant.report.explained import require_writable, write_explanation
+
+    if output:
+        require_writable(output)
+    with shown_progress() as progress:
+        found = find_causes(checkpoint, baseline, text=text, rows=rows, length=length, recipe=recipe, sink_map=known,
+                            sinks=sinks, verify=verify, trust_remote_code=trust_remote_code, progress=progress)
+    if output:
+        write_explanation(output, found)
+    if json:
+        print(found.to_json(), end="")
+        return
+    for depth, line in explanation_lines(found):
+        paragraph(line, depth)
+    for shown in explanation_tables(found, full):
+        table(shown)
+    if output:
+        paragraph(f"Explanation: {output}")

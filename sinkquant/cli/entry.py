@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from sinkquant.cli.compared import compare
+from sinkquant.cli.compared import compare, explain
 from sinkquant.cli.init import init
 from sinkquant.cli.models import cut, detect, diagnose, doctor
 from sinkquant.cli.paper import err, out, paragraph
@@ -88,8 +88,8 @@ def recipes(action: Annotated[str | None, typer.Argument(help="'show' to print o
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "run": run, "detect": detect, "plan": plan, "sensitivity": sensitivity, "advise": advise, "diff": diff,
-    "eval": evaluate, "compare": compare, "diagnose": diagnose, "cut-heads": cut, "report": report, "doctor": doctor,
-    "recipes": recipes, "init": init}
+    "eval": evaluate, "compare": compare, "explain": explain, "diagnose": diagnose, "cut-heads": cut,
+    "report": report, "doctor": doctor, "recipes": recipes, "init": init}
 """In the order in which the help shows them."""
 
 

@@ -31,7 +31,8 @@ class Checkpoint:
         name: short, and of no other one. named: as the user named it. folder: what is loaded.
         bytes: of its tensors' files, or of the tensors in a GGUF file. form: its format in a word or two.
         kv: the packed cache that it is read through. sinks: the sink map that it carries.
-        recipe: the recipe that it carries, as read from the file.
+        recipe: the recipe that it carries, as read from the file. transformed: whether weights were rotated or rescaled
+            before they were rounded.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Checkpoint:
     kv: KVCachePlan | None = None
     sinks: SinkMap | None = None
     recipe: dict[str, Any] | None = None
+    transformed: bool = False
 
     def load(self, dtype: torch.dtype, device: str, trust_remote_code: bool = False) -> PreTrainedModel:
         """The model, dense."""
@@ -90,7 +92,7 @@ def _opened(named: str, place: str, name: str) -> Checkpoint:
         return Checkpoint(name, named, folder, weight_bytes(folder), form)
     plan = content["plan"]
     return Checkpoint(name, named, folder, weight_bytes(folder), form, plan.kv_cache, content["sink_map"] or None,
-                      content.get("recipe"))
+                      content.get("recipe"), bool(plan.transforms))
 
 
 def _gguf_bytes(path: Path) -> int:

@@ -1,0 +1,110 @@
+"""One module -> the most specific thing wrong with it that explains what putting all of it back removes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from sinkquant.artifacts import SinkMap
+from sinkquant.artifacts.explanation import Cause
+from sinkquant.explain.parts import Part, put_back
+from sinkquant.explain.patterns import Evidence, findings
+from sinkquant.explain.remedies import remedy
+from sinkquant.models.smaller import HeadCounts
+
+MOST = 0.8
+"""Share of what the whole module removes that a more specific cause has to."""
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What every counterfactual is held against.
+
+    Attributes:
+        loss: of the checkpoint as it is served, nats per token. measure: the same with what is changed just now.
+    """
+
+    loss: float
+    measure: Callable[[], float]
+
+    def removes(self) -> tuple[float, float]:
+        """The loss now, and the share of the whole that is gone."""
+        now = self.measure()
+        return now, 1 - now / self.loss
+
+
+def cause_in(parts: list[Part], shares: Mapping[str, torch.Tensor], whole: tuple[float, float],
+             measuring: Measuring, model: PreTrainedModel, sink_map: SinkMap | None) -> Cause:
+    """The cause in one module.
+
+    Args:
+        parts: its parameters. shares: first-order parts of their single weights, by parameter name.
+        whole: the loss with all of it put back, and the share that removes.
+    """
+    name, others = parts[0].module, [part for part in parts if part.quantized.dim() != 2]
+    for part in parts:
+        if part.quantized.dim() != 2 or part.name not in shares:
+            continue
+        for finding in findings(_evidence(part, shares[part.name], model, sink_map)):
+            values = {part.name: finding.mended.to(part.quantized.dtype), **{one.name: one.quantized for one in others}}
+            with put_back([part, *others], values):
+                after, removes = measuring.removes()
+            if removes > 0 and removes >= MOST * whole[1]:
+                return Cause(kind=finding.kind, where=name, kl_after=after, removes=removes,
+                             sentence=f"In {name}, {finding.what}: {finding.done} removes {percent(removes)} of the "
+                                      "loss.", **remedy(finding.kind, name))
+    return _whole(name, parts, whole, model)
+
+
+def _whole(name: str, parts: list[Part], whole: tuple[float, float], model: PreTrainedModel) -> Cause:
+    after, removes = whole
+    ends = [id(model.get_input_embeddings().weight), id(getattr(model.get_output_embeddings(), "weight", None))]
+    kind = next((kind for kind, end in zip(("embedding", "head"), ends, strict=True)
+                 if any(id(part.parameter) == end for part in parts)), "module")
+    if name.rpartition(".")[2] == "sinks":
+        kind = "learned sinks"
+    matrix = max(parts, key=lambda part: part.quantized.numel())
+    bits = bits_of(matrix.quantized) if matrix.quantized.dim() == 2 else None
+    if kind == "embedding" and ends[0] == ends[1]:
+        what = f"The token embedding, which is the output head too ({name}),"
+    else:
+        what = {"embedding": f"The token embedding ({name})", "head": f"The output head ({name})",
+                "learned sinks": f"The learned sinks ({name})"}.get(kind, name)
+    rounded = f"is rounded to {bits} bits" if bits else f"differs by {matrix.error:.0%} of its norm"
+    return Cause(kind=kind, where=name, kl_after=after, removes=removes,  # type: ignore[arg-type]
+                 sentence=f"{what} {rounded}: putting it back removes {percent(removes)} of the loss.",
+                 **remedy(kind, name))
+
+
+def percent(share: float) -> str:
+    """ "81 %", or that it is made worse."""
+    return f"{100 * share:.0f} %" if share >= 0 else f"none (it adds {-100 * share:.0f} %)"
+
+
+def bits_of(matrix: torch.Tensor, rows: int = 64) -> int | None:
+    """Bits of the codes of a matrix [rows, columns], told from how many values its groups hold; None where they hold as
+    many as unquantized ones. A median over groups of the coarsest size that shows any rounding."""
+    some = matrix[torch.linspace(0, len(matrix) - 1, min(rows, len(matrix))).long()].float().cpu()
+    for size in (some.shape[1], 128, 64, 32):
+        if some.shape[1] % size or size < 8:
+            continue
+        counts = sorted(len(group.unique()) for group in some.reshape(-1, size))
+        count = counts[len(counts) // 2]
+        bits = max(1, (count - 1).bit_length())
+        if 2 ** bits <= size // 2 and count < size // 2:
+            return bits
+    return None
+
+
+def _evidence(part: Part, shares: torch.Tensor, model: PreTrainedModel, sink_map: SinkMap | None) -> Evidence:
+    width, frequencies = 0, torch.empty(0)
+    if part.module.rpartition(".")[2] in ("q_proj", "k_proj"):
+        width = HeadCounts.of(model).width
+        frequencies = next((module.inv_freq for module in model.modules()
+                            if isinstance(getattr(module, "inv_freq", None), torch.Tensor)), torch.empty(0))
+    known = sink_map.modules.get(part.module) if sink_map else None
+    return Evidence(part.module, part.unquantized, part.quantized, shares, width, frequencies,
+                    tuple(known.sink_columns) if known else ())

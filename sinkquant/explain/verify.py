@@ -1,0 +1,47 @@
+"""A recipe change carried out on the baseline: is the loss really gone?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sinkquant.artifacts import SinkMap
+from sinkquant.artifacts.explanation import Cause, Verified
+from sinkquant.errors import RequestError
+from sinkquant.explain.probe import Probe
+from sinkquant.models import Decoder
+from sinkquant.policy import make_plan
+from sinkquant.quantize import quantize
+from sinkquant.recipe import Recipe
+
+
+def verified(cause: Cause, recipe: Recipe, fresh: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase,
+             sink_map: SinkMap, probe: Probe, loss: float) -> Cause:
+    """The cause with what its recipe change makes of the baseline; the same where it has none, or the change and the
+    recipe do not go together.
+
+    Args:
+        recipe: what the checkpoint was made with. fresh: gives the baseline, to be quantized. loss: of the checkpoint.
+    """
+    if not cause.recipe:
+        return cause
+    model = fresh()
+    try:
+        plan = make_plan(Decoder.of(model).shape(""), sink_map, recipe.replace(_appended(cause.recipe, recipe)))
+        quantize(model, plan, tokenizer)
+    except RequestError as error:
+        return cause.model_copy(update={"advice": f"{cause.advice} (the change was refused: {error})"})
+    now = probe.loss(model)
+    return cause.model_copy(update={"verified": Verified(kl=now, removes=1 - now / loss)})
+
+
+def _appended(assignments: list[str], recipe: Recipe) -> list[str]:
+    """Lists go behind those that the recipe has."""
+    known = {"weights.ignore": recipe.weights.ignore, "protect.modules": recipe.protect.modules}
+    found = []
+    for one in assignments:
+        key, _, value = one.partition("=")
+        before = known.get(key)
+        found.append(f"{key}={[*before, *value.strip('[]').replace(chr(39), '').split(',')]!r}" if before else one)
+    return found

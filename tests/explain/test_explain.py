@@ -1,0 +1,109 @@
+"""Causes outside one module: rounding that is spread, configuration, numbers that overflow, rounded inputs, nothing at
+all; what a change is verified to do; and the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from checkpoints import quantized
+from commands import call
+from families import tiny_model
+from gguf_files import write_gguf
+from tiny_tokenizer import tiny_tokenizer
+from transformers import PreTrainedModel
+
+import sinkquant as sq
+
+SMALL = ["detect.rows=8", "detect.long_rows=1"]
+
+
+def explained(folder: Path, baseline: Path, text: Path, **more: object) -> sq.Explanation:
+    return sq.explain(str(folder), str(baseline), text=str(text), rows=2, length=32, **{"sinks": False, **more})
+
+
+def written(model: PreTrainedModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """Every linear of the blocks rounded to 2 bits, with the recipe beside it."""
+    folder = tmp_path_factory.mktemp("rounded") / "w2"
+    model, _, sink_map = quantized(text_file, bits=2)
+    recipe = sq.Recipe().replace(["weights.method=rtn", "weights.bits=2", "weights.group_size=32",
+                                  "calibration.rows=4", "calibration.length=16", f"calibration.text={text_file}"])
+    return sq.save(model, tiny_tokenizer(), folder, sink_map, recipe)
+
+
+def test_loss_that_is_spread_is_told_by_role_and_the_change_is_verified(rounded, tiny_folder, text_file):
+    found = explained(rounded, tiny_folder, text_file, sinks=True, verify=True)
+    assert sum(one.first_order for one in found.modules) == pytest.approx(found.kl, rel=0.05)
+    assert sum(one.first_order for one in found.layers) == pytest.approx(sum(one.first_order for one in found.roles))
+    assert found.facts["removed by the largest together"] > max(one.removes or 0 for one in found.modules)
+    assert all(one.kl_after == pytest.approx(found.kl * (1 - one.removes)) for one in found.causes)
+    shares = [one.removes for one in found.causes]
+    assert shares == sorted(shares, reverse=True)
+    role = next(one for one in found.causes if one.kind == "role")
+    assert role.where in found.sentence or found.causes[0] is not role
+    assert role.recipe == [f"weights.overrides=[{{pattern: '*.{role.where}', bits: 8}}]"]
+    assert role.verified is not None
+    assert 0 < role.verified.removes < 1
+    assert role.verified.kl == pytest.approx(found.kl * (1 - role.verified.removes))
+    assert found.sinks in ("kept", "changed", "destroyed", "no sinks")
+
+
+def test_a_value_of_the_configuration_is_named(tiny_folder, text_file, tmp_path):
+    model = tiny_model("llama")
+    model.config.rope_parameters["rope_theta"] = 100.0
+    model.config.rms_norm_eps = 0.5
+    found = explained(written(model, tmp_path / "other"), tiny_folder, text_file)
+    assert [one.name for one in found.settings] == ["rms_norm_eps", "rope_parameters"]
+    assert {one.where for one in found.causes} == {"config.json: rms_norm_eps", "config.json: rope_parameters"}
+    assert found.causes[0].where == "config.json: rms_norm_eps"
+    assert found.causes[0].removes > 0.5 > found.causes[1].removes
+
+
+def test_float16_that_overflows_is_named(tiny_folder, text_file, tmp_path):
+    """In float32 the model is sound, and predicts what the baseline does."""
+    model = tiny_model("llama")
+    for block in model.model.layers:
+        block.mlp.up_proj.weight.data *= 2.0 ** 13
+        block.mlp.down_proj.weight.data *= 2.0 ** 13
+    base = written(model.half().float(), tmp_path / "base")
+    found = explained(written(model.half(), tmp_path / "half"), base, text_file)
+    assert found.kl == 0
+    assert found.causes[0].kind == "not finite"
+    assert "float16" in found.sentence
+
+
+def test_the_same_model_loses_nothing(tiny_folder, text_file, tmp_path):
+    found = explained(written(tiny_model("llama"), tmp_path / "same"), tiny_folder, text_file)
+    assert found.kl == 0
+    assert not found.causes
+    assert found.sentence.startswith("Nothing is lost")
+
+
+def test_the_command_on_a_gguf_file(tiny_folder, text_file, tmp_path):
+    """Its tokenizer is another one, so that what is read differs; its weights are rounded in blocks of 32."""
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, "Q4_0")
+    arguments = ["explain", path, "--baseline", tiny_folder, "--text", text_file, "--rows", 2, "--length", 32,
+                 "--no-sinks"]
+    done = call(*arguments, "-o", tmp_path / "why.md")
+    assert done.code == 0, done.err
+    assert "1. " in done.out
+    assert "token ids of the text" in (tmp_path / "why.md").read_text(encoding="utf-8")
+    found = json.loads(call(*arguments, "--json").out)
+    assert found["schema"] == "sinkquant/explanation@1"
+    assert found["modules"]
+
+
+def test_another_model_is_refused(tiny_folder, text_file, tmp_path):
+    folder = written(tiny_model("llama", num_hidden_layers=2), tmp_path / "smaller")
+    done = call("explain", folder, "--baseline", tiny_folder, "--text", text_file)
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "not that model quantized" in done.err
