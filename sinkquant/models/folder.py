@@ -18,11 +18,13 @@ from sinkquant.resources import demo_model
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
+DEQUANTIZED = ("fp8", "mxfp4")
+"""Ways that models are published in alone: their weights are made dense."""
 
 
 def resolve(model: str) -> Path:
     """The local folder of a model: "demo", a folder, a GGUF file or a folder with one, or a hub id (the hub's offline
-    cache is respected).
+    cache is respected). What was published in FP8 or MXFP4 is dequantized first.
 
     Raises:
         RequestError: there is no such folder or hub model, or the folder is not a complete safetensors checkpoint.
@@ -43,7 +45,17 @@ def resolve(model: str) -> Path:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise RequestError(f"{model!r} is no local folder, and the hub did not give it: {reason}") from error
     check_folder(folder)
+    if _method(folder) in DEQUANTIZED:
+        from sinkquant.models.dequantized import dequantized  # brings torch along
+
+        return dequantized(folder)
     return folder
+
+
+def _method(folder: Path) -> str | None:
+    """How config.json says that the weights are quantized."""
+    settings = read_settings(folder).get("quantization_config")
+    return str(settings.get("quant_method")) if isinstance(settings, dict) else None
 
 
 def check_folder(folder: Path) -> None:

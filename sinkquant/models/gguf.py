@@ -23,6 +23,8 @@ from sinkquant.errors import RequestError, SinkquantError
 SUFFIX = ".gguf"
 SOURCE = "gguf_source.json"
 """Says in the folder which file it was made of; a checkpoint takes it along."""
+SOURCE_FOLDER = "dequantized_from.json"
+"""The same, where it was made of a folder in FP8 or MXFP4."""
 PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Numbers that were never quantized: GGUF's name -> torch's."""
 
@@ -80,8 +82,9 @@ def unpacked(path: Path) -> Path:
 
 def source_notes(folder: Path | None) -> list[str]:
     """What is to be said of where a folder's weights come from."""
-    path = None if folder is None else folder / SOURCE
-    if path is None or not path.is_file():
+    made_of = [] if folder is None else [folder / name for name in (SOURCE, SOURCE_FOLDER)]
+    path = next((one for one in made_of if one.is_file()), None)
+    if path is None:
         return []
     content = json.loads(path.read_text(encoding="utf-8"))
     packed = [name for name in content["types"] if name not in PLAIN]
