@@ -17,6 +17,18 @@ def brought(group: str) -> dict[str, EntryPoint]:
     return _found(group, tuple(sys.path))
 
 
+def loaded_class(group: str, name: str, kind: type[Kind]) -> type[Kind]:
+    """What an entry point names, where that is a class whose objects the caller makes.
+
+    Raises:
+        RequestError: it is something else.
+    """
+    found = brought(group)[name].load()
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise RequestError(_wrong(group, name, f"subclass of {kind.__module__}.{kind.__name__}"))
+    return found
+
+
 def loaded(group: str, name: str, kind: type[Kind]) -> Kind:
     """What an entry point names: an instance of a class, or the class of one.
 
@@ -26,9 +38,12 @@ def loaded(group: str, name: str, kind: type[Kind]) -> Kind:
     found = brought(group)[name].load()
     made = found() if isinstance(found, type) else found
     if not isinstance(made, kind):
-        raise RequestError(f"the entry point {name!r} of {group} is no {kind.__module__}.{kind.__name__}; mend the "
-                           "package that brings it.")
+        raise RequestError(_wrong(group, name, f"{kind.__module__}.{kind.__name__}"))
     return made
+
+
+def _wrong(group: str, name: str, expected: str) -> str:
+    return f"the entry point {name!r} of {group} is no {expected}; mend the package that brings it."
 
 
 @lru_cache(maxsize=8)

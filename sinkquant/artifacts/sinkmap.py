@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -104,6 +104,38 @@ class OutlierChannel(Strict):
     last: str
 
 
+class ResidualSink(Strict):
+    """A channel of the residual stream in which most tokens are large (arXiv 2601.22966).
+
+    `ratio`: |h| of the median token over the median |h| of the place, at the median place of the stream;
+    `largest_ratio`: at the place where it is largest. `null`: `ratio` of the largest channel that is no residual sink.
+    """
+
+    channel: int
+    ratio: float
+    largest_ratio: float
+    null: float
+
+
+class Emergence(Strict):
+    """Where massive activations emerge (arXiv 2605.08504): the sub-block in which the norm of the massive tokens rises
+    most. `rise` and `norm` after it are in norms of the median token; `null` is the largest rise of any other token."""
+
+    place: str
+    block: int
+    rise: float
+    norm: float
+    null: float
+
+
+class SinkVerdict(Strict):
+    """Whether the model has sinks, in a sentence, and why."""
+
+    sinks: bool
+    sentence: str
+    reason: str
+
+
 class SuperWeight(Strict):
     """One scalar of a down projection whose removal costs `loss_increase` nats per token."""
 
@@ -161,6 +193,9 @@ class SinkMap(Artifact):
     `secondary` are tokens that draw attention in enough heads, but less than half of the strongest sink's, and are not
     massive wherever they stand; nothing is decided by them.
 
+    `nulls`: field -> what the same measure gives where there is nothing to find, in words. `extensions`: what detectors
+    of other packages found, by name.
+
     `head_ablations` is null where nobody asked what the heads are worth.
     """
 
@@ -178,10 +213,15 @@ class SinkMap(Artifact):
     heads: list[list[Head]]
     channels: list[Channel]
     outlier_channels: list[OutlierChannel] = Field(default_factory=list)
+    residual_sinks: list[ResidualSink] = Field(default_factory=list)
+    emergence: Emergence | None = None
     depth: list[str] = Field(default_factory=list)
     super_weights: list[SuperWeight]
     modules: dict[str, ModuleStatistics]
     experts: dict[str, ExpertStatistics] = Field(default_factory=dict)
     outlier_prefix: OutlierPrefix | None = None
     head_ablations: HeadAblations | None = None
+    verdict: SinkVerdict | None = None
+    nulls: dict[str, str] = Field(default_factory=dict)
+    extensions: dict[str, dict[str, Any]] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)

@@ -1,5 +1,7 @@
 """model + text -> SinkMap: which tokens, heads, channels and weights are the attention sink of a model."""
 
 from sinkquant.detect.detect import detect
+from sinkquant.detect.detector import Detector, Found
+from sinkquant.detect.evidence import Survey
 
-__all__ = ["detect"]
+__all__ = ["Detector", "Found", "Survey", "detect"]

@@ -9,14 +9,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from sinkquant.artifacts import Head
 from sinkquant.artifacts.heads import HeadAblation, HeadAblations
+from sinkquant.detect.detector import Detector, Found
 from sinkquant.detect.heads import describe_heads
 from sinkquant.detect.table import AttentionTable
-from sinkquant.models import Decoder, Walk, head_columns, weight_matrix
+from sinkquant.models import Decoder, Walk, head_columns, read_text, token_rows, weight_matrix
 from sinkquant.recipe import Detection
 
 ROWS = 16
@@ -27,6 +29,25 @@ PER_WALK = 8
 Place = tuple[int, int]
 """Layer and head."""
 Progress = Callable[[int, int, str], None]
+
+
+class NoOpHeads(Detector):
+    """What the loss changes by without the heads that do nothing; only where a recipe takes heads out."""
+
+    fields = ("head_ablations",)
+    null = "a head that does nothing on one text only is left out"
+
+    def result(self, found: Found) -> dict[str, Any]:
+        """On the rows of detection and as many of the evaluation text; None where no recipe asks."""
+        if self.recipe.prune.heads == "none":
+            return {"head_ablations": None}
+        rows = found.surveys[0].rows
+        evaluation = token_rows(found.tokenizer, read_text(self.recipe.evaluate.text, "evaluation", found.tokenizer),
+                                len(rows), rows.shape[1], self.recipe.calibration.bos, self.decoder.vocabulary,
+                                "evaluation text")
+        ablator = HeadAblator(self.decoder, self.settings, found.device, found.dtype, found.progress)
+        return {"head_ablations": ablator.run(found.fields["heads"], {"calibration": rows, "evaluation": evaluation},
+                                              found.sinks.mask)}
 
 
 @dataclass(frozen=True)

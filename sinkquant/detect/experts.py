@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
 from sinkquant.artifacts.sinkmap import ExpertStatistics
+from sinkquant.detect.detector import Detector, Found
+from sinkquant.detect.evidence import Survey
 from sinkquant.models import Decoder, Step
 from sinkquant.models.experts import (
     fused_parameters,
@@ -24,6 +27,26 @@ from sinkquant.models.experts import (
     those_chosen,
 )
 from sinkquant.models.on_disk import TOKENS, one_expert
+from sinkquant.recipe import Recipe
+
+
+class Experts(Detector):
+    """What the sinks do to the experts of every layer."""
+
+    fields = ("experts",)
+    null = "without sinks no expert has any of their tokens"
+
+    def __init__(self, decoder: Decoder, recipe: Recipe, name: str | None = None) -> None:
+        super().__init__(decoder, recipe, name)
+        self.recorder = ExpertRecorder(decoder)
+
+    def watch(self, survey: Survey, step: Step) -> AbstractContextManager[None]:
+        """Of one set of rows."""
+        return self.recorder.watching(step) if survey.recorded else contextlib.nullcontext()
+
+    def result(self, found: Found) -> dict[str, Any]:
+        """By the name of a layer's experts."""
+        return {"experts": self.recorder.summary(found.sinks.mask(found.surveys[-1].rows))}
 
 
 class ExpertRecorder:

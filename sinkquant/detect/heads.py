@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from sinkquant.artifacts import Head
+from sinkquant.detect.detector import Detector, Found
 from sinkquant.detect.table import AttentionTable
 from sinkquant.recipe import Detection
+
+
+class Heads(Detector):
+    """What every query head gives the sinks, and whether it does nothing."""
+
+    fields = ("heads",)
+    null = "in random models the largest score of a head is 0.15, and none does nothing"
+
+    def result(self, found: Found) -> dict[str, Any]:
+        """As seen in the first rows that show as many of the sinks as any."""
+        shown = [sum(bool(sink.mask(survey.rows).any()) for sink in found.sinks.each()) for survey in found.surveys]
+        best = found.surveys[shown.index(max(shown))]
+        return {"heads": describe_heads(best.table, found.sinks.mask(best.rows), self.settings)}
 
 
 def describe_heads(table: AttentionTable, sinks: torch.Tensor, settings: Detection) -> list[list[Head]]:

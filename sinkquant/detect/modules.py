@@ -8,16 +8,39 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
 from sinkquant.artifacts import ModuleStatistics
+from sinkquant.detect.detector import Detector, Found
+from sinkquant.detect.evidence import Survey
 from sinkquant.models import Decoder, Step
+from sinkquant.recipe import Recipe
 
 TOKENS = 128
 """Tokens of a batch that are looked at at a time."""
+
+
+class Modules(Detector):
+    """What the sinks do to the input of every linear."""
+
+    fields = ("modules",)
+    null = "without sinks their share of the energy is 0, and no column is theirs"
+
+    def __init__(self, decoder: Decoder, recipe: Recipe, name: str | None = None) -> None:
+        super().__init__(decoder, recipe, name)
+        self.inputs = InputRecorder(decoder, recipe.detect.column_ratio)
+
+    def watch(self, survey: Survey, step: Step) -> AbstractContextManager[None]:
+        """Of one set of rows."""
+        return self.inputs.watching(step) if survey.recorded else contextlib.nullcontext()
+
+    def result(self, found: Found) -> dict[str, Any]:
+        """By module name."""
+        return {"modules": self.inputs.summary(found.sinks.mask(found.surveys[-1].rows))}
 
 
 class InputRecorder:
@@ -44,10 +67,6 @@ class InputRecorder:
     def summary(self, sinks: torch.Tensor) -> dict[str, ModuleStatistics]:
         """What the sinks do to every input. sinks: bool [rows, length], of the recorded rows."""
         return {name: inputs.summary(sinks.flatten(), self.column_ratio) for name, inputs in self.inputs.items()}
-
-    def largest(self, name: str) -> torch.Tensor | None:
-        """float32 [tokens]: the largest |input| of every token; None where the linear was not recorded."""
-        return torch.cat(self.inputs[name].largest) if name in self.inputs else None
 
     def _hook(self, name: str, step: Step) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +17,11 @@ import torch
 from torch import nn
 
 from sinkquant.artifacts import SuperWeight
+from sinkquant.detect.detector import Detector, Found, Progress
+from sinkquant.detect.evidence import Survey
 from sinkquant.detect.residual import ResidualStream, sampled
 from sinkquant.models import Decoder, Step, Walk, weight_matrix
-from sinkquant.recipe import Detection
+from sinkquant.recipe import Detection, Recipe
 
 NULL_WEIGHTS = 3
 PER_MODULE = 3
@@ -30,7 +33,29 @@ ABLATION_ROWS = 8
 BATCH = 8
 """Rows that pass the output head together: with a large vocabulary their logits are what takes memory."""
 
-Progress = Callable[[int, int, str], None]
+
+class SuperWeights(Detector):
+    """Scalars that make a spike, and that the model cannot do without."""
+
+    fields = ("super_weights",)
+    null = "what three other large weights of the same matrix cost; a super weight costs more than three times as much"
+
+    def __init__(self, decoder: Decoder, recipe: Recipe, name: str | None = None) -> None:
+        super().__init__(decoder, recipe, name)
+        self.watchers: dict[Survey, SpikeWatcher] = {}
+
+    def watch(self, survey: Survey, step: Step) -> AbstractContextManager[None]:
+        """Look for spikes, in every set of rows by itself."""
+        if not self.settings.super_weights:
+            return contextlib.nullcontext()
+        watcher = self.watchers.setdefault(survey, SpikeWatcher(self.decoder, self.settings.massive_ratio))
+        return watcher.watching(step.index)
+
+    def result(self, found: Found) -> dict[str, Any]:
+        """The costliest first."""
+        seen = [(self.watchers[survey], survey.stream) for survey in found.surveys if survey in self.watchers]
+        return {"super_weights": confirm(self.decoder, candidates(seen), found.surveys[0].rows, self.settings,
+                                         found.device, found.dtype, self.recipe.seed, found.progress)}
 
 
 @dataclass(frozen=True)

@@ -4,50 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from sinkquant.detect.experts import ExpertRecorder
+from sinkquant.detect.detector import Detector, Progress
+from sinkquant.detect.evidence import Survey
 from sinkquant.detect.middle import Middle
-from sinkquant.detect.modules import InputRecorder
-from sinkquant.detect.residual import ResidualStream
-from sinkquant.detect.super_weights import SpikeWatcher
-from sinkquant.detect.table import AttentionTable
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, Step, Walk, answer, pick_device, together, token_rows, weight_matrix
 from sinkquant.recipe import Recipe
 
-Progress = Callable[[int, int, str], None]
 FORWARD_VALUES = 1 << 22
 """What a linear gives for one batch, in values: 16 MB in float32."""
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What one set of rows showed. Of a `control` only the attention is seen."""
-
-    rows: torch.Tensor
-    table: AttentionTable
-    stream: ResidualStream
-    spikes: SpikeWatcher
-    control: bool
-
-
 class Surveyor:
-    """Walks sets of rows through the decoder with everything watching that detection needs.
+    """Walks sets of rows through the decoder while detectors watch."""
 
-    `inputs` and `experts` record the inputs of all linears for one of the sets.
-    """
-
-    def __init__(self, decoder: Decoder, recipe: Recipe, progress: Progress | None) -> None:
-        self.decoder, self.recipe, self.progress = decoder, recipe, progress
+    def __init__(self, decoder: Decoder, recipe: Recipe, progress: Progress | None,
+                 detectors: Sequence[Detector] = ()) -> None:
+        self.decoder, self.recipe, self.progress, self.detectors = decoder, recipe, progress, detectors
         self.device = pick_device(recipe.compute.device)
         self.dtype = getattr(torch, recipe.compute.dtype)
-        self.inputs = InputRecorder(decoder, recipe.detect.column_ratio)
-        self.experts = ExpertRecorder(decoder)
 
     def rows(self, tokenizer: PreTrainedTokenizerBase, content: str, count: int, length: int) -> torch.Tensor:
         if length > self.decoder.max_length:
@@ -67,14 +47,12 @@ class Surveyor:
         except RequestError:
             return None
 
-    def run(self, sets: list[torch.Tensor | None], controls: list[torch.Tensor | None],
-            recorded: int) -> list[Survey | None]:
-        """Survey several sets of rows in one reading of the weights, and controls after them.
-
-        Args:
-            recorded: index of the set whose inputs count.
-        """
-        surveys = [None if rows is None else self._survey(rows, index >= len(sets))
+    def run(self, sets: Sequence[torch.Tensor | None],
+            controls: Sequence[torch.Tensor | None]) -> list[Survey | None]:
+        """Survey several sets of rows in one reading of the weights, and controls beside them. The inputs of linears
+        are recorded of the last set that is there."""
+        last = max(index for index, rows in enumerate(sets) if rows is not None)
+        surveys = [None if rows is None else Survey(rows, control=index >= len(sets), recorded=index == last)
                    for index, rows in enumerate([*sets, *controls])]
         there = [survey for survey in surveys if survey is not None]
         walks = [self._walk(survey) for survey in there]
@@ -82,7 +60,7 @@ class Surveyor:
             answer(steps)
             middle: Middle | None = None
             for survey, step in zip(there, steps, strict=True):
-                middle = self._look(survey, step, survey is surveys[recorded], middle)
+                middle = self._look(survey, step, middle)
             if self.progress:
                 self.progress(steps[0].index + 1, len(self.decoder.blocks), "reading attention")
         return surveys
@@ -90,32 +68,26 @@ class Surveyor:
     def pace(self, rows: torch.Tensor, recorded: bool) -> float:
         """Seconds that the first block takes for these rows, everything watching, and where `recorded` the inputs of
         its linears as well; its weights are read before."""
-        survey = self._survey(rows, False)
+        survey = Survey(rows, recorded=recorded)
         with contextlib.closing(together([self._walk(survey)])) as walking:
             (step,) = next(walking)
             start = time.perf_counter()
-            self._look(survey, step, recorded, None)
+            self._look(survey, step, None)
             return time.perf_counter() - start
-
-    def _survey(self, rows: torch.Tensor, control: bool) -> Survey:
-        return Survey(rows, AttentionTable(), ResidualStream(),
-                      SpikeWatcher(self.decoder, self.recipe.detect.massive_ratio), control)
 
     def _walk(self, survey: Survey) -> Walk:
         return Walk(self.decoder, survey.rows, batch_rows(self.decoder, self.recipe, survey.rows.shape[1]),
                     self.device, self.dtype, [survey.table])
 
-    def _look(self, survey: Survey, step: Step, recorded: bool, middle: Middle | None) -> Middle | None:
+    def _look(self, survey: Survey, step: Step, middle: Middle | None) -> Middle | None:
         """Let one set of rows go through a block. middle, and what comes back: where the block shows the residual
         stream between its sub-blocks, as far as that was found."""
         if survey.control:
             step.run()
         else:
             with contextlib.ExitStack() as watching:
-                watching.enter_context(survey.spikes.watching(step.index))
-                if recorded:
-                    watching.enter_context(self.inputs.watching(step))
-                    watching.enter_context(self.experts.watching(step))
+                for detector in self.detectors:
+                    watching.enter_context(detector.watch(survey, step))
                 middle = survey.stream.run(step, middle)
         step.advance()
         survey.table.require_causal(len(survey.rows), type(self.decoder.model).__name__)

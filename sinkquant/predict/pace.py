@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sinkquant.costs import Pace, Rate
+from sinkquant.detect.detectors import detectors_of
 from sinkquant.detect.survey import Surveyor
 from sinkquant.methods import need_hessian
 from sinkquant.models import Decoder, Walk, pick_device, together
@@ -58,7 +59,11 @@ def _rows(decoder: Decoder, length: int) -> torch.Tensor:
 
 def _watched(decoder: Decoder, recipe: Recipe, length: int, recorded: bool, operation: float) -> Rate:
     return _rate(decoder, _rows(decoder, length), operation,
-                 lambda rows, tries: min(Surveyor(decoder, recipe, None).pace(rows, recorded) for _ in range(tries)))
+                 lambda rows, tries: min(_surveyor(decoder, recipe).pace(rows, recorded) for _ in range(tries)))
+
+
+def _surveyor(decoder: Decoder, recipe: Recipe) -> Surveyor:
+    return Surveyor(decoder, recipe, None, detectors_of(decoder, recipe))
 
 
 def _rate(decoder: Decoder, rows: torch.Tensor, operation: float,

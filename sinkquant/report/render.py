@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from sinkquant.artifacts import Paired, Plan, Report, Row, SinkMap
 from sinkquant.artifacts.base import write_atomically
+from sinkquant.artifacts.findings import further
 from sinkquant.report.card import CARD, hub_id
 from sinkquant.report.plots import Plot, Points, accuracy_against_bytes, accuracy_points, all_plots
 from sinkquant.report.sample import lines, visible
@@ -53,7 +54,7 @@ def render(template: str, report: Report, sink_map: SinkMap, plan: Plan, plots: 
         base_model=hub_id(report.model), title=Path(report.model).name or report.model,
         facts=_facts(report), sample=sample, sample_lines=lines(sample) if sample else [],
         notes=list(dict.fromkeys([*report.notes, *sink_map.notes, *plan.notes])),
-        no_ops=sum(head.no_op for layer in sink_map.heads for head in layer))
+        no_ops=sum(head.no_op for layer in sink_map.heads for head in layer), further=list(further(sink_map)))
 
 
 def comparison(runs: list[tuple[str, Report]]) -> str:

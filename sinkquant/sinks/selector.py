@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,6 +40,10 @@ class SinkSelector:
     def of(cls, sinks: Iterable[Selects], carriers: MassiveCarriers | None = None) -> SinkSelector:
         """The selector of sinks from anywhere."""
         return cls(tuple((sink.token_id, sink.position) for sink in sinks), carriers)
+
+    def each(self) -> Iterator[SinkSelector]:
+        """A selector of every sink alone."""
+        return (SinkSelector((sink,)) for sink in self.sinks)
 
     @property
     def needs_ids(self) -> bool:

@@ -10,7 +10,8 @@ from families import FAMILIES, tiny_mixture, tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from sinkquant.detect.experts import ExpertRecorder
+from sinkquant.detect.experts import ExpertRecorder, Experts
+from sinkquant.detect.modules import Modules
 from sinkquant.detect.survey import Surveyor
 from sinkquant.errors import RequestError
 from sinkquant.models import AttentionRecord, Decoder, Step, Walk, answer, load_model, on_disk, open_model, together
@@ -219,17 +220,19 @@ def test_a_survey_of_single_rows_counts_every_token_once_and_reads_every_expert_
         tensor, start, count))
     surveys = []
     for model in (load_model(folder), open_model(folder)):
-        surveyor = Surveyor(Decoder.of(model), Recipe(), None)
+        decoder = Decoder.of(model)
+        modules, experts = Modules(decoder, Recipe()), Experts(decoder, Recipe())
+        surveyor = Surveyor(decoder, Recipe(), None, [modules, experts])
         read.clear()
-        surveyor.run([rows, rows[:, :40]], [], recorded=0)
-        surveys.append(surveyor)
+        surveyor.run([rows[:, :40], rows], [])
+        surveys.append((modules.inputs, experts.recorder))
     assert sorted(offset for offset in read if offset in offsets) == sorted([*offsets, *offsets])
     sinks = torch.zeros(rows.shape, dtype=torch.bool)
-    held, apart = (surveyor.experts.summary(sinks) for surveyor in surveys)
+    held, apart = (recorder.summary(sinks) for _, recorder in surveys)
     for owner, one in held.items():
         assert sum(one.tokens) == 2 * 100
         assert apart[owner].tokens == one.tokens
         assert apart[owner].down_input_max == pytest.approx(one.down_input_max, rel=1e-3)
-    inputs = [surveyor.inputs.summary(sinks) for surveyor in surveys]
+    inputs = [recorder.summary(sinks) for recorder, _ in surveys]
     for name, seen in inputs[0].items():
         assert seen.input_max == pytest.approx(inputs[1][name].input_max, rel=1e-3)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from rich.markup import escape
 from rich.table import Table
 
 from sinkquant.artifacts import Channel, SinkMap, SinkToken
 from sinkquant.artifacts.experts import in_lines
+from sinkquant.artifacts.findings import further, some
 
 SHOWN = 4
 """Of each kind, before the rest is counted."""
@@ -41,19 +42,21 @@ def token_table(sink_map: SinkMap, full: bool) -> Table | None:
 
 def findings(sink_map: SinkMap, full: bool) -> Iterator[str]:
     """Everything else, a paragraph each."""
-    if not sink_map.tokens:
+    if sink_map.verdict is not None:
+        yield f"{sink_map.verdict.sentence} Why: {sink_map.verdict.reason}."
+    elif not sink_map.tokens:
         yield "No sink token was found."
     yield from _rest(len(sink_map.tokens), "sink tokens", full)
     if sink_map.secondary:
         yield (f"{len(sink_map.secondary)} secondary sinks, in some places only: "
-               f"{_some([_label(token) for token in sink_map.secondary], full)}")
+               f"{some([_label(token) for token in sink_map.secondary], None if full else SHOWN)}")
     channels = sorted(sink_map.channels, key=lambda channel: -channel.peak)
     for channel in channels[:None if full else SHOWN]:
         yield _channel(channel)
     yield from _rest(len(channels), "massive channels", full)
     if sink_map.outlier_channels:
         yield (f"{len(sink_map.outlier_channels)} outlier channels, large for many tokens: "
-               f"{_some([str(one.channel) for one in sink_map.outlier_channels], full)}")
+               f"{some([str(one.channel) for one in sink_map.outlier_channels], None if full else SHOWN)}")
     weights = sorted(sink_map.super_weights, key=lambda weight: -weight.loss_increase)
     for weight in weights[:None if full else SHOWN]:
         yield (f"Super weight {weight.module}[{weight.row}, {weight.column}] = {weight.value:.4g}: "
@@ -63,6 +66,9 @@ def findings(sink_map: SinkMap, full: bool) -> Iterator[str]:
     yield from experts[:None if full else SHOWN]
     yield from _rest(len(experts), "layers of experts", full)
     yield f"{sum(head.no_op for layer in sink_map.heads for head in layer)} no-op heads, {len(weights)} super weights"
+    yield from further(sink_map, None if full else SHOWN)
+    for what, null in sink_map.nulls.items() if full else ():
+        yield f"Null of {what}: {null}"
     for note in sink_map.notes:
         yield f"Note: {note}"
 
@@ -106,11 +112,6 @@ def _channel(channel: Channel) -> str:
     carried = ", ".join(map(repr, channel.tokens[:SHOWN])) + ("" if len(channel.tokens) <= SHOWN else ", ...")
     return (f"Channel {channel.channel}: peak {channel.peak:.1f}, {channel.ratio:.1f} x the median, born in "
             f"{channel.born}, ended {channel.ended or 'never'}, carried by {carried}")
-
-
-def _some(words: Sequence[str], full: bool) -> str:
-    shown = words if full else words[:SHOWN]
-    return ", ".join(shown).removesuffix(",") + ("" if len(shown) == len(words) else ", ...")
 
 
 def _rest(count: int, what: str, full: bool) -> Iterator[str]:

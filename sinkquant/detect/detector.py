@@ -1,0 +1,97 @@
+"""What a detector is: one file, one class, some fields of the sink map, and a null.
+
+A detector may watch the rows while they go through each block. When the walk is over it is asked for its fields, in the
+order of `detectors.DETECTORS`; it may read what detectors before it have found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from sinkquant.artifacts import TokenizationFacts
+from sinkquant.detect.evidence import Survey
+from sinkquant.detect.massive import MassiveChannel, massive_channels
+from sinkquant.models import Decoder, Step
+from sinkquant.recipe import Recipe
+from sinkquant.sinks import SinkSelector
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass
+class Found:
+    """What is known when the walk is over.
+
+    Attributes:
+        surveys: of the rows that sinks are looked for in, the short ones first; the last one's inputs were recorded.
+        repeated: of rows that repeat one token, the published negative control.
+        without_bos: of the first survey's text without `<bos>`; None where its rows do not start with it.
+        fields: what detectors have found so far, by field of the sink map.
+        sinks: selects the sinks, once they are found.
+        notes: sentences for the sink map.
+    """
+
+    decoder: Decoder
+    tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe
+    device: str
+    dtype: torch.dtype
+    facts: TokenizationFacts
+    surveys: list[Survey]
+    repeated: Survey
+    without_bos: Survey | None
+    progress: Progress | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
+    sinks: SinkSelector = field(default_factory=SinkSelector)
+    notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def massive(self) -> list[list[MassiveChannel]]:
+        """Of every survey, its channels with massive activations."""
+        return [massive_channels(survey.stream, survey.rows, self.recipe.detect) for survey in self.surveys]
+
+    def carriers(self, index: int) -> torch.Tensor:
+        """bool [rows, length], the tokens of a survey that carry a massive activation."""
+        marked = torch.zeros_like(self.surveys[index].rows, dtype=torch.bool)
+        for channel in self.massive[index]:
+            marked |= channel.carriers
+        return marked
+
+
+class Detector(ABC):
+    """One thing that detection looks for; made anew for every detection.
+
+    Attributes:
+        fields: what it fills of the sink map; of a detector from another package, of what the sink map holds under its
+            name in `extensions`.
+        null: what the same measure gives where there is nothing to find, in words.
+        name: of the entry point that brought it; None where it is built in.
+    """
+
+    fields: ClassVar[tuple[str, ...]]
+    null: ClassVar[str]
+
+    def __init__(self, decoder: Decoder, recipe: Recipe, name: str | None = None) -> None:
+        self.decoder, self.recipe, self.settings, self.name = decoder, recipe, recipe.detect, name
+
+    def watch(self, survey: Survey, step: Step) -> AbstractContextManager[None]:
+        """Open while one set of rows, which is no control, goes through a block."""
+        return contextlib.nullcontext()
+
+    @abstractmethod
+    def result(self, found: Found) -> dict[str, Any]:
+        """Field -> what was found: for every one of `fields`; values that JSON holds, from another package."""
+
+
+def text_of(token_id: int | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A token in letters."""
+    return None if token_id is None else str(tokenizer.decode([token_id]))
