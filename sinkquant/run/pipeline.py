@@ -75,10 +75,12 @@ from sinkquant.run.candidates import (
 )
 from sinkquant.run.folder import CONTROL, MODEL, WorkFolder, partial_folder, peak_resident, run_key, work_folder
 from sinkquant.run.planning import plan_ready, with_calibration_notes
+from sinkquant.run.stages import Progress, Stage, carry_out
 from sinkquant.schemes.packages import require_packages
 from sinkquant.sensitivity import find_sensitivity
 
-Progress = Callable[[int, int, str], None]
+NAMES = {MODEL: "sink_aware", CONTROL: "control"}
+"""What the plans of a run's checkpoints are called."""
 LOG = logging.getLogger("sinkquant")
 
 
@@ -199,7 +201,7 @@ def _save(plan: Plan, sink_map: SinkMap | None, work: WorkFolder) -> None:
 
 
 class _Job:
-    """One run. Every method makes one artifact, or reads the one that an interrupted run left."""
+    """One run. `stages` lists what it does; every other method makes one artifact from those in the run's folder."""
 
     def __init__(self, recipe: Recipe, name: str, folder: Path, tokenizer: PreTrainedTokenizerBase,
                  work: WorkFolder, trust_remote_code: bool, progress: Progress | None, predicted: Prediction,
@@ -207,94 +209,102 @@ class _Job:
         self.recipe, self.name, self.folder, self.tokenizer, self.work = recipe, name, folder, tokenizer, work
         self.trust_remote_code, self.progress, self.known = trust_remote_code, progress, known
         self.predicted, self.base, self.sensitivities = predicted, _resident(), sensitivities
+        self.plan_files = {MODEL: "plan.json"}
+        if recipe.evaluate.control and not recipe.evaluate.skip:
+            self.plan_files[CONTROL] = "plan-control.json"
 
     def run(self, edited: Plan | None, plan_only: bool) -> Report | None:
-        model = self.load()
-        with self.work.timed("detect"):
-            sink_map = self.sink_map(model)
-        shape = Decoder.of(model).shape(self.name)
-        wanted = self.sensitivities is not None or (self.recipe.budget.solved and not edited)
-        costs = self.sensitivity(model, sink_map) if wanted else None
-        aware = (accept_edited(edited, shape).made_from(sink_map) if edited else
-                 make_plan(shape, sink_map, self.recipe, costs))
-        if edited and costs is not None:
-            aware = with_expected_loss(aware, costs)
-        aware = with_calibration_notes(aware, Decoder.of(model), self.tokenizer)
-        _save(aware, None, self.work)
+        carry_out(self.stages(edited, plan_only), self.work, self.progress)
         if plan_only:
             return None
-        plans = {MODEL: aware}
-        if self.recipe.evaluate.control and not self.recipe.evaluate.skip:
-            plans[CONTROL] = make_control(shape, sink_map, self.recipe, aware, costs)
-            plans[CONTROL].save(self.work / "plan-control.json")
-        del model
-        after = {}
-        for place, one in plans.items():
-            with self.work.timed(f"quantize {one.name}"):
-                self.checkpoint(place, one, sink_map)
-            self.prefix(place, one)
-            if self.recipe.evaluate.skip:
-                LOG.info("not evaluated: %s", self.resources(aware))
-                return None
-            with self.work.timed(f"detect {one.name}"):
-                after[one.name] = self.look_again(place, one.name)
-        dismiss()
-        with self.work.timed("evaluate"):
-            report = self.evaluate(plans, sink_map, after)
-        from sinkquant.report import write  # matplotlib
+        if self.recipe.evaluate.skip:
+            LOG.info("not evaluated: %s", self.resources(Plan.load(self.work / "plan.json")))
+            return None
+        return Report.load(self.work / "report.json")
 
-        used = self.resources(aware)
-        forecasts = [*forecasts_of_plans(report.rows, list(plans.values())), *forecasts_of_run(used)]
-        return write(self.work.path, report.model_copy(update={"resources": used, "forecasts": forecasts}), sink_map,
-                     aware, after["sink_aware"])
+    def stages(self, edited: Plan | None, plan_only: bool) -> list[Stage]:
+        """What is to be done, in its order."""
+        costs = ("sensitivity.json",) if self.sensitivities is not None or (self.recipe.budget.solved and not edited) \
+            else ()
+        found = [self.stage("detect", (), ("sinkmap.json",), self.sink_map)]
+        if costs:
+            found.append(self.stage("sensitivities", ("sinkmap.json",), costs, self.sensitivity))
+        files = ("plan.json",) if plan_only else tuple(self.plan_files.values())
+        found.append(self.stage("plan", ("sinkmap.json", *costs), files, partial(self.plan, edited, plan_only,
+                                                                                 bool(costs))))
+        if plan_only:
+            return found
+        for place, file in self.plan_files.items():
+            name = NAMES[place]
+            found.append(self.stage(f"quantize {name}", ("sinkmap.json", file), (place,),
+                                    partial(self.checkpoint, place)))
+            if edited is not None or (self.recipe.kv_cache is not None and self.recipe.kv_cache.prefix != "none"):
+                found.append(self.stage(f"prefix {name}", (file, place), (), partial(self.prefix, place)))
+            if not self.recipe.evaluate.skip:
+                found.append(self.stage(f"detect {name}", (place,), (f"sinkmap-{name}.json",),
+                                        partial(self.look_again, place, name)))
+        if not self.recipe.evaluate.skip:
+            made = (*(f"sinkmap-{NAMES[place]}.json" for place in self.plan_files), *self.plan_files)
+            found.append(self.stage("evaluate", ("sinkmap.json", *files, *made), ("report.json",), self.report))
+            found.append(self.stage("report", ("report.json", "plan.json"), (), self.write))
+        return found
+
+    def stage(self, name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], run: Callable[[], object]) -> Stage:
+        return Stage(name, inputs, outputs, run, self.predicted.seconds.get(name))
 
     def evaluate_along(self) -> None:
-        """Share the evaluation of the first process, once its checkpoints are there."""
-        plans = {MODEL: Plan.load(self.work / "plan.json")}
-        if self.recipe.evaluate.control:
-            plans[CONTROL] = Plan.load(self.work / "plan-control.json")
-        self.evaluate(plans, SinkMap.load(self.work / "sinkmap.json"),
-                      {one.name: SinkMap.load(self.work / f"sinkmap-{one.name}.json") for one in plans.values()})
+        """Share the evaluation of the first process, once its checkpoints are there; it may have been done before."""
+        if not (self.work / "report.json").is_file():
+            self.evaluate()
 
     def load(self) -> PreTrainedModel:
         return open_model(self.folder, trust_remote_code=self.trust_remote_code)
 
-    def sink_map(self, model: PreTrainedModel) -> SinkMap:
-        path = self.work / "sinkmap.json"
-        if path.is_file():
-            return SinkMap.load(path)
+    def sink_map(self) -> None:
         if self.known is not None:
-            self.known.save(path)
-            return self.known
-        found = detect(model, self.tokenizer, recipe=self.recipe, name=self.name, progress=self.progress)
-        found.save(path)
+            self.known.save(self.work / "sinkmap.json")
+            return
+        found = detect(self.load(), self.tokenizer, recipe=self.recipe, name=self.name, progress=self.progress)
+        found.save(self.work / "sinkmap.json")
         LOG.info("detect: sink rate %s, %d sink tokens", found.sink_rate, len(found.tokens))
-        return found
 
-    def sensitivity(self, model: PreTrainedModel, sink_map: SinkMap) -> Sensitivity:
+    def sensitivity(self) -> None:
         """What formats cost: from the file that was named, or measured now."""
-        with self.work.timed("sensitivities"):
-            found = find_sensitivity(model, self.tokenizer, sink_map, self.recipe,
-                                     self.sensitivities or self.work / "sensitivity.json",
-                                     ActivationStore(self.work.path, spill_limit(self.recipe)), self.progress)
+        found = find_sensitivity(self.load(), self.tokenizer, SinkMap.load(self.work / "sinkmap.json"), self.recipe,
+                                 self.sensitivities or self.work / "sensitivity.json",
+                                 ActivationStore(self.work.path, spill_limit(self.recipe)), self.progress)
         if self.sensitivities:
             found.save(self.work / "sensitivity.json")
-        return found
 
-    def checkpoint(self, place: str, one: Plan, sink_map: SinkMap) -> None:
-        if (self.work / place).is_dir():
-            return
-        compute = self.recipe.compute
+    def plan(self, edited: Plan | None, plan_only: bool, costly: bool) -> None:
+        """The plan, and that of the control of the same size."""
+        decoder, sink_map = Decoder.of(self.load()), SinkMap.load(self.work / "sinkmap.json")
+        shape = decoder.shape(self.name)
+        costs = Sensitivity.load(self.work / "sensitivity.json") if costly else None
+        aware = (accept_edited(edited, shape).made_from(sink_map) if edited else
+                 make_plan(shape, sink_map, self.recipe, costs))
+        if edited and costs is not None:
+            aware = with_expected_loss(aware, costs)
+        aware = with_calibration_notes(aware, decoder, self.tokenizer)
+        _save(aware, None, self.work)
+        if CONTROL in self.plan_files and not plan_only:
+            make_control(shape, sink_map, self.recipe, aware, costs).save(self.work / self.plan_files[CONTROL])
+
+    def plans(self) -> dict[str, Plan]:
+        return {place: Plan.load(self.work / file) for place, file in self.plan_files.items()}
+
+    def checkpoint(self, place: str) -> None:
+        one, compute = Plan.load(self.work / self.plan_files[place]), self.recipe.compute
         join()
-        quantize_to(self.work / place, self.load(), one, self.tokenizer, sink_map, self.recipe,
-                    pick_device(compute.device), getattr(torch, compute.dtype),
+        quantize_to(self.work / place, self.load(), one, self.tokenizer, SinkMap.load(self.work / "sinkmap.json"),
+                    self.recipe, pick_device(compute.device), getattr(torch, compute.dtype),
                     ActivationStore(self.work.path, spill_limit(self.recipe)), self.progress)
         LOG.info("%s: %d bytes written, %d predicted", place, weight_bytes(self.work / place), one.weight_bytes)
 
-    def prefix(self, place: str, one: Plan) -> None:
+    def prefix(self, place: str) -> None:
         """The keys and values of the plan's prefix, by the unquantized model, rotated as the plan says, into the
         checkpoint."""
-        path = self.work / place / KV_PREFIX
+        one, path = Plan.load(self.work / self.plan_files[place]), self.work / place / KV_PREFIX
         if one.kv_cache is not None and one.kv_cache.prefix and not path.is_file():
             dtype = getattr(torch, self.recipe.compute.dtype)
             # Rotated in its own dtype, so that the embeddings are those of the checkpoint.
@@ -304,17 +314,31 @@ class _Job:
                 parameter.data = parameter.data.to(dtype)
             save_prefix(make_prefix(model, one.kv_cache.prefix), path)
 
-    def look_again(self, place: str, name: str) -> SinkMap:
+    def look_again(self, place: str, name: str) -> None:
         """The sinks of a quantized checkpoint, without the ablations."""
-        path = self.work / f"sinkmap-{name}.json"
-        if path.is_file():
-            return SinkMap.load(path)
         found = sinks_after(self.work / place, self.tokenizer, self.recipe, name, self.progress,
                             self.trust_remote_code)
-        found.save(path)
-        return found
+        found.save(self.work / f"sinkmap-{name}.json")
 
-    def evaluate(self, plans: dict[str, Plan], sink_map: SinkMap, after: dict[str, SinkMap]) -> Report:
+    def report(self) -> None:
+        """Evaluate, with the processes that wait for it."""
+        dismiss()
+        self.evaluate().save(self.work / "report.json")
+
+    def write(self) -> None:
+        """The report with what the run took, as files to read."""
+        from sinkquant.report import write  # matplotlib
+
+        report, plans = Report.load(self.work / "report.json"), self.plans()
+        used = self.resources(plans[MODEL])
+        forecasts = [*forecasts_of_plans(report.rows, list(plans.values())), *forecasts_of_run(used)]
+        write(self.work.path, report.model_copy(update={"resources": used, "forecasts": forecasts}),
+              SinkMap.load(self.work / "sinkmap.json"), plans[MODEL],
+              SinkMap.load(self.work / f"sinkmap-{NAMES[MODEL]}.json"))
+
+    def evaluate(self) -> Report:
+        plans, sink_map = self.plans(), SinkMap.load(self.work / "sinkmap.json")
+        after = {one.name: SinkMap.load(self.work / f"sinkmap-{NAMES[place]}.json") for place, one in plans.items()}
         device, dtype = pick_device(self.recipe.compute.device), getattr(torch, self.recipe.compute.dtype)
         candidates = [Candidate(
             BASELINE, self.name, lambda: load_model(self.folder, dtype, device, self.trust_remote_code),
