@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from sinkquant.errors import RequestError
 
@@ -74,7 +74,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if getattr(config, "is_encoder_decoder", False):
         raise RequestError(f"{type(config).__name__} is not supported: it is an encoder-decoder, not a decoder.")
-    if not trust_remote_code and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not trust_remote_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise RequestError(f"the architecture {config.model_type!r} is not supported: "
                            "transformers has no causal language model of it.")
     return config
