@@ -31,7 +31,8 @@ class ModuleDecision(Strict):
     `scalars` in 16 bits beside the codes, null where nothing is kept. `columns` are those channels, `scalars` single
     weights as (output row, input column). `kind` "float": the codes are floating-point numbers. `activations` is the
     number format that inputs are rounded to ("int6" and "int4" only where sinkquant evaluates, not by the checkpoint),
-    `activation_scale` whether every token has a scale of its own or all share a stored one; null with 16 bits. `prune`
+    `activation_scale` whether every token has a scale of its own, or every group of its inputs, or all share a stored
+    one; null with 16 bits. `prune`
     says which of its weights become zero, null for none: its bytes stay the same, since zeros are stored like any other
     weight. `storage` says which tensors it becomes (`sinkquant.schemes`).
     """
@@ -72,6 +73,11 @@ class ModuleDecision(Strict):
     def rounded(self) -> bool:
         """Whether its inputs are rounded at all: not where the weights stay in 16 bits."""
         return self.bits < 16 and self.activations != "16-bit"
+
+    @property
+    def ranged(self) -> bool:
+        """Whether a scale of its inputs is stored, which calibration finds."""
+        return self.rounded and input_format(self.activations).stored(self.activation_scale)
 
     @property
     def simulated(self) -> bool:
@@ -209,7 +215,7 @@ class Plan(Artifact):
         """Whether carrying it out takes calibration rows."""
         decisions = self.modules.values()
         methods = {decision.method for decision in decisions if decision.bits < 16}
-        if any(d.rounded and d.activation_scale == "tensor" for d in decisions) or any(
+        if any(d.ranged for d in decisions) or any(
                 d.prune is not None and d.prune.needs_rows for d in decisions):
             return True
         tuned = self.calibration.tune > 0 or self.calibration.distill > 0

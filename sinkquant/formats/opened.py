@@ -48,7 +48,7 @@ def check_readable(path: Path, settings: dict[str, Any]) -> None:
         if group.get("output_activations"):
             raise RequestError(f"{path} quantizes what linears give (its {name}), which is not read here; "
                                "load it with transformers.")
-        if inputs.get("strategy") not in (None, "token", "tensor"):
+        if inputs.get("strategy") not in (None, "token", "tensor", "group", "tensor_group"):
             raise RequestError(f"{path} quantizes activations by {inputs['strategy']} (its {name}), which is not read "
                                "here; load it with transformers.")
     if settings.get("kv_cache_scheme"):
@@ -69,7 +69,8 @@ class Inputs:
         scheme = getattr(module, "quantization_scheme", None)
         if scheme is not None and scheme.input_activations is not None:
             self.args[name] = scheme.input_activations
-            for place, leaf in ((self.scales, "input_scale"), (self.zero_points, "input_zero_point")):
+            for place, leaf in ((self.scales, "input_scale"), (self.scales, "input_global_scale"),
+                                (self.zero_points, "input_zero_point")):
                 if isinstance(found := getattr(module, leaf, None), torch.Tensor):
                     place[name] = found.detach().clone()
 
@@ -81,7 +82,7 @@ def plain(module: torch.nn.Linear, name: str, inputs: Inputs) -> None:
         raise RequestError(f"{name} was not unpacked by compressed-tensors; install a newer version of it.")
     inputs.note(name, module)
     for leftover in ("weight_scale", "weight_shape", "weight_zero_point", "weight_packed", "input_scale",
-                     "input_zero_point"):
+                     "input_zero_point", "weight_global_scale", "input_global_scale"):
         module._parameters.pop(leftover, None)
         module._buffers.pop(leftover, None)
     for attribute in ("quantization_scheme", "quantization_status", "forward"):

@@ -36,7 +36,7 @@ from sinkquant.schemes.codecs import StoredWeight, codec_of, files_of
 
 CHECKPOINT_SCHEMA = "sinkquant/checkpoint@1"
 STORED = ("weight", "weight_packed", "weight_scale", "weight_shape", "input_scale", "weight_columns", "weight_exact",
-          "weight_places", "weight_values")
+          "weight_places", "weight_values", "weight_global_scale", "input_global_scale")
 """What is stored of a quantized linear beside its bias."""
 PACKAGES = ("sinkquant", "torch", "transformers", "compressed-tensors", "safetensors")
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
-from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp
+from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp, generate_gparam
 from torch import nn
 
 from sinkquant.schemes import input_format
@@ -25,7 +25,7 @@ SWITCH = "sinkquant_inputs"
 
 
 def input_args(activations: str, scale: str) -> QuantizationArgs:
-    """compressed-tensors' words for a plan's input format: "int8" and the like, "token" or "tensor"."""
+    """compressed-tensors' words for a plan's input format: "int8" and the like, "token", "tensor" or "group"."""
     return QuantizationArgs(**input_format(activations).arguments(scale))
 
 
@@ -64,7 +64,7 @@ class InputSwitch:
 @dataclass
 class RoundedInputs:
     """The hook in front of one linear. `scale` is the stored one, [1] in 16 bits, or None where every token has its
-    own."""
+    own; float32 where it stands over those of groups."""
 
     args: QuantizationArgs
     switch: InputSwitch
@@ -85,21 +85,26 @@ class RoundedInputs:
 
     def rounded(self, given: torch.Tensor, module: nn.Module | None = None) -> torch.Tensor:
         """What the linear computes with: [..., columns] on the grid of the format, in the dtype of what is given."""
+        over = None
         if self.args.dynamic:
-            scale, zero_point = compute_dynamic_scales_and_zp(given, self.args, module)
+            over = None if self.scale is None else self.scale.to(given.device)
+            scale, zero_point = compute_dynamic_scales_and_zp(given, self.args, module, over)
         else:
             assert self.scale is not None
             scale = self.scale.to(given.device, given.dtype)
             zero_point = None if self.zero_point is None else self.zero_point.to(given.device)
-        return fake_quantize(given, scale, zero_point, self.args)
+        return fake_quantize(given, scale, zero_point, self.args, over)
 
 
 def static_scale(low: torch.Tensor, high: torch.Tensor, args: QuantizationArgs, dtype: torch.dtype) -> torch.Tensor:
-    """The scale that reaches the largest input, as it is stored: [1] in the 16-bit `dtype`.
+    """The scale that reaches the largest input, as it is stored: [1] in the 16-bit `dtype`; float32 where it stands
+    over the scales of groups, which it lets fill the range of FP8.
 
     Args:
         low, high: scalars, the smallest and the largest input.
     """
+    if args.strategy == "tensor_group":
+        return generate_gparam(low.float(), high.float()).cpu()
     scale, _ = calculate_qparams(low.float(), high.float(), args)
     info = torch.finfo(dtype)
     return scale.clamp(max(info.tiny * info.eps, torch.finfo(torch.float32).tiny), info.max).to(dtype).cpu()

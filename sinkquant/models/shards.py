@@ -13,13 +13,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.compressors.pack_quantized import unpack_from_int32
+from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 
 from sinkquant.models.folder import weight_files
 from sinkquant.models.headers import read_header
 
 PARTS = ("weight_packed", "weight_scale", "weight_columns", "weight_exact", "weight_places", "weight_values")
 """What a packed linear's weight is read from."""
+BLOCK_PARTS = ("weight", "weight_packed", "weight_scale", "weight_global_scale")
+"""The same in blocks of floating-point numbers."""
 
 
 class Stored(Protocol):
@@ -126,6 +131,38 @@ class ScaledTensor:
         return dense.reshape(self.shape).to(self.dtype)
 
 
+@dataclass(frozen=True)
+class BlockTensor:
+    """The dense weight that floating-point codes in blocks stand for, [rows, columns] in `dtype`, as compressed-tensors
+    unpacks it. parts: its tensors by what follows the module's name. preset: its name of the format."""
+
+    parts: Mapping[str, StoredTensor]
+    preset: str
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As it is read."""
+        packed = self.parts.get("weight_packed")
+        return self.parts["weight"].shape if packed is None else (packed.shape[0], 2 * packed.shape[1])
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        scheme = preset_name_to_scheme(self.preset, ["Linear"])
+        unpacker = BaseCompressor.get_value_from_registry(infer_module_format(torch.nn.Linear, scheme).value)
+        stored = {leaf: part[...] for leaf, part in self.parts.items()}
+        dense: torch.Tensor = unpacker.decompress(stored, scheme)["weight"]
+        return dense.to(self.dtype)
+
+
+def _preset(parts: Mapping[str, StoredTensor]) -> str | None:
+    """What compressed-tensors calls the format of a weight in blocks; None for any other. parts: as `BlockTensor`."""
+    if "weight_global_scale" in parts:
+        return "NVFP4A16"
+    if parts["weight_scale"].dtype == torch.uint8:
+        return "MXFP4A16" if "weight_packed" in parts else "MXFP8A16"
+    return None
+
+
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint by the name that it has on disk.
 
@@ -148,6 +185,10 @@ def dense_tensors(tensors: Mapping[str, StoredTensor], bits: Mapping[str, int], 
         name: tensor for name, tensor in tensors.items()
         if not (name.rpartition(".")[0] in bits and name.rpartition(".")[2].startswith(("weight", "input_")))}
     for name, width in bits.items():
+        blocks = {leaf: tensors[f"{name}.{leaf}"] for leaf in BLOCK_PARTS if f"{name}.{leaf}" in tensors}
+        if preset := _preset(blocks):
+            dense[f"{name}.weight"] = BlockTensor(blocks, preset, dtype)
+            continue
         if f"{name}.weight_packed" not in tensors:
             dense[f"{name}.weight"] = ScaledTensor(tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"], dtype)
             continue

@@ -42,7 +42,8 @@ from sinkquant.models.shards import Stored, StoredTensor, dense_tensors, stored_
 from sinkquant.schemes.scheme import COMPRESSED
 
 ATTRIBUTE = "sinkquant_source"
-FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "mixed-precision")
+FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized",
+           "mxfp8-quantized", "mixed-precision")
 Unpack = Callable[[Mapping[str, StoredTensor], PreTrainedModel, torch.dtype], dict[str, Stored]]
 COMPARED = 1 << 24
 """Values of two tensors that are compared at a time."""
@@ -83,7 +84,7 @@ def open_model(folder: Path, trust_remote_code: bool = False, dtype: torch.dtype
     args = {name: QuantizationArgs(**group["input_activations"]) for name, group in groups.items()
             if group.get("input_activations")}
     round_inputs(model, dict(model.named_modules()), args,
-                 {name: stored[f"{name}.input_scale"][...] for name, one in args.items() if not one.dynamic})
+                 {name: stored[key][...] for name in args for key in _input_scales(name) if key in stored})
     return model.eval()
 
 
@@ -346,11 +347,17 @@ def _groups(folder: Path, quantization: Any, stored: dict[str, StoredTensor]) ->
 
 def _read_here(module: str, group: dict[str, Any], stored: dict[str, StoredTensor]) -> bool:
     inputs = group.get("input_activations")
-    if group["weights"].get("strategy") not in ("group", "channel") or group.get("output_activations"):
+    if group["weights"].get("strategy") not in ("group", "channel", "tensor_group") or group.get("output_activations"):
         return False
-    static = inputs is not None and not inputs.get("dynamic")
-    return inputs is None or (inputs.get("symmetric", True) and inputs.get("strategy") in ("token", "tensor")
-                              and (not static or f"{module}.input_scale" in stored))
+    static = inputs is not None and inputs.get("dynamic") is not True
+    return inputs is None or (inputs.get("symmetric", True) and inputs.get("strategy") in (
+        "token", "tensor", "group", "tensor_group") and (not static or any(
+            key in stored for key in _input_scales(module))))
+
+
+def _input_scales(module: str) -> tuple[str, str]:
+    """The names of a stored scale of inputs: of all, or over those of groups."""
+    return f"{module}.input_scale", f"{module}.input_global_scale"
 
 
 def _matches(target: str, module: str) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from sinkquant.artifacts import KVCachePlan, ModelShape, ModuleDecision, SinkMap
 from sinkquant.errors import RequestError
 from sinkquant.policy.rules import Choice
-from sinkquant.recipe import Recipe
+from sinkquant.recipe import Activations, Recipe
 from sinkquant.schemes import input_format, scheme_of
 from sinkquant.schemes.registry import multiplied_with, of_backend
 
@@ -42,11 +42,18 @@ def with_inputs(choices: dict[str, Choice], shape: ModelShape, recipe: Recipe) -
     return choices | rounded
 
 
+def spares(settings: Activations) -> bool:
+    """Whether linears whose stored range the sinks would set are treated apart. Groups have scales of their own
+    already, so that "dynamic" changes nothing in a format with a stored scale over those."""
+    return settings.ranged and (settings.sinks == "16-bit" or (settings.sinks == "dynamic"
+                                                               and settings.scale == "tensor"))
+
+
 def spare_sinks(choices: dict[str, Choice], shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> dict[str, Choice]:
     """Linears whose static range the sinks would set get a scale per token, or inputs of 16 bits, as the recipe says;
     with all that engines fuse with them."""
     settings = recipe.activations
-    if settings.format == "16-bit" or settings.scale == "token" or settings.sinks not in ("dynamic", "16-bit"):
+    if settings.format == "16-bit" or not spares(settings):
         return choices
     chosen = dict(choices)
     for name, statistics in sink_map.modules.items():
@@ -56,7 +63,7 @@ def spare_sinks(choices: dict[str, Choice], shape: ModelShape, sink_map: SinkMap
         why = (f"sinks set their range ({statistics.input_max:.3g} against {others:.3g} elsewhere)")
         for member in shape.linears[name].fused_with or [name]:
             choice = chosen[member]
-            if not choice.quantized or choice.activation_scale != "tensor":
+            if not choice.quantized or not input_format(choice.activations).stored(choice.activation_scale):
                 continue
             if settings.sinks == "dynamic":
                 chosen[member] = replace(choice, activation_scale="token",
@@ -74,7 +81,7 @@ def check_exclusion(recipe: Recipe, kv_cache: KVCachePlan | None) -> bool:
         RequestError: they are to, and there is none: sinks would then be clipped.
     """
     settings = recipe.activations
-    if settings.format == "16-bit" or settings.scale != "tensor" or settings.sinks != "exclude":
+    if settings.format == "16-bit" or not settings.ranged or settings.sinks != "exclude":
         return False
     if kv_cache is None or not kv_cache.prefix:
         raise RequestError("activations.sinks 'exclude' clips the sinks unless they never come through the quantized "

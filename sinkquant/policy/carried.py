@@ -42,6 +42,7 @@ def check_recipe(recipe: Recipe) -> None:
     """
     scheme, weights, protect, backend = scheme_for(recipe), recipe.weights, recipe.protect, recipe.backend
     if not scheme.foreign:
+        _check_own(recipe, scheme)
         return
     methods = {weights.method, *(override.method for override in weights.overrides if override.method)}
     for method in sorted(methods - set(methods if scheme.methods is None else scheme.methods)):
@@ -59,6 +60,37 @@ def check_recipe(recipe: Recipe) -> None:
                            f"activations.format=16-bit, or use the backend {DEFAULT_BACKEND}.")
     _check_bits(recipe, scheme, protect.bits if protect.modules or protect.channels == "module" else None)
     _check_groups(recipe, scheme)
+
+
+def _check_own(recipe: Recipe, scheme: Scheme) -> None:
+    """Formats of compressed-tensors that are less free than its integers: those in blocks."""
+    weights, protect, words = recipe.weights, recipe.protect, scheme.words
+    held = list(dict.fromkeys(inputs for one in of_backend(scheme.backend) if one.format == scheme.format
+                              for inputs in one.inputs))
+    if recipe.activations.format not in held:
+        raise RequestError(f"{words} are multiplied with inputs in {' or '.join(held)}, not in "
+                           f"{recipe.activations.format}; set activations.format={held[0]}, or the weights.format that "
+                           "goes with the inputs.")
+    if scheme.integers:
+        return
+    methods = {weights.method, *(override.method for override in weights.overrides if override.method)}
+    for method in sorted(methods - set(methods if scheme.methods is None else scheme.methods)):
+        raise RequestError(f"{method} does not choose the codes of {words}; set weights.method="
+                           f"{' or '.join(scheme.methods or ())}.")
+    raised = protect.bits if protect.modules or protect.channels == "module" else 16
+    for key, bits in (("weights.bits", weights.bits), ("protect.bits", raised), *(
+            (f"weights.overrides[{i}].bits", override.bits) for i, override in enumerate(weights.overrides))):
+        if bits not in scheme.bits and (bits != 16 or key == "weights.bits"):
+            raise RequestError(f"{key} is {bits}, and {words} have {' or '.join(map(str, scheme.bits))} bits"
+                               f"{'' if key == 'weights.bits' else ', or stay in 16'}; change it.")
+    for key, size in (("weights.group_size", weights.group_size), *(
+            (f"weights.overrides[{i}].group_size", one.group_size) for i, one in enumerate(weights.overrides))):
+        if size not in (scheme.group_size, None):
+            raise RequestError(f"{key} is {size}, and {words} have blocks of {scheme.group_size}; set it to that.")
+    if weights.tune:
+        raise RequestError(f"{words} are not tuned; set weights.tune=0.")
+    if protect.channels == "split":
+        raise RequestError(f"nothing stands beside {words}; set protect.channels to another value.")
 
 
 def _check_bits(recipe: Recipe, scheme: Scheme, protected: int | None) -> None:
@@ -92,6 +124,7 @@ def carried(choices: dict[str, Choice], shape: ModelShape, recipe: Recipe) -> di
         RequestError: nothing is left to quantize.
     """
     scheme = scheme_for(recipe)
+    _check_dtype(scheme, shape)
     made = {name: _carry(name, choice, shape, scheme) if choice.quantized else choice
             for name, choice in choices.items()}
     if any(choice.quantized for choice in choices.values()) and not any(choice.quantized for choice in made.values()):
@@ -113,6 +146,8 @@ def check_choices(choices: dict[str, Choice], shape: ModelShape) -> None:
         storages = ", ".join(sorted({scheme.storage for scheme in schemes}))
         raise RequestError(f"the plan holds linears in {len(formats)} formats of {storages}, which one checkpoint "
                            "cannot; give them one.")
+    for scheme in schemes:
+        _check_dtype(scheme, shape)
     for name, choice in choices.items():
         if choice.quantized:
             scheme = scheme_of(choice.form)
@@ -141,6 +176,15 @@ def notes(choices: Collection[Choice], recipe: Recipe) -> list[str]:
             found.append(f"the packed KV cache is sinkquant's own: other loaders of a {scheme.backend} checkpoint keep "
                          "theirs in 16 bits")
     return list(dict.fromkeys(found))
+
+
+def _check_dtype(scheme: Scheme, shape: ModelShape) -> None:
+    """Raises RequestError where plain transformers could not run the checkpoint."""
+    if scheme.dtypes is not None and shape.dtype not in scheme.dtypes:
+        wanted = " or ".join(scheme.dtypes)
+        raise RequestError(f"transformers runs {scheme.words} in models of {wanted} alone, and the tensors of this one "
+                           f"are {shape.dtype}; save it in {wanted} first "
+                           f"(from_pretrained(..., dtype='{wanted}'), then save_pretrained).")
 
 
 def _carry(name: str, choice: Choice, shape: ModelShape, scheme: Scheme) -> Choice:

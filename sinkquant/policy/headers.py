@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sinkquant.artifacts import ModelFacts, ModelShape, Plan, SinkMap, TokenizationFacts
+from sinkquant.policy.activations import spares
 from sinkquant.policy.plan import make_plan
 from sinkquant.policy.split import check_split
 from sinkquant.recipe import Budget, Recipe
@@ -55,7 +56,7 @@ def _asking(recipe: Recipe) -> list[str]:
     if recipe.prune.heads != "none":
         found.append("prune.heads")
     rounded = recipe.activations
-    if rounded.format != "16-bit" and rounded.scale == "tensor" and rounded.sinks in ("dynamic", "16-bit"):
+    if rounded.format != "16-bit" and spares(rounded):
         found.append("activations.sinks")
     if recipe.budget != Budget():
         found.append("budget")

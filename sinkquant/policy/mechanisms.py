@@ -109,8 +109,9 @@ def _for_weights(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, off: Reci
                          exact_sinks="both" if covered else "some", recipe=off.replace(settings[1:]))
     found.append(_takes_none(excluded, base) or _made(excluded, lambda: (
         make_plan(shape, sink_map, with_prefix.replace(settings[1:])), make_plan(shape, sink_map, with_prefix))))
-    if recipe.activations.format != "16-bit" and recipe.activations.scale == "tensor":
-        how = "16-bit" if recipe.activations.sinks == "16-bit" else "dynamic"
+    if recipe.activations.format != "16-bit" and recipe.activations.ranged:
+        grouped = recipe.activations.scale == "group"  # sinks have scales of their own already
+        how = "16-bit" if recipe.activations.sinks == "16-bit" or grouped else "dynamic"
         spared = _made(Mechanism("static ranges without the sinks", "weights", [f"activations.sinks={how}"],
                                  recipe=off),
                        lambda: (make_plan(shape, sink_map, off.replace([f"activations.sinks={how}"])), base))

@@ -9,7 +9,7 @@ from sinkquant.errors import RequestError
 from sinkquant.methods import UNTOUCHED
 from sinkquant.policy.patterns import match
 from sinkquant.recipe import Recipe
-from sinkquant.schemes import PLAIN, WeightFormat, stored_form
+from sinkquant.schemes import PLAIN, WeightFormat, scheme_of, stored_form
 from sinkquant.schemes.weight_format import Kind
 
 MIN_SINK_ENERGY = 0.05
@@ -155,6 +155,11 @@ def check_group_sizes(choices: dict[str, Choice], shape: ModelShape) -> None:
         columns = shape.linears[name].columns
         if choice.quantized and choice.group_size != -1 and (
                 not choice.group_size or choice.group_size < 1 or columns % choice.group_size):
+            scheme = scheme_of(choice.form)
+            if scheme.group_size is not None:
+                raise RequestError(f"{scheme.words} have blocks of {scheme.group_size}, which do not divide the "
+                                   f"{columns} input columns of {name}; leave it alone (weights.ignore=['{name}']), or "
+                                   "take another weights.format.")
             fitting = [size for size in (16, 32, 64, 128, 256) if columns % size == 0]
             raise RequestError(
                 f"the group size {choice.group_size} does not divide the {columns} input columns of {name}; "

@@ -54,7 +54,7 @@ def round_block(step: Step, decoder: Decoder, plan: Plan, dtype: torch.dtype) ->
         SinkquantError: no token reached a linear that needs a range.
     """
     mine = _inside(step.name, plan)
-    static = {name: decision for name, decision in mine.items() if decision.activation_scale == "tensor"}
+    static = {name: decision for name, decision in mine.items() if decision.ranged}
     put(decoder, {name: decision for name, decision in mine.items() if name not in static}, {})
     if not static:
         return {}
@@ -64,8 +64,9 @@ def round_block(step: Step, decoder: Decoder, plan: Plan, dtype: torch.dtype) ->
     for name, decision in static.items():
         if name not in ranges.low:
             raise SinkquantError(f"no calibration token reached {name}, so that its inputs have no range; give more "
-                                 "text, or set activations.scale=token.")
-        args = input_args(decision.activations, "tensor")
+                                 "text, or round its inputs with scales that are not stored.")
+        assert decision.activation_scale is not None
+        args = input_args(decision.activations, decision.activation_scale)
         scales[name] = static_scale(ranges.low[name], ranges.high[name], args, dtype)
     put(decoder, static, scales)
     return scales

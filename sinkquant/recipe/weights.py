@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from sinkquant.artifacts.pruning import pattern_group
 from sinkquant.methods import MethodName
 from sinkquant.recipe.section import Bits, GroupSize, Section, Statistics
-from sinkquant.schemes.inputs import known_inputs
+from sinkquant.schemes.inputs import input_format, known_inputs
 from sinkquant.schemes.registry import known_format
 
 
@@ -43,7 +43,7 @@ class Weights(Section):
     Before all that, changes after which the model computes the same: `rotate` by a Hadamard matrix, "values" of every
     head or "full", the residual stream as well; `smooth` channels, by "smoothquant" with `smooth_strength` or "awq".
     `format` other than "int" and `double_quantization` (scales quantized once more) are for backends that hold them:
-    bitsandbytes nf4 and fp4, quanto float8.
+    bitsandbytes nf4 and fp4, quanto float8; and "nvfp4", "mxfp4" and "mxfp8" for compressed-tensors.
     """
 
     method: MethodName = "gptq"
@@ -93,9 +93,10 @@ class Activations(Section):
     """What the inputs of quantized linears are rounded to while a model runs; "16-bit": not at all.
 
     "int8" and "fp8" are written into the checkpoint, so that engines do it; "fp8" takes 8-bit weights with one scale
-    per channel, which become floating-point numbers too. "int6" and "int4" are simulated when sinkquant evaluates.
+    per channel, which become floating-point numbers too; "nvfp4", "mxfp4" and "mxfp8" take weights of that format.
+    "int6" and "int4" are simulated when sinkquant evaluates.
     `scale` "token": every token's inputs get a scale as they come; "tensor": one scale for all, from calibration;
-    "group": as the format has it.
+    "group": every group of inputs gets one as they come, as "nvfp4" and "mxfp4" have it ("nvfp4" under a stored one).
     `sinks` says what becomes of linears whose static range the sinks set (their largest input is over `range_ratio`
     times that of all other tokens): "dynamic": one scale per token in these; "16-bit": their inputs are left alone;
     "all": nothing, sinks count as any other token; "exclude": the tokens of the exact prefix do not count, since they
@@ -106,6 +107,11 @@ class Activations(Section):
     scale: Literal["token", "tensor", "group"] = "token"
     sinks: Literal["dynamic", "16-bit", "all", "exclude"] = "dynamic"
     range_ratio: float = Field(default=2.0, gt=1)
+
+    @property
+    def ranged(self) -> bool:
+        """Whether a scale of the inputs is stored, which calibration finds."""
+        return input_format(self.format).stored(self.scale)
 
 
 class Protect(Section):

@@ -12,7 +12,9 @@ class InputFormat:
 
     `kind` is that of its codes, and of the weights that they are multiplied with. `deployed`: a checkpoint can ask
     engines for it; where not, sinkquant simulates it when it evaluates. `scales`: what a scale may be of: "token" and
-    "group" come as the inputs come, "tensor" is stored.
+    "group" come as the inputs come, "tensor" is stored. `group_size`: inputs that have a scale together, of formats
+    with a scale per group; `scale_dtype`: what such a scale is; `over_groups`: the scales of groups stand under one of
+    the whole tensor, which is stored.
     """
 
     name: str
@@ -20,16 +22,30 @@ class InputFormat:
     kind: Literal["int", "float"] = "int"
     deployed: bool = True
     scales: tuple[str, ...] = ("token", "tensor")
+    group_size: int | None = None
+    scale_dtype: str | None = None
+    over_groups: bool = False
+
+    def stored(self, scale: str | None) -> bool:
+        """Whether inputs with scales of that have one that calibration finds and the checkpoint stores."""
+        return scale == "tensor" or (scale == "group" and self.over_groups)
 
     def arguments(self, scale: str) -> dict[str, object]:
         """compressed-tensors' `QuantizationArgs` of such inputs, with scales of that."""
-        return {"num_bits": self.bits, "type": self.kind, "symmetric": True, "dynamic": scale != "tensor",
-                "strategy": scale, "group_size": None}
+        found: dict[str, object] = {"num_bits": self.bits, "type": self.kind, "symmetric": True,
+                                    "dynamic": scale != "tensor", "strategy": scale, "group_size": None}
+        if scale == "group":
+            found |= {"group_size": self.group_size, "scale_dtype": self.scale_dtype, "zp_dtype": self.scale_dtype}
+        return found | {"strategy": "tensor_group", "dynamic": "local"} if self.over_groups else found
 
 
 NO_ROUNDING = "16-bit"
 INPUTS = (InputFormat(NO_ROUNDING, 16, deployed=False), InputFormat("int8", 8), InputFormat("fp8", 8, "float"),
-          InputFormat("int6", 6, deployed=False), InputFormat("int4", 4, deployed=False))
+          InputFormat("int6", 6, deployed=False), InputFormat("int4", 4, deployed=False),
+          InputFormat("nvfp4", 4, "float", scales=("group",), group_size=16, scale_dtype="torch.float8_e4m3fn",
+                      over_groups=True),
+          InputFormat("mxfp4", 4, "float", scales=("group",), group_size=32, scale_dtype="torch.uint8"),
+          InputFormat("mxfp8", 8, "float", scales=("group",), group_size=32, scale_dtype="torch.uint8"))
 """All of them; the first one is no rounding at all."""
 
 

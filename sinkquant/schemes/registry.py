@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from sinkquant.errors import RequestError
 from sinkquant.extensions import brought, loaded
-from sinkquant.schemes import bitsandbytes, fp8, gptq, integers, quanto
+from sinkquant.schemes import bitsandbytes, blocks, fp8, gptq, integers, quanto
 from sinkquant.schemes.inputs import NO_ROUNDING, input_format
 from sinkquant.schemes.scheme import DEFAULT_BACKEND, Scheme
 from sinkquant.schemes.weight_format import WeightFormat
@@ -15,6 +15,7 @@ GROUP = "sinkquant.schemes"
 """The group of entry points that other packages bring schemes by, under the name of their storage."""
 SCHEMES: tuple[Scheme, ...] = (
     integers.INTEGERS, fp8.FP8,
+    blocks.NVFP4, blocks.MXFP4, blocks.MXFP8,
     *bitsandbytes.FOUR_BIT, bitsandbytes.LLM_INT8,
     quanto.INTEGERS, quanto.FLOAT8,
     gptq.GPTQ)

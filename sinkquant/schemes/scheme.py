@@ -22,11 +22,14 @@ class Scheme:
         group_size: its own, or null where a recipe chooses. one_group_size: all linears have the same then.
         methods: of choosing the codes, null for any. rounds_itself: the library does, and none of our methods.
         integers: codes are integers times one scale per group, so that they can be tuned and their loss predicted.
+        grid: codes are a fixed set of numbers times one scale per group, so that methods which let columns make up for
+            one another's errors can choose them. Integers are, too.
         fused_scale: beside the groups' scales there is one of the whole tensor, which linears that engines fuse share.
         own_module: the library's module does more than a dense weight can show: it rounds inputs.
         beside: columns and single weights may stand beside the codes.
         zero_from: fewest bits that have a code for zero, which pruning needs.
         inputs: what the inputs of its linears may be rounded to.
+        dtypes: of the models whose checkpoints plain transformers runs with it, null for any.
         layouts: compressed-tensors' names of its tensors, where its files hold them.
         packages: distribution -> module, beyond those that every checkpoint needs.
         loads: its rows of the engine table. notes: what a plan has to say of it.
@@ -45,11 +48,13 @@ class Scheme:
     methods: tuple[str, ...] | None = None
     rounds_itself: bool = False
     integers: bool = False
+    grid: bool = False
     fused_scale: bool = False
     own_module: bool = False
     beside: bool = False
     zero_from: int = 0
     inputs: tuple[str, ...] = ("16-bit",)
+    dtypes: tuple[str, ...] | None = None
     layouts: tuple[str, ...] = ()
     packages: tuple[tuple[str, str], ...] = ()
     loads: tuple[Loads, ...] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from sinkquant.schemes.inputs import deployed
+from sinkquant.schemes.inputs import deployed, input_format
 
 Kind = Literal["int", "float"]
 """Codes are integers, or floating-point numbers of few bits."""
@@ -22,7 +22,8 @@ class WeightFormat:
     `bits` 2..8, or 16 for a linear that is left as it is; `group_size` in input columns, -1 for one scale per
     output channel, null with 16 bits. `kind` "float": codes are floating-point numbers. `inputs` is the number
     format that the checkpoint asks an engine to round the linear's inputs to, `input_scale` "token" where an engine
-    takes a scale per token as it goes, "tensor" where one scale for all is stored with the weights.
+    takes a scale per token as it goes, "tensor" where one scale for all is stored with the weights, "group" where the
+    format gives one to every few inputs.
     `storage` with `kind` names the scheme (`schemes.registry`), which knows the tensors that the linear becomes.
     `columns` input columns and `scalars` single weights stand beside the codes in 16 bits each.
     """
@@ -44,7 +45,7 @@ class WeightFormat:
     @property
     def static_inputs(self) -> bool:
         """Whether a scale of the inputs is stored."""
-        return self.packed and self.inputs != "16-bit" and self.input_scale == "tensor"
+        return self.packed and self.inputs != "16-bit" and input_format(self.inputs).stored(self.input_scale)
 
     @property
     def split(self) -> bool:

@@ -35,7 +35,7 @@ def test_formats_are_found_by_storage_and_kind() -> None:
 
 @pytest.mark.parametrize(("setting", "message"), [
     ("backend=bitsandbites", "a backend is one of compressed-tensors, bitsandbytes, quanto, gptq"),
-    ("weights.format=nf5", "weights have one of the formats int, nf4, fp4, float8"),
+    ("weights.format=nf5", "weights have one of the formats int, nvfp4, mxfp4, mxfp8, nf4, fp4, float8"),
     ("activations.format=int5", "inputs are rounded to one of 16-bit, int8, fp8, int6, int4")])
 def test_names_that_nobody_has_are_refused(setting: str, message: str) -> None:
     with pytest.raises(RequestError, match=message):

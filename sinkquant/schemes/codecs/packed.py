@@ -31,11 +31,15 @@ class PackedWeight:
 
         The product of an 8-bit code and a 16-bit scale is exact in float32, so that one rounding remains.
         """
-        dense = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        dense, spread = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device), self.spread()
         for rows in row_chunks(self.codes):
-            part = dequantize(self.codes[rows], self.scale[rows])
+            part = dequantize(self.codes[rows], spread[rows])
             dense[rows] = part if self.outliers is None else self.outliers.add_to(part, rows.start)
         return dense
+
+    def spread(self) -> torch.Tensor:
+        """What codes are multiplied with, [rows, groups]."""
+        return self.scale
 
     def split(self, rows: Sequence[int]) -> list[Self]:
         """Weights of so many rows each, one below the other in this one, of which nothing stands beside the codes."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from sinkquant.errors import RequestError
 from sinkquant.extensions import brought, loaded
-from sinkquant.schemes import Scheme, WeightFormat, bitsandbytes, fp8, gptq, integers, quanto, scheme_of
+from sinkquant.schemes import Scheme, WeightFormat, bitsandbytes, blocks, fp8, gptq, integers, quanto, scheme_of
 from sinkquant.schemes.codecs.bitsandbytes import BitsAndBytesFiles, FourBitCodec, LLMInt8Codec
+from sinkquant.schemes.codecs.blocks import BlockCodec
 from sinkquant.schemes.codecs.codec import Codec, LibraryCodec
 from sinkquant.schemes.codecs.compressed import CompressedTensorsFiles
 from sinkquant.schemes.codecs.files import Files, LibraryFiles
@@ -19,6 +20,7 @@ GROUP = "sinkquant.codecs"
 """The group of entry points that other packages bring codecs by, under the name of the storage."""
 CODECS: tuple[Codec, ...] = (
     IntegerCodec(integers.INTEGERS, CompressedTensorsFiles()), FP8Codec(fp8.FP8, CompressedTensorsFiles()),
+    *(BlockCodec(scheme, CompressedTensorsFiles()) for scheme in (blocks.NVFP4, blocks.MXFP4, blocks.MXFP8)),
     *(FourBitCodec(scheme, BitsAndBytesFiles()) for scheme in bitsandbytes.FOUR_BIT),
     LLMInt8Codec(bitsandbytes.LLM_INT8, BitsAndBytesFiles()),
     QuantoCodec(quanto.INTEGERS, QuantoFiles()), QuantoCodec(quanto.FLOAT8, QuantoFiles()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sinkquant.schemes import SCHEMES, Scheme, WeightFormat
+from sinkquant.schemes import SCHEMES, Scheme, WeightFormat, input_format
 from sinkquant.schemes.codecs import CODECS, LibraryCodec, StoredWeight, codec_of
 from sinkquant.schemes.tensors import tensor_bytes
 
@@ -15,14 +15,15 @@ CASES = [(scheme, bits) for scheme in SCHEMES for bits in scheme.bits]
 def form_of(scheme: Scheme, bits: int, columns: int, inputs: str = "16-bit") -> WeightFormat:
     asked = scheme.group_for(bits) or 32
     return WeightFormat(bits, scheme.fitted(bits, asked, columns), scheme.kind, inputs,
-                        None if inputs == "16-bit" else "tensor", scheme.storage)
+                        None if inputs == "16-bit" else input_format(inputs).scales[-1], scheme.storage)
 
 
 def stored(form: WeightFormat, weight: torch.Tensor) -> StoredWeight:
     codec = codec_of(form)
     if isinstance(codec, LibraryCodec):
         return codec.rounded(weight, form)
-    return codec.nearest(form, getattr(torch, codec.scheme.scales("float32", False)), True).quantize(weight)
+    fused = codec.fused_scale([weight]) if codec.scheme.fused_scale else None
+    return codec.nearest(form, getattr(torch, codec.scheme.scales("float32", False)), True, fused).quantize(weight)
 
 
 def test_every_scheme_has_its_codec_and_every_codec_its_scheme() -> None:
@@ -37,7 +38,8 @@ def test_a_weight_comes_back_from_the_tensors_that_were_announced(scheme: Scheme
     for inputs in {"16-bit", *(scheme.inputs[1:2] if not scheme.foreign else ())}:
         form = form_of(scheme, bits, columns, inputs)
         made, codec = stored(form, weight), codec_of(form)
-        leaves = codec.leaves(made, form, torch.ones(1, dtype=torch.bfloat16) if form.static_inputs else None)
+        kind = torch.float32 if form.input_scale == "group" else torch.bfloat16
+        leaves = codec.leaves(made, form, torch.ones(1, dtype=kind) if form.static_inputs else None)
         announced = scheme.tensors(rows, columns, form, "float32", False)
         assert {name: (str(leaf.dtype).removeprefix("torch."), list(leaf.shape)) for name, leaf in leaves.items()
                 } == announced
