@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from sinkquant.artifacts import ModuleDecision, Plan
 from sinkquant.cli.tables.names import in_few_words
 from sinkquant.cli.tables.reasons import alike, template, with_ranges
+from sinkquant.schemes import scheme_of
 
 SHOWN, EXCEPTIONS = 6, 3
 """Different decisions, and places and exceptions of one, that are shown before the rest is counted."""
@@ -33,7 +34,7 @@ def decision_in_words(one: ModuleDecision) -> str:
             "split": "sink columns beside the codes", None: ""}[one.keep]
     pruned = "" if one.prune is None else f"{one.prune.sparsity:.0%} pruned ({one.prune.pattern}) by {one.prune.method}"
     inputs = "" if one.activations == "16-bit" or one.bits == 16 else f"inputs {one.inputs_in_words()}"
-    number = f"{one.bits} bits{' (float)' if one.form.floating else ''}"
+    number = f"{one.bits} bits{f' ({scheme_of(one.form).words})' if one.form.floating else ''}"
     method = "" if one.method == "none" else one.method.upper()
     return ", ".join(word for word in (number, groups, method, inputs, kept, pruned) if word)
 

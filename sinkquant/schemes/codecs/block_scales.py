@@ -62,7 +62,7 @@ class BlockGrid:
         return self._inside(scaled.to(torch.float8_e4m3fn).view(torch.uint8).int())
 
     def reach(self, largest: torch.Tensor) -> torch.Tensor:
-        """The bytes of the scales that compressed-tensors takes where they are not too small: under E4M3 the largest weight of a block gets the
+        """The bytes of the scales that compressed-tensors takes: under E4M3 the largest weight of a block gets the
         largest code; under E8M0 its exponent is that of the largest code, one more where the mantissa is over 1.75.
 
         largest: float32, the largest |weight| of every block.
