@@ -22,7 +22,9 @@ class GPTQMethod(Method):
     needs_hessian = True
 
     def takes(self, form: WeightFormat) -> str:
-        return "" if scheme_of(form).integers else "rounds to integers with a scale per group only"
+        scheme = scheme_of(form)
+        known = scheme.integers or scheme.grid
+        return "" if known else "rounds to a fixed set of numbers with a scale per group only"
 
     def cost(self, shape: LinearShape, settings: Settings) -> Cost:
         rows, columns = shape.rows, shape.columns
@@ -32,11 +34,15 @@ class GPTQMethod(Method):
 
     def solve(self, problem: Problem) -> PackedWeight:
         from sinkquant.quantize.gptq import GPTQ
+        from sinkquant.schemes.codecs import codec_of
 
         assert problem.hessian is not None
         settings, form = problem.settings, problem.form
+        grid = None
+        if not scheme_of(form).integers:
+            grid = codec_of(form).grid(form, problem.scale_dtype, problem.fused_scale)
         method = GPTQ(form.bits, form.group_size or -1, settings.damping, settings.act_order, problem.scale_dtype,
-                      settings.scale_search, passes=settings.descent)
+                      settings.scale_search, passes=settings.descent, grid=grid)
         return method.quantize(problem.weight, problem.hessian, problem.name, problem.cross, problem.kept)
 
     def solve_together(self, problems: Sequence[Problem]) -> list[PackedWeight]:

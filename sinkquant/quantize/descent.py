@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sinkquant.schemes.codecs.integer_scales import storable
+from sinkquant.schemes.codecs.grid import Grid, IntegerGrid
 from sinkquant.schemes.codecs.packed import PackedWeight
 
 BLOCK = 64
@@ -20,7 +20,8 @@ CHUNK = 1 << 24
 
 @torch.no_grad()
 def descend(packed: PackedWeight, weight: torch.Tensor, hessian: torch.Tensor, passes: int,
-            pull: torch.Tensor | None = None, kept: torch.Tensor | None = None) -> PackedWeight:
+            pull: torch.Tensor | None = None, kept: torch.Tensor | None = None,
+            grid: Grid | None = None) -> PackedWeight:
     """Lower trace((Q - W) H (Q - W)^T) - 2 trace((Q - W) P^T), where Q is what the codes and scales give.
 
     Every pass fits the scales of a row to its codes and then visits every column once, from left to right. No row ends
@@ -30,8 +31,9 @@ def descend(packed: PackedWeight, weight: torch.Tensor, hessian: torch.Tensor, p
         weight: float [rows, columns]. hessian: [columns, columns], positive definite, so with its damping.
         pull: P, [rows, columns]: what asymmetric calibration asks for beside W; None: nothing.
         kept: bool [rows, columns]; where it is False the code is 0 and stays 0. None: all codes may change.
+        grid: the numbers that a weight may take; None: integers.
     """
-    metric = hessian.float()
+    metric, grid = hessian.float(), grid or IntegerGrid(packed.bits, packed.scale.dtype)
     codes, scale = torch.empty_like(packed.codes), torch.empty_like(packed.scale)
     step = max(1, CHUNK // weight.shape[1])
     for start in range(0, len(weight), step):
@@ -40,17 +42,17 @@ def descend(packed: PackedWeight, weight: torch.Tensor, hessian: torch.Tensor, p
         if pull is not None:
             wanted += pull[rows].T.float()
         free = None if kept is None else kept[rows].T.float()
-        codes[rows], scale[rows] = _descend(packed.codes[rows], packed.scale[rows], packed.bits, metric, wanted, passes,
-                                            free)
-    return PackedWeight(codes, scale, packed.bits)
+        codes[rows], scale[rows] = _descend(packed.codes[rows], packed.scale[rows], grid, metric, wanted, passes, free)
+    return grid.weight(codes, scale)
 
 
-def _descend(codes: torch.Tensor, scale: torch.Tensor, bits: int, metric: torch.Tensor, wanted: torch.Tensor,
+def _descend(codes: torch.Tensor, scale: torch.Tensor, grid: Grid, metric: torch.Tensor, wanted: torch.Tensor,
              passes: int, free: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """wanted: B, [columns, rows]. free: 1 for codes that may change, 0 for others, [columns, rows]."""
-    best = now = _State.of(codes.T.float().contiguous(), scale.T.contiguous(), metric, wanted)
+    best = now = _State.of(codes.T.float().contiguous(), scale.T.contiguous(), grid, metric, wanted)
+    fitted = _fitted if grid.free_scales else _fitted_in_turn
     for _ in range(passes):
-        now = _visited(_fitted(now, bits, metric, wanted), bits, metric, wanted, free)
+        now = _visited(fitted(now, grid, metric, wanted), grid, metric, wanted, free)
         best = now.where_better(best)
     return best.codes.T.to(torch.int8), best.scale.T
 
@@ -67,14 +69,16 @@ class _State:
     loss: torch.Tensor
 
     @classmethod
-    def of(cls, codes: torch.Tensor, scale: torch.Tensor, metric: torch.Tensor, wanted: torch.Tensor) -> _State:
-        slope = torch.addmm(wanted, metric, codes * _spread(scale, len(codes)), beta=-1)
-        return cls.at(codes, scale, slope, wanted)
+    def of(cls, codes: torch.Tensor, scale: torch.Tensor, grid: Grid, metric: torch.Tensor,
+           wanted: torch.Tensor) -> _State:
+        slope = torch.addmm(wanted, metric, codes * _spread(scale, grid, len(codes)), beta=-1)
+        return cls.at(codes, scale, grid, slope, wanted)
 
     @classmethod
-    def at(cls, codes: torch.Tensor, scale: torch.Tensor, slope: torch.Tensor, wanted: torch.Tensor) -> _State:
+    def at(cls, codes: torch.Tensor, scale: torch.Tensor, grid: Grid, slope: torch.Tensor,
+           wanted: torch.Tensor) -> _State:
         """Where the slope is known."""
-        new = codes * _spread(scale, len(codes))
+        new = codes * _spread(scale, grid, len(codes))
         return cls(codes, scale, slope, (new * (slope - wanted)).sum(0, dtype=torch.float64))
 
     def where_better(self, other: _State) -> _State:
@@ -84,11 +88,27 @@ class _State:
             (self.codes, other.codes), (self.scale, other.scale), (self.slope, other.slope), (self.loss, other.loss))))
 
 
-def _spread(scale: torch.Tensor, columns: int) -> torch.Tensor:
-    return scale.float().repeat_interleave(columns // len(scale), dim=0)
+def _spread(scale: torch.Tensor, grid: Grid, columns: int) -> torch.Tensor:
+    return grid.spread(scale).repeat_interleave(columns // len(scale), dim=0)
 
 
-def _fitted(now: _State, bits: int, metric: torch.Tensor, wanted: torch.Tensor) -> _State:
+def _fitted_in_turn(now: _State, grid: Grid, metric: torch.Tensor, wanted: torch.Tensor) -> _State:
+    """With every group's scale in turn at the one that can be stored with the least loss, all other weights held fixed.
+    Coarse scales would lose by rounding what fitting them together gains."""
+    size = len(now.codes) // len(now.scale)
+    scale, slope, spread = now.scale.clone(), now.slope.clone(), grid.spread(now.scale)
+    for group in range(len(scale)):
+        columns = slice(group * size, (group + 1) * size)
+        part = now.codes[columns]
+        curve = ((metric[columns, columns] @ part) * part).sum(0)
+        best = spread[group] - (slope[columns] * part).sum(0) / curve.clamp(min=1e-30)
+        # A group whose codes are all zero fits any scale. The loss is a parabola: the nearest scale is the best one.
+        scale[group] = torch.where((curve > 0) & (best > 0), grid.storable(best.clamp(min=1e-30)), scale[group])
+        slope.addmm_(metric[:, columns], part * (grid.spread(scale[group]) - spread[group]))
+    return _State.at(now.codes, scale, grid, slope, wanted).where_better(now)
+
+
+def _fitted(now: _State, grid: Grid, metric: torch.Tensor, wanted: torch.Tensor) -> _State:
     """With the scales that leave the least loss for these codes, rows that get worse by the rounding left alone."""
     groups, rows = now.scale.shape
     parts = now.codes.unflatten(0, (groups, -1))
@@ -106,16 +126,15 @@ def _fitted(now: _State, bits: int, metric: torch.Tensor, wanted: torch.Tensor) 
     diagonal += 1e-9 * diagonal.mean(0, keepdim=True) + empty
     solution = torch.linalg.solve_ex(system.permute(2, 0, 1), right.T)[0].T
     good = torch.isfinite(solution) & (solution != 0) & ~empty
-    scale = storable(torch.where(good, solution, now.scale.double()).float(), bits, now.scale.dtype)
-    return _State.of(now.codes, scale, metric, wanted).where_better(now)
+    scale = grid.storable(torch.where(good, solution, now.scale.double()).float())
+    return _State.of(now.codes, scale, grid, metric, wanted).where_better(now)
 
 
-def _visited(now: _State, bits: int, metric: torch.Tensor, wanted: torch.Tensor,
+def _visited(now: _State, grid: Grid, metric: torch.Tensor, wanted: torch.Tensor,
              free: torch.Tensor | None) -> _State:
     """After every column was once given its best code, times `free`."""
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     codes, slope = now.codes.clone(), now.slope.clone()
-    spread = _spread(now.scale, len(codes))
+    spread = _spread(now.scale, grid, len(codes))
     steps = (spread * metric.diagonal()[:, None]).reciprocal_()
     for start in range(0, len(codes), BLOCK):
         stop = min(start + BLOCK, len(codes))
@@ -126,10 +145,10 @@ def _visited(now: _State, bits: int, metric: torch.Tensor, wanted: torch.Tensor,
         for i in range(start, stop):
             done, before = i - start, codes[i]
             local = torch.addmv(slope[i], changes[:done].T, inner[done, :done]) if done else slope[i]
-            code = torch.addcmul(before, local, steps[i], value=-1).round_().clamp_(low, high)
+            code = grid.nearest_(torch.addcmul(before, local, steps[i], value=-1))
             if free is not None:
                 code *= free[i]
             torch.sub(code, before, out=changes[done]).mul_(spread[i])
             codes[i] = code
         slope.addmm_(metric[:, start:stop], changes)
-    return _State.at(codes, now.scale, slope, wanted)
+    return _State.at(codes, now.scale, grid, slope, wanted)

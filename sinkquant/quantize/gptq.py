@@ -9,8 +9,8 @@ import torch
 
 from sinkquant.quantize.descent import descend
 from sinkquant.quantize.factor import damped_hessian, inverse_factor
-from sinkquant.schemes.codecs.integer_scales import searched_scales
-from sinkquant.schemes.codecs.packed import PackedWeight, group_scales
+from sinkquant.schemes.codecs.grid import Grid, IntegerGrid
+from sinkquant.schemes.codecs.packed import PackedWeight
 
 BLOCK = 64
 
@@ -28,6 +28,7 @@ class GPTQ:
 
     `asymmetry` is how much of the difference between what the unquantized model would feed this layer and what it
     gets is made up for (GPTAQ; its authors take 0.25); it needs `cross`. `passes` rounds of coordinate descent follow.
+    `grid`: the numbers that a weight may take; None: integers of `bits` with scales in `scale_dtype`.
     """
 
     bits: int
@@ -38,6 +39,7 @@ class GPTQ:
     scale_search: bool = True
     asymmetry: float = 0.25
     passes: int = 3
+    grid: Grid | None = None
 
     @torch.no_grad()
     def quantize(self, weight: torch.Tensor, hessian: torch.Tensor, name: str = "weight",
@@ -65,9 +67,9 @@ class GPTQ:
         packed = self._in_order(work, size, factor, drift, kept)
         if self.passes:
             pull = None if cross is None else self.asymmetry * (weight.float() @ (cross / mean).float())[:, order]
-            packed = descend(packed, work, damped, self.passes, pull, kept)
+            packed = descend(packed, work, damped, self.passes, pull, kept, self.grid)
         back = order.argsort()
-        return PackedWeight(packed.codes[:, back], packed.scale[:, back[::size] // size], self.bits)
+        return self._on().weight(packed.codes[:, back], packed.scale[:, back[::size] // size])
 
     def _in_order(self, weight: torch.Tensor, size: int, factor: torch.Tensor, drift: torch.Tensor | None,
                   kept: torch.Tensor | None) -> PackedWeight:
@@ -85,14 +87,13 @@ class GPTQ:
         shares = (factor / factor.diagonal()[:, None]).T.contiguous()
         gains = None if drift is None else drift.T.contiguous()
         columns, rows = work.shape
-        low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        grid = self._on()
         codes, real = torch.empty(columns, rows, dtype=torch.int8, device=work.device), torch.empty_like(work[0])
         scales = []
         for group in range(0, columns, size):
-            entered = work[group:group + size]
-            scales.append(self._scale((entered if free is None else entered * free[group:group + size]).T.contiguous(),
-                                      factor.diagonal()[group:group + size]))
-            scale = scales[-1].float()
+            entered = work[group:group + size] if free is None else work[group:group + size] * free[group:group + size]
+            scales.append(self._scale(grid, entered.T.contiguous(), factor.diagonal()[group:group + size]))
+            scale = grid.spread(scales[-1])
             for start in range(group, group + size, BLOCK):
                 stop = min(start + BLOCK, group + size)
                 errors = torch.empty(stop - start, rows, device=work.device)
@@ -102,7 +103,7 @@ class GPTQ:
                         column.addmv_(errors[:done].T, shares[i, start:i], alpha=-1)
                         if gains is not None:
                             column.addmv_(work[start:i].T, gains[i, start:i])
-                    torch.div(column, scale, out=real).round_().clamp_(low, high)
+                    grid.nearest_(torch.div(column, scale, out=real))
                     if free is not None:
                         real *= free[i]
                     codes[i] = real
@@ -110,13 +111,15 @@ class GPTQ:
                 work[stop:].addmm_(shares[stop:, start:stop], errors, alpha=-1)
                 if gains is not None:
                     work[stop:].addmm_(gains[stop:, start:stop], work[start:stop])
-        return PackedWeight(codes.T.contiguous(), torch.stack(scales, dim=1), self.bits)
+        return grid.weight(codes.T.contiguous(), torch.stack(scales, dim=1))
 
-    def _scale(self, group: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    def _on(self) -> Grid:
+        return self.grid or IntegerGrid(self.bits, self.scale_dtype)
+
+    def _scale(self, grid: Grid, group: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         """The scale of one group: [rows] from weights [rows, size] and the factor's diagonal [size]."""
-        if self.scale_search:
-            return searched_scales(group, self.bits, -1, self.scale_dtype, factor.double().square().reciprocal())[:, 0]
-        return group_scales(group, self.bits, -1, self.scale_dtype)[:, 0]
+        importance = factor.double().square().reciprocal() if self.scale_search else None
+        return grid.scales(group, importance, self.scale_search)[:, 0]
 
     def _drift(self, cross: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
         """How much of column i, in the visiting order, is added to the columns after it: float32 [columns, columns],

@@ -6,9 +6,12 @@ byte that stores it: E4M3 and E8M0 without a sign are in the order of their byte
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
+
+from sinkquant.schemes.codecs.packed import PackedWeight
 
 E2M1 = (0, 1, 2, 3, 4, 6, 8, 12)
 """Twice the numbers of E2M1, by their three bits."""
@@ -32,6 +35,15 @@ class BlockGrid:
     def top(self) -> float:
         """The largest code."""
         return float(E2M1[-1]) if self.bits == 4 else FP8_MAX
+
+    @property
+    def free_scales(self) -> bool:
+        """Eight bits are coarse."""
+        return False
+
+    def weight(self, codes: torch.Tensor, scale: torch.Tensor) -> BlockWeight:
+        """codes: int8 or float8_e4m3fn [rows, columns]; scale: bytes, [rows, blocks]."""
+        return BlockWeight(codes, scale, self.bits, whole=self.whole)
 
     def nearest_(self, codes: torch.Tensor) -> torch.Tensor:
         """Round to the nearest codes in place, halves to the even one, and what is too large to the largest.
@@ -110,3 +122,24 @@ class BlockGrid:
         """Bytes whose scale is not zero, and with which no code overflows or falls under the smallest normal number."""
         low, high = (1, 126) if self.whole is not None else (4, 244)
         return scale.clamp(low, high).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class BlockWeight(PackedWeight):
+    """codes: int8 [rows, columns], twice the numbers of E2M1, or float8_e4m3fn; scale: bytes, uint8 [rows, blocks].
+    whole: the scale of the whole tensor, float32 [1], or None."""
+
+    whole: torch.Tensor | None = None
+
+    @property
+    def grid(self) -> BlockGrid:
+        """What its codes are of."""
+        return BlockGrid(self.bits, self.codes.shape[1] // self.scale.shape[1], self.whole)
+
+    def spread(self) -> torch.Tensor:
+        """What codes are multiplied with, float32 [rows, blocks]."""
+        return self.grid.spread(self.scale)
+
+    def cpu(self) -> Self:
+        """The same in main memory."""
+        return replace(super().cpu(), whole=None if self.whole is None else self.whole.cpu())

@@ -3,36 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass
 
 import torch
 
 from sinkquant.schemes import WeightFormat
-from sinkquant.schemes.codecs.block_scales import E2M1, FP8_MAX, BlockGrid
+from sinkquant.schemes.codecs.block_scales import E2M1, FP8_MAX, BlockGrid, BlockWeight
 from sinkquant.schemes.codecs.codec import Codec, Leaves, StoredWeight
-from sinkquant.schemes.codecs.packed import PackedWeight, row_chunks
-
-
-@dataclass(frozen=True)
-class BlockWeight(PackedWeight):
-    """codes: int8 [rows, columns], twice the numbers of E2M1, or float8_e4m3fn; scale: bytes, uint8 [rows, blocks].
-    whole: the scale of the whole tensor, float32 [1], or None."""
-
-    whole: torch.Tensor | None = None
-
-    @property
-    def grid(self) -> BlockGrid:
-        """What its codes are of."""
-        return BlockGrid(self.bits, self.codes.shape[1] // self.scale.shape[1], self.whole)
-
-    def spread(self) -> torch.Tensor:
-        """What codes are multiplied with, float32 [rows, blocks]."""
-        return self.grid.spread(self.scale)
-
-    def cpu(self) -> Self:
-        """The same in main memory."""
-        return replace(super().cpu(), whole=None if self.whole is None else self.whole.cpu())
+from sinkquant.schemes.codecs.packed import row_chunks
 
 
 @dataclass(frozen=True)
@@ -51,7 +29,7 @@ class NearestInBlocks:
             scales.append(self.grid.scales(part, importance, self.scale_search))
             real = part.unflatten(1, (-1, self.grid.size)) / self.grid.spread(scales[-1])[..., None]
             codes[rows] = self.grid.nearest_(real).flatten(1).to(kind)
-        return BlockWeight(codes, torch.cat(scales), self.grid.bits, whole=self.grid.whole)
+        return self.grid.weight(codes, torch.cat(scales))
 
 
 @dataclass(frozen=True)
@@ -67,10 +45,10 @@ class BlockCodec(Codec):
     def nearest(self, form: WeightFormat, scale_dtype: torch.dtype, scale_search: bool,
                 fused_scale: torch.Tensor | None = None) -> NearestInBlocks:
         """To the nearest floating-point number."""
-        return NearestInBlocks(self.grid(form, fused_scale), scale_search)
+        return NearestInBlocks(self.grid(form, scale_dtype, fused_scale), scale_search)
 
-    def grid(self, form: WeightFormat, fused_scale: torch.Tensor | None) -> BlockGrid:
-        """The grid of a weight. fused_scale: as `fused_scale` gives it, in schemes that have one."""
+    def grid(self, form: WeightFormat, scale_dtype: torch.dtype, fused_scale: torch.Tensor | None = None) -> BlockGrid:
+        """E2M1 or E4M3, and the scales of blocks."""
         assert (fused_scale is not None) == self.scheme.fused_scale
         return BlockGrid(form.bits, form.group_size or 0, fused_scale)
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from sinkquant.schemes import Scheme, WeightFormat
 from sinkquant.schemes.codecs.files import Files
+from sinkquant.schemes.codecs.grid import Grid
 from sinkquant.schemes.codecs.packed import PackedWeight
 
 Leaves = dict[str, torch.Tensor]
@@ -75,6 +76,10 @@ class Codec(ABC):
             scale_search: scales with the least squared error instead of those that reach the largest weight.
             fused_scale: what `fused_scale` gives, in schemes that have one.
         """
+        raise NotImplementedError
+
+    def grid(self, form: WeightFormat, scale_dtype: torch.dtype, fused_scale: torch.Tensor | None = None) -> Grid:
+        """The numbers that a weight may take; of schemes with a `grid`. Arguments as `nearest` has them."""
         raise NotImplementedError
 
     def fused_scale(self, weights: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -1,0 +1,70 @@
+"""What a method has to know of the numbers that a weight may take: the codes, and the scales that can be stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from sinkquant.schemes.codecs.integer_scales import searched_scales, storable
+from sinkquant.schemes.codecs.packed import PackedWeight, group_scales
+
+
+class Grid(Protocol):
+    """Codes times a scale per group. Codes are integers in memory, and scales as they are stored."""
+
+    @property
+    def free_scales(self) -> bool:
+        """Whether scales are so fine that those of a row are fitted together; coarse ones are one after the other."""
+
+    def nearest_(self, codes: torch.Tensor) -> torch.Tensor:
+        """Round to the nearest codes in place. codes: float32, any shape."""
+
+    def spread(self, scale: torch.Tensor) -> torch.Tensor:
+        """What codes are multiplied with, float32. scale: as stored, any shape."""
+
+    def storable(self, spread: torch.Tensor) -> torch.Tensor:
+        """The nearest scales that can be stored. spread: float32, any shape."""
+
+    def scales(self, weight: torch.Tensor, importance: torch.Tensor | None, search: bool) -> torch.Tensor:
+        """The scales of weights, float32 [rows, columns of a group], as stored [rows, 1]: those that reach the largest,
+        or with `search` those with the least error. importance: [columns], what an error in a column costs."""
+
+    def weight(self, codes: torch.Tensor, scale: torch.Tensor) -> PackedWeight:
+        """codes: int8 [rows, columns]; scale: as stored, [rows, groups]."""
+
+
+@dataclass(frozen=True)
+class IntegerGrid:
+    """Integers of so many bits, and 16-bit scales in both signs."""
+
+    bits: int
+    scale_dtype: torch.dtype
+
+    @property
+    def free_scales(self) -> bool:
+        """They are."""
+        return True
+
+    def nearest_(self, codes: torch.Tensor) -> torch.Tensor:
+        """Rounded and clamped."""
+        return codes.round_().clamp_(-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1)
+
+    def spread(self, scale: torch.Tensor) -> torch.Tensor:
+        """The scale itself."""
+        return scale.float()
+
+    def storable(self, spread: torch.Tensor) -> torch.Tensor:
+        """In 16 bits, not zero."""
+        return storable(spread, self.bits, self.scale_dtype)
+
+    def scales(self, weight: torch.Tensor, importance: torch.Tensor | None, search: bool) -> torch.Tensor:
+        """As `searched_scales` or `group_scales` of one group."""
+        if search:
+            return searched_scales(weight, self.bits, -1, self.scale_dtype, importance)
+        return group_scales(weight, self.bits, -1, self.scale_dtype)
+
+    def weight(self, codes: torch.Tensor, scale: torch.Tensor) -> PackedWeight:
+        """Nothing stands beside the codes."""
+        return PackedWeight(codes, scale, self.bits)
