@@ -31,12 +31,14 @@ MANIFEST_SCHEMA = "sinkquant/manifest@1"
 class WorkFolder:
     """Where `partial_folder` says. Its manifest holds the key of the run and the seconds that every stage has taken.
 
-    `peaks`: stage -> the most bytes that this process had in memory until its end.
+    `processor`: stage -> seconds that all processors together spent on it in this attempt. `peaks`: stage -> the most
+    bytes that this process had in memory until its end.
     """
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
         self.seconds: dict[str, float] = {}
+        self.processor: dict[str, float] = {}
         self.peaks: dict[str, float] = {}
 
     def __truediv__(self, name: str) -> Path:
@@ -45,13 +47,15 @@ class WorkFolder:
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Count a stage's seconds, over all attempts of a resumed run."""
-        start = time.monotonic()
+        start, busy = time.monotonic(), time.process_time()
         yield
         took = time.monotonic() - start
+        self.processor[stage] = round(self.processor.get(stage, 0.0) + time.process_time() - busy, 3)
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + took, 3)
         self.peaks[stage] = peak_resident()
         self.write_manifest()
-        LOG.info("%s took %.1f s; peak of memory so far %.2f GB", stage, took, self.peaks[stage] / 1e9)
+        LOG.info("%s took %.1f s (%.1f of processors); peak of memory so far %.2f GB", stage, took,
+                 self.processor[stage], self.peaks[stage] / 1e9)
 
     def what_is_left(self) -> str:
         """A sentence on what a run that stopped has left behind, and how to go on."""

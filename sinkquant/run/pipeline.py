@@ -382,14 +382,15 @@ class _Job:
         return model.to(pick_device(compute.device), getattr(torch, compute.dtype))
 
     def resources(self, aware: Plan) -> dict[str, float]:
-        """Seconds per stage over all attempts, the peak of this process until its end, and both as they were predicted;
-        bytes of the checkpoint as they were predicted."""
+        """Seconds per stage over all attempts, those of processors in this one, the peak of this process until its end,
+        and time and memory as they were predicted; bytes of the checkpoint as they were predicted."""
         peaks = {f"peak resident bytes: {stage}": size for stage, size in self.work.peaks.items()}
         memory = {f"predicted peak resident bytes: {stage}": self.base + size
                   for stage, size in self.predicted.peak_bytes.items()}
         seconds = {f"seconds: {stage}": taken for stage, taken in self.work.seconds.items()}
         predicted = {f"predicted seconds: {stage}": taken for stage, taken in self.predicted.seconds.items()}
-        return seconds | predicted | peaks | memory | {
+        processor = {f"processor seconds: {stage}": spent for stage, spent in self.work.processor.items()}
+        return seconds | processor | predicted | peaks | memory | {
             "peak resident bytes": peak_resident(), "predicted peak resident bytes": self.base + self.predicted.peak,
             "bytes predicted": float(aware.weight_bytes)}
 
