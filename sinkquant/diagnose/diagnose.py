@@ -24,7 +24,7 @@ from sinkquant.diagnose.robustness import (
     past_the_context,
     robustness,
 )
-from sinkquant.diagnose.rows import mark_sinks, random_rows, repeated_rows
+from sinkquant.diagnose.rows import mark_sinks, random_rows, repeated_rows, with_bos
 from sinkquant.diagnose.specials import special_token_paths
 from sinkquant.diagnose.spread import spread
 from sinkquant.diagnose.squashing import over_squashing, representational_collapse
@@ -91,6 +91,10 @@ def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
     spreads = [spread(decoder, rows, rows.shape[1] // 4, bool(job.front), job.compute)]
     if job.front:
         spreads.append(spread(decoder, rows[:, 1:], rows.shape[1] // 4 - 1, False, job.compute))
+    elif tokenizer.bos_token_id is not None:
+        fronted = with_bos(rows[:, :decoder.max_length - 1], int(tokenizer.bos_token_id), [0])
+        spreads.append(spread(decoder, fronted, rows.shape[1] // 4 + 1, True, job.compute))
+        notes.append("rows of this model do not start with <bos>: the spread with it is of the same rows behind one")
     else:
         notes.append("rows of this model do not start with <bos>: the spread is measured without it only")
     steps.next("<bos> removed and moved")

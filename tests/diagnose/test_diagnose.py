@@ -69,6 +69,16 @@ def test_it_can_be_shown(planted: Diagnosis) -> None:
     assert shown.count("0.667 (0.667 to 0.667)") >= 4
 
 
+def test_bos_is_tried_where_the_tokenizer_has_one_and_adds_none(text_file: Path) -> None:
+    found = diagnose(tiny_model("llama", max_position_embeddings=70), tiny_tokenizer("none"), str(text_file), RECIPE,
+                     attacks=False)
+    bare, fronted = found.spread
+    assert (bare.with_bos, fronted.with_bos) == (False, True)
+    assert fronted.position == bare.position + 1  # the same token of the text
+    assert fronted.length == bare.length == 70
+    assert [variant.name for variant in found.bos] == ["once", "none", "moved", "twice"]
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gpt_oss", "gemma2"])
 def test_every_family_without_bos(family: str, text_file: Path) -> None:
     tokenizer = tiny_tokenizer("none", has_bos=False)

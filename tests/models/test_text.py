@@ -7,10 +7,12 @@ from typing import Literal
 
 import pytest
 import torch
+from families import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import WORDS, random_text, tiny_tokenizer
 
+from sinkquant.detect import detect
 from sinkquant.errors import RequestError
 from sinkquant.models import (
     BosPolicy,
@@ -100,6 +102,14 @@ def test_documents_are_split_at_their_separator_only() -> None:
 def test_a_text_shorter_than_one_row_says_how_much_is_needed() -> None:
     with pytest.raises(RequestError, match=r"calibration text is shorter than one row: it has 3 tokens .* needs 19"):
         token_rows(tiny_tokenizer(), "w8 w9 w10", 5, 20)
+
+
+def test_a_text_shorter_than_one_row_at_a_large_vocabulary_is_refused_by_detection(tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("w8 w99 w10 " * 15, encoding="utf-8")  # 45 tokens, few of 50,000
+    model = tiny_model("llama", vocab_size=50_000, num_hidden_layers=1)
+    with pytest.raises(RequestError, match=r"text is shorter than one row: it has 45 tokens and a row needs 63"):
+        detect(model, tiny_tokenizer(), str(path))
 
 
 def test_ids_beyond_the_embedding_are_refused() -> None:
