@@ -155,8 +155,8 @@ class Plan(Artifact):
     """Bits per module with reasons, exact bytes, and what loads the result.
 
     `bits_per_weight` averages over the linears of the blocks, scales and modules left in 16 bits counted.
-    `weight_bytes` is the size of the checkpoint's safetensors files to the byte, their headers included. `transforms`
-    are carried out in their order, before anything is quantized.
+    `weight_bytes` is the size of the files with the checkpoint's weights to the byte, their headers included.
+    `transforms` are carried out in their order, before anything is quantized.
     `silenced_heads` are query heads that nothing reads any more; their weights stay where they are. `losses` are the
     parts of the predicted loss, empty where nothing was known of it.
     """

@@ -56,7 +56,8 @@ class ModelShape(Strict):
     `not_rotated`: scope of a rotation ("values", "full") -> why it is not possible; `untied`: what a full rotation
     adds to `tensors`. `not_loaded_from`: backends whose checkpoints transformers loads into other experts than the
     model's own, which have tensors of other names (Llama 4). `carried`: tensors of its folder that the model does not
-    compute with and a checkpoint takes along; `notes`: what a plan has to say about its files.
+    compute with and a checkpoint takes along; `folder`: where its files lie, null for a model made in memory; `notes`:
+    what a plan has to say about its files.
     """
 
     name: str
@@ -70,6 +71,7 @@ class ModelShape(Strict):
     untied: dict[str, tuple[str, list[int]]] = Field(default_factory=dict)
     not_loaded_from: list[str] = Field(default_factory=list)
     carried: dict[str, tuple[str, list[int]]] = Field(default_factory=dict)
+    folder: str | None = None
     notes: list[str] = Field(default_factory=list)
 
     @property

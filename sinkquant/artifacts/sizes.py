@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sinkquant.artifacts.shapes import ModelShape
 from sinkquant.schemes import WeightFormat, scheme_of
-from sinkquant.schemes.tensors import DTYPES, Tensor, checkpoint_files, file_header, tensor_bytes
+from sinkquant.schemes.tensors import DTYPES, Tensor, tensor_bytes
 
 GUARD: Tensor = ("int8", [0])
 """Stands under the name of the first packed weight of a checkpoint in sinkquant's own format. A transformers that does
@@ -70,6 +70,7 @@ def checkpoint_tensors(shape: ModelShape, formats: dict[str, WeightFormat]) -> d
 
 
 def checkpoint_bytes(shape: ModelShape, formats: dict[str, WeightFormat]) -> int:
-    """Bytes of the safetensors files of a checkpoint, their headers included. `formats` as in `checkpoint_tensors`."""
-    files = checkpoint_files(checkpoint_tensors(shape, formats))
-    return sum(len(file_header(file)) + sum(tensor_bytes(*tensor) for tensor in file.values()) for file in files)
+    """Bytes of the files with the weights of a checkpoint, their headers included. `formats` as in
+    `checkpoint_tensors`."""
+    scheme = scheme_of(next(iter(formats.values()), WeightFormat(16, None)))
+    return scheme.file_size(checkpoint_tensors(shape, formats), shape.carried, shape.architecture, shape.folder)

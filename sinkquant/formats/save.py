@@ -31,8 +31,9 @@ from sinkquant.models.source import runs_own_code
 from sinkquant.models.unused import unused_of
 from sinkquant.quantize import state_of
 from sinkquant.recipe import Recipe
-from sinkquant.schemes import DEFAULT_BACKEND, WeightFormat, packages_of
+from sinkquant.schemes import DEFAULT_BACKEND, WeightFormat, packages_of, scheme_of
 from sinkquant.schemes.codecs import StoredWeight, codec_of, files_of
+from sinkquant.schemes.inputs import NO_ROUNDING
 
 CHECKPOINT_SCHEMA = "sinkquant/checkpoint@1"
 STORED = ("weight", "weight_packed", "weight_scale", "weight_shape", "input_scale", "weight_columns", "weight_exact",
@@ -62,7 +63,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
             write_packed(writer, name, weight, state.plan.formats[name], state.input_scales.get(name))
         save_simulated(temporary, state.plan, state.input_scales)
         write_files(temporary, model, state.plan, sink_map or state.plan.sink_map, recipe, state.tokens)
-        check_reload(model, temporary)
+        files_of(state.plan.backend).finish(temporary, state.plan, type(model).__name__)
+        check_reload(model, temporary, state.plan)
     return target
 
 
@@ -171,13 +173,18 @@ def write_files(folder: Path, model: PreTrainedModel, plan: Plan, sink_map: Sink
         path.chmod(ours.stat().st_mode)
 
 
-def check_reload(model: PreTrainedModel, folder: Path) -> None:
-    """Load a checkpoint as any user would and compare logits on one row.
+def check_reload(model: PreTrainedModel, folder: Path, plan: Plan) -> None:
+    """Load a checkpoint as any user would and compare logits on one row. An embedding and a head that are rounded as
+    they are written are taken from the model.
 
     Raises:
         SinkquantError: they differ.
     """
     again = load_dense(folder, dtype=model.dtype, trust_remote_code=runs_own_code(model))
+    if any(scheme_of(form).ends != NO_ROUNDING for form in plan.formats.values()):
+        for mine, theirs in ((again.get_input_embeddings(), model.get_input_embeddings()),
+                             (again.get_output_embeddings(), model.get_output_embeddings())):
+            mine.weight.data.copy_(theirs.weight.data)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     row = torch.randint(vocabulary, (1, 16), generator=generator)

@@ -114,6 +114,7 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
         save_simulated(partial, plan, scales)
         write_files(partial, model, plan, sink_map, recipe, tokens)
         (partial / STATE).unlink()
+        files_of(plan.backend).finish(partial, plan, type(model).__name__)
         _check_reload(partial, decoder, plan)
         partial.rename(folder)
     return losses

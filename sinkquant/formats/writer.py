@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from sinkquant.artifacts.base import write_atomically
-from sinkquant.artifacts.sizes import Tensor, checkpoint_files, file_header, tensor_bytes
 from sinkquant.errors import SinkquantError
 from sinkquant.models.shards import StoredTensor
+from sinkquant.schemes.tensors import Tensor, checkpoint_files, file_header, tensor_bytes
 
 INDEX = "model.safetensors.index.json"
 

@@ -162,7 +162,7 @@ class Decoder:
     def shape(self, name: str) -> ModelShape:
         """Names and shapes of everything that a checkpoint of this model holds."""
         linears = {path: _linear_shape(self, path, module) for path, module in self.linears.items()}
-        structure = self.structure
+        structure, folder = self.structure, folder_of(self.model)
         reads = inputs(structure)
         for path, linear in list(linears.items()):
             kind, takes = reads.get(path, (None, None))
@@ -182,7 +182,8 @@ class Decoder:
                           dtype=str(self.model.dtype).removeprefix("torch."), linears=linears, tensors=tensors,
                           kv_layers=kv_layers(self.model.config), not_rotated=cannot,
                           untied=self._untied(structure), not_loaded_from=not_loaded_from(self.model),
-                          carried=carried, notes=[*source_notes(folder_of(self.model)), *unused.notes()])
+                          carried=carried, folder=None if folder is None else str(folder),
+                          notes=[*source_notes(folder), *unused.notes()])
 
     def _untied(self, structure: Structure) -> dict[str, tuple[str, list[int]]]:
         """The output head's tensor where rotating the residual stream unties it from the token embedding: the gain of

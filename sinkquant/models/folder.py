@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from sinkquant.errors import RequestError
 from sinkquant.models.gguf import SUFFIX, gguf_in, unpacked
+from sinkquant.models.gguf_index import FILE, is_gguf_checkpoint, read_index
 from sinkquant.models.headers import read_header
 from sinkquant.resources import demo_model
 
@@ -32,10 +33,11 @@ def resolve(model: str) -> Path:
     if model == "demo":
         folder = demo_model()
     elif Path(model).is_dir():
-        packed = gguf_in(Path(model))
+        packed = None if is_gguf_checkpoint(Path(model)) else gguf_in(Path(model))
         folder = Path(model) if packed is None else unpacked(packed)
     elif Path(model).is_file() and model.endswith(SUFFIX):
-        folder = unpacked(Path(model))
+        ours = Path(model).name == FILE and is_gguf_checkpoint(Path(model).parent)
+        folder = Path(model).parent if ours else unpacked(Path(model))
     elif Path(model).exists() or not HUB_ID.fullmatch(model) or model.startswith("."):
         raise RequestError(f"{model!r} is not a model folder, a GGUF file, a hub id (owner/name) or 'demo'.")
     else:
@@ -69,6 +71,9 @@ def check_folder(folder: Path) -> None:
         raise RequestError(f"{folder} holds an adapter ({ADAPTER}); merge it into its base model first (peft: "
                            "merge_and_unload, then save_pretrained), and name the folder of the merged model.")
     read_settings(folder)
+    if is_gguf_checkpoint(folder):
+        read_index(folder / FILE)
+        return
     for shard in weight_files(folder):
         read_header(shard)
 
@@ -96,11 +101,13 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint that transformers reads, in order: the file that config.json names, the
-    single file, the shards of the index.
+    single file, the shards of the index; or the GGUF file of one that sinkquant wrote.
 
     Raises:
         RequestError: there are none, the index names one that is missing, or shards have no index.
     """
+    if is_gguf_checkpoint(folder):
+        return [folder / FILE]
     named = _named(folder)
     if named is not None and named.endswith(".safetensors"):
         return [folder / named]

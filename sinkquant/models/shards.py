@@ -1,12 +1,8 @@
-"""The tensors of a safetensors checkpoint, read one at a time and never mapped into memory.
-
-A tensor is read with plain file reads, so that what is resident is what is being used. Weights that sinkquant packed
-look like the dense weights that they stand for.
-"""
+"""The tensors of a checkpoint, read one at a time and never mapped into memory. Weights that sinkquant packed look like
+the dense weights that they stand for."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +15,10 @@ from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 
 from sinkquant.models.folder import weight_files
+from sinkquant.models.gguf_index import is_gguf_checkpoint
+from sinkquant.models.gguf_tensors import gguf_tensors
 from sinkquant.models.headers import read_header
+from sinkquant.models.stored import StoredTensor
 
 PARTS = ("weight_packed", "weight_scale", "weight_columns", "weight_exact", "weight_places", "weight_values")
 """What a packed linear's weight is read from."""
@@ -40,46 +39,6 @@ class Stored(Protocol):
 
     def __getitem__(self, _: Any) -> torch.Tensor:
         """Read all of it."""
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor as it lies in a file, `offset` bytes from its start."""
-
-    path: Path
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    def __getitem__(self, _: Any) -> torch.Tensor:
-        return self.rows(0, self.shape[0]) if self.shape else self._read(0, 1).reshape(())
-
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """The rows start..stop along the first dimension."""
-        row = math.prod(self.shape[1:])
-        return self._read(start * row, (stop - start) * row).reshape(stop - start, *self.shape[1:])
-
-    def pick(self, ids: torch.Tensor) -> torch.Tensor:
-        """Some rows, [len(ids), ...]. ids: int64, ascending; rows beside one another are read at once."""
-        picked = torch.empty(len(ids), *self.shape[1:], dtype=self.dtype)
-        breaks = (torch.nonzero(ids.diff() != 1).flatten() + 1).tolist()
-        for first, last in zip([0, *breaks], [*breaks, len(ids)], strict=True):
-            if last > first:
-                picked[first:last] = self.rows(int(ids[first]), int(ids[last - 1]) + 1)
-        return picked
-
-    def _read(self, start: int, count: int) -> torch.Tensor:
-        values = torch.empty(count, dtype=self.dtype)
-        if count:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(self.offset + start * self.dtype.itemsize)
-                view, done = values.view(torch.uint8).numpy().data, 0
-                while done < len(view):
-                    read = file.readinto(view[done:])
-                    if not read:
-                        raise OSError(f"{self.path} ended early")
-                    done += read
-        return values
 
 
 @dataclass(frozen=True)
@@ -169,6 +128,8 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         RequestError: a file of the checkpoint is missing or broken.
     """
+    if is_gguf_checkpoint(folder):
+        return gguf_tensors(folder)
     return {name: StoredTensor(path, entry.offset, getattr(torch, entry.dtype), entry.shape)
             for path in weight_files(folder) for name, entry in read_header(path).items()}
 

@@ -31,6 +31,11 @@ def scheme_for(recipe: Recipe) -> Scheme:
     found = [scheme for scheme in found if scheme.double_quantization == weights.double_quantization]
     if not found:
         raise RequestError("weights.double_quantization is for bitsandbytes' nf4 and fp4; set it to false.")
+    found = [scheme for scheme in found if scheme.ends == weights.ends]
+    if not found:
+        kinds = " or ".join(dict.fromkeys(scheme.ends for scheme in held))
+        raise RequestError(f"weights.ends {weights.ends!r} is not held by the backend {backend}; use {kinds}, or "
+                           "another backend.")
     return found[0]
 
 
@@ -125,6 +130,12 @@ def carried(choices: dict[str, Choice], shape: ModelShape, recipe: Recipe) -> di
     """
     scheme = scheme_for(recipe)
     _check_dtype(scheme, shape)
+    packed = {name: shape.linears[name].columns for name, choice in choices.items() if choice.quantized}
+    if packed:
+        scheme.check_model(shape.architecture, shape.folder, packed)
+    for name in packed:
+        if why := scheme.refuses(name, choices[name].bits, choices[name].group_size, choices[name].method):
+            raise RequestError(why)
     made = {name: _carry(name, choice, shape, scheme) if choice.quantized else choice
             for name, choice in choices.items()}
     if any(choice.quantized for choice in choices.values()) and not any(choice.quantized for choice in made.values()):

@@ -10,7 +10,7 @@ from sinkquant.artifacts.pruning import pattern_group
 from sinkquant.methods import MethodName
 from sinkquant.recipe.section import Bits, GroupSize, Section, Statistics
 from sinkquant.schemes.inputs import input_format, known_inputs
-from sinkquant.schemes.registry import known_format
+from sinkquant.schemes.registry import known_ends, known_format
 
 
 def _is_a_pattern(pattern: str) -> str:
@@ -44,11 +44,14 @@ class Weights(Section):
     head or "full", the residual stream as well; `smooth` channels, by "smoothquant" with `smooth_strength` or "awq".
     `format` other than "int" and `double_quantization` (scales quantized once more) are for backends that hold them:
     bitsandbytes nf4 and fp4, quanto float8; and "nvfp4", "mxfp4" and "mxfp8" for compressed-tensors.
+    `ends`: what the token embedding and the output head are held in; "16-bit" leaves them as they are, a GGUF file
+    also takes "f16", "bf16" and "q8_0".
     """
 
     method: MethodName = "gptq"
     format: Annotated[str, AfterValidator(known_format)] = "int"
     double_quantization: bool = False
+    ends: Annotated[str, AfterValidator(known_ends)] = "16-bit"
     bits: int = Field(default=4, ge=2, le=8)
     group_size: GroupSize = 64
     symmetric: Literal[True] = True

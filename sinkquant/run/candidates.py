@@ -36,7 +36,7 @@ Progress = Callable[[int, int, str], None]
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of a checkpoint's safetensors files."""
+    """Bytes of the files with a checkpoint's weights."""
     return sum(path.stat().st_size for path in weight_files(folder))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from sinkquant.errors import RequestError
 from sinkquant.extensions import brought, loaded
-from sinkquant.schemes import bitsandbytes, blocks, fp8, gptq, integers, quanto
+from sinkquant.schemes import bitsandbytes, blocks, fp8, gguf, gptq, integers, quanto
 from sinkquant.schemes.inputs import NO_ROUNDING, input_format
 from sinkquant.schemes.scheme import DEFAULT_BACKEND, Scheme
 from sinkquant.schemes.weight_format import WeightFormat
@@ -18,7 +18,7 @@ SCHEMES: tuple[Scheme, ...] = (
     blocks.NVFP4, blocks.MXFP4, blocks.MXFP8,
     *bitsandbytes.FOUR_BIT, bitsandbytes.LLM_INT8,
     quanto.INTEGERS, quanto.FLOAT8,
-    gptq.GPTQ)
+    gptq.GPTQ, *gguf.GGUF)
 
 
 def all_schemes() -> list[Scheme]:
@@ -114,6 +114,18 @@ def known_format(name: str) -> str:
     names = list(dict.fromkeys(scheme.format for scheme in all_schemes()))
     if name not in names:
         raise ValueError(f"weights have one of the formats {', '.join(names)}, not {name!r}")
+    return name
+
+
+def known_ends(name: str) -> str:
+    """What the token embedding and the output head are held in, for pydantic.
+
+    Raises:
+        ValueError: no scheme holds them so.
+    """
+    names = list(dict.fromkeys(scheme.ends for scheme in all_schemes()))
+    if name not in names:
+        raise ValueError(f"the embedding and the head are held in one of {', '.join(names)}, not {name!r}")
     return name
 
 

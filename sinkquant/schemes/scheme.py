@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from sinkquant.schemes.inputs import NO_ROUNDING
 from sinkquant.schemes.loads import Loads
-from sinkquant.schemes.tensors import Tensor, expert_scale_dtype, scale_dtype
+from sinkquant.schemes.tensors import (
+    Tensor,
+    checkpoint_files,
+    expert_scale_dtype,
+    file_header,
+    scale_dtype,
+    tensor_bytes,
+)
 from sinkquant.schemes.weight_format import Kind, WeightFormat
 
 
@@ -29,6 +38,7 @@ class Scheme:
         beside: columns and single weights may stand beside the codes.
         zero_from: fewest bits that have a code for zero, which pruning needs.
         inputs: what the inputs of its linears may be rounded to.
+        ends: what its files hold the token embedding and the output head in; "16-bit": as they are.
         dtypes: of the models whose checkpoints plain transformers runs with it, null for any.
         layouts: compressed-tensors' names of its tensors, where its files hold them.
         packages: distribution -> module, beyond those that every checkpoint needs.
@@ -53,7 +63,8 @@ class Scheme:
     own_module: bool = False
     beside: bool = False
     zero_from: int = 0
-    inputs: tuple[str, ...] = ("16-bit",)
+    inputs: tuple[str, ...] = (NO_ROUNDING,)
+    ends: str = NO_ROUNDING
     dtypes: tuple[str, ...] | None = None
     layouts: tuple[str, ...] = ()
     packages: tuple[tuple[str, str], ...] = ()
@@ -111,6 +122,28 @@ class Scheme:
     def refuses(self, name: str, bits: int, group_size: int | None, method: str) -> str:
         """What a recipe asks of a linear and the format does not have, as a sentence; or an empty one."""
         return ""
+
+    def check_model(self, architecture: str, folder: str | None, columns: Mapping[str, int]) -> None:
+        """Refuse a model that its files cannot hold: any will do.
+
+        Args:
+            architecture: transformers' class. folder: of the model, None for one that was made in memory. columns:
+                linear that is to be packed -> its input columns.
+
+        Raises:
+            RequestError: saying what is in the way.
+        """
+
+    def file_size(self, tensors: Mapping[str, Tensor], carried: Mapping[str, Tensor], architecture: str,
+                  folder: str | None) -> int:
+        """Bytes of the files of a checkpoint with these tensors, to the byte: safetensors with their headers.
+
+        Args:
+            tensors: name -> (dtype, shape), linears packed. carried: those of them that no engine needs.
+            architecture, folder: as in `check_model`.
+        """
+        files = checkpoint_files(dict(tensors))
+        return sum(len(file_header(file)) + sum(tensor_bytes(*tensor) for tensor in file.values()) for file in files)
 
     def more_precise(self, form: WeightFormat, columns: int) -> WeightFormat | None:
         """The next format with more bits that may stand in the same checkpoint, or None."""

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import sinkquant as sq
-from sinkquant.artifacts.sizes import checkpoint_files, file_header
 from sinkquant.errors import SinkquantError
 from sinkquant.formats import quantize_to, writer
 from sinkquant.models import load_model, open_model
+from sinkquant.schemes.tensors import checkpoint_files, file_header
 
 QUICK = ["calibration.rows=6", "calibration.length=64", "weights.group_size=32", "detect.rows=8", "detect.long_rows=0"]
 

@@ -20,7 +20,7 @@ KERNELS = PACKAGE / "inference"
 
 def test_every_scheme_has_a_name_of_its_own() -> None:
     assert len({(scheme.storage, scheme.kind) for scheme in SCHEMES}) == len(SCHEMES)
-    asked = {(scheme.backend, scheme.format, scheme.double_quantization, scheme.kind) for scheme in SCHEMES}
+    asked = {(one.backend, one.format, one.double_quantization, one.kind, one.ends) for one in SCHEMES}
     assert len(asked) == len(SCHEMES)
     assert all(scheme.loads for scheme in SCHEMES)
 

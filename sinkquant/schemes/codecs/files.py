@@ -33,6 +33,13 @@ class Files(ABC):
     def write_more(self, folder: Path, plan: Plan) -> None:  # noqa: B027
         """Files that the library wants beside config.json and the weights: none."""
 
+    def finish(self, folder: Path, plan: Plan, architecture: str) -> None:  # noqa: B027
+        """Make of a folder that is all written what the library reads, where that is no safetensors file.
+
+        Args:
+            architecture: transformers' class of the model.
+        """
+
 
 class LibraryFiles(Files):
     """Files that are read here too, since compressed-tensors does not."""

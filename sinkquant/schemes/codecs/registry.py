@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from sinkquant.errors import RequestError
 from sinkquant.extensions import brought, loaded
-from sinkquant.schemes import Scheme, WeightFormat, bitsandbytes, blocks, fp8, gptq, integers, quanto, scheme_of
+from sinkquant.schemes import (
+    Scheme,
+    WeightFormat,
+    bitsandbytes,
+    blocks,
+    fp8,
+    gguf,
+    gptq,
+    integers,
+    quanto,
+    scheme_of,
+)
 from sinkquant.schemes.codecs.bitsandbytes import BitsAndBytesFiles, FourBitCodec, LLMInt8Codec
 from sinkquant.schemes.codecs.blocks import BlockCodec
 from sinkquant.schemes.codecs.codec import Codec, LibraryCodec
 from sinkquant.schemes.codecs.compressed import CompressedTensorsFiles
 from sinkquant.schemes.codecs.files import Files, LibraryFiles
 from sinkquant.schemes.codecs.fp8 import FP8Codec
+from sinkquant.schemes.codecs.gguf import GGMLCodec, GGUFFiles
 from sinkquant.schemes.codecs.gptq import GPTQCodec, GPTQFiles
 from sinkquant.schemes.codecs.integers import IntegerCodec
 from sinkquant.schemes.codecs.quanto import QuantoCodec, QuantoFiles
@@ -24,7 +36,7 @@ CODECS: tuple[Codec, ...] = (
     *(FourBitCodec(scheme, BitsAndBytesFiles()) for scheme in bitsandbytes.FOUR_BIT),
     LLMInt8Codec(bitsandbytes.LLM_INT8, BitsAndBytesFiles()),
     QuantoCodec(quanto.INTEGERS, QuantoFiles()), QuantoCodec(quanto.FLOAT8, QuantoFiles()),
-    GPTQCodec(gptq.GPTQ, GPTQFiles()))
+    GPTQCodec(gptq.GPTQ, GPTQFiles()), *(GGMLCodec(scheme, GGUFFiles()) for scheme in gguf.GGUF))
 
 
 

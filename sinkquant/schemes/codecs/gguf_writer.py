@@ -1,0 +1,89 @@
+"""A working checkpoint of safetensors -> the one GGUF file, a tensor at a time."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy
+import torch
+
+from sinkquant.models.folder import weight_files
+from sinkquant.models.gguf_index import FILE
+from sinkquant.models.gguf_tensors import row_order
+from sinkquant.models.shards import StoredTensor, stored_tensors
+from sinkquant.schemes.gguf.layout import FileTensor, aligned, head, metadata_bytes
+from sinkquant.schemes.gguf.metadata import family_of, model_metadata, rope_factors
+from sinkquant.schemes.gguf.names import CODES, Family, file_name, is_gain
+from sinkquant.schemes.gguf.scheme import ROPE, Blocks
+
+PIECE = 1 << 24
+"""Values that are converted at a time."""
+
+
+def write_file(folder: Path, scheme: Blocks, architecture: str) -> None:
+    """Write the file of a folder's safetensors, and remove these.
+
+    Args:
+        architecture: transformers' class.
+
+    Raises:
+        RequestError: llama.cpp has no name for something of the model.
+        OSError: the disk is full.
+    """
+    family, stored = family_of(architecture), stored_tensors(folder)
+    replaced = [*weight_files(folder), *folder.glob("*.safetensors.index.json")]
+    tensors = scheme.file_tensors({name: (str(one.dtype).removeprefix("torch."), list(one.shape))
+                                   for name, one in stored.items() if file_name(family, name)}, family, folder)
+    most = Counter(tensor.kind for tensor in tensors.values() if len(tensor.shape) > 1).most_common(1)[0][0]
+    metadata = model_metadata(folder, architecture, most)
+    aside = folder / f".{FILE}"
+    with aside.open("wb") as file:
+        file.write(head(metadata_bytes(metadata), len(metadata), tensors))
+        for name, tensor in tensors.items():
+            if name == ROPE:
+                file.write(numpy.asarray(rope_factors(folder), dtype=numpy.float32).tobytes())
+            else:
+                for piece in _converted(stored[tensor.source], tensor, name, family, folder):
+                    file.write(piece.numpy().data)
+            _fill(file, tensor.bytes)
+        file.flush()
+        os.fsync(file.fileno())
+    for path in replaced:
+        path.unlink()
+    aside.rename(folder / FILE)
+
+
+def _fill(file: BinaryIO, size: int) -> None:
+    file.write(bytes(aligned(size) - size))
+
+
+def _converted(stored: StoredTensor, tensor: FileTensor, name: str, family: Family, folder: Path) -> Iterator[
+        torch.Tensor]:
+    """The bytes of a tensor in the file, uint8, piece by piece."""
+    order = row_order(folder, family, name, stored.shape[0])
+    whole = order is not None or len(stored.shape) == 1
+    step = stored.shape[0] if whole else max(1, PIECE // stored.shape[1])
+    for start in range(0, stored.shape[0], step):
+        rows = stored.rows(start, min(start + step, stored.shape[0]))
+        if order is not None:
+            rows = rows[order]
+        if family.norms_plus_one and is_gain(name):
+            rows = rows.float() + 1
+        yield _bytes(rows, tensor.kind, tensor.source.rpartition(".")[2] in CODES)
+
+
+def _bytes(rows: torch.Tensor, kind: str, packed: bool) -> torch.Tensor:
+    """Values as a kind of ggml's stores them, uint8; what is packed already as it is."""
+    if packed:
+        return rows.contiguous().reshape(-1)
+    if kind == "Q8_0":
+        from gguf import GGMLQuantizationType
+        from gguf.quants import quantize
+
+        return torch.from_numpy(quantize(rows.float().numpy(), GGMLQuantizationType.Q8_0)).reshape(-1)
+    dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
+    return rows.to(dtype).contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,171 @@
+"""The tokenizer of a model's folder in the words of llama.cpp, from tokenizer.json: byte-level BPE ("gpt2") and
+SentencePiece's BPE with byte fallback ("llama")."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sinkquant.errors import RequestError
+
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+"""llama.cpp's types of tokens."""
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TEKKEN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+           r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+           r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+SPLITS = {rf"{_LETTERS}|\p{{N}}{{1,3}}|{_REST}": "llama-bpe", rf"{_LETTERS}|\p{{N}}|{_REST}": "qwen2",
+          _TEKKEN: "tekken"}
+"""The expression that a tokenizer splits text by before its merges -> what llama.cpp calls it."""
+IGNORE_MERGES = ("llama-bpe", "tekken")
+"""Those with which llama.cpp takes a whole word that is a token as it stands."""
+
+
+def tokenizer_metadata(folder: Path, rows: int) -> dict[str, tuple[str, Any]]:
+    """The keys of the tokenizer and the chat template.
+
+    Args:
+        rows: of the token embedding; ids that the tokenizer does not give are filled up.
+
+    Raises:
+        RequestError: the folder has no tokenizer.json, or one that llama.cpp cannot be told.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise RequestError(f"{folder} has no tokenizer.json, and a GGUF file holds the tokenizer; put it beside "
+                           "config.json.")
+    content, settings = _read(path), _read(folder / "tokenizer_config.json")
+    model = content.get("model") or {}
+    if model.get("type") != "BPE":
+        raise RequestError(f"the tokenizer of {folder} is a {model.get('type')}, and GGUF files are written with BPE "
+                           "alone; use another backend.")
+    ids: dict[str, int] = dict(model["vocab"])
+    added = {int(one["id"]): one for one in content.get("added_tokens") or []}
+    ids |= {one["content"]: number for number, one in added.items()}
+    if max(ids.values()) >= rows:
+        raise RequestError(f"the tokenizer of {folder} gives the id {max(ids.values())}, and the model has {rows} "
+                           "embeddings; they do not belong together.")
+    unknown = _text(settings.get("unk_token")) or model.get("unk_token")
+    tokens = [f"[PAD{number}]" for number in range(rows)]
+    types = [UNUSED] * rows
+    for text, number in ids.items():
+        tokens[number] = text
+        types[number] = _type(text, added.get(number), unknown, bool(model.get("byte_fallback")))
+    found: dict[str, tuple[str, Any]] = {}
+    merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
+    if model.get("byte_fallback"):
+        found |= {"tokenizer.ggml.model": ("str", "llama"), "tokenizer.ggml.pre": ("str", "default"),
+                  "tokenizer.ggml.tokens": ("[str]", tokens),
+                  "tokenizer.ggml.scores": ("[f32]", _scores(tokens, types, model["merges"])),
+                  "tokenizer.ggml.token_type": ("[i32]", types),
+                  "tokenizer.ggml.add_space_prefix": ("bool", _adds_space(content))}
+    else:
+        found |= {"tokenizer.ggml.model": ("str", "gpt2"),
+                  "tokenizer.ggml.pre": ("str", split_of(content, bool(model.get("ignore_merges")), folder)),
+                  "tokenizer.ggml.tokens": ("[str]", tokens), "tokenizer.ggml.token_type": ("[i32]", types),
+                  "tokenizer.ggml.merges": ("[str]", merges)}
+    return found | _specials(folder, content, settings, ids)
+
+
+def split_of(content: dict[str, Any], ignore_merges: bool, folder: Path) -> str:
+    """What llama.cpp calls the way in which text is split before the merges of a byte-level BPE (`tokenizer.ggml.pre`).
+
+    Args:
+        content: of tokenizer.json.
+
+    Raises:
+        RequestError: it has no name for it that is known here, or normalizes text.
+    """
+    given = content.get("pre_tokenizer") or {}
+    steps = given.get("pretokenizers", [given])
+    kinds = [step.get("type") for step in steps]
+    name = ""
+    if kinds and kinds[-1] == "ByteLevel" and not steps[-1].get("add_prefix_space"):
+        own = bool(steps[-1].get("use_regex", True))
+        if kinds == ["ByteLevel"] and own:
+            name = "gpt-2"
+        elif kinds == ["Digits", "ByteLevel"] and own and steps[0].get("individual_digits"):
+            name = "smollm"
+        elif kinds == ["Split", "ByteLevel"] and not own:
+            name = SPLITS.get((steps[0].get("pattern") or {}).get("Regex", ""), "")
+    if not name or ignore_merges != (name in IGNORE_MERGES):
+        raise RequestError(f"the tokenizer of {folder} splits text in a way that has no name in GGUF files here "
+                           f"(known: gpt-2, smollm, {', '.join(SPLITS.values())}); use another backend.")
+    return name
+
+
+def _scores(tokens: list[str], types: list[int], merges: list[Any]) -> list[float]:
+    """SentencePiece merges the pair with the highest score first: a token scores by the first merge that makes it."""
+    rank: dict[str, int] = {}
+    for index, merge in enumerate(merges):
+        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+        rank.setdefault(left + right, index)
+    return [float(-rank.get(token, len(merges))) if kind == NORMAL else 0.0
+            for token, kind in zip(tokens, types, strict=True)]
+
+
+def _specials(folder: Path, content: dict[str, Any], settings: dict[str, Any],
+              ids: dict[str, int]) -> dict[str, tuple[str, Any]]:
+    found: dict[str, tuple[str, Any]] = {}
+    for key, name in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")):
+        text = _text(settings.get(key))
+        if text is not None and text in ids:
+            found[f"tokenizer.ggml.{name}_token_id"] = ("u32", ids[text])
+    front = _front(content)
+    if front is not None and front in ids and "tokenizer.ggml.bos_token_id" not in found:
+        found["tokenizer.ggml.bos_token_id"] = ("u32", ids[front])
+    found["tokenizer.ggml.add_bos_token"] = ("bool", front is not None)
+    found["tokenizer.ggml.add_eos_token"] = ("bool", False)
+    template = _template(folder, settings)
+    return found | ({"tokenizer.chat_template": ("str", template)} if template else {})
+
+
+def _front(content: dict[str, Any]) -> str | None:
+    """The special token that every row begins with, or None."""
+    given = content.get("post_processor") or {}
+    for step in given.get("processors", [given]):
+        if step.get("type") == "TemplateProcessing" and step.get("single"):
+            first = step["single"][0].get("SpecialToken")
+            return None if first is None else str(first["id"])
+    return None
+
+
+def _template(folder: Path, settings: dict[str, Any]) -> str:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    given = settings.get("chat_template")
+    if isinstance(given, list):
+        given = next((one["template"] for one in given if one.get("name") == "default"), None)
+    return given if isinstance(given, str) else ""
+
+
+def _type(text: str, added: dict[str, Any] | None, unknown: str | None, bytes_too: bool) -> int:
+    if text == unknown and bytes_too:
+        return UNKNOWN
+    if added is not None:
+        return CONTROL if added.get("special") else USER
+    return BYTE if bytes_too and len(text) == 6 and text.startswith("<0x") and text.endswith(">") else NORMAL
+
+
+def _adds_space(content: dict[str, Any]) -> bool:
+    """Whether text gets a space in front, as SentencePiece does unless it is told not to."""
+    normalizer, split = content.get("normalizer") or {}, content.get("pre_tokenizer") or {}
+    prepends = any(step.get("type") == "Prepend" for step in normalizer.get("normalizers", [normalizer]))
+    return prepends or (split.get("type") == "Metaspace" and split.get("prepend_scheme") in ("first", "always"))
+
+
+def _text(token: Any) -> str | None:
+    """A special token of tokenizer_config.json, which is a string or an object with one."""
+    found = token.get("content") if isinstance(token, dict) else token
+    return found if isinstance(found, str) else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise RequestError(f"{path} cannot be read ({error}), and a GGUF file holds what it says.") from error
+    return content if isinstance(content, dict) else {}

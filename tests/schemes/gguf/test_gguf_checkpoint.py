@@ -1,0 +1,205 @@
+"""Checkpoints that are one GGUF file: bytes as planned, the same model read back by sinkquant and by transformers, the
+same weights from the gguf package, and what is refused before anything is computed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from families import tiny_model
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from sinkmaps import sink_map_of
+from tiny_bpe import BPE_VOCABULARY, byte_level
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+from sinkquant.artifacts import Plan
+from sinkquant.errors import RequestError
+from sinkquant.formats import load, quantize_to, save
+from sinkquant.models import Decoder, load_model, load_tokenizer, open_model, resolve
+from sinkquant.policy import make_control, make_plan
+from sinkquant.quantize import quantize
+from sinkquant.recipe import Recipe
+from sinkquant.run.candidates import bits_on_disk, weight_bytes
+from sinkquant.schemes.gguf.names import FAMILIES, file_name, model_name
+
+SIZES: dict[str, dict[str, Any]] = {"gemma3_text": {"layer_types": ["sliding_attention"] * 3}}
+ROWS = torch.randint(3, BPE_VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
+FEW = ("backend=gguf", "weights.group_size=32", "calibration.rows=4", "calibration.length=16", "seed=7")
+
+
+def folder_of(place: Path, family: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
+    model = tiny_model(family, dtype=dtype, vocab_size=BPE_VOCABULARY, **SIZES.get(family, {}), **overrides)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # the random ones are all the same
+                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    model.save_pretrained(place)
+    byte_level().save_pretrained(place)
+    return place
+
+
+def plan_of(folder: Path, text: Path, *more: str, model: PreTrainedModel | None = None) -> Plan:
+    decoder = Decoder.of(model or open_model(folder))
+    recipe = Recipe().replace([*FEW, f"calibration.text={text}", *more])
+    return make_plan(decoder.shape("tiny"), sink_map_of(decoder, name="tiny"), recipe)
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ROWS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"])
+def test_every_family_comes_back_the_same_from_one_file(family: str, text_file: Path, tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "model", family)
+    model = load_model(source)
+    plan = plan_of(source, text_file, "weights.method=rtn", "weights.overrides=[{pattern: '*.1.*', bits: 8}, "
+                   "{pattern: '*.2.*', bits: 16}]", model=model)
+    out = save(quantize(model, plan, load_tokenizer(source)), load_tokenizer(source), tmp_path / "out")
+    file = out / "model.gguf"
+    assert file.stat().st_size == plan.weight_bytes == weight_bytes(out)
+    assert not list(out.glob("*.safetensors"))
+    assert bits_on_disk(out) == pytest.approx(plan.bits_per_parameter)
+    expected = logits(model)
+    assert torch.allclose(logits(load(out)[0]), expected, atol=1e-6)  # Gemma's gains have a one added and taken off
+    other = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.float32).eval()
+    if family in ("llama", "mistral", "qwen2"):  # transformers reads all of their configuration from the file
+        alone = tmp_path / "alone"
+        alone.mkdir()
+        shutil.copyfile(file, alone / "x.gguf")
+        other = AutoModelForCausalLM.from_pretrained(alone, gguf_file="x.gguf", dtype=torch.float32,
+                                                     quantization_config=GgufConfig(dequantize=True))
+        assert type(other).__name__ == type(model).__name__.replace("Mistral", "Llama")  # as llama.cpp runs it
+    else:
+        read = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=other)["tensors"]
+        assert set(other.load_state_dict(read, strict=False).missing_keys) <= {"lm_head.weight"}  # tied
+    assert torch.allclose(logits(other), expected, atol=1e-5)
+
+
+def test_blocks_are_those_of_the_gguf_package(text_file: Path, tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "model", "qwen3", torch.bfloat16)  # whose rows keep their order
+    model = load_model(source)
+    plan = plan_of(source, text_file, "weights.group_size=64", "weights.overrides=[{pattern: '*.1.*', bits: 8}]",
+                   model=model)
+    out = save(quantize(model, plan, load_tokenizer(source)), load_tokenizer(source), tmp_path / "out")
+    kinds = set()
+    for one in GGUFReader(out / "model.gguf").tensors:
+        name = model_name(FAMILIES["Qwen3ForCausalLM"], one.name)
+        assert name is not None
+        kinds.add(one.tensor_type.name)
+        dense = torch.from_numpy(dequantize(one.data, one.tensor_type).copy())
+        assert torch.equal(dense.to(torch.bfloat16), model.get_parameter(name)), name
+        if name.removesuffix(".weight") in plan.formats:  # groups of 64: every scale stands twice
+            scales = one.data.reshape(dense.shape[0], -1, 34 if one.tensor_type.name == "Q8_0" else 18)[..., :2]
+            pairs = scales.copy().view(numpy.float16).reshape(dense.shape[0], -1, 2)
+            assert (pairs[..., 0] == pairs[..., 1]).all()
+    assert kinds == {"F32", "BF16", "Q4_0", "Q8_0"}
+
+
+@pytest.mark.parametrize("ends", ["q8_0", "f16"])
+def test_from_disk_to_disk_with_other_ends(ends: str, text_file: Path, tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "model", "llama", torch.bfloat16, tie_word_embeddings=True)
+    plan = plan_of(source, text_file, f"weights.ends={ends}")
+    out = tmp_path / "out"
+    quantize_to(out, open_model(source), plan, load_tokenizer(source))
+    assert (out / "model.gguf").stat().st_size == plan.weight_bytes
+    kinds = {one.name: one.tensor_type.name for one in GGUFReader(out / "model.gguf").tensors}
+    assert kinds["token_embd.weight"] == ends.upper()
+    assert "output.weight" not in kinds
+    again, before = load(out / "model.gguf")[0], load_model(source)
+    difference = (again.get_input_embeddings().weight - before.get_input_embeddings().weight).abs().max()
+    assert difference < (2e-3 if ends == "q8_0" else 1e-7)
+    in_memory = quantize(before, plan, load_tokenizer(source))
+    assert torch.equal(again.model.layers[0].mlp.down_proj.weight, in_memory.model.layers[0].mlp.down_proj.weight)
+    assert save(in_memory, load_tokenizer(source), tmp_path / "saved").joinpath("model.gguf").read_bytes() == (
+        out / "model.gguf").read_bytes()
+
+
+def test_the_control_is_one_file_of_the_same_bytes(text_file: Path, tmp_path: Path) -> None:
+    decoder = Decoder.of(open_model(folder_of(tmp_path / "model", "llama", num_hidden_layers=6)))
+    shape, sink_map = decoder.shape("tiny"), sink_map_of(decoder, {"model.layers.3.mlp.down_proj": 0.9}, name="tiny")
+    recipe = Recipe().replace([*FEW, "protect.channels=module", "protect.bits=8"])
+    plan = make_plan(shape, sink_map, recipe)
+    assert plan.modules["model.layers.3.mlp.down_proj"].bits == 8
+    control = make_control(shape, sink_map, recipe, plan)
+    assert control.weight_bytes == pytest.approx(plan.weight_bytes, rel=0.01)
+    assert plan.loads_in[0] == "llama.cpp"
+
+
+def test_the_names_are_those_of_the_gguf_package() -> None:
+    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
+
+    known = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
+    for family in FAMILIES.values():
+        theirs = get_tensor_name_map(known[family.architecture], 2)
+        assert isinstance(known[family.architecture], MODEL_ARCH)
+        inside = [f"model.layers.1.{one}" for one in family.blocks]
+        for name in ("model.embed_tokens", "model.norm", "lm_head", *inside):
+            mine = file_name(family, f"{name}.weight")
+            assert mine == theirs.get_name(f"{name}.weight", (".weight",)), name
+            assert mine is None or model_name(family, mine) == f"{name}.weight"
+
+
+@pytest.mark.parametrize(("family", "settings", "more", "message"), [
+    ("gpt_neox", {}, (), "cannot be written of GPTNeoXForCausalLM, only of Llama, Mistral"),
+    ("mixtral", {}, (), "cannot be written of MixtralForCausalLM"),
+    ("llama", {"intermediate_size": 80}, ("weights.group_size=-1",), "does not divide the 80 input columns of"),
+    ("llama", {}, ("weights.group_size=16",), "a scale of a GGUF file is of 32 columns"),
+    ("llama", {}, ("weights.bits=3",), "weights.bits is 3, and gguf holds 4 or 8 bits"),
+    ("llama", {}, ("activations.format=int8",), "gguf checkpoints cannot ask for inputs in int8"),
+    ("llama", {}, ("protect.channels=split",), "split"),
+    ("llama", {}, ("backend=gptq", "weights.ends=q8_0"), "'q8_0' is not held by the backend gptq; use 16-bit"),
+    ("gemma3_text", {"layer_types": ["full_attention"] * 3}, (), "other layers with a window than llama.cpp"),
+    ("gemma2", {"query_pre_attn_scalar": 64}, (), "scales attention by 64, where llama.cpp takes 16"),
+    ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, (),
+     "scales its rotary embedding by 'dynamic'")])
+def test_refused_before_anything_is_computed(family: str, settings: dict[str, Any], more: tuple[str, ...], message: str,
+                                             text_file: Path, tmp_path: Path) -> None:
+    place = tmp_path / "model"
+    tiny_model(family, vocab_size=BPE_VOCABULARY, **(SIZES.get(family, {}) | settings)).save_pretrained(place)
+    byte_level().save_pretrained(place)
+    with pytest.raises(RequestError, match=message):
+        plan_of(place, text_file, *more)
+
+
+def test_refused_without_the_folder_that_a_file_takes_its_tokenizer_from(text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="was made in memory; save it and load it from there"):
+        plan_of(tmp_path, text_file, model=tiny_model("llama"))
+    place = folder_of(tmp_path / "model", "llama")
+    (place / "tokenizer.json").unlink()
+    with pytest.raises(RequestError, match=r"has no tokenizer\.json"):
+        plan_of(place, text_file)
+
+
+def test_a_file_that_is_cut_is_refused(text_file: Path, tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "model", "llama")
+    quantize_to(tmp_path / "out", open_model(source), plan_of(source, text_file, "weights.method=rtn"),
+                load_tokenizer(source))
+    file = tmp_path / "out" / "model.gguf"
+    whole = file.read_bytes()
+    for keep in (0, 3, 20, 500, 9000, len(whole) - 40):
+        file.write_bytes(whole[:keep])
+        with pytest.raises(RequestError, match="is cut"):
+            resolve(str(tmp_path / "out"))
+
+
+def test_llama_3_s_frequencies_stand_in_the_file(text_file: Path, tmp_path: Path) -> None:
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64}
+    source = folder_of(tmp_path / "model", "llama", rope_parameters=rope)
+    plan = plan_of(source, text_file, "weights.method=rtn")
+    quantize_to(tmp_path / "out", open_model(source), plan, load_tokenizer(source))
+    assert (tmp_path / "out" / "model.gguf").stat().st_size == plan.weight_bytes
+    (factors,) = [one.data for one in GGUFReader(tmp_path / "out" / "model.gguf").tensors
+                  if one.name == "rope_freqs.weight"]
+    plain = 1e4 ** -(torch.arange(0, 16, 2) / 16)
+    rotary = load_model(source).model.rotary_emb
+    assert torch.allclose(plain / torch.from_numpy(factors.copy()), rotary.inv_freq, rtol=1e-5)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["file"] == "model.gguf"

@@ -1,0 +1,67 @@
+"""Tokenizers in llama.cpp's words: kinds of tokens, scores, how text is split, the chat template."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_bpe import BPE_VOCABULARY, byte_fallback, byte_level
+from tiny_tokenizer import tiny_tokenizer
+
+from sinkquant.errors import RequestError
+from sinkquant.schemes.gguf.tokenizer import SPLITS, tokenizer_metadata
+
+
+def metadata(place: Path, tokenizer: object, rows: int = BPE_VOCABULARY) -> dict[str, object]:
+    tokenizer.save_pretrained(place)  # type: ignore[attr-defined]
+    return {key.removeprefix("tokenizer.ggml."): value for key, (_, value) in tokenizer_metadata(place, rows).items()}
+
+
+@pytest.mark.parametrize(("split", "digits", "name"), [
+    (None, False, "gpt-2"), (None, True, "smollm"), (next(iter(SPLITS)), False, None),
+    (list(SPLITS)[1], False, "qwen2")])
+def test_bytes(split: str | None, digits: bool, name: str | None, tmp_path: Path) -> None:
+    tokenizer = byte_level(split, digits)
+    if name is None:  # Llama 3's takes whole words as they stand
+        with pytest.raises(RequestError, match="splits text in a way that has no name"):
+            metadata(tmp_path, tokenizer)
+        path = tmp_path / "tokenizer.json"
+        content = json.loads(path.read_text())
+        content["model"]["ignore_merges"] = True
+        path.write_text(json.dumps(content))
+        assert tokenizer_metadata(tmp_path, BPE_VOCABULARY)["tokenizer.ggml.pre"] == ("str", "llama-bpe")
+        return
+    found = metadata(tmp_path, tokenizer)
+    assert (found["model"], found["pre"], found["add_bos_token"]) == ("gpt2", name, True)
+    tokens, types = found["tokens"], found["token_type"]
+    assert isinstance(tokens, list)
+    assert isinstance(types, list)
+    assert tokens[:len(tokenizer)] == tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    assert types[:4] == [3, 3, 3, 1]
+    assert (tokens[-1], types[-1]) == (f"[PAD{BPE_VOCABULARY - 1}]", 5)
+    assert [found[f"{key}_token_id"] for key in ("unknown", "bos", "eos")] == [0, 1, 2]
+    assert "t h" in str(found["merges"])
+    assert found["tokenizer.chat_template"] == tokenizer.chat_template
+
+
+def test_byte_fallback_scores_by_the_order_of_merges(tmp_path: Path) -> None:
+    found = metadata(tmp_path, byte_fallback(), 400)
+    assert (found["model"], found["add_space_prefix"]) == ("llama", True)
+    tokens, scores, types = found["tokens"], found["scores"], found["token_type"]
+    assert isinstance(tokens, list)
+    assert isinstance(scores, list)
+    assert isinstance(types, list)
+    score = dict(zip(tokens, scores, strict=True))
+    assert score["th"] == 0 > score["the"] > score["an"] > score["a"]
+    assert types[:4] == [2, 3, 3, 6]
+
+
+def test_what_no_file_can_say(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="is a WordLevel, and GGUF files are written with BPE alone"):
+        metadata(tmp_path / "words", tiny_tokenizer())
+    with pytest.raises(RequestError, match="gives the id 282, and the model has 100 embeddings"):
+        metadata(tmp_path / "more", byte_level(), 100)
+    with pytest.raises(RequestError, match=r"\(known: gpt-2, smollm, llama-bpe, qwen2, tekken\)"):
+        metadata(tmp_path / "other", byte_level(r"\s+"))
+    assert metadata(tmp_path / "none", byte_level(bos=False))["add_bos_token"] is False
