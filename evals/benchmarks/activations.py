@@ -3,12 +3,14 @@ the unquantized model and perplexity on held-out rows, with paired bootstrap int
 
     python evals/benchmarks/activations.py MODEL [--text FILE] [--heldout FILE] [--rows 32] [--set KEY=VALUE ...]
                                            [--weights 16 8 4] [--inputs int8 int6 int4]
-                                           [--scales all dynamic exclude token] [--lines FILE.jsonl]
+                                           [--scales all dynamic exclude token block block-exact] [--lines FILE.jsonl]
 
 Weights: 16 as they are (with the scales that calibration finds for 8), 8 with one scale per channel, fewer in groups of
 64. Scales: "all" one stored scale per linear that reaches every token (the control), "dynamic" a scale per token where
 the sinks would set the range, "exclude" a stored scale that leaves `<bos>` out, whose keys and values come from the
-unquantized model, "token" a scale per token everywhere. "smooth, ..." is the same after SmoothQuant. int6 and int4 are
+unquantized model, "token" a scale per token everywhere. Inputs in nvfp4 and mxfp4 have scales of their own: "block" as
+they are, "block-exact" with `<bos>` from the unquantized model; 4-bit weights are then in the same format, by GPTQ.
+Scales that inputs do not have are passed over. "smooth, ..." is the same after SmoothQuant. int6 and int4 are
 simulated; fp8 takes weights of 8 bits, which become FP8 as well, by rounding to nearest.
 """
 
@@ -23,16 +25,20 @@ from measure import Lines, held_out_texts, table
 
 from sinkquant.artifacts import SinkMap
 from sinkquant.detect import detect
-from sinkquant.models import Decoder, load_model, load_tokenizer, resolve
+from sinkquant.models import Decoder, load_model, load_tokenizer, open_model, resolve
 from sinkquant.policy import make_plan
 from sinkquant.recipe import Recipe
+from sinkquant.schemes import input_format
 
 SCALES = {"all": ["activations.scale=tensor", "activations.sinks=all"],
           "dynamic": ["activations.scale=tensor", "activations.sinks=dynamic"],
           "exclude": ["activations.scale=tensor", "activations.sinks=exclude",
                       "kv_cache={key_bits: 16, value_bits: 16, group_size: 128, window: 512, prefix: bos}"],
           "token": ["activations.scale=token"]}
+BLOCKS = {"block": ["activations.scale=group", "activations.sinks=all"],
+          "block-exact": ["activations.scale=group", *SCALES["exclude"][1:]]}
 SCALES |= {f"smooth, {name}": [*asked, "weights.smooth=smoothquant"] for name, asked in SCALES.items()}
+SCALES |= BLOCKS
 
 
 def main() -> None:
@@ -58,11 +64,16 @@ def main() -> None:
     sink_map = SinkMap.load(arguments.sink_map) if arguments.sink_map else detect(base, tokenizer, recipe=recipe)
     texts = held_out_texts(arguments.heldout, tokenizer, arguments.rows,
                            min(arguments.length, Decoder.of(base).max_length))
-    lines, shape = Lines(arguments.lines), Decoder.of(base).shape(arguments.model)
+    lines, shape = Lines(arguments.lines), Decoder.of(open_model(folder)).shape(arguments.model)
     for bits, inputs, scale in itertools.product(arguments.weights, arguments.inputs, arguments.scales):
+        size = input_format(inputs).group_size
+        if (size is None) == (scale in BLOCKS):
+            continue
         labels = {"weights": str(bits), "inputs": inputs, "scales": scale}
         weights = ["weights.bits=8", "weights.group_size=-1"] if bits >= 8 else [
             f"weights.bits={bits}", "weights.group_size=64"]
+        if size is not None:
+            weights = [f"weights.format={inputs}", f"weights.group_size={size}", "weights.bits=4"]
         if bits == 16 or inputs == "fp8":
             weights += ["weights.method=rtn", f"weights.scale_search={bits != 16}"]
         plan = make_plan(shape, sink_map, recipe.replace(

@@ -25,6 +25,7 @@ from sinkquant.evaluate.divergence import BATCH_ROWS, compare_side_by_side
 from sinkquant.evaluate.states import last_states
 from sinkquant.models import load_model, read_text, token_rows
 from sinkquant.quantize import quantize
+from sinkquant.schemes import scheme_of
 
 RESAMPLES = 2000
 EXTRA = {"size": ("bytes", ",d"), "speed": ("tokens per CPU s", ".0f"), "seconds": ("CPU s", ".0f")}
@@ -68,9 +69,11 @@ def carry_out(folder: Path, base: PreTrainedModel, plan: Plan, tokenizer: PreTra
     Args:
         keep_weights: put the unquantized weights back, so that only the inputs of linears are rounded.
     """
-    model = load_model(folder, torch.float32)
+    # Formats that transformers runs in one dtype alone are made in the checkpoint's own, and compared in float32.
+    bound = any(scheme_of(form).dtypes for form in plan.formats.values())
+    model = load_model(folder, "auto" if bound else torch.float32)
     start = time.process_time()
-    quantize(model, plan, tokenizer)
+    model = quantize(model, plan, tokenizer).float()
     seconds = time.process_time() - start
     if keep_weights:
         model.load_state_dict(base.state_dict())
