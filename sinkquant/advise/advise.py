@@ -26,6 +26,7 @@ from sinkquant.models import (
     read_text,
     resolve,
 )
+from sinkquant.models.corpus import in_words
 from sinkquant.policy import check_recipe, check_same_model
 from sinkquant.policy.headers import nothing_found
 from sinkquant.policy.mechanisms import OUTLIERS, Mechanism, mechanisms, unprotected
@@ -91,7 +92,8 @@ def advise(model: str | os.PathLike[str], recipe: Recipe | None = None, sink_map
             progress(len(due), len(due), "measured")
     advice = [_advice(one, predicted.get(index), measured.get(index)) for index, one in enumerate(asked)]
     facts: dict[str, str | int | None] = {} if rows is None else {
-        "text": recipe.evaluate.text or "packaged evaluation text", "rows": len(rows), "length": rows.shape[1],
+        "text": in_words(recipe.evaluate.text) or "packaged evaluation text",
+        "rows": len(rows), "length": rows.shape[1],
         "bootstrap_resamples": recipe.evaluate.bootstrap, "seed": recipe.seed}
     labels = [token.text or ("learned" if token.kind == "learned" else f"position {token.position}")
               for token in found.tokens]

@@ -126,7 +126,7 @@ class Calibration(Strict):
     `min_expert_tokens`: an expert that fewer tokens went to has the Hessians of all tokens of its layer.
     """
 
-    text: str | None
+    text: str | list[str] | None
     rows: int
     length: int
     bos: Literal["auto", "always", "never"]

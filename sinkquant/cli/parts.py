@@ -21,7 +21,8 @@ ModelArgument = Annotated[str, typer.Argument(help="A model folder, a GGUF file,
 RecipeOption = Annotated[str, typer.Option("-r", "--recipe", help="A recipe file or name.")]
 SinkMapOption = Annotated[Path | None, typer.Option(help="A sink map made before; default: detect now.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Set a recipe key.")]
-TextOption = Annotated[str | None, typer.Option("--text", help="A file of your own text; default: packaged prose.")]
+TextOption = Annotated[list[str] | None, typer.Option("--text", help="A file of your own text; may be given again. "
+                                                      "Default: packaged prose.")]
 SensitivityOption = Annotated[Path | None, typer.Option("--sensitivity", help="Take sensitivities from this file, or "
                                                         "write them there; a solved budget needs them, and "
                                                         "any plan then predicts its loss.")]
@@ -33,7 +34,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the artifact as 
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model folder carries.")]
 
 
-def find_sinks(model: str, text: str | None, recipe: Recipe, trust_remote_code: bool) -> SinkMap:
+def find_sinks(model: str, text: str | list[str] | None, recipe: Recipe, trust_remote_code: bool) -> SinkMap:
     """The sink map of a model, with bars."""
     folder = resolve(model)
     from sinkquant.detect import detect as find
@@ -46,7 +47,7 @@ def find_sinks(model: str, text: str | None, recipe: Recipe, trust_remote_code: 
         return find(loaded, tokenizer, text, recipe, model, progress)
 
 
-def find_costs(model: str, text: str | None, sink_map: SinkMap, recipe: Recipe, cache: Path | None,
+def find_costs(model: str, text: str | list[str] | None, sink_map: SinkMap, recipe: Recipe, cache: Path | None,
                trust_remote_code: bool) -> Sensitivity:
     """The sensitivities of a model, from a file or made now."""
     from sinkquant.models import ActivationStore, Decoder, load_tokenizer, open_model

@@ -23,13 +23,15 @@ from sinkquant.evaluate.shelf import share_equal
 from sinkquant.evaluate.states import last_states
 from sinkquant.formats import versions
 from sinkquant.models import load_model, load_tokenizer, max_length, pick_device, read_text
+from sinkquant.models.corpus import in_words
 from sinkquant.models.loading import read_config
 from sinkquant.recipe import Recipe
 
 Progress = Callable[[int, int, str], None]
 
 
-def compare(checkpoints: Sequence[str], baseline: str, *, text: str | None = None, tasks: Sequence[str] = (),
+def compare(checkpoints: Sequence[str], baseline: str, *, text: str | list[str] | None = None,
+            tasks: Sequence[str] = (),
             recipe: Recipe | None = None, sink_map: SinkMap | None = None, sinks: bool = True,
             trust_remote_code: bool = False, progress: Progress | None = None) -> Comparison:
     """Measure any number of checkpoints on the same rows of text, beside one unquantized model.
@@ -82,7 +84,8 @@ def compare(checkpoints: Sequence[str], baseline: str, *, text: str | None = Non
     pairs = neighbours(measured.kl)
     front = front.model_copy(update={"perplexity": measured.baseline_perplexity()})
     facts: dict[str, str | int | float | bool | None] = {
-        "text": recipe.evaluate.text or "packaged evaluation text", "rows": len(rows), "length": rows.shape[1],
+        "text": in_words(recipe.evaluate.text) or "packaged evaluation text",
+        "rows": len(rows), "length": rows.shape[1],
         "tokens": rows.numel(), "dtype": recipe.compute.dtype, "seed": recipe.seed}
     return Comparison(model=baseline, rows=[front, *with_front(found), *floor], pairs=pairs,
                       warnings=warnings(found, floor, pairs), facts=facts, versions=versions())

@@ -23,7 +23,7 @@ REPEATED_ROWS = 20
 REPEATS_ONE_TOKEN = 0.95
 
 
-def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | None = None,
+def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | list[str] | None = None,
            recipe: Recipe | None = None, name: str | None = None, progress: Progress | None = None) -> SinkMap:
     """Find the sink tokens, heads, massive channels and super weights of a model.
 

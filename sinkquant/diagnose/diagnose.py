@@ -31,6 +31,7 @@ from sinkquant.diagnose.squashing import over_squashing, representational_collap
 from sinkquant.diagnose.survey import Compute, Survey, survey
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, check_finite, pick_device, read_text, starts_with_bos, token_rows
+from sinkquant.models.corpus import in_words
 from sinkquant.models.gguf import source_notes
 from sinkquant.models.source import folder_of
 from sinkquant.recipe import Recipe
@@ -47,7 +48,7 @@ CACHED_LENGTH = 256
 Progress = Callable[[int, int, str], None]
 
 
-def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | None = None,
+def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | list[str] | None = None,
              recipe: Recipe | None = None, name: str | None = None, sink_map: SinkMap | None = None,
              attacks: bool = True, original: PreTrainedModel | None = None, against: PreTrainedModel | None = None,
              against_name: str = "quantized", progress: Progress | None = None) -> Diagnosis:
@@ -124,7 +125,7 @@ def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
     return Diagnosis(
         model=decoder.facts(name or model.config.name_or_path or type(model).__name__),
         tokenization=sink_map.tokenization,
-        text=text or "packaged evaluation text", seed=recipe.seed, sinks=sink_map.tokens,
+        text=in_words(text) or "packaged evaluation text", seed=recipe.seed, sinks=sink_map.tokens,
         massive_peak=max((channel.peak for channel in massive), default=0.0),
         massive_ratio=max((channel.ratio for channel in massive), default=0.0), sink_rates=rates,
         first_position=[layer.mean(0).tolist() for layer in mass], mixing=layer_mixing(found, recipe.seed),

@@ -71,7 +71,7 @@ class SinkComparison:
     """
 
     def __init__(self, original: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sinks: Sequence[SinkToken],
-                 recipe: Recipe | None = None, text: str | None = None) -> None:
+                 recipe: Recipe | None = None, text: str | list[str] | None = None) -> None:
         self.recipe, self.tokenizer, self.sinks = recipe or Recipe(), tokenizer, sinks
         settings = self.recipe.compute
         self.compute = Compute(pick_device(settings.device), getattr(torch, settings.dtype), self.recipe.seed)
@@ -127,7 +127,8 @@ class SinkComparison:
 
 
 def sink_fidelity(original: PreTrainedModel, quantized: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-                  sinks: Sequence[SinkToken], recipe: Recipe | None = None, text: str | None = None) -> SinkFidelity:
+                  sinks: Sequence[SinkToken], recipe: Recipe | None = None,
+                  text: str | list[str] | None = None) -> SinkFidelity:
     """Compare a quantized model with its original; see `SinkComparison` for the arguments.
 
     Raises:

@@ -43,7 +43,7 @@ class Audit:
         return f"For this model: {done}; see to the warnings first ({len(self.warnings)})."
 
 
-def examine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | None = None) -> Audit:
+def examine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | list[str] | None = None) -> Audit:
     """Audit the tokenization of calibration, evaluation, chat and serving, and measure what `<bos>` is worth.
 
     Args:
@@ -151,7 +151,7 @@ def _instructions() -> frozenset[str]:
     return frozenset(name for name, there in has.items() if there)
 
 
-def _loss_with_and_without(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, text: str | None,
+def _loss_with_and_without(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, text: str | list[str] | None,
                            audit: Audit) -> None:
     """The measured worth of `<bos>`: next-token loss of the same text with it in front, and without."""
     if tokenizer.bos_token_id is None:

@@ -21,6 +21,7 @@ from sinkquant.evaluate.task_files import WantedTasks, wanted_tasks
 from sinkquant.evaluate.tasks import ready_tasks
 from sinkquant.evaluate.verdict import judge
 from sinkquant.models import encode, max_length, read_text, starts_with_bos
+from sinkquant.models.corpus import in_words
 from sinkquant.recipe import Recipe
 
 Compare = Callable[[PreTrainedModel, PreTrainedModel], SinkFidelity]
@@ -78,7 +79,7 @@ def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, re
     paired = paired_differences(candidates, recipe, look.level)
     left = recovered(candidates)
     facts: Facts = {
-        "text": settings.text or "packaged evaluation text", "rows": look.rows, "rows available": len(rows),
+        "text": in_words(settings.text) or "packaged evaluation text", "rows": look.rows, "rows available": len(rows),
         "length": rows.shape[1], "rows_start_with_bos": bos, "seed": recipe.seed, "limit": settings.limit,
         "sample": settings.sample if settings.limit is None else None, "precision": settings.precision,
         "dtype": recipe.compute.dtype, "bootstrap_resamples": settings.bootstrap}

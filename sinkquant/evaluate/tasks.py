@@ -76,7 +76,7 @@ def definition(name: str, data: str, words: bool = True) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def ready_tasks(text: str | None, content: str, tasks: Sequence[str], seed: int,
+def ready_tasks(text: str | list[str] | None, content: str, tasks: Sequence[str], seed: int,
                 max_characters: int | None = None) -> Iterator[Path]:
     """A temporary folder of task definitions that lm-eval can run from anywhere.
 

@@ -33,6 +33,7 @@ from sinkquant.explain.verify import verified
 from sinkquant.explain.weights import ALONE, WeightLosses, weight_losses
 from sinkquant.formats import open_checkpoint, rounds_inputs, versions
 from sinkquant.models import documents, load_model, load_tokenizer, pick_device, read_text, token_rows
+from sinkquant.models.corpus import in_words
 from sinkquant.models.decoder import max_length
 from sinkquant.models.inputs import inputs_left_alone, switch_of
 from sinkquant.models.loading import has_tokenizer, read_config
@@ -48,7 +49,8 @@ HEAD_MOVED = 0.02
 """Change of a head's mean attention on the sinks that is worth naming."""
 
 
-def explain(checkpoint: str, baseline: str, *, text: str | None = None, rows: int = ROWS, length: int = LENGTH,
+def explain(checkpoint: str, baseline: str, *, text: str | list[str] | None = None, rows: int = ROWS,
+            length: int = LENGTH,
             recipe: Recipe | None = None, sink_map: SinkMap | None = None, sinks: bool = True, verify: bool = False,
             trust_remote_code: bool = False, progress: Progress | None = None) -> Explanation:
     """Where the loss of a checkpoint comes from.
@@ -135,8 +137,9 @@ def explain(checkpoint: str, baseline: str, *, text: str | None = None, rows: in
                                      tokenizer, known, probe, measuring.loss)
     step.end()
     facts: dict[str, str | int | float | bool | None] = {
-        "text": recipe.evaluate.text or "packaged evaluation text", "rows": len(read), "length": read.shape[1],
-        "dtype": recipe.compute.dtype, "parameters that differ": len(parts), "first-order sum": sum(
+        "text": in_words(recipe.evaluate.text) or "packaged evaluation text", "rows": len(read),
+        "length": read.shape[1], "dtype": recipe.compute.dtype, "parameters that differ": len(parts),
+        "first-order sum": sum(
             one.first_order for one in found.modules), "removed by the largest together": found.together,
         "seconds": round(time.monotonic() - began, 1)}
     return Explanation(causes=causes, sentence=_sentence(loss, causes), facts=facts, **made)

@@ -24,9 +24,11 @@ from sinkquant.errors import RequestError
 from sinkquant.resources import demo_text
 
 DOCUMENT_SEPARATOR = "<|doc|>"
-STANDARD_INPUT = "-"
+STANDARD_INPUT, HUB = "-", "hub:"
+HUB_CHARACTERS = 1 << 23
+"""As much is read of a data set; its records come in their order."""
 Split = Literal["calibration", "evaluation"]
-TextSource = str | os.PathLike[str] | None
+TextSource = str | os.PathLike[str] | Sequence[str] | None
 PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstandard", b"BZh": "bzip2",
           b"\xfd7zXZ": "xz"}
 MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
@@ -37,7 +39,8 @@ def read_text(path: TextSource, split: Split, tokenizer: PreTrainedTokenizerBase
     """The user's text, or the packaged text of that split. What a file holds decides how it is read, not its name.
 
     Args:
-        path: a file, a pattern of files such as `texts/*.jsonl`, or `-` for standard input; None for the packaged text.
+        path: a file, a pattern of files such as `texts/*.jsonl`, `hub:` and the name or the folder of a data set, or
+            `-` for standard input; several of them, in their order; None for the packaged text.
         tokenizer: its chat template writes records of messages.
 
     Raises:
@@ -75,9 +78,18 @@ def documents(text: str) -> list[str]:
 
 
 def _contents(path: TextSource, split: Split) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of every file, in the order of their names."""
+    """Name and bytes of every file, in the order that they are given, and by name where a pattern gives several."""
     if path is None:
         paths = [demo_text(split)]
+    elif not isinstance(path, str | os.PathLike):
+        if not path:
+            raise RequestError(f"the {split} text is an empty list; name a file, or leave it out for the packaged one.")
+        for name in path:
+            yield from _contents(name, split)
+        return
+    elif str(path).startswith(HUB):
+        yield f"{path}.jsonl", _data_set(str(path).removeprefix(HUB), split)
+        return
     elif str(path) == STANDARD_INPUT:
         yield "on standard input", _standard_input()
         return
@@ -95,6 +107,44 @@ def _contents(path: TextSource, split: Split) -> Iterator[tuple[str, bytes]]:
             reason = getattr(error, "strerror", None) or error
             raise RequestError(f"cannot read the {split} text {one}: {reason}.") from error
         yield str(one), content
+
+
+def require_two_texts(calibration: TextSource, evaluation: TextSource) -> None:
+    """Refuse standard input for both: it can be read once, and what was calibrated on proves nothing.
+
+    Raises:
+        RequestError: both are standard input.
+    """
+    both = [text if isinstance(text, list | tuple) else [text] for text in (calibration, evaluation)]
+    if all(STANDARD_INPUT in map(str, texts) for texts in both):
+        raise RequestError("calibration.text and evaluate.text are both '-', and standard input can be read once; give "
+                           "one of them as a file.")
+
+
+def in_words(text: TextSource) -> str:
+    """The name of a text of the user's own, of several by commas."""
+    return str(text) if isinstance(text, str | os.PathLike) else ", ".join(text or ())
+
+
+def _data_set(name: str, split: Split) -> bytes:
+    """The texts or messages of a data set's part `train`, or of its only one, as JSON lines."""
+    import datasets
+
+    lines, size = [], 0
+    try:
+        found = datasets.load_dataset(name, streaming=True)
+        records = found["train"] if "train" in found else found[next(iter(found))]
+        for record in records:
+            kept = {key: record[key] for key in ("text", "messages") if key in record} or record
+            lines.append(json.dumps(kept, ensure_ascii=False, default=str))
+            size += len(lines[-1])
+            if size >= HUB_CHARACTERS:
+                break
+    except Exception as error:  # the hub, the network, builders and readers each raise their own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise RequestError(f"the {split} text {HUB}{name} cannot be read by datasets: {reason}; give a file "
+                           "instead.") from error
+    return "\n".join(lines).encode()
 
 
 @functools.cache

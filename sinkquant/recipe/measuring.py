@@ -21,13 +21,14 @@ class Compute(Section):
 
 
 class CalibrationText(Section):
-    """The rows that the quantizer sees: `rows` x `length` tokens of `text` (null: the packaged prose).
+    """The rows that the quantizer sees: `rows` x `length` tokens of `text`: a file, a pattern,
+    `hub:` and a data set, or a list of them (null: the packaged prose).
 
     `bos` "auto" puts `<bos>` in front exactly once where the tokenizer adds it at all. An expert that fewer than
     `min_expert_tokens` tokens go to is named, and quantized as if all tokens of its layer went to it.
     """
 
-    text: FilePath | None = None
+    text: FilePath | list[FilePath] | None = None
     rows: int = Field(default=64, ge=1)
     length: int = Field(default=512, ge=2)
     bos: Literal["auto", "always", "never"] = "auto"
@@ -71,7 +72,7 @@ class Evaluation(Section):
     checkpoint, for models that do not fit into memory as a whole."""
 
     skip: bool = False
-    text: FilePath | None = None
+    text: FilePath | list[FilePath] | None = None
     tasks: list[str] = Field(default_factory=lambda: ["sink_perplexity", "sink_cloze", "sink_recall"])
     task_folder: str | None = None
     limit: int | None = Field(default=None, ge=1)

@@ -41,6 +41,7 @@ from sinkquant.models import (
     read_text,
     resolve,
 )
+from sinkquant.models.corpus import require_two_texts
 from sinkquant.models.loading import has_tokenizer
 from sinkquant.models.processes import this_process
 from sinkquant.policy import (
@@ -131,7 +132,10 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
             check_solvable(recipe)
     if not plan_only:
         require_packages(edited.backend if edited else recipe.backend)
+    require_two_texts(recipe.calibration.text, recipe.evaluate.text)
     folder = resolve(str(model))
+    if not plan_only and not has_tokenizer(folder):
+        load_tokenizer(folder)  # says what is missing
     decoder = Decoder.of(open_model(folder, trust_remote_code))
     shape = decoder.shape(str(model))
     if edited is None:

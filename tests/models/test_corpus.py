@@ -16,6 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from sinkquant.errors import RequestError
 from sinkquant.models import corpus, documents, read_text, token_rows
+from sinkquant.models.corpus import text_digest
+from sinkquant.recipe import Recipe
+from sinkquant.run import run
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 RECORDS = [{"text": "w8 w9", "id": 1}, {"text": "", "id": 2}, {"text": "w10\nw11", "id": 3}]
@@ -129,3 +132,33 @@ def test_the_digest_is_of_what_is_read(tmp_path: Path) -> None:
     assert corpus.text_digest(None, "calibration") != corpus.text_digest(None, "evaluation")
     written(path, "w9")
     assert corpus.text_digest(path, "calibration") != before
+
+
+def test_several_texts_are_read_in_their_order_and_counted_into_one_digest(tmp_path: Path) -> None:
+    first, second = tmp_path / "b.txt", tmp_path / "a.jsonl"
+    first.write_text("one", encoding="utf-8")
+    second.write_text('{"text": "two"}\n{"text": "three"}\n', encoding="utf-8")
+    given = [str(first), str(second)]
+    assert documents(read_text(given, "calibration")) == ["one", "two", "three"]
+    assert documents(read_text(given[::-1], "calibration")) == ["two", "three", "one"]
+    digests = {text_digest(one, "calibration") for one in (given, given[::-1], given[0])}
+    assert len(digests) == 3
+    with pytest.raises(RequestError, match="is an empty list"):
+        read_text([], "calibration")
+    assert Recipe.parse({"calibration": {"text": given}}).calibration.text == given
+    assert Recipe().replace([f"calibration.text={first}"]).calibration.text == str(first)
+
+
+def test_a_data_set_is_read_by_its_name_or_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    lines = [json.dumps({"id": i, "text": f"record {i}"}) for i in range(3)]
+    (folder / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert documents(read_text(f"hub:{folder}", "calibration")) == ["record 0", "record 1", "record 2"]
+    with pytest.raises(RequestError, match=r"hub:.*nowhere cannot be read by datasets: .*; give a file instead\."):
+        read_text(f"hub:{tmp_path / 'nowhere'}", "calibration")
+
+
+def test_standard_input_is_not_read_for_both_texts(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="both '-', and standard input can be read once"):
+        run(Recipe().replace(["calibration.text=-", "evaluate.text=-"]), "demo", tmp_path / "out")
