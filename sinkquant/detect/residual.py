@@ -63,24 +63,23 @@ class ResidualStream:
         last = self.names[-1].split(".")[:2]
         return [i for i, name in enumerate(self.names) if name == "embedding" or name.split(".")[:2] != last]
 
-    def run(self, step: Step, middle: Middle | None = None) -> Middle | None:
+    def run(self, step: Step, middle: Middle | None = None, search: bool = True) -> None:
         """Run a step of the walk and record the boundaries in and after its block.
 
         Args:
-            middle: where the block shows the stream between its sub-blocks, if a walk beside this one has found it.
-
-        Returns:
-            where the block shows it.
+            middle: where the block shows the stream between its sub-blocks, where that was found already.
+            search: look for it where it is not given, which runs the block on a row of its own.
         """
         if step.index == 0:
             self.add("embedding", [step.walk.hidden])
-        middle, between = middle or find_middle(step), _Boundary()
+        if middle is None and search:
+            middle = find_middle(step)
+        between = _Boundary()
         with watched(middle, between.add, step.walk.hidden.shape[1:]):
             outputs = step.run()
         if middle is not None:
             self._close(f"layers.{step.index}.attention", between)
         self.add(f"layers.{step.index}.mlp" if middle is not None else f"layers.{step.index}", [outputs])
-        return middle
 
 
 class _Boundary:

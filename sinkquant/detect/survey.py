@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sinkquant.detect.detector import Detector, Progress
 from sinkquant.detect.evidence import Survey
-from sinkquant.detect.middle import Middle
+from sinkquant.detect.middle import Middle, find_middle
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, Step, Walk, answer, pick_device, together, token_rows, weight_matrix
 from sinkquant.recipe import Recipe
@@ -85,10 +85,12 @@ class Surveyor:
         if survey.control:
             step.run()
         else:
+            # Looking for it runs the block on a row of its own, which no detector must see.
+            middle = middle or find_middle(step)
             with contextlib.ExitStack() as watching:
                 for detector in self.detectors:
                     watching.enter_context(detector.watch(survey, step))
-                middle = survey.stream.run(step, middle)
+                survey.stream.run(step, middle, search=False)
         step.advance()
         survey.table.require_causal(len(survey.rows), type(self.decoder.model).__name__)
         survey.table.close_layer()

@@ -48,7 +48,8 @@ def check_readable(path: Path, settings: dict[str, Any]) -> None:
         if group.get("output_activations"):
             raise RequestError(f"{path} quantizes what linears give (its {name}), which is not read here; "
                                "load it with transformers.")
-        if inputs.get("strategy") not in (None, "token", "tensor", "group", "tensor_group"):
+        by = ("group", "tensor_group") if inputs.get("type") == "float" else ()
+        if inputs.get("strategy") not in (None, "token", "tensor", *by):
             raise RequestError(f"{path} quantizes activations by {inputs['strategy']} (its {name}), which is not read "
                                "here; load it with transformers.")
     if settings.get("kv_cache_scheme"):

@@ -64,7 +64,7 @@ def round_block(step: Step, decoder: Decoder, plan: Plan, dtype: torch.dtype) ->
     for name, decision in static.items():
         if name not in ranges.low:
             raise SinkquantError(f"no calibration token reached {name}, so that its inputs have no range; give more "
-                                 "text, or round its inputs with scales that are not stored.")
+                                 "text, or round its inputs with scales that are not stored (activations.scale=token).")
         assert decision.activation_scale is not None
         args = input_args(decision.activations, decision.activation_scale)
         scales[name] = static_scale(ranges.low[name], ranges.high[name], args, dtype)

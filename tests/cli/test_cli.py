@@ -248,8 +248,8 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(tmp_path, tiny_folder, text_f
     monkeypatch.setattr(pipeline, "quantize_to", stopped)
     outcome = call("run", "--model", tiny_folder, "--output", tmp_path / "out", "--resume", *settings(text_file))
     assert outcome.code == 1
-    assert f"{tmp_path / 'out.partial'} keeps what was done (detect); the same command with --resume" in one_sentence(
-        outcome)
+    kept = f"{tmp_path / 'out.partial'} keeps what was done (detect, plan); the same command with --resume"
+    assert kept in one_sentence(outcome)
     assert (tmp_path / "out.partial" / "plan.json").is_file()
 
 

@@ -80,7 +80,7 @@ def test_another_tools_checkpoint_loads_without_our_file(copy: Path, saved: tupl
     assert all(torch.equal(parameter, found[name]) for name, parameter in saved[0].named_parameters())
 
 
-@pytest.mark.parametrize("method", ["awq", "fp8"])
+@pytest.mark.parametrize("method", ["awq", "eetq"])
 def test_other_formats_are_refused_by_name(copy: Path, method: str) -> None:
     edit(copy, quant_method=method)
     with pytest.raises(RequestError, match=rf"quantized in the {method} format, which is not read here"):

@@ -12,6 +12,7 @@ from sinkmaps import sink_map_of
 from sinkquant.models import Decoder
 from sinkquant.policy import make_control, make_plan
 from sinkquant.policy.budget import evenly_spread
+from sinkquant.policy.carried import scheme_for
 from sinkquant.recipe import Recipe, recipe_names
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -30,6 +31,9 @@ def settings() -> list[tuple[str, list[str]]]:
     found = []
     for name in recipe_names():
         if (recipe := Recipe.load(name)).backend != "compressed-tensors" or recipe.budget.solved:
+            continue
+        if 8 not in scheme_for(recipe).bits:  # of one width: no linear can be raised
+            found.append((name, []))
             continue
         for extra in ([], ["protect.bits=16"], ["protect.max_share=0.5"], ["protect.bits=16", "protect.max_share=1"],
                       ["protect.modules=['*.0.*.o_proj']"]):

@@ -59,9 +59,15 @@ def test_what_may_be_possible_is_left_to_detection(family: str, assignments: tup
 
 
 def test_every_packaged_recipe_fits_a_plain_model() -> None:
-    shape = Decoder.of(tiny_model("llama", hidden_size=256, intermediate_size=512, head_dim=64)).shape("tiny")
+    shape = Decoder.of(tiny_model("llama", dtype=torch.bfloat16, hidden_size=256, intermediate_size=512,
+                                  head_dim=64)).shape("tiny")
     for name in recipe_names():
-        require_plannable(shape, Recipe.load(name))
+        recipe = Recipe.load(name)
+        if recipe.backend == "gguf":  # its file holds what stands in the model's folder
+            with pytest.raises(RequestError, match="made in memory"):
+                require_plannable(shape, recipe)
+        else:
+            require_plannable(shape, recipe)
 
 
 def test_a_run_refuses_before_it_detects(tmp_path: Path, tiny_folder: Path, text_file: Path,
