@@ -83,7 +83,7 @@ def test_what_it_does_not_hold_is_refused_as_of_any_other(text_file: Path, tmp_p
 
 
 def test_without_its_package_it_is_refused_by_name(text_file: Path) -> None:
-    with pytest.raises(RequestError, match="a backend is one of compressed-tensors, bitsandbytes, .*, not"):
+    with pytest.raises(RequestError, match=r"a backend is one of compressed-tensors, bitsandbytes, .*, not"):
         small_recipe(text_file, *ASKED)
     with pytest.raises(RequestError, match="there is no storage 'shifts' of weights; install the package"):
         find("shifts")

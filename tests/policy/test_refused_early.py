@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from families import tiny_model
 from small_runs import small_recipe
 
