@@ -12,6 +12,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 
 from sinkquant.errors import RequestError
+from sinkquant.schemes.inputs import in_blocks
 from sinkquant.schemes.scheme import COMPRESSED
 
 
@@ -48,8 +49,7 @@ def check_readable(path: Path, settings: dict[str, Any]) -> None:
         if group.get("output_activations"):
             raise RequestError(f"{path} quantizes what linears give (its {name}), which is not read here; "
                                "load it with transformers.")
-        by = ("group", "tensor_group") if inputs.get("type") == "float" else ()
-        if inputs.get("strategy") not in (None, "token", "tensor", *by):
+        if inputs.get("strategy") not in (None, "token", "tensor") and not in_blocks(inputs):
             raise RequestError(f"{path} quantizes activations by {inputs['strategy']} (its {name}), which is not read "
                                "here; load it with transformers.")
     if settings.get("kv_cache_scheme"):

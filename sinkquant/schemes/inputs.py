@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,13 @@ def input_format(name: str) -> InputFormat:
         if one.name == name:
             return one
     raise ValueError(f"inputs are rounded to one of {', '.join(one.name for one in INPUTS)}, not {name!r}")
+
+
+def in_blocks(settings: Mapping[str, Any]) -> bool:
+    """Whether what compressed-tensors says of inputs (its QuantizationArgs as JSON) is one of the formats in blocks."""
+    asked = tuple(settings.get(key) for key in ("type", "num_bits", "group_size"))
+    return any(form.group_size is not None and asked == (form.kind, form.bits, form.group_size)
+               for form in INPUTS)
 
 
 def deployed(name: str) -> bool:
