@@ -28,10 +28,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    stale = [name for name, content in pages().items() if not _is(HERE / name, content)]
+    stale = {name: content for name, content in pages().items() if not _is(HERE / name, content)}
     if not check:
-        for name in stale:
-            (HERE / name).write_text(pages()[name], encoding="utf-8")
+        for name, content in stale.items():
+            (HERE / name).write_text(content, encoding="utf-8")
     elif stale:
         sys.exit(f"out of date: {', '.join(stale)}; run python docs/reference/generate.py.")
 
