@@ -40,10 +40,11 @@ def compare(checkpoints: Annotated[list[str], typer.Argument(help=CHECKPOINT + "
     known = SinkMap.load(sink_map) if sink_map else None
     resolve(baseline)
     from sinkquant.compare import compare as measure
-    from sinkquant.report.compared import require_writable, write_comparison
+    from sinkquant.report.compared import KINDS, write_comparison
+    from sinkquant.report.kinds import require_kind
 
     if output:
-        require_writable(output)
+        require_kind(output, KINDS)
     named = [name.strip() for name in tasks.split(",")] if tasks else []
     with shown_progress() as progress:
         found = measure(checkpoints, baseline, text=text, tasks=named, recipe=recipe, sink_map=known, sinks=sinks,
@@ -82,10 +83,11 @@ def explain(checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT + ".")], b
     resolve(baseline)
     from sinkquant.cli.tables.explanation import explanation_lines, explanation_tables
     from sinkquant.explain import explain as find_causes
-    from sinkquant.report.explained import require_writable, write_explanation
+    from sinkquant.report.explained import KINDS, write_explanation
+    from sinkquant.report.kinds import require_kind
 
     if output:
-        require_writable(output)
+        require_kind(output, KINDS)
     with shown_progress() as progress:
         found = find_causes(checkpoint, baseline, text=text, rows=rows, length=length, recipe=recipe, sink_map=known,
                             sinks=sinks, verify=verify, trust_remote_code=trust_remote_code, progress=progress)

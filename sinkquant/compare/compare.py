@@ -21,6 +21,7 @@ from sinkquant.errors import RequestError
 from sinkquant.evaluate import TokenFigures, held_out_rows, require_tasks_possible
 from sinkquant.evaluate.shelf import share_equal
 from sinkquant.evaluate.states import last_states
+from sinkquant.evaluate.steps import Steps
 from sinkquant.formats import versions
 from sinkquant.models import load_model, load_tokenizer, max_length, pick_device, read_text
 from sinkquant.models.corpus import in_words
@@ -60,7 +61,7 @@ def compare(checkpoints: Sequence[str], baseline: str, *, text: str | list[str] 
     if tasks:
         require_tasks_possible(recipe, tokenizer)
     content = read_text(recipe.evaluate.text, "evaluation", tokenizer)
-    steps = _Steps(len(opened) + 3, progress)
+    steps = Steps(len(opened) + 3, progress, "comparing", "compared")
     device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
     steps.next("the unquantized model")
     original = load_model(base.folder, dtype, device, trust_remote_code)
@@ -169,19 +170,3 @@ def _fidelity(original: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ope
         fast = recipe.changed(detect={"super_weights": False}, prune={"heads": "none"})
         known = detect(original, tokenizer, recipe=fast, name=name)
     return SinkComparison(original, tokenizer, known.tokens, recipe)
-
-
-class _Steps:
-    """Counts steps for a bar: `next` ends the one that runs and begins another."""
-
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self.total, self.progress, self.begun = total, progress, 0
-
-    def next(self, label: str) -> None:
-        if self.progress:
-            self.progress(self.begun, self.total, f"comparing {label}")
-        self.begun += 1
-
-    def end(self) -> None:
-        if self.progress:
-            self.progress(self.total, self.total, "compared")

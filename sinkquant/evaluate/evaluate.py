@@ -17,6 +17,7 @@ from sinkquant.evaluate.looks import ERROR, Look, looks
 from sinkquant.evaluate.pairs import paired_differences, recovered
 from sinkquant.evaluate.shelf import Shelf, room
 from sinkquant.evaluate.statistics import standard_error
+from sinkquant.evaluate.steps import Steps
 from sinkquant.evaluate.task_files import WantedTasks, wanted_tasks
 from sinkquant.evaluate.tasks import ready_tasks
 from sinkquant.evaluate.verdict import judge
@@ -63,7 +64,8 @@ def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, re
     del first
     diverging = ordered[0].name == BASELINE and len(ordered) > 1
     plan = looks(len(rows), settings.precision) if diverging else []
-    steps = _Steps(sum(len(wanted.names) for candidate in candidates if candidate.tasks_too) + len(plan), progress)
+    steps = Steps(sum(len(wanted.names) for candidate in candidates if candidate.tasks_too) + len(plan), progress,
+                  "evaluating", "evaluated")
     with ready_tasks(settings.text, content, wanted.names, recipe.seed,
                      fitting_characters(tokenizer, content, limit)) as folder:
         comparisons, available = _run_tasks(ordered, shelf, tokenizer, recipe, wanted, folder, bos,
@@ -92,7 +94,7 @@ def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, re
 
 def _run_tasks(ordered: Sequence[Candidate], shelf: Shelf, tokenizer: PreTrainedTokenizerBase, recipe: Recipe,
                wanted: WantedTasks, folder: Path, bos: bool, compare: Compare | None,
-               steps: _Steps) -> tuple[dict[str, SinkFidelity], dict[str, int]]:
+               steps: Steps) -> tuple[dict[str, SinkFidelity], dict[str, int]]:
     """Fill the candidates' `tasks`. Returns the sink fidelity of each, and how many documents every task has."""
     from sinkquant.evaluate.run import open_tasks, score_tasks  # lm-eval takes 130 MB, which all else does without
 
@@ -121,23 +123,6 @@ def _notes(look: Look, total: int, plan: Sequence[Look], precision: float | None
             f"{precision:.0%} of the divergence" if look.rows < total else "some difference was neither certain nor "
             f"known to {precision:.0%} of the divergence before")
     return [f"divergence was measured on {look.rows} of {total} rows: {ends}; intervals hold for all looks together"]
-
-
-class _Steps:
-    """Counts steps: `next` ends the one that runs and begins another."""
-
-    def __init__(self, total: int, progress: Callable[[int, int, str], None] | None) -> None:
-        self.total, self.progress, self.begun = total, progress, 0
-
-    def next(self, label: str) -> None:
-        if self.progress:
-            self.progress(self.begun, self.total, f"evaluating {label}")
-        self.begun += 1
-
-    def end(self) -> None:
-        """All is done, whether it took all steps or not."""
-        if self.progress:
-            self.progress(self.total, self.total, "evaluated")
 
 
 def fitting_characters(tokenizer: PreTrainedTokenizerBase, content: str, limit: int) -> int:

@@ -8,28 +8,18 @@ import matplotlib as mpl
 
 from sinkquant.artifacts.base import write_atomically
 from sinkquant.artifacts.comparison import ComparedRow, Comparison, Interval
-from sinkquant.errors import RequestError
+from sinkquant.report.kinds import require_kind
 from sinkquant.report.plots import INK, MARKERS, SERIES, SOFT, STYLE, Plot, _figure, _svg
 from sinkquant.report.render import _environment
 
-KINDS = (".json", ".html", ".md")
+KINDS = (".html", ".md", ".json")
 LINES = 6
 """Models whose divergence by position is drawn: more lines cannot be told apart."""
 
 
-def require_writable(path: Path) -> None:
-    """Refuse a report's file that is of no kind that is written.
-
-    Raises:
-        RequestError: it ends otherwise than .html, .md or .json.
-    """
-    if path.suffix not in KINDS:
-        raise RequestError(f"{path} is none of the files that are written; end it in .html, .md or .json.")
-
-
 def write_comparison(path: Path, found: Comparison) -> Path:
     """Write a comparison as what the file's name says: HTML, Markdown or JSON."""
-    require_writable(path)
+    require_kind(path, KINDS)
     if path.suffix == ".json":
         return found.save(path)
     return write_atomically(path, page(found) if path.suffix == ".html" else markdown(found))

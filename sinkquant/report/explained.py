@@ -7,26 +7,17 @@ from pathlib import Path
 
 from sinkquant.artifacts.base import write_atomically
 from sinkquant.artifacts.explanation import Explanation, PartLoss
-from sinkquant.errors import RequestError
+from sinkquant.report.kinds import require_kind
 
 Cells = list[list[str]]
 """The first line names the columns."""
+KINDS = (".md", ".json")
 SHOWN = 8
-
-
-def require_writable(path: Path) -> None:
-    """Refuse a file of a kind that is not written.
-
-    Raises:
-        RequestError: it ends otherwise than .md or .json.
-    """
-    if path.suffix not in (".md", ".json"):
-        raise RequestError(f"{path} is none of the files that are written; end it in .md or .json.")
 
 
 def write_explanation(path: Path, found: Explanation) -> Path:
     """Write an explanation as what the file's name says: Markdown or JSON."""
-    require_writable(path)
+    require_kind(path, KINDS)
     return found.save(path) if path.suffix == ".json" else write_atomically(path, markdown(found))
 
 

@@ -1,0 +1,26 @@
+"""Progress of work that is a number of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+class Steps:
+    """Counts steps for a bar: `next` ends the one that runs and begins another.
+
+    Args:
+        doing, done: what is said in front of a step's label, and at the end.
+    """
+
+    def __init__(self, total: int, progress: Callable[[int, int, str], None] | None, doing: str, done: str) -> None:
+        self.total, self.progress, self.doing, self.done, self.begun = total, progress, doing, done, 0
+
+    def next(self, label: str) -> None:
+        if self.progress:
+            self.progress(self.begun, self.total, f"{self.doing} {label}")
+        self.begun += 1
+
+    def end(self) -> None:
+        """All is done, whether it took all steps or not."""
+        if self.progress:
+            self.progress(self.total, self.total, self.done)
