@@ -3,7 +3,6 @@ that are plain again."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from compressed_tensors.quantization import QuantizationArgs
 
 from sinkquant.errors import RequestError
 from sinkquant.schemes.inputs import in_blocks
+from sinkquant.schemes.json_object import read_object
 from sinkquant.schemes.scheme import COMPRESSED
 
 
@@ -22,13 +22,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         RequestError: there is none in the file.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RequestError(f"{path} cannot be read ({error}); get the checkpoint again.") from error
-    if not isinstance(content, dict):
-        raise RequestError(f"{path} is no JSON object; get the checkpoint again.")
-    return content
+    return read_object(path, "get the checkpoint again")
 
 
 def check_readable(path: Path, settings: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from sinkquant.models.gguf import SUFFIX, gguf_in, unpacked
 from sinkquant.models.gguf_index import FILE, is_gguf_checkpoint, read_index
 from sinkquant.models.headers import read_header
 from sinkquant.resources import demo_model
+from sinkquant.schemes.json_object import read_object
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -89,14 +90,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         inside = sorted(found.parent.name for found in folder.glob("*/config.json"))
         hint = f"; its subfolder {inside[0]} has one" if inside else ""
         raise RequestError(f"{folder} is not a model folder: it has no config.json{hint}.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RequestError(f"{path} cannot be read ({str(error).splitlines()[0]}); copy the model folder "
-                           "again.") from error
-    if not isinstance(content, dict):
-        raise RequestError(f"{path} is no JSON object; copy the model folder again.")
-    return content
+    return read_object(path, "copy the model folder again")
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -4,7 +4,6 @@ beside the weights."""
 from __future__ import annotations
 
 import functools
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from sinkquant.errors import RequestError
 from sinkquant.schemes.gguf.layout import Metadata, metadata_bytes
 from sinkquant.schemes.gguf.names import FAMILIES, Family
 from sinkquant.schemes.gguf.tokenizer import tokenizer_metadata
+from sinkquant.schemes.json_object import read_object
 
 QUANTIZATION_VERSION = 2
 """Of ggml's block formats."""
@@ -103,13 +103,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         RequestError: it cannot be read.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RequestError(f"{path} cannot be read ({error}), and a GGUF file holds what it says.") from error
-    if not isinstance(content, dict):
-        raise RequestError(f"{path} is no JSON object; copy the model folder again.")
-    return content
+    return read_object(path, "copy the model folder again", ", and a GGUF file holds what it says")
 
 
 def _shape(family: Family, config: dict[str, Any], folder: Path) -> dict[str, tuple[str, Any]]:
