@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,7 +41,8 @@ def gguf_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         RequestError: the file is cut or broken.
     """
-    family, path = _family(folder), folder / FILE
+    config, path = read_json(folder / "config.json"), folder / FILE
+    family = _family(config)
     found: dict[str, StoredTensor] = {}
     for name, (tensor, offset) in read_index(path).items():
         key = model_name(family, name)
@@ -50,7 +52,7 @@ def gguf_tensors(folder: Path) -> dict[str, StoredTensor]:
         if tensor.kind not in DTYPES:
             key = f"{key.removesuffix('.weight')}.{tensor.kind.lower()}"
             shape = (shape[0], shape[1] // KINDS[tensor.kind][1] * KINDS[tensor.kind][2])
-        order = row_order(folder, family, name, shape[0])
+        order = row_order(config, family, name, shape[0])
         less_one = family.norms_plus_one and is_gain(name)
         if order is None and not less_one:
             found[key] = StoredTensor(path, offset, dtype, shape)
@@ -65,26 +67,30 @@ def in_models_order(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[s
     Args:
         tensors: name in the file -> tensor.
     """
-    family, found = _family(folder), {}
+    config = read_json(folder / "config.json")
+    family, found = _family(config), {}
     for name, tensor in tensors.items():
         key = model_name(family, name)
         if key is not None:
-            order = row_order(folder, family, name, tensor.shape[0])
+            order = row_order(config, family, name, tensor.shape[0])
             arranged = tensor if order is None else tensor[order.argsort()]
             found[key] = arranged - 1 if family.norms_plus_one and is_gain(name) else arranged
     return found
 
 
-def row_order(folder: Path, family: Family, name: str, rows: int) -> torch.Tensor | None:
-    """Which of the model's rows stands in each row of a tensor of the file, int64 [rows]; None for their own order."""
+def row_order(config: Mapping[str, Any], family: Family, name: str, rows: int) -> torch.Tensor | None:
+    """Which of the model's rows stands in each row of a tensor of the file, int64 [rows]; None for their own order.
+
+    Args:
+        config: config.json of the model.
+    """
     if not (family.interleaved and is_rotated(name)):
         return None
-    config = read_json(folder / "config.json")
     heads = int(config["num_attention_heads"])
     if ".attn_k." in name:
         heads = int(config.get("num_key_value_heads") or heads)
     return torch.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).flatten()
 
 
-def _family(folder: Path) -> Family:
-    return family_of(str((read_json(folder / "config.json").get("architectures") or [""])[0]))
+def _family(config: Mapping[str, Any]) -> Family:
+    return family_of(str((config.get("architectures") or [""])[0]))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy
 import torch
@@ -16,7 +16,7 @@ from sinkquant.models.gguf_index import FILE
 from sinkquant.models.gguf_tensors import row_order
 from sinkquant.models.shards import StoredTensor, stored_tensors
 from sinkquant.schemes.gguf.layout import FileTensor, aligned, head, metadata_bytes
-from sinkquant.schemes.gguf.metadata import family_of, model_metadata, rope_factors
+from sinkquant.schemes.gguf.metadata import family_of, model_metadata, read_json, rope_factors
 from sinkquant.schemes.gguf.names import CODES, Family, file_name, is_gain
 from sinkquant.schemes.gguf.scheme import ROPE, Blocks
 
@@ -34,7 +34,7 @@ def write_file(folder: Path, scheme: Blocks, architecture: str) -> None:
         RequestError: llama.cpp has no name for something of the model.
         OSError: the disk is full.
     """
-    family, stored = family_of(architecture), stored_tensors(folder)
+    family, stored, config = family_of(architecture), stored_tensors(folder), read_json(folder / "config.json")
     replaced = [*weight_files(folder), *folder.glob("*.safetensors.index.json")]
     tensors = scheme.file_tensors({name: (str(one.dtype).removeprefix("torch."), list(one.shape))
                                    for name, one in stored.items() if file_name(family, name)}, family, folder)
@@ -47,7 +47,7 @@ def write_file(folder: Path, scheme: Blocks, architecture: str) -> None:
             if name == ROPE:
                 file.write(numpy.asarray(rope_factors(folder), dtype=numpy.float32).tobytes())
             else:
-                for piece in _converted(stored[tensor.source], tensor, name, family, folder):
+                for piece in _converted(stored[tensor.source], tensor, name, family, config):
                     file.write(piece.numpy().data)
             _fill(file, tensor.bytes)
         file.flush()
@@ -61,10 +61,10 @@ def _fill(file: BinaryIO, size: int) -> None:
     file.write(bytes(aligned(size) - size))
 
 
-def _converted(stored: StoredTensor, tensor: FileTensor, name: str, family: Family, folder: Path) -> Iterator[
-        torch.Tensor]:
+def _converted(stored: StoredTensor, tensor: FileTensor, name: str, family: Family,
+               config: Mapping[str, Any]) -> Iterator[torch.Tensor]:
     """The bytes of a tensor in the file, uint8, piece by piece."""
-    order = row_order(folder, family, name, stored.shape[0])
+    order = row_order(config, family, name, stored.shape[0])
     whole = order is not None or len(stored.shape) == 1
     step = stored.shape[0] if whole else max(1, PIECE // stored.shape[1])
     for start in range(0, stored.shape[0], step):
