@@ -19,7 +19,7 @@ from sinkquant.artifacts import SinkCriterion, SinkKind, SinkToken
 from sinkquant.detect.detector import Detector, Found, text_of
 from sinkquant.detect.evidence import Survey
 from sinkquant.detect.table import AttentionTable
-from sinkquant.detect.tokens import Candidate, find_sinks
+from sinkquant.detect.tokens import SinkCandidate, find_sinks
 from sinkquant.recipe import Detection
 from sinkquant.sinks import SinkSelector
 
@@ -33,7 +33,7 @@ COVERED = 0.5
 class Sink:
     """A sink before it has a name. always_massive: most of its occurrences carry a massive activation."""
 
-    candidate: Candidate
+    candidate: SinkCandidate
     criteria: tuple[SinkCriterion, ...]
     always_massive: bool
 
@@ -91,7 +91,7 @@ def _looks(survey: Survey, carriers: torch.Tensor, found: list[Sink], settings: 
     table, rows = survey.table, survey.rows
     heads = sum(received.shape[1] for received in table.received)
 
-    def judged(look: list[Candidate], criterion: SinkCriterion, least: float = 0.0) -> list[Sink]:
+    def judged(look: list[SinkCandidate], criterion: SinkCriterion, least: float = 0.0) -> list[Sink]:
         sinks = []
         for candidate in look:
             massive = _carries(candidate, rows, carriers)
@@ -115,12 +115,12 @@ def _looks(survey: Survey, carriers: torch.Tensor, found: list[Sink], settings: 
                          max(sink.candidate.sink_heads for sink in found) / 2)
 
 
-def _covered(candidate: Candidate, rows: torch.Tensor, found: list[Sink]) -> bool:
+def _covered(candidate: SinkCandidate, rows: torch.Tensor, found: list[Sink]) -> bool:
     here = SinkSelector.of([candidate]).mask(rows)
     return bool(SinkSelector.of(sink.candidate for sink in found).mask(rows)[here].float().mean() >= COVERED)
 
 
-def _carries(candidate: Candidate, rows: torch.Tensor, carriers: torch.Tensor) -> bool:
+def _carries(candidate: SinkCandidate, rows: torch.Tensor, carriers: torch.Tensor) -> bool:
     """Whether most occurrences carry a massive activation, or most first ones of a row: in large models only the first
     full stop is massive, the later ones are plain tokens."""
     here = SinkSelector.of([candidate]).mask(rows)
@@ -128,12 +128,12 @@ def _carries(candidate: Candidate, rows: torch.Tensor, carriers: torch.Tensor) -
     return max(_share(candidate, rows, carriers), float(carriers[first].float().mean())) >= 0.5
 
 
-def _share(candidate: Candidate, rows: torch.Tensor, carriers: torch.Tensor) -> float:
+def _share(candidate: SinkCandidate, rows: torch.Tensor, carriers: torch.Tensor) -> float:
     """The share of a candidate's occurrences that carry a massive activation."""
     return float(carriers[SinkSelector.of([candidate]).mask(rows)].float().mean())
 
 
-def _unbound(sink: Sink, bare: Candidate | None) -> Sink:
+def _unbound(sink: Sink, bare: SinkCandidate | None) -> Sink:
     """The sink without its token id, where its position draws at least half as many heads without `<bos>`."""
     candidate = sink.candidate
     if candidate.position != 0 or bare is None or bare.sink_heads < candidate.sink_heads / 2:

@@ -37,7 +37,7 @@ MAX_EVEN_MASS = 0.5
 
 
 @dataclass(frozen=True)
-class Candidate:
+class SinkCandidate:
     """A sink before it has a name. `attention`: mean mass over heads, layers and occurrences; `heads`: share of
     (occurrence, head) pairs with mass over the threshold; `share`: share of all positions that hold it; `sink_heads`:
     share of heads that it is a sink of; `rows`: number of rows that hold it; `layers`: those with such a head."""
@@ -57,7 +57,7 @@ Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def find_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detection, known: torch.Tensor | None = None,
-               carriers: torch.Tensor | None = None) -> list[Candidate]:
+               carriers: torch.Tensor | None = None) -> list[SinkCandidate]:
     """What is a sink of at least one head in these rows, strongest first.
 
     Args:
@@ -150,7 +150,7 @@ def _layers(marked: torch.Tensor) -> tuple[int, ...]:
 
 
 def _position_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detection,
-                    rules: list[Rule]) -> list[Candidate]:
+                    rules: list[Rule]) -> list[SinkCandidate]:
     length = rows.shape[1]
     last = max(length - MIN_QUERIES, 1)
     share, score, over = [], [], []
@@ -169,14 +169,14 @@ def _position_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detecti
         # A position other than the first must hold different ids, else the id may be what attracts.
         if position > 0 and (len(rows) < 2 or float(counts.max()) / len(rows) > 0.5):
             continue
-        found.append(Candidate(int(ids[0]) if always_one_id else None, position,
+        found.append(SinkCandidate(int(ids[0]) if always_one_id else None, position,
                                float(attention[position]), float(heads[position]), 1 / length,
                                float(sink_heads[position]), len(rows), _layers(layers[:, position])))
     return found
 
 
 def _token_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detection, taken: set[int],
-                 rules: list[Rule]) -> list[Candidate]:
+                 rules: list[Rule]) -> list[SinkCandidate]:
     length = rows.shape[1]
     first = first_occurrences(rows, taken)
     place = torch.arange(length)
@@ -197,6 +197,7 @@ def _token_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detection,
         over.append(means[2].mean(1))
     sink_heads, layers = _sink_heads(torch.stack(share), settings)
     attention, heads = torch.stack(score).mean(0), torch.stack(over).mean(0)
-    return [Candidate(int(ids[i]), None, float(attention[i]), float(heads[i]), float((rows == ids[i]).float().mean()),
-                      float(sink_heads[i]), int(counts[i]), _layers(layers[:, i]))
+    return [SinkCandidate(int(ids[i]), None, float(attention[i]), float(heads[i]),
+                          float((rows == ids[i]).float().mean()), float(sink_heads[i]), int(counts[i]),
+                          _layers(layers[:, i]))
             for i in torch.nonzero(sink_heads).flatten().tolist()]

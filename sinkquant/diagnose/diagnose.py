@@ -16,7 +16,12 @@ from sinkquant.diagnose.cache_defences import cache_defences
 from sinkquant.diagnose.dormant import dormant_heads, token_values
 from sinkquant.diagnose.fidelity import sink_fidelity
 from sinkquant.diagnose.null import measured
-from sinkquant.diagnose.rates import context_lengths, first_position_mass, sink_rates
+from sinkquant.diagnose.rates import (
+    context_lengths,
+    first_position_mass,
+    first_position_mass_by_length,
+    sink_rates,
+)
 from sinkquant.diagnose.robustness import (
     LONGEST_EXCEEDED,
     REPEATS,
@@ -40,7 +45,8 @@ ROWS, LENGTH = 32, 128
 """Rows of text that most diagnostics run on."""
 PUBLISHED_ROWS, PUBLISHED_LENGTH = 100, 64
 LONGEST_CONTEXT, CONTEXT_TOKENS = 4096, 8192
-"""Sink rates over context length stop at the first, and take as many rows as make up the second."""
+"""Sink rates over context length stop at the first; the rows, whose beginnings are the shorter contexts, make up the
+second."""
 FEW_ROWS = 8
 ATTACKED_ROWS, ATTACKED_LENGTH = 16, 96
 CACHED_LENGTH = 256
@@ -70,7 +76,7 @@ def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
     recipe = recipe or Recipe()
     decoder = Decoder.of(model)
     check_finite(model)
-    job = _Job(decoder, tokenizer, read_text(text, "evaluation", tokenizer), recipe)
+    job = _Inputs(decoder, tokenizer, read_text(text, "evaluation", tokenizer), recipe)
     steps = _Steps(progress)
     steps.next("finding sinks")
     if sink_map is None:
@@ -149,7 +155,7 @@ def layer_mixing(found: Survey, seed: int) -> list[LayerMixing]:
         for layer in range(len(found.mu))]
 
 
-class _Job:
+class _Inputs:
     """What all diagnostics of one model share."""
 
     def __init__(self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, content: str, recipe: Recipe) -> None:
@@ -164,18 +170,25 @@ class _Job:
         return token_rows(self.tokenizer, self.content, count, length, policy, self.decoder.vocabulary, "text")
 
 
-def _rates(job: _Job, published: torch.Tensor, mass: list[torch.Tensor], notes: list[str]) -> list[SinkRates]:
+def _rates(job: _Inputs, published: torch.Tensor, mass: list[torch.Tensor], notes: list[str]) -> list[SinkRates]:
     """Natural text over context length, then random and repeated tokens at the published length."""
     seed, decoder = job.compute.seed, job.decoder
     rates = [sink_rates(mass, "natural", published.shape[1], seed)]
-    longest = min(LONGEST_CONTEXT, decoder.max_length)
-    for length in [length for length in context_lengths(longest) if length > published.shape[1]]:
+    longer = [length for length in context_lengths(min(LONGEST_CONTEXT, decoder.max_length))
+              if length > published.shape[1]]
+    short = None
+    while longer:
         try:
-            rows = job.rows(max(2, CONTEXT_TOKENS // length), length)
+            rows = job.rows(max(2, CONTEXT_TOKENS // longer[-1]), longer[-1])
         except RequestError:
-            notes.append(f"the text holds no row of {length} tokens: sink rates stop at {rates[-1].length}")
-            break
-        rates.append(sink_rates(first_position_mass(decoder, rows, job.compute), "natural", length, seed))
+            short = longer.pop()
+            continue
+        for length, found in zip(longer, first_position_mass_by_length(decoder, rows, longer, job.compute),
+                                 strict=True):
+            rates.append(sink_rates(found, "natural", length, seed))
+        break
+    if short is not None:
+        notes.append(f"the text holds no row of {short} tokens: sink rates stop at {rates[-1].length}")
     few = published[:ROWS]
     rates.append(sink_rates(first_position_mass(decoder, random_rows(few, seed), job.compute), "random",
                             few.shape[1], seed))
@@ -184,7 +197,7 @@ def _rates(job: _Job, published: torch.Tensor, mass: list[torch.Tensor], notes: 
     return rates
 
 
-def _past_the_context(job: _Job, bos: int | None, notes: list[str]) -> list[Check]:
+def _past_the_context(job: _Inputs, bos: int | None, notes: list[str]) -> list[Check]:
     """Checks past the trained context, or a note that says why there are none."""
     context, decoder = job.decoder.max_length, job.decoder
     if bos is None:
@@ -203,7 +216,7 @@ def _past_the_context(job: _Job, bos: int | None, notes: list[str]) -> list[Chec
     return []
 
 
-def _cache_defences(job: _Job, bos: int | None, sink_map: SinkMap, original: PreTrainedModel,
+def _cache_defences(job: _Inputs, bos: int | None, sink_map: SinkMap, original: PreTrainedModel,
                     notes: list[str]) -> list[Check]:
     """What pinned tokens and an exact prefix are worth in a 2-bit cache, or a note that says why that is not known."""
     if bos is None:

@@ -18,7 +18,7 @@ from sinkquant.artifacts import SinkFidelity, SinkToken
 from sinkquant.artifacts.fidelity import FidelityCheck, SpreadCurve
 from sinkquant.diagnose.fidelity_checks import (
     SINK,
-    Side,
+    ProbedModel,
     attention_checks,
     bernoulli_divergence,
     kl_checks,
@@ -53,7 +53,7 @@ class Looked:
             [rows, length, hidden_size].
     """
 
-    side: Side
+    side: ProbedModel
     bare: list[float] | None
     attention: torch.Tensor
     states: torch.Tensor
@@ -117,7 +117,7 @@ class SinkComparison:
         position = self.rows.shape[1] // 4
         moved = changes(decoder, self.rows, position, self.compute)[-1]
         layers = found.head_mass()
-        side = Side(found, layers, torch.cat(layers), position, moved[:, position + 1:].mean(1),
+        side = ProbedModel(found, layers, torch.cat(layers), position, moved[:, position + 1:].mean(1),
                     moved.mean(0).tolist())
         bare = (changes(decoder, self.rows[:FEW_ROWS, 1:], position - 1, self.compute)[-1].mean(0).tolist()
                 if self.with_bos else None)

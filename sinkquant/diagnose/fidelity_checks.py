@@ -26,7 +26,7 @@ Entries = dict[tuple[int, int, bool], float]
 
 
 @dataclass(frozen=True)
-class Side:
+class ProbedModel:
     """One model on the rows.
 
     Attributes:
@@ -91,8 +91,8 @@ def _check(name: str, what: str, value: float | None, ideal: float, null: float)
     return FidelityCheck(name=name, what=what, value=value, ideal=ideal, null=null, bound=bound, kept=kept)
 
 
-def attention_checks(a: Side, b: Side, seed: int) -> list[FidelityCheck]:
-    def rate(side: Side, rows: Rows) -> float:
+def attention_checks(a: ProbedModel, b: ProbedModel, seed: int) -> list[FidelityCheck]:
+    def rate(side: ProbedModel, rows: Rows) -> float:
         return float((side.mass[..., rows] > SINK).double().mean())
 
     def divergence(one: torch.Tensor, two: torch.Tensor) -> float:
@@ -121,7 +121,7 @@ def attention_checks(a: Side, b: Side, seed: int) -> list[FidelityCheck]:
                a.null("spread", seed, lambda r, s: abs(strength(a.spread[r], a.spread[s]) - 1)))]
 
 
-def _on_rates(side: Side) -> torch.Tensor:
+def _on_rates(side: ProbedModel) -> torch.Tensor:
     """Share of queries for which a head is on, float64 [all heads, rows]."""
     queries = (~side.survey.sinks).double()
     queries[:, :min(EARLY, queries.shape[1] - 1)] = 0
@@ -129,7 +129,7 @@ def _on_rates(side: Side) -> torch.Tensor:
                       for mass in side.survey.table.sink_mass])
 
 
-def massive_checks(a: Side, b: Side, threshold: float, seed: int, rotated: bool) -> list[FidelityCheck]:
+def massive_checks(a: ProbedModel, b: ProbedModel, threshold: float, seed: int, rotated: bool) -> list[FidelityCheck]:
     """rotated: whether the second's residual stream has other axes, so that channels cannot be compared."""
     found = None if rotated else overlap_and_ratio(massive_entries(a.survey), massive_entries(b.survey), threshold)
     why = "; not compared, the quantized model's residual stream is rotated" if rotated else ""
@@ -139,7 +139,7 @@ def massive_checks(a: Side, b: Side, threshold: float, seed: int, rotated: bool)
                    found and found[1], 1, ratio)]
 
 
-def _massive_nulls(a: Side, threshold: float, seed: int) -> tuple[float, float]:
+def _massive_nulls(a: ProbedModel, threshold: float, seed: int) -> tuple[float, float]:
     """Of both checks at once: what they compare is the same, and it is the slowest of all."""
     if "massive_overlap" not in a.nulls:
         pairs = [overlap_and_ratio(massive_entries(a.survey, r), massive_entries(a.survey, s), threshold)
@@ -149,7 +149,7 @@ def _massive_nulls(a: Side, threshold: float, seed: int) -> tuple[float, float]:
     return a.nulls["massive_overlap"], a.nulls["massive_ratio"]
 
 
-def value_checks(a: Side, b: Side, seed: int) -> list[FidelityCheck]:
+def value_checks(a: ProbedModel, b: ProbedModel, seed: int) -> list[FidelityCheck]:
     def ratio(one: torch.Tensor, two: torch.Tensor) -> float:
         return float((two.nanmean(-1).log() - one.nanmean(-1).log()).nanmean().exp())
 

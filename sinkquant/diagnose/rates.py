@@ -10,7 +10,7 @@ from sinkquant.artifacts.diagnosis import SinkRates
 from sinkquant.detect.table import AttentionTable
 from sinkquant.diagnose.null import measured
 from sinkquant.diagnose.survey import Compute
-from sinkquant.models import Decoder
+from sinkquant.models import AttentionRecord, AttentionRows, Decoder
 
 EPSILONS = ("0.1", "0.2", "0.3", "0.5", "0.8")
 PUBLISHED = 0.3
@@ -27,6 +27,52 @@ def first_position_mass(decoder: Decoder, rows: torch.Tensor, compute: Compute,
         table.close_layer()
     return [received[:, :, position].double() / visible[position].clamp(min=1)
             for received, visible in zip(table.received, table.visible, strict=True)]
+
+
+class _FirstColumn:
+    """An observer that keeps what position 0 receives from the first queries of every row, for several lengths.
+
+    Attributes: layers: [rows, heads, lengths] float64 per layer, the mean over the queries below each length that see
+    position 0.
+    """
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.ends = torch.tensor(lengths)
+        self.layers: list[torch.Tensor] = []
+        self._chunks: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._batches: list[torch.Tensor] = []
+
+    def attention_rows(self, rows: AttentionRows) -> None:
+        self._chunks.append((rows.probabilities[..., 0].double().cpu(), rows.allowed[:, 0].double().cpu()))
+
+    def attention(self, record: AttentionRecord) -> None:
+        received, seen = (torch.cat(parts, dim=-1).cumsum(-1) for parts in zip(*self._chunks, strict=True))
+        self._chunks = []
+        self._batches.append(received[..., self.ends - 1] / seen[self.ends - 1].clamp(min=1))
+
+    def close_layer(self) -> None:
+        self.layers.append(torch.cat(self._batches))
+        self._batches = []
+
+
+def first_position_mass_by_length(decoder: Decoder, rows: torch.Tensor, lengths: list[int],
+                                  compute: Compute) -> list[list[torch.Tensor]]:
+    """`first_position_mass` of the first so many tokens of the rows, for every length, from one walk: attention is
+    causal, so that a row's beginning does not know what follows.
+
+    Args:
+        rows: int64 [rows, at least the longest of `lengths`].
+
+    Returns:
+        By length, by layer, float64 [rows, heads].
+    """
+    column = _FirstColumn(lengths)
+    walk = compute.walk(decoder, rows)
+    walk.observers.append(column)
+    for step in walk.steps():
+        step.run()
+        column.close_layer()
+    return [[layer[..., i] for layer in column.layers] for i in range(len(lengths))]
 
 
 def sink_rates(mass: list[torch.Tensor], kind: Literal["natural", "random", "repeated"], length: int,

@@ -34,7 +34,8 @@ Change = Callable[[Step], None]
 @dataclass(frozen=True)
 class Outcome:
     """One run of some rows. losses: [rows, length - 1]; received: mean attention on every position over layers and
-    heads, [rows, length]; first: share of (row, layer, head) whose first position is over `SINK`. None: not finite."""
+    heads, [rows, length]; first: share of (row, layer, head) whose first position is over `SINK`. None: not finite,
+    or not asked for."""
 
     losses: torch.Tensor | None
     received: torch.Tensor | None
@@ -45,8 +46,10 @@ class Outcome:
         return None if self.losses is None else float(self.losses[:, targets].double().mean())
 
 
-def run(decoder: Decoder, rows: torch.Tensor, compute: Compute, change: Change | None = None) -> Outcome:
-    """Walk over rows; `change` may edit the hidden states before the first block."""
+def run(decoder: Decoder, rows: torch.Tensor, compute: Compute, change: Change | None = None,
+        losses: bool = True) -> Outcome:
+    """Walk over rows; `change` may edit the hidden states before the first block. Without `losses`, which take all
+    logits, an outcome has none."""
     table = AttentionTable()
     walk = compute.walk(decoder, rows, [table])
     try:
@@ -55,15 +58,15 @@ def run(decoder: Decoder, rows: torch.Tensor, compute: Compute, change: Change |
                 change(step)
             step.run()
             table.close_layer()
-        losses = walk.losses()
+        found = walk.losses() if losses else None
     except SinkquantError as error:
         if "not finite" not in str(error):
             raise
         return Outcome(None, None, None)
     mass = [received / visible.clamp(min=1) for received, visible in zip(table.received, table.visible, strict=True)]
-    if not torch.isfinite(losses).all():
+    if found is not None and not torch.isfinite(found).all():
         return Outcome(None, None, None)
-    return Outcome(losses, torch.stack([m.mean(1) for m in mass]).mean(0),
+    return Outcome(found, torch.stack([m.mean(1) for m in mass]).mean(0),
                    float(torch.stack([(m[:, :, 0] > SINK).float().mean() for m in mass]).mean()))
 
 
@@ -124,7 +127,7 @@ def break_sink(decoder: Decoder, rows: torch.Tensor, start: int, compute: Comput
         candidates = _candidates(rows, compute.seed + place)
         tried = _replaced(rows[:1], start, chosen).expand(len(candidates), -1).clone()
         tried[:, place] = candidates
-        outcome = run(decoder, tried, compute)
+        outcome = run(decoder, tried, compute, losses=False)
         if outcome.received is None:
             return [*chosen, int(candidates[0])]
         chosen.append(int(candidates[outcome.received[:, 0].argmin()]))
@@ -136,7 +139,7 @@ def fake_sink(decoder: Decoder, rows: torch.Tensor, place: int, compute: Compute
     candidates = _candidates(rows, compute.seed)
     tried = rows[:1].expand(len(candidates), -1).clone()
     tried[:, place] = candidates
-    outcome = run(decoder, tried, compute)
+    outcome = run(decoder, tried, compute, losses=False)
     return int(candidates[0 if outcome.received is None else outcome.received[:, place].argmax()])
 
 

@@ -152,9 +152,9 @@ def _attend(observers: Sequence[AttentionObserver], module: nn.Module, query: to
     column = torch.arange(length, device=query.device)
     for start in range(0, length, QUERY_CHUNK):
         stop = min(start + QUERY_CHUNK, length)
-        # Keys that no query of the chunk sees are left out; observers of rows get all columns.
+        # Keys that no query of the chunk sees are left out; observers of rows get zeros for them.
         ahead = not causal if mask is None else _allowed(mask, start, stop, column, causal)[..., stop:].any()
-        reach = length if row_observers or ahead else stop
+        reach = length if ahead else stop
         logits = (query[:, :, start:stop] @ keys[:, :, :reach].mT).float().mul_(scale)
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
@@ -172,8 +172,11 @@ def _attend(observers: Sequence[AttentionObserver], module: nn.Module, query: to
         received[:, :, :reach] += probabilities.sum(dim=2)
         visible[:reach] += allowed[0, 0].sum(0)
         uniform[:reach] += (allowed[0, 0] / allowed[0, 0].sum(-1, keepdim=True).clamp(min=1)).sum(0)
-        for row_observer in row_observers:
-            row_observer.attention_rows(AttentionRows(layer, start, probabilities, allowed[0, 0]))
+        if row_observers:
+            rows = AttentionRows(layer, start, nn.functional.pad(probabilities, (0, length - reach)),
+                                 nn.functional.pad(allowed[0, 0], (0, length - reach)))
+            for row_observer in row_observers:
+                row_observer.attention_rows(rows)
         output[:, :, start:stop] = (probabilities.to(values.dtype) @ values[:, :, :reach]).to(output.dtype)
     for observer in observers:
         observer.attention(AttentionRecord(

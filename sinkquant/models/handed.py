@@ -16,7 +16,7 @@ from sinkquant.models.inputs import RoundedInputs
 
 
 @dataclass(frozen=True)
-class Handed:
+class RoutedTokens:
     """Tokens of one layer.
 
     Attributes:
@@ -30,7 +30,7 @@ class Handed:
 
 
 def recorded(modules: Mapping[str, nn.Module], batches: Sequence[slice], length: int, store: ActivationStore,
-             forward: Callable[[slice], object]) -> dict[str, Handed]:
+             forward: Callable[[slice], object]) -> dict[str, RoutedTokens]:
     """Replay rows through a block, each batch until all of its experts were called.
 
     Args:
@@ -64,7 +64,7 @@ def recorded(modules: Mapping[str, nn.Module], batches: Sequence[slice], length:
     finally:
         for handle in handles:
             handle.remove()
-    return {name: Handed(states[name], *(torch.cat(parts) for parts in zip(*routes[name], strict=True)))
+    return {name: RoutedTokens(states[name], *(torch.cat(parts) for parts in zip(*routes[name], strict=True)))
             for name in modules}
 
 

@@ -20,7 +20,7 @@ from sinkquant.models.activations import ActivationStore
 from sinkquant.models.alone import StoredPart, stored_parts
 from sinkquant.models.decoder import Decoder
 from sinkquant.models.experts import ExpertLinear, fused_by_owner, handed_to_experts, shares_of, those_chosen
-from sinkquant.models.handed import Handed
+from sinkquant.models.handed import RoutedTokens
 from sinkquant.models.shards import StoredTensor
 from sinkquant.models.source import WeightSource, require_finite
 
@@ -114,10 +114,10 @@ class ExpertsOnDisk:
             made = self.answers[self.answered:self.answered + len(states)].to(states)
             self.answered += len(states)
         else:
-            made = self.run([Handed(states, chosen, shares_of(args, kwargs))], [torch.zeros_like(states)])[0]
+            made = self.run([RoutedTokens(states, chosen, shares_of(args, kwargs))], [torch.zeros_like(states)])[0]
         return made.reshape(next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)).shape)
 
-    def run(self, handed: Sequence[Handed], out: list[torch.Tensor]) -> list[torch.Tensor]:
+    def run(self, handed: Sequence[RoutedTokens], out: list[torch.Tensor]) -> list[torch.Tensor]:
         """Add to `out` what the experts make of some sets of tokens, one expert after the other. out: for every set
         [tokens, hidden_size]."""
         count = len(self.module.get_parameter(next(iter(self.readers))))
@@ -127,7 +127,7 @@ class ExpertsOnDisk:
                     self._add(one, index, given, made)
         return out
 
-    def _add(self, one: nn.Module, index: int, given: Handed, out: torch.Tensor) -> None:
+    def _add(self, one: nn.Module, index: int, given: RoutedTokens, out: torch.Tensor) -> None:
         tokens, slots = torch.where(given.chosen == index)
         for token, slot in zip(tokens.split(TOKENS), slots.split(TOKENS), strict=True):
             share = given.shares[token, slot][:, None].to(self.device)

@@ -21,7 +21,7 @@ from sinkquant.models.activations import ActivationStore
 from sinkquant.models.attention import AttentionObserver, observed_attention
 from sinkquant.models.decoder import Decoder
 from sinkquant.models.ends import next_token_losses, outside_modules, token_table
-from sinkquant.models.handed import Handed, recorded, unobserved
+from sinkquant.models.handed import RoutedTokens, recorded, unobserved
 from sinkquant.models.inputs import switch_of
 from sinkquant.models.memory import give_back, map_large
 from sinkquant.models.on_disk import ExpertsOnDisk, find_on_disk, replaced
@@ -74,7 +74,7 @@ class Step:
         give_back()
         return outputs
 
-    def handed(self, modules: Mapping[str, nn.Module], inputs: torch.Tensor) -> dict[str, Handed]:
+    def handed(self, modules: Mapping[str, nn.Module], inputs: torch.Tensor) -> dict[str, RoutedTokens]:
         """What experts of the block are handed for such inputs. modules: name -> experts."""
         def forward(batch: slice) -> torch.Tensor:
             self.batch = batch

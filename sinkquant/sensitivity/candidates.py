@@ -18,7 +18,7 @@ from sinkquant.schemes import WeightFormat, scheme_of
 
 
 @dataclass(frozen=True)
-class Candidate:
+class TrialFormat:
     """One format that a unit is tried in. `columns` and `scalars` stand beside the codes, as in `ModuleDecision`."""
 
     bits: int
@@ -35,7 +35,7 @@ class Unit:
 
     modules: tuple[str, ...]
     block: int
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[TrialFormat, ...]
     owner: str | None = None
 
 
@@ -67,7 +67,7 @@ def units_of(decoder: Decoder, recipe: Recipe, sink_map: SinkMap) -> list[Unit]:
         if not fitting:
             raise RequestError(f"no group size of {sizes} divides the {max(columns)} input columns of {members[0]}; "
                                "change weights.group_size or sensitivity.group_sizes.")
-        candidates = tuple(Candidate(bits, size, method, *kept)
+        candidates = tuple(TrialFormat(bits, size, method, *kept)
                            for bits in sorted(set(recipe.sensitivity.bits)) for size in fitting
                            for method in methods
                            for kept in dict.fromkeys([((), ()), beside.get(members[0], ((), ()))]))
@@ -85,8 +85,8 @@ def _beside(shape: ModelShape, recipe: Recipe,
     return {name: (choice.columns, choice.scalars) for name, choice in choices.items() if choice.keep == "split"}
 
 
-def errors(decoder: Decoder, name: str, hessian: torch.Tensor, candidates: tuple[Candidate, ...],
-           recipe: Recipe, stored: torch.dtype) -> Iterator[tuple[Candidate, torch.Tensor]]:
+def errors(decoder: Decoder, name: str, hessian: torch.Tensor, candidates: tuple[TrialFormat, ...],
+           recipe: Recipe, stored: torch.dtype) -> Iterator[tuple[TrialFormat, torch.Tensor]]:
     """(candidate, quantized weight - weight) of a linear one after the other, float32 [rows, columns].
 
     GPTAQ is tried as GPTQ, and coordinate descent is left out: both change little of what a format costs, and the

@@ -18,7 +18,7 @@ from sinkquant.models import Decoder, Walk
 from sinkquant.models.backward import steps_back
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.recipe import Recipe
-from sinkquant.sensitivity.candidates import Candidate, Unit, errors
+from sinkquant.sensitivity.candidates import TrialFormat, Unit, errors
 from sinkquant.sensitivity.seen import Seen
 
 Progress = Callable[[int, int, str], None]
@@ -52,8 +52,8 @@ def estimate(walk: Walk, units: list[Unit], sinks: torch.Tensor, weights: TokenW
 def _unit(unit: Unit, decoder: Decoder, seen: Seen, sinks: torch.Tensor, recipe: Recipe) -> UnitSensitivity:
     tokens = sinks.numel()
     scores = {one: torch.zeros(tokens, dtype=torch.float64) for one in unit.candidates}
-    routed: dict[Candidate, float] = dict.fromkeys(unit.candidates, 0.0)
-    diagonal: dict[Candidate, float] = dict.fromkeys(unit.candidates, 0.0)
+    routed: dict[TrialFormat, float] = dict.fromkeys(unit.candidates, 0.0)
+    diagonal: dict[TrialFormat, float] = dict.fromkeys(unit.candidates, 0.0)
     placed = True
     for name in unit.modules:
         parts, hessian = seen.of(unit, name)

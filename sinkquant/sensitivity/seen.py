@@ -39,7 +39,7 @@ class Part:
 
 
 @dataclass
-class Handed:
+class ExpertBatch:
     """What the experts of a layer got in one batch, and the gradient of what they gave, [tokens, hidden_size].
 
     Attributes:
@@ -68,7 +68,7 @@ class Seen:
                  recipe: Recipe) -> None:
         self.back, self.decoder, self.weights, self.recipe = back, decoder, weights, recipe
         self.linears: dict[str, list[Part]] = {name: [] for unit in units if not unit.owner for name in unit.modules}
-        self.handed: dict[str, list[Handed]] = {unit.owner: [] for unit in units if unit.owner}
+        self.handed: dict[str, list[ExpertBatch]] = {unit.owner: [] for unit in units if unit.owner}
         self.expert: tuple[str, int, dict[str, list[Part]], dict[str, torch.Tensor]] | None = None
         with self._watching():
             back.pull()
@@ -111,7 +111,7 @@ class Seen:
     def _experts_hook(self, owner: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
             states, chosen = handed_to_experts(args, kwargs)
-            one = Handed(states.detach(), chosen, shares_of(args, kwargs).detach(), self.back.step.batch)
+            one = ExpertBatch(states.detach(), chosen, shares_of(args, kwargs).detach(), self.back.step.batch)
             if not self.handed[owner]:
                 _require_known(module, one, output.detach(), owner)
             self.handed[owner].append(one)
@@ -165,7 +165,7 @@ def _through(module: nn.Module, index: int, states: torch.Tensor) -> tuple[torch
         return inner, fused._apply_gate(inner)
 
 
-def _require_known(module: nn.Module, one: Handed, output: torch.Tensor, owner: str) -> None:
+def _require_known(module: nn.Module, one: ExpertBatch, output: torch.Tensor, owner: str) -> None:
     """Refuse experts whose output is not the sum of what each makes of a token, times the token's share."""
     fused: Any = module
     made = torch.zeros_like(output.flatten(0, -2))

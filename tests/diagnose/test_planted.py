@@ -12,7 +12,12 @@ from transformers import PreTrainedModel
 from sinkquant.artifacts import SinkToken
 from sinkquant.diagnose.bos import bos_variants, text_losses
 from sinkquant.diagnose.dormant import dormant_heads, token_values
-from sinkquant.diagnose.rates import context_lengths, first_position_mass, sink_rates
+from sinkquant.diagnose.rates import (
+    context_lengths,
+    first_position_mass,
+    first_position_mass_by_length,
+    sink_rates,
+)
 from sinkquant.diagnose.rows import mark_sinks, random_rows, repeated_rows, swapped, with_bos
 from sinkquant.diagnose.spread import changes, spread
 from sinkquant.diagnose.survey import Compute, survey
@@ -157,3 +162,11 @@ def test_a_head_that_follows_one_token(text: torch.Tensor) -> None:
         mass[:, 1, 30] = 0.99
     (switch,) = next(h for h in dormant_heads(found, tiny_tokenizer()) if (h.layer, h.head) == (1, 1)).switches
     assert (switch.relation, switch.text, switch.count, switch.on_rate) == ("after", f"w{ODD}", len(rows), 1.0)
+
+
+def test_first_position_mass_of_every_length_comes_from_one_walk(tiny: PreTrainedModel, text: torch.Tensor) -> None:
+    decoder, rows = Decoder.of(tiny), front(text)
+    lengths = [5, 24, rows.shape[1]]
+    for length, found in zip(lengths, first_position_mass_by_length(decoder, rows, lengths, COMPUTE), strict=True):
+        for layer, alone in zip(found, first_position_mass(decoder, rows[:, :length], COMPUTE), strict=True):
+            torch.testing.assert_close(layer, alone, rtol=1e-4, atol=1e-6)

@@ -92,9 +92,9 @@ def test_searches_find_the_planted_rival(planted: PreTrainedModel, text: torch.T
     rows[1:, 5] = RIVAL  # among the ids that may be tried
     runs: list[int] = []
 
-    def counted(decoder: Decoder, tried: torch.Tensor, *rest: object) -> module.Outcome:
+    def counted(decoder: Decoder, tried: torch.Tensor, *rest: object, **options: bool) -> module.Outcome:
         runs.append(len(tried))
-        return run(decoder, tried, *rest)
+        return run(decoder, tried, *rest, **options)
 
     monkeypatch.setattr(module, "run", counted)
     monkeypatch.setattr(module, "CANDIDATES", 64)
