@@ -48,13 +48,13 @@ class Outcome:
 
 def run(decoder: Decoder, rows: torch.Tensor, compute: Compute, change: Change | None = None,
         losses: bool = True) -> Outcome:
-    """Walk over rows; `change` may edit the hidden states before the first block. Without `losses`, which take all
+    """Walk over rows; `change` may edit hidden states and masks before every block. Without `losses`, which take all
     logits, an outcome has none."""
     table = AttentionTable()
     walk = compute.walk(decoder, rows, [table])
     try:
         for step in walk.steps():
-            if change is not None and step.index == 0:
+            if change is not None:
                 change(step)
             step.run()
             table.close_layer()
@@ -67,7 +67,8 @@ def run(decoder: Decoder, rows: torch.Tensor, compute: Compute, change: Change |
     if found is not None and not torch.isfinite(found).all():
         return Outcome(None, None, None)
     return Outcome(found, torch.stack([m.mean(1) for m in mass]).mean(0),
-                   float(torch.stack([(m[:, :, 0] > SINK).float().mean() for m in mass]).mean()))
+                   float(torch.stack([(m[:, :, 0] > SINK).float().mean() if visible[0] > 1 else torch.zeros(())
+                                      for m, visible in zip(mass, table.visible, strict=True)]).mean()))
 
 
 def robustness(decoder: Decoder, text: torch.Tensor, bos: int | None, sinks: Sequence[SinkToken], compute: Compute,
@@ -105,6 +106,7 @@ def robustness(decoder: Decoder, text: torch.Tensor, bos: int | None, sinks: Seq
         rows = base_rows.clone()
         rows[:, len(front) + 1:len(front) + half:4] = token
         add("sink token injected", f"every fourth token of the first half is {name_of(token)!r}", rows)
+    add("first position hidden", "no later token may read the first position", base_rows, hide_first)
     for strength in NOISE:
         add("embeddings perturbed", f"noise of {strength:g} of their size", base_rows, _noise(strength, compute.seed))
     broken = break_sink(decoder, base_rows, len(front), compute)
@@ -194,8 +196,22 @@ def _replaced(rows: torch.Tensor, start: int, tokens: Sequence[int]) -> torch.Te
     return changed
 
 
+def hide_first(step: Step) -> None:
+    """Take the first position out of the mask of every later query of a block: what a sliding window does that keeps no
+    sink (StreamingLLM, 2309.17453)."""
+    given = step.walk.arguments[step.index]
+    mask, length = given.get("attention_mask"), step.walk.rows.shape[1]
+    if mask is None:
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=step.walk.device).tril()
+    mask = mask.clone()
+    mask[..., 1:, 0] = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    step.walk.arguments[step.index] = {**given, "attention_mask": mask}
+
+
 def _noise(strength: float, seed: int) -> Change:
     def change(step: Step) -> None:
+        if step.index > 0:
+            return
         hidden = step.walk.hidden
         noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed))
         size = hidden.float().square().mean().sqrt()

@@ -69,6 +69,7 @@ def test_attacks_take_the_first_position_its_sink(checks: list[Check]) -> None:
     assert one(checks, "omitted").sink_rate == 0
     assert one(checks, "moved").sink_rate == 0
     assert one(checks, "repeated").sink_rate == 0  # eight share what one had
+    assert one(checks, "first position hidden").sink_rate == 0
     assert one(checks, "sink token injected").sink_rate == 0
 
 
@@ -77,6 +78,19 @@ def test_defences_give_back_the_untouched_run(checks: list[Check]) -> None:
         attacked, defended = one(checks, name), one(checks, name, defended=True)
         assert defended.loss == defended.reference_loss != attacked.loss
         assert defended.sink_rate == defended.reference_sink_rate
+
+
+def test_a_hidden_first_position_is_read_by_nobody(planted: PreTrainedModel, text: torch.Tensor,
+                                                   checks: list[Check]) -> None:
+    rows = with_bos(text, 1, [0])
+    length = rows.shape[1]
+    mask = torch.ones(length, length).tril()
+    mask[1:, 0] = 0
+    with torch.no_grad():
+        bias = torch.zeros(1, 1, length, length).masked_fill(mask == 0, torch.finfo(torch.float32).min)
+        logits = planted(rows, attention_mask=bias, use_cache=False).logits.double()
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), rows[:, 1:], reduction="none")
+    assert one(checks, "first position hidden").loss == pytest.approx(float(losses[:, -24:].mean()), rel=1e-5)
 
 
 def test_loss_is_over_the_same_tokens(planted: PreTrainedModel, text: torch.Tensor, checks: list[Check]) -> None:
@@ -155,7 +169,7 @@ def test_learned_positions_are_known(family: str, learned: bool) -> None:
 
 def test_a_model_without_bos_is_still_attacked(text: torch.Tensor) -> None:
     names = {check.name for check in robustness(Decoder.of(tiny_model("gpt2")), text, None, [], COMPUTE, str)}
-    assert names == {"embeddings perturbed", "sink broken by search", "sink faked by search"}
+    assert names == {"first position hidden", "embeddings perturbed", "sink broken by search", "sink faked by search"}
 
 
 def test_special_tokens_in_user_text() -> None:
