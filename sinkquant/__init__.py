@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sinkquant.explain import explain
     from sinkquant.formats import load, save
     from sinkquant.heads import cut_heads
+    from sinkquant.imatrix import imatrix
     from sinkquant.inference import Packing, packing
     from sinkquant.quantize import quantize
     from sinkquant.recipe import Recipe
@@ -44,6 +45,7 @@ __all__ = [
     "evaluate",
     "explain",
     "find_sensitivity",
+    "imatrix",
     "load",
     "packing",
     "plan",

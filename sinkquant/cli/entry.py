@@ -14,7 +14,7 @@ import typer
 
 from sinkquant.cli.compared import compare, explain
 from sinkquant.cli.init import init
-from sinkquant.cli.models import cut, detect, diagnose, doctor
+from sinkquant.cli.models import cut, detect, diagnose, doctor, imatrix
 from sinkquant.cli.paper import err, out, paragraph
 from sinkquant.cli.parts import QuietOption
 from sinkquant.cli.plans import advise, diff, plan, sensitivity
@@ -89,7 +89,7 @@ def recipes(action: Annotated[str | None, typer.Argument(help="'show' to print o
 COMMANDS: dict[str, Callable[..., None]] = {
     "run": run, "detect": detect, "plan": plan, "sensitivity": sensitivity, "advise": advise, "diff": diff,
     "eval": evaluate, "compare": compare, "explain": explain, "diagnose": diagnose, "cut-heads": cut,
-    "report": report, "doctor": doctor, "recipes": recipes, "init": init}
+    "imatrix": imatrix, "report": report, "doctor": doctor, "recipes": recipes, "init": init}
 """In the order in which the help shows them."""
 
 

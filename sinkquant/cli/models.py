@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,9 @@ from sinkquant.cli.parts import (
     FullOption,
     JsonOption,
     ModelArgument,
+    RecipeOption,
     SetOption,
+    SinkMapOption,
     TextOption,
     TrustOption,
     find_sinks,
@@ -24,7 +27,7 @@ from sinkquant.cli.parts import (
 from sinkquant.cli.show import show_sink_map
 from sinkquant.errors import RequestError
 from sinkquant.models import resolve
-from sinkquant.recipe import Recipe
+from sinkquant.recipe import DEFAULT_RECIPE, Recipe
 
 
 def detect(model: ModelArgument, text: TextOption = None, assignments: SetOption = None, json: JsonOption = False,
@@ -104,6 +107,30 @@ def cut(model: ModelArgument,
     kept = cut_heads(open_model(folder, trust_remote_code=trust_remote_code),
                      load_tokenizer(folder, trust_remote_code), found, output, recipe)
     paragraph(f"{len(kept[0])} of {found.model.kv_heads} key-value heads are left in every layer: {output}")
+
+
+def imatrix(model: ModelArgument,
+            output: Annotated[Path, typer.Option("-o", "--output", help="The file to write, as imatrix.gguf.")],
+            recipe: RecipeOption = DEFAULT_RECIPE, assignments: SetOption = None, text: TextOption = None,
+            sink_map: SinkMapOption = None, trust_remote_code: TrustOption = False) -> None:
+    """Write an importance matrix with the sinks' weight, for llama.cpp's llama-quantize --imatrix."""
+    chosen, folder = Recipe.load(recipe).replace(assignments or []), resolve(model)
+    chosen = chosen.changed(calibration={"text": text}) if text else chosen
+    from sinkquant.imatrix import imatrix as write
+    from sinkquant.imatrix.imatrix import check_imatrix
+    from sinkquant.models import ActivationStore, Decoder, load_tokenizer, open_model
+    from sinkquant.predict import spill_limit
+
+    loaded, tokenizer = open_model(folder, trust_remote_code=trust_remote_code), load_tokenizer(folder,
+                                                                                               trust_remote_code)
+    check_imatrix(Decoder.of(loaded), output)
+    known = SinkMap.load(sink_map) if sink_map else None
+    if known is None and chosen.protect.tokens:
+        known = find_sinks(model, text, chosen, trust_remote_code)
+    store = ActivationStore(Path(tempfile.gettempdir()), spill_limit(chosen))
+    with shown_progress() as progress:
+        found = write(loaded, tokenizer, output, known, chosen, store, progress)
+    paragraph(f"The inputs of {len(found)} tensors: {output}. Use it as llama-quantize --imatrix {output}.")
 
 
 def doctor(model: ModelArgument, text: TextOption = None, trust_remote_code: TrustOption = False) -> None:

@@ -226,6 +226,20 @@ def sink_selectors(sink_map: SinkMap, recipe: Recipe) -> list[SinkSelector]:
     return selectors
 
 
+def calibration_of(recipe: Recipe, sink_map: SinkMap | None) -> Calibration:
+    """The rows that a recipe asks for and what tokens weigh in them, for statistics that are taken beside a plan.
+
+    Args:
+        sink_map: None where no token is a sink.
+    """
+    settings = recipe.calibration
+    sinks = sink_selectors(sink_map, recipe) if recipe.protect.tokens and sink_map is not None else []
+    return Calibration(
+        text=settings.text, rows=settings.rows, length=settings.length, bos=settings.bos,
+        batch_size=settings.batch_size, sinks=sinks, damping=recipe.weights.damping,
+        act_order=recipe.weights.act_order, statistics=recipe.statistics, min_expert_tokens=settings.min_expert_tokens)
+
+
 def _within_budget(base: dict[str, Choice], choices: dict[str, Choice], shape: ModelShape, recipe: Recipe,
                    order: list[str]) -> dict[str, Choice]:
     weights = sum(linear.parameters for linear in shape.linears.values())

@@ -52,14 +52,15 @@ class Routed:
 
     @torch.no_grad()
     def hessians(self, index: int, weights: TokenWeights, everyone: bool, device: str | torch.device,
-                 dtype: torch.dtype) -> dict[str, Hessian]:
+                 dtype: torch.dtype, kind: type[Hessian] = Hessian) -> dict[str, Hessian]:
         """The Hessians of what the expert's gate and up projections read ("up"), and its down projection ("down").
 
         Args:
             everyone: over all tokens of the layer, as if each of them went to this expert.
+            kind: what is summed up.
         """
         rows = torch.arange(len(self.hidden)) if everyone else torch.where((self.chosen == index).any(1))[0]
-        up, down = (Hessian(columns, torch.device(device)) for columns in _widths(self.module))
+        up, down = (kind(columns, torch.device(device)) for columns in _widths(self.module))
         known = everyone and self.everyone is not None
         flat, sinks = weights.weights.flatten(), weights.sinks.flatten()
         with one_expert(self.module, index, self.on_disk) as (module, place):

@@ -16,12 +16,18 @@ class Hessian:
     """H = sum_t w_t x_t x_t^T / sum_t w_t over the tokens of all batches, float64 [columns, columns].
 
     Where the inputs x' of the unquantized model are known as well, also C = sum_t w_t (x'_t - x_t) x_t^T / sum_t w_t.
+    `tokens` counts them, whatever they weigh.
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
-        self.sum = torch.zeros(columns, columns, dtype=torch.float64, device=device)
+        self.sum = self.empty(columns, device)
         self.cross_sum: torch.Tensor | None = None
         self.weight = 0.0
+        self.tokens = 0
+
+    def empty(self, columns: int, device: torch.device) -> torch.Tensor:
+        """Zeros of the shape of the sum."""
+        return torch.zeros(columns, columns, dtype=torch.float64, device=device)
 
     def add(self, inputs: torch.Tensor, weights: torch.Tensor, ideal: torch.Tensor | None = None) -> None:
         """inputs, ideal: [tokens, columns]; weights: [tokens]."""
@@ -29,6 +35,7 @@ class Hessian:
         scaled = inputs.float() * root
         self.sum += (scaled.T @ scaled).double()
         self.weight += float(weights.sum())
+        self.tokens += len(inputs)
         if ideal is not None:
             product = (((ideal.float() - inputs.float()) * root).T @ scaled).double()
             self.cross_sum = product if self.cross_sum is None else self.cross_sum + product
@@ -40,6 +47,21 @@ class Hessian:
     def cross(self) -> torch.Tensor | None:
         """[columns, columns], or None where the unquantized model's inputs were not given."""
         return None if self.cross_sum is None else self.cross_sum / max(self.weight, 1e-30)
+
+
+class Diagonal(Hessian):
+    """The diagonal alone, float64 [columns]: sum_t w_t x_t^2 / sum_t w_t."""
+
+    def empty(self, columns: int, device: torch.device) -> torch.Tensor:
+        """Zeros, [columns]."""
+        return torch.zeros(columns, dtype=torch.float64, device=device)
+
+    def add(self, inputs: torch.Tensor, weights: torch.Tensor, ideal: torch.Tensor | None = None) -> None:
+        """inputs: [tokens, columns]; weights: [tokens]; ideal: None."""
+        assert ideal is None
+        self.sum += weights.to(inputs.device).double() @ inputs.double().square()
+        self.weight += float(weights.sum())
+        self.tokens += len(inputs)
 
 
 def collect(step: Step, linears: dict[str, nn.Module], weights: TokenWeights,

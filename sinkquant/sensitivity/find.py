@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinkquant.artifacts import Calibration, Sensitivity, SinkMap, SinkToken
+from sinkquant.artifacts import Sensitivity, SinkMap, SinkToken
 from sinkquant.artifacts.kv import packed_tokens
 from sinkquant.errors import RequestError
 from sinkquant.models import ActivationStore, Decoder, Walk, load_model, pick_device, read_text, token_rows
 from sinkquant.models.source import runs_own_code
 from sinkquant.policy.kv_cache import make_kv_plan
-from sinkquant.policy.plan import sink_selectors
+from sinkquant.policy.plan import calibration_of
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.recipe import Recipe
 from sinkquant.sensitivity.candidates import Unit, units_of
@@ -58,7 +58,7 @@ def find_sensitivity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         if kept.key != key:
             raise RequestError(f"{cache} holds the sensitivities of another model, text or recipe; name another file.")
         return kept
-    weights = TokenWeights(rows, _calibration(sink_map, recipe))
+    weights = TokenWeights(rows, calibration_of(recipe, sink_map))
     sinks = sink_places(rows, sink_map)
     device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
     walk = Walk(decoder, rows, settings.batch_size, device, dtype, store=store)
@@ -115,16 +115,6 @@ def _sample(decoder: Decoder, name: str) -> torch.Tensor:
         return weight.data[ids.to(weight.device)].cpu()
     stored = decoder.source.stored(name)
     return torch.empty(0) if stored is None else stored.pick(ids).to(weight.dtype)
-
-
-def _calibration(sink_map: SinkMap, recipe: Recipe) -> Calibration:
-    """What tokens weigh in the candidates' Hessians: as they will when the plan is carried out."""
-    settings, protect = recipe.calibration, recipe.protect
-    return Calibration(
-        text=settings.text, rows=settings.rows, length=settings.length, bos=settings.bos,
-        batch_size=settings.batch_size, sinks=sink_selectors(sink_map, recipe) if protect.tokens else [],
-        damping=recipe.weights.damping, act_order=recipe.weights.act_order,
-        statistics=recipe.statistics)
 
 
 def _measured(made: Sensitivity, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap,
