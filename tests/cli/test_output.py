@@ -106,6 +106,7 @@ def test_reasons_that_differ_in_numbers_are_one() -> None:
     assert found == {("# bits: asked", "range # against #"): ["a", "b"], ("# bits: asked",): ["c"],
                      ("with layers.*.x as int8",): ["d", "e"]}
     assert with_ranges([reasons[name].split("; ")[1] for name in "ab"]) == "range 22.4 to 3.05e+03 against 15 to 1,000"
+    assert with_ranges(["channel 163 is born here", "channel 40 is born here"]) == "channel 40, 163 is born here"
     assert with_ranges([reasons["d"]]) == reasons["d"]
     assert with_ranges([reasons["d"], reasons["e"]]) == "with layers.*.x as int8"
 

@@ -48,7 +48,8 @@ def findings(sink_map: SinkMap, full: bool) -> Iterator[str]:
         yield "No sink token was found."
     yield from _rest(len(sink_map.tokens), "sink tokens", full)
     if sink_map.secondary:
-        yield (f"{len(sink_map.secondary)} secondary sinks, in some places only: "
+        count = len(sink_map.secondary)
+        yield (f"{count} secondary sink{'s' if count > 1 else ''}, in some places only: "
                f"{some([_label(token) for token in sink_map.secondary], None if full else SHOWN)}")
     channels = sorted(sink_map.channels, key=lambda channel: -channel.peak)
     for channel in channels[:None if full else SHOWN]:
