@@ -3,13 +3,15 @@ the unquantized model and perplexity on held-out rows, with paired bootstrap int
 
     python evals/benchmarks/activations.py MODEL [--text FILE] [--heldout FILE] [--rows 32] [--set KEY=VALUE ...]
                                            [--weights 16 8 4] [--inputs int8 int6 int4]
-                                           [--scales all dynamic exclude token block block-exact] [--lines FILE.jsonl]
+                                           [--scales all exact dynamic exclude token token-exact block block-exact]
+                                           [--lines FILE.jsonl]
 
 Weights: 16 as they are (with the scales that calibration finds for 8), 8 with one scale per channel, fewer in groups of
 64. Scales: "all" one stored scale per linear that reaches every token (the control), "dynamic" a scale per token where
 the sinks would set the range, "exclude" a stored scale that leaves `<bos>` out, whose keys and values come from the
-unquantized model, "token" a scale per token everywhere. Inputs in nvfp4 and mxfp4 have scales of their own: "block" as
-they are, "block-exact" with `<bos>` from the unquantized model; 4-bit weights are then in the same format, by GPTQ.
+unquantized model, "token" a scale per token everywhere. Inputs in nvfp4 and mxfp4 have scales of their own: "block";
+4-bit weights are then in the same format, by GPTQ. "exact", "token-exact" and "block-exact": the inputs of the detected
+sinks are not rounded at all and reach no range, which no engine can do: the most that protecting them can be worth.
 Scales that inputs do not have are passed over. "smooth, ..." is the same after SmoothQuant. int6 and int4 are
 simulated; fp8 takes weights of 8 bits, which become FP8 as well, by rounding to nearest.
 """
@@ -29,16 +31,18 @@ from sinkquant.models import Decoder, load_model, load_tokenizer, open_model, re
 from sinkquant.policy import make_plan
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import input_format
+from sinkquant.sinks import SinkSelector
 
 SCALES = {"all": ["activations.scale=tensor", "activations.sinks=all"],
           "dynamic": ["activations.scale=tensor", "activations.sinks=dynamic"],
           "exclude": ["activations.scale=tensor", "activations.sinks=exclude",
                       "kv_cache={key_bits: 16, value_bits: 16, group_size: 128, window: 512, prefix: bos}"],
           "token": ["activations.scale=token"]}
-BLOCKS = {"block": ["activations.scale=group", "activations.sinks=all"],
-          "block-exact": ["activations.scale=group", *SCALES["exclude"][1:]]}
+BLOCKS = {"block": ["activations.scale=group", "activations.sinks=all"]}
 SCALES |= {f"smooth, {name}": [*asked, "weights.smooth=smoothquant"] for name, asked in SCALES.items()}
-SCALES |= BLOCKS
+EXACT = {"exact": SCALES["all"], "token-exact": SCALES["token"], "block-exact": BLOCKS["block"]}
+BLOCKS |= {"block-exact": BLOCKS["block"]}
+SCALES |= BLOCKS | EXACT
 
 
 def main() -> None:
@@ -78,7 +82,10 @@ def main() -> None:
             weights += ["weights.method=rtn", f"weights.scale_search={bits != 16}"]
         plan = make_plan(shape, sink_map, recipe.replace(
             [*weights, f"activations.format={inputs}", *SCALES[scale]]))
-        lines.measure(labels, folder, base, plan, tokenizer, texts, keep_weights=bits == 16)
+        if scale in EXACT:
+            plan.calibration.ranges = "exclude"
+        lines.measure(labels, folder, base, plan, tokenizer, texts, keep_weights=bits == 16,
+                      exact=SinkSelector.of(sink_map.tokens) if scale in EXACT else None)
     print(table(lines.lines, ["weights", "inputs", "text"], arguments.seed))
 
 

@@ -24,8 +24,10 @@ from sinkquant.evaluate import Divergence, paired_difference
 from sinkquant.evaluate.divergence import BATCH_ROWS, compare_side_by_side
 from sinkquant.evaluate.states import last_states
 from sinkquant.models import load_model, read_text, token_rows
+from sinkquant.models.inputs import share_switch
 from sinkquant.quantize import quantize
 from sinkquant.schemes import scheme_of
+from sinkquant.sinks import SinkSelector
 
 RESAMPLES = 2000
 EXTRA = {"size": ("bytes", ",d"), "speed": ("tokens per CPU s", ".0f"), "seconds": ("CPU s", ".0f")}
@@ -63,15 +65,18 @@ class Line:
 
 
 def carry_out(folder: Path, base: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerBase,
-              keep_weights: bool = False) -> tuple[PreTrainedModel, float]:
+              keep_weights: bool = False, exact: SinkSelector | None = None) -> tuple[PreTrainedModel, float]:
     """The model of a folder quantized as a plan says, with the exact prefix of its cache, and the processor time of it.
 
     Args:
         keep_weights: put the unquantized weights back, so that only the inputs of linears are rounded.
+        exact: tokens whose inputs are never rounded, which no checkpoint can say: what that would be worth.
     """
     # Formats that transformers runs in one dtype alone are made in the checkpoint's own, and compared in float32.
     bound = any(scheme_of(form).dtypes for form in plan.formats.values())
     model = load_model(folder, "auto" if bound else torch.float32)
+    if exact is not None:
+        leave_exact(model, exact)
     start = time.process_time()
     model = quantize(model, plan, tokenizer).float()
     seconds = time.process_time() - start
@@ -80,6 +85,17 @@ def carry_out(folder: Path, base: PreTrainedModel, plan: Plan, tokenizer: PreTra
     if plan.kv_cache is not None:
         prepare(model, make_prefix(base, plan.kv_cache.prefix))
     return model, seconds
+
+
+def leave_exact(model: PreTrainedModel, tokens: SinkSelector) -> None:
+    """Let the inputs of some tokens through unrounded, while the model is quantized and whenever it runs."""
+    switch = share_switch(model)
+    switch.begun_with_prefix = tokens.mask  # type: ignore[assignment,method-assign]
+
+    def name_them(_: torch.nn.Module, args: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]) -> None:
+        switch.exact = tokens.mask(named["input_ids"] if "input_ids" in named else args[0])
+
+    model.register_forward_pre_hook(name_them, with_kwargs=True)
 
 
 class Baseline:
@@ -123,7 +139,7 @@ class Lines:
 
     def measure(self, labels: dict[str, str], folder: Path, base: PreTrainedModel, plan: Plan,
                 tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, torch.Tensor], size: int | None = None,
-                keep_weights: bool = False) -> None:
+                keep_weights: bool = False, exact: SinkSelector | None = None) -> None:
         """Carry out a plan and keep what comes of it on every text, unless there are such lines.
 
         Args:
@@ -134,7 +150,7 @@ class Lines:
         if all(self.has(one) for one in wanted.values()):
             return
         self.baseline = self.baseline or Baseline(base)
-        model, seconds = carry_out(folder, base, plan, tokenizer, keep_weights)
+        model, seconds = carry_out(folder, base, plan, tokenizer, keep_weights, exact)
         for name, one in wanted.items():
             if not self.has(one):
                 self.add(Line.of(one, self.baseline.compare(model, rows[name], plan.kv_cache), seconds, size))

@@ -108,9 +108,10 @@ class BosVariant(Strict):
 
 
 class TokenValue(Strict):
-    """Mean norm of a token's values over the median of their layer and head, over all layers and heads."""
+    """Mean norm of a token's values over the median of their layer and head, over all layers and heads.
+    `token_id`: null for a sink that is a position, whatever stands there."""
 
-    token_id: int
+    token_id: int | None
     text: str
     count: int
     norm: float

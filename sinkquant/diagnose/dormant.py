@@ -21,6 +21,8 @@ MIN_COUNT = 5
 """A class of fewer queries says nothing."""
 SHOWN = 3
 TOKENS_SHOWN = 12
+PLACE = -1
+"""Stands for the id of a token at a sink that is a position."""
 EARLY = 4
 """The first queries of a row see little but the sink and are left out."""
 
@@ -29,7 +31,10 @@ def token_values(found: Survey, tokenizer: PreTrainedTokenizerBase) -> list[Toke
     """Value norms by token id, relative to the median of their layer and head: the smallest, the largest, the sinks."""
     relative = torch.stack([(norms / norms.transpose(0, 1).flatten(1).median(1).values.clamp(min=1e-30)
                              [None, :, None]).double().mean(1) for norms in found.table.value_norms]).mean(0)
-    ids, inverse = found.rows.unique(return_inverse=True)
+    # Sinks of few tokens are listed under their ids; one that is a position would be under every id that stands there.
+    place = len(found.rows[found.sinks].unique()) > int(found.sinks.sum()) / 2
+    rows = found.rows.masked_fill(found.sinks, PLACE) if place else found.rows
+    ids, inverse = rows.unique(return_inverse=True)
     counts = torch.bincount(inverse.flatten(), minlength=len(ids))
     means = torch.zeros(len(ids), dtype=torch.float64).index_add_(0, inverse.flatten(), relative.flatten()) / counts
     sinks = torch.bincount(inverse[found.sinks], minlength=len(ids)) > 0
@@ -37,7 +42,9 @@ def token_values(found: Survey, tokenizer: PreTrainedTokenizerBase) -> list[Toke
     order = usable[means[usable].argsort()]
     picked = dict.fromkeys([*order[sinks[order]].tolist(), *order[:TOKENS_SHOWN // 2].tolist(),
                             *order[-(TOKENS_SHOWN // 2):].tolist()])
-    return [TokenValue(token_id=int(ids[i]), text=str(tokenizer.decode([int(ids[i])])), count=int(counts[i]),
+    names = {i: "the sinks, whatever stands there" if ids[i] == PLACE else str(tokenizer.decode([int(ids[i])]))
+             for i in picked}
+    return [TokenValue(token_id=None if ids[i] == PLACE else int(ids[i]), text=names[i], count=int(counts[i]),
                        norm=float(means[i]), sink=bool(sinks[i]))
             for i in sorted(picked, key=lambda i: float(means[i]))]
 

@@ -147,6 +147,10 @@ def test_a_head_that_is_off_but_for_one_token(text: torch.Tensor) -> None:
     values = token_values(found, tiny_tokenizer())
     assert [value.norm for value in values] == sorted(value.norm for value in values)
     assert [value.token_id for value in values if value.sink] == [1]
+    found.sinks = torch.zeros_like(found.sinks)
+    found.sinks[:, 5] = True  # a place, where another token stands in every row
+    (place,) = [value for value in token_values(found, tiny_tokenizer()) if value.sink]
+    assert (place.token_id, place.count) == (None, len(rows))
 
 
 def test_a_head_that_follows_one_token(text: torch.Tensor) -> None:

@@ -11,10 +11,12 @@ from sinkquant.evaluate.looks import ERROR, Look, interval, known, looks, settle
 TRIALS = 2000
 
 
-def test_looks_double_and_spend_the_error_in_proportion() -> None:
-    assert looks(64, 0.05) == [Look(8, 0.00625), Look(16, 0.00625), Look(32, 0.0125), Look(64, 0.025)]
+def test_looks_double_and_spend_little_of_the_error_early() -> None:
+    assert [look.rows for look in looks(64, 0.05)] == [8, 16, 32, 64]
+    assert [look.level * 512 / ERROR for look in looks(64, 0.05)] == pytest.approx([1, 7, 56, 448])
     assert [look.rows for look in looks(50, 0.05)] == [13, 25, 50]
-    assert [look.level for look in looks(17, 0.05)] == pytest.approx([ERROR * 9 / 17, ERROR * 8 / 17])
+    first = (9 / 17) ** 3
+    assert [look.level for look in looks(17, 0.05)] == pytest.approx([ERROR * first, ERROR * (1 - first)])
     for total in (1, 2, 15):
         assert looks(total, 0.05) == [Look(total, ERROR)]
     assert looks(64, None) == [Look(64, ERROR)]
@@ -25,8 +27,9 @@ def test_looks_double_and_spend_the_error_in_proportion() -> None:
         assert plan[-1].rows == total
 
 
-def test_the_interval_is_students() -> None:
-    values = np.random.default_rng(0).normal(1, 2, 20)
+def test_the_interval_is_students_where_values_are_not_skewed() -> None:
+    values = np.random.default_rng(0).normal(0, 2, 10)
+    values = np.concatenate([1 + values, 1 - values])
     found = interval(list(values), 0.05)
     reference = ttest_1samp(values, 0).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((reference.low, reference.high))
@@ -36,6 +39,17 @@ def test_the_interval_is_students() -> None:
     assert interval([3.0, 3.0], 0.01) == interval([3.0] * 9, 0.5)
     with pytest.raises(ValueError, match="two values"):
         interval([1.0], 0.05)
+
+
+def test_the_interval_reaches_further_on_the_side_of_the_tail() -> None:
+    values = np.random.default_rng(0).lognormal(0, 1, 20)
+    found, reach = interval(list(values), 0.05), float(t.ppf(0.975, 19))
+    mean, deviation = values.mean(), values.std(ddof=1)
+    skew, root = ((values - mean) ** 3).mean() / deviation ** 3, 20 ** 0.5
+    assert found.low == pytest.approx(mean - reach * deviation / root)
+    assert found.high > mean + reach * deviation / root
+    end = (mean - found.high) / deviation * root  # Hall's transformation takes the upper end to Student's quantile
+    assert end + skew / root / 3 * end ** 2 + skew ** 2 / 20 / 27 * end ** 3 + skew / root / 6 == pytest.approx(-reach)
 
 
 def test_what_is_settled() -> None:
