@@ -8,6 +8,7 @@ from sinkquant.lazy import make_lazy
 if TYPE_CHECKING:
     from sinkquant.advise import advise
     from sinkquant.artifacts import Comparison, Diagnosis, Explanation, Plan, Report, Sensitivity, SinkMap
+    from sinkquant.blocks import choose_blocks, cut_blocks, drop_blocks
     from sinkquant.compare import compare
     from sinkquant.detect import detect
     from sinkquant.diagnose import diagnose
@@ -38,10 +39,13 @@ __all__ = [
     "SinkMap",
     "SinkquantError",
     "advise",
+    "choose_blocks",
     "compare",
+    "cut_blocks",
     "cut_heads",
     "detect",
     "diagnose",
+    "drop_blocks",
     "evaluate",
     "explain",
     "find_sensitivity",

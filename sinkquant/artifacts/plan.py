@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, PrivateAttr
 
 from sinkquant.artifacts.base import Artifact, Strict
+from sinkquant.artifacts.blocks import BlockPlan
 from sinkquant.artifacts.heads import SilencedHead
 from sinkquant.artifacts.kv import KVCachePlan
 from sinkquant.artifacts.pruning import Pruning
@@ -157,8 +158,9 @@ class Plan(Artifact):
     `bits_per_weight` averages over the linears of the blocks, scales and modules left in 16 bits counted.
     `weight_bytes` is the size of the files with the checkpoint's weights to the byte, their headers included.
     `transforms` are carried out in their order, before anything is quantized.
-    `silenced_heads` are query heads that nothing reads any more; their weights stay where they are. `losses` are the
-    parts of the predicted loss, empty where nothing was known of it.
+    `silenced_heads` are query heads that nothing reads any more; their weights stay where they are. `blocks` says which
+    blocks of the whole model were dropped before, null for none; names of modules are those of the shorter model.
+    `losses` are the parts of the predicted loss, empty where nothing was known of it.
     """
 
     SCHEMA: ClassVar[str] = "sinkquant/plan@1"
@@ -172,6 +174,7 @@ class Plan(Artifact):
     modules: dict[str, ModuleDecision]
     transforms: list[Transform] = Field(default_factory=list)
     silenced_heads: list[SilencedHead] = Field(default_factory=list)
+    blocks: BlockPlan | None = None
     kv_cache: KVCachePlan | None = None
     calibration: Calibration
     seed: int

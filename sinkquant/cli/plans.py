@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +45,13 @@ def plan(model: ModelArgument,
          trust_remote_code: TrustOption = False) -> None:
     """Decide bits per module, with reasons and exact bytes; quantizes nothing."""
     chosen, folder = Recipe.load(recipe).replace(assignments or []), resolve(model)
+    if chosen.prune.blocks is not None:
+        if frontier:
+            raise RequestError("--frontier sweeps budgets of one model, and prune.blocks makes another; drop the "
+                               "blocks in a run of its own first.")
+        asked = chosen.changed(calibration={"text": text}) if text else chosen
+        _show(_of_shorter(asked, model, sink_map, sensitivity, trust_remote_code), output, json, full)
+        return
     from sinkquant.models import Decoder, open_model
     from sinkquant.policy import check_solvable, make_frontier, make_plan
     from sinkquant.run.planning import plan_ready
@@ -59,10 +67,25 @@ def plan(model: ModelArgument,
         show_frontier(make_frontier(shape, known, chosen, lost), output, json)
         return
     if made is None:
-        found = known or find_sinks(model, text, chosen, trust_remote_code)
-        costs = (find_costs(model, text, found, chosen, sensitivity, trust_remote_code)
+        sinks = known or find_sinks(model, text, chosen, trust_remote_code)
+        costs = (find_costs(model, text, sinks, chosen, sensitivity, trust_remote_code)
                  if chosen.budget.solved or sensitivity else None)
-        made = make_plan(shape, found, chosen, costs)
+        made = make_plan(shape, sinks, chosen, costs)
+    _show(made, output, json, full)
+
+
+def _of_shorter(recipe: Recipe, model: str, sink_map: Path | None, sensitivity: Path | None,
+                trust_remote_code: bool) -> Plan:
+    """The plan of a model whose blocks are dropped first, which takes the shorter model, as long as it is made."""
+    from sinkquant.run import run
+
+    with tempfile.TemporaryDirectory() as folder, shown_progress() as progress:
+        run(recipe, model, Path(folder, "plan"), sink_map=SinkMap.load(sink_map) if sink_map else None,
+            sensitivity=sensitivity, plan_only=True, trust_remote_code=trust_remote_code, progress=progress)
+        return Plan.load(Path(folder, "plan", "plan.json"))
+
+
+def _show(made: Plan, output: Path | None, json: bool, full: bool) -> None:
     if output:
         made.save(output)
     if json:

@@ -32,7 +32,7 @@ class Checkpoint:
         bytes: of its tensors' files, or of the tensors in a GGUF file. form: its format in a word or two.
         kv: the packed cache that it is read through. sinks: the sink map that it carries.
         recipe: the recipe that it carries, as read from the file. transformed: whether weights were rotated or rescaled
-            before they were rounded.
+            before they were rounded. kept: the blocks of the whole model that it has, where some were dropped.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Checkpoint:
     sinks: SinkMap | None = None
     recipe: dict[str, Any] | None = None
     transformed: bool = False
+    kept: list[int] | None = None
 
     def load(self, dtype: torch.dtype, device: str, trust_remote_code: bool = False) -> PreTrainedModel:
         """The model, dense."""
@@ -92,7 +93,7 @@ def _opened(named: str, place: str, name: str) -> Checkpoint:
         return Checkpoint(name, named, folder, weight_bytes(folder), form)
     plan = content["plan"]
     return Checkpoint(name, named, folder, weight_bytes(folder), form, plan.kv_cache, content["sink_map"] or None,
-                      content.get("recipe"), bool(plan.transforms))
+                      content.get("recipe"), bool(plan.transforms), plan.blocks.kept if plan.blocks else None)
 
 
 def _gguf_bytes(path: Path) -> int:

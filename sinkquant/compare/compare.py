@@ -133,7 +133,9 @@ def _checkpoint_row(measured: _Measured, one: Checkpoint, score: Scorer | None, 
     share_equal(original, model)
     tokens = measured.reference.against(model, one.kv)
     tasks: dict[str, dict[str, Measure]] = score(model, one.kv) if score else {}
-    sinks = fidelity.compare(model) if fidelity is not None else None
+    depths = [found.config.get_text_config(decoder=True).num_hidden_layers for found in (original, model)]
+    # Without a plan that says which blocks are left, nobody knows what to compare with what.
+    sinks = fidelity.compare(model, one.kept) if fidelity is not None and (one.kept or depths[0] == depths[1]) else None
     return measured.row(one, one.name, "checkpoint", tokens, tasks=tasks, sinks=sinks.verdict if sinks else None,
                         sinks_sentence=sinks.sentence if sinks else None,
                         kv_bits=one.kv.bits_per_value if one.kv else 16.0)

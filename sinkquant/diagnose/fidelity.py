@@ -8,7 +8,7 @@ both the null and a tolerance: some sinks are the same on every text, and withou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -23,6 +23,7 @@ from sinkquant.diagnose.fidelity_checks import (
     bernoulli_divergence,
     kl_checks,
     massive_checks,
+    of_blocks,
     value_checks,
 )
 from sinkquant.diagnose.rows import mark_sinks
@@ -83,18 +84,24 @@ class SinkComparison:
         self.marked = mark_sinks(self.rows, sinks)
         self._known: Looked | None = None
 
-    def compare(self, quantized: PreTrainedModel) -> SinkFidelity:
+    def compare(self, quantized: PreTrainedModel, kept: Sequence[int] | None = None) -> SinkFidelity:
         """Did it keep the sinks?
+
+        Args:
+            kept: the blocks of the original that it has, where some were dropped: those are compared.
 
         Raises:
             RequestError: it is not the same architecture.
         """
         first, second = Decoder.of(self.original), Decoder.of(quantized)
-        if (first.hidden_size, len(first.blocks), first.vocabulary) != (
+        blocks = range(len(first.blocks)) if kept is None else kept
+        if (first.hidden_size, len(blocks), first.vocabulary) != (
                 second.hidden_size, len(second.blocks), second.vocabulary):
             raise RequestError("the two models differ in width, depth or vocabulary: one is not the other quantized.")
         self._known = self._known or self._look(first)
         before, after = self._known, self._look(second)
+        if kept is not None:
+            before = replace(before, side=of_blocks(before.side, kept), attention=before.attention[list(kept)])
         a, b, seed = before.side, after.side, self.compute.seed
         kl = _divergence(self.original, before.states, quantized, after.states)
         curves = [SpreadCurve(with_bos=self.with_bos, position=a.position, before=a.curve, after=b.curve)]

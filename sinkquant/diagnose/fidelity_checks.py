@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 import torch
@@ -48,6 +49,20 @@ class ProbedModel:
         if name not in self.nulls:
             self.nulls[name] = self_distance(self.mass.shape[-1] if rows is None else rows, seed, distance)
         return self.nulls[name]
+
+
+def of_blocks(side: Side, kept: Sequence[int]) -> Side:
+    """What a side shows of some of its blocks, as if the others were not there."""
+    table, stream = copy.copy(side.survey.table), copy.copy(side.survey.stream)
+    for key in ("sink_mass", "value_norms"):
+        setattr(table, key, [getattr(table, key)[index] for index in kept])
+    places = [place for place, name in enumerate(stream.names)
+              if name == "embedding" or int(name.split(".")[1]) in kept]
+    for key in ("names", "median", "top_values", "top_channels"):
+        setattr(stream, key, [getattr(stream, key)[place] for place in places])
+    layers = [side.layers[index] for index in kept]
+    return replace(side, survey=replace(side.survey, table=table, stream=stream), layers=layers,
+                   mass=torch.cat(layers), nulls={})
 
 
 def bernoulli_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

@@ -54,8 +54,12 @@ RELOADED = 1 << 30
 def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerBase,
                 sink_map: SinkMap | None = None, recipe: Recipe | None = None, device: str = "cpu",
                 dtype: torch.dtype = torch.float32, store: ActivationStore | None = None,
-                progress: Progress | None = None) -> dict[str, float]:
+                progress: Progress | None = None, teacher: PreTrainedModel | None = None) -> dict[str, float]:
     """Quantize a model from `open_model` into a checkpoint, or go on where a run that was killed has left it.
+
+    Args:
+        teacher: what the last stage learns from, where that is another model of the same ends: the whole one, where
+            blocks were dropped; None for `model` as it is.
 
     Returns:
         module name -> relative error that it was left with, before the whole model is tuned.
@@ -77,7 +81,8 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
         scratch = Scratch(partial)
         # The last stage learns from the unquantized model, before any block is read from what was written of it.
         over = _is_distilled(partial)
-        teacher = None if over else teacher_targets(decoder, plan, tokenizer, device, dtype, store)
+        learns = None if over else teacher_targets(_teacher(teacher, decoder, plan), plan, tokenizer, device, dtype,
+                                                   store)
         if done and plan.follows_unquantized and not over:
             # The unquantized weights of the blocks that are done are no longer there to be followed: begin again.
             done, scales = 0, {}
@@ -94,7 +99,7 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
             LOG.info("%s: goes on after %d of %d blocks", folder.name, done, len(decoder.blocks))
         for block in quantized_blocks(decoder, plan, tokenizer, device, dtype, progress, store, done, scales):
             _write_block(writer, block, plan)
-            if teacher is not None:
+            if learns is not None:
                 scratch.keep(block)
             losses |= block.losses
             scales = scales | block.input_scales
@@ -104,9 +109,9 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
                 LOG.info("block %d of %d: %s", block.index + 1, len(decoder.blocks), in_words(block, losses, plan))
             del block  # or it would outlive the next one's making
         leave()
-        if teacher is not None:
+        if learns is not None:
             _read_from(model, partial, decoder, plan, len(decoder.blocks))
-            found = distilled(decoder, plan, teacher, scratch.starts(len(decoder.blocks)), device, dtype, progress)
+            found = distilled(decoder, plan, learns, scratch.starts(len(decoder.blocks)), device, dtype, progress)
             for block in _by_block(decoder, found, scales):
                 _write_block(writer, block, plan)
             _remember(partial, len(decoder.blocks), losses, scales, tokens, distilled=True)
@@ -146,6 +151,15 @@ def dismiss() -> None:
     join()
     tell(None)
     leave()
+
+
+def _teacher(teacher: PreTrainedModel | None, decoder: Decoder, plan: Plan) -> Decoder:
+    """What the last stage learns from, with the same axes as the model that is tuned."""
+    if teacher is None or not plan.calibration.distill:
+        return decoder
+    other = Decoder.of(teacher)
+    rotate(other, plan)
+    return other
 
 
 def _state(partial: Path) -> tuple[int | None, dict[str, float], dict[str, torch.Tensor], dict[str, list[int]]]:

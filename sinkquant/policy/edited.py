@@ -54,6 +54,7 @@ def accept_edited(plan: Plan, shape: ModelShape) -> Plan:
     counted = keep_pruning(counted, plan, shape)
     counted = counted.model_copy(update={"calibration": plan.calibration, "kv_cache": accept_kv(plan.kv_cache, shape),
                                          "silenced_heads": accept_heads(plan, shape), "seed": plan.seed,
+                                         "blocks": plan.blocks,
                                          "notes": list(dict.fromkeys([*plan.notes, *counted.notes]))})
     check_distill(counted, shape)
     require_methods(counted)

@@ -59,6 +59,9 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
         RequestError: the sink map is of another model, a pattern matches nothing, a group size does not fit, nothing
             can be quantized, the budget cannot be met, or it is to be solved for and there are no sensitivities.
     """
+    if recipe.prune.blocks is not None:
+        raise RequestError("prune.blocks is carried out by a run, which plans for the shorter model; for a model in "
+                           "memory drop its blocks by choose_blocks and drop_blocks, and leave prune.blocks out then.")
     base, choices = choices_of(shape, sink_map, recipe)
     kv_cache = make_kv_plan(shape, sink_map, recipe)
     solved: Allocation | None = None

@@ -31,7 +31,7 @@ def check_split(recipe: Recipe) -> None:
     if recipe.weights.rotate != "none":
         raise RequestError("protect.channels 'split' keeps the columns that were found, and weights.rotate mixes them "
                            "with the others; choose one of the two.")
-    if recipe.prune.asked:
+    if recipe.prune.zeros:
         raise RequestError("protect.channels 'split' keeps whole columns, and the section prune sets weights in them "
                            "to zero; choose one of the two.")
     if not scheme_for(recipe).beside:

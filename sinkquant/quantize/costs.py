@@ -22,7 +22,7 @@ def quantize_bytes(sizes: Sizes) -> float:
     """Bytes at the worst moment."""
     dense = 2 * sizes.total * sizes.stored if sizes.total * sizes.stored <= RELOADED else 0
     if not sizes.calibrated:
-        read = sizes.block if sizes.recipe.prune.asked else _read_at_once(sizes.decoder)
+        read = sizes.block if sizes.recipe.prune.zeros else _read_at_once(sizes.decoder)
         return max(read * (sizes.stored + 1) + sizes.largest * (4 + sizes.stored), dense)
     settings = sizes.recipe.calibration
     states = settings.rows * settings.length * sizes.hidden * sizes.item

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from sinkquant.artifacts.blocks import BlockScore
 from sinkquant.artifacts.pruning import pattern_group
 from sinkquant.methods import MethodName
 from sinkquant.recipe.section import Bits, GroupSize, Section, Statistics
@@ -77,6 +78,10 @@ class Prune(Section):
     that goes; null: a half, or what the pattern says. `ignore`: patterns of modules that are not pruned.
     `heads` "no-op" takes out heads that do nothing on any text given, as long as the loss of a token changes by no more
     than `head_loss` nats on average, each head alone and all together.
+    `blocks`: how many whole blocks are dropped, or their share below 1; null for none. `block_score` "divergence" drops
+    those whose absence is measured to cost least, one after the other; "influence" those that turn the residual stream
+    least, a proxy that takes one pass. What makes massive activations (the block in which they emerge, the one in which
+    they end, heads and experts that do) is only taken out with `massive`, and a block only where that is measured.
     """
 
     method: Literal["none", "magnitude", "wanda", "sparsegpt"] = "none"
@@ -85,10 +90,18 @@ class Prune(Section):
     ignore: list[str] = Field(default_factory=list)
     heads: Literal["none", "no-op"] = "none"
     head_loss: float = Field(default=0.01, gt=0)
+    blocks: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | None = None
+    block_score: BlockScore = "divergence"
+    massive: bool = False
 
     @property
     def asked(self) -> bool:
         """Whether anything is to be taken out at all."""
+        return self.zeros or self.blocks is not None
+
+    @property
+    def zeros(self) -> bool:
+        """Whether weights of blocks that stay are to become zero."""
         return self.method != "none" or self.heads != "none"
 
 

@@ -99,7 +99,7 @@ def _with_own_prefix(load: Callable[[], PreTrainedModel], ids: list[int]) -> Cal
 def sinks_after(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, name: str,
                 progress: Progress | None = None, trust_remote_code: bool = False) -> SinkMap:
     """The sinks of a quantized checkpoint on the rows that the unquantized model was detected on, without ablations."""
-    fast = recipe.changed(detect={"super_weights": False}, prune={"heads": "none"})
+    fast = recipe.changed(detect={"super_weights": False}, prune={"heads": "none", "blocks": None})
     if is_library(checkpoint):
         model = (load_dense(checkpoint, trust_remote_code=trust_remote_code) if rounds_inputs(checkpoint) else
                  open_checkpoint(checkpoint, trust_remote_code))
@@ -118,8 +118,13 @@ def fidelity(maps: dict[str, SinkMap]) -> Fidelity:
                     massive_ratio={name: largest(one, "ratio") for name, one in maps.items()})
 
 
-def comparison(tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap | None, recipe: Recipe) -> Compare | None:
-    """Sink fidelity of a quantized model, where the sinks of the original are known and the recipe asks for it."""
+def comparison(tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap | None, recipe: Recipe,
+               kept: list[int] | None = None) -> Compare | None:
+    """Sink fidelity of a quantized model, where the sinks of the original are known and the recipe asks for it.
+
+    Args:
+        kept: the blocks of the original that the others have, where some were dropped.
+    """
     if sink_map is None or not recipe.evaluate.fidelity or this_process()[0] > 0:  # the first process reports
         return None
     looked: list[SinkComparison] = []
@@ -127,7 +132,7 @@ def comparison(tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap | None, rec
     def compare(original: PreTrainedModel, quantized: PreTrainedModel) -> SinkFidelity:
         if not looked:  # the original is looked at once
             looked.append(SinkComparison(original, tokenizer, sink_map.tokens, recipe))
-        return looked[0].compare(quantized)
+        return looked[0].compare(quantized, kept)
 
     return compare
 

@@ -43,7 +43,7 @@ def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
     tokenizer = load_tokenizer(resolve(str(next(iter(places.values())))), trust_remote_code)
     require_tasks_possible(recipe, tokenizer)
     device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
-    candidates, maps, original, plans = [], {}, None, []
+    candidates, maps, original, plans, kept = [], {}, None, [], None
     if baseline is not None:
         source = resolve(baseline)
         candidates.append(Candidate(BASELINE, baseline, lambda: load_model(source, dtype, device, trust_remote_code),
@@ -56,6 +56,7 @@ def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
             maps[name] = sinks_after(path, tokenizer, recipe, name, progress, trust_remote_code)
         if content:
             plan = content["plan"] if sensitivity is None else with_expected_loss(content["plan"], sensitivity)
+            kept = plan.blocks.kept if plan.blocks else kept
             plans.append(plan.model_copy(update={"name": name}))
         bits = content["plan"].bits_per_weight if content else bits_on_disk(path)
         candidates.append(Candidate(name, named[name], loader(path, dtype, device, trust_remote_code),
@@ -63,7 +64,7 @@ def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
                                     content["plan"].kv_cache if content else None,
                                     content["plan"].inputs_in_words() if content else "16-bit"))
     report = evaluate(candidates, tokenizer, recipe, model=baseline or str(folder),
-                      fidelity=fidelity(maps) if maps else None, compare=comparison(tokenizer, original, recipe),
+                      fidelity=fidelity(maps) if maps else None, compare=comparison(tokenizer, original, recipe, kept),
                       progress=progress)
     return report.model_copy(update={"versions": versions(),
                                      "forecasts": forecasts_of_plans(report.rows, plans)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -76,6 +77,16 @@ from sinkquant.run.candidates import (
 )
 from sinkquant.run.folder import CONTROL, MODEL, WorkFolder, partial_folder, peak_resident, run_key, work_folder
 from sinkquant.run.planning import plan_ready, with_calibration_notes
+from sinkquant.run.shorter import (
+    BLOCKS,
+    SHORTER,
+    WHOLE_MAP,
+    dropped,
+    find_blocks,
+    shape_after,
+    with_blocks,
+    write_shorter,
+)
 from sinkquant.run.stages import Progress, Stage, carry_out
 from sinkquant.schemes.packages import require_packages
 from sinkquant.sensitivity import find_sensitivity
@@ -137,14 +148,17 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
     if not plan_only and not has_tokenizer(folder):
         load_tokenizer(folder)  # says what is missing
     decoder = Decoder.of(open_model(folder, trust_remote_code))
-    shape = decoder.shape(str(model))
+    whole = decoder.shape(str(model))
+    less = shape_after(decoder, recipe, edited, str(model))
+    shape = less or whole
     if edited is None:
-        require_transforms(shape, recipe)
-        require_distill(shape, recipe)
-        require_plannable(shape, recipe)
+        asked_of_blocks = recipe.changed(prune={"blocks": None})
+        require_transforms(shape, asked_of_blocks)
+        require_distill(shape, asked_of_blocks)
+        require_plannable(shape, asked_of_blocks)
     require_one_process(edited.calibration.distill if edited else recipe.weights.distill)
     if sink_map is not None:
-        check_same_model(shape, sink_map)
+        check_same_model(whole, sink_map)
     ready, asking = plan_ready(shape, recipe, edited, sink_map) if plan_only and sensitivity is None else (None, [])
     # Headers alone are planned from without a tokenizer too.
     tokenizer = None if ready and not has_tokenizer(folder) else load_tokenizer(folder, trust_remote_code)
@@ -184,12 +198,12 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
         else:
             if not plan_only:
                 predicted = with_seconds(predicted, decoder, recipe, tokenizer)
-                if sink_map is not None:  # nothing is left to detect in the model itself
+                if sink_map is not None and less is None:  # nothing is left to detect in the model itself
                     predicted.seconds.pop("detect", None)
                 LOG.info("predicted: %s", ", ".join(f"{stage} {took:.0f} s" for stage, took in
                                                     predicted.seconds.items()))
             job = _Job(recipe, str(model), folder, tokenizer, work, trust_remote_code, progress, predicted, sink_map,
-                       sensitivity)
+                       sensitivity, less is not None)
             report = job.run(edited, plan_only)
         if plan_only or recipe.evaluate.skip:
             dismiss()
@@ -209,9 +223,11 @@ class _Job:
 
     def __init__(self, recipe: Recipe, name: str, folder: Path, tokenizer: PreTrainedTokenizerBase,
                  work: WorkFolder, trust_remote_code: bool, progress: Progress | None, predicted: Prediction,
-                 known: SinkMap | None, sensitivities: str | os.PathLike[str] | None = None) -> None:
-        self.recipe, self.name, self.folder, self.tokenizer, self.work = recipe, name, folder, tokenizer, work
+                 known: SinkMap | None, sensitivities: str | os.PathLike[str] | None = None,
+                 shorter: bool = False) -> None:
+        self.recipe, self.name, self.whole, self.tokenizer, self.work = recipe, name, folder, tokenizer, work
         self.trust_remote_code, self.progress, self.known = trust_remote_code, progress, known
+        self.shorter, self.folder = shorter, work / SHORTER if shorter else folder
         self.predicted, self.base, self.sensitivities = predicted, _resident(), sensitivities
         self.plan_files = {MODEL: "plan.json"}
         if recipe.evaluate.control and not recipe.evaluate.skip:
@@ -230,7 +246,13 @@ class _Job:
         """What is to be done, in its order."""
         costs = ("sensitivity.json",) if self.sensitivities is not None or (self.recipe.budget.solved and not edited) \
             else ()
-        found = [self.stage("detect", (), ("sinkmap.json",), self.sink_map)]
+        found: list[Stage] = []
+        first: tuple[str, ...] = ()
+        if self.shorter:
+            first = (SHORTER,)
+            found.append(self.stage("choose blocks", (), (WHOLE_MAP, BLOCKS), partial(self.choose, edited)))
+            found.append(self.stage("drop blocks", (BLOCKS,), first, self.drop))
+        found.append(self.stage("detect", first, ("sinkmap.json",), self.sink_map))
         if costs:
             found.append(self.stage("sensitivities", ("sinkmap.json",), costs, self.sensitivity))
         files = ("plan.json",) if plan_only else tuple(self.plan_files.values())
@@ -264,8 +286,16 @@ class _Job:
     def load(self) -> PreTrainedModel:
         return open_model(self.folder, trust_remote_code=self.trust_remote_code)
 
+    def choose(self, edited: Plan | None) -> None:
+        find_blocks(self.whole, self.tokenizer, self.recipe, self.name, self.known, edited, self.work.path,
+                    self.trust_remote_code, self.progress)
+        LOG.info("%s", dropped(self.work.path).in_words())
+
+    def drop(self) -> None:
+        write_shorter(self.whole, self.tokenizer, self.work.path, self.trust_remote_code)
+
     def sink_map(self) -> None:
-        if self.known is not None:
+        if self.known is not None and not self.shorter:
             self.known.save(self.work / "sinkmap.json")
             return
         found = detect(self.load(), self.tokenizer, recipe=self.recipe, name=self.name, progress=self.progress)
@@ -285,14 +315,20 @@ class _Job:
         decoder, sink_map = Decoder.of(self.load()), SinkMap.load(self.work / "sinkmap.json")
         shape = decoder.shape(self.name)
         costs = Sensitivity.load(self.work / "sensitivity.json") if costly else None
+        recipe = self.recipe.changed(prune={"blocks": None})
         aware = (accept_edited(edited, shape).made_from(sink_map) if edited else
-                 make_plan(shape, sink_map, self.recipe, costs))
+                 make_plan(shape, sink_map, recipe, costs))
         if edited and costs is not None:
             aware = with_expected_loss(aware, costs)
         aware = with_calibration_notes(aware, decoder, self.tokenizer)
+        control = make_control(shape, sink_map, recipe, aware, costs) if (
+            CONTROL in self.plan_files and not plan_only) else None
+        if self.shorter:
+            aware = with_blocks(aware, self.work.path, self.recipe).made_from(sink_map)
+            control = control and with_blocks(control, self.work.path, self.recipe).made_from(sink_map)
         _save(aware, None, self.work)
-        if CONTROL in self.plan_files and not plan_only:
-            make_control(shape, sink_map, self.recipe, aware, costs).save(self.work / self.plan_files[CONTROL])
+        if control is not None:
+            control.save(self.work / self.plan_files[CONTROL])
 
     def plans(self) -> dict[str, Plan]:
         return {place: Plan.load(self.work / file) for place, file in self.plan_files.items()}
@@ -302,7 +338,8 @@ class _Job:
         join()
         quantize_to(self.work / place, self.load(), one, self.tokenizer, SinkMap.load(self.work / "sinkmap.json"),
                     self.recipe, pick_device(compute.device), getattr(torch, compute.dtype),
-                    ActivationStore(self.work.path, spill_limit(self.recipe)), self.progress)
+                    ActivationStore(self.work.path, spill_limit(self.recipe)), self.progress,
+                    open_model(self.whole, self.trust_remote_code) if self.shorter else None)
         LOG.info("%s: %d bytes written, %d predicted", place, weight_bytes(self.work / place), one.weight_bytes)
 
     def prefix(self, place: str) -> None:
@@ -341,12 +378,13 @@ class _Job:
               SinkMap.load(self.work / f"sinkmap-{NAMES[MODEL]}.json"))
 
     def evaluate(self) -> Report:
-        plans, sink_map = self.plans(), SinkMap.load(self.work / "sinkmap.json")
+        plans = self.plans()
+        sink_map = SinkMap.load(self.work / (WHOLE_MAP if self.shorter else "sinkmap.json"))
         after = {one.name: SinkMap.load(self.work / f"sinkmap-{NAMES[place]}.json") for place, one in plans.items()}
         device, dtype = pick_device(self.recipe.compute.device), getattr(torch, self.recipe.compute.dtype)
         candidates = [Candidate(
-            BASELINE, self.name, lambda: load_model(self.folder, dtype, device, self.trust_remote_code),
-            weight_bytes(self.folder), bits_on_disk(self.folder))]
+            BASELINE, self.name, lambda: load_model(self.whole, dtype, device, self.trust_remote_code),
+            weight_bytes(self.whole), bits_on_disk(self.whole))]
         for place, one in plans.items():
             candidates.append(Candidate(one.name, place, loader(self.work / place, dtype, device,
                                                                  self.trust_remote_code),
@@ -354,13 +392,18 @@ class _Job:
                                         one.inputs_in_words()))
         done = plans[MODEL].modules.values()
         zeros = bool(plans[MODEL].silenced_heads) or any(d.prune is not None for d in done)
-        if zeros and any(d.bits < 16 for d in done):
-            candidates += self.pruned(list(plans.values()))
-        if plans[MODEL].kv_cache is not None and (zeros or any(d.bits < 16 for d in done)):
-            candidates += mechanisms(candidates[:1 + len(plans)], list(plans.values()))
+        less, packed = zeros or self.shorter, any(d.bits < 16 for d in done)
+        if less and packed:  # blocks alone are the same in both
+            candidates += self.pruned(list(plans.values()) if zeros else [plans[MODEL]])
+        if plans[MODEL].kv_cache is not None and (less or packed):
+            base = candidates[0] if not self.shorter else replace(
+                candidates[0], load=lambda: load_model(self.folder, dtype, device, self.trust_remote_code),
+                weight_bytes=weight_bytes(self.folder), bits_per_weight=bits_on_disk(self.folder))
+            candidates += mechanisms([base, *candidates[1:1 + len(plans)]], list(plans.values()))
+        kept = dropped(self.work.path).kept if self.shorter else None
         report = evaluate(candidates, self.tokenizer, self.recipe, model=self.name,
                           fidelity=fidelity({BASELINE: sink_map} | after),
-                          compare=comparison(self.tokenizer, sink_map, self.recipe), progress=self.progress)
+                          compare=comparison(self.tokenizer, sink_map, self.recipe, kept), progress=self.progress)
         LOG.info("verdict: %s", report.verdict.sentence)
         notes = [note for one in plans.values() for note in one.notes]
         notes += [note for place, one in plans.items() for note in expert_notes(self.work / place, one)]

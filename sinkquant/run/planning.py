@@ -25,6 +25,8 @@ def plan_ready(shape: ModelShape, recipe: Recipe, edited: Plan | None,
     """
     if edited is not None:
         return accept_edited(edited, shape), []
+    if recipe.prune.blocks is not None:
+        return None, ["prune.blocks"]
     if recipe.budget.solved:
         return None, ["budget"]
     if sink_map is not None:

@@ -56,3 +56,34 @@ def test_a_pattern_may_be_written_without_quotes(tmp_path: Path) -> None:
     assert Recipe.load(tmp_path / "again.yaml") == recipe
     with pytest.raises(RequestError, match="'n:m' with 0 < n < m"):
         Recipe().replace(["prune.pattern=4:2"])
+
+
+def test_blocks_are_dropped_before_the_rest(tmp_path: Path, text_file: Path) -> None:
+    """The run's checkpoint is a shorter model, quantized; its report compares it with the whole one, tells what the
+    blocks alone cost, and the plan that was made is carried out again to the same bytes."""
+    source = model_folder(tmp_path / "source", num_hidden_layers=4)
+    recipe = small_recipe(text_file, "prune.blocks=0.25", "kv_cache.key_bits=4", "weights.distill=2",
+                          "detect.length=32", "evaluate.control=false")
+    report = sq.run(recipe, source, tmp_path / "out")
+    assert report is not None
+    out = tmp_path / "out"
+    plan = Plan.load(out / "plan.json")
+    assert plan.blocks is not None
+    (gone,) = plan.blocks.dropped
+    assert plan.blocks.kept == sorted({0, 1, 2, 3} - {gone.block})
+    rows = {row.name: row for row in report.rows}
+    assert list(rows) == ["unquantized", "sink_aware", "pruned", "weights", "cache"]
+    assert weight_bytes(out / "model") == plan.weight_bytes == rows["sink_aware"].weight_bytes
+    assert rows["pruned"].weight_bytes == plan.unquantized_bytes == weight_bytes(out / "model-shorter")
+    assert rows["pruned"].weight_bytes < rows["unquantized"].weight_bytes == plan.blocks.whole_bytes
+    loss = {name: row.tasks["divergence"]["kl"].value for name, row in rows.items() if name != "unquantized"}
+    assert 0 < loss["pruned"] < 2 * loss["sink_aware"]
+    assert any("1 of 4 blocks are dropped" in note for note in report.notes)
+    assert report.fidelity is not None
+    assert len(report.fidelity.comparisons["sink_aware"].mass) == 3
+    loaded = load_model(out / "model")
+    assert len(loaded.model.layers) == loaded.config.num_hidden_layers == 3
+    sq.run(Recipe.parse(plan.recipe).replace(["evaluate.skip=true"]), source, tmp_path / "again", edited=plan)
+    assert weight_bytes(tmp_path / "again" / "model") == plan.weight_bytes
+    for name, tensor in load_model(tmp_path / "again" / "model").state_dict().items():
+        assert (tensor == loaded.state_dict()[name]).all(), name

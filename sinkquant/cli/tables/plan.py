@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from sinkquant.artifacts import ModuleDecision, Plan
+from sinkquant.artifacts.blocks import BlockPlan
 from sinkquant.cli.tables.names import in_few_words
 from sinkquant.cli.tables.reasons import alike, template, with_ranges
 from sinkquant.schemes import scheme_of
@@ -21,10 +22,24 @@ def plan_lines(made: Plan, full: bool = False) -> Iterator[tuple[int, str]]:
     if "kl" in made.predicted:
         yield 0, (f"Predicted KL divergence {made.predicted['kl']:.4g} nats per token, of which "
                   f"{made.predicted['kl_sinks']:.2g} through sinks")
+    if full and made.blocks is not None:
+        yield from _blocks(made.blocks)
     if made.kv_cache is not None:
         yield 0, made.kv_cache.in_words()
     for note in made.notes:
         yield 0, f"Note: {note}"
+
+
+def _blocks(chosen: BlockPlan) -> Iterator[tuple[int, str]]:
+    """What every block of the whole model costs, and why some were dropped."""
+    why = {one.block: one.reason for one in chosen.dropped}
+    for cost in chosen.costs:
+        measured = "" if cost.divergence is None else (f"{cost.divergence:.3g} nats without it alone, "
+                                                       f"{cost.sink_share:.0%} at first positions and sinks; ")
+        massive = f"; massive activations {cost.massive} in it" if cost.massive else ""
+        yield 1, f"block {cost.block}: {measured}influence {cost.influence:.3g}{massive}"
+        if cost.block in why:
+            yield 3, f"dropped: {why[cost.block]}"
 
 
 def decision_in_words(one: ModuleDecision) -> str:

@@ -1,0 +1,92 @@
+"""What a model loses without some of its blocks: forward passes of a few rows from which blocks are left out.
+
+A trial shares the walk of the whole model up to its first missing block, and the reading of every block's weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from sinkquant.models import Decoder, Walk
+from sinkquant.models.ends import outside_modules, token_table
+from sinkquant.models.placement import compute_in
+from sinkquant.models.walk import stubbed
+
+PER_WALK = 8
+"""Trials that share a walk: each keeps hidden states of its own."""
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Mean KL(whole || without) over tokens, nats, and the share of it that stands at marked tokens."""
+
+    divergence: float
+    sink_share: float
+
+
+@dataclass
+class BlockTrials:
+    """Leaves blocks out of a decoder and looks at what it predicts.
+
+    Attributes:
+        rows: int64 [rows, length]. marked: bool [rows, length], first positions and sinks.
+        influence: 1 - the mean cosine of a token's state before and after every block, once a walk has ended.
+    """
+
+    decoder: Decoder
+    rows: torch.Tensor
+    marked: torch.Tensor
+    batch_size: int
+    device: str
+    dtype: torch.dtype
+    progress: Progress | None = None
+    influence: list[float] = field(default_factory=list)
+
+    def losses(self, trials: Sequence[frozenset[int]]) -> list[Loss]:
+        """What the model loses without each of these sets of blocks, everything else as it is."""
+        found: list[Loss] = []
+        for start in range(0, max(1, len(trials)), PER_WALK):
+            found += self._walk(trials[start:start + PER_WALK])
+        return found
+
+    def _walk(self, trials: Sequence[frozenset[int]]) -> list[Loss]:
+        walk = Walk(self.decoder, self.rows, self.batch_size, self.device, self.dtype)
+        hidden: dict[int, torch.Tensor] = {}
+        influence = []
+        for step in walk.steps():
+            for index, trial in enumerate(trials):
+                if step.index in trial:
+                    hidden.setdefault(index, walk.hidden)
+                elif index in hidden:
+                    hidden[index] = step.replay(hidden[index])
+            before = walk.hidden
+            influence.append(1 - float(torch.cosine_similarity(before.float(), step.run().float(), dim=-1).mean()))
+            if self.progress:
+                self.progress(step.index + 1, len(self.decoder.blocks), "leaving blocks out")
+        self.influence = influence
+        return self._divergences(walk.hidden, [hidden.get(index, walk.hidden) for index in range(len(trials))])
+
+    def _divergences(self, whole: torch.Tensor, others: Sequence[torch.Tensor]) -> list[Loss]:
+        """From what the last block gave, [rows, length, hidden_size]; the logits of a row at a time are in memory."""
+        decoder, head = self.decoder, self.decoder.model.get_output_embeddings()
+        outside = [*outside_modules(decoder), *([] if head is None else [head])]
+        found = torch.zeros(len(others), *self.rows.shape, dtype=torch.float64)
+        with (torch.no_grad(), decoder.present(outside), compute_in(outside, self.device, self.dtype),
+              token_table(decoder, self.rows, self.device, self.dtype)):
+
+            def predicted(row: int, states: torch.Tensor) -> torch.Tensor:
+                with stubbed(decoder, states[row:row + 1].to(self.device)):
+                    tokens = self.rows[row:row + 1].to(self.device)
+                    return torch.log_softmax(decoder.model(tokens, use_cache=False).logits[0].float(), -1)
+
+            for row in range(len(self.rows)):
+                before = predicted(row, whole)
+                for index, states in enumerate(others):
+                    # Both add up to 1: so written, no term is below zero, and a small sum stays exact.
+                    change = (predicted(row, states) - before).double()
+                    found[index, row] = (before.double().exp() * (change.expm1() - change)).sum(-1).cpu()
+        return [Loss(float(one.mean()), float(one[self.marked].sum() / one.sum().clamp(min=1e-30))) for one in found]
