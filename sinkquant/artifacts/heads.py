@@ -1,10 +1,38 @@
-"""Heads that do nothing: what their removal changes, and which of them a plan takes out."""
+"""Heads: the roles that they play; those that do nothing, what their removal changes, and which a plan takes out."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from pydantic import Field
 
 from sinkquant.artifacts.base import Strict
+
+Role = Literal["mixing", "switched", "positional", "information"]
+
+
+class HeadRole(Strict):
+    """What a query head does with its attention.
+
+    `role` "mixing": it rests on the sinks at nearly every token, whatever the text, and so holds mixing back;
+    "switched": it rests unless its condition holds; "positional": most of what it does not give to the sinks goes to
+    one place counted from the token; "information": what it reads depends on more than that.
+    `rests`: share of tokens at which the sinks get most of its attention. `explained`: the largest share of the
+    variance of that mass that the token, or the one before it, explains; `explained_null`: with the tokens dealt out
+    anew. `condition`: whose `tokens` wake a switched head, the token's own or the one before; most frequent first.
+    `offset`: how far back the place lies that gets most of what the sinks do not get, 0 for the token itself;
+    `offset_share` of it, and `offset_null` if it were spread evenly.
+    """
+
+    role: Role
+    rests: float
+    explained: float
+    explained_null: float
+    condition: Literal["token", "previous"] | None
+    tokens: list[str]
+    offset: int
+    offset_share: float
+    offset_null: float
 
 
 class HeadAblation(Strict):

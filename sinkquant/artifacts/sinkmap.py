@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from sinkquant.artifacts.base import Artifact, Strict
-from sinkquant.artifacts.heads import HeadAblations
+from sinkquant.artifacts.heads import HeadAblations, HeadRole
 
 SinkKind = Literal["bos", "first_position", "delimiter", "token", "learned"]
 SinkCriterion = Literal["attention", "shared_mass", "remaining_mass", "massive", "learned"]
@@ -196,6 +196,7 @@ class SinkMap(Artifact):
     `nulls`: field -> what the same measure gives where there is nothing to find, in words. `extensions`: what detectors
     of other packages found, by name.
 
+    `head_roles` [layer][head]: what every head does with its attention; empty in a sink map of an older version.
     `head_ablations` is null where nobody asked what the heads are worth.
     """
 
@@ -220,6 +221,7 @@ class SinkMap(Artifact):
     modules: dict[str, ModuleStatistics]
     experts: dict[str, ExpertStatistics] = Field(default_factory=dict)
     outlier_prefix: OutlierPrefix | None = None
+    head_roles: list[list[HeadRole]] = Field(default_factory=list)
     head_ablations: HeadAblations | None = None
     verdict: SinkVerdict | None = None
     nulls: dict[str, str] = Field(default_factory=dict)

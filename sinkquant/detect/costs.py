@@ -9,6 +9,7 @@ from __future__ import annotations
 from sinkquant.costs import PIECES, Pace, Sizes
 from sinkquant.detect.detect import REPEATED_ROWS
 from sinkquant.detect.residual import TOP
+from sinkquant.detect.roles import TOKENS as ROLE_TOKENS
 from sinkquant.detect.super_weights import ABLATION_ROWS, NULL_WEIGHTS, PER_MODULE, SCREENED_ROWS
 from sinkquant.detect.survey import batch_rows
 
@@ -40,7 +41,7 @@ def detect_seconds(sizes: Sizes, pace: Pace, super_weights: bool) -> float:
     block = 2 * short.of(settings.rows * settings.length) + short.of(REPEATED_ROWS * settings.length)
     if settings.long_rows:
         block += long.of(settings.long_rows * min(settings.long_length, sizes.decoder.max_length))
-    seconds = blocks * block + reading
+    seconds = blocks * block + 2 * reading + blocks * ROLE_TOKENS * pace.plain  # roles are read in a walk of their own
     if super_weights:
         for rows, trials in ((SCREENED_ROWS, PER_MODULE + NULL_WEIGHTS), (ABLATION_ROWS, PER_MODULE)):
             tokens, tried = min(rows, settings.rows) * settings.length, CANDIDATES * trials

@@ -59,6 +59,12 @@ class Found:
         """Of every survey, its channels with massive activations."""
         return [massive_channels(survey.stream, survey.rows, self.recipe.detect) for survey in self.surveys]
 
+    @property
+    def best(self) -> Survey:
+        """The first of the surveys that show as many of the sinks as any."""
+        shown = [sum(bool(sink.mask(survey.rows).any()) for sink in self.sinks.each()) for survey in self.surveys]
+        return self.surveys[shown.index(max(shown))]
+
     def carriers(self, index: int) -> torch.Tensor:
         """bool [rows, length], the tokens of a survey that carry a massive activation."""
         marked = torch.zeros_like(self.surveys[index].rows, dtype=torch.bool)

@@ -12,6 +12,7 @@ from sinkquant.detect.modules import Modules
 from sinkquant.detect.outliers import OutlierTokens
 from sinkquant.detect.rates import SinkRates
 from sinkquant.detect.residual_sinks import ResidualSinks
+from sinkquant.detect.roles import HeadRoles
 from sinkquant.detect.sinks import Sinks
 from sinkquant.detect.super_weights import SuperWeights
 from sinkquant.detect.verdict import WhetherSinks
@@ -20,8 +21,8 @@ from sinkquant.models import Decoder
 from sinkquant.recipe import Recipe
 
 BUILT_IN: tuple[type[Detector], ...] = (
-    SinkRates, Sinks, Channels, ResidualSinks, EmergenceBlock, Heads, NoOpHeads, Modules, Experts, OutlierTokens,
-    SuperWeights, WhetherSinks)
+    SinkRates, Sinks, Channels, ResidualSinks, EmergenceBlock, Heads, HeadRoles, NoOpHeads, Modules, Experts,
+    OutlierTokens, SuperWeights, WhetherSinks)
 GROUP = "sinkquant.detectors"
 """The group of entry points that other packages bring detectors by."""
 

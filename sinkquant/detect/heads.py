@@ -19,9 +19,8 @@ class Heads(Detector):
     null = "in random models the largest score of a head is 0.15, and none does nothing"
 
     def result(self, found: Found) -> dict[str, Any]:
-        """As seen in the first rows that show as many of the sinks as any."""
-        shown = [sum(bool(sink.mask(survey.rows).any()) for sink in found.sinks.each()) for survey in found.surveys]
-        best = found.surveys[shown.index(max(shown))]
+        """As seen in the rows that show the sinks best."""
+        best = found.best
         return {"heads": describe_heads(best.table, found.sinks.mask(best.rows), self.settings)}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 
 import matplotlib as mpl
@@ -34,6 +35,7 @@ MAX_LABELLED_BLOCKS = 24
 MAX_MARKED_CELLS = 600
 MAX_VECTOR_CELLS = 4000
 SHOWN_CHANNELS = 4
+ROLE_MARKS = {"mixing": "m", "switched": "s", "positional": "p", "information": ""}
 DODGE = 7
 """Points between the markers of neighbouring rows."""
 
@@ -78,7 +80,8 @@ def accuracy_points(report: Report, prefix: str = "") -> Points:
 
 
 def sink_heatmap(sink_map: SinkMap, after: SinkMap | None) -> Plot:
-    """Attention mass on the sinks per layer and head, before and after; crosses mark no-op heads if there is room."""
+    """Attention mass on the sinks per layer and head, before and after; no-op heads and roles are marked if there is
+    room."""
     with mpl.rc_context(STYLE):
         maps = [("unquantized", sink_map)] + ([("quantized", after)] if after else [])
         layers, heads = len(sink_map.heads), max((len(layer) for layer in sink_map.heads), default=1)
@@ -88,8 +91,8 @@ def sink_heatmap(sink_map: SinkMap, after: SinkMap | None) -> Plot:
             mesh = _cells(axis, grid, 0, 1, "cividis")
             for row, layer in enumerate(one.heads if layers * heads <= MAX_MARKED_CELLS else []):
                 for column, head in enumerate(layer):
-                    if head.no_op:
-                        axis.text(column, row, "×", ha="center", va="center",
+                    if mark := "×" if head.no_op else _role_mark(one, row, column):
+                        axis.text(column, row, mark, ha="center", va="center", fontsize="small",
                                   color="white" if head.sink_score < 0.6 else "black")
             axis.set(title=title, xlabel="head", ylabel="layer" if axis is axes[0] else "")
         figure.colorbar(mesh, ax=axes, label="attention on sinks", fraction=0.05, pad=0.02).outline.set_visible(False)
@@ -101,9 +104,14 @@ def sink_heatmap(sink_map: SinkMap, after: SinkMap | None) -> Plot:
                       for a, b in zip(one, two, strict=True)]
             alt += f"; quantization moves no head by more than {max(shifts, default=0):.3f}"
         no_ops = sum(head.no_op for layer in sink_map.heads for head in layer)
-        crosses = " (crosses)" if no_ops and layers * heads <= MAX_MARKED_CELLS else ""
+        marked = layers * heads <= MAX_MARKED_CELLS
+        crosses = " (crosses)" if no_ops and marked else ""
+        roles = Counter(one.role for layer in sink_map.head_roles for one in layer)
+        told = [f"{roles[role]} {role}{f' ({mark})' if mark and marked else ''}" for role, mark in ROLE_MARKS.items()
+                if roles[role]]
+        said = f" Roles: {', '.join(told)}." if told else ""
         return Plot("Attention on sinks, per layer and head", _svg(figure, "sinks"),
-                    f"{alt}. {no_ops} no-op heads{crosses}.", _head_table(sink_map, after))
+                    f"{alt}. {no_ops} no-op heads{crosses}.{said}", _head_table(sink_map, after))
 
 
 def massive_along_depth(sink_map: SinkMap, after: SinkMap | None) -> Plot:
@@ -213,6 +221,10 @@ def perturbation_spread(curves: list[SpreadCurve]) -> Plot:
                  *([str(place), *(f"{values[place]:.3g}" if place in values else "" for _, values in columns)]
                    for place in places_shown)]
         return Plot(title, _svg(figure, "spread"), f"After the last block, {'; '.join(said)}.", table)
+
+
+def _role_mark(one: SinkMap, layer: int, head: int) -> str:
+    return ROLE_MARKS[one.head_roles[layer][head].role] if one.head_roles else ""
 
 
 def _head_table(sink_map: SinkMap, after: SinkMap | None) -> list[list[str]]:

@@ -20,6 +20,8 @@ HEADLINES = {"pays": "Protection pays", "does not pay": "Protection does not pay
              "not measured": "Whether protection pays was not measured"}
 CHECKPOINT = "model"
 """The folder of the checkpoint in a run's folder."""
+FURTHER = 6
+"""Of each kind of finding, before the rest is counted."""
 ADDS = {"none": "does not add <bos>", "once": "adds <bos> once", "twice": "adds <bos> twice"}
 
 
@@ -54,7 +56,7 @@ def render(template: str, report: Report, sink_map: SinkMap, plan: Plan, plots: 
         base_model=hub_id(report.model), title=Path(report.model).name or report.model,
         facts=_facts(report), sample=sample, sample_lines=lines(sample) if sample else [],
         notes=list(dict.fromkeys([*report.notes, *sink_map.notes, *plan.notes])),
-        no_ops=sum(head.no_op for layer in sink_map.heads for head in layer), further=list(further(sink_map)))
+        no_ops=sum(head.no_op for layer in sink_map.heads for head in layer), further=list(further(sink_map, FURTHER)))
 
 
 def comparison(runs: list[tuple[str, Report]]) -> str:
