@@ -106,7 +106,7 @@ def sink_heatmap(sink_map: SinkMap, after: SinkMap | None) -> Plot:
         no_ops = sum(head.no_op for layer in sink_map.heads for head in layer)
         marked = layers * heads <= MAX_MARKED_CELLS
         crosses = " (crosses)" if no_ops and marked else ""
-        roles = Counter(one.role for layer in sink_map.head_roles for one in layer)
+        roles: Counter[str] = Counter(one.role for layer in sink_map.head_roles for one in layer)
         told = [f"{roles[role]} {role}{f' ({mark})' if mark and marked else ''}" for role, mark in ROLE_MARKS.items()
                 if roles[role]]
         said = f" Roles: {', '.join(told)}." if told else ""
