@@ -51,17 +51,17 @@ class ProbedModel:
         return self.nulls[name]
 
 
-def of_blocks(side: Side, kept: Sequence[int]) -> Side:
-    """What a side shows of some of its blocks, as if the others were not there."""
-    table, stream = copy.copy(side.survey.table), copy.copy(side.survey.stream)
+def of_blocks(model: ProbedModel, kept: Sequence[int]) -> ProbedModel:
+    """What a model shows of some of its blocks, as if the others were not there."""
+    table, stream = copy.copy(model.survey.table), copy.copy(model.survey.stream)
     for key in ("sink_mass", "value_norms"):
         setattr(table, key, [getattr(table, key)[index] for index in kept])
     places = [place for place, name in enumerate(stream.names)
               if name == "embedding" or int(name.split(".")[1]) in kept]
     for key in ("names", "median", "top_values", "top_channels"):
         setattr(stream, key, [getattr(stream, key)[place] for place in places])
-    layers = [side.layers[index] for index in kept]
-    return replace(side, survey=replace(side.survey, table=table, stream=stream), layers=layers,
+    layers = [model.layers[index] for index in kept]
+    return replace(model, survey=replace(model.survey, table=table, stream=stream), layers=layers,
                    mass=torch.cat(layers), nulls={})
 
 
