@@ -48,13 +48,15 @@ def diagnose(models: Annotated[list[str], typer.Argument(help="A model folder, a
                                                               "compare.")],
              against: Annotated[str | None, typer.Option(help="A quantized version, to be compared with it.")] = None,
              text: TextOption = None, assignments: SetOption = None, json: JsonOption = False,
+             sink_map: SinkMapOption = None,
              output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the diagnosis here.")] = None,
              trust_remote_code: TrustOption = False) -> None:
     """What the sinks do for a model: over-mixing, spread, robustness, each beside its null; sink fidelity."""
     recipe = Recipe().replace(assignments or [])
-    if len(models) > 1 and (output or against):
-        raise RequestError("-o and --against are for one model; name one.")
+    if len(models) > 1 and (output or against or sink_map):
+        raise RequestError("-o, --against and --sink-map are for one model; name one.")
     folders = [resolve(model) for model in models]
+    known = SinkMap.load(sink_map) if sink_map else None
     other = resolve(_checkpoint_of(against)) if against else None
     from sinkquant.cli.tables.diagnosis import scale_table, tables
     from sinkquant.diagnose import diagnose as examine
@@ -69,7 +71,7 @@ def diagnose(models: Annotated[list[str], typer.Argument(help="A model folder, a
         for name, folder, tokenizer in zip(models, folders, tokenizers, strict=True):
             quantized = load_dense(other, trust_remote_code=trust_remote_code) if other else None
             loaded = load_dense(folder, trust_remote_code=trust_remote_code)
-            found.append(examine(loaded, tokenizer, text, recipe, name, against=quantized,
+            found.append(examine(loaded, tokenizer, text, recipe, name, known, against=quantized,
                                  against_name=against or "", progress=progress))
     if output:
         found[0].save(output)

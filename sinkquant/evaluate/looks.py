@@ -9,8 +9,8 @@ whichever of them ends the test.
 
 Assumed: rows are drawn at random from the text, and a mean of `FIRST_LOOK` or more paired differences is close to
 normal but for its skewness. evals/results/adaptive.md has the error rates on differences of real models. Confidence
-sequences for bounded means (Howard et al. 1810.08240, Waudby-Smith & Ramdas 2010.09686) assume less, but divergences have
-no bound, and at 64 rows those intervals are several times as wide.
+sequences for bounded means (Howard et al. 1810.08240, Waudby-Smith & Ramdas 2010.09686) assume less, but divergences
+have no bound, and at 64 rows those intervals are several times as wide.
 """
 
 from __future__ import annotations

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 from families import tiny_model
 from planter import Plant, plant
+from sinkmaps import sink_map_of
 from tiny_tokenizer import tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from sinkquant import Diagnosis
 from sinkquant.cli import main
+from sinkquant.models import Decoder
 
 FAST = ["--set", "detect.rows=16", "--set", "detect.long_rows=0"]
 
@@ -48,6 +51,15 @@ def test_json_and_a_file_beside_a_quantized_version(folder: Path, text_file: Pat
     assert saved.fidelity.verdict == "kept"
     assert saved.against is not None
     assert saved.against.sink_rates == saved.sink_rates
+
+
+def test_a_sink_map_made_before_is_taken(folder: Path, text_file: Path, tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    made = sink_map_of(Decoder.of(AutoModelForCausalLM.from_pretrained(folder)))
+    made.save(tmp_path / "map.json")
+    assert run(monkeypatch, str(folder), "--sink-map", str(tmp_path / "map.json"), "--text", str(text_file), "--json",
+               *FAST) == 0
+    assert json.loads(capsys.readouterr().out)["sinks"] == [sink.model_dump(mode="json") for sink in made.tokens]
 
 
 def test_several_models_are_compared(folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch,
