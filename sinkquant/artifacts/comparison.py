@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from sinkquant.artifacts.base import Artifact, Strict
-from sinkquant.artifacts.report import Measure
+from sinkquant.artifacts.report import Measure, PositionLoss
 
 
 class Interval(Strict):
@@ -16,14 +16,6 @@ class Interval(Strict):
     value: float
     low: float
     high: float
-
-
-class PositionLoss(Strict):
-    """Mean KL of the positions `first` to `last` of a row, the first position being 0."""
-
-    first: int
-    last: int
-    kl: float
 
 
 class ComparedRow(Strict):

@@ -17,10 +17,18 @@ class Measure(Strict):
     stderr: float | None = None
 
 
+class PositionLoss(Strict):
+    """Mean KL of the positions `first` to `last` of a row, the first position being 0."""
+
+    first: int
+    last: int
+    kl: float
+
+
 class Row(Strict):
     """One evaluated model. `kv_bits` is 16 where the cache is not quantized, else bits per key and value with scales,
     window and exact tokens counted; `kv_bytes` is what the cache of one row weighs at the plan's length.
-    `activations` says what inputs of linears are rounded to."""
+    `activations` says what inputs of linears are rounded to. `kl_by_position`: where in a row the divergence is."""
 
     name: str
     path: str
@@ -30,6 +38,7 @@ class Row(Strict):
     kv_bytes: int | None = None
     activations: str = "16-bit"
     tasks: dict[str, dict[str, Measure]]
+    kl_by_position: list[PositionLoss] = Field(default_factory=list)
 
 
 class Paired(Strict):
@@ -58,12 +67,14 @@ class Fidelity(Strict):
 
 
 class Verdict(Strict):
-    """Does protection pay? `answer` is "pays", "does not pay" or "no difference shown"; `sentence` says by how much.
+    """Does protection pay? `answer` is "pays", "does not pay" or "no difference shown"; `sentence` says by how much,
+    `details` with the interval, and for each mechanism on its own.
 
     `gate` is null where the recipe has no quality gate; `failures` says which of its bounds were broken."""
 
     answer: Literal["pays", "does not pay", "no difference shown", "not measured"]
     sentence: str
+    details: list[str] = Field(default_factory=list)
     gate: Literal["passed", "failed"] | None = None
     failures: list[str] = Field(default_factory=list)
 

@@ -56,7 +56,9 @@ def report(folders: Annotated[list[Path], typer.Argument(help="One run's folder,
     reports = [(str(folder), Report.load(folder / "report.json")) for folder in folders]
     if len(folders) == 1:
         folder = folders[0]
-        write(output or folder, reports[0][1], SinkMap.load(folder / "sinkmap.json"), Plan.load(folder / "plan.json"))
+        again = folder / "sinkmap-sink_aware.json"
+        write(output or folder, reports[0][1], SinkMap.load(folder / "sinkmap.json"), Plan.load(folder / "plan.json"),
+              SinkMap.load(again) if again.is_file() else None)
         paragraph(f"Report: {(output or folder) / 'report.html'}")
         return
     page = write_atomically(output or Path("comparison.html"), comparison(reports))

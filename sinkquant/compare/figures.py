@@ -12,16 +12,15 @@ import torch
 from transformers import PreTrainedModel
 
 from sinkquant.artifacts import KVCachePlan
-from sinkquant.artifacts.comparison import Interval, PositionLoss
+from sinkquant.artifacts.comparison import Interval
 from sinkquant.errors import SinkquantError
 from sinkquant.evaluate import TokenFigures, token_figures
 from sinkquant.evaluate.looks import ERROR, interval
+from sinkquant.evaluate.positions import by_position
 from sinkquant.evaluate.states import last_states
 from sinkquant.models.head import OutputHead
 
 BATCH_ROWS = 4
-POSITIONS = (0, 1, 4, 32, 128, 512, 2048)
-"""Where bins of positions begin: the first token by itself, then what sees few tokens, then more."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +78,6 @@ def divergence_figures(tokens: TokenFigures) -> dict[str, Any]:
             "same_top": same.model_copy(update={"low": max(0.0, same.low), "high": min(1.0, same.high)}),
             "perplexity": exponential(over_rows(tokens.other_loss.mean(1))), "perplexity_ratio": exponential(ratio),
             "loss_shown": not ratio.low <= 0 <= ratio.high}
-
-
-def by_position(kl: torch.Tensor) -> list[PositionLoss]:
-    """Means over bins of positions. kl: [rows, length]."""
-    length = kl.shape[1]
-    ends = [*POSITIONS[1:], max(length, POSITIONS[-1] + 1)]
-    return [PositionLoss(first=start, last=min(end, length) - 1, kl=float(kl[:, start:end].mean()))
-            for start, end in zip(POSITIONS, ends, strict=True) if start < length]
 
 
 def over_rows(values: torch.Tensor) -> Interval:

@@ -37,7 +37,8 @@ def measure_divergences(candidates: Sequence[Candidate], shelf: Shelf, rows: tor
         here = rows[seen:look.rows]
         figures = shared(range(len(here)), functools.partial(_one_look, base, others, shelf, here))
         for place, candidate in enumerate(others):
-            candidate.divergences += [row[place] for row in figures]
+            candidate.divergences += [row[place][0] for row in figures]
+            candidate.by_position += [row[place][1:] for row in figures]
         seen = look.rows
         if look is plan[-1] or _decided(others, look, recipe):
             break
@@ -45,16 +46,20 @@ def measure_divergences(candidates: Sequence[Candidate], shelf: Shelf, rows: tor
 
 
 def _one_look(base: Candidate, others: Sequence[Candidate], shelf: Shelf, rows: torch.Tensor,
-              mine: list[int]) -> list[list[float]]:
-    """By row of `mine`, the divergence of every candidate. As many models side by side as there is room for: the
-    unquantized model's blocks run once for all of them, its head once for each set of models."""
+              mine: list[int]) -> list[list[list[float]]]:
+    """By row of `mine`, of every candidate the divergence and then that of every bin of positions.
+
+    As many models side by side as there is room for: the unquantized model's blocks run once for all of them, its head
+    once for each set of models.
+    """
     baseline = shelf.get(base.load)
     batches = rows[mine].split(BATCH_ROWS)
     states = [last_states(baseline, batch) for batch in batches]
-    found: list[list[float]] = []
+    found: list[list[list[float]]] = []
     for group in _groups(base, others, shelf.beside_the_first):
         readers: list[Reader] = [(shelf.get(candidate.load), candidate.kv) for candidate in group]
-        found += [one.kl for one in compare_side_by_side(baseline, states, readers, batches)]
+        found += [[[kl, *bins] for kl, bins in zip(one.kl, one.by_position, strict=True)]
+                  for one in compare_side_by_side(baseline, states, readers, batches)]
         del readers  # before the next ones are loaded
     return [list(row) for row in zip(*found, strict=True)]
 

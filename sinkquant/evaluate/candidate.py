@@ -22,8 +22,8 @@ class Candidate:
     """A model to be measured: loaded when its turn comes, and once for all candidates that name the same `load`.
 
     `kv`: the KV cache that it is read through, null for an unquantized one; `activations`: what inputs are rounded to.
-    `tasks_too`: whether tasks are run, or the divergence alone. `tasks` and `divergences` (nats per token, one per row)
-    are filled by `evaluate`.
+    `tasks_too`: whether tasks are run, or the divergence alone. `tasks`, `divergences` (nats per token, one per row)
+    and `by_position` (the same over bins of positions, per row) are filled by `evaluate`.
     """
 
     name: str
@@ -36,3 +36,4 @@ class Candidate:
     tasks_too: bool = True
     tasks: dict[str, TaskResult] = field(default_factory=dict)
     divergences: list[float] = field(default_factory=list)
+    by_position: list[list[float]] = field(default_factory=list)

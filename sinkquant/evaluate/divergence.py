@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import KVCachePlan
+from sinkquant.evaluate.positions import binned
 from sinkquant.evaluate.states import last_states
 from sinkquant.models import token_rows
 from sinkquant.models.head import OutputHead, runs_of_positions
@@ -25,10 +26,12 @@ class Divergence:
 
     Attributes:
         kl: KL(baseline || other) in nats per token, averaged over all positions.
+        by_position: the same over bins of positions, see `positions.bins`.
         baseline_loss, other_loss: cross-entropy of the next token in nats, averaged over all positions but the last.
     """
 
     kl: list[float] = field(default_factory=list)
+    by_position: list[list[float]] = field(default_factory=list)
     baseline_loss: list[float] = field(default_factory=list)
     other_loss: list[float] = field(default_factory=list)
 
@@ -83,6 +86,7 @@ def compare_side_by_side(baseline: PreTrainedModel, states: Sequence[torch.Tenso
         for one, tokens in zip(found, token_figures(heads, given, batch), strict=True):
             # Rounding can leave a row of equal distributions a hair below zero.
             one.kl.extend(tokens.kl.mean(1).clamp(min=0).tolist())
+            one.by_position.extend(binned(tokens.kl).clamp(min=0).tolist())
             one.baseline_loss.extend(tokens.baseline_loss.mean(1).tolist())
             one.other_loss.extend(tokens.other_loss.mean(1).tolist())
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Measure, Report, Row, SinkFidelity
@@ -15,6 +16,7 @@ from sinkquant.evaluate.candidate import BASELINE, Candidate
 from sinkquant.evaluate.divergence import held_out_rows
 from sinkquant.evaluate.looks import ERROR, Look, looks
 from sinkquant.evaluate.pairs import paired_differences, recovered
+from sinkquant.evaluate.positions import named
 from sinkquant.evaluate.shelf import Shelf, room
 from sinkquant.evaluate.statistics import standard_error
 from sinkquant.evaluate.steps import Steps
@@ -77,7 +79,7 @@ def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, re
     if comparisons:
         fidelity = fidelity or Fidelity(sink_rate={}, massive_peak={}, massive_ratio={})
         fidelity = fidelity.model_copy(update={"comparisons": comparisons})
-    found = [_row(candidate) for candidate in candidates]
+    found = [_row(candidate, rows.shape[1]) for candidate in candidates]
     paired = paired_differences(candidates, recipe, look.level)
     left = recovered(candidates)
     facts: Facts = {
@@ -131,7 +133,7 @@ def fitting_characters(tokenizer: PreTrainedTokenizerBase, content: str, limit: 
     return int(FILL * limit * len(sample) / max(1, len(encode(tokenizer, sample))))
 
 
-def _row(candidate: Candidate) -> Row:
+def _row(candidate: Candidate, length: int) -> Row:
     tasks = {task: dict(result.measures) for task, result in candidate.tasks.items()}
     if candidate.divergences:
         values = candidate.divergences
@@ -140,4 +142,6 @@ def _row(candidate: Candidate) -> Row:
     return Row(name=candidate.name, path=candidate.path, weight_bytes=candidate.weight_bytes,
                bits_per_weight=candidate.bits_per_weight, tasks=tasks, activations=candidate.activations,
                kv_bits=16.0 if candidate.kv is None else candidate.kv.bits_per_value,
-               kv_bytes=None if candidate.kv is None else candidate.kv.bytes)
+               kv_bytes=None if candidate.kv is None else candidate.kv.bytes,
+               kl_by_position=named(torch.tensor(candidate.by_position, dtype=torch.float64), length)
+               if candidate.by_position else [])

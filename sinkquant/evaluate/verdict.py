@@ -18,12 +18,13 @@ def judge(rows: list[Row], paired: list[Paired], recovery: Recovery, fidelity: F
     outcome: Literal["passed", "failed"] | None = None
     if any(bound is not None for bound in gate.model_dump().values()):
         outcome = "failed" if failures else "passed"
-    answer, sentence = _answer(rows, paired)
-    sentence = " ".join([sentence, *_mechanisms(rows, paired)])
-    return Verdict(answer=answer, sentence=sentence, gate=outcome, failures=failures)
+    answer, sentence, details = _answer(rows, paired)
+    return Verdict(answer=answer, sentence=sentence, details=[*details, *_mechanisms(rows, paired)], gate=outcome,
+                   failures=failures)
 
 
-def _answer(rows: list[Row], paired: list[Paired]) -> tuple[Answer, str]:
+def _answer(rows: list[Row], paired: list[Paired]) -> tuple[Answer, str, list[str]]:
+    """The answer, one sentence of two figures, and the sentence with their difference."""
     by_name = {row.name: row for row in rows}
     pair = next((p for p in paired if (p.task, p.a, p.b) == ("divergence", "control", "sink_aware")), None)
     if pair is None:
@@ -31,17 +32,26 @@ def _answer(rows: list[Row], paired: list[Paired]) -> tuple[Answer, str]:
         if "control" in by_name and "sink_aware" in by_name:
             reason = ("the evaluation text holds but one row" if "divergence" in by_name["control"].tasks
                       else "there is no unquantized model beside the two")
-        return "not measured", f"Whether protection pays was not measured: {reason}."
+        return "not measured", f"Whether protection pays was not measured: {reason}.", []
     aware, control = (by_name[name].tasks["divergence"]["kl"].value for name in ("sink_aware", "control"))
-    size = by_name["sink_aware"].weight_bytes / by_name["control"].weight_bytes - 1
-    figures = (f"mean KL divergence from the unquantized model is {aware:.4g} nats with protection and {control:.4g} "
-               f"for the sink-unaware control ({_size(size)}); the difference is {pair.difference:.2g}, "
-               f"95 % interval {pair.low:.2g} to {pair.high:.2g}")
+    size = _size(by_name["sink_aware"].weight_bytes / by_name["control"].weight_bytes - 1)
+    figures = f"{_short(aware)} nats of KL divergence per token"
+    details = [f"With protection {aware:.4g} nats, without {control:.4g}: the difference is {pair.difference:.2g}, "
+               f"95 % interval {pair.low:.2g} to {pair.high:.2g}."]
     if pair.low > 0:
-        return "pays", f"Protection pays on this model: {figures}, {1 - aware / control:.0%} less."
+        less = f"{_short(100 * (1 - aware / control))} % less than the control {size}"
+        return "pays", f"Protection pays on this model: {figures}, {less}.", details
     if pair.high < 0:
-        return "does not pay", f"Protection does not pay on this model: {figures}."
-    return "no difference shown", f"No difference was shown on this model: {figures}."
+        more = f"{_short(100 * (aware / control - 1))} % more than the control {size}" if control > 0 else (
+            f"and none with the control {size}")
+        return "does not pay", f"Protection does not pay on this model: {figures}, {more}.", details
+    return "no difference shown", (f"No difference was shown on this model: {figures} with protection, "
+                                   f"{_short(control)} for the control {size}."), details
+
+
+def _short(value: float) -> str:
+    """Two digits, or three: what a reader keeps in mind."""
+    return f"{value:.2g}" if value < 99.5 else f"{value:.0f}"
 
 
 MECHANISMS = {"pruned": "For the pruning alone", "weights": "For the weights alone", "cache": "For the KV cache alone"}
@@ -63,7 +73,7 @@ def _mechanisms(rows: list[Row], paired: list[Paired]) -> list[str]:
 
 
 def _size(difference: float) -> str:
-    return "same size" if abs(difference) < 5e-4 else f"size within {abs(difference):.1%}"
+    return "of the same size" if abs(difference) < 5e-4 else f"(size within {abs(difference):.1%})"
 
 
 def gate_failures(rows: list[Row], recovery: Recovery, fidelity: Fidelity | None, gate: Gate) -> list[str]:

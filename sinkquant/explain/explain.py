@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.artifacts import SinkMap
 from sinkquant.artifacts.explanation import Cause, Explanation, HeadChange, TokenLoss
 from sinkquant.compare.checkpoint import Checkpoint, open_checkpoints
-from sinkquant.compare.figures import by_position
 from sinkquant.detect import detect
 from sinkquant.diagnose.fidelity import SinkComparison
 from sinkquant.diagnose.rows import mark_sinks
+from sinkquant.evaluate.positions import by_position
 from sinkquant.explain.diagnose import Measuring, percent
 from sinkquant.explain.parts import different_parts
 from sinkquant.explain.probe import Probe

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-
-import matplotlib as mpl
 
 from sinkquant.artifacts.base import write_atomically
 from sinkquant.artifacts.comparison import ComparedRow, Comparison, Interval
+from sinkquant.report.dots import Dot, Dots
+from sinkquant.report.drawing import Plot
 from sinkquant.report.kinds import require_kind
-from sinkquant.report.plots import INK, MARKERS, SERIES, SOFT, STYLE, Plot, _figure, _svg
-from sinkquant.report.render import _environment
+from sinkquant.report.plots import KL, by_position, megabytes
+from sinkquant.report.render import environment
 
 KINDS = (".html", ".md", ".json")
 LINES = 6
@@ -64,57 +65,29 @@ def markdown(found: Comparison) -> str:
 
 def page(found: Comparison) -> str:
     """One self-contained HTML page."""
-    return _environment().get_template("compared.html.j2").render(
-        found=found, plots=[dots(found), positions(found)], rows=cells(found), columns=columns(found),
+    return environment().get_template("compared.html.j2").render(
+        found=found, dots=dots(found), positions=positions(found), rows=cells(found), columns=columns(found),
         sentence=sentence(found), facts=_said_of(found))
 
 
-def dots(found: Comparison) -> Plot:
-    """A line per model on one axis of KL, smallest first, with intervals; the noise floor as a dashed line."""
-    models = [row for row in found.rows if row.kind == "checkpoint" and row.kl]
+def dots(found: Comparison) -> Dots:
+    """A line per model on one axis of KL, smallest first, with intervals; the noise floor as a line."""
     noise = max((row.kl.value for row in found.rows if row.kind == "floor" and row.kl), default=0.0)
-    with mpl.rc_context(STYLE):
-        figure, (axis,) = _figure(1, 0.9 + 0.3 * len(models))
-        for place, row in enumerate(models):
-            assert row.kl is not None
-            reach = [max(row.kl.low, row.kl.value / 100), row.kl.high]  # a logarithmic axis shows nothing below zero
-            axis.plot(reach, [place, place], color=SERIES[0], linewidth=1.6)
-            axis.plot([row.kl.value], [place], marker="o" if row.pareto else "D", markersize=5, color=SERIES[0],
-                      markerfacecolor=SERIES[0] if row.pareto else "none", linestyle="none")
-        if noise > 0:
-            axis.axvline(noise, color=SOFT, linestyle="--", linewidth=1)
-            axis.annotate("noise floor", (noise, -0.6), color=INK, fontsize=8, xytext=(3, 0),
-                          textcoords="offset points")
-        axis.set_yticks(range(len(models)), [f"{row.name}\n{row.bytes / 1e6:,.3g} MB" for row in models])
-        axis.set_ylim(len(models) - 0.5, -0.8)
-        if models and all(_kl(row) > 0 for row in models):
-            axis.set_xscale("log")
-        axis.set(xlabel="KL from the unquantized model, nats per token")
-        table = [["model", "MB", "KL mean"],
-                 *([row.name, f"{row.bytes / 1e6:,.2f}", _interval(row.kl)] for row in models)]
-        return Plot("Divergence, smallest model first", _svg(figure, "dots"),
-                    "Filled: no other is as small and as close (the Pareto front). Bars are 95 % intervals.", table)
+    lines = [Dot(row.name, [megabytes(row.bytes), f"{row.bits_per_weight:.2f}"], row.kl.value, row.kl.low, row.kl.high,
+                 _interval(row.kl), "ours" if row.pareto else "", hollow=not row.pareto)
+             for row in found.rows if row.kind == "checkpoint" and row.kl]
+    return Dots("Divergence, smallest model first", ["size", "bits per weight"], KL, lines,
+                "Filled: no other is as small and as close (the Pareto front). Bars are 95 % intervals over the rows "
+                "of text." + (" Dashed: the noise floor, the unquantized model computed another way." if noise else ""),
+                (noise, "noise floor") if noise > 0 else None)
 
 
 def positions(found: Comparison) -> Plot:
-    """KL by position in the row, of the models with the largest differences in size."""
-    models = [row for row in found.rows if row.kind == "checkpoint" and row.kl_by_position][:LINES]
-    with mpl.rc_context(STYLE):
-        figure, (axis,) = _figure(1, 2.6)
-        for i, row in enumerate(models):
-            axis.plot([str(one.first) if one.first == one.last else f"{one.first}-{one.last}"
-                       for one in row.kl_by_position], [max(one.kl, 1e-12) for one in row.kl_by_position],
-                      marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1.2, color=SERIES[i % len(SERIES)],
-                      linestyle="-" if i < len(SERIES) else "--", label=row.name)
-        axis.set_yscale("log")
-        axis.set(xlabel="position in the row", ylabel="KL, nats per token")
-        axis.legend()
-        words = [f"{one.first}-{one.last}" for one in models[0].kl_by_position] if models else []
-        table = [["model", *words], *([row.name, *(f"{one.kl:.3g}" for one in row.kl_by_position)] for row in models)]
-        more = len([row for row in found.rows if row.kind == "checkpoint"]) - len(models)
-        return Plot("Divergence by position", _svg(figure, "positions"),
-                    "The first token stands by itself: nothing comes before it but what the model learned."
-                    + (f" {more} larger models are not drawn." if more > 0 else ""), table)
+    """KL by position in the row, of the smallest models."""
+    models = [row for row in found.rows if row.kind == "checkpoint" and row.kl_by_position]
+    plot = by_position({row.name: row.kl_by_position for row in models[:LINES]})
+    more = len(models) - LINES
+    return plot if more <= 0 else replace(plot, caption=f"{plot.caption} {more} larger models are not drawn.")
 
 
 def _said_of(found: Comparison) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import matplotlib as mpl
 
 from sinkquant.artifacts.frontier import Frontier
-from sinkquant.report.plots import MARKERS, SERIES, STYLE, Plot, _figure, _svg
-from sinkquant.report.render import _environment
+from sinkquant.report.drawing import MARKERS, SERIES, STYLE, Plot, drawn, svg
+from sinkquant.report.render import environment
 
 WORDS = {"solved": "solved", "uniform": "uniform", "control": "control of the recipe's plan",
          "asked": "the recipe's plan"}
@@ -15,14 +15,14 @@ COLUMNS = ["plan", "bits per weight", "bytes", "predicted KL, nats per token", "
 
 def page(found: Frontier) -> str:
     """One self-contained HTML page."""
-    return _environment().get_template("frontier.html.j2").render(frontier=found, plot=picture(found), rows=rows(found),
+    return environment().get_template("frontier.html.j2").render(frontier=found, plot=picture(found), rows=rows(found),
                                                                   columns=COLUMNS)
 
 
 def picture(found: Frontier) -> Plot:
     """Predicted loss against bytes, on a logarithmic axis where all losses are above zero."""
     with mpl.rc_context(STYLE):
-        figure, (axis,) = _figure(1, 3.2)
+        figure, (axis,) = drawn(1, 3.2)
         said = []
         for i, (kind, words) in enumerate(WORDS.items()):
             points = sorted((p.bytes / 1e6, p.kl) for p in found.points if p.kind == kind)
@@ -39,8 +39,7 @@ def picture(found: Frontier) -> Plot:
         axis.set(xlabel="MB of weights" + (" and KV cache" if found.kv_bytes else ""),
                  ylabel="predicted KL, nats per token")
         axis.legend()
-        return Plot("Predicted loss against bytes", _svg(figure, "frontier"), f"{'; '.join(said)}.",
-                    [COLUMNS, *rows(found)])
+        return Plot("Predicted loss against bytes", svg(figure, "frontier"), f"{'; '.join(said)}.")
 
 
 def rows(found: Frontier) -> list[list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,9 @@ from sinkquant.artifacts import Paired, Plan, Report, Row, SinkMap
 from sinkquant.artifacts.base import write_atomically
 from sinkquant.artifacts.findings import further
 from sinkquant.report.card import CARD, hub_id
-from sinkquant.report.plots import Plot, Points, accuracy_against_bytes, accuracy_points, all_plots
+from sinkquant.report.dots import Dots
+from sinkquant.report.drawing import Plot
+from sinkquant.report.plots import accuracy_dots, all_plots, divergences, row_name
 from sinkquant.report.sample import lines, visible
 
 HEADLINES = {"pays": "Protection pays", "does not pay": "Protection does not pay",
@@ -41,7 +42,7 @@ def write(folder: Path, report: Report, sink_map: SinkMap, plan: Plan, after: Si
     return report
 
 
-def render(template: str, report: Report, sink_map: SinkMap, plan: Plan, plots: dict[str, Plot]) -> str:
+def render(template: str, report: Report, sink_map: SinkMap, plan: Plan, plots: dict[str, Plot | Dots]) -> str:
     """One template filled in. HTML is escaped; the SVG of plots is our own."""
     tokenizer = sink_map.tokenization
     rows = "start with <bos>" if tokenizer.rows_start_with_bos else "do not start with <bos>"
@@ -49,10 +50,10 @@ def render(template: str, report: Report, sink_map: SinkMap, plan: Plan, plots: 
     compared = report.fidelity.comparisons if report.fidelity else {}
     sample = compared["sink_aware"].sample if "sink_aware" in compared else None
     unquantized = next((row.weight_bytes for row in report.rows if row.name == "unquantized"), plan.unquantized_bytes)
-    return _environment().get_template(template).render(
+    return environment().get_template(template).render(
         report=report, sink_map=sink_map, plan=plan, plots=plots, metrics=_metrics(report), words=in_words,
         cell=lambda row, task, metric: _cell(report, row, task, metric), tokenization=tokenization,
-        headline=HEADLINES[report.verdict.answer], tiles=_tiles(report, unquantized), unquantized_bytes=unquantized,
+        headline=HEADLINES[report.verdict.answer], unquantized_bytes=unquantized,
         base_model=hub_id(report.model), title=Path(report.model).name or report.model,
         facts=_facts(report), sample=sample, sample_lines=lines(sample) if sample else [],
         notes=list(dict.fromkeys([*report.notes, *sink_map.notes, *plan.notes])),
@@ -61,38 +62,11 @@ def render(template: str, report: Report, sink_map: SinkMap, plan: Plan, plots: 
 
 def comparison(runs: list[tuple[str, Report]]) -> str:
     """One page with the rows of several runs side by side."""
-    points: Points = {}
-    for name, report in runs:
-        for words, found in accuracy_points(report, f"{name}: ").items():
-            points.setdefault(words, []).extend(found)
-    return _environment().get_template("comparison.html.j2").render(
-        runs=runs, plot=accuracy_against_bytes(points) if points else None, cell=_cell, metrics=_metrics)
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One figure that is worth a look from afar."""
-
-    name: str
-    value: str
-    note: str
-
-
-def _tiles(report: Report, unquantized_bytes: int) -> list[Tile]:
-    rows = {row.name: row for row in report.rows}
-    aware, control = rows.get("sink_aware"), rows.get("control")
-    if aware is None:
-        return []
-    tiles = [Tile("Size", f"{100 * aware.weight_bytes / unquantized_bytes:.1f} %",
-                  f"{aware.weight_bytes / 1e6:,.2f} of {unquantized_bytes / 1e6:,.2f} MB"),
-             Tile("Bits per weight", f"{aware.bits_per_weight:.2f}", "of the blocks, scales counted")]
-    if "divergence" in aware.tasks:
-        beside = f"control {control.tasks['divergence']['kl'].value:.4g}" if control is not None else "no control"
-        tiles.append(Tile("KL divergence", f"{aware.tasks['divergence']['kl'].value:.4g}", f"nats per token; {beside}"))
-    if report.fidelity and "unquantized" in report.fidelity.sink_rate:
-        before, after = (report.fidelity.sink_rate[name]["0.3"] for name in ("unquantized", "sink_aware"))
-        tiles.append(Tile("Sink rate", f"{after:.3f}", f"{before:.3f} before, at 0.3"))
-    return tiles
+    dots = [dot for name, report in runs for dot in accuracy_dots(report.rows, f"{name}: ")]
+    asked = [{key: report.evaluation.get(key) for key in ("text", "rows", "length")} for _, report in runs]
+    return environment().get_template("comparison.html.j2").render(
+        runs=runs, plot=divergences(dots) if any(dot.value is not None for dot in dots) else None, cell=_cell,
+        metrics=_metrics, alike=all(one == asked[0] for one in asked))
 
 
 def _facts(report: Report) -> dict[str, str]:
@@ -111,11 +85,7 @@ def in_words(pair: Paired) -> str:
     if pair.low <= 0 <= pair.high:
         return "no difference shown"
     a_is_better = (pair.difference > 0) == pair.higher_is_better
-    return f"{_row_name(pair.a if a_is_better else pair.b)} is better"
-
-
-def _row_name(name: str) -> str:
-    return name.replace("_", "-")
+    return f"{row_name(pair.a if a_is_better else pair.b)} is better"
 
 
 def _quantity(name: str) -> str:
@@ -129,13 +99,14 @@ def _figure(value: float | None, quantity: str, missing: str) -> str:
     return f"{value:,.0f}" if "bytes" in quantity else f"{value:.4g}"
 
 
-def _environment() -> Environment:
-    environment = Environment(loader=PackageLoader("sinkquant.report"), undefined=StrictUndefined, trim_blocks=True,
+def environment() -> Environment:
+    """What fills in templates."""
+    made = Environment(loader=PackageLoader("sinkquant.report"), undefined=StrictUndefined, trim_blocks=True,
                               autoescape=select_autoescape(["html.j2", "html"]), keep_trailing_newline=True)
-    environment.filters["row"] = _row_name
-    environment.filters["visible"] = visible
-    environment.filters |= {"quantity": _quantity, "figure": _figure}
-    return environment
+    made.filters["row"] = row_name
+    made.filters["visible"] = visible
+    made.filters |= {"quantity": _quantity, "figure": _figure}
+    return made
 
 
 def _metrics(report: Report) -> list[tuple[str, str]]:

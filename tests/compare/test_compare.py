@@ -99,7 +99,8 @@ def test_reports_hold_every_model_and_warning(made):
     for written in (markdown(made), page(made)):
         assert all(row.name in written for row in made.rows)
         assert all(warning[:40] in written for warning in made.warnings)
-    assert page(made).count("<svg") == 2
+    assert page(made).count("<svg") == 1
+    assert page(made).count('class="n value"') == 6
 
 
 def test_the_command(places, tiny_folder, text_file, tmp_path):

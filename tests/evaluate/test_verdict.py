@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from sinkquant.artifacts import Measure, Paired, Row
@@ -31,9 +33,11 @@ def test_the_interval_decides(low: float, high: float, answer: str) -> None:
     found = verdict(low, high)
     assert found.answer == answer
     assert "0.006 nats" in found.sentence
-    assert "0.0075" in found.sentence
+    assert ("0.0075 for" in found.sentence) == (answer == "no difference shown")
     assert "same size" in found.sentence
-    assert ("20% less" in found.sentence) == (answer == "pays")
+    assert ("20 % less" in found.sentence) == (answer == "pays")
+    assert len(re.findall(r"\d+(?:\.\d+)?", found.sentence)) == 2
+    assert f"95 % interval {low:.2g} to {high:.2g}" in found.details[0]
 
 
 def test_what_was_not_measured_is_not_claimed() -> None:

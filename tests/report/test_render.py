@@ -31,7 +31,7 @@ def test_the_page_stands_alone_and_is_sound(folder):
     assert page.open == []
     assert len(set(page.ids)) == len(page.ids)
     assert {use.removeprefix("#") for use in page.used} <= set(page.ids)
-    assert page.tags.count("svg") == 4
+    assert page.tags.count("svg") == 3
     assert "script" not in page.tags  # the token's text is escaped
     assert "<script>alert(1)</script>" in page.words
     for words in ("Protection pays", "it does", "Quality gate failed", "KL divergence 0.25 is over 0.1", "m & m",
@@ -55,7 +55,7 @@ def test_colours_are_the_page_s_own(folder):
 
 def test_json_and_markdown_hold_the_same(folder, report):
     kept = Report.load(folder / "report.json")
-    assert set(kept.plots) == {"accuracy", "sinks", "massive", "bits"}
+    assert set(kept.plots) == {"accuracy", "worth", "sinks", "massive", "bits"}
     assert kept.model_copy(update={"plots": {}}) == report
     markdown = (folder / "report.md").read_text(encoding="utf-8")
     assert markdown.startswith("# Protection pays: m & m, recipe w4\n\nProtection pays on this model: it does.\n")
@@ -77,15 +77,15 @@ def test_two_renderings_have_the_same_bytes(tmp_path, report, sink_map, plan):
 
 def test_a_report_of_little_is_still_a_page(tmp_path, report, sink_map, plan):
     """No baseline, no control, no sinks, no channels: a random model that was evaluated alone."""
+    verdict = report.verdict.model_copy(update={"answer": "not measured", "gate": None, "sentence": "Not measured: x"})
     bare = report.model_copy(update={"rows": report.rows[1:2], "paired": [], "recovery": {}, "fidelity": None,
-                                     "verdict": report.verdict.model_copy(update={"answer": "not measured",
-                                                                                  "gate": None})})
+                                     "verdict": verdict})
     empty = sink_map.model_copy(update={"tokens": [], "channels": [], "notes": []})
     write(tmp_path, bare, empty, plan)
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert page.wrong == page.open == []
     assert "No sink was found." in page.words
-    assert "Whether protection pays was not measured" in page.words
+    assert "Not measured: x" in page.words
     assert "No massive activation was found." in page.words
 
 
@@ -95,7 +95,11 @@ def test_runs_side_by_side(report):
     assert page.wrong == page.open == page.fetched[1:] == []
     assert "2 runs side by side" in page.words
     assert "w3 <b>" in page.words
-    assert page.tags.count("svg") == 1
+    assert page.ids == ["accuracy"]
+    assert "two: sink-aware" in page.words
+    assert "compare them with care" not in page.words
+    assert "compare them with care" in Page(comparison([
+        ("one", report), ("two", other.model_copy(update={"evaluation": {"rows": 9}}))])).words
 
 
 @pytest.mark.parametrize("browser", BROWSERS)
@@ -106,4 +110,4 @@ def test_a_browser_opens_it_without_complaint(browser, folder, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "CONSOLE" not in done.stderr
     assert "Protection pays" in done.stdout
-    assert done.stdout.count("<svg") == 4
+    assert done.stdout.count("<svg") == 3

@@ -93,8 +93,8 @@ def test_the_page_carries_the_comparison(page: Path) -> None:
     assert "The sinks <changed>." in found.words
     assert 'class="lost">no<' in text
     assert "not judged" in found.words
-    assert found.tags.count("svg") == 5
-    assert found.words.count("As a table") == 6  # behind every picture, and behind the sample
+    assert found.tags.count("svg") == 4
+    assert found.words.count("As a table") == 5  # behind every picture, and behind the sample
     data = json.loads(re.search(r'id="attention-data">(.*?)</script>', text, re.DOTALL)[1])
     assert (data["layers"], data["heads"]) == (2, 3)
     assert len(text) < 3_000_000

@@ -27,8 +27,9 @@ def result_table(made: Report) -> Table:
 
 
 def sentences(made: Report) -> Iterator[str]:
-    """The verdict, sink fidelity, and what is below the gate."""
+    """The verdict with its details, sink fidelity, and what is below the gate."""
     yield made.verdict.sentence
+    yield from made.verdict.details
     for name, one in (made.fidelity.comparisons.items() if made.fidelity else ()):
         yield f"{name}: {one.sentence}"
     for failure in made.verdict.failures:
