@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test check engines wheel clean
+.PHONY: demo test check docs engines wheel clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,8 +34,19 @@ $(ENGINES)/ready: pyproject.toml constraints.txt
 engines: $(ENGINES)/ready
 	OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest -n 0 -s tests/engines/check_llama_cpp.py
 
+SITE := .venv-docs
+
+$(SITE)/ready: pyproject.toml
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" | $(SITE)/bin/pip install --quiet --requirement /dev/stdin
+	touch $@
+
+# The documentation as a site in out/site; a link that leads nowhere fails. It needs nothing of the package.
+docs: $(SITE)/ready
+	$(SITE)/bin/mkdocs build --quiet --strict
+
 wheel: $(VENV)/ready
 	$(VENV)/bin/python -m build --wheel
 
 clean:
-	rm -rf $(VENV) out dist build
+	rm -rf $(VENV) $(SITE) $(ENGINES) out dist build

@@ -27,7 +27,7 @@ class Budget(Section):
     `bits`: average bits per weight of the blocks' linears, scales counted. `bytes`: of the whole checkpoint, and with
     `context` also of the KV cache of `batch` rows of so many tokens. `loss`: a ceiling of the predicted KL divergence
     from the unquantized model, nats per token, met in the fewest bytes. `engine`: only formats that it loads
-    (docs/engines.md; "vllm": by the kernels that most builds have, "vllm-cuda": by any that it has there).
+    (docs/guides/engines.md; "vllm": by the kernels that most builds have, "vllm-cuda": by any that it has there).
     `solver` "even" raises `weights.bits` evenly until the bytes are spent, the linears that sinks dominate first;
     "sensitivity" solves for the least predicted loss (see `sensitivity`). Null: "even" for `bits` or `bytes` alone,
     "sensitivity" for `loss`, or where `context` or an `engine` is named.

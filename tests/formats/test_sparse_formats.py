@@ -1,4 +1,4 @@
-"""What docs/pruning.md says of compressed-tensors' formats for zeros: plain transformers loads none of them."""
+"""What docs/guides/pruning.md says of compressed-tensors' formats for zeros: plain transformers loads none of them."""
 
 from __future__ import annotations
 
