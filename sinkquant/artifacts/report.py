@@ -43,7 +43,8 @@ class Row(Strict):
 
 class Paired(Strict):
     """A difference a - b of two rows on the same `documents` (rows of tokens for "divergence"), with its 95 %
-    interval: by the bootstrap over documents, for "divergence" that of the stopping rule (docs/guides/evaluation.md)."""
+    interval: by the bootstrap over documents, for "divergence" that of the stopping rule
+    (docs/guides/evaluation.md)."""
 
     task: str
     metric: str

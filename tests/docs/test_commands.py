@@ -1,10 +1,11 @@
 """Every command of the documentation is one that the command line takes, with recipe keys that there are.
 
-README's commands are run in tests/test_public_face.py; those of the guides need larger models, or are run by the tests of
-their commands."""
+README's commands are run in tests/test_public_face.py; those of the guides need larger models, or are run by the tests
+of their commands."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -43,7 +44,7 @@ def test_the_command_line_takes_it(page: str, line: str) -> None:
         name, command, _ = group.resolve_command(context, arguments)  # type: ignore[attr-defined]
         command.make_context(name, arguments[1:], parent=context)
     named = [word for word in arguments if word in recipe_names()]
-    keys = [after for word, after in zip(arguments, arguments[1:], strict=False)
+    keys = [after for word, after in itertools.pairwise(arguments)
             if word == "--set" and after != "KEY=VALUE"]
     (Recipe.load(named[0]) if named else Recipe()).replace(keys)
 
