@@ -61,8 +61,8 @@ class Recipe(Section):
 
         Wanda looks at single columns, in which RSQ's weighting (arXiv 2503.01820) of every token leaves less than a
         boosted sink (docs/guides/pruning.md). Methods that move an error between columns do better with the sink alone,
-        and GPTQ after Wanda moves the errors of the zeros too. Rounding behind AWQ's scales does worse with a boosted sink
-        (evals/results/smollm2.md): scales that suit one token suit the others less.
+        and GPTQ after Wanda moves the errors of the zeros too. Rounding behind AWQ's scales does worse with a boosted
+        sink (evals/results/smollm2.md): scales that suit one token suit the others less.
         """
         if not self.protect.tokens:
             return "all"
