@@ -65,7 +65,7 @@ def divergences(run: Path, model: str, count: int) -> dict[str, list[list[float]
         load = loader(run / place, torch.float32, "cpu")
         candidates.append(Candidate(plan.name, place, load, 0, plan.bits_per_weight, plan.kv_cache))
     if plans[0].kv_cache is not None and plans[0].bits_per_weight < 16:
-        candidates += mechanisms(candidates, plans)
+        candidates += mechanisms(candidates, plans, load_tokenizer(folder))
     loaded = {one.load: one.load() for one in candidates}
     base = loaded[candidates[0].load]
     rows = held_out_rows(base, load_tokenizer(folder), read_text(recipe.evaluate.text, "evaluation"), recipe,

@@ -98,7 +98,7 @@ def plan_of(bits: int, kv_heads: int, dim: int, exact: bool) -> KVCachePlan:
     layer = KVLayer(packed=True, key_bits=[bits] * kv_heads, value_bits=[bits] * kv_heads, key_dim=dim, value_dim=dim,
                     reason="benchmark")
     return KVCachePlan(
-        key_bits=bits, value_bits=bits, group_size=GROUP, window=WINDOW, symmetric=False, rotate=False,
+        key_bits=bits, value_bits=bits, group_size=GROUP, window=WINDOW, symmetric=False, rotate="none",
         exact="first-n" if exact else "none", first_n=SINKS, max_exact=SINKS if exact else 0, layers=[layer],
         bits_per_value=0.0, length=1, expected_exact=0, bytes=0, unquantized_bytes=0, reason="benchmark")
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan, Sensitivity, SinkMap
 from sinkquant.artifacts.advice import Advice, MeasuredWorth, MechanismAdvice, PredictedWorth
-from sinkquant.cache import make_prefix, prepare
+from sinkquant.cache import make_prefix, needs_bases, prepare
 from sinkquant.detect import detect
 from sinkquant.errors import RequestError
 from sinkquant.evaluate import held_out_rows, paired_difference, row_divergences
@@ -33,6 +33,7 @@ from sinkquant.policy.mechanisms import OUTLIERS, Mechanism, mechanisms, unprote
 from sinkquant.policy.worth import cache_candidates, formats_of, judged, overall, predicted_cache_worth, predicted_worth
 from sinkquant.predict import SENSITIVITIES, require_memory
 from sinkquant.quantize import quantize
+from sinkquant.quantize.bases import cache_bases
 from sinkquant.quantize.transforms import rotate
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe, near_miss
 from sinkquant.schemes.packages import require_packages
@@ -227,6 +228,11 @@ class _Bench:
                 source = self._load()
                 rotate(Decoder.of(source), plan)
             prepare(model, make_prefix(source, plan.kv_cache.prefix))
+        if needs_bases(plan.kv_cache):
+            unquantized = self._load()
+            rotate(Decoder.of(unquantized), plan)
+            prepare(model, bases=cache_bases(Decoder.of(unquantized), plan.kv_cache, plan.calibration, self.tokenizer,
+                                             str(unquantized.device), unquantized.dtype))
         return model
 
     def _load(self) -> PreTrainedModel:

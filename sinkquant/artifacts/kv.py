@@ -8,13 +8,23 @@ Here an exact token keeps its (empty) place in its block, so that S adds to N an
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from sinkquant.artifacts.base import Strict
 
 ExactPolicy = Literal["none", "first-n", "detected", "massive"]
+
+
+def _named(rotation: object) -> object:
+    """Recipes and plans said true for a Hadamard rotation before there were others."""
+    return {True: "hadamard", False: "none"}[rotation] if isinstance(rotation, bool) else rotation
+
+
+KVRotation = Annotated[Literal["none", "hadamard", "covariance"], BeforeValidator(_named)]
+"""What the channels of a head go through before they are packed; see `sinkquant.cache.transforms`."""
+KVClip = Literal["none", "keys", "values", "both"]
 SCALE_BYTES = 2
 POSITION_BYTES = 4
 """An exact token's column in its row, and a row's first column, are int32."""
@@ -60,12 +70,14 @@ class KVCachePlan(Strict):
     head (the whole head where it is smaller). The last `window` tokens (and up to a block more) stay in the model's
     dtype, and so do at most `max_exact` tokens of a row that `exact` picks. `key_bits` and `value_bits` are those of
     most layers; `layers` says it per layer and KV head. `symmetric` grids store no zero point. `rotate`: codes are of
-    Hadamard-rotated heads. `prefix`: rows that begin with these token ids take their keys and values from the
-    unquantized model, and keep them exact beside the `max_exact` others. `front`: the first tokens of the prefix, where
-    texts do not bring them along: they must be put in front of every row. `evict`: at most so many packed tokens are
-    kept between the exact ones and the window, older ones are dropped and the sinks move up; null keeps all.
-    `sliding_sinks`: layers with a sliding window see the exact tokens beyond it too, with keys as they were rotated.
-    That changes what the model computes, and it was not trained so.
+    rotated keys, and of rotated values as `rotate_values` says (null: alike). `scale_tokens`: codes are of keys of unit
+    length, whose lengths are stored beside them. `clip`: whose ranges are cut to where rounding errs least. `prefix`:
+    rows that begin with these token ids take their keys and values from the unquantized model, and keep them exact
+    beside the `max_exact` others. `front`: the first tokens of the prefix, where texts do not bring them along: they
+    must be put in front of every row. `evict`: at most so many packed tokens are kept between the exact ones and the
+    window, older ones are dropped and the sinks move up; null keeps all. `sliding_sinks`: layers with a sliding window
+    see the exact tokens beyond it too, with keys as they were rotated. That changes what the model computes, and it was
+    not trained so.
     `bytes` and `bits_per_value` are of one row of `length` tokens with `expected_exact` exact ones and numbers of 16
     bits, averaged over the last `group_size` lengths, because the window breathes by a block.
     """
@@ -77,7 +89,10 @@ class KVCachePlan(Strict):
     evict: int | None = None
     sliding_sinks: bool = False
     symmetric: bool
-    rotate: bool
+    rotate: KVRotation
+    rotate_values: KVRotation | None = None
+    scale_tokens: bool = False
+    clip: KVClip = "none"
     exact: ExactPolicy
     first_n: int = 0
     max_exact: int
@@ -93,13 +108,27 @@ class KVCachePlan(Strict):
     unquantized_bytes: int
     reason: str
 
+    @property
+    def value_rotation(self) -> KVRotation:
+        """What values go through."""
+        return self.rotate if self.rotate_values is None else self.rotate_values
+
     def in_words(self) -> str:
         """The section in two sentences."""
         packed = sum(layer.packed for layer in self.layers)
         return (f"KV cache: keys in {self.key_bits} and values in {self.value_bits} bits, groups of {self.group_size}, "
-                f"the last {self.window} tokens in full precision, in {packed} of {len(self.layers)} layers; "
-                f"{self.reason}. A row of {self.length:,} tokens weighs {self.bytes:,} bytes of "
-                f"{self.unquantized_bytes:,}, {self.bits_per_value:.3g} bits per number.{self._changed()}")
+                f"{self._recoded()}the last {self.window} tokens in full precision, in {packed} of "
+                f"{len(self.layers)} layers; {self.reason}. A row of {self.length:,} tokens weighs {self.bytes:,} "
+                f"bytes of {self.unquantized_bytes:,}, {self.bits_per_value:.3g} bits per number.{self._changed()}")
+
+    def _recoded(self) -> str:
+        words = {"hadamard": "Hadamard-rotated", "covariance": "rotated by covariance"}
+        parts = [f"{kind} {words[how]}" for kind, how in (("keys", self.rotate), ("values", self.value_rotation))
+                 if how != "none"]
+        parts += ["keys of unit length"] if self.scale_tokens else []
+        parts += [f"ranges of {'keys and values' if self.clip == 'both' else self.clip} cut to the least error"
+                  ] if self.clip != "none" else []
+        return "".join(f"{part}, " for part in parts)
 
     def _changed(self) -> str:
         if not self.sliding_sinks:
@@ -151,9 +180,11 @@ def layer_bytes(plan: KVCachePlan, layer: int, tokens: int, exact: int, rows: in
     total = exact * POSITION_BYTES
     value_groups = plan.group_size * (one.value_dim // value_group(plan.group_size, one.value_dim))
     for key_bits, value_bits in zip(one.key_bits, one.value_bits, strict=True):
-        for bits, width, groups in ((key_bits, one.key_dim, one.key_dim), (value_bits, one.value_dim, value_groups)):
+        for bits, width, groups, norms in (
+                (key_bits, one.key_dim, one.key_dim, plan.group_size if plan.scale_tokens else 0),
+                (value_bits, one.value_dim, value_groups, 0)):
             block = (plan.group_size * width * value_bytes if bits == 16 else
-                     block_bytes(bits, plan.group_size, width, groups, plan.symmetric))
+                     block_bytes(bits, plan.group_size, width, groups, plan.symmetric) + norms * SCALE_BYTES)
             total += kept_blocks(tokens, plan, one.sliding_window) * block
             total += (tokens - packed + exact) * width * value_bytes
     return rows * total

@@ -1,5 +1,6 @@
 """The sink-aware KV cache: packed for real, exact where the sinks of this prompt are."""
 
+from sinkquant.cache.bases import Bases, find_bases, load_bases, needs_bases, save_bases
 from sinkquant.cache.cache import SinkCache
 from sinkquant.cache.files import load_cache, save_cache
 from sinkquant.cache.install import install
@@ -7,5 +8,6 @@ from sinkquant.cache.prefix import Prefix, load_prefix, make_prefix, put_in_fron
 from sinkquant.cache.prepare import prepare
 from sinkquant.cache.score import cached_logits
 
-__all__ = ["Prefix", "SinkCache", "cached_logits", "install", "load_cache", "load_prefix", "make_prefix", "prepare",
-           "put_in_front", "save_cache", "save_prefix"]
+__all__ = ["Bases", "Prefix", "SinkCache", "cached_logits", "find_bases", "install", "load_bases", "load_cache",
+           "load_prefix", "make_prefix", "needs_bases", "prepare", "put_in_front", "save_bases", "save_cache",
+           "save_prefix"]

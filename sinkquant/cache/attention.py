@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 
-from sinkquant.cache.hadamard import rotate
 from sinkquant.cache.layer import SinkLayer
 from sinkquant.cache.packing import unpack
 from sinkquant.cache.store import Lane, PackedStates
@@ -91,11 +90,13 @@ def attend(layer: SinkLayer, query: torch.Tensor, mask: torch.Tensor | None, sca
 
 def kernel_reads(layer: SinkLayer, device: torch.device, new: int, heads: int) -> bool:
     """Whether the Triton kernel reads the packed blocks for `new` tokens of `heads` query heads: where all KV heads
-    have the same number of bits below 16, for keys and for values. What it gives differs by rounding only."""
+    have the same number of bits below 16, for keys and for values, and no lengths stand beside them. What it gives
+    differs by rounding only."""
     stored, one = (layer.packed_keys, layer.packed_values), layer.format
     return (device.type == "cuda" and torch.version.hip is None and HAS_TRITON and new == 1 and bool(layer.lengths)
             and all(len(packed.lanes) == 1 and packed.lanes[0].bits < 16 for packed in stored)
-            and max(one.key_dim, one.value_dim) <= KERNEL_WIDTH and heads <= KERNEL_HEADS * len(one.key_bits))
+            and not layer.plan.scale_tokens and max(one.key_dim, one.value_dim) <= KERNEL_WIDTH
+            and heads <= KERNEL_HEADS * len(one.key_bits))
 
 
 def with_slots(mask: torch.Tensor | None, seen: torch.Tensor, columns: int) -> torch.Tensor:
@@ -142,7 +143,8 @@ def _packed_scores(packed: PackedStates, q: torch.Tensor) -> torch.Tensor:
     by_lane = []
     for lane in packed.lanes:
         mine = q if len(packed.lanes) == 1 else q[:, lane.heads]
-        mine = rotate(mine) if packed.rotated and lane.bits < 16 else mine
+        rotation = packed.recoding.of(lane.heads).rotation if lane.bits < 16 else None
+        mine = mine if rotation is None else rotation.query(mine)
         # Blocks before rows: every block multiplies a query of its own, into which its scales are folded.
         scores = mine.new_empty(batch, len(lane.heads), packed.blocks, rows, packed.block)
         for part, codes, scale in _chunks(lane, packed.block):
@@ -152,6 +154,8 @@ def _packed_scores(packed: PackedStates, q: torch.Tensor) -> torch.Tensor:
                 batch, -1, codes.shape[2], rows, packed.block)
         if lane.scale is not None:
             scores += (mine @ _zeros(lane).squeeze(3).mT).transpose(2, 3)[..., None]
+        if lane.norm is not None:
+            scores *= lane.norm.float().mT
         by_lane.append(scores.transpose(2, 3).flatten(3))
     return _in_order(packed, by_lane)
 
@@ -171,7 +175,8 @@ def _packed_output(packed: PackedStates, weights: torch.Tensor) -> torch.Tensor:
         if lane.scale is not None:
             zeros = mine @ _zeros(lane).flatten(2, 3)
             out.unflatten(-1, (zeros.shape[-1], -1)).add_(zeros[..., None])
-            out = rotate(out) if packed.rotated else out
+            rotation = packed.recoding.of(lane.heads).rotation
+            out = out if rotation is None else rotation.back(out)
         by_lane.append(out)
     return _in_order(packed, by_lane)
 

@@ -11,6 +11,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types
 
 from sinkquant.artifacts.kv import KVCachePlan
 from sinkquant.cache.attention import PackedRead
+from sinkquant.cache.bases import Bases, needs_bases
 from sinkquant.cache.dispatch import stand_in
 from sinkquant.cache.exact import Massive, NewTokens, exact_tokens
 from sinkquant.cache.hadamard import is_power_of_two
@@ -44,10 +45,10 @@ class SinkCache(Cache):
                                "plan for this model.")
         if not any(layer.key_bits for layer in plan.layers):
             raise RequestError("no layer of this model holds keys and values; leave kv_cache out.")
-        if plan.rotate and not all(is_power_of_two(width) for layer in plan.layers if layer.packed
-                                   for width in (layer.key_dim, layer.value_dim)):
+        if any(rotation == "hadamard" and not is_power_of_two(width) for layer in plan.layers if layer.packed
+               for rotation, width in ((plan.rotate, layer.key_dim), (plan.value_rotation, layer.value_dim))):
             raise RequestError("the KV plan rotates heads whose width is no power of two; set kv_cache.rotate to "
-                               "false.")
+                               "'covariance' or 'none'.")
         if plan.sliding_sinks and plan.exact == "massive":
             raise RequestError("kv_cache.sliding_sinks needs sinks that are known before a pass, and 'massive' finds "
                                "them in it; use 'detected' or 'first-n'.")
@@ -66,7 +67,8 @@ class SinkCache(Cache):
         self._match: PrefixMatch | None = None
 
     def see(self, ids: torch.Tensor | None, mask: torch.Tensor | None, size: tuple[int, int], device: torch.device,
-            packed_reads: bool, prefix: Prefix | None = None, rotary: Rotary | None = None) -> None:
+            packed_reads: bool, prefix: Prefix | None = None, rotary: Rotary | None = None,
+            bases: Bases | None = None) -> None:
         """Look at what a forward pass is about to add; called by the hook that `prepare` sets.
 
         Args:
@@ -76,10 +78,11 @@ class SinkCache(Cache):
             packed_reads: whether the model's attention can be given a packed layer.
             prefix: what the model has been given for rows that begin with `plan.prefix`.
             rotary: the model's, where the plan drops tokens.
+            bases: the matrices that the model has been given to rotate keys and values by.
 
         Raises:
-            RequestError: another batch size than before, the prefix of the plan is missing, or the attention cannot be
-                given sinks beyond a sliding window.
+            RequestError: another batch size than before, the prefix or the matrices of the plan are missing, or the
+                attention cannot be given sinks beyond a sliding window.
         """
         batch, new = size
         if self.plan.sliding_sinks and not packed_reads:
@@ -108,6 +111,8 @@ class SinkCache(Cache):
         self._packed_reads = packed_reads
         if self.plan.evict is not None:
             self._take_rotary(rotary)
+        if needs_bases(self.plan):
+            self._take_bases(bases)
 
     @property
     def from_prefix(self) -> torch.Tensor | None:
@@ -132,6 +137,15 @@ class SinkCache(Cache):
         if self._match is not None and len(self._match.matched) == len(before):
             before = self._match.matched
         return PrefixMatch(prefix, before, ids, positions)
+
+    def _take_bases(self, bases: Bases | None) -> None:
+        packed = [layer for layer in self.layers if isinstance(layer, SinkLayer)]
+        if bases is None or any(layer.index not in bases.layers for layer in packed if layer.packs):
+            raise RequestError("the KV plan rotates by matrices that this model was not given; load the checkpoint "
+                               "with sinkquant.load, or call sinkquant.cache.prepare(model, bases=...) with what find_bases gives.")
+        for layer in packed:
+            if layer.packs:
+                layer.take_bases(bases.layers[layer.index])
 
     def _take_rotary(self, rotary: Rotary | None) -> None:
         if rotary is None:

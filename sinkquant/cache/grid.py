@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import torch
 
+from sinkquant.cache.transforms.clip import clipped
+
 SMALLEST_SCALE = 2.0**-24
 LARGEST = 65504.0
 
 
-def quantize(x: torch.Tensor, counted: torch.Tensor | None, bits: int, group: int | None,
-             symmetric: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def quantize(x: torch.Tensor, counted: torch.Tensor | None, bits: int, group: int | None, symmetric: bool,
+             clip: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Codes, scales and zeros of blocks.
 
     Args:
@@ -21,6 +23,7 @@ def quantize(x: torch.Tensor, counted: torch.Tensor | None, bits: int, group: in
         counted: bool [..., G, 1], the tokens whose values set the ranges; the others get an arbitrary code. None: all.
         bits: 2, 3, 4 or 8.
         group: None for one range per channel over the block's G tokens; else one per token and `group` channels.
+        clip: cut every range, and fit its scale, so that rounding errs least without shrinking; see `clipped`.
 
     Returns:
         codes uint8 [..., G, D]; scale float16 [..., 1, D] or [..., G, D / group]; zero alike, None if symmetric.
@@ -36,10 +39,22 @@ def quantize(x: torch.Tensor, counted: torch.Tensor | None, bits: int, group: in
     if counted is not None:
         nothing = low > high
         low, high = low.masked_fill(nothing, 0.0), high.masked_fill(nothing, 0.0)
+    if symmetric:
+        high = torch.maximum(-low, high).clamp(min=0)
+        low = -high
     levels = 2**bits - 1
+    if clip:
+        return clipped(values, counted, group, low, high,
+                       lambda low, high: _rounded(values, low, high, levels, group, symmetric), levels / 2)
+    return _rounded(values, low, high, levels, group, symmetric)
+
+
+def _rounded(values: torch.Tensor, low: torch.Tensor, high: torch.Tensor, levels: int, group: int | None,
+             symmetric: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Codes, scales and zeros for ranges in the shape of the scales."""
     zero = None
     if symmetric:
-        scale = _half(2 * torch.maximum(-low, high).clamp(min=0) / levels)
+        scale = _half(2 * high / levels)
         offset = -0.5 * levels * scale.float()
     else:
         zero = low.clamp(-LARGEST, LARGEST).half()

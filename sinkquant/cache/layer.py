@@ -16,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 from sinkquant.artifacts.kv import KVCachePlan, passed_blocks, value_group
 from sinkquant.cache.rotary import Rotary
 from sinkquant.cache.store import PackedStates
+from sinkquant.cache.transforms.recoding import LayerBases, recodings
 from sinkquant.errors import RequestError
 
 MAX_QUERIES = 16
@@ -44,19 +45,28 @@ class SinkLayer(CacheLayerMixin):
         self.record_past = False
         self.rotary: Rotary | None = None
         """Moves exact tokens of dropped blocks; set by the cache where the plan drops any."""
+        self.bases: LayerBases | None = None
+        """What rotates keys and values by covariance; see `take_bases`."""
         self._clear()
 
     def _clear(self) -> None:
         plan, one = self.plan, self.format
-        self.packed_keys = PackedStates(one.key_bits, plan.group_size, None, plan.symmetric, plan.rotate)
+        of_keys, of_values = recodings(plan, self.bases)
+        self.packed_keys = PackedStates(one.key_bits, plan.group_size, None, plan.symmetric, of_keys)
         self.packed_values = PackedStates(one.value_bits, plan.group_size, value_group(plan.group_size, one.value_dim),
-                                          plan.symmetric, plan.rotate)
+                                          plan.symmetric, of_values)
         self.lengths: list[int] = []
         """Valid tokens of every block: G, or fewer where `crop` cut into one."""
         self.keys = self.values = self.exact_keys = self.exact_values = torch.empty(0)
         self.exact_columns = torch.empty(0, 0, dtype=torch.int32)
         self.dropped = 0
         """Columns that were dropped, all of them before the first block."""
+
+    def take_bases(self, bases: LayerBases) -> None:
+        """Pack through these matrices from now on. Nothing may have been packed through others before."""
+        if bases is not self.bases:
+            self.bases = bases
+            self.packed_keys.recoding, self.packed_values.recoding = recodings(self.plan, bases)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Check the shapes against the plan and allocate nothing but empty tensors.
@@ -75,6 +85,11 @@ class SinkLayer(CacheLayerMixin):
         self.exact_keys, self.exact_values = key_states[:, :, :0].clone(), value_states[:, :, :0].clone()
         self.exact_columns = torch.empty(self.batch_size, 0, dtype=torch.int32, device=self.device)
         self.is_initialized = True
+
+    @property
+    def packs(self) -> bool:
+        """Whether any head takes less than 16 bits."""
+        return any(bits < 16 for bits in self.format.key_bits + self.format.value_bits)
 
     @property
     def packed_length(self) -> int:
@@ -176,8 +191,7 @@ class SinkLayer(CacheLayerMixin):
 
     def worth_reading_packed(self, queries: int) -> bool:
         """Whether a few new tokens can attend to packed blocks as they are."""
-        packed = any(bits < 16 for bits in self.format.key_bits + self.format.value_bits)
-        return bool(self.lengths) and packed and queries <= MAX_QUERIES
+        return bool(self.lengths) and self.packs and queries <= MAX_QUERIES
 
     def packed_slots(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(row, slot) of every exact token that lies in a packed block."""

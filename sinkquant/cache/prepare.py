@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sinkquant.cache.bases import Bases, require_bases_of
 from sinkquant.cache.cache import SinkCache
 from sinkquant.cache.dispatch import dispatch_packed, reads_packed
 from sinkquant.cache.prefix import Prefix, require_same_model
@@ -19,30 +20,36 @@ from sinkquant.models import Decoder
 from sinkquant.models.inputs import let_through, switch_of
 
 
-def prepare(model: PreTrainedModel, prefix: Prefix | None = None) -> PreTrainedModel:
+def prepare(model: PreTrainedModel, prefix: Prefix | None = None, bases: Bases | None = None) -> PreTrainedModel:
     """Set hooks and attention of a model, once; further calls change nothing. Without a SinkCache it runs as before.
 
     Args:
         prefix: what rows that begin with its tokens start from, where a plan asks for it.
+        bases: what keys and values are rotated by, where a plan asks for a rotation by covariance.
 
     Returns:
         the model itself.
 
     Raises:
-        RequestError: the model does not dispatch its attention through transformers, the prefix was made by another
-            model, or another one was given before.
+        RequestError: the model does not dispatch its attention through transformers, the prefix or the bases were made
+            by another model, or others were given before.
     """
     before = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _BeforeForward)), None)
     if prefix is not None:
         require_same_model(prefix, model)
         let_through(model, prefix.ids)
+    if bases is not None:
+        require_bases_of(bases, model)
     if before is not None:
         if prefix is not None and before.prefix not in (None, prefix):
             raise RequestError("this model was given another KV prefix before; load it anew.")
+        if bases is not None and before.bases not in (None, bases):
+            raise RequestError("this model was given other KV bases before; load it anew.")
         before.prefix = before.prefix if prefix is None else prefix
+        before.bases = before.bases if bases is None else bases
         return model
     decoder = Decoder.of(model)
-    model.register_forward_pre_hook(_BeforeForward(prefix), with_kwargs=True)
+    model.register_forward_pre_hook(_BeforeForward(prefix, bases), with_kwargs=True)
     for index, block in enumerate(decoder.blocks):
         block.register_forward_hook(functools.partial(_after_block, index), with_kwargs=True)
     dispatch_packed(model)
@@ -52,8 +59,8 @@ def prepare(model: PreTrainedModel, prefix: Prefix | None = None) -> PreTrainedM
 class _BeforeForward:
     """Shows tokens and masks to the cache of a forward pass. It holds no model, so that it can be copied with one."""
 
-    def __init__(self, prefix: Prefix | None) -> None:
-        self.prefix = prefix
+    def __init__(self, prefix: Prefix | None, bases: Bases | None) -> None:
+        self.prefix, self.bases = prefix, bases
         self.rotary: Rotary | None = None
 
     def __call__(self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -68,8 +75,7 @@ class _BeforeForward:
         if cache.plan.evict is not None and self.rotary is None:
             self.rotary = rotary_of(module)
         cache.see(ids, mask if isinstance(mask, torch.Tensor) else None, tokens.shape[:2], tokens.device,
-                  reads_packed(module), self.prefix,
-                  self.rotary)
+                  reads_packed(module), self.prefix, self.rotary, self.bases)
         switch = switch_of(module)
         if switch is not None:
             switch.exact = cache.from_prefix

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from sinkquant.cache.grid import dequantize, quantize
-from sinkquant.cache.hadamard import rotate
 from sinkquant.cache.packing import pack, unpack
+from sinkquant.cache.transforms.recoding import Recoding
+from sinkquant.cache.transforms.tokens import unit_tokens
 
 
 @dataclass
@@ -20,6 +21,7 @@ class Lane:
         heads: their indices.
         data: uint8 [batch, heads, blocks, G * bits / 8, D]; at 16 bits [batch, heads, blocks, G, D] as they came.
         scale, zero: float16 [batch, heads, blocks, ...] as `grid.quantize` gives them, None where there are none.
+        norm: float16 [batch, heads, blocks, G, 1] lengths of tokens, None where they are not scaled.
     """
 
     bits: int
@@ -27,6 +29,10 @@ class Lane:
     data: torch.Tensor | None = None
     scale: torch.Tensor | None = None
     zero: torch.Tensor | None = None
+    norm: torch.Tensor | None = None
+
+
+HELD = ("data", "scale", "zero", "norm")
 
 
 class PackedStates:
@@ -36,11 +42,13 @@ class PackedStates:
         bits: one number per head, 2, 3, 4, 8 or 16.
         block: G.
         group: None for scales per channel over a block (keys), else channels per scale of a token (values).
-        rotated: codes are of Hadamard-rotated heads.
+        recoding: what states go through before they are packed; not those of 16 bits.
     """
 
-    def __init__(self, bits: list[int], block: int, group: int | None, symmetric: bool, rotated: bool) -> None:
-        self.block, self.group, self.symmetric, self.rotated = block, group, symmetric, rotated
+    def __init__(self, bits: list[int], block: int, group: int | None, symmetric: bool,
+                 recoding: Recoding | None = None) -> None:
+        self.block, self.group, self.symmetric = block, group, symmetric
+        self.recoding = recoding or Recoding()
         self.heads = len(bits)
         self.lanes = [Lane(width, [head for head, b in enumerate(bits) if b == width]) for width in sorted(set(bits))]
 
@@ -62,14 +70,17 @@ class PackedStates:
         for lane in self.lanes:
             part = blocks if len(self.lanes) == 1 else blocks[:, lane.heads]
             if lane.bits == 16:
-                fresh: tuple[torch.Tensor | None, ...] = (part.clone(), None, None)
+                fresh: tuple[torch.Tensor | None, ...] = (part.clone(), None, None, None)
             else:
-                part = rotate(part.float()) if self.rotated else part
-                codes, scale, zero = quantize(part, mask, lane.bits, self.group, self.symmetric)
-                fresh = (pack(codes, lane.bits), scale, zero)
-            lane.data, lane.scale, lane.zero = (
-                new if old is None or new is None else torch.cat([old, new], dim=2)
-                for old, new in zip((lane.data, lane.scale, lane.zero), fresh, strict=True))
+                recoding, norm = self.recoding.of(lane.heads), None
+                part = part if recoding.rotation is None else recoding.rotation.into(part)
+                if recoding.scale_tokens:
+                    part, norm = unit_tokens(part)
+                codes, scale, zero = quantize(part, mask, lane.bits, self.group, self.symmetric, recoding.clip)
+                fresh = (pack(codes, lane.bits), scale, zero, norm)
+            for name, new in zip(HELD, fresh, strict=True):
+                old = getattr(lane, name)
+                setattr(lane, name, new if old is None or new is None else torch.cat([old, new], dim=2))
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """[batch, heads, blocks * G, D] in `dtype`. There must be at least one block."""
@@ -83,9 +94,12 @@ class PackedStates:
         assert lane.data is not None
         if lane.scale is None:
             return lane.data.to(dtype)
+        rotation = self.recoding.of(lane.heads).rotation
+        as_is = rotation is None and lane.norm is None
         values = dequantize(unpack(lane.data, lane.bits), lane.scale, lane.zero, lane.bits, self.group,
-                            torch.float32 if self.rotated else dtype)
-        return rotate(values).to(dtype) if self.rotated else values
+                            dtype if as_is else torch.float32)
+        values = values if lane.norm is None else values * lane.norm.float()
+        return (values if rotation is None else rotation.back(values)).to(dtype)
 
     def keep_blocks(self, start: int, stop: int) -> None:
         """Drop all blocks but start..stop."""
@@ -94,18 +108,18 @@ class PackedStates:
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every tensor that is held by `function` of it."""
         for lane in self.lanes:
-            for name in ("data", "scale", "zero"):
+            for name in HELD:
                 tensor = getattr(lane, name)
                 if tensor is not None:
                     setattr(lane, name, function(tensor))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor that is held, by name."""
-        return {f"{lane.bits}.{name}": tensor for lane in self.lanes for name in ("data", "scale", "zero")
+        return {f"{lane.bits}.{name}": tensor for lane in self.lanes for name in HELD
                 if (tensor := getattr(lane, name)) is not None}
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take back what `tensors` gave."""
         for lane in self.lanes:
-            for name in ("data", "scale", "zero"):
+            for name in HELD:
                 setattr(lane, name, tensors.get(f"{lane.bits}.{name}"))

@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 
-from sinkquant.cache.hadamard import rotate
 from sinkquant.cache.layer import SinkLayer
 from sinkquant.cache.store import PackedStates
 
@@ -70,7 +69,8 @@ def attend_one(layer: SinkLayer, query: torch.Tensor, mask: torch.Tensor | None,
     total = weights.sum(-1) + (shares * sums).sum(-1)
     total = total if logits is None else total + torch.exp(logits - top)
     out = (shares[..., None] * parts).sum(3)
-    out = rotate(out) if layer.packed_values.rotated else out
+    back = layer.packed_values.recoding.rotation
+    out = out if back is None else back.back(out)
     out = (out + weights @ values) / total.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
     return out.view(batch, heads, 1, -1).transpose(1, 2).to(query.dtype)
 
@@ -104,7 +104,7 @@ def _read(keys: PackedStates, values: PackedStates, q: torch.Tensor, bias: torch
     assert value.data is not None
     assert value.scale is not None
     assert values.group is not None
-    q = rotate(q) if keys.rotated else q
+    q = q if keys.recoding.rotation is None else keys.recoding.rotation.query(q)
     value_width, blocks = value.data.shape[4], keys.blocks
     per_program = max(FEWEST_BLOCKS, triton.cdiv(blocks * batch * kv_heads, PROGRAMS))
     splits = triton.cdiv(blocks, per_program)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan, SinkMap
-from sinkquant.cache import Prefix, install, load_prefix
+from sinkquant.cache import Bases, Prefix, install, load_bases, load_prefix
 from sinkquant.errors import RequestError
 from sinkquant.formats.opened import Inputs, check_readable, plain, read_json, require_complete
 from sinkquant.formats.own import METHOD, made_dense
@@ -26,7 +26,8 @@ from sinkquant.quantize import UNPACKED
 from sinkquant.schemes.codecs.reading import dense_of, is_library, open_checkpoint, rounds_inputs
 
 KV_PREFIX = "kv_prefix/prefix.safetensors"
-"""In a folder of its own: some engines load every safetensors file beside config.json as weights."""
+KV_BASES = "kv_bases/bases.safetensors"
+"""In folders of their own: some engines load every safetensors file beside config.json as weights."""
 
 
 def load(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto", device: str = "cpu", *,
@@ -64,7 +65,7 @@ def load(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto", devi
     if placement is not None:
         placement.apply(model, packed)
     if content and content["plan"].kv_cache is not None:
-        install(model, content["plan"].kv_cache, prefix_of(path))
+        install(model, content["plan"].kv_cache, prefix_of(path), bases_of(path))
     return model, tokenizer
 
 
@@ -72,6 +73,12 @@ def prefix_of(path: Path) -> Prefix | None:
     """The KV prefix of a checkpoint, or None where it has none."""
     file = path / KV_PREFIX
     return load_prefix(file) if file.is_file() else None
+
+
+def bases_of(path: Path) -> Bases | None:
+    """What a checkpoint's KV cache rotates by, or None where it has nothing of the kind."""
+    file = path / KV_BASES
+    return load_bases(file) if file.is_file() else None
 
 
 def load_dense(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu",

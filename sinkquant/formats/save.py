@@ -19,9 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan, SinkMap
 from sinkquant.artifacts.sizes import GUARD, checkpoint_tensors, own_format, packed_tensors
+from sinkquant.cache import save_bases
 from sinkquant.errors import SinkquantError
 from sinkquant.formats.carried import carry, files_below, write_config
-from sinkquant.formats.load import load_dense
+from sinkquant.formats.load import KV_BASES, load_dense
 from sinkquant.formats.output import beside, put_in_place, real_place, require_free
 from sinkquant.formats.own import own_config
 from sinkquant.formats.simulated import save_simulated
@@ -62,6 +63,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
         for name, weight in state.weights.items():
             write_packed(writer, name, weight, state.plan.formats[name], state.input_scales.get(name))
         save_simulated(temporary, state.plan, state.input_scales)
+        if state.bases is not None:
+            save_bases(state.bases, temporary / KV_BASES)
         write_files(temporary, model, state.plan, sink_map or state.plan.sink_map, recipe, state.tokens)
         files_of(state.plan.backend).finish(temporary, state.plan, type(model).__name__)
         check_reload(model, temporary, state.plan)

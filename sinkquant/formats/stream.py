@@ -18,9 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from sinkquant.artifacts import Plan, SinkMap
 from sinkquant.artifacts.base import write_atomically
+from sinkquant.cache import needs_bases, save_bases
 from sinkquant.errors import SinkquantError
 from sinkquant.formats.carried import carry
-from sinkquant.formats.load import load_dense
+from sinkquant.formats.load import KV_BASES, load_dense
 from sinkquant.formats.log import in_words
 from sinkquant.formats.output import require_free
 from sinkquant.formats.save import (
@@ -38,6 +39,7 @@ from sinkquant.models import ActivationStore, Decoder, source_of
 from sinkquant.models.shards import Stored, dense_tensors, stored_tensors
 from sinkquant.models.source import runs_own_code
 from sinkquant.quantize import PackedWeight, QuantizedBlock, check, distilled, quantized_blocks, teacher_targets
+from sinkquant.quantize.bases import cache_bases
 from sinkquant.quantize.ranks import join, leave, tell
 from sinkquant.quantize.transforms import rotate
 from sinkquant.recipe import Recipe
@@ -89,6 +91,11 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
             _remember(partial, done, {}, scales, {})
         tell({"folder": str(folder), "plan": plan.to_json(), "done": done or 0, "device": device, "dtype": dtype,
               "scales": scales})
+        if needs_bases(plan.kv_cache) and not (partial / KV_BASES).is_file():
+            # Before any block is read from what was written of it.
+            bases = cache_bases(decoder, plan.kv_cache, plan.calibration, tokenizer, device, dtype, store)
+            assert bases is not None
+            save_bases(bases, partial / KV_BASES)
         if done is None:
             copy_dense(writer, decoder, plan)
             writer.sync()

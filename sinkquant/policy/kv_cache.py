@@ -31,7 +31,8 @@ def make_kv_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> KVCach
     plan = KVCachePlan(
         key_bits=settings.key_bits, value_bits=settings.value_bits, group_size=group_size,
         window=settings.window, evict=settings.evict, sliding_sinks=settings.sliding_sinks,
-        symmetric=settings.symmetric, rotate=settings.rotate, exact=settings.exact,
+        symmetric=settings.symmetric, rotate=settings.rotate, rotate_values=settings.rotate_values,
+        scale_tokens=settings.scale_tokens, clip=settings.clip, exact=settings.exact,
         first_n=settings.first_n if settings.exact == "first-n" else 0,
         max_exact=0 if settings.exact == "none" else settings.max_exact,
         prefix=prefix, front=_front(prefix, sink_map, settings), sinks=sinks, massive=massive, layers=layers,
@@ -85,7 +86,7 @@ def accept_kv(plan: KVCachePlan | None, shape: ModelShape) -> KVCachePlan | None
         if wrong:
             raise RequestError(f"the plan's kv_cache gives layer {index} {wrong[0]} bits; give it 2, 3, 4, 8 or 16.")
         if layer.packed:
-            _check_fit(real, index, plan.group_size, plan.rotate)
+            _check_fit(real, index, plan.group_size, plan)
     _check_sliding_sinks(plan, shape)
     return _weighed(plan, plan.expected_exact, plan.reason)
 
@@ -124,7 +125,7 @@ def _layers(shape: ModelShape, settings: KVCache, group_size: int) -> list[KVLay
                 "packed": True, "sliding_window": layer.sliding_window,
                 "reason": f"full precision: {why}; sees exact tokens beyond it"}))
         else:
-            _check_fit(layer, index, group_size, settings.rotate)
+            _check_fit(layer, index, group_size, settings)
             layers.append(KVLayer(
                 packed=True, key_bits=[settings.key_bits] * layer.heads, value_bits=[settings.value_bits] * layer.heads,
                 key_dim=layer.key_dim, value_dim=layer.value_dim, sliding_window=layer.sliding_window,
@@ -176,16 +177,19 @@ def _check_sliding_sinks(plan: KVCachePlan, shape: ModelShape) -> None:
                            "transformers' own cache; set its 'packed' to true and its 'sliding_window'.")
 
 
-def _check_fit(layer: KVLayerShape, index: int, group_size: int, rotate: bool) -> None:
+def _check_fit(layer: KVLayerShape, index: int, group_size: int, asked: KVCache | KVCachePlan) -> None:
     group = value_group(group_size, layer.value_dim)
     if layer.value_dim % group:
         fitting = [size for size in GROUPS if layer.value_dim % value_group(size, layer.value_dim) == 0]
         hint = f"use {' or '.join(map(str, fitting))}" if fitting else "no group size fits this model"
         raise RequestError(f"kv_cache.group_size {group_size} does not divide the {layer.value_dim} channels "
                            f"of a head in layer {index}; {hint}.")
-    if rotate and any(width & (width - 1) for width in (layer.key_dim, layer.value_dim)):
-        raise RequestError(f"kv_cache.rotate needs heads of a power of two channels, and layer {index} has "
-                           f"{layer.key_dim}; set kv_cache.rotate to false.")
+    of_values = asked.rotate if asked.rotate_values is None else asked.rotate_values
+    for key, rotation, width in (("rotate", asked.rotate, layer.key_dim),
+                                 ("rotate_values", of_values, layer.value_dim)):
+        if rotation == "hadamard" and width & (width - 1):
+            raise RequestError(f"kv_cache.{key} 'hadamard' needs heads of a power of two channels, and layer {index} "
+                               f"has {width}; set it to 'covariance' or 'none'.")
 
 
 def _sinks(sink_map: SinkMap) -> list[KVSink]:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan
 from sinkquant.models import ActivationStore, Decoder, check_finite, pick_device
+from sinkquant.quantize.bases import cache_bases
 from sinkquant.quantize.block import QuantizedBlock, with_codes
 from sinkquant.quantize.calibrated import calibrated
 from sinkquant.quantize.check import check
@@ -26,9 +27,9 @@ def quantize(model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerB
              device: str = "auto", dtype: str = "float32", progress: Progress | None = None) -> PreTrainedModel:
     """Carry out a plan: the weights of `model` become, in place, what the saved checkpoint will give.
 
-    A plan without GPTQ needs neither text nor tokenizer. With it, the calibration rows walk through the model once:
-    the Hessians of a block are taken with all earlier blocks quantized. If this fails in the middle, blocks that were
-    done stay quantized; load the model again.
+    A plan without GPTQ needs neither text nor tokenizer, unless it rotates the KV cache by covariance. With it, the
+    calibration rows walk through the model once: the Hessians of a block are taken with all earlier blocks quantized.
+    If this fails in the middle, blocks that were done stay quantized; load the model again.
 
     Returns:
         the model, which now carries what `save` needs.
@@ -43,6 +44,7 @@ def quantize(model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerB
     rotate(decoder, plan)
     state = QuantizedState(plan)
     place, kind = pick_device(device), getattr(torch, dtype)
+    state.bases = cache_bases(decoder, plan.kv_cache, plan.calibration, tokenizer, place, kind)
     teacher = teacher_targets(decoder, plan, tokenizer, place, kind)
     starts: dict[str, TuningStart] = {}
     for block in quantized_blocks(decoder, plan, tokenizer, place, kind, progress):

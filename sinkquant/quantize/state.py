@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sinkquant.artifacts import Plan
+from sinkquant.cache import Bases
 from sinkquant.errors import RequestError
 from sinkquant.schemes.codecs import StoredWeight
 
@@ -20,7 +21,7 @@ UNPACKED = "sinkquant_unpacked"
 class QuantizedState:
     """The plan that was carried out, the packed weights, the relative error that every module was left with (before
     the whole model was tuned, where it was), and the stored scales, [1], of inputs that have one; and the calibration
-    tokens that went to every one of a layer's experts.
+    tokens that went to every one of a layer's experts; and what the KV cache rotates by, where it has to be found.
     """
 
     plan: Plan
@@ -28,6 +29,7 @@ class QuantizedState:
     losses: dict[str, float] = field(default_factory=dict)
     input_scales: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)
+    bases: Bases | None = None
 
 
 def state_of(model: nn.Module) -> QuantizedState:

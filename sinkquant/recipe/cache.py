@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from sinkquant.artifacts.kv import KVClip, KVRotation
 from sinkquant.recipe.section import Section
 
 
@@ -30,6 +31,11 @@ class KVCache(Section):
     the exact ones and the window stay, so that an endless stream runs in fixed memory. `sliding_sinks`: layers with a
     sliding window see the exact tokens beyond it too, which changes what the model computes. `length` is what bytes are
     planned for.
+    `rotate`: channels of every head are mixed before they are packed, and attention stays what it was: "hadamard"
+    (QuaRot 2404.00456) spreads outliers; "covariance" balances each head's keys with its queries, and evens out its
+    values, by matrices found on calibration text. `rotate_values`: the same for values; null: as `rotate`.
+    `scale_tokens`: keys are packed at unit length, their lengths beside them (OScaR 2605.19660). `clip` "keys",
+    "values" or "both": ranges are cut to where rounding errs least, sinks left out, and shrink nothing.
     """
 
     key_bits: Literal[2, 3, 4, 8, 16] = 2
@@ -39,7 +45,10 @@ class KVCache(Section):
     evict: int | None = Field(default=None, ge=0)
     sliding_sinks: bool = False
     symmetric: bool = False
-    rotate: bool = False
+    rotate: KVRotation = "none"
+    rotate_values: KVRotation | None = None
+    scale_tokens: bool = False
+    clip: KVClip = "none"
     exact: Literal["none", "first-n", "detected", "massive"] = "detected"
     first_n: int = Field(default=4, ge=1)
     max_exact: int = Field(default=16, ge=0)

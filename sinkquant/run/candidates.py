@@ -14,12 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.artifacts import Plan, SinkFidelity, SinkMap
 from sinkquant.artifacts.experts import few_tokens, in_short
 from sinkquant.artifacts.report import Fidelity
-from sinkquant.cache import make_prefix, prepare
+from sinkquant.cache import make_prefix, needs_bases, prepare
 from sinkquant.detect import detect
 from sinkquant.diagnose.fidelity import SinkComparison
 from sinkquant.evaluate import Candidate, Compare
 from sinkquant.formats import (
     STORED,
+    bases_of,
     is_library,
     load_dense,
     open_checkpoint,
@@ -28,8 +29,10 @@ from sinkquant.formats import (
     read_checkpoint,
     rounds_inputs,
 )
+from sinkquant.models import Decoder
 from sinkquant.models.folder import weight_files
 from sinkquant.models.processes import this_process
+from sinkquant.quantize.bases import cache_bases
 from sinkquant.recipe import Recipe
 
 Progress = Callable[[int, int, str], None]
@@ -61,15 +64,17 @@ def bits_on_disk(folder: Path) -> float:
 
 def loader(path: Path, dtype: torch.dtype, device: str,
            trust_remote_code: bool = False) -> Callable[[], PreTrainedModel]:
-    """A checkpoint's model, given its KV prefix where it has one."""
+    """A checkpoint's model, given the KV prefix and bases that it has."""
     def load() -> PreTrainedModel:
-        model, prefix = load_dense(path, dtype, device, trust_remote_code), prefix_of(path)
-        return model if prefix is None else prepare(model, prefix)
+        model = load_dense(path, dtype, device, trust_remote_code)
+        prefix, bases = prefix_of(path), bases_of(path)
+        return model if prefix is None and bases is None else prepare(model, prefix, bases)
 
     return load
 
 
-def mechanisms(candidates: list[Candidate], plans: list[Plan]) -> list[Candidate]:
+def mechanisms(candidates: list[Candidate], plans: list[Plan],
+               tokenizer: PreTrainedTokenizerBase) -> list[Candidate]:
     """Rows that tell the weights from the KV cache where both are quantized: each alone, beside its control. They are
     measured by divergence only.
 
@@ -81,17 +86,23 @@ def mechanisms(candidates: list[Candidate], plans: list[Plan]) -> list[Candidate
     rows = []
     for candidate, one, name in zip(quantized, plans, ("", "_control"), strict=False):
         rows.append(replace(candidate, name=f"weights{name}", kv=None, tasks_too=False, tasks={}, divergences=[]))
-        load = _with_own_prefix(base.load, one.kv_cache.prefix) if one.kv_cache is not None else base.load
+        load = _with_own_cache(base.load, one, tokenizer) if one.kv_cache is not None else base.load
         rows.append(replace(base, name=f"cache{name}", load=load, kv=one.kv_cache, tasks_too=False, tasks={},
                             divergences=[]))
     return rows
 
 
-def _with_own_prefix(load: Callable[[], PreTrainedModel], ids: list[int]) -> Callable[[], PreTrainedModel]:
-    """The unquantized model; its own keys and values of the prefix are those that a checkpoint is given."""
+def _with_own_cache(load: Callable[[], PreTrainedModel], one: Plan,
+                    tokenizer: PreTrainedTokenizerBase) -> Callable[[], PreTrainedModel]:
+    """The unquantized model; its own keys and values of the prefix, and its own bases, are those that a checkpoint is
+    given."""
     def loaded() -> PreTrainedModel:
-        model = load()
-        return prepare(model, make_prefix(model, ids)) if ids else model
+        model, cache = load(), one.kv_cache
+        assert cache is not None
+        if not cache.prefix and not needs_bases(cache):
+            return model
+        bases = cache_bases(Decoder.of(model), cache, one.calibration, tokenizer, str(model.device), model.dtype)
+        return prepare(model, make_prefix(model, cache.prefix) if cache.prefix else None, bases)
 
     return loaded
 

@@ -399,7 +399,7 @@ class _Job:
             base = candidates[0] if not self.shorter else replace(
                 candidates[0], load=lambda: load_model(self.folder, dtype, device, self.trust_remote_code),
                 weight_bytes=weight_bytes(self.folder), bits_per_weight=bits_on_disk(self.folder))
-            candidates += mechanisms([base, *candidates[1:1 + len(plans)]], list(plans.values()))
+            candidates += mechanisms([base, *candidates[1:1 + len(plans)]], list(plans.values()), self.tokenizer)
         kept = dropped(self.work.path).kept if self.shorter else None
         report = evaluate(candidates, self.tokenizer, self.recipe, model=self.name,
                           fidelity=fidelity({BASELINE: sink_map} | after),

@@ -14,11 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Sensitivity, SinkMap, SinkToken
 from sinkquant.artifacts.kv import packed_tokens
+from sinkquant.cache import prepare
 from sinkquant.errors import RequestError
 from sinkquant.models import ActivationStore, Decoder, Walk, load_model, pick_device, read_text, token_rows
 from sinkquant.models.source import runs_own_code
 from sinkquant.policy.kv_cache import make_kv_plan
 from sinkquant.policy.plan import calibration_of
+from sinkquant.quantize.bases import cache_bases
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.recipe import Recipe
 from sinkquant.sensitivity.candidates import Unit, units_of
@@ -152,10 +154,13 @@ def _with_cache(made: Sensitivity, decoder: Decoder, tokenizer: PreTrainedTokeni
     rows = _rows(decoder, tokenizer, recipe, settings.kv_rows, length)
     device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
     walk = Walk(decoder, rows, settings.batch_size, device, dtype, store=store)
-    found = kv_losses(walk, plan, exact_places(rows, plan, sink_places(rows, sink_map)), sink_map, recipe, progress)
+    bases = cache_bases(decoder, plan, calibration_of(recipe, sink_map), tokenizer, device, dtype, store)
+    found = kv_losses(walk, plan, exact_places(rows, plan, sink_places(rows, sink_map)), sink_map, recipe, bases,
+                      progress)
     ranked = None
     if settings.measure_rows:
-        found = measured_kv(_in_memory(decoder, recipe), plan, rows[:settings.measure_rows], found, progress)
+        model = prepare(_in_memory(decoder, recipe), bases=bases)
+        found = measured_kv(model, plan, rows[:settings.measure_rows], found, progress)
         ranked = spearman([one.predicted for one in found], [float(one.measured or 0) for one in found])
     return made.model_copy(update={"kv": found, "kv_length": length, "kv_ranking": ranked})
 

@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 
 from sinkquant.artifacts import Head, KVCachePlan, KVLayer, KVLoss, SinkMap
 from sinkquant.artifacts.kv import packed_tokens, value_group
+from sinkquant.cache import Bases
 from sinkquant.cache.score import cached_logits
 from sinkquant.cache.store import PackedStates
+from sinkquant.cache.transforms.recoding import LayerBases, Recoding, recodings
 from sinkquant.models import Walk
 from sinkquant.models.attention import AttentionRecord, AttentionRows
 from sinkquant.models.backward import BackStep, steps_back
@@ -29,19 +31,21 @@ Place = tuple[int, str, int]
 
 
 def kv_losses(walk: Walk, plan: KVCachePlan, exact: torch.Tensor, sink_map: SinkMap, recipe: Recipe,
-              progress: Progress | None = None) -> list[KVLoss]:
+              bases: Bases | None = None, progress: Progress | None = None) -> list[KVLoss]:
     """The predicted loss of every KV head's keys and values in every number of bits, in the order of the layers.
 
     Args:
         walk: a walk that has not begun. plan: the cache; its bits do not matter.
         exact: bool [rows, length], the tokens that stay exact.
+        bases: what keys and values are rotated by, where the plan does so by covariance.
     """
     found: dict[int, list[KVLoss]] = {}
     count = len(plan.layers)
     for done, back in enumerate(steps_back(walk, recipe.seed)):
         layer = plan.layers[back.step.index]
         if layer.packed:
-            seen = _HeadErrors(back, plan, layer, exact, recipe.sensitivity.kv_bits)
+            seen = _HeadErrors(back, plan, layer, exact, recipe.sensitivity.kv_bits,
+                               None if bases is None else bases.layers.get(back.step.index))
             back.pull([seen])
             readers = _readers(sink_map, back.step.index, len(layer.key_bits))
             found[back.step.index] = [KVLoss(
@@ -94,6 +98,7 @@ class _HeadErrors:
     layer: KVLayer
     exact: torch.Tensor
     bits: Sequence[int]
+    bases: LayerBases | None = None
     totals: dict[Place, float] = field(default_factory=dict)
     chunks: list[torch.Tensor] = field(default_factory=list)
 
@@ -122,14 +127,15 @@ class _HeadErrors:
             return
         values = value.float().repeat_interleave(groups, dim=1)
         learned = (1 - probabilities.sum(-1, keepdim=True)).clamp(min=0)
+        of_keys, of_values = recodings(self.plan, self.bases)
         for bits in self.bits:
-            wrong = self._error(key, bits, None, batch).repeat_interleave(groups, dim=1)
+            wrong = self._error(key, bits, None, of_keys, batch).repeat_interleave(groups, dim=1)
             change = (scale * query.float() @ wrong.mT).masked_fill(~packed, 0.0)
             other = probabilities * change.exp()
             other = other / (other.sum(-1, keepdim=True) + learned)
             self._squares((other - probabilities) @ values, gradient, kv_heads, "key", bits)
             group = value_group(self.plan.group_size, self.layer.value_dim)
-            wrong = self._error(value, bits, group, batch).repeat_interleave(groups, dim=1)
+            wrong = self._error(value, bits, group, of_values, batch).repeat_interleave(groups, dim=1)
             self._squares(probabilities.masked_fill(~packed, 0.0) @ wrong, gradient, kv_heads, "value", bits)
 
     def _packed(self, length: int) -> torch.Tensor:
@@ -137,12 +143,13 @@ class _HeadErrors:
         ends = torch.tensor([packed_tokens(i, self.plan.window, self.plan.group_size) for i in range(length)])
         return torch.arange(length)[None] < ends[:, None]
 
-    def _error(self, states: torch.Tensor, bits: int, group: int | None, batch: slice) -> torch.Tensor:
+    def _error(self, states: torch.Tensor, bits: int, group: int | None, recoding: Recoding,
+               batch: slice) -> torch.Tensor:
         """What packing changes, float32 [batch, kv_heads, length, D]; nothing at exact tokens or after whole blocks."""
         size, length = self.plan.group_size, states.shape[2]
         count = length // size * size
         kept = self.exact[batch, :count].to(states.device)
-        store = PackedStates([bits] * states.shape[1], size, group, self.plan.symmetric, self.plan.rotate)
+        store = PackedStates([bits] * states.shape[1], size, group, self.plan.symmetric, recoding)
         store.append(states[:, :, :count], ~kept)
         error = torch.zeros_like(states, dtype=torch.float32)
         error[:, :, :count] = store.dense(torch.float32) - states[:, :, :count].float()

@@ -10,17 +10,23 @@ from kv_plans import kv_plan
 from sinkquant.cache import SinkCache, prepare
 from sinkquant.cache.attention import attend
 from sinkquant.cache.layer import SinkLayer
+from sinkquant.cache.transforms.recoding import LayerBases
+from sinkquant.cache.transforms.rotation import Basis
 from sinkquant.models import Decoder
 
 WIDTH, HEADS, KV_HEADS, COLUMNS = 16, 4, 2, 150
 
 
-def _layer(symmetric: bool = False, rotate: bool = False, key_bits: tuple[int, int] = (2, 2),
-           value_bits: tuple[int, int] = (2, 2), new: int = 1) -> tuple[SinkLayer, torch.Tensor]:
-    plan = kv_plan(tiny_model("llama"), symmetric=symmetric, rotate=rotate, exact="first-n")
+def _layer(symmetric: bool = False, rotate: bool | str = False, key_bits: tuple[int, int] = (2, 2),
+           value_bits: tuple[int, int] = (2, 2), new: int = 1, **settings: object) -> tuple[SinkLayer, torch.Tensor]:
+    plan = kv_plan(tiny_model("llama"), symmetric=symmetric, rotate=rotate, exact="first-n", **settings)
     one = plan.layers[0].model_copy(update={"key_bits": list(key_bits), "value_bits": list(value_bits)})
     layer = SinkLayer(plan.model_copy(update={"layers": [one]}), 0)
     generator = torch.Generator().manual_seed(0)
+    if rotate == "covariance":
+        keys, values = (Basis.of_matrix(
+            torch.eye(WIDTH) + 0.1 * torch.randn(KV_HEADS, WIDTH, WIDTH, generator=generator)) for _ in range(2))
+        layer.take_bases(LayerBases(keys, values))
     layer.append(*(torch.randn(2, KV_HEADS, COLUMNS - new, WIDTH, generator=generator) + 1 for _ in range(2)))
     flags = torch.zeros(2, COLUMNS - new, dtype=torch.bool)
     flags[0, 3] = flags[1, 40] = flags[1, 140] = True
@@ -46,7 +52,9 @@ def _reference(layer: SinkLayer, query: torch.Tensor, mask: torch.Tensor, scale:
 
 @pytest.mark.parametrize("settings", [
     {}, {"symmetric": True}, {"rotate": True}, {"key_bits": (3, 3), "value_bits": (8, 8)},
-    {"key_bits": (4, 2), "value_bits": (2, 16)}, {"key_bits": (16, 2), "rotate": True}], ids=str)
+    {"key_bits": (4, 2), "value_bits": (2, 16)}, {"key_bits": (16, 2), "rotate": True},
+    {"rotate": "covariance", "key_bits": (4, 2), "scale_tokens": True}, {"rotate_values": "hadamard", "clip": "both"}],
+    ids=str)
 @pytest.mark.parametrize("new", [1, 5])
 def test_packed_reading_is_dense_reading(settings: dict[str, object], new: int) -> None:
     layer, query = _layer(new=new, **settings)  # type: ignore[arg-type]

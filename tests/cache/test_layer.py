@@ -48,11 +48,11 @@ def _bytes(layer: SinkLayer) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in layer.tensors().values())
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"symmetric": True}, {"scale_tokens": True, "clip": "both"}], ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, 16])
 @pytest.mark.parametrize("tokens", [1, 47, 48, 100])
-def test_bytes_are_as_accounted(tokens: int, bits: int, symmetric: bool) -> None:
-    plan = _plan([bits] * 3, [bits] * 3, symmetric=symmetric)
+def test_bytes_are_as_accounted(tokens: int, bits: int, settings: dict[str, object]) -> None:
+    plan = _plan([bits] * 3, [bits] * 3, **settings)
     layer, _, _ = _filled(plan, tokens, flagged=((0, 0), (1, 0), (1, min(40, tokens - 1))))
     assert _bytes(layer) == layer_bytes(plan, 0, tokens, layer.exact_columns.shape[1], rows=2, value_bytes=4)
 
@@ -68,10 +68,10 @@ def test_heads_have_bits_of_their_own() -> None:
     assert _bytes(layer) == layer_bytes(plan, 0, 100, 0, rows=2, value_bytes=4)
 
 
-@pytest.mark.parametrize("rotate", [False, True])
-def test_blocks_are_quantized_once(rotate: bool) -> None:
+@pytest.mark.parametrize("settings", [{}, {"rotate": True, "scale_tokens": True, "clip": "both"}], ids=str)
+def test_blocks_are_quantized_once(settings: dict[str, object]) -> None:
     """Whatever arrives in which pieces, and however often it is read: old blocks never change again."""
-    plan = _plan([2] * 3, [3, 16, 2], rotate=rotate)
+    plan = _plan([2] * 3, [3, 16, 2], **settings)
     layer, _, _ = _filled(plan, 100)
     before = {name: tensor.clone() for name, tensor in layer.packed_keys.tensors().items()}
     for step in range(80):

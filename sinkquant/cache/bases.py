@@ -1,0 +1,150 @@
+"""The matrices that a plan rotates keys and values by, found once on calibration text with the unquantized model.
+
+They belong to a model and a plan as weights do: D * D numbers per KV head, whatever the length of the text. No bytes of
+the cache count them. Keys go through theirs after rotary embedding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from sinkquant.artifacts.kv import KVCachePlan
+from sinkquant.cache.exact import Massive, NewTokens, exact_tokens
+from sinkquant.cache.ordered import save_ordered
+from sinkquant.cache.prefix import fingerprint
+from sinkquant.cache.transforms.covariance import balancing, spreading
+from sinkquant.cache.transforms.recoding import LayerBases
+from sinkquant.cache.transforms.rotation import Basis
+from sinkquant.errors import RequestError
+from sinkquant.models import Walk
+from sinkquant.models.attention import AttentionRecord
+
+SCHEMA = "sinkquant/kvbases@1"
+ROWS = 16
+"""Rows of the calibration text that are enough: a row of 512 tokens has several for every direction of a head."""
+KNOWN_BY = [0, 1, 2, 3]
+"""Tokens whose embeddings tell the model from another one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bases:
+    """Attributes:
+        layers: index -> its matrices.
+        model: fingerprint of the model that they were found with.
+    """
+
+    layers: dict[int, LayerBases]
+    model: str
+
+
+def needs_bases(plan: KVCachePlan | None) -> bool:
+    """Whether a plan rotates by matrices that have to be found."""
+    return plan is not None and "covariance" in (plan.rotate, plan.value_rotation)
+
+
+def find_bases(walk: Walk, plan: KVCachePlan, progress: Callable[[int, int, str], None] | None = None) -> Bases:
+    """Let calibration rows go through the unquantized model and take the moments of every packed layer.
+
+    Args:
+        walk: over a few rows, not begun, without observers.
+        plan: what its policy keeps exact is left out of the moments.
+    """
+    model, layers = walk.decoder.model, {}
+    policy = exact_tokens(plan)
+    positions = torch.arange(walk.rows.shape[1]).expand(walk.rows.shape)
+    kept = policy.flags(NewTokens(positions, walk.rows))
+    kept = torch.zeros_like(walk.rows, dtype=torch.bool) if kept is None else kept
+    seen = _Moments()
+    walk.observers.append(seen)
+    for step in walk.steps():
+        one = plan.layers[step.index]
+        seen.begin(kept, lambda step=step: step.batch)  # type: ignore[misc]
+        outputs = step.run()
+        if one.packed and any(bits < 16 for bits in one.key_bits + one.value_bits):
+            layers[step.index] = LayerBases(
+                Basis.of_matrix(balancing(seen.keys, seen.queries)) if plan.rotate == "covariance" else None,
+                Basis.of_matrix(spreading(seen.values)) if plan.value_rotation == "covariance" else None)
+        if isinstance(policy, Massive) and policy.carriers.layer == step.index:
+            kept = policy.verdict(outputs).cpu()
+        if progress:
+            progress(step.index + 1, len(plan.layers), "moments of keys and values")
+    return Bases(layers, fingerprint(model, KNOWN_BY))
+
+
+@dataclass
+class _Moments:
+    """Adds up the moments of one layer at a time, float64 [kv_heads, D, D] each."""
+
+    keys: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    queries: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    values: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    kept: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    batch: Callable[[], slice] = field(default=lambda: slice(0, 0))
+
+    def begin(self, kept: torch.Tensor, batch: Callable[[], slice]) -> None:
+        """A new layer. kept: bool [rows, length], tokens that do not count. batch: which rows are at hand."""
+        self.keys = self.queries = self.values = torch.zeros((), dtype=torch.float64)
+        self.kept, self.batch = kept, batch
+
+    def attention(self, record: AttentionRecord) -> None:
+        """Add one batch."""
+        counted = ~self.kept[self.batch()].to(record.key.device)[:, None, :, None]
+        groups = record.query.shape[1] // record.key.shape[1]
+        # The query heads that read one KV head, end to end.
+        queries = (record.query.float() * counted).unflatten(1, (-1, groups)).flatten(2, 3)
+        self.queries = self.queries + _moment(queries)
+        for name, states in (("keys", record.key), ("values", record.value)):
+            total = counted.sum(2, keepdim=True).clamp(min=1)
+            mean = (states.float() * counted).sum(2, keepdim=True) / total
+            setattr(self, name, getattr(self, name) + _moment((states.float() - mean) * counted))
+
+
+def _moment(states: torch.Tensor) -> torch.Tensor:
+    """Sum of outer products of [batch, heads, tokens, D], float64 [heads, D, D]."""
+    return (states.mT @ states).sum(0).double().cpu()
+
+
+def save_bases(bases: Bases, path: str | os.PathLike[str]) -> None:
+    """Write them as one safetensors file, float32."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{index}.{kind}": basis.matrix.contiguous() for index, layer in bases.layers.items()
+               for kind, basis in (("keys", layer.keys), ("values", layer.values)) if basis is not None}
+    save_ordered(tensors, path, {"schema": SCHEMA, "model": bases.model})
+
+
+def load_bases(path: str | os.PathLike[str]) -> Bases:
+    """Read them back.
+
+    Raises:
+        RequestError: there is no such file, or it holds something else.
+    """
+    if not Path(path).is_file():
+        raise RequestError(f"there are no KV bases {str(path)!r}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise RequestError(f"{path} is not a safetensors file; make the checkpoint again.") from error
+    if facts.get("schema") != SCHEMA:
+        raise RequestError(f"{path} holds no KV bases of this version ({SCHEMA}).")
+    found: dict[int, dict[str, Basis]] = {}
+    for name, matrix in tensors.items():
+        index, _, kind = name.partition(".")
+        found.setdefault(int(index), {})[kind] = Basis.of_matrix(matrix)
+    return Bases({index: LayerBases(kinds.get("keys"), kinds.get("values")) for index, kinds in found.items()},
+                 facts["model"])
+
+
+def require_bases_of(bases: Bases, model: PreTrainedModel) -> None:
+    """Raises RequestError where they were found with another model."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if vocabulary <= max(KNOWN_BY) or fingerprint(model, KNOWN_BY) != bases.model:
+        raise RequestError("the KV bases were found with another model; find them again with find_bases.")

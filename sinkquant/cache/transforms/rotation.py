@@ -1,0 +1,87 @@
+"""Rotations of a head's channels: codes are of rotated states, and attention is what it was.
+
+Scores do not change where the query goes through `query`, nor the output where it comes back through `back`. Keys are
+rotated after rotary embedding, because a rotation that mixes its pairs does not commute with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from sinkquant.cache.hadamard import rotate
+
+
+class Rotation(Protocol):
+    """An invertible map of the channels of every head. States are [batch, heads, ..., D], results float32 alike."""
+
+    def into(self, states: torch.Tensor) -> torch.Tensor:
+        """States as they are packed."""
+
+    def back(self, states: torch.Tensor) -> torch.Tensor:
+        """The inverse of `into`; of attention outputs too, which are sums of values."""
+
+    def query(self, queries: torch.Tensor) -> torch.Tensor:
+        """Queries whose products with packed keys are those of the queries with the keys."""
+
+    def of(self, heads: Sequence[int]) -> Rotation:
+        """The rotation of some heads, in this order."""
+
+
+@dataclass(frozen=True)
+class Hadamard:
+    """The normalised Hadamard matrix, its own inverse, for a power of two channels (QuaRot 2404.00456, section 4)."""
+
+    def into(self, states: torch.Tensor) -> torch.Tensor:
+        """See `Rotation.into`."""
+        return rotate(states.float())
+
+    back = into
+    query = into
+
+    def of(self, heads: Sequence[int]) -> Hadamard:
+        """Every head's is the same."""
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """A matrix per head.
+
+    Attributes:
+        matrix: float32 [heads, D, D]; a state x becomes matrix @ x.
+        inverse: float32 [heads, D, D].
+    """
+
+    matrix: torch.Tensor
+    inverse: torch.Tensor
+
+    @classmethod
+    def of_matrix(cls, matrix: torch.Tensor) -> Basis:
+        """From [heads, D, D]; inverted in float64."""
+        return cls(matrix.float(), torch.linalg.inv(matrix.double()).float())
+
+    def into(self, states: torch.Tensor) -> torch.Tensor:
+        """See `Rotation.into`."""
+        return self._apply(states, self.matrix.mT)
+
+    def back(self, states: torch.Tensor) -> torch.Tensor:
+        """See `Rotation.back`."""
+        return self._apply(states, self.inverse.mT)
+
+    def query(self, queries: torch.Tensor) -> torch.Tensor:
+        """See `Rotation.query`."""
+        return self._apply(queries, self.inverse)
+
+    def of(self, heads: Sequence[int]) -> Basis:
+        """See `Rotation.of`."""
+        chosen = list(heads)
+        return Basis(self.matrix[chosen], self.inverse[chosen])
+
+    @staticmethod
+    def _apply(states: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        flat = states.float().flatten(2, -2)
+        return (flat @ matrix.to(states.device)).view(states.shape)
