@@ -75,7 +75,8 @@ def find_bases(walk: Walk, plan: KVCachePlan, progress: Callable[[int, int, str]
             kept = policy.verdict(outputs).cpu()
         if progress:
             progress(step.index + 1, len(plan.layers), "moments of keys and values")
-    return Bases(layers, fingerprint(model, KNOWN_BY))
+    with walk.decoder.present([model.get_input_embeddings()]):
+        return Bases(layers, fingerprint(model, KNOWN_BY))
 
 
 @dataclass

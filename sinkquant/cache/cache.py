@@ -142,7 +142,7 @@ class SinkCache(Cache):
         packed = [layer for layer in self.layers if isinstance(layer, SinkLayer)]
         if bases is None or any(layer.index not in bases.layers for layer in packed if layer.packs):
             raise RequestError("the KV plan rotates by matrices that this model was not given; load the checkpoint "
-                               "with sinkquant.load, or call sinkquant.cache.prepare(model, bases=...) with what find_bases gives.")
+                               "with sinkquant.load, or hand what find_bases gives to sinkquant.cache.prepare.")
         for layer in packed:
             if layer.packs:
                 layer.take_bases(bases.layers[layer.index])

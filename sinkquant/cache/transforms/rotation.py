@@ -61,8 +61,9 @@ class Basis:
 
     @classmethod
     def of_matrix(cls, matrix: torch.Tensor) -> Basis:
-        """From [heads, D, D]; inverted in float64."""
-        return cls(matrix.float(), torch.linalg.inv(matrix.double()).float())
+        """From [heads, D, D]; what is inverted in float64 is the matrix as it is kept."""
+        kept = matrix.float()
+        return cls(kept, torch.linalg.inv(kept.double()).float())
 
     def into(self, states: torch.Tensor) -> torch.Tensor:
         """See `Rotation.into`."""
