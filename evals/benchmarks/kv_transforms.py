@@ -3,8 +3,8 @@
     python evals/benchmarks/kv_transforms.py MODEL --lines FILE.jsonl [--sink-map MAP] [--text FILE] [--bits 2 3]
                                              [--groups 32 64] [--rows 6] [--length 512] [--window 32] [--only NAME ...]
 
-Weights are untouched; every row is read through the packed cache in chunks, as decoding would read it. Rows of the table
-keep the sinks of the map exact, "no token exact" ones do not, and controls spend the exact tokens' bytes on a longer
+Weights are untouched; every row is read through the packed cache in chunks, as decoding would read it. Lines of the
+table keep the sinks of the map exact, "no token exact" ones do not; controls spend their bytes on a longer
 window. Lines that are in FILE already are not measured again, so that a run may be stopped and gone on with.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sinkquant.artifacts import Calibration, KVCachePlan, SinkMap
+from sinkquant.artifacts import KVCachePlan, SinkMap
 from sinkquant.cache import prepare
 from sinkquant.detect import detect
 from sinkquant.evaluate.divergence import compare_side_by_side
@@ -26,6 +26,7 @@ from sinkquant.evaluate.states import last_states
 from sinkquant.evaluate.statistics import paired_difference
 from sinkquant.models import Decoder, load_model, load_tokenizer, read_text, resolve, token_rows
 from sinkquant.policy.kv_cache import make_kv_control, make_kv_plan
+from sinkquant.policy.plan import calibration_of
 from sinkquant.quantize.bases import cache_bases
 from sinkquant.recipe import Recipe
 
@@ -75,12 +76,8 @@ class Bench:
     def measured(self, plan: KVCachePlan) -> dict[str, list[float]]:
         """Divergence and added loss of every row."""
         _forget_bases(self.other)
-        given = self.recipe.calibration
-        calibration = Calibration(text=given.text, rows=given.rows, length=given.length, bos=given.bos,
-                                  batch_size=given.batch_size, sinks=[], damping=0.01, act_order=False,
-                                  statistics="all")
-        prepare(self.other, bases=cache_bases(Decoder.of(self.base), plan, calibration, self.tokenizer, "cpu",
-                                              torch.float32))
+        prepare(self.other, bases=cache_bases(Decoder.of(self.base), plan, calibration_of(self.recipe, None),
+                                              self.tokenizer, "cpu", torch.float32))
         found = compare_side_by_side(self.base, self.states, [(self.other, plan)], self.batches)[0]
         return {"kl": found.kl, "added": [loss - before for loss, before in
                                           zip(found.other_loss, found.baseline_loss, strict=True)]}
@@ -108,7 +105,8 @@ def plans(bench: Bench, bits: int, group: int, only: list[str]) -> dict[str, KVC
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown; differences are to the plain cache of the same bits and groups, paired by rows."""
-    made = ["| bits | group | cache | bytes | bits per number | KL | of plain | less than plain, 95 % interval | loss added |",
+    made = ["| bits | group | cache | bytes | bits per number | KL | of plain | less than plain, 95 % interval "
+            "| loss added |",
             "|---:|---:|---|---:|---:|---:|---:|---|---:|"]
     plain = {(line["bits"], line["group"]): line for line in lines if line["cache"] == "plain"}
     for line in sorted(lines, key=lambda one: (one["bits"], one["group"])):
@@ -139,7 +137,8 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=32)
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help=f"of {', '.join(SETTINGS)}")
     arguments = parser.parse_args()
-    lines = [json.loads(line) for line in arguments.lines.read_text().splitlines()] if arguments.lines.is_file() else []
+    kept = arguments.lines.read_text().splitlines() if arguments.lines.is_file() else []
+    lines = [json.loads(line) for line in kept]
     known = {(line["bits"], line["group"], line["cache"]) for line in lines}
     bench = Bench(arguments)
     for bits in arguments.bits:
