@@ -30,7 +30,8 @@ def sink_map_of(decoder: Decoder, energies: dict[str, float] | None = None, toke
     facts = decoder.facts(name)
     modules = {module: ModuleStatistics(
         input_max=90.0 if module in energies else 4.0, input_max_without_sinks=4.0,
-        sink_energy=energies.get(module, 0.01), sink_columns=[3] if module in energies else [])
+        sink_energy=energies.get(module, 0.01), sink_columns=[3] if module in energies else [],
+        input_typical=0.5)
         for module in decoder.linears}
     head = Head(sink_score=0.5, value_drain=0.1, output_norm=0.2, no_op=False)
     return SinkMap(

@@ -147,12 +147,14 @@ class SuperWeight(Strict):
 
 
 class ModuleStatistics(Strict):
-    """The input of one linear. `sink_energy` is the share of trace(H) that sink tokens contribute."""
+    """The input of one linear. `sink_energy` is the share of trace(H) that sink tokens contribute; `input_typical` the
+    root mean square of the median token that is no sink, null in maps that were made before it was recorded."""
 
     input_max: float
     input_max_without_sinks: float
     sink_energy: float
     sink_columns: list[int]
+    input_typical: float | None = None
 
 
 class ExpertStatistics(Strict):

@@ -87,10 +87,11 @@ class _Inputs:
         self.energy: list[torch.Tensor] = []
         self.entries: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.floor = 0.0
+        self.columns = 0
 
     def add(self, inputs: torch.Tensor, start: int, column_ratio: float) -> None:
         """inputs: [tokens, columns]; start: index of the first token."""
-        parts = inputs.split(TOKENS)
+        parts, self.columns = inputs.split(TOKENS), inputs.shape[1]
         largest = torch.cat([part.abs().amax(dim=1).float() for part in parts])
         # The largest input of the tokens that are no sinks is no less than the median token's: sinks are few.
         median = float(largest.median())
@@ -111,7 +112,9 @@ class _Inputs:
         token, column, value = (torch.cat(part) for part in zip(none, *self.entries, strict=True))
         alone = sinks[token] & (value > column_ratio * max(others, self.floor))
         total = float(energy.sum())
+        rest = energy[~sinks] if not sinks.all() else energy
         return ModuleStatistics(
             input_max=float(largest.max()), input_max_without_sinks=others,
             sink_energy=float(energy[sinks].sum()) / total if total > 0 else 0.0,
-            sink_columns=column[alone].unique().tolist() if others > 0 else [])
+            sink_columns=column[alone].unique().tolist() if others > 0 else [],
+            input_typical=(float(rest.median()) / self.columns) ** 0.5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sinkquant.artifacts import KVCachePlan, ModelShape, ModuleDecision, SinkMap
+from sinkquant.artifacts import KVCachePlan, ModelShape, ModuleDecision, ModuleStatistics, SinkMap
 from sinkquant.errors import RequestError
 from sinkquant.policy.rules import Choice
 from sinkquant.recipe import Activations, Recipe
@@ -50,17 +50,15 @@ def spares(settings: Activations) -> bool:
 
 
 def spare_sinks(choices: dict[str, Choice], shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> dict[str, Choice]:
-    """Linears whose static range the sinks would set get a scale per token, or inputs of 16 bits, as the recipe says;
-    with all that engines fuse with them."""
+    """Linears whose static range the sinks would set, or in which that range drowns the typical token, get a scale per
+    token, or inputs of 16 bits, as the recipe says; with all that engines fuse with them."""
     settings = recipe.activations
     if settings.format == "16-bit" or not spares(settings):
         return choices
     chosen = dict(choices)
     for name, statistics in sink_map.modules.items():
-        others = statistics.input_max_without_sinks
-        if name not in chosen or statistics.input_max <= settings.range_ratio * others:
+        if name not in chosen or not (why := _too_wide(statistics, settings)):
             continue
-        why = (f"sinks set their range ({statistics.input_max:.3g} against {others:.3g} elsewhere)")
         for member in shape.linears[name].fused_with or [name]:
             choice = chosen[member]
             if not choice.quantized or not input_format(choice.activations).stored(choice.activation_scale):
@@ -72,6 +70,19 @@ def spare_sinks(choices: dict[str, Choice], shape: ModelShape, sink_map: SinkMap
                 chosen[member] = replace(choice, activations="16-bit", activation_scale=None,
                                          reason=f"{choice.reason}; its inputs stay in 16 bits: {why}")
     return chosen
+
+
+def _too_wide(statistics: ModuleStatistics, settings: Activations) -> str:
+    """Why one stored scale does not do for an input, in words; empty where it does."""
+    largest, others = statistics.input_max, statistics.input_max_without_sinks
+    if largest > settings.range_ratio * others:
+        return f"sinks set their range ({largest:.3g} against {others:.3g} elsewhere)"
+    typical = statistics.input_typical or 0.0
+    noise = input_format(settings.format).noise(largest, typical)
+    if settings.scale == "tensor" and noise > settings.noise:
+        return (f"one stored scale would leave {min(noise, 1):.0%} of noise in a typical token's (range {largest:.3g}, "
+                f"typical {typical:.3g})")
+    return ""
 
 
 def check_exclusion(recipe: Recipe, kv_cache: KVCachePlan | None) -> bool:

@@ -31,6 +31,13 @@ class InputFormat:
         """Whether inputs with scales of that have one that calibration finds and the checkpoint stores."""
         return scale == "tensor" or (scale == "group" and self.over_groups)
 
+    def noise(self, largest: float, typical: float) -> float:
+        """Energy of the rounding noise under one scale that reaches `largest`, over that of inputs whose root mean
+        square is `typical`: step^2 / 12 where codes are integers. Floats are precise relative to each input: 0."""
+        if self.kind != "int" or typical <= 0:
+            return 0.0
+        return (largest / (2 ** self.bits - 1) * 2) ** 2 / 12 / typical ** 2
+
     def arguments(self, scale: str) -> dict[str, object]:
         """compressed-tensors' `QuantizationArgs` of such inputs, with scales of that."""
         found: dict[str, object] = {"num_bits": self.bits, "type": self.kind, "symmetric": True,

@@ -28,7 +28,7 @@ SINKMAP_FIELDS = {
     "sink_rate": {"0.1", "0.3", "0.8"},
     "tokens": {"token_id", "text", "position", "kind", "attention", "heads", "massive"},
     "heads": {"sink_score", "value_drain", "output_norm", "no_op"},
-    "modules": {"input_max", "input_max_without_sinks", "sink_energy", "sink_columns"},
+    "modules": {"input_max", "input_max_without_sinks", "sink_energy", "sink_columns", "input_typical"},
 }
 """Names that the design promises to other tools."""
 

@@ -134,5 +134,7 @@ def test_modules(model: PreTrainedModel, rows: torch.Tensor) -> None:
         assert statistics.input_max_without_sinks == pytest.approx(float(x[~marked].abs().max()), rel=1e-4)
         traces = [float((part.T @ part).trace()) for part in (x[marked], x.flatten(0, 1))]
         assert statistics.sink_energy == pytest.approx(traces[0] / traces[1], rel=1e-4)
+        energies = x[~marked].square().mean(-1).sort().values
+        assert statistics.input_typical == pytest.approx(float(energies[(len(energies) - 1) // 2]) ** 0.5, rel=1e-4)
         over = x[marked].abs().amax(0) > 1.05 * x[~marked].abs().max()
         assert statistics.sink_columns == over.nonzero().flatten().tolist()
