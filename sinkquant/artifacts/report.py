@@ -28,7 +28,9 @@ class PositionLoss(Strict):
 class Row(Strict):
     """One evaluated model. `kv_bits` is 16 where the cache is not quantized, else bits per key and value with scales,
     window and exact tokens counted; `kv_bytes` is what the cache of one row weighs at the plan's length.
-    `activations` says what inputs of linears are rounded to. `kl_by_position`: where in a row the divergence is."""
+    `activations` says what inputs of linears are rounded to. `kl_by_position`: where in a row the divergence is.
+    `kl_generating`: the same over a continuation that went through the KV cache token by token, by distance from the
+    prompt; for the unquantized model through a cache in bfloat16. Empty where it was not asked for."""
 
     name: str
     path: str
@@ -39,6 +41,7 @@ class Row(Strict):
     activations: str = "16-bit"
     tasks: dict[str, dict[str, Measure]]
     kl_by_position: list[PositionLoss] = Field(default_factory=list)
+    kl_generating: list[PositionLoss] = Field(default_factory=list)
 
 
 class Paired(Strict):

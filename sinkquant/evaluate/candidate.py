@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedModel
 
 from sinkquant.artifacts import KVCachePlan
+from sinkquant.artifacts.report import PositionLoss
 from sinkquant.evaluate.results import TaskResult
 
 BASELINE = "unquantized"
@@ -23,7 +24,8 @@ class Candidate:
 
     `kv`: the KV cache that it is read through, null for an unquantized one; `activations`: what inputs are rounded to.
     `tasks_too`: whether tasks are run, or the divergence alone. `tasks`, `divergences` (nats per token, one per row)
-    and `by_position` (the same over bins of positions, per row) are filled by `evaluate`.
+    `by_position` (the same over bins of positions, per row) and `continued` (over a continuation through the cache) are
+    filled by `evaluate`.
     """
 
     name: str
@@ -37,3 +39,4 @@ class Candidate:
     tasks: dict[str, TaskResult] = field(default_factory=dict)
     divergences: list[float] = field(default_factory=list)
     by_position: list[list[float]] = field(default_factory=list)
+    continued: list[PositionLoss] = field(default_factory=list)

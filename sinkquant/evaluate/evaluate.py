@@ -14,6 +14,7 @@ from sinkquant.errors import RequestError
 from sinkquant.evaluate.adaptive import measure_divergences
 from sinkquant.evaluate.candidate import BASELINE, Candidate
 from sinkquant.evaluate.divergence import held_out_rows
+from sinkquant.evaluate.generation import generating, measure_generation, require_room
 from sinkquant.evaluate.looks import ERROR, Look, looks
 from sinkquant.evaluate.pairs import paired_differences, recovered
 from sinkquant.evaluate.positions import named
@@ -62,12 +63,14 @@ def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, re
     shelf = Shelf(room(recipe))
     first = shelf.get(ordered[0].load)
     limit = max_length(first) - max(len(c.kv.front) if c.kv else 0 for c in candidates)
+    require_room(recipe, limit)
     rows = held_out_rows(first, tokenizer, content, recipe, limit)
     del first
     diverging = ordered[0].name == BASELINE and len(ordered) > 1
     plan = looks(len(rows), settings.precision) if diverging else []
-    steps = Steps(sum(len(wanted.names) for candidate in candidates if candidate.tasks_too) + len(plan), progress,
-                  "evaluating", "evaluated")
+    written = generating(ordered) if settings.generation_rows else []
+    steps = Steps(sum(len(wanted.names) for candidate in candidates if candidate.tasks_too) + len(plan) + len(written),
+                  progress, "evaluating", "evaluated")
     with ready_tasks(settings.text, content, wanted.names, recipe.seed,
                      fitting_characters(tokenizer, content, limit)) as folder:
         comparisons, available = _run_tasks(ordered, shelf, tokenizer, recipe, wanted, folder, bos,
@@ -75,6 +78,8 @@ def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, re
     look = Look(len(rows), ERROR)
     if diverging:
         look = measure_divergences(ordered, shelf, rows, recipe, steps.next)
+    if written:
+        measure_generation(ordered, shelf, tokenizer, content, recipe, steps.next)
     steps.end()
     if comparisons:
         fidelity = fidelity or Fidelity(sink_rate={}, massive_peak={}, massive_ratio={})
@@ -86,7 +91,8 @@ def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, re
         "text": in_words(settings.text) or "packaged evaluation text", "rows": look.rows, "rows available": len(rows),
         "length": rows.shape[1], "rows_start_with_bos": bos, "seed": recipe.seed, "limit": settings.limit,
         "sample": settings.sample if settings.limit is None else None, "precision": settings.precision,
-        "dtype": recipe.compute.dtype, "bootstrap_resamples": settings.bootstrap}
+        "dtype": recipe.compute.dtype, "generation_rows": settings.generation_rows or None,
+        "bootstrap_resamples": settings.bootstrap}
     facts |= {f"documents: {task}": result.documents for task, result in candidates[0].tasks.items()}
     facts |= {f"documents available: {task}": count for task, count in available.items()}
     return Report(model=model, recipe=recipe.name, rows=found, paired=paired, recovery=left, fidelity=fidelity,
@@ -144,4 +150,4 @@ def _row(candidate: Candidate, length: int) -> Row:
                kv_bits=16.0 if candidate.kv is None else candidate.kv.bits_per_value,
                kv_bytes=None if candidate.kv is None else candidate.kv.bytes,
                kl_by_position=named(torch.tensor(candidate.by_position, dtype=torch.float64), length)
-               if candidate.by_position else [])
+               if candidate.by_position else [], kl_generating=candidate.continued)

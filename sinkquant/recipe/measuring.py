@@ -68,6 +68,8 @@ class Evaluation(Section):
     `quantize-model eval` takes. `window`: tokens of a context, or a window of rolling perplexity, at most.
     Divergence is measured on `divergence_rows` rows, or fewer once every verdict is certain or its difference known to
     `precision` times the divergence; null: all of them, as in `quantize-model eval`.
+    `generation_rows` continuations of `generation_tokens` tokens after a prompt of `generation_prompt` go through every
+    packed KV cache token by token, beside one in bfloat16; 0: none do.
     `fidelity` compares the sinks of every quantized row with the unquantized model's. With `skip` a run ends with its
     checkpoint, for models that do not fit into memory as a whole."""
 
@@ -83,6 +85,9 @@ class Evaluation(Section):
     divergence_rows: int = Field(default=64, ge=2)
     divergence_length: int = Field(default=512, ge=16)
     precision: float | None = Field(default=0.05, gt=0, lt=1)
+    generation_rows: int = Field(default=0, ge=0)
+    generation_prompt: int = Field(default=256, ge=1)
+    generation_tokens: int = Field(default=256, ge=1)
     bootstrap: int = Field(default=2000, ge=100)
     batch_size: int = Field(default=8, ge=1)
 
