@@ -58,7 +58,8 @@ def _evaluated(model: PreTrainedModel, tokenizer: object, text: object, *more: s
     candidates = [Candidate("unquantized", "m", lambda: tiny_model("llama"), 1, 16.0, tasks_too=False),
                   Candidate("sink_aware", "m", lambda: prepare(tiny_model("llama")), 1, 16.0, kv=plan, tasks_too=False),
                   Candidate("weights", "m", lambda: tiny_model("llama"), 1, 16.0, tasks_too=False)]
-    recipe = Recipe().replace([f"evaluate.text={text}", "evaluate.tasks=[sink_perplexity]", "evaluate.divergence_rows=2",
+    recipe = Recipe().replace([f"evaluate.text={text}", "evaluate.tasks=[sink_perplexity]",
+                               "evaluate.divergence_rows=2",
                                "evaluate.divergence_length=32", "evaluate.generation_rows=2",
                                "evaluate.generation_prompt=64", "evaluate.limit=2", *more])
     report = evaluate(candidates, tokenizer, recipe, model="m")  # type: ignore[arg-type]
