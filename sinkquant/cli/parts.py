@@ -30,8 +30,15 @@ FullOption = Annotated[bool, typer.Option("--full", help="Show everything, not o
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors and what --json asks for, no more.")]
 TaskFolderOption = Annotated[Path | None, typer.Option(help="A folder of lm-eval task files of your own; all of them "
                                                             "are run where evaluate.tasks names none.")]
+EngineOption = Annotated[str | None, typer.Option("--engine", help="What is to run the checkpoint: vllm-cuda, "
+                                                  "vllm-cpu, llama.cpp, transformers; as --set engine=.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the artifact as JSON.")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model folder carries.")]
+
+
+def for_engine(recipe: Recipe, engine: str | None) -> Recipe:
+    """The recipe for an engine, where one was named."""
+    return recipe.changed(engine=engine) if engine else recipe
 
 
 def find_sinks(model: str, text: str | list[str] | None, recipe: Recipe, trust_remote_code: bool) -> SinkMap:

@@ -11,6 +11,7 @@ import typer
 from sinkquant.artifacts import Plan, Sensitivity, SinkMap
 from sinkquant.cli.paper import paragraph, table
 from sinkquant.cli.parts import (
+    EngineOption,
     FullOption,
     JsonOption,
     ModelArgument,
@@ -22,6 +23,7 @@ from sinkquant.cli.parts import (
     TrustOption,
     find_costs,
     find_sinks,
+    for_engine,
     shown_progress,
 )
 from sinkquant.cli.show import show_frontier, show_plan
@@ -38,13 +40,14 @@ def plan(model: ModelArgument,
          full: FullOption = False,
          sink_map: SinkMapOption = None,
          sensitivity: SensitivityOption = None,
+         engine: EngineOption = None,
          frontier: Annotated[bool, typer.Option("--frontier", help="Solve a sweep of budgets: predicted loss against "
                                                 "bytes, with uniform plans and the control.")] = False,
          output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan here; with --frontier a "
                                                      "page, and its figures as JSON beside it.")] = None,
          trust_remote_code: TrustOption = False) -> None:
     """Decide bits per module, with reasons and exact bytes; quantizes nothing."""
-    chosen, folder = Recipe.load(recipe).replace(assignments or []), resolve(model)
+    chosen, folder = for_engine(Recipe.load(recipe).replace(assignments or []), engine), resolve(model)
     if chosen.prune.blocks is not None:
         if frontier:
             raise RequestError("--frontier sweeps budgets of one model, and prune.blocks makes another; drop the "
@@ -143,6 +146,7 @@ def advise(model: ModelArgument,
            recipe: RecipeOption = DEFAULT_RECIPE,
            assignments: SetOption = None, text: TextOption = None,
            sink_map: SinkMapOption = None,
+           engine: EngineOption = None,
            measure: Annotated[bool, typer.Option("--measure", help="Carry out every protection and its control, and "
                                                  "measure both on evaluation text.")] = False,
            only: Annotated[list[str] | None, typer.Option("--only", metavar="NAME", help="Look at this protection; "
@@ -151,7 +155,7 @@ def advise(model: ModelArgument,
            output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the advice here.")] = None,
            trust_remote_code: TrustOption = False) -> None:
     """What each kind of protection is worth on a model at a recipe's formats: predicted, and measured if asked."""
-    chosen = Recipe.load(recipe).replace(assignments or [])
+    chosen = for_engine(Recipe.load(recipe).replace(assignments or []), engine)
     chosen = chosen.changed(calibration={"text": text}) if text else chosen
     resolve(model)
     known = SinkMap.load(sink_map) if sink_map else None

@@ -9,12 +9,16 @@ import jinja2
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sinkquant.artifacts import ModelShape
+from sinkquant.artifacts.sizes import own_format
 from sinkquant.detect.table import AttentionTable
 from sinkquant.errors import RequestError
 from sinkquant.models import BosPolicy, Decoder, Walk, adds_bos, read_text, starts_with_bos, token_rows
+from sinkquant.policy.engines import loads_in
 from sinkquant.policy.plan import formats_asked
 from sinkquant.quantize.trial import require_loads
 from sinkquant.recipe import Recipe
+from sinkquant.schemes.gguf import GGUF
 from sinkquant.schemes.table import out_of_reach
 
 SAMPLE = "The attention sink."
@@ -135,6 +139,10 @@ def _support(decoder: Decoder, audit: Audit) -> None:
     sizes = [size for size in (32, 64, 128) if all(linear.columns % size == 0 for linear in free)]
     for index, sentence in enumerate(out_of_reach(_instructions())):
         audit.support[f"engines on this processor ({index + 1})"] = sentence
+    asked = formats_asked(shape, Recipe()) if free else {}
+    if asked:
+        audit.support["4 bits run in"] = ", ".join(loads_in(shape, asked, own_format(shape, asked)))
+    audit.support["one GGUF file for llama.cpp"] = _gguf(shape, list(asked))
     for note in shape.notes:
         audit.support["files"] = f"{audit.support['files']}; {note}" if "files" in audit.support else note
     try:
@@ -143,6 +151,15 @@ def _support(decoder: Decoder, audit: Audit) -> None:
         audit.support["checkpoint loads again"] = "no"
         audit.warnings.append(str(error))
     audit.support["group sizes that fit all"] = ", ".join(map(str, [*sizes, "-1 (per output channel)"]))
+
+
+def _gguf(shape: ModelShape, packed: list[str]) -> str:
+    """Whether sinkquant can write one of the model, or the sentence that a run would be refused with."""
+    try:
+        GGUF[0].check_model(shape.architecture, shape.folder, {name: shape.linears[name].columns for name in packed})
+    except RequestError as error:
+        return f"no: {error}"
+    return "yes (backend=gguf)"
 
 
 def _instructions() -> frozenset[str]:

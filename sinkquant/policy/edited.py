@@ -9,6 +9,7 @@ from sinkquant.errors import RequestError
 from sinkquant.methods import UNTOUCHED, require_methods
 from sinkquant.policy.activations import check_inputs
 from sinkquant.policy.carried import check_choices
+from sinkquant.policy.engines import require_engine
 from sinkquant.policy.heads import accept_heads
 from sinkquant.policy.kv_cache import accept_kv
 from sinkquant.policy.plan import _finish
@@ -24,7 +25,7 @@ def accept_edited(plan: Plan, shape: ModelShape) -> Plan:
 
     Raises:
         RequestError: it lacks a linear of the model or has one too many, a format is out of range, or linears that
-            engines fuse do not share one.
+            engines fuse do not share one; or the recipe's engine does not run it.
     """
     foreign = sorted(set(plan.modules) - set(shape.linears))
     if foreign:
@@ -56,6 +57,7 @@ def accept_edited(plan: Plan, shape: ModelShape) -> Plan:
                                          "silenced_heads": accept_heads(plan, shape), "seed": plan.seed,
                                          "blocks": plan.blocks,
                                          "notes": list(dict.fromkeys([*plan.notes, *counted.notes]))})
+    require_engine(Recipe.parse(plan.recipe).engine, counted, shape)
     check_distill(counted, shape)
     require_methods(counted)
     return counted

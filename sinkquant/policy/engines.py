@@ -5,10 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sinkquant.artifacts import LinearShape, ModelShape
-from sinkquant.schemes import INTEGERS, WeightFormat, scheme_of
+from sinkquant.artifacts import LinearShape, ModelShape, Plan
+from sinkquant.artifacts.sizes import own_format
+from sinkquant.errors import RequestError
+from sinkquant.schemes import INTEGERS, Scheme, WeightFormat, scheme_of
+from sinkquant.schemes.registry import SCHEMES
 
 OWN = "sinkquant"
+ANY = "any"
+"""No engine is asked for."""
 
 
 def loads_in(shape: ModelShape, formats: Mapping[str, WeightFormat], own: bool) -> list[str]:
@@ -35,6 +40,50 @@ def engine_loads(engine: str, form: WeightFormat, linear: LinearShape) -> bool:
     if engine in ("any", OWN):
         return True
     return not (form.split or linear.transposed) and _takes(engine, form)
+
+
+def require_engine(engine: str, plan: Plan, shape: ModelShape) -> None:
+    """Refuse a plan that the engine that a recipe names does not run.
+
+    Raises:
+        RequestError: with what the engine table says of it.
+    """
+    if engine == ANY:
+        return
+    otherwise = "or leave the engine out (engine=any)"
+    if plan.kv_cache is not None:
+        raise RequestError(f"{engine} keeps its KV cache in 16 bits and knows no prefix of sinkquant's; set "
+                           f"kv_cache=null, {otherwise}.")
+    formats = plan.formats
+    if own_format(shape, formats):
+        raise RequestError(f"{engine} does not load columns beside the codes, nor weights that a model stores "
+                           f"transposed, which take sinkquant's own format; set protect.channels=none, {otherwise}.")
+    for name, form in formats.items():
+        if plan.modules[name].simulated:
+            raise RequestError(f"inputs in {plan.modules[name].activations} are rounded by sinkquant alone, and not by "
+                               f"{engine}; set activations.format=16-bit, {otherwise}.")
+        if not _takes(engine, form):
+            raise RequestError(f"{engine} does not run {_in_words(form)} ({name}); {_what_it_runs(engine, form)}, "
+                               f"{otherwise}.")
+    if engine.startswith("vllm") and any(one.part_of for one in shape.linears.values()) and not _experts_by_name(
+            shape, formats):
+        raise RequestError(f"{engine} loads packed experts only where all of them are packed, under names that end in "
+                           f"_proj, and this plan's are not; use another model or plan, {otherwise}.")
+
+
+def _in_words(form: WeightFormat) -> str:
+    groups = "per channel" if form.group_size in (-1, None) else f"in groups of {form.group_size}"
+    return f"{scheme_of(form).words} of {form.bits} bits {groups} with {form.inputs} inputs"
+
+
+def _what_it_runs(engine: str, form: WeightFormat) -> str:
+    """The engine's rows of this number format; where it has none, of which others it has any."""
+    rows = [row for row in scheme_of(form).loads if engine in row.names]
+    if rows:
+        return f"of these it runs {'; '.join(dict.fromkeys(row.conditions() for row in rows))}: ask for one of those"
+    others: list[Scheme] = [one for one in SCHEMES if any(engine in row.names for row in one.loads)]
+    asked = dict.fromkeys(f"{one.words} (backend={one.backend})" for one in others)
+    return f"it runs {', '.join(asked)}: ask for one of those"
 
 
 def _takes(engine: str, form: WeightFormat) -> bool:

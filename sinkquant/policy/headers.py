@@ -43,7 +43,9 @@ def require_plannable(shape: ModelShape, recipe: Recipe) -> None:
         if recipe.kv_cache.prefix != "none":  # detection says whether rows begin with it
             changes += ["activations.sinks=all"] if recipe.activations.sinks == "exclude" else []
             changes += ["protect.statistics=all"] if recipe.protect.statistics == "exclude" else []
-    recipe = recipe.model_copy(update={"budget": Budget()})
+    # What is solved for may become another plan than the one without a budget, which its engine need not run.
+    engine = "any" if recipe.budget.solved else recipe.engine
+    recipe = recipe.model_copy(update={"budget": Budget(), "engine": engine})
     check_split(recipe)
     make_plan(shape, nothing_found(shape), recipe.replace(changes))
 

@@ -32,7 +32,7 @@ from sinkquant.policy.activations import (
 from sinkquant.policy.allocate import Allocation, solve
 from sinkquant.policy.budget import choice_bytes, close_gap, evenly_spread, fill, linear_bytes
 from sinkquant.policy.carried import carried, check_recipe, notes
-from sinkquant.policy.engines import loads_in
+from sinkquant.policy.engines import loads_in, require_engine
 from sinkquant.policy.expected import with_expected_loss
 from sinkquant.policy.explain import explained
 from sinkquant.policy.heads import with_silenced_heads, with_small_heads
@@ -57,7 +57,8 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
 
     Raises:
         RequestError: the sink map is of another model, a pattern matches nothing, a group size does not fit, nothing
-            can be quantized, the budget cannot be met, or it is to be solved for and there are no sensitivities.
+            can be quantized, the budget cannot be met, or it is to be solved for and there are no sensitivities; or
+            the recipe's engine does not run the plan.
     """
     if recipe.prune.blocks is not None:
         raise RequestError("prune.blocks is carried out by a run, which plans for the shorter model; for a model in "
@@ -92,6 +93,7 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
         plan.notes.append(EXCLUDED)
     plan = with_silenced_heads(with_pruning(plan, shape, recipe), sink_map, recipe)
     plan = plan.model_copy(update={"kv_cache": kv_cache})
+    require_engine(recipe.engine, plan, shape)
     if sensitivity is not None:
         plan = with_expected_loss(plan, sensitivity, solved.gap if solved else None)
     check_distill(plan, shape)

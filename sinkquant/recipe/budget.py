@@ -38,7 +38,7 @@ class Budget(Section):
     loss: float | None = Field(default=None, gt=0)
     context: int | None = Field(default=None, ge=1)
     batch: int = Field(default=1, ge=1)
-    engine: Literal["any", "vllm", "vllm-cuda", "vllm-cpu", "transformers", "sinkquant"] = "any"
+    engine: Literal["any", "vllm", "vllm-cuda", "vllm-cpu", "llama.cpp", "transformers", "sinkquant"] = "any"
     solver: Literal["even", "sensitivity"] | None = None
 
     @model_validator(mode="after")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from sinkquant.errors import RequestError
 from sinkquant.methods import need_hessian
@@ -31,12 +31,15 @@ class Recipe(Section):
     """The whole request. `Recipe()` is the default recipe; `Recipe.load` reads a file or a packaged name.
 
     `backend`: whose files the checkpoint is made of. What a backend cannot hold is refused before anything is computed.
+    `engine`: what is to run the checkpoint (docs/engines.md). A plan that it does not run is refused, with what the
+    engine table says; a budget without a solver of its own is then solved for among the formats that it runs.
     """
 
     name: str = "custom"
     description: str = ""
     seed: int = Field(default=0, ge=0)
     backend: Annotated[str, AfterValidator(known_backend)] = DEFAULT_BACKEND
+    engine: Literal["any", "vllm-cuda", "vllm-cpu", "llama.cpp", "transformers"] = "any"
     compute: Compute = Field(default_factory=Compute)
     calibration: CalibrationText = Field(default_factory=CalibrationText)
     detect: Detection = Field(default_factory=Detection)
@@ -49,6 +52,14 @@ class Recipe(Section):
     kv_cache: KVCache | None = None
     evaluate: Evaluation = Field(default_factory=Evaluation)
     gate: Gate = Field(default_factory=Gate)
+
+    @model_validator(mode="after")
+    def _budget_for_the_engine(self) -> Self:
+        budget = self.budget
+        if self.engine != "any" and budget.engine == "any" and budget.limited and budget.solver != "even":
+            # Not by assignment, which would validate again.
+            self.__dict__["budget"] = budget.model_copy(update={"engine": self.engine})
+        return self
 
     @property
     def methods(self) -> set[str]:

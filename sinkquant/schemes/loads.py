@@ -35,9 +35,11 @@ class Loads:
     instructions: str = ""
 
     @property
-    def names(self) -> tuple[str, str]:
-        """The engine, and the engine on this hardware: "vllm" and "vllm-cuda"."""
-        return self.engine, f"{self.engine}-{self.hardware.lower()}"
+    def names(self) -> tuple[str, ...]:
+        """The engine, without what it takes beside it ("transformers with bitsandbytes"), and the engine on this
+        hardware: "vllm" and "vllm-cuda"."""
+        return tuple(dict.fromkeys((self.engine, self.engine.partition(" with ")[0],
+                                    f"{self.engine}-{self.hardware.lower()}")))
 
     def takes(self, form: WeightFormat) -> bool:
         """Whether a format meets the conditions on weights and inputs."""

@@ -33,6 +33,11 @@ def test_a_sound_model_has_nothing_to_complain_about(tiny: PreTrainedModel, text
     assert found.support["detection"] == "yes: 3 blocks of LlamaForCausalLM"
     assert found.support["quantization"] == "21 of 21 weight matrices of the blocks"
     assert found.support["group sizes that fit all"] == "32, 64, -1 (per output channel)"
+    assert found.support["4 bits run in"] == "transformers, vllm"
+    assert found.support["one GGUF file for llama.cpp"].startswith("no: a GGUF file holds the tokenizer and the")
+    other = audit(tiny_model("gpt2"), text_file).support
+    assert other["4 bits run in"] == "sinkquant"
+    assert "cannot be written of GPT2LMHeadModel" in other["one GGUF file for llama.cpp"]
 
 
 @pytest.mark.parametrize(("added", "rows"), [("none", "none"), ("once", "once"), ("twice", "once")])

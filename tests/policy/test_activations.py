@@ -34,7 +34,8 @@ def planned(decoder: Decoder, *assignments: str) -> Plan:
 
 def test_per_token_everywhere_and_what_it_loads_in(decoder: Decoder) -> None:
     for weights, engines in ((("weights.bits=8", "weights.group_size=-1"), ["transformers", "vllm"]),
-                             (("weights.bits=4",), ["transformers"]), (("weights.bits=8",), ["transformers"])):
+                             (("weights.bits=4",), ["transformers", "vllm-cuda"]),
+                             (("weights.bits=8",), ["transformers", "vllm-cuda"])):
         plan = planned(decoder, "activations.format=int8", *weights)
         assert {d.inputs for d in plan.modules.values()} == {("int8", "token")}
         assert plan.loads_in == engines

@@ -22,8 +22,9 @@ def test_the_page_shows_the_rows() -> None:
     (WeightFormat(4, 64), {"transformers", "vllm", "vllm-cuda", "vllm-cpu"}),
     (WeightFormat(3, 64), {"transformers", "vllm-cuda"}), (WeightFormat(3, 16), {"transformers"}),
     (WeightFormat(8, -1), {"transformers", "vllm", "vllm-cuda"}),
-    (WeightFormat(8, -1, inputs="int8", input_scale="token"), {"transformers", "vllm", "vllm-cpu"}),
-    (WeightFormat(4, 64, inputs="int8", input_scale="token"), {"transformers"})])
+    (WeightFormat(8, -1, inputs="int8", input_scale="token"),
+     {"transformers", "vllm", "vllm-cuda", "vllm-cpu"}),
+    (WeightFormat(4, 64, inputs="int8", input_scale="token"), {"transformers", "vllm-cuda"})])
 def test_who_loads_integers(form: WeightFormat, engines: set[str]) -> None:
     assert {row.engine for row in INTEGERS.loads if row.takes(form)} == engines
 
@@ -33,6 +34,7 @@ def test_conditions_in_words() -> None:
     assert row.conditions() == "2 to 5 bits, groups of 32 or per channel, int8 inputs"
     assert Loads("e", "any", "", "read", "p").conditions() == ""
     assert row.names == ("e", "e-cpu")
+    assert "e" in Loads("e with f", "any", "", "read", "p").names
 
 
 def test_what_a_processor_lacks() -> None:

@@ -43,12 +43,13 @@ class CompressedTensorsFiles(Files):
 
 
 def _targets(names: list[str]) -> list[str]:
-    """One pattern per linear, and one for all packed experts: there are thousands, and no module has their names."""
+    """Every linear by its name, which engines rename with their modules as they would not rename a pattern; and one
+    pattern for all packed experts: there are thousands, and no module has their names."""
     layers: dict[str, set[str]] = {}
     for name in names:
         if found := EXPERT.search(name):
             layers.setdefault(name[:found.start()], set()).add(found[1])
-    targets = [f"re:^{re.escape(name)}$" for name in names if not EXPERT.search(name)]
+    targets = [name for name in names if not EXPERT.search(name)]
     if layers:
         owners = "|".join(map(re.escape, layers))
         leaves = "|".join(sorted(set().union(*layers.values())))

@@ -1,0 +1,79 @@
+"""The engine that a recipe names: plans that it runs, and refusals with what the engine table says."""
+
+from __future__ import annotations
+
+import pytest
+from families import tiny_mixture, tiny_model
+from sinkmaps import sink_map_of
+from transformers import PreTrainedModel
+
+from sinkquant.artifacts import Plan
+from sinkquant.errors import RequestError
+from sinkquant.models import Decoder
+from sinkquant.policy import accept_edited, make_control, make_plan, require_plannable
+from sinkquant.recipe import Recipe
+
+
+def plan_of(model: PreTrainedModel, *settings: str) -> Plan:
+    decoder = Decoder.of(model)
+    recipe = Recipe().replace(["weights.group_size=32", *settings])
+    require_plannable(decoder.shape("tiny"), recipe)
+    return make_plan(decoder.shape("tiny"), sink_map_of(decoder, {"model.layers.1.mlp.down_proj": 0.9}), recipe)
+
+
+@pytest.mark.parametrize(("engine", "settings"), [
+    ("vllm-cuda", ()), ("vllm-cuda", ("weights.bits=3",)), ("vllm-cuda", ("activations.format=int8",)),
+    ("vllm-cpu", ()), ("vllm-cpu", ("weights.bits=8", "weights.group_size=-1", "activations.format=int8")),
+    ("transformers", ("weights.bits=3", "weights.group_size=16")), ("transformers", ("backend=bitsandbytes",
+     "weights.format=nf4", "weights.group_size=64", "weights.method=rtn", "weights.descent=0"))])
+def test_what_an_engine_runs_is_planned(engine: str, settings: tuple[str, ...], tiny: PreTrainedModel) -> None:
+    plan = plan_of(tiny, f"engine={engine}", *settings)
+    assert any(one.startswith(engine.partition("-")[0]) for one in plan.loads_in)
+    assert accept_edited(plan, Decoder.of(tiny).shape("tiny")).modules == plan.modules
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    (("engine=vllm-cpu", "weights.bits=3"), r"vllm-cpu does not run integer weights of 3 bits in groups of 32 with "
+     r"16-bit inputs \(model\.layers\.0\.self_attn\.q_proj\); of these it runs 4 bits, groups of 32, 64 or 128 or per "
+     r"channel, 16-bit inputs; 8 bits, per channel, int8 inputs: ask for one of those"),
+    (("engine=vllm-cpu", "activations.format=int8"), "vllm-cpu does not run integer weights of 4 bits .* int8 inputs"),
+    (("engine=vllm-cuda", "weights.group_size=16"), "vllm-cuda does not run integer weights of 4 bits in groups of 16"),
+    (("engine=llama.cpp",), r"llama\.cpp does not run integer .* it runs blocks of a GGUF file \(backend=gguf\)"),
+    (("engine=transformers", "backend=gptq"), "transformers does not run weights in GPTQ's format"),
+    (("engine=transformers", "activations.format=int4"), "inputs in int4 are rounded by sinkquant alone"),
+    (("engine=vllm-cuda", "protect.channels=split"), "vllm-cuda does not load columns beside the codes"),
+    (("engine=vllm-cuda", "kv_cache.key_bits=2"), r"keeps its KV cache in 16 bits .* set kv_cache=null, or leave"),
+    (("engine=vllm",), "engine")])
+def test_what_it_does_not_run_is_refused(settings: tuple[str, ...], message: str, tiny: PreTrainedModel) -> None:
+    with pytest.raises(RequestError, match=message):
+        plan_of(tiny, *settings)
+
+
+def test_experts_go_by_the_names_that_vllm_asks_for() -> None:
+    assert plan_of(tiny_mixture("qwen3_moe"), "engine=vllm-cuda").loads_in
+    with pytest.raises(RequestError, match="under names that end in _proj"):
+        plan_of(tiny_mixture("mixtral"), "engine=vllm-cuda")
+
+
+def test_an_edited_plan_is_held_to_its_engine(tiny: PreTrainedModel) -> None:
+    plan = plan_of(tiny, "engine=vllm-cpu")
+    plan.modules["model.layers.0.mlp.down_proj"].bits = 5
+    with pytest.raises(RequestError, match=r"vllm-cpu does not run integer weights of 5 bits .*0\.mlp\.down_proj"):
+        accept_edited(plan, Decoder.of(tiny).shape("tiny"))
+
+
+def test_the_control_need_not_run_in_it() -> None:
+    model = tiny_model("llama", num_hidden_layers=6)
+    decoder = Decoder.of(model)
+    recipe = Recipe().replace(["weights.group_size=64", "engine=vllm-cuda", "protect.channels=module"])
+    sink_map = sink_map_of(decoder, {"model.layers.3.mlp.down_proj": 0.9})
+    aware = make_plan(decoder.shape("tiny"), sink_map, recipe)
+    assert aware.modules["model.layers.3.mlp.down_proj"].bits == 8
+    assert make_control(decoder.shape("tiny"), sink_map, recipe, aware).weight_bytes
+
+
+def test_a_budget_is_solved_for_the_engine() -> None:
+    assert Recipe().replace(["engine=vllm-cpu", "budget.bits=6"]).budget.engine == "vllm-cpu"
+    assert Recipe().replace(["engine=vllm-cpu", "budget.bits=6"]).budget.solved
+    assert not Recipe().replace(["engine=vllm-cpu", "budget.bits=6", "budget.solver=even"]).budget.solved
+    assert Recipe().replace(["engine=vllm-cpu"]).budget.engine == "any"
