@@ -9,7 +9,7 @@ import pytest
 from sinkquant.schemes import INTEGERS, Loads, WeightFormat
 from sinkquant.schemes.table import engine_table, out_of_reach
 
-PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "engines.md"
 
 
 def test_the_page_shows_the_rows() -> None:
