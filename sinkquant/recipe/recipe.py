@@ -31,8 +31,8 @@ class Recipe(Section):
     """The whole request. `Recipe()` is the default recipe; `Recipe.load` reads a file or a packaged name.
 
     `backend`: whose files the checkpoint is made of. What a backend cannot hold is refused before anything is computed.
-    `engine`: what is to run the checkpoint (docs/guides/engines.md). A plan that it does not run is refused, with what the
-    engine table says; a budget without a solver of its own is then solved for among the formats that it runs.
+    `engine`: what is to run the checkpoint (docs/guides/engines.md). A plan that it does not run is refused, with what
+    the engine table says; a budget without a solver of its own is then solved for among the formats that it runs.
     """
 
     name: str = "custom"
