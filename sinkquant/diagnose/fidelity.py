@@ -66,20 +66,21 @@ class SinkComparison:
     Args:
         sinks: the sink tokens of the original, as `detect` finds them.
         text: a file of text; None for the recipe's evaluation text, or the packaged one.
+        rows: of 128 tokens; fewer are faster, and their nulls wider.
 
     Raises:
         RequestError: the text is too short.
     """
 
     def __init__(self, original: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sinks: Sequence[SinkToken],
-                 recipe: Recipe | None = None, text: str | list[str] | None = None) -> None:
+                 recipe: Recipe | None = None, text: str | list[str] | None = None, rows: int = ROWS) -> None:
         self.recipe, self.tokenizer, self.sinks = recipe or Recipe(), tokenizer, sinks
         settings = self.recipe.compute
         self.compute = Compute(pick_device(settings.device), getattr(torch, settings.dtype), self.recipe.seed)
         self.original, decoder = original, Decoder.of(original)
         self.with_bos = starts_with_bos(tokenizer, self.recipe.calibration.bos)
         content = read_text(text or self.recipe.evaluate.text, "evaluation", tokenizer)
-        self.rows = token_rows(tokenizer, content, ROWS, min(LENGTH, decoder.max_length), self.recipe.calibration.bos,
+        self.rows = token_rows(tokenizer, content, rows, min(LENGTH, decoder.max_length), self.recipe.calibration.bos,
                                decoder.vocabulary, "evaluation text")
         self.marked = mark_sinks(self.rows, sinks)
         self._known: Looked | None = None

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from sinkquant.artifacts import SinkMap
 from sinkquant.artifacts.explanation import Cause
-from sinkquant.explain.parts import Part, put_back
+from sinkquant.explain.parts import Part, first_block, put_back
 from sinkquant.explain.patterns import Evidence, findings
 from sinkquant.explain.remedies import remedy
 from sinkquant.models.smaller import HeadCounts
@@ -24,15 +24,16 @@ class Measuring:
     """What every counterfactual is held against.
 
     Attributes:
-        loss: of the checkpoint as it is served, nats per token. measure: the same with what is changed just now.
+        loss: of the checkpoint as it is served, nats per token. measure: the same with what is changed just now, which
+            begins in the block that it is given.
     """
 
     loss: float
-    measure: Callable[[], float]
+    measure: Callable[[int], float]
 
-    def removes(self) -> tuple[float, float]:
-        """The loss now, and the share of the whole that is gone."""
-        now = self.measure()
+    def removes(self, first: int = 0) -> tuple[float, float]:
+        """The loss now, and the share of the whole that is gone. first: block that the change begins in, or 0."""
+        now = self.measure(first)
         return now, 1 - now / self.loss
 
 
@@ -51,7 +52,7 @@ def cause_in(parts: list[Part], shares: Mapping[str, torch.Tensor], whole: tuple
         for finding in findings(_evidence(part, shares[part.name], model, sink_map)):
             values = {part.name: finding.mended.to(part.quantized.dtype), **{one.name: one.quantized for one in others}}
             with put_back([part, *others], values):
-                after, removes = measuring.removes()
+                after, removes = measuring.removes(first_block(parts))
             if removes > 0 and removes >= MOST * whole[1]:
                 return Cause(kind=finding.kind, where=name, kl_after=after, removes=removes,
                              sentence=f"In {name}, {finding.what}: {finding.done} removes {percent(removes)} of the "

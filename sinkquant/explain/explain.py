@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +29,7 @@ from sinkquant.explain.settings import (
     text_changes,
     tokenization_cause,
 )
-from sinkquant.explain.stream import loss_with_sinks_exact, massive_changes
+from sinkquant.explain.stream import Stream, from_block, loss_with_sinks_exact, massive_changes, recorded
 from sinkquant.explain.verify import verified
 from sinkquant.explain.weights import ALONE, WeightLosses, weight_losses
 from sinkquant.formats import open_checkpoint, rounds_inputs, versions
@@ -43,6 +44,8 @@ from sinkquant.schemes.codecs.reading import dense_of
 Progress = Callable[[int, int, str], None]
 ROWS, LENGTH = 8, 128
 TOKENS, HEADS = 12, 8
+SINK_ROWS = 16
+"""Of 128 tokens, that the sinks of both are compared on."""
 NOTHING = 1e-7
 """KL in nats below which nothing is to be explained: the noise of float32."""
 HEAD_MOVED = 0.02
@@ -97,18 +100,22 @@ def explain(checkpoint: str, baseline: str, *, text: str | list[str] | None = No
     made: dict[str, Any] = {"checkpoint": checkpoint, "model": baseline, "settings": settings, "notes": notes,
                             "versions": versions()}
     stored = getattr(read_config(opened.folder, trust_remote_code).get_text_config(decoder=True), "dtype", None)
-    step("whether all numbers are finite")
-    broken = finite_cause(model, probe, stored)
+    step("the loss as it is served")
+    with recorded(model) as stream:
+        tokens = probe.kl(model)
+    broken = finite_cause(model, probe, tokens, stored)
     if broken is not None and broken.removes is None:
         return Explanation(kl=None, sentence=broken.sentence, causes=[broken], **made)
-    step("the loss as it is served")
-    tokens = probe.kl(model)
     loss = float(tokens.mean())
     made |= {"kl": loss, "positions": by_position(tokens), "tokens": _worst(tokens, probe, tokenizer)}
     if loss < NOTHING and broken is None:
         return Explanation(sentence="Nothing is lost: the checkpoint predicts what the baseline predicts on this text "
                                     f"(KL {loss:.1g}).", **made)
-    measuring = Measuring(max(loss, NOTHING), lambda: probe.loss(model))
+    def measure(first: int) -> float:
+        with contextlib.nullcontext() if opened.kv else from_block(model, stream, first):
+            return probe.loss(model)
+
+    measuring = Measuring(max(loss, NOTHING), measure)
     causes = [broken] if broken else []
     causes += _of_serving(probe, model, measuring, opened, original)
     parts = parts if _comparable(opened, notes) else []
@@ -124,7 +131,7 @@ def explain(checkpoint: str, baseline: str, *, text: str | list[str] | None = No
         made |= {"modules": found.modules, "layers": found.layers, "roles": found.roles}
     if sinks and known is not None:
         step("the sinks")
-        causes += _of_sinks(probe, model, known, measuring, causes, recipe, tokenizer, made, notes)
+        causes += _of_sinks(probe, model, stream, known, measuring, causes, recipe, tokenizer, made, notes)
     causes.sort(key=lambda one: -(1.0 if one.removes is None else one.removes))
     if verify and known is not None:
         asked = Recipe.parse(opened.recipe, "the checkpoint's recipe") if opened.recipe else recipe
@@ -182,22 +189,24 @@ def _of_serving(probe: Probe, model: PreTrainedModel, measuring: Measuring, open
     return [one for one in found if one is not None]
 
 
-def _of_sinks(probe: Probe, model: PreTrainedModel, known: SinkMap, measuring: Measuring, causes: list[Cause],
-              recipe: Recipe, tokenizer: PreTrainedTokenizerBase, made: dict[str, Any],
+def _of_sinks(probe: Probe, model: PreTrainedModel, stream: Stream, known: SinkMap, measuring: Measuring,
+              causes: list[Cause], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, made: dict[str, Any],
               notes: list[str]) -> list[Cause]:
     """Fills in what became of the sinks. A cause of its own only where no other explains most of the loss."""
-    fidelity = SinkComparison(probe.original, tokenizer, known.tokens, recipe).compare(model)
+    fidelity = SinkComparison(probe.original, tokenizer, known.tokens, recipe, rows=SINK_ROWS).compare(model)
     moved = [HeadChange(layer=layer, head=head, before=before, after=after)
              for layer, (ones, others) in enumerate(zip(fidelity.mass_before, fidelity.mass, strict=True))
              for head, (before, after) in enumerate(zip(ones, others, strict=True))
              if abs(after - before) >= HEAD_MOVED]
     moved.sort(key=lambda one: -abs(one.after - one.before))
-    made |= {"sinks": fidelity.verdict, "sinks_sentence": fidelity.sentence, "heads": moved[:HEADS],
-             "massive": massive_changes(probe.original, model, probe.rows, recipe.detect.massive_ratio)}
-    if probe.served != probe.front or probe.kv is not None:
+    made |= {"sinks": fidelity.verdict, "sinks_sentence": fidelity.sentence, "heads": moved[:HEADS]}
+    if probe.kv is not None:  # the blocks were run in pieces
+        return []
+    made["massive"] = massive_changes(probe.stream, stream, recipe.detect.massive_ratio)
+    if probe.served != probe.front:
         return []
     marked = mark_sinks(probe.rows, known.tokens)
-    after = loss_with_sinks_exact(probe.original, model, probe.rows, marked, measuring.measure)
+    after = loss_with_sinks_exact(probe.stream, model, probe.rows, marked, lambda: measuring.measure(0))
     removes = 1 - after / measuring.loss
     notes.append(f"with the sink tokens carrying what they carry in the baseline, after every block, "
                  f"{percent(removes)} of the loss is gone")

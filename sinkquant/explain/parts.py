@@ -67,6 +67,11 @@ def different_parts(original: PreTrainedModel, quantized: PreTrainedModel) -> li
     return found
 
 
+def first_block(parts: Iterable[Part]) -> int:
+    """The block before which nothing of them is; 0 where one is outside the blocks."""
+    return max(0, min(part.layer for part in parts))
+
+
 @contextlib.contextmanager
 def put_back(parts: Iterable[Part], values: Mapping[str, torch.Tensor] | None = None) -> Iterator[None]:
     """Let some parameters hold their unquantized values while the context is open, or other ones, by name."""

@@ -109,10 +109,12 @@ def _same(one: Any, two: Any) -> bool:
     return bool(one == two)
 
 
-def finite_cause(model: PreTrainedModel, probe: Probe, stored: torch.dtype | None) -> Cause | None:
-    """Numbers that are not finite: at all, or in float16 where the checkpoint is stored in that."""
+def finite_cause(model: PreTrainedModel, probe: Probe, tokens: torch.Tensor,
+                 stored: torch.dtype | None) -> Cause | None:
+    """Numbers that are not finite: in `tokens`, the KL of every one, or in float16 where the checkpoint is stored in
+    that."""
     with torch.no_grad():
-        if not torch.isfinite(probe.kl(model)).all():
+        if not torch.isfinite(tokens).all():
             where = first_broken(model, probe.rows[:1])
             return Cause(kind="not finite", where=where, removes=None, kl_after=None,
                          sentence=f"What {where} gives is not finite, so that nothing is predicted.",

@@ -4,6 +4,7 @@ the sink tokens carry."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,8 @@ from sinkquant.artifacts.explanation import MassiveChange
 from sinkquant.models import Decoder
 
 SHOWN = 4
+Stream = list[list[torch.Tensor]]
+"""By row and block: the block's output, [1, length, hidden_size]."""
 Hook = Callable[[int, torch.Tensor], torch.Tensor | None]
 
 
@@ -37,65 +40,74 @@ def after_blocks(model: PreTrainedModel, look: Hook) -> Iterator[None]:
             handle.remove()
 
 
-def massive_changes(original: PreTrainedModel, quantized: PreTrainedModel, rows: torch.Tensor,
-                    ratio: float) -> list[MassiveChange]:
-    """Channels whose largest |h| is at least `ratio` times the median of a block's output, the largest first."""
-    before, medians = _peaks(original, rows)
-    after, _ = _peaks(quantized, rows)
-    over = (before / medians[:, None].clamp(min=1e-30)).amax(0) >= ratio
-    channels = sorted(torch.nonzero(over).flatten().tolist(), key=lambda c: -float(before[:, c].max()))[:SHOWN]
-    return [MassiveChange(channel=c, before=before[:, c].tolist(), after=after[:, c].tolist()) for c in channels]
-
-
-def _peaks(model: PreTrainedModel, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of every block's output: largest |h| by channel [blocks, hidden_size], and the median |h| [blocks]."""
-    blocks = len(Decoder.of(model).blocks)
-    found: list[list[torch.Tensor]] = [[] for _ in range(blocks)]
-    medians: list[list[torch.Tensor]] = [[] for _ in range(blocks)]
+@contextlib.contextmanager
+def recorded(model: PreTrainedModel) -> Iterator[Stream]:
+    """What every block gives for the rows that are run while the context is open, one row at a time."""
+    found: Stream = []
 
     def look(index: int, output: torch.Tensor) -> None:
-        size = output.detach().float().abs().flatten(0, -2)
-        found[index].append(size.amax(0).cpu())
-        medians[index].append(size.median().cpu())
+        if index == 0:
+            found.append([])
+        found[-1].append(output.detach().clone())
 
-    with torch.no_grad(), after_blocks(model, look):
-        for row in rows.split(1):
-            model(row.to(model.device), use_cache=False)
-    return (torch.stack([torch.stack(one).amax(0) for one in found]),
-            torch.stack([torch.stack(one).mean() for one in medians]))
+    with after_blocks(model, look):
+        yield found
 
 
-def _carried(model: PreTrainedModel, row: torch.Tensor, here: torch.Tensor) -> list[torch.Tensor]:
-    """What some tokens of a row [1, length] carry after every block, [tokens, hidden_size]. here: bool [length]."""
-    found: list[torch.Tensor] = []
+@contextlib.contextmanager
+def from_block(model: PreTrainedModel, stream: Stream, first: int) -> Iterator[None]:
+    """Let the blocks before `first` give what they gave when `stream` was recorded, on the same rows in their order:
+    what is changed behind them does not change them."""
+    blocks, turn = list(Decoder.of(model).blocks)[:first], itertools.cycle(stream)
 
-    def look(_: int, output: torch.Tensor) -> None:
-        found.append(output[0, here.to(output.device)].clone())
+    def passed(*args: Any, **named: Any) -> Any:
+        return args[0] if args else named["hidden_states"]
 
-    with torch.no_grad(), after_blocks(model, look):
-        model(row.to(model.device), use_cache=False)
-    return found
+    def given(*_: Any, **__: Any) -> torch.Tensor:
+        return next(turn)[first - 1]
+
+    try:
+        for block in blocks:
+            block.forward = given if block is blocks[-1] else passed
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
 
 
-def loss_with_sinks_exact(original: PreTrainedModel, quantized: PreTrainedModel, rows: torch.Tensor,
-                          marked: torch.Tensor, measure: Callable[[], float]) -> float:
+def massive_changes(before: Stream, after: Stream, ratio: float) -> list[MassiveChange]:
+    """Channels whose largest |h| is at least `ratio` times the median of a block's output, the largest first."""
+    one, medians = _peaks(before)
+    two, _ = _peaks(after)
+    over = (one / medians[:, None].clamp(min=1e-30)).amax(0) >= ratio
+    channels = sorted(torch.nonzero(over).flatten().tolist(), key=lambda c: -float(one[:, c].max()))[:SHOWN]
+    return [MassiveChange(channel=c, before=one[:, c].tolist(), after=two[:, c].tolist()) for c in channels]
+
+
+def _peaks(stream: Stream) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of every block's output: largest |h| by channel [blocks, hidden_size], and the median |h| [blocks]."""
+    sizes = [[output.float().abs().flatten(0, -2).cpu() for output in row] for row in stream]
+    return (torch.stack([torch.stack([size.amax(0) for size in row]) for row in sizes]).amax(0),
+            torch.stack([torch.stack([size.median() for size in row]) for row in sizes]).mean(0))
+
+
+def loss_with_sinks_exact(stream: Stream, quantized: PreTrainedModel, rows: torch.Tensor, marked: torch.Tensor,
+                          measure: Callable[[], float]) -> float:
     """What `measure` gives while the sink tokens carry what they carry in the original, after every block.
 
     Args:
-        rows: int64 [rows, length], which `measure` runs one by one in this order. marked: bool, alike: the sinks.
+        stream: the original's, of these rows. rows: int64 [rows, length], which `measure` runs one by one in this
+            order. marked: bool, alike: the sinks.
     """
-    kept: list[list[torch.Tensor]] = []
-    for row, here in zip(rows.split(1), marked, strict=True):
-        kept.append(_carried(original, row, here))
     place = [0]
 
     def mend(index: int, output: torch.Tensor) -> torch.Tensor | None:
         if output.shape[:2] != (1, rows.shape[1]):  # no row: the output head is read without the blocks
             return None
         row = place[0] % len(rows)
-        changed = output.clone()
-        changed[0, marked[row].to(output.device)] = kept[row][index].to(output.device, output.dtype)
-        place[0] += index == len(kept[row]) - 1
+        changed, here = output.clone(), marked[row].to(output.device)
+        changed[0, here] = stream[row][index][0].to(output.device, output.dtype)[here]
+        place[0] += index == len(stream[row]) - 1
         return changed
 
     with after_blocks(quantized, mend):

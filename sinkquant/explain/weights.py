@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from sinkquant.artifacts import SinkMap
 from sinkquant.artifacts.explanation import Cause, PartLoss
 from sinkquant.explain.diagnose import Measuring, cause_in, percent
-from sinkquant.explain.first_order import first_order
-from sinkquant.explain.parts import Part, put_back
+from sinkquant.explain.first_order import MIDDLE, NODES, first_order
+from sinkquant.explain.parts import Part, first_block, put_back
 from sinkquant.explain.probe import Probe
 from sinkquant.explain.remedies import remedy
 
@@ -40,7 +40,7 @@ def weight_losses(probe: Probe, model: PreTrainedModel, parts: list[Part], measu
                   sink_map: SinkMap | None, next_step: Callable[[str], None]) -> WeightLosses:
     """Modules, layers and roles by their part in the loss, and the causes that are found in them."""
     next_step("the part of every module")
-    by_name, _ = first_order(probe, model, parts)
+    by_name, _ = first_order(probe, model, parts, NODES)
     modules = _by(parts, lambda part: part.module)
     losses = _losses(modules, by_name)
     largest = [one.name for one in losses[:CONFIRMED]]
@@ -49,10 +49,11 @@ def weight_losses(probe: Probe, model: PreTrainedModel, parts: list[Part], measu
     for name in largest:
         next_step(f"putting back {name}")
         with put_back(modules[name]):
-            confirmed[name] = measuring.removes()
+            confirmed[name] = measuring.removes(first_block(modules[name]))
     next_step("putting back all of these")
-    with put_back([part for name in largest for part in modules[name]]):
-        together = measuring.removes()[1]
+    whole = [part for name in largest for part in modules[name]]
+    with put_back(whole):
+        together = measuring.removes(first_block(whole))[1]
     order = sorted(confirmed, key=lambda name: -confirmed[name][1])
     causes = _causes(probe, model, [modules[name] for name in order[:LOOKED_INTO]], confirmed, measuring, sink_map,
                      next_step)
@@ -64,7 +65,7 @@ def weight_losses(probe: Probe, model: PreTrainedModel, parts: list[Part], measu
         for place, one in enumerate(ranked[:GROUPS] if len(found) > 1 else []):
             next_step(f"putting back {kind} {one.name}")
             with put_back(found[one.name]):
-                after, removes = measuring.removes()
+                after, removes = measuring.removes(first_block(found[one.name]))
             ranked[place] = one.model_copy(update={"removes": removes})
             if kind == "role" and len(found[one.name]) > 1 and confirmed[order[0]][1] < ALONE:
                 causes.append(_of_role(one.name, found[one.name], after, removes))
@@ -78,8 +79,7 @@ def _causes(probe: Probe, model: PreTrainedModel, chosen: list[list[Part]], conf
             measuring: Measuring, sink_map: SinkMap | None, next_step: Callable[[str], None]) -> list[Cause]:
     """The causes inside the modules that remove most."""
     next_step("looking into the largest of them")
-    _, single = first_order(probe, model, [part for parts in chosen for part in parts],
-                            [part.name for parts in chosen for part in parts])
+    _, single = first_order(probe, model, [part for parts in chosen for part in parts], MIDDLE, in_full=True)
     return [cause_in(parts, single, confirmed[parts[0].module], measuring, model, sink_map) for parts in chosen]
 
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import quantized
 from commands import call
 from families import tiny_model
@@ -15,6 +16,10 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import PreTrainedModel
 
 import sinkquant as sq
+from sinkquant.explain.parts import different_parts, first_block, put_back
+from sinkquant.explain.probe import Probe
+from sinkquant.explain.stream import from_block, recorded
+from sinkquant.models import read_text, token_rows
 
 SMALL = ["detect.rows=8", "detect.long_rows=1"]
 
@@ -107,3 +112,21 @@ def test_another_model_is_refused(tiny_folder, text_file, tmp_path):
     done = call("explain", folder, "--baseline", tiny_folder, "--text", text_file)
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert "not that model quantized" in done.err
+
+
+def test_a_change_is_measured_from_its_block_on_to_the_same_bits(rounded, tiny_folder, text_file):
+    """The blocks before it are not run again, and nothing changes by that."""
+    base, model = sq.load(tiny_folder, torch.float32)[0], sq.load(rounded, torch.float32)[0]
+    rows = token_rows(tiny_tokenizer(), read_text(text_file, "evaluation"), 2, 16, "never")
+    probe = Probe.of(base, rows, (), ())
+    with recorded(model) as stream:
+        probe.kl(model)
+    last = len(stream[0]) - 1
+    parts = [part for part in different_parts(base, model) if part.layer == last]
+    with put_back(parts):
+        whole = probe.kl(model)
+        with from_block(model, stream, first_block(parts)):
+            assert torch.equal(probe.kl(model), whole)
+    assert first_block(parts) == last > 0
+    assert not torch.equal(probe.kl(model), whole)
+    assert len(probe.stream) == len(rows)
