@@ -78,9 +78,10 @@ def test_step_by_step(tmp_path, tiny_folder, text_file):
     assert alone.code == 0
     assert "not measured: there is no control" in alone.out
 
+    page = (output / "report.html").read_bytes()
     (output / "report.html").unlink()
     assert call("report", output).code == 0
-    assert (output / "report.html").is_file()
+    assert (output / "report.html").read_bytes() == page
     compared = call("report", output, output, "-o", tmp_path / "two.html")
     assert compared.code == 0
     assert "2 runs side by side" in (tmp_path / "two.html").read_text(encoding="utf-8")
