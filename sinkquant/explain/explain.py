@@ -44,7 +44,7 @@ from sinkquant.schemes.codecs.reading import dense_of
 Progress = Callable[[int, int, str], None]
 ROWS, LENGTH = 8, 128
 TOKENS, HEADS = 12, 8
-SINK_ROWS = 16
+SINK_ROWS = 8
 """Of 128 tokens, that the sinks of both are compared on."""
 NOTHING = 1e-7
 """KL in nats below which nothing is to be explained: the noise of float32."""
