@@ -17,6 +17,9 @@ def further(sink_map: SinkMap, shown: int | None = None) -> Iterator[str]:
     """
     if sink_map.emergence is not None:
         yield _emergence(sink_map.emergence)
+    for one in sink_map.super_experts[:shown]:
+        yield (f"Super expert {one.expert} of {one.experts}: its output reaches {one.output:,.0f}, that of no other "
+               f"expert more than {one.null:,.0f}; without it the massive activations are gone")
     if sink_map.head_roles:
         yield from _roles(sink_map.head_roles, shown)
     if sink_map.residual_sinks:

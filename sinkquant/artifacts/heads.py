@@ -40,7 +40,8 @@ class HeadAblation(Strict):
 
     `module` is the output projection that reads the head, `start` and `stop` the input columns that it reads there.
     `loss_change`: mean over tokens of |loss without the head - loss with it|, nats per token; `together`: the same
-    with all heads before it in the list taken out as well.
+    with all heads before it in the list taken out as well. `massive_left`: how much of the largest massive activation
+    is left without it, 1 for all of it; null where there is none.
     """
 
     layer: int
@@ -50,17 +51,28 @@ class HeadAblation(Strict):
     stop: int
     loss_change: float
     together: float
+    massive_left: float | None = None
+
+
+class SparedHead(Strict):
+    """A no-op head without which a massive activation loses more than half of its size, so that it stays."""
+
+    layer: int
+    head: int
+    massive_left: float
 
 
 class HeadAblations(Strict):
     """The no-op heads of a model, the one that changes least first. `texts` are those on which every one of them was
     one, `rows` the rows of each that the ablations ran on; `weights` [layer][head] is the norm of the output
-    projection's columns of every head, by which a control may choose that knows nothing of attention."""
+    projection's columns of every head, by which a control may choose that knows nothing of attention. `spared` are
+    no-ops that are not in the list since they make massive activations; none with `prune.massive`."""
 
     texts: list[str]
     rows: int
     heads: list[HeadAblation]
     weights: list[list[float]] = Field(default_factory=list)
+    spared: list[SparedHead] = Field(default_factory=list)
 
 
 class SilencedHead(Strict):

@@ -161,8 +161,8 @@ class ExpertStatistics(Strict):
     """The experts of one layer; every list has a number for each of them.
 
     `tokens`: how many went to it, `sink_tokens`: of these the sinks. `input_max`: the largest input of its gate and up
-    projections, and without sink tokens; `down_input_max`: of its down projection, empty where that cannot be computed
-    from outside.
+    projections, and without sink tokens; `down_input_max`: of its down projection; `output_max`: the largest that this
+    one gives. The last two are empty where they cannot be computed from outside.
     """
 
     tokens: list[int]
@@ -171,6 +171,17 @@ class ExpertStatistics(Strict):
     input_max_without_sinks: list[float]
     down_input_max: list[float]
     down_input_max_without_sinks: list[float]
+    output_max: list[float] = Field(default_factory=list)
+
+
+class SuperExpert(Strict):
+    """An expert that makes massive activations (arXiv 2507.23279). `experts`: module name of its layer's experts.
+    `output`: the largest output of its down projection; `null`: that of the experts that are no super experts."""
+
+    experts: str
+    expert: int
+    output: float
+    null: float
 
 
 class OutlierPrefix(Strict):
@@ -222,6 +233,7 @@ class SinkMap(Artifact):
     super_weights: list[SuperWeight]
     modules: dict[str, ModuleStatistics]
     experts: dict[str, ExpertStatistics] = Field(default_factory=dict)
+    super_experts: list[SuperExpert] = Field(default_factory=list)
     outlier_prefix: OutlierPrefix | None = None
     head_roles: list[list[HeadRole]] = Field(default_factory=list)
     head_ablations: HeadAblations | None = None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sinkquant.artifacts import Head
-from sinkquant.artifacts.heads import HeadAblation, HeadAblations
+from sinkquant.artifacts.heads import HeadAblation, HeadAblations, SparedHead
 from sinkquant.detect.detector import Detector, Found
 from sinkquant.detect.heads import describe_heads
 from sinkquant.detect.table import AttentionTable
@@ -25,6 +25,9 @@ ROWS = 16
 """Rows of every text that the ablations run on."""
 PER_WALK = 8
 """Ablations that share a walk: each keeps hidden states of its own."""
+
+MADE = 0.5
+"""A head makes a massive activation if less than this share of it is left without the head."""
 
 Place = tuple[int, int]
 """Layer and head."""
@@ -45,20 +48,38 @@ class NoOpHeads(Detector):
         evaluation = token_rows(found.tokenizer, read_text(self.recipe.evaluate.text, "evaluation", found.tokenizer),
                                 len(rows), rows.shape[1], self.recipe.calibration.bos, self.decoder.vocabulary,
                                 "evaluation text")
-        ablator = HeadAblator(self.decoder, self.settings, found.device, found.dtype, found.progress)
+        massive = max((channel for channels in found.massive for channel in channels), key=lambda one: one.peak,
+                      default=None)
+        ablator = HeadAblator(self.decoder, self.settings, found.device, found.dtype, found.progress,
+                              None if massive is None else massive.channel, self.recipe.prune.massive)
         return {"head_ablations": ablator.run(found.fields["heads"], {"calibration": rows, "evaluation": evaluation},
                                               found.sinks.mask)}
 
 
 @dataclass(frozen=True)
+class HeadTrial:
+    """What changes without some heads, as a `HeadAblation` says it."""
+
+    loss_change: float
+    massive_left: float | None
+
+
+@dataclass(frozen=True)
 class HeadAblator:
-    """Takes heads out of a decoder and looks at the loss."""
+    """Takes heads out of a decoder and looks at the loss, and at the largest massive activation.
+
+    Attributes:
+        channel: of the residual stream, with the largest massive activation; None where there is none.
+        massive: whether heads may go without which little of that is left.
+    """
 
     decoder: Decoder
     settings: Detection
     device: str
     dtype: torch.dtype
     progress: Progress | None = None
+    channel: int | None = None
+    massive: bool = False
 
     def run(self, known: list[list[Head]], texts: Mapping[str, torch.Tensor],
             sinks: Callable[[torch.Tensor], torch.Tensor]) -> HeadAblations:
@@ -78,7 +99,11 @@ class HeadAblator:
             if asleep:
                 asleep &= no_ops(self._describe(rows, sinks(rows)))
         rows = torch.cat([rows[:ROWS] for rows in texts.values()])
-        alone = dict(zip(sorted(asleep), self.changes(rows, [[place] for place in sorted(asleep)]), strict=True))
+        trials = dict(zip(sorted(asleep), self.trials(rows, [[place] for place in sorted(asleep)]), strict=True))
+        left = {place: trial.massive_left for place, trial in trials.items()}
+        making = {place: kept for place, kept in left.items()
+                  if kept is not None and kept < MADE and not self.massive}
+        alone = {place: trial.loss_change for place, trial in trials.items() if place not in making}
         order = sorted(alone, key=lambda place: (alone[place], place))
         together = self.changes(rows, [order[:count + 1] for count in range(len(order))])
         heads = []
@@ -86,27 +111,41 @@ class HeadAblator:
             module, parts = columns[place[0]]
             part = parts[place[1]]
             heads.append(HeadAblation(layer=place[0], head=place[1], module=module, start=part.start, stop=part.stop,
-                                      loss_change=alone[place], together=change))
-        return HeadAblations(texts=list(texts), rows=ROWS, heads=heads, weights=self._weights())
+                                      loss_change=alone[place], together=change, massive_left=left[place]))
+        return HeadAblations(texts=list(texts), rows=ROWS, heads=heads, weights=self._weights(), spared=[
+            SparedHead(layer=layer, head=head, massive_left=kept) for (layer, head), kept in sorted(making.items())])
 
     def changes(self, rows: torch.Tensor, sets: list[list[Place]]) -> list[float]:
         """Mean |change| of the next token's loss, nats per token, for every set of heads that is taken out at once."""
+        return [trial.loss_change for trial in self.trials(rows, sets)]
+
+    def trials(self, rows: torch.Tensor, sets: list[list[Place]]) -> list[HeadTrial]:
+        """What changes without every set of heads that is taken out at once."""
         found = []
         for start in range(0, len(sets), PER_WALK):
             trials = sets[start:start + PER_WALK]
             walk = Walk(self.decoder, rows, self.settings.batch_size, self.device, self.dtype)
             hidden: dict[int, torch.Tensor] = {}
+            peaks, whole = [0.0] * len(trials), 0.0
             for step in walk.steps():
                 for index, trial in enumerate(trials):
                     mine = [head for layer, head in trial if layer == step.index]
                     if mine or index in hidden:
                         with self._without(step.index, mine):
                             hidden[index] = step.replay(hidden.get(index, walk.hidden))
+                        peaks[index] = max(peaks[index], self._peak(hidden[index]))
+                whole = max(whole, here := self._peak(step.run()))
+                peaks = [peak if index in hidden else max(peak, here) for index, peak in enumerate(peaks)]
                 if self.progress:
                     self.progress(step.index + 1, len(self.decoder.blocks), "taking heads out")
             base = walk.losses().double()
-            found += [float((walk.losses(hidden[index]).double() - base).abs().mean()) for index in range(len(trials))]
+            found += [HeadTrial(float((walk.losses(hidden[index]).double() - base).abs().mean()),
+                                peak / whole if whole > 0 else None) for index, peak in enumerate(peaks)]
         return found
+
+    def _peak(self, states: torch.Tensor) -> float:
+        """The largest value of the massive channel in [rows, length, hidden_size]; 0 where there is none."""
+        return 0.0 if self.channel is None else float(states[..., self.channel].abs().max())
 
     def _describe(self, rows: torch.Tensor, sinks: torch.Tensor) -> list[list[Head]]:
         table = AttentionTable()

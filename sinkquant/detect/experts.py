@@ -1,4 +1,5 @@
-"""What the experts of every layer read, with and without sink tokens, and which of them the sinks go to.
+"""What the experts of every layer read, with and without sink tokens, which of them the sinks go to, and which make
+the massive activations: the super experts (Su et al. 2507.23279).
 
 The hidden states that a layer's experts are handed and the choices of its router are seen; what an expert's down
 projection reads follows from them and its weights. As with other linears, which tokens are sinks is known only when the
@@ -8,14 +9,15 @@ walk is over, so that a few numbers per token and chosen expert are kept.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
-from sinkquant.artifacts.sinkmap import ExpertStatistics
+from sinkquant.artifacts.sinkmap import ExpertStatistics, SuperExpert
 from sinkquant.detect.detector import Detector, Found
 from sinkquant.detect.evidence import Survey
 from sinkquant.models import Decoder, Step
@@ -29,12 +31,16 @@ from sinkquant.models.experts import (
 from sinkquant.models.on_disk import TOKENS, one_expert
 from sinkquant.recipe import Recipe
 
+QUANTILE = 0.995
+"""Of the largest outputs of all experts; a super expert's is over it."""
+
 
 class Experts(Detector):
     """What the sinks do to the experts of every layer."""
 
-    fields = ("experts",)
-    null = "without sinks no expert has any of their tokens"
+    fields = ("experts", "super_experts")
+    null = ("without sinks no expert has any of their tokens, and without massive activations none is a super expert; "
+            "beside each stands the largest output of the experts that are none")
 
     def __init__(self, decoder: Decoder, recipe: Recipe, name: str | None = None) -> None:
         super().__init__(decoder, recipe, name)
@@ -46,7 +52,31 @@ class Experts(Detector):
 
     def result(self, found: Found) -> dict[str, Any]:
         """By the name of a layer's experts."""
-        return {"experts": self.recorder.summary(found.sinks.mask(found.surveys[-1].rows))}
+        experts = self.recorder.summary(found.sinks.mask(found.surveys[-1].rows))
+        places = {channel.born for channels in found.massive for channel in channels}
+        born = {int(place.split(".")[1]) for place in places if place != "embedding"}
+        if (emergence := found.fields["emergence"]) is not None:
+            born.add(emergence.block)
+        return {"experts": experts, "super_experts": super_experts(experts, self.decoder.block_of, born)}
+
+
+def super_experts(experts: dict[str, ExpertStatistics], block_of: Callable[[str], int],
+                  born: Collection[int]) -> list[SuperExpert]:
+    """The experts that make massive activations, by the paper's criterion: what the down projection gives is over
+    `QUANTILE` of all experts' and over a tenth of the largest, in a block in which massive activations are born.
+
+    Args:
+        experts: by the name of a layer's experts. block_of: such a name -> the index of its block.
+    """
+    outputs = [(value, owner, index) for owner, one in experts.items() for index, value in enumerate(one.output_max)]
+    if not outputs or not born:
+        return []
+    values = torch.tensor([value for value, _, _ in outputs], dtype=torch.float64)
+    least = max(float(torch.quantile(values, QUANTILE)), 0.1 * float(values.max()))
+    found = [(value, owner, index) for value, owner, index in outputs if value > least and block_of(owner) in born]
+    null = max((value for value, owner, index in outputs if (value, owner, index) not in found), default=0.0)
+    return [SuperExpert(experts=owner, expert=index, output=value, null=null)
+            for value, owner, index in sorted(found, key=lambda one: (-one[0], one[1], one[2]))]
 
 
 class ExpertRecorder:
@@ -108,6 +138,7 @@ class _Layer:
         self.chosen: list[torch.Tensor] = []
         self.up: list[torch.Tensor] = []
         self.down: torch.Tensor | None = None
+        self.output: list[float] = []
         self.states: torch.Tensor | None = None
 
     def add(self, states: torch.Tensor, chosen: torch.Tensor) -> None:
@@ -125,13 +156,15 @@ class _Layer:
         """Compute what the down projections read, one expert after the other."""
         assert self.states is not None
         chosen, module = torch.cat(self.chosen), step.walk.decoder.model.get_submodule(owner)
-        self.down = torch.zeros(chosen.shape)
+        self.down, self.output = torch.zeros(chosen.shape), [0.0] * self.experts
         for index in those_chosen(chosen, self.experts):
             token, slot = torch.where(chosen == index)
             with one_expert(module, index, step.on_disk.get(owner)) as (one, place):
                 for mine, where in zip(token.split(TOKENS), slot.split(TOKENS), strict=True):
                     read = read_by_expert(one, place, self.states[mine].to(step.walk.device))
                     self.down[mine, where] = read.float().abs().amax(1).cpu()
+                    given = functional.linear(read, one.down_proj[place])  # type: ignore[index]
+                    self.output[index] = max(self.output[index], float(given.float().abs().max()))
         self.states = None
 
     def summary(self, sinks: torch.Tensor) -> ExpertStatistics:
@@ -154,4 +187,4 @@ class _Layer:
         down_max, down_without = both(self.down) if self.down is not None else ([], [])
         return ExpertStatistics(tokens=counts[0], sink_tokens=counts[1], input_max=up_max,
                                 input_max_without_sinks=up_without, down_input_max=down_max,
-                                down_input_max_without_sinks=down_without)
+                                down_input_max_without_sinks=down_without, output_max=self.output)

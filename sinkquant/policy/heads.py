@@ -28,6 +28,11 @@ def with_silenced_heads(plan: Plan, sink_map: SinkMap, recipe: Recipe) -> Plan:
                                         f"token changes by {head.loss_change:.2g} nats, {head.together:.2g} together "
                                         "with the heads before it"))
     notes = [*plan.notes, *([] if silenced else [_nothing(found, bound)])]
+    if found.spared:
+        named = ", ".join(f"head {one.head} of layer {one.layer} ({one.massive_left:.0%} would be left)"
+                          for one in found.spared)
+        notes.append(f"no-op heads that stay since they make massive activations: {named}; prune.massive=true takes "
+                     "them out like any other")
     return _with(plan.model_copy(update={"notes": notes}), silenced)
 
 

@@ -91,7 +91,7 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
     if excluded:
         plan.calibration.ranges = "exclude"
         plan.notes.append(EXCLUDED)
-    plan = with_silenced_heads(with_pruning(plan, shape, recipe), sink_map, recipe)
+    plan = with_silenced_heads(with_pruning(plan, shape, sink_map, recipe), sink_map, recipe)
     plan = plan.model_copy(update={"kv_cache": kv_cache})
     require_engine(recipe.engine, plan, shape)
     if sensitivity is not None:
@@ -149,7 +149,7 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
     gap = abs(plan.weight_bytes - aware.weight_bytes) / aware.weight_bytes
     if gap > 0.01:
         plan.notes.append(f"the control's size differs by {gap:.1%}: no raise fits the bytes that are left")
-    plan = with_small_heads(with_pruning(plan, shape, recipe), aware, sink_map)
+    plan = with_small_heads(with_pruning(plan, shape, sink_map, recipe), aware, sink_map)
     plan = plan.model_copy(update={"kv_cache": make_kv_control(aware.kv_cache)})
     if sensitivity is not None:
         plan = with_expected_loss(plan, sensitivity)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sinkquant.artifacts import ModelShape, ModuleDecision, Plan
+from sinkquant.artifacts import ModelShape, ModuleDecision, Plan, SinkMap
 from sinkquant.artifacts.pruning import Pruning, pattern_group
 from sinkquant.artifacts.sizes import module_bytes
 from sinkquant.errors import RequestError
@@ -12,10 +12,11 @@ from sinkquant.recipe import Prune, Recipe
 from sinkquant.schemes import WeightFormat
 
 
-def with_pruning(plan: Plan, shape: ModelShape, recipe: Recipe) -> Plan:
+def with_pruning(plan: Plan, shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> Plan:
     """The plan with what the recipe's `prune` section asks for; the plan itself where it asks for nothing.
 
-    The control of a plan is pruned like it, to the same pattern; its statistics alone are blind to the sinks.
+    Super experts stay as they are unless `prune.massive` is set. The control of a plan is pruned like it, to the same
+    pattern; its statistics alone are blind to the sinks.
 
     Raises:
         RequestError: sparsity and pattern contradict each other, a pattern of `prune.ignore` matches nothing, groups of
@@ -26,7 +27,8 @@ def with_pruning(plan: Plan, shape: ModelShape, recipe: Recipe) -> Plan:
         return plan
     asked = Pruning(method=settings.method, sparsity=_sparsity(settings), pattern=settings.pattern)
     ignored = {name for pattern in settings.ignore for name in match(pattern, list(shape.linears), "prune.ignore")}
-    chosen = [name for name, linear in shape.linears.items() if not linear.fixed and name not in ignored]
+    spared = set() if settings.massive else _of_super_experts(shape, sink_map)
+    chosen = [name for name, linear in shape.linears.items() if not linear.fixed and name not in ignored | spared]
     if not chosen:
         raise RequestError(f"prune.method is {settings.method!r}, but prune.ignore and what has to stay as it is leave "
                            "no module to prune.")
@@ -34,7 +36,10 @@ def with_pruning(plan: Plan, shape: ModelShape, recipe: Recipe) -> Plan:
     for name in chosen:
         require_fit(name, asked, shape)
         modules[name] = pruned(modules[name], asked)
-    return _counted(plan.model_copy(update={"modules": modules}), shape)
+    notes = [] if not spared else [
+        f"{', '.join(f'expert {one.expert} of {one.experts}' for one in sink_map.super_experts)} make the massive "
+        "activations and are not pruned; prune.massive=true prunes them like any other"]
+    return _counted(plan.model_copy(update={"modules": modules, "notes": [*plan.notes, *notes]}), shape)
 
 
 def keep_pruning(plan: Plan, edited: Plan, shape: ModelShape) -> Plan:
@@ -80,6 +85,12 @@ def pruned(decision: ModuleDecision, pruning: Pruning) -> ModuleDecision:
     how = f"{decision.reason}; {pruning.sparsity:.0%} of its weights pruned by {pruning.method}"
     reason = how if pruning.group is None else f"{how}, {pruning.pattern}"
     return decision.model_copy(update={"prune": pruning, "reason": reason})
+
+
+def _of_super_experts(shape: ModelShape, sink_map: SinkMap) -> set[str]:
+    """The linears of the experts that make massive activations."""
+    return {name for one in sink_map.super_experts for name in shape.linears
+            if name.startswith(f"{one.experts}.{one.expert}.")}
 
 
 def _sparsity(settings: Prune) -> float:

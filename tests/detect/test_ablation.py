@@ -103,6 +103,28 @@ def test_a_head_that_wakes_on_one_text_stays(tmp_path: Path) -> None:
     assert ablator.run(found.heads, texts, lambda rows: rows == 1).heads == []
 
 
+def test_a_head_that_makes_a_massive_activation_stays_unless_told(tmp_path: Path) -> None:
+    """A no-op by what it gives to the output projection, whose columns make it large in one channel."""
+    model, channel = resting(), 33
+    found, asked = look(tmp_path, model)
+    decoder = Decoder.of(model)
+    weight = model.model.layers[1].self_attn.o_proj.weight.data
+    weight[channel, :16] *= 1e5
+    texts = {"calibration": torch.cat([torch.ones(8, 1), torch.randint(8, 128, (8, 31))], 1).long()}
+    ablators = [HeadAblator(decoder, asked.detect, "cpu", torch.float32, channel=channel, massive=massive)
+                for massive in (False, True)]
+    guarded, told = (one.run(found.heads, texts, lambda rows: rows == 1) for one in ablators)
+    assert [(one.layer, one.head) for one in guarded.spared] == [(1, 0)]
+    assert guarded.spared[0].massive_left < 0.5
+    assert (1, 0) not in {(one.layer, one.head) for one in guarded.heads}
+    assert (1, 0) in {(one.layer, one.head) for one in told.heads}
+    assert told.spared == []
+    assert all(one.massive_left == pytest.approx(1, abs=0.1) for one in guarded.heads)
+    plan = make_plan(decoder.shape("tiny"), found.model_copy(update={"head_ablations": guarded}), asked)
+    assert "head 0 of layer 1" in plan.notes[-1]
+    assert "prune.massive=true takes them out" in plan.notes[-1]
+
+
 def test_the_plan_takes_out_what_stays_under_the_bound(tmp_path: Path) -> None:
     model = resting()
     found, asked = look(tmp_path, model)
