@@ -151,6 +151,27 @@ class DormantHead(Strict):
     switches: list[Switch]
 
 
+class SettledTokens(Strict):
+    """Tokens of one kind. `depth`: the number of blocks after which a token has settled, by the divergence of its
+    prediction; `same_top`: after which the token that is predicted first is the whole model's. `settled` [block]: the
+    share of tokens that have settled after it."""
+
+    kind: Literal["sinks", "delimiters", "others"]
+    tokens: int
+    depth: Measured
+    same_top: Measured
+    settled: list[float]
+
+
+class SettlingDepth(Strict):
+    """After how many of `blocks` a token's prediction stays within `bound` nats of the whole model's, the final norm
+    and the output head being applied to what every block gives (LayerSkip, arXiv 2404.16710)."""
+
+    bound: float
+    blocks: int
+    kinds: list[SettledTokens]
+
+
 class Check(Strict):
     """One input that a sink may not survive. `loss` in nats per token over the same tokens as `reference_loss`, the
     same input untouched; null where an output is not finite. `sink_rate`: first position at
@@ -192,6 +213,7 @@ class Diagnosis(Artifact):
     bos: list[BosVariant]
     values: list[TokenValue]
     dormant_heads: list[DormantHead]
+    depth: SettlingDepth | None = None
     robustness: list[Check] = Field(default_factory=list)
     special_tokens: dict[str, str] = Field(default_factory=dict)
     fidelity: SinkFidelity | None = None

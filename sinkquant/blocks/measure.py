@@ -11,9 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from sinkquant.models import Decoder, Walk
-from sinkquant.models.ends import outside_modules, token_table
-from sinkquant.models.placement import compute_in
-from sinkquant.models.walk import stubbed
+from sinkquant.models.head import what_follows
 
 PER_WALK = 8
 """Trials that share a walk: each keeps hidden states of its own."""
@@ -72,21 +70,12 @@ class BlockTrials:
 
     def _divergences(self, whole: torch.Tensor, others: Sequence[torch.Tensor]) -> list[Loss]:
         """From what the last block gave, [rows, length, hidden_size]; the logits of a row at a time are in memory."""
-        decoder, head = self.decoder, self.decoder.model.get_output_embeddings()
-        outside = [*outside_modules(decoder), *([] if head is None else [head])]
         found = torch.zeros(len(others), *self.rows.shape, dtype=torch.float64)
-        with (torch.no_grad(), decoder.present(outside), compute_in(outside, self.device, self.dtype),
-              token_table(decoder, self.rows, self.device, self.dtype)):
-
-            def predicted(row: int, states: torch.Tensor) -> torch.Tensor:
-                with stubbed(decoder, states[row:row + 1].to(self.device)):
-                    tokens = self.rows[row:row + 1].to(self.device)
-                    return torch.log_softmax(decoder.model(tokens, use_cache=False).logits[0].float(), -1)
-
+        with what_follows(self.decoder, self.device, self.dtype) as logits:
             for row in range(len(self.rows)):
-                before = predicted(row, whole)
+                before = torch.log_softmax(logits(whole[row]), -1)
                 for index, states in enumerate(others):
                     # Both add up to 1: so written, no term is below zero, and a small sum stays exact.
-                    change = (predicted(row, states) - before).double()
+                    change = (torch.log_softmax(logits(states[row]), -1) - before).double()
                     found[index, row] = (before.double().exp() * (change.expm1() - change)).sum(-1).cpu()
         return [Loss(float(one.mean()), float(one[self.marked].sum() / one.sum().clamp(min=1e-30))) for one in found]

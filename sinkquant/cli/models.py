@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sinkquant.artifacts import SinkMap
+from sinkquant.artifacts.base import write_atomically
 from sinkquant.cli.paper import paragraph, table
 from sinkquant.cli.parts import (
     FullOption,
@@ -50,11 +51,13 @@ def diagnose(models: Annotated[list[str], typer.Argument(help="A model folder, a
              text: TextOption = None, assignments: SetOption = None, json: JsonOption = False,
              sink_map: SinkMapOption = None,
              output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the diagnosis here.")] = None,
+             depth_plot: Annotated[Path | None, typer.Option(help="Write a page here that draws the depth at which "
+                                                                  "tokens settle.")] = None,
              trust_remote_code: TrustOption = False) -> None:
     """What the sinks do for a model: over-mixing, spread, robustness, each beside its null; sink fidelity."""
     recipe = Recipe().replace(assignments or [])
-    if len(models) > 1 and (output or against or sink_map):
-        raise RequestError("-o, --against and --sink-map are for one model; name one.")
+    if len(models) > 1 and (output or against or sink_map or depth_plot):
+        raise RequestError("-o, --against, --sink-map and --depth-plot are for one model; name one.")
     folders = [resolve(model) for model in models]
     known = SinkMap.load(sink_map) if sink_map else None
     other = resolve(_checkpoint_of(against)) if against else None
@@ -75,6 +78,10 @@ def diagnose(models: Annotated[list[str], typer.Argument(help="A model folder, a
                                  against_name=against or "", progress=progress))
     if output:
         found[0].save(output)
+    if depth_plot and found[0].depth is not None:
+        from sinkquant.report.depth import page  # matplotlib
+
+        write_atomically(depth_plot, page(found[0].depth, models[0]))
     if json:
         print(found[0].to_json() if len(found) == 1 else f"[{','.join(one.to_json() for one in found)}]")
         return

@@ -13,6 +13,7 @@ from sinkquant.detect import detect
 from sinkquant.detect.massive import massive_channels
 from sinkquant.diagnose.bos import bos_variants
 from sinkquant.diagnose.cache_defences import cache_defences
+from sinkquant.diagnose.depth import settling_depth
 from sinkquant.diagnose.dormant import dormant_heads, token_values
 from sinkquant.diagnose.fidelity import sink_fidelity
 from sinkquant.diagnose.null import measured
@@ -104,6 +105,8 @@ def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
         notes.append("rows of this model do not start with <bos>: the spread with it is of the same rows behind one")
     else:
         notes.append("rows of this model do not start with <bos>: the spread is measured without it only")
+    steps.next("depth")
+    depth = settling_depth(decoder, rows, sinks, lambda token: str(tokenizer.decode([token])), job.compute)
     steps.next("<bos> removed and moved")
     variants = []
     if tokenizer.bos_token_id is None:
@@ -137,7 +140,7 @@ def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
         first_position=[layer.mean(0).tolist() for layer in mass], mixing=layer_mixing(found, recipe.seed),
         collapse=collapse,
         over_squashing=squashing, spread=spreads, bos=variants, values=token_values(found, tokenizer),
-        dormant_heads=dormant_heads(found, tokenizer), robustness=checks,
+        dormant_heads=dormant_heads(found, tokenizer), depth=depth, robustness=checks,
         special_tokens=special_token_paths(tokenizer) if attacks else {}, fidelity=fidelity, against=other, notes=notes)
 
 
@@ -232,7 +235,7 @@ def _cache_defences(job: _Inputs, bos: int | None, sink_map: SinkMap, original: 
 class _Steps:
     """Counts the parts."""
 
-    TOTAL = 7
+    TOTAL = 8
 
     def __init__(self, progress: Progress | None) -> None:
         self.progress, self.begun = progress, 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from transformers import PreTrainedModel
 
 from sinkquant.models.decoder import Decoder
+from sinkquant.models.ends import outside_modules, token_table
+from sinkquant.models.placement import compute_in
 from sinkquant.models.walk import stubbed
 
 PIECE_VALUES = 1 << 23
@@ -54,6 +56,26 @@ class OutputHead:
                 return torch.as_tensor(self.model(tokens, use_cache=False).logits)[:, 0].float()
         finally:
             handle.remove()
+
+
+@contextlib.contextmanager
+def what_follows(decoder: Decoder, device: str, dtype: torch.dtype) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """Hold what follows the blocks in the compute dtype, the model's own or from disk, while the context is open.
+
+    Yields:
+        a function of what a block gives, [positions, hidden_size]: float32 logits [positions, vocabulary].
+    """
+    head, nothing = decoder.model.get_output_embeddings(), torch.zeros(1, 1, dtype=torch.long)
+    outside = [*outside_modules(decoder), *([] if head is None else [head])]
+
+    def logits(states: torch.Tensor) -> torch.Tensor:
+        with stubbed(decoder, states.to(device, dtype)[:, None]):
+            tokens = nothing.expand(len(states), 1).to(device)
+            return torch.as_tensor(decoder.model(tokens, use_cache=False).logits)[:, 0].float()
+
+    with (torch.no_grad(), decoder.present(outside), compute_in(outside, device, dtype),
+          token_table(decoder, nothing, device, dtype)):
+        yield logits
 
 
 def runs_of_positions(vocabulary: int, positions: int) -> list[slice]:

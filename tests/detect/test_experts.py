@@ -83,7 +83,8 @@ def layer(outputs: list[float]) -> ExpertStatistics:
 
 def test_a_super_expert_is_far_over_all_others_where_massive_activations_are_born() -> None:
     ordinary = [1.0 + index / 500 for index in range(299)]
-    experts = {f"model.layers.{index}.mlp.experts": layer([*ordinary, last]) for index, last in enumerate((900.0, 70.0))}
+    experts = {f"model.layers.{index}.mlp.experts": layer([*ordinary, last])
+               for index, last in enumerate((900.0, 70.0))}
 
     def found(born: set[int]) -> list[tuple[str, int]]:
         return [(one.experts, one.expert) for one in super_experts(experts, lambda name: int(name.split(".")[2]), born)]

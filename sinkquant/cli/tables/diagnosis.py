@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sinkquant.artifacts import SinkFidelity
-from sinkquant.artifacts.diagnosis import Diagnosis, Measured
+from sinkquant.artifacts.diagnosis import Diagnosis, Measured, SettlingDepth
 
 
 def tables(one: Diagnosis) -> Iterator[Table]:
@@ -36,6 +36,8 @@ def tables(one: Diagnosis) -> Iterator[Table]:
         table.add_row(f"{what}: change of later tokens", _cell(spread.strength))
         table.add_row(f"{what}: share changed by more than {spread.threshold:g}", _cell(spread.reach))
     yield table
+    if one.depth is not None:
+        yield _depth_table(one.depth)
     if one.bos:
         table = _table("<bos> removed, moved, doubled", "<bos>", "loss", "increase", "sink rate", "attention on <bos>")
         for variant in one.bos:
@@ -72,6 +74,18 @@ def tables(one: Diagnosis) -> Iterator[Table]:
         yield from tables(one.against)
     if one.fidelity is not None:
         yield fidelity_table(one.fidelity)
+
+
+def _depth_table(depth: SettlingDepth) -> Table:
+    """After how many blocks tokens have settled, and the share of them along the depth."""
+    quarters = [round(depth.blocks * part / 4) for part in (1, 2, 3)]
+    table = _table(f"Depth at which a prediction stays within {depth.bound:g} nats of the model's, of {depth.blocks} "
+                   "blocks", "tokens", "number", "settled after", "first choice after",
+                   *(f"settled by {block}" for block in quarters))
+    for one in depth.kinds:
+        table.add_row(one.kind, str(one.tokens), _cell(one.depth), _cell(one.same_top),
+                      *(f"{one.settled[block - 1]:.0%}" for block in quarters))
+    return table
 
 
 def fidelity_table(fidelity: SinkFidelity) -> Table:
