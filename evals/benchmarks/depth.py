@@ -3,7 +3,7 @@ whole model and perplexity on held-out rows.
 
     python evals/benchmarks/depth.py MODEL --sink-map FILE --choice FILE.json [--lines FILE.jsonl] [--rows 12]
                                      [--length 128] [--blocks 1 2 3 4 6] [--shares 0.05 0.1 0.2 0.3] [--bits 8 4 3]
-                                     [--mixed 1 2 4] [--seeds 0 1]
+                                     [--mixed 1 2 4] [--seeds 0 1] [--text FILE] [--heldout FILE]
 
 Blocks: "measured" drops those whose absence costs least, one after the other (`prune.blocks`, chosen on calibration
 text and kept in --choice), "influence" those that turn the residual stream least, "last" the deepest but the last one,
@@ -163,6 +163,8 @@ def main() -> None:
     parser.add_argument("--sink-map", type=Path, required=True)
     parser.add_argument("--choice", type=Path, required=True, help="the measured choice of blocks, made if not there")
     parser.add_argument("--lines", type=Path)
+    parser.add_argument("--choice-rows", type=int, default=16, help="rows that the choice is measured on, 16 at most")
+    parser.add_argument("--text", help="of calibration; default: the packaged one")
     parser.add_argument("--heldout", nargs="*", default=[], metavar="NAME=FILE")
     parser.add_argument("--rows", type=int, default=12)
     parser.add_argument("--length", type=int, default=128)
@@ -176,7 +178,8 @@ def main() -> None:
     tokenizer, stored = load_tokenizer(folder), load_model(folder)
     count = max([*arguments.blocks, *arguments.mixed], default=0)
     if not arguments.choice.is_file():
-        chosen = choose_blocks(stored, tokenizer, sink_map, Recipe().changed(prune={"blocks": count}))
+        chosen = choose_blocks(stored, tokenizer, sink_map, Recipe().changed(
+            prune={"blocks": count}, calibration={"text": arguments.text}, detect={"rows": arguments.choice_rows}))
         arguments.choice.write_text(chosen.model_dump_json(indent=1) + "\n", encoding="utf-8")
     choice = BlockPlan.model_validate_json(arguments.choice.read_text(encoding="utf-8"))
     ((_, rows),) = held_out_texts(arguments.heldout, tokenizer, arguments.rows, arguments.length).items()
@@ -193,15 +196,6 @@ def main() -> None:
         if block is not None:
             bench.measure({"what": "blocks", "by": name, "count": "1"}, bench.whole - sizes[block],
                           partial(without_blocks, model, [block]))
-    content = read_text(None, "calibration", tokenizer)
-    roles = read_roles(bench, sink_map, token_rows(tokenizer, content, 32, 64))
-    heads = sum(map(len, roles))
-    for name, places in head_orders(bench, sink_map, roles, arguments.seeds).items():
-        for share in arguments.shares:
-            gone_heads = places[:round(share * heads)]
-            saved = sum(_head_bytes(stored, layer) for layer, _ in gone_heads)
-            bench.measure({"what": "heads", "by": name, "count": f"{share:.0%}"}, bench.whole - saved,
-                          partial(without_heads, model, gone_heads))
     for bits in arguments.bits:
         asked = Recipe().replace([*ROUNDED, f"weights.bits={bits}"])
         for number in [0, *(arguments.mixed if bits == 4 else [])]:
@@ -218,6 +212,15 @@ def main() -> None:
             plan = make_plan(shape, less, asked)
             made = rounded(bench, plan, kept if number else None)
             bench.measure(labels, plan.weight_bytes, contextlib.nullcontext, made)
+    content = read_text(arguments.text, "calibration", tokenizer)
+    roles = read_roles(bench, sink_map, token_rows(tokenizer, content, 32, 64))
+    heads = sum(map(len, roles))
+    for name, places in head_orders(bench, sink_map, roles, arguments.seeds).items():
+        for share in arguments.shares:
+            gone_heads = places[:round(share * heads)]
+            saved = sum(_head_bytes(stored, layer) for layer, _ in gone_heads)
+            bench.measure({"what": "heads", "by": name, "count": f"{share:.0%}"}, bench.whole - saved,
+                          partial(without_heads, model, gone_heads))
     print(table(bench.lines.lines, ["what", "count"]))
 
 

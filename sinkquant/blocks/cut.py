@@ -74,6 +74,7 @@ def drop_blocks(model: PreTrainedModel, kept: Sequence[int]) -> None:
             for key in NUMBER:
                 if isinstance(getattr(module, key, None), int):
                     setattr(module, key, index)
+    model.name_or_path = model.config._name_or_path = ""  # it is not that folder's model any more
     mine = model.config.get_text_config(decoder=True)
     for key, value in config.get_text_config(decoder=True).to_dict().items():
         if key in vars(mine) and vars(mine)[key] != value and key not in ("transformers_version", "architectures",

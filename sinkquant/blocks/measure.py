@@ -76,6 +76,6 @@ class BlockTrials:
                 before = torch.log_softmax(logits(whole[row]), -1)
                 for index, states in enumerate(others):
                     # Both add up to 1: so written, no term is below zero, and a small sum stays exact.
-                    change = (torch.log_softmax(logits(states[row]), -1) - before).double()
-                    found[index, row] = (before.double().exp() * (change.expm1() - change)).sum(-1).cpu()
+                    change = torch.log_softmax(logits(states[row]), -1).sub_(before)
+                    found[index, row] = (before.exp() * (change.expm1() - change)).sum(-1).double().cpu()
         return [Loss(float(one.mean()), float(one[self.marked].sum() / one.sum().clamp(min=1e-30))) for one in found]

@@ -88,7 +88,8 @@ def shorter_config(config: PreTrainedConfig, kept: Sequence[int]) -> PreTrainedC
     inside = next((key for key, value in vars(config).items() if value is text), None)
     settings = settings | {inside: _shortened(settings[inside], text, kept)} if inside else _shortened(settings, text,
                                                                                                     kept)
-    for key in ("transformers_version", "architectures", "model_type", "auto_map"):
+    # Not of the whole model's folder either, whose other blocks would count as tensors that nothing computes with.
+    for key in ("transformers_version", "architectures", "model_type", "auto_map", "_name_or_path"):
         settings.pop(key, None)
     return type(config)(**settings)
 

@@ -8,17 +8,20 @@ import pytest
 import torch
 from families import FAMILIES, tiny_mixture, tiny_model
 from planter import Plant, plant
+from safetensors.torch import load_file
 from sinkmaps import sink_map_of
 from small_runs import model_folder
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sinkquant import Recipe, detect
+from sinkquant import Recipe, detect, plan, quantize
 from sinkquant.artifacts import Channel, SinkMap
+from sinkquant.artifacts.sizes import checkpoint_bytes
 from sinkquant.blocks import choose_blocks, cut_blocks, drop_blocks, require_droppable
 from sinkquant.errors import RequestError
-from sinkquant.models import Decoder, open_model
-from sinkquant.models.shorter import shorter_config
+from sinkquant.formats import save
+from sinkquant.models import Decoder, load_model, open_model
+from sinkquant.models.shorter import shorter_config, shorter_model
 
 KEPT = [0, 2]
 ROW = torch.arange(8, 60)[None]
@@ -174,6 +177,21 @@ def test_a_planted_sinks_block_is_the_one_that_stays(recipe: Recipe) -> None:
 def test_too_many_and_too_few_blocks_are_refused(asked: float, message: str, recipe: Recipe) -> None:
     with pytest.raises(RequestError, match=message):
         require_droppable(Decoder.of(tiny_model("llama")), recipe.changed(prune={"blocks": asked}))
+
+
+def test_a_shorter_model_does_not_carry_the_blocks_that_are_gone(tmp_path: Path) -> None:
+    source = model_folder(tmp_path / "source")
+    shape = Decoder.of(shorter_model(open_model(source), KEPT)).shape("short")
+    model = load_model(source)
+    drop_blocks(model, KEPT)
+    for one in (shape, Decoder.of(model).shape("short")):
+        assert not one.carried
+        assert not one.not_rotated
+        assert checkpoint_bytes(one, {}) < checkpoint_bytes(Decoder.of(open_model(source)).shape("whole"), {})
+    asked = Recipe().replace(["weights.method=rtn", "weights.group_size=32", "protect.tokens=false"])
+    quantize(model, plan(model, sink_map_of(Decoder.of(model)), asked))
+    save(model, tiny_tokenizer(), tmp_path / "saved")
+    assert not [name for name in load_file(tmp_path / "saved" / "model.safetensors") if ".layers.2." in name]
 
 
 def test_what_cannot_be_cut_is_refused(tmp_path: Path, recipe: Recipe) -> None:
