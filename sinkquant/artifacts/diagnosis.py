@@ -38,7 +38,7 @@ class LayerMixing(Strict):
     `mu`: ||V - (1/n) 1 1^T V||_F of the hidden states V [n, hidden_size]; `mu_ratio`: over ||V||_F. `effective_rank`:
     exp of the entropy of the normalised singular values (Roy & Vetterli 2007). A sink with a massive activation hides
     the others in both, so they are given without the sinks too. `row_entropy`: mean entropy of the rows of attention
-    over the entropy of even attention, 1 is fully smooth.
+    over the entropy of even attention, 1 is fully smooth; None where the block has no attention matrix.
     """
 
     layer: int
@@ -47,7 +47,7 @@ class LayerMixing(Strict):
     mu_ratio_without_sinks: Measured
     effective_rank: Measured
     effective_rank_without_sinks: Measured
-    row_entropy: Measured
+    row_entropy: Measured | None
 
 
 class Collapse(Strict):

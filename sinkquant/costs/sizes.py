@@ -48,7 +48,7 @@ class Sizes:
         self.tensor = max(p.numel() for block in decoder.blocks for p in block.parameters())
         self.widest = max(max(linear.columns, linear.rows) for block in self.linears for linear in block)
         self.hidden, self.vocabulary = decoder.hidden_size, decoder.vocabulary
-        self.heads = int(decoder.model.config.get_text_config(decoder=True).num_attention_heads)
+        self.heads = decoder.facts("").heads
         static = recipe.activations.format != "16-bit" and recipe.activations.ranged
         self.scaled = recipe.weights.smooth != "none" or recipe.protect.channels == "scale"
         self.calibrated = need_hessian(recipe.methods) or static or self.scaled or recipe.weights.distill > 0 or (

@@ -93,7 +93,7 @@ class HeadAblator:
         Raises:
             RequestError: the architecture has no output projection in which heads can be told apart.
         """
-        columns = [head_columns(self.decoder, layer) for layer in range(len(self.decoder.blocks))]
+        columns = {layer: head_columns(self.decoder, layer) for layer in self._attending}
         asleep = no_ops(known)
         for rows in texts.values():
             if asleep:
@@ -152,8 +152,12 @@ class HeadAblator:
         walk = Walk(self.decoder, rows, self.settings.batch_size, self.device, self.dtype, [table])
         for step in walk.steps():
             step.run()
-            table.close_layer()
+            table.close_layer(rows)
         return describe_heads(table, sinks, self.settings)
+
+    @property
+    def _attending(self) -> list[int]:
+        return [layer for layer in range(len(self.decoder.blocks)) if layer not in self.decoder.quiet]
 
     @contextlib.contextmanager
     def _without(self, layer: int, heads: list[int]) -> Iterator[None]:
@@ -171,8 +175,11 @@ class HeadAblator:
 
     def _weights(self) -> list[list[float]]:
         """Norm of every head's columns of the output projection, [layer][head]."""
-        norms = []
+        norms: list[list[float]] = []
         for layer, block in enumerate(self.decoder.blocks):
+            if layer in self.decoder.quiet:
+                norms.append([])
+                continue
             name, parts = head_columns(self.decoder, layer)
             with self.decoder.present([block]):
                 weight = weight_matrix(self.decoder.linears[name])

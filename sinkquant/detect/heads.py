@@ -36,7 +36,7 @@ def describe_heads(table: AttentionTable, sinks: torch.Tensor, settings: Detecti
     Args:
         sinks: bool [rows, length], the positions that hold a sink token.
     """
-    described = []
+    described: list[list[Head]] = []
     marked = sinks.clone()
     if not marked.any() and not table.has_learned_sink:
         marked[:, 0] = True
@@ -45,6 +45,9 @@ def describe_heads(table: AttentionTable, sinks: torch.Tensor, settings: Detecti
     queries = (length - marked.float().argmax(dim=1)).float()
     for received, learned, values, outputs in zip(
             table.received, table.learned, table.value_norms, table.output_norms, strict=True):
+        if not received.shape[1]:
+            described.append([])
+            continue
         mass = (received * marked[:, None]).sum(-1) / queries[:, None]
         score = (mass[has].mean(0) if has.any() else 0) + learned.mean(0)
         groups = received.shape[1] // values.shape[1]

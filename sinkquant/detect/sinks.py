@@ -161,9 +161,9 @@ def _learned(table: AttentionTable, threshold: float) -> SinkToken | None:
     """The virtual column of a learned sink (gpt-oss), where it draws attention in at least one head."""
     if not table.has_learned_sink:
         return None
-    mass = torch.stack(table.learned)
+    places, mass = table.attending, torch.stack(table.of_heads().learned)
     if not bool((mass.mean(1) > threshold).any()):
         return None
     return SinkToken(token_id=None, text=None, position=None, kind="learned", attention=float(mass.mean()),
                      heads=float((mass > threshold).float().mean()), share=0.0, massive=False, criteria=["learned"],
-                     layers=(mass.mean(1) > threshold).any(1).nonzero().flatten().tolist())
+                     layers=[places[entry] for entry in (mass.mean(1) > threshold).any(1).nonzero().flatten().tolist()])

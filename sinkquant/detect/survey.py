@@ -92,8 +92,9 @@ class Surveyor:
                     watching.enter_context(detector.watch(survey, step))
                 survey.stream.run(step, middle, search=False)
         step.advance()
-        survey.table.require_causal(len(survey.rows), type(self.decoder.model).__name__)
-        survey.table.close_layer()
+        if step.index not in self.decoder.quiet:
+            survey.table.require_causal(len(survey.rows), type(self.decoder.model).__name__)
+        survey.table.close_layer(survey.rows)
         return middle
 
 

@@ -16,6 +16,8 @@ from sinkquant.models import AttentionRecord
 class AttentionTable:
     """An observer of attention that remembers, for every layer, what each position of each row received.
 
+    A layer without an attention matrix, as hybrids have them, has no heads here.
+
     Attributes (lists over layers, rows in the order in which they were replayed, all on the CPU):
         received: [rows, heads, length] float32, column sums of the softmax.
         learned: [rows, heads] float32, mean mass in the learned sink column.
@@ -53,9 +55,13 @@ class AttentionTable:
             raise RequestError(f"{architecture} is not supported: its layer {len(self.received)} does not compute "
                                "causal attention exactly once.")
 
-    def close_layer(self) -> None:
-        """All batches of a layer were seen: put them together."""
+    def close_layer(self, rows: torch.Tensor) -> None:
+        """All batches of a layer were seen: put them together. rows: int64 [rows, length], those of the walk."""
         batches, self._open = self._open, []
+        if not batches:
+            nobody = torch.zeros(len(rows), 0, rows.shape[1])
+            batches = [_Batch(nobody, nobody[..., 0], torch.zeros(rows.shape[1], dtype=torch.long),
+                              torch.zeros(rows.shape[1]), nobody, torch.zeros(0, dtype=torch.float64))]
         self.received.append(torch.cat([batch.received for batch in batches]))
         self.learned.append(torch.cat([batch.learned for batch in batches]))
         self.visible.append(batches[0].visible)
@@ -66,9 +72,30 @@ class AttentionTable:
     def sink_rate(self, threshold: float, position: int = 0) -> float:
         """Sink rate by Gu et al. (2410.10781, section 3): the share of samples, layers and heads in which the
         position's mean received attention, over the queries that see it, is over the threshold."""
-        over = [(received[:, :, position] / visible[position].clamp(min=1) > threshold).float().mean()
-                for received, visible in zip(self.received, self.visible, strict=True)]
+        over = [(self.received[layer][:, :, position] / self.visible[layer][position].clamp(min=1) > threshold)
+                .float().mean() for layer in self.attending]
         return float(torch.stack(over).mean())
+
+    @property
+    def attending(self) -> list[int]:
+        """Indices of the layers with an attention matrix."""
+        return [layer for layer, received in enumerate(self.received) if received.shape[1]]
+
+    def of_heads(self) -> AttentionTable:
+        """The same without the layers that have no attention matrix: entry i is layer `attending[i]`.
+
+        Raises:
+            RequestError: layers differ in their number of heads, which are compared head by head.
+        """
+        kept = AttentionTable()
+        kept.has_learned_sink = self.has_learned_sink
+        for name in ("received", "learned", "visible", "uniform", "value_norms", "output_norms"):
+            setattr(kept, name, [getattr(self, name)[layer] for layer in self.attending])
+        counts = sorted({received.shape[1] for received in kept.received})
+        if len(counts) > 1:
+            raise RequestError(f"the model is not supported: its layers have {counts[0]} to {counts[-1]} heads, and "
+                               "sinks are looked for among layers of equally many.")
+        return kept
 
 
 @dataclass(frozen=True)

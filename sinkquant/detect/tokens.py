@@ -66,14 +66,15 @@ def find_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detection, k
         carriers: bool [rows, length], positions that share a sink's mass: they pass the threshold together, and each
             by itself receives LIFT times what even attention would give it.
     """
+    places, table = table.attending, table.of_heads()
     if carriers is not None:
         rules = [_among(carriers, received, uniform, settings)
                  for received, uniform in zip(table.received, table.uniform, strict=True)]
     else:
         rules = [_beside(known, received, settings) for received in table.received]
-    positions = _position_sinks(table, rows, settings, rules)
+    positions = _position_sinks(table, rows, settings, rules, places)
     taken = {candidate.position for candidate in positions if candidate.position is not None}
-    found = positions + _token_sinks(table, rows, settings, taken, rules)
+    found = positions + _token_sinks(table, rows, settings, taken, rules, places)
     return sorted(found, key=lambda candidate: -candidate.attention)
 
 
@@ -145,12 +146,12 @@ def _sink_heads(share: torch.Tensor, settings: Detection) -> tuple[torch.Tensor,
     return over.float().flatten(0, 1).mean(0), over.any(1)
 
 
-def _layers(marked: torch.Tensor) -> tuple[int, ...]:
-    return tuple(marked.nonzero().flatten().tolist())
+def _layers(marked: torch.Tensor, places: list[int]) -> tuple[int, ...]:
+    return tuple(places[entry] for entry in marked.nonzero().flatten().tolist())
 
 
 def _position_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detection,
-                    rules: list[Rule]) -> list[SinkCandidate]:
+                    rules: list[Rule], places: list[int]) -> list[SinkCandidate]:
     length = rows.shape[1]
     last = max(length - MIN_QUERIES, 1)
     share, score, over = [], [], []
@@ -171,12 +172,12 @@ def _position_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detecti
             continue
         found.append(SinkCandidate(int(ids[0]) if always_one_id else None, position,
                                float(attention[position]), float(heads[position]), 1 / length,
-                               float(sink_heads[position]), len(rows), _layers(layers[:, position])))
+                               float(sink_heads[position]), len(rows), _layers(layers[:, position], places)))
     return found
 
 
 def _token_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detection, taken: set[int],
-                 rules: list[Rule]) -> list[SinkCandidate]:
+                 rules: list[Rule], places: list[int]) -> list[SinkCandidate]:
     length = rows.shape[1]
     first = first_occurrences(rows, taken)
     place = torch.arange(length)
@@ -199,5 +200,5 @@ def _token_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detection,
     attention, heads = torch.stack(score).mean(0), torch.stack(over).mean(0)
     return [SinkCandidate(int(ids[i]), None, float(attention[i]), float(heads[i]),
                           float((rows == ids[i]).float().mean()), float(sink_heads[i]), int(counts[i]),
-                          _layers(layers[:, i]))
+                          _layers(layers[:, i], places))
             for i in torch.nonzero(sink_heads).flatten().tolist()]

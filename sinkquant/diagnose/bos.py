@@ -62,5 +62,6 @@ def _walk(decoder: Decoder, rows: torch.Tensor, places: list[int],
     walk = compute.walk(decoder, rows, [table])
     for step in walk.steps():
         step.run()
-        table.close_layer()
-    return text_losses(walk.losses(), places).double().mean(1), table.received, table.visible[0]
+        table.close_layer(rows)
+    seen = table.of_heads()
+    return text_losses(walk.losses(), places).double().mean(1), seen.received, seen.visible[0]

@@ -154,7 +154,8 @@ def layer_mixing(found: Survey, seed: int) -> list[LayerMixing]:
         "mu_ratio_without_sinks": each(found.mu_ratio_without_sinks, layer),
         "effective_rank": each(found.effective_rank, layer),
         "effective_rank_without_sinks": each(found.effective_rank_without_sinks, layer),
-        "row_entropy": measured(found.table.entropy[layer].mean(1), seed).model_dump()})
+        "row_entropy": (measured(found.table.entropy[layer].mean(1), seed).model_dump()
+                        if found.table.entropy[layer].numel() else None)})
         for layer in range(len(found.mu))]
 
 

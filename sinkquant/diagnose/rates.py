@@ -24,7 +24,7 @@ def first_position_mass(decoder: Decoder, rows: torch.Tensor, compute: Compute,
     walk = compute.walk(decoder, rows, [table])
     for step in walk.steps():
         step.run()
-        table.close_layer()
+        table.close_layer(rows)
     return [received[:, :, position].double() / visible[position].clamp(min=1)
             for received, visible in zip(table.received, table.visible, strict=True)]
 
@@ -81,7 +81,7 @@ def sink_rates(mass: list[torch.Tensor], kind: Literal["natural", "random", "rep
     heads = torch.cat(mass, dim=1)
     rates = {e: measured((heads > float(e)).double().mean(1), seed) for e in EPSILONS}
     return SinkRates(input=kind, length=length, rows=len(heads), rates=rates,
-                     layers=[float((layer > PUBLISHED).double().mean()) for layer in mass])
+                     layers=[float((layer > PUBLISHED).double().mean()) if layer.numel() else 0.0 for layer in mass])
 
 
 def context_lengths(longest: int) -> list[int]:

@@ -57,18 +57,19 @@ def run(decoder: Decoder, rows: torch.Tensor, compute: Compute, change: Change |
             if change is not None:
                 change(step)
             step.run()
-            table.close_layer()
+            table.close_layer(rows)
         found = walk.losses() if losses else None
     except SinkquantError as error:
         if "not finite" not in str(error):
             raise
         return Outcome(None, None, None)
-    mass = [received / visible.clamp(min=1) for received, visible in zip(table.received, table.visible, strict=True)]
+    seen = table.of_heads()
+    mass = [received / visible.clamp(min=1) for received, visible in zip(seen.received, seen.visible, strict=True)]
     if found is not None and not torch.isfinite(found).all():
         return Outcome(None, None, None)
     return Outcome(found, torch.stack([m.mean(1) for m in mass]).mean(0),
                    float(torch.stack([(m[:, :, 0] > SINK).float().mean() if visible[0] > 1 else torch.zeros(())
-                                      for m, visible in zip(mass, table.visible, strict=True)]).mean()))
+                                      for m, visible in zip(mass, seen.visible, strict=True)]).mean()))
 
 
 def robustness(decoder: Decoder, text: torch.Tensor, bos: int | None, sinks: Sequence[SinkToken], compute: Compute,

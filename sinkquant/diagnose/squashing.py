@@ -26,7 +26,8 @@ class MixingProduct:
     """An observer: the product over layers of abar = (sum over heads of attention + identity / heads), each abar
     divided by its row sums, float64 [rows, length, length]; entry (j, i) weighs all paths from token i to token j.
 
-    Mass on a learned sink column moves no token and is left out before the division.
+    Mass on a learned sink column moves no token and is left out before the division. Layers without an attention
+    matrix are left out of the product.
     """
 
     def __init__(self) -> None:
@@ -47,7 +48,8 @@ class MixingProduct:
 
     def close_layer(self) -> None:
         """All batches of a layer were seen."""
-        self.layers.append(torch.cat(self._batches))
+        if self._batches:
+            self.layers.append(torch.cat(self._batches))
         self._batches = []
 
     def product(self) -> torch.Tensor:

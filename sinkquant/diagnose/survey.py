@@ -71,9 +71,12 @@ class QueryTable(AttentionTable):
         norms = record.output.float().norm(dim=-1).double().mean(-1)
         self._batches.append((mass.cpu(), target.cpu(), entropy.double().nanmean(-1).cpu(), norms.cpu()))
 
-    def close_layer(self) -> None:
+    def close_layer(self, rows: torch.Tensor) -> None:
         """All batches of a layer were seen."""
-        super().close_layer()
+        super().close_layer(rows)
+        if not self._batches:
+            nobody = torch.zeros(len(rows), 0, rows.shape[1])
+            self._batches = [(nobody, nobody.long(), nobody[..., 0].double(), nobody[..., 0].double())]
         for kept, parts in zip((self.sink_mass, self.target, self.entropy, self.head_outputs),
                                zip(*self._batches, strict=True), strict=True):
             kept.append(torch.cat(parts))
@@ -125,7 +128,7 @@ def survey(decoder: Decoder, rows: torch.Tensor, sinks: torch.Tensor, compute: C
     for step in walk.steps():
         table.step = step
         found.stream.run(step)
-        table.close_layer()
+        table.close_layer(rows)
         if ranks:
             assert step.outputs is not None
             _ranks(found, step.outputs)

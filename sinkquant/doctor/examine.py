@@ -80,8 +80,9 @@ def _probe(decoder: Decoder) -> None:
     table = AttentionTable()
     for step in Walk(decoder, torch.arange(16)[None] % decoder.vocabulary, 1, observers=[table]).steps():
         step.run()
-        table.require_causal(1, type(decoder.model).__name__)
-        table.close_layer()
+        if step.index not in decoder.quiet:
+            table.require_causal(1, type(decoder.model).__name__)
+        table.close_layer(step.walk.rows)
 
 
 def _tokenization(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, audit: Audit) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan, SinkMap
 from sinkquant.cache import Bases, Prefix, install, load_bases, load_prefix
@@ -20,7 +20,7 @@ from sinkquant.formats.placed import DeviceMap, Placement
 from sinkquant.formats.simulated import simulate
 from sinkquant.models import cast_experts, check_finite, load_model, load_tokenizer, open_model, resolve
 from sinkquant.models.inputs import let_through, round_inputs
-from sinkquant.models.loading import loading_errors
+from sinkquant.models.loading import class_for, loading_errors
 from sinkquant.models.progress import no_progress_bars
 from sinkquant.quantize import UNPACKED
 from sinkquant.schemes.codecs.reading import dense_of, is_library, open_checkpoint, rounds_inputs
@@ -99,7 +99,7 @@ def load_dense(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu
     method = config["quantization_config"]["quant_method"]
     try:
         with no_progress_bars():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = class_for(path, trust_remote_code).from_pretrained(
                 path, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code)
             require_complete(path, info)
             model = model.to(device).eval()
@@ -132,9 +132,9 @@ def _load_backend(path: Path, dtype: torch.dtype | str, device: str, trust_remot
     worth and not which kernel a CPU has; the library's own modules where inputs are rounded too."""
     if rounds_inputs(path):
         with loading_errors(path), no_progress_bars():
-            model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device},
-                                                               output_loading_info=True,
-                                                               trust_remote_code=trust_remote_code)
+            model, info = class_for(path, trust_remote_code).from_pretrained(
+                path, dtype=dtype, device_map={"": device}, output_loading_info=True,
+                trust_remote_code=trust_remote_code)
         require_complete(path, info)
     else:
         model = dense_of(open_checkpoint(path, trust_remote_code,

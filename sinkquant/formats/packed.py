@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from compressed_tensors.compressors.base import decompress_module
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 
@@ -23,7 +23,7 @@ from sinkquant.inference import PACKING, Int4, KernelLinear, Packing, int4_on, k
 from sinkquant.models import cast_experts, check_finite
 from sinkquant.models.experts import expert_linears, fused_parameters
 from sinkquant.models.inputs import round_inputs
-from sinkquant.models.loading import loading_errors
+from sinkquant.models.loading import auto_class, loading_errors
 from sinkquant.models.memory import give_back, map_large
 from sinkquant.models.progress import no_progress_bars
 from sinkquant.quantize import UNPACKED, PackedWeight
@@ -70,8 +70,9 @@ def load_packed(path: Path, dtype: torch.dtype | str = "auto", device: str = "cp
     int4 = int4_on(torch.device(device))
     map_large()  # more of what packing leaves behind would stay resident
     with loading_errors(path), no_progress_bars():
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path, config=split_config(path, trust_remote_code), dtype=torch.bfloat16, output_loading_info=True,
+        config = split_config(path, trust_remote_code)
+        model, info = auto_class(config).from_pretrained(
+            path, config=config, dtype=torch.bfloat16, output_loading_info=True,
             trust_remote_code=trust_remote_code)
         require_complete(path, info)
         model = model.to(device).eval()

@@ -115,7 +115,8 @@ def require_attention_interface(model: PreTrainedModel) -> None:
     Raises:
         RequestError: the architecture has no attention, or its own that transformers does not dispatch.
     """
-    if not getattr(model, "_supports_attention_backend", False):
+    # Not the flag alone: Qwen3-Next, StableLM and all hybrids of Mamba and attention dispatch without announcing it.
+    if not (getattr(model, "_supports_attention_backend", False) or model._can_set_attn_implementation()):
         raise RequestError(
             f"{type(model).__name__} is not supported: it does not dispatch its attention through transformers' "
             "attention interface, so its sinks cannot be seen.")

@@ -17,6 +17,7 @@ from sinkquant.artifacts import LinearShape, ModelFacts, ModelShape
 from sinkquant.errors import RequestError
 from sinkquant.models.alone import StoredPart
 from sinkquant.models.attention import require_attention_interface
+from sinkquant.models.blocks import MIXER_REASON, attention_of, blocks_of, layer_config, mixers_of, without_attention
 from sinkquant.models.experts import (
     EXPERTS_REASON,
     ExpertLinear,
@@ -46,6 +47,7 @@ class Decoder:
         linears: module name -> `nn.Linear` or `Conv1D`, for every one inside the blocks, in order.
         experts: name -> projection of one expert, for those that are parts of fused parameters.
         alone: name -> those of them that are in memory by themselves right now, [rows, columns].
+        quiet: index of every block without an attention matrix -> what it is instead. Nothing in it is changed.
     """
 
     model: PreTrainedModel
@@ -54,6 +56,7 @@ class Decoder:
     linears: dict[str, nn.Module]
     experts: dict[str, ExpertLinear] = field(default_factory=dict)
     alone: dict[str, torch.Tensor] = field(default_factory=dict)
+    quiet: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Decoder:
@@ -64,25 +67,19 @@ class Decoder:
         """
         require_attention_interface(model)
         config = model.config.get_text_config(decoder=True)
-        layers = config.num_hidden_layers
-        for kind in getattr(config, "layer_types", None) or ():
-            if not kind.endswith("attention") or kind.startswith("linear"):
-                raise RequestError(f"{type(model).__name__} is not supported: it has layers of the kind {kind!r}, "
-                                   "which have no attention matrix.")
-        lists = [(name, module) for name, module in model.named_modules()
-                 if isinstance(module, nn.ModuleList) and len(module) == layers
-                 and len({type(block) for block in module}) == 1 and all(_attention_of(block) for block in module)]
-        if len(lists) != 1:
-            raise RequestError(f"{type(model).__name__} is not supported: it does not hold one list of "
-                               f"{layers} alike decoder blocks with attention.")
-        name, blocks = lists[0]
-        if any(getattr(module, "is_causal", True) is False for block in blocks for module in _attention_of(block)):
+        name, blocks = blocks_of(model)
+        quiet = {index: why for index, block in enumerate(blocks) if (why := without_attention(config, index, block))}
+        if len(quiet) == len(blocks):
+            raise RequestError(f"{type(model).__name__} is not supported: none of its layers has an attention matrix.")
+        if any(getattr(module, "is_causal", True) is False for index, block in enumerate(blocks) if index not in quiet
+               for module in attention_of(block)):
             raise RequestError(f"{type(model).__name__} is not supported: its attention also looks ahead; a decoder's "
                                "is causal (config.json: is_decoder).")
-        names = tuple(f"{name}.{i}" for i in range(layers))
+        names = tuple(f"{name}.{i}" for i in range(len(blocks)))
         linears = {f"{name}.{path}": module for path, module in blocks.named_modules()
                    if isinstance(module, nn.Linear | Conv1D)}
-        return cls(model, names, tuple(blocks), linears, expert_linears(model, names))
+        attending = tuple(one for index, one in enumerate(names) if index not in quiet)
+        return cls(model, names, tuple(blocks), linears, expert_linears(model, attending), quiet=quiet)
 
     @property
     def source(self) -> WeightSource | None:
@@ -151,7 +148,8 @@ class Decoder:
 
     def facts(self, name: str) -> ModelFacts:
         """The model in a few numbers."""
-        config = self.model.config.get_text_config(decoder=True)
+        # Of the first layer, where they differ.
+        config = layer_config(self.model.config.get_text_config(decoder=True), 0)
         heads = int(config.num_attention_heads)
         return ModelFacts(
             name=name, architecture=type(self.model).__name__, layers=len(self.blocks), heads=heads,
@@ -161,7 +159,9 @@ class Decoder:
 
     def shape(self, name: str) -> ModelShape:
         """Names and shapes of everything that a checkpoint of this model holds."""
-        linears = {path: _linear_shape(self, path, module) for path, module in self.linears.items()}
+        mixers = tuple(f"{mixer}." for name, block in zip(self.block_names, self.blocks, strict=True)
+                       for mixer in mixers_of(name, block))
+        linears = {path: _linear_shape(self, path, module, mixers) for path, module in self.linears.items()}
         structure, folder = self.structure, folder_of(self.model)
         reads = inputs(structure)
         for path, linear in list(linears.items()):
@@ -203,7 +203,8 @@ class Decoder:
         for name, parameter in fused_parameters(self.model, self.block_names).items():
             if name not in split:
                 shapes[name] = LinearShape(rows=parameter.shape[0] * parameter.shape[1], columns=parameter.shape[2],
-                                           block=self.block_of(name), fused_with=[name], fixed=EXPERTS_REASON)
+                                           block=self.block_of(name), fused_with=[name],
+                                           fixed=self.quiet.get(self.block_of(name), EXPERTS_REASON))
         for name, part in self.experts.items():
             shapes[name] = LinearShape(rows=part.rows, columns=part.weight.shape[1], block=self.block_of(name),
                                        part_of=part.parameter).model_copy(update={"fused_with": together})
@@ -235,10 +236,12 @@ def as_stored(module: nn.Module, matrix: torch.Tensor) -> torch.Tensor:
     return matrix.T.contiguous() if isinstance(module, Conv1D) else matrix
 
 
-def _linear_shape(decoder: Decoder, path: str, module: nn.Module) -> LinearShape:
+def _linear_shape(decoder: Decoder, path: str, module: nn.Module, mixers: tuple[str, ...]) -> LinearShape:
     rows, columns = weight_matrix(module).shape
-    return LinearShape(rows=rows, columns=columns, block=decoder.block_of(path),
-                       fixed=ROUTER_REASON if ROUTER.search(path) else None, transposed=isinstance(module, Conv1D))
+    block = decoder.block_of(path)
+    fixed = decoder.quiet.get(block) or (MIXER_REASON if path.startswith(mixers) else
+                                         ROUTER_REASON if ROUTER.search(path) else None)
+    return LinearShape(rows=rows, columns=columns, block=block, fixed=fixed, transposed=isinstance(module, Conv1D))
 
 
 def _fused_with(path: str, linears: dict[str, LinearShape]) -> list[str]:
@@ -248,7 +251,3 @@ def _fused_with(path: str, linears: dict[str, LinearShape]) -> list[str]:
             members = [f"{parent}.{name}" for name in group if f"{parent}.{name}" in linears]
             return members if len(members) > 1 else [path]
     return [path]
-
-
-def _attention_of(block: nn.Module) -> list[nn.Module]:
-    return [module for module in block.modules() if "attention" in type(module).__name__.lower()]

@@ -10,21 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import cached_assets_path
 from safetensors.torch import save_file
 
-from sinkquant.errors import RequestError, SinkquantError
+from sinkquant.errors import RequestError
 from sinkquant.models.folder import INDEX, SINGLE, read_settings, weight_files
 from sinkquant.models.gguf import SOURCE_FOLDER
 from sinkquant.models.headers import read_header
+from sinkquant.models.kept import kept
 from sinkquant.models.shards import stored_tensors
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -46,28 +44,14 @@ def dequantized(folder: Path) -> Path:
     settings = read_settings(folder)
     named = str(settings.get("dtype") or settings.get("torch_dtype") or "bfloat16")
     dtype = {"float32": torch.float32, "float16": torch.float16}.get(named, torch.bfloat16)
-    try:
-        place = Path(cached_assets_path("sinkquant", namespace="dequantized")) / _key(folder)
-        if (place / SOURCE_FOLDER).is_file():
-            return place
-        _require_room(folder, place, dtype)
-        aside = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
-        aside.mkdir(parents=True)
-        try:
-            kinds = _write(folder, aside, dtype, settings)
-            source = {"file": folder.resolve().name, "types": kinds, "dtype": str(dtype).removeprefix("torch.")}
-            (aside / SOURCE_FOLDER).write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
-            when = weight_files(folder)[0].stat().st_mtime_ns
-            for file in aside.rglob("*"):  # the same model has the same files, whenever it is dequantized
-                os.utime(file, ns=(when, when))
-            if not place.exists():
-                aside.rename(place)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        raise SinkquantError(f"cannot keep what {folder} is dequantized to: {error.strerror or error}; set HF_HOME to "
-                             "a folder with room.") from error
-    return place
+
+    def make(aside: Path) -> dict[str, Any]:
+        _require_room(folder, aside, dtype)
+        kinds = _write(folder, aside, dtype, settings)
+        return {"file": folder.resolve().name, "types": kinds, "dtype": str(dtype).removeprefix("torch.")}
+
+    return kept("dequantized", model_key(folder), SOURCE_FOLDER, weight_files(folder)[0].stat().st_mtime_ns, make,
+                f"keep what {folder} is dequantized to")
 
 
 def _write(folder: Path, target: Path, dtype: torch.dtype, settings: Mapping[str, Any]) -> dict[str, int]:
@@ -110,12 +94,7 @@ def _write(folder: Path, target: Path, dtype: torch.dtype, settings: Mapping[str
     given = dict(settings) | {"dtype": str(dtype).removeprefix("torch.")}
     for key in ("quantization_config", "transformers_weights"):
         given.pop(key, None)
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        if path.is_file() and path.name.endswith(COPIED) and path.name != INDEX and not any(
-                part.startswith((".", "__")) for part in inside.parts):
-            (target / inside).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / inside)
+    copy_files(folder, target)
     (target / "config.json").write_text(json.dumps(given, indent=2) + "\n", encoding="utf-8")
     return {name: count for name, count in kinds.items() if count}
 
@@ -162,7 +141,18 @@ def from_mxfp4(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -
     return torch.stack(dense).contiguous()
 
 
-def _key(folder: Path) -> str:
+def copy_files(folder: Path, target: Path) -> None:
+    """Copy what lies beside the weights of a model: configuration, tokenizer, templates, code."""
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        if path.is_file() and path.name.endswith(COPIED) and path.name != INDEX and not any(
+                part.startswith((".", "__")) for part in inside.parts):
+            (target / inside).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / inside)
+
+
+def model_key(folder: Path) -> str:
+    """A name for what is made of a folder, which changes with its files."""
     files = [folder / "config.json", *weight_files(folder)]
     given = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return f"{folder.resolve().name}-{hashlib.sha256(json.dumps(given).encode()).hexdigest()[:16]}"

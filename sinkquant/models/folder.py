@@ -26,7 +26,7 @@ DEQUANTIZED = ("fp8", "mxfp4")
 
 def resolve(model: str) -> Path:
     """The local folder of a model: "demo", a folder, a GGUF file or a folder with one, or a hub id (the hub's offline
-    cache is respected). What was published in FP8 or MXFP4 is dequantized first.
+    cache is respected). What was published in FP8 or MXFP4 is dequantized first, and an adapter merged.
 
     Raises:
         RequestError: there is no such folder or hub model, or the folder is not a complete safetensors checkpoint.
@@ -47,12 +47,22 @@ def resolve(model: str) -> Path:
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise RequestError(f"{model!r} is no local folder, and the hub did not give it: {reason}") from error
+    if (folder / ADAPTER).is_file():
+        from sinkquant.models.adapters import base_named, merged  # brings torch along
+
+        return merged(folder, folder if _has_weights(folder) else resolve(base_named(folder)))
     check_folder(folder)
     if _method(folder) in DEQUANTIZED:
         from sinkquant.models.dequantized import dequantized  # brings torch along
 
         return dequantized(folder)
     return folder
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether an adapter's folder holds a whole model as well."""
+    others = [path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_")]
+    return bool(others) and (folder / "config.json").is_file()
 
 
 def _method(folder: Path) -> str | None:
@@ -62,15 +72,11 @@ def _method(folder: Path) -> str | None:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that transformers could not load completely, or would not load as it looks.
+    """Refuse a folder that transformers could not load completely.
 
     Raises:
-        RequestError: no config.json, no safetensors, a shard that is missing or shorter than its header says, or an
-            adapter that transformers would put on top of the weights.
+        RequestError: no config.json, no safetensors, or a shard that is missing or shorter than its header says.
     """
-    if (folder / ADAPTER).is_file():
-        raise RequestError(f"{folder} holds an adapter ({ADAPTER}); merge it into its base model first (peft: "
-                           "merge_and_unload, then save_pretrained), and name the folder of the merged model.")
     read_settings(folder)
     if is_gguf_checkpoint(folder):
         read_index(folder / FILE)

@@ -24,7 +24,7 @@ SUFFIX = ".gguf"
 SOURCE = "gguf_source.json"
 """Says in the folder which file it was made of; a checkpoint takes it along."""
 SOURCE_FOLDER = "dequantized_from.json"
-"""The same, where it was made of a folder in FP8 or MXFP4."""
+"""The same, where it was made of a folder in FP8 or MXFP4, or of an adapter and its base."""
 PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Numbers that were never quantized: GGUF's name -> torch's."""
 
@@ -87,6 +87,8 @@ def source_notes(folder: Path | None) -> list[str]:
     if path is None:
         return []
     content = json.loads(path.read_text(encoding="utf-8"))
+    if "adapter" in content:
+        return [f"the adapter {content['adapter']} is merged into the weights of {content['file']}"]
     packed = [name for name in content["types"] if name not in PLAIN]
     if not packed:
         return [f"the weights come from {content['file']}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sinkquant.errors import RequestError
+from sinkquant.models.blocks import layer_config
 from sinkquant.models.decoder import Decoder, weight_matrix
 
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
@@ -16,7 +17,7 @@ def head_columns(decoder: Decoder, layer: int) -> tuple[str, list[slice]]:
     """
     found = [name for name in decoder.linears if decoder.block_of(name) == layer and _in_attention(decoder, name)
              and name.rpartition(".")[2] in OUTPUT_PROJECTIONS]
-    heads = int(decoder.model.config.get_text_config(decoder=True).num_attention_heads)
+    heads = int(layer_config(decoder.model.config.get_text_config(decoder=True), layer).num_attention_heads)
     columns = weight_matrix(decoder.linears[found[0]]).shape[1] if len(found) == 1 else 1
     if len(found) != 1 or columns % heads:
         raise RequestError(f"{type(decoder.model).__name__} has no output projection that reads its heads side by "

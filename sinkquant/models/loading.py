@@ -11,12 +11,18 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from sinkquant.errors import RequestError
 
@@ -54,7 +60,7 @@ def load_model(folder: Path, dtype: torch.dtype | str = "auto", device: str = "c
     """
     config = read_config(folder, trust_remote_code)
     with loading_errors(folder):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             folder, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code,
             **(placement or {}))
     if info.get("missing_keys"):
@@ -74,10 +80,31 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if getattr(config, "is_encoder_decoder", False):
         raise RequestError(f"{type(config).__name__} is not supported: it is an encoder-decoder, not a decoder.")
-    if not trust_remote_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if not trust_remote_code and not known:
         raise RequestError(f"the architecture {config.model_type!r} is not supported: "
                            "transformers has no causal language model of it.")
     return config
+
+
+def class_for(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The auto class that loads the model of a folder.
+
+    Raises:
+        RequestError: its configuration is not one of a causal decoder.
+    """
+    return auto_class(read_config(folder, trust_remote_code))
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The auto class that makes a configuration's model: that of causal language models, or that of models which read
+    images as well, where transformers has no other one or the configuration names it (`architectures`)."""
+    with_images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    plain = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    named = (config.architectures or [None])[0]
+    if with_images is not None and (plain is None or named == with_images):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 @contextlib.contextmanager

@@ -56,7 +56,7 @@ def _smaller(settings: dict[str, Any], layers: Sequence[int], unit: int, inside:
         if isinstance(value, list) and value and len(value) == count:
             found[key] = [value[index] for index in layers]
         elif key in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
-            found[key] = _plain_rope(value)
+            found[key] = _plain_rope(value, unit)
         elif key == "per_layer_config" and isinstance(value, dict):
             found[key] = {place: value[name] for place, index in enumerate(layers) for name in (index, str(index))
                           if name in value}
@@ -101,11 +101,19 @@ def _number(key: str, value: int, layers: int, unit: int, shared: bool) -> int:
     return 1 if TOKENS.search(key) else value
 
 
-def _plain_rope(value: dict[str, Any]) -> dict[str, Any]:
-    """Rotary embeddings without the factors that are as long as a head is wide."""
+def _plain_rope(value: dict[str, Any], unit: int) -> dict[str, Any]:
+    """Rotary embeddings without the factors that are as long as a head is wide, sections cut to its new width."""
     if value and all(isinstance(inner, dict) for inner in value.values()):
-        return {key: _plain_rope(inner) for key, inner in value.items()}
-    if not any(isinstance(inner, list) for inner in value.values()):
+        return {key: _plain_rope(inner, unit) for key, inner in value.items()}
+    sections = value.get("mrope_section")
+    if isinstance(sections, list) and sections:  # of half a head: of time, height and width
+        value = value | {"mrope_section": _sections(len(sections), unit // 8)}
+    if not any(isinstance(inner, list) for key, inner in value.items() if key != "mrope_section"):
         return value
-    kept = {key: value[key] for key in ("rope_theta", "partial_rotary_factor") if key in value}
+    kept = {key: value[key] for key in ("rope_theta", "partial_rotary_factor", "mrope_section") if key in value}
     return {"rope_type": "default"} | kept
+
+
+def _sections(count: int, total: int) -> list[int]:
+    """So many parts of a whole, as even as can be."""
+    return [total // count + (index < total % count) for index in range(count)]

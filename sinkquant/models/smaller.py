@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from sinkquant.models.blocks import layer_config
 from sinkquant.models.decoder import Decoder
+from sinkquant.models.loading import auto_class
 from sinkquant.models.tensors import pieces
 
 PER_HEAD = ("sinks",)
@@ -33,7 +35,7 @@ class HeadCounts:
     @classmethod
     def of(cls, model: PreTrainedModel) -> HeadCounts:
         """As the configuration says them."""
-        config = model.config.get_text_config(decoder=True)
+        config = layer_config(model.config.get_text_config(decoder=True), 0)
         heads = int(config.num_attention_heads)
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         return cls(heads, int(getattr(config, "num_key_value_heads", None) or heads), int(width))
@@ -74,7 +76,7 @@ def smaller_model(model: PreTrainedModel, kv_heads: int) -> PreTrainedModel | No
             text.num_key_value_heads = kv_heads
         config = type(config).from_dict(config.to_dict())
         with init_empty_weights(include_buffers=False):
-            smaller = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+            smaller = auto_class(config).from_config(config, dtype=model.dtype)
     except Exception:  # every architecture has its own way to say that its width is not divided by the heads
         return None
     smaller.tie_weights()

@@ -20,7 +20,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -37,7 +37,7 @@ from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.models.edits import Edit, EditedTensor
 from sinkquant.models.folder import HUB_ID
 from sinkquant.models.inputs import round_inputs
-from sinkquant.models.loading import loading_errors, read_config
+from sinkquant.models.loading import auto_class, loading_errors, read_config
 from sinkquant.models.shards import Stored, StoredTensor, dense_tensors, stored_tensors
 from sinkquant.schemes.scheme import COMPRESSED
 
@@ -68,7 +68,7 @@ def open_model(folder: Path, trust_remote_code: bool = False, dtype: torch.dtype
     dtype = dtype or getattr(config, "dtype", None) or next(
         (tensor.dtype for tensor in stored.values() if tensor.dtype.is_floating_point), torch.float32)
     with loading_errors(folder), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()
     quantization = getattr(config, "quantization_config", None)
     tensors: dict[str, Stored] = dict(stored)

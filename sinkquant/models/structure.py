@@ -15,6 +15,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from sinkquant.models.blocks import layer_config
+
 BEFORE_ATTENTION = ("input_layernorm", "self_attn_layer_norm", "ln_1", "attention_norm", "ln_attn")
 BEFORE_MLP = ("pre_feedforward_layernorm", "pre_mlp_layernorm", "ln_mlp", "ln_2", "ffn_norm")
 ATTENTION_READERS = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "q_a_proj",
@@ -133,7 +135,8 @@ def structure_of(model: PreTrainedModel, block_names: Sequence[str], blocks: Seq
     """The structure of a decoder with these blocks; no weight is read."""
     config = model.config.get_text_config(decoder=True)
     width = int(config.hidden_size)
-    found = tuple(_block(config, name, block) for name, block in zip(block_names, blocks, strict=True))
+    found = tuple(_block(layer_config(config, index), name, block)
+                  for index, (name, block) in enumerate(zip(block_names, blocks, strict=True)))
     inside = tuple(f"{name}." for name in block_names)
     ends = {id(model.get_input_embeddings()): "embedding", id(model.get_output_embeddings()): "head"}
     embeddings: list[str] = []

@@ -141,7 +141,7 @@ def _head_table(sink_map: SinkMap, after: SinkMap | None) -> list[list[str]]:
         scores = [f"{head.sink_score:.3f}" for head in layer]
         if after:
             scores = [f"{one} → {head.sink_score:.3f}" for one, head in zip(scores, after.heads[index], strict=True)]
-        table.append([str(index), *scores])
+        table.append([str(index), *scores, *[""] * (heads - len(scores))])
     return table
 
 

@@ -28,8 +28,9 @@ MLA: dict[str, Any] = {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_ran
 SLIDING: dict[str, Any] = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
 
 COVERED: dict[str, dict[str, Any]] = {
-    "afmoe": {}, "apertus": {}, "arcee": {}, "bitnet": {}, "cohere": {"logit_scale": 0.5}, "cohere2": SLIDING,
-    "ctrl": {}, "cwm": {}, "deepseek_v2": MLA, "deepseek_v3": MLA, "doge": {}, "dots1": {}, "ernie4_5": {},
+    "afmoe": {}, "apertus": {}, "arcee": {}, "biogpt": {}, "bitnet": {},
+    "cohere": {"logit_scale": 0.5}, "cohere2": SLIDING, "ctrl": {}, "cwm": {},
+    "deepseek_v2": MLA, "deepseek_v3": MLA, "doge": {}, "dots1": {}, "ernie4_5": {},
     "ernie4_5_moe": {}, "exaone4": SLIDING, "flex_olmo": {}, "gemma": {}, "glm": {}, "glm4": {}, "glm4_moe": {},
     "gpt_bigcode": {}, "granite": {"residual_multiplier": 0.3, "attention_multiplier": 0.2,
                                    "embedding_multiplier": 3.0, "logits_scaling": 2.0},
@@ -37,14 +38,29 @@ COVERED: dict[str, dict[str, Any]] = {
     "jais2": {}, "jetmoe": {}, "llama4_text": {}, "mimo_v2_flash": {}, "minimax_m2": {}, "ministral": {},
     "ministral3": {}, "nanochat": {}, "nemotron": {}, "olmo": {}, "olmo2": {}, "olmo3": {}, "olmoe": {},
     "persimmon": {}, "phi": {}, "phimoe": {}, "qwen2_moe": {}, "seed_oss": {}, "smollm3": {}, "solar_open": {},
-    "starcoder2": {}, "vaultgemma": {}}
+    "stablelm": {}, "starcoder2": {}, "vaultgemma": {}}
+
+_SECOND: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
+_DELTA: dict[str, Any] = _SECOND | {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+                                    "linear_value_head_dim": 16, "shared_expert_intermediate_size": 64}
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_n_heads": 4, "mamba_d_head": 32,
+                         "mamba_expand": 2, "mamba_d_state": 16, "mamba_n_groups": 1, "shared_intermediate_size": 64},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2,
+              "mamba_dt_rank": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}, "minimax": _SECOND,
+    "nemotron_h": {"layer_types": ["mamba", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 16,
+                   "ssm_state_size": 16, "n_groups": 1},
+    "olmo_hybrid": _SECOND, "qwen3_5_text": _DELTA, "qwen3_next": _DELTA}
+"""The first of two layers has no attention matrix."""
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "bamba": {}, "bert": {}, "biogpt": {}, "bloom": {}, "codegen": {}, "diffllama": {}, "falcon": {},
-    "falcon_h1": {}, "falcon_mamba": {}, "gpt_neo": {"attention_types": [[["global", "local"], 1]]}, "gptj": {},
-    "jamba": {}, "lfm2": {"layer_types": ["conv", "full_attention"]}, "mamba": {},
-    "minimax": {"layer_types": ["linear_attention", "full_attention"]}, "mpt": {}, "nemotron_h": {},
-    "qwen3_5_text": {}, "qwen3_next": {}, "roberta": {}, "rwkv": {}, "stablelm": {}, "xglm": {}}
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_expand": 2,
+              "mamba_d_state": 16, "mamba_n_groups": 1},
+    "bert": {}, "bloom": {}, "diffllama": {}, "falcon": {}, "falcon_mamba": {},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]}, "kimi_linear": {}, "mamba": {}, "mpt": {},
+    "roberta": {}, "rwkv": {}, "xglm": {}}
 
 
 def tiny(family: str, extra: dict[str, Any]) -> PreTrainedModel:
@@ -63,9 +79,33 @@ def survey(decoder: Decoder, rows: torch.Tensor) -> tuple[torch.Tensor, Attentio
     walk = Walk(decoder, rows, 2, observers=[table])
     for step in walk.steps():
         stream.run(step)
-        table.require_causal(len(rows), type(decoder.model).__name__)
-        table.close_layer()
+        if step.index not in decoder.quiet:
+            table.require_causal(len(rows), type(decoder.model).__name__)
+        table.close_layer(rows)
     return walk.losses(), table, stream
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.filterwarnings("ignore")  # transformers names kernels that are not installed
+def test_attention_layers_of_a_hybrid_are_seen_and_the_others_left_alone_by_name(family: str) -> None:
+    model = tiny(family, HYBRIDS[family])
+    rows = torch.randint(8, 128, (3, 40), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        logits = model(rows, use_cache=False).logits.float()
+    expected = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), rows[:, 1:], reduction="none")
+    decoder = Decoder.of(model)
+    losses, table, _ = survey(decoder, rows)
+    assert torch.allclose(losses, expected, rtol=1e-3, atol=1e-3)
+    assert [received.shape for received in table.received] == [(3, 0, 40), (3, 4, 40)]
+    assert table.attending == [1]
+    shape = decoder.shape("")
+    fixed = {name: str(linear.fixed) for name, linear in shape.linears.items() if linear.fixed}
+    quiet = [name for name, linear in shape.linears.items() if linear.block == 0]
+    assert quiet
+    assert all("has no attention matrix: left alone" in fixed[name] for name in quiet)
+    others = " ".join(why for name, why in fixed.items() if name not in quiet)
+    assert "attention" not in others
+    assert [layer.heads > 0 for layer in shape.kv_layers] == [False, True]
 
 
 @pytest.mark.parametrize("family", COVERED)

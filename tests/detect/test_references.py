@@ -33,7 +33,7 @@ def table(model: PreTrainedModel, rows: torch.Tensor) -> AttentionTable:
     found = AttentionTable()
     for step in Walk(Decoder.of(model), rows, 4, observers=[found]).steps():
         step.run()
-        found.close_layer()
+        found.close_layer(rows)
     return found
 
 

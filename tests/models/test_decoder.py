@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import FAMILIES, tiny_model
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, as_stored, weight_matrix
@@ -63,9 +63,15 @@ def test_what_cannot_be_quantized_says_why() -> None:
 
 
 def test_models_without_observable_attention_are_refused_by_name() -> None:
+    bloom = AutoConfig.for_model("bloom", vocab_size=128, hidden_size=64, n_layer=2, n_head=4)
+    with pytest.raises(RequestError, match="BloomForCausalLM is not supported: it does not dispatch its attention"):
+        Decoder.of(AutoModelForCausalLM.from_config(bloom))
+
+
+def test_layers_that_share_weights_are_refused_by_name() -> None:
     model = tiny_model("llama")
-    model._supports_attention_backend = False
-    with pytest.raises(RequestError, match="LlamaForCausalLM is not supported"):
+    model.model.layers[2].mlp = model.model.layers[0].mlp
+    with pytest.raises(RequestError, match="its layers 0 and 2 share the weight mlp"):
         Decoder.of(model)
 
 

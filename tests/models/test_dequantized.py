@@ -24,7 +24,7 @@ BLOCK = 48
 
 @pytest.fixture(autouse=True)
 def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("sinkquant.models.dequantized.cached_assets_path", lambda *_, **__: tmp_path / "assets")
+    monkeypatch.setattr("sinkquant.models.kept.cached_assets_path", lambda *_, **__: tmp_path / "assets")
     return tmp_path / "assets"
 
 

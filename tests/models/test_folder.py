@@ -68,12 +68,6 @@ def test_a_hub_snapshot_of_links_is_read(folder: Path, tiny: PreTrainedModel, tm
     assert torch.equal(what_is_read(folder), tiny.get_parameter(NAME))
 
 
-def test_an_adapter_beside_the_weights_is_refused_by_name(folder: Path) -> None:
-    (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(RequestError, match=r"holds an adapter \(adapter_config\.json\); merge it into its base"):
-        resolve(str(folder))
-
-
 @pytest.mark.parametrize(("name", "said"), [
     ("model-00001-of-00002.safetensors", r"it has model-00001-of-00002\.safetensors, but no model\.safetensors\.index"),
     ("model.fp16.safetensors", r"it has model\.fp16\.safetensors; rename that to model\.safetensors"),

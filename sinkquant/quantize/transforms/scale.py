@@ -33,7 +33,9 @@ def scale_block(decoder: Decoder, step: Step, plan: Plan, weights: TokenWeights,
     if not asked:
         return {}
     stored = {name: getattr(torch, dtype) for name, (dtype, _) in shape.tensors.items()}
-    packed = frozenset(plan.formats)
+    # Experts are packed one by one, and their fused parameter goes with them.
+    packed = frozenset({*plan.formats, *(decoder.experts[name].parameter for name in plan.formats
+                                         if name in decoder.experts)})
     block = decoder.structure.blocks[step.index]
     changed: set[str] = set()
     row = step.walk.hidden[:1]

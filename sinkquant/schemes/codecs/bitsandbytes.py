@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from sinkquant.artifacts import Plan
 from sinkquant.errors import RequestError
+from sinkquant.models.loading import class_for
 from sinkquant.models.progress import no_progress_bars
 from sinkquant.models.shards import StoredTensor
 from sinkquant.schemes import WeightFormat, scheme_of
@@ -122,7 +123,7 @@ class BitsAndBytesFiles(LibraryFiles):
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # brings bitsandbytes along
 
         with no_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            model = class_for(folder).from_pretrained(folder, dtype=dtype)
         dense = {}
         for name, parameter in model.named_parameters():
             module = model.get_submodule(name.rpartition(".")[0])

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from exact_norms import exact_norms, jolt
-from families import FAMILIES, tiny_model
+from families import FAMILIES, tiny_mixture, tiny_model
 from sinkmaps import sink_map_of
 from transformers import PreTrainedModel
 
@@ -54,6 +54,15 @@ def scaled(model: PreTrainedModel, *changes: str) -> set[str]:
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert {name for name in changed if name.removesuffix(".weight") not in plan.formats} <= written
     return changed
+
+
+def test_experts_that_are_packed_one_by_one_are_not_written_as_a_whole() -> None:
+    decoder = Decoder.of(tiny_mixture("deepseek_v3"))
+    plan, shape = planned(decoder, "weights.smooth=awq"), decoder.shape("")
+    written = {name for step, weights in walked(decoder, plan)
+               for name in scale_block(decoder, step, plan, weights, shape)}
+    assert any(name.endswith("post_attention_layernorm.weight") for name in written)
+    assert not [name for name in written if "experts." in name and "shared" not in name]
 
 
 CASES = [(family, "weights.smooth=smoothquant") for family in FAMILIES if family != "gpt2"]

@@ -1,0 +1,98 @@
+"""Adapters are merged into their base as peft does it, or refused before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from small_runs import fingerprint
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sinkquant.errors import RequestError
+from sinkquant.models import adapters, open_model, resolve
+from sinkquant.models.decoder import Decoder
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merged folders are kept here, and go with the test."""
+    monkeypatch.setattr("sinkquant.models.kept.cached_assets_path", lambda *_, **__: tmp_path / "assets")
+
+
+@pytest.fixture
+def base(tiny_folder: Path, tmp_path: Path) -> Path:
+    shutil.copytree(tiny_folder, tmp_path / "base")
+    return tmp_path / "base"
+
+
+def adapter(base: Path, folder: Path, settings: peft.PeftConfig | None = None) -> PreTrainedModel:
+    """Writes a random adapter. Returns what peft itself merges."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    settings = settings or peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False,
+                                           task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        wrapped = peft.get_peft_model(model, settings)
+    wrapped.save_pretrained(folder)
+    return wrapped.merge_and_unload() if hasattr(wrapped.base_model, "merge_and_unload") else model
+
+
+def is_merged(folder: Path, expected: PreTrainedModel) -> bool:
+    found = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    return all(torch.equal(found[name], tensor) for name, tensor in expected.state_dict().items())
+
+
+def test_an_adapter_is_its_base_with_the_change_merged_in(base: Path, tmp_path: Path) -> None:
+    expected, before = adapter(base, tmp_path / "lora"), fingerprint(base)
+    folder = resolve(str(tmp_path / "lora"))
+    assert is_merged(folder, expected)
+    assert not is_merged(base, expected)
+    assert resolve(str(tmp_path / "lora")) == folder
+    assert (folder / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    notes = Decoder.of(open_model(folder)).shape("").notes
+    assert notes == ["the adapter lora is merged into the weights of base"]
+    assert fingerprint(base) == before
+    other = adapter(base, tmp_path / "lora", peft.LoraConfig(
+        r=2, target_modules=["up_proj"], init_lora_weights=False, use_dora=True, task_type="CAUSAL_LM"))
+    assert is_merged(resolve(str(tmp_path / "lora")), other)
+
+
+def test_an_adapter_beside_its_base_is_merged_into_what_lies_there(base: Path, tmp_path: Path) -> None:
+    expected = adapter(base, tmp_path / "lora")
+    settings = json.loads((tmp_path / "lora/adapter_config.json").read_text())
+    (base / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "no/such-model"}))
+    shutil.copy(tmp_path / "lora/adapter_model.safetensors", base)
+    folder = resolve(str(base))
+    assert is_merged(folder, expected)
+    assert not (folder / "adapter_config.json").exists()
+
+
+def test_what_cannot_be_merged_is_refused_in_a_sentence(base: Path, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter(base, tmp_path / "lora")
+    settings = json.loads((tmp_path / "lora/adapter_config.json").read_text())
+
+    def refused(match: str, **changes: object) -> None:
+        (tmp_path / "lora/adapter_config.json").write_text(json.dumps(settings | changes))
+        with pytest.raises(RequestError, match=match):
+            resolve(str(tmp_path / "lora"))
+
+    refused("names no base model", base_model_name_or_path=None)
+    refused("is not a model folder, a GGUF file", base_model_name_or_path=str(tmp_path / "gone"))
+    refused("peft cannot merge .* into .*", peft_type="NO_SUCH_KIND")
+    refused("peft cannot merge .* into .*", target_modules=["no_proj"])
+    with monkeypatch.context() as patched:
+        patched.setattr(adapters, "installed", lambda _: False)
+        refused("peft, which merges it into its base model, is not installed")
+    adapter(base, tmp_path / "prompt", peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    with pytest.raises(RequestError, match="of the kind PROMPT_TUNING, which is no change of weights"):
+        resolve(str(tmp_path / "prompt"))
+    (tmp_path / "lora/adapter_model.safetensors").unlink()
+    refused("has adapter_config.json, but no adapter_model.safetensors")
+    assert not [path for path in (tmp_path / "assets").rglob("*.safetensors") if "lora" in str(path)]
