@@ -72,7 +72,8 @@ FIGURES: dict[str, Callable[[Diagnosis], str]] = {
     "the same, one token repeated": lambda d: f"{d.sink_rates[-1].rates['0.3'].value:.3f}",
     "largest massive activation / median": lambda d: f"{d.massive_ratio:.0f}",
     "mu / norm after the last block, without sinks": lambda d: f"{d.mixing[-1].mu_ratio_without_sinks.value:.3f}",
-    "row entropy of the last block": lambda d: f"{d.mixing[-1].row_entropy.value:.3f}" if d.mixing[-1].row_entropy else "none",
+    "row entropy of the last block": lambda d: (f"{d.mixing[-1].row_entropy.value:.3f}" if d.mixing[-1].row_entropy
+                                                else "none"),
     "paths to the last token that start at a sink": lambda d: f"{d.over_squashing.sink_share.value:.4f}",
     "spread of a swapped token": lambda d: " / ".join(
         f"{s.strength.value:.3f} {'with' if s.with_bos else 'without'} bos" for s in d.spread),

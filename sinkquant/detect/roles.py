@@ -71,8 +71,11 @@ def roles_of(table: RoleTable, seed: int, decode: Callable[[int], str]) -> list[
     Args:
         seed: of the tokens that are dealt out anew. decode: a token in letters.
     """
-    found = []
+    found: list[list[HeadRole]] = []
     for mass, offsets, even in zip(table.mass, table.offsets, table.even, strict=True):
+        if not len(mass):
+            found.append([])
+            continue
         rests = (mass >= RESTING).double().mean(1)
         waits = [(when, dependence(mass, ids, seed), ids) for when, ids in table.conditions]
         roles = []
@@ -190,7 +193,13 @@ class RoleTable:
         self._mass.append([])
 
     def close_layer(self) -> None:
-        """All batches of a layer were seen: put them together."""
+        """All batches of a layer were seen: put them together. One without an attention matrix has no heads."""
+        if not self._sums:
+            nobody = torch.zeros(0, int(self.counted.sum()), dtype=torch.float64)
+            self.mass.append(nobody)
+            self.offsets.append(nobody[:, :OFFSETS])
+            self.even.append(nobody[:, 0])
+            return
         mass = torch.cat([torch.cat(chunks, -1) for chunks in self._mass if chunks])
         self.mass.append(mass.double().transpose(0, 1)[:, self.counted])
         shares, left, even = (torch.stack(parts).sum(0) for parts in zip(*self._sums, strict=True))

@@ -50,8 +50,9 @@ class _FirstColumn:
         self._chunks = []
         self._batches.append(received[..., self.ends - 1] / seen[self.ends - 1].clamp(min=1))
 
-    def close_layer(self) -> None:
-        self.layers.append(torch.cat(self._batches))
+    def close_layer(self, rows: torch.Tensor) -> None:
+        nobody = torch.zeros(len(rows), 0, len(self.ends), dtype=torch.float64)  # no attention matrix, no heads
+        self.layers.append(torch.cat(self._batches) if self._batches else nobody)
         self._batches = []
 
 
@@ -71,7 +72,7 @@ def first_position_mass_by_length(decoder: Decoder, rows: torch.Tensor, lengths:
     walk.observers.append(column)
     for step in walk.steps():
         step.run()
-        column.close_layer()
+        column.close_layer(rows)
     return [[layer[..., i] for layer in column.layers] for i in range(len(lengths))]
 
 
