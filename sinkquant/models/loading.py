@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from sinkquant.errors import RequestError
+from sinkquant.errors import RequestError, SinkquantError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 
@@ -43,8 +43,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     if not has_tokenizer(folder):
         raise RequestError(f"{folder} has no tokenizer; put its tokenizer.json beside config.json.")
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer("a b\n", verbose=False)["input_ids"]  # some show only here that they are broken
+        return tokenizer
+    except Exception as error:  # the tokenizers library raises bare ones
         raise RequestError(f"the tokenizer in {folder} cannot be read: {_first_line(error)}") from error
 
 
@@ -112,7 +114,9 @@ def loading_errors(folder: Path) -> Iterator[None]:
     """What transformers raises about a folder becomes one sentence."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
+    except SinkquantError:
+        raise
+    except Exception as error:  # configurations, kernels and a folder's own code each raise their own
         raise RequestError(f"{folder} cannot be loaded: {_first_line(error)}") from error
 
 
@@ -140,6 +144,6 @@ def pick_device(device: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    line = text.splitlines()[0] if text else type(error).__name__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    line = " ".join(part.strip() for part in lines[:2]) if lines[0].endswith(":") else lines[0]
     return line if line.endswith(".") else f"{line}."

@@ -9,7 +9,7 @@ import pytest
 from families import tiny_model
 from planter import Plant, plant
 from tiny_tokenizer import tiny_tokenizer
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sinkquant.doctor import Audit, examine
 from sinkquant.errors import RequestError
@@ -97,11 +97,10 @@ def test_the_worth_of_bos_is_measured(text_file: Path) -> None:
 
 
 def test_models_that_are_not_supported(text_file: Path) -> None:
-    model = tiny_model("llama")
-    model._supports_attention_backend = False
-    found = audit(model, text_file)
+    bloom = AutoConfig.for_model("bloom", vocab_size=128, hidden_size=64, n_layer=2, n_head=4)
+    found = audit(AutoModelForCausalLM.from_config(bloom), text_file)
     assert found.support == {"detection": "no"}
-    assert any("LlamaForCausalLM is not supported" in warning for warning in found.warnings)
+    assert any("BloomForCausalLM is not supported" in warning for warning in found.warnings)
     assert found.tokenization["calibration"] == "<bos> in front: once"
 
 
