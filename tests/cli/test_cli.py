@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import fingerprint, model_folder
 
 from sinkquant import Plan, Report, SinkMap, __version__
-from sinkquant.run import pipeline
+from sinkquant.run import job
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def test_an_unexpected_error_is_one_sentence_too(tmp_path, tiny_folder, text_fil
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("something\nnobody thought of")
 
-    monkeypatch.setattr(pipeline, "quantize_to", broken)
+    monkeypatch.setattr(job, "quantize_to", broken)
     outcome = call("run", "--model", tiny_folder, "--output", tmp_path / "out", *settings(text_file))
     assert outcome.code == 1
     assert "unexpected RuntimeError: something nobody thought of" in one_sentence(outcome)
@@ -246,7 +246,7 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(tmp_path, tiny_folder, text_f
     def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "quantize_to", stopped)
+    monkeypatch.setattr(job, "quantize_to", stopped)
     outcome = call("run", "--model", tiny_folder, "--output", tmp_path / "out", "--resume", *settings(text_file))
     assert outcome.code == 1
     kept = f"{tmp_path / 'out.partial'} keeps what was done (detect, plan); the same command with --resume"

@@ -14,7 +14,7 @@ from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
 from sinkquant.policy import require_plannable
 from sinkquant.recipe import Recipe, recipe_names
-from sinkquant.run import pipeline
+from sinkquant.run import job
 
 SPLIT = "protect.channels=split"
 EIGHT = ("weights.bits=8", "weights.group_size=-1")
@@ -73,7 +73,7 @@ def test_every_packaged_recipe_fits_a_plain_model() -> None:
 
 def test_a_run_refuses_before_it_detects(tmp_path: Path, tiny_folder: Path, text_file: Path,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "detect", None)
+    monkeypatch.setattr(job, "detect", None)
     with pytest.raises(RequestError, match="leave the section activations out"):
         sq.run(small_recipe(text_file, SPLIT, "activations.format=int8"), tiny_folder, tmp_path / "out")
     assert not list(tmp_path.iterdir())

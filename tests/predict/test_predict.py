@@ -21,7 +21,7 @@ from sinkquant.predict import SENSITIVITIES, predict, require_memory, spill_limi
 from sinkquant.predict.pace import _weights_of_a_token, measure
 from sinkquant.predict.predict import stage_seconds
 from sinkquant.quantize import costs
-from sinkquant.run import pipeline
+from sinkquant.run import job
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +193,6 @@ def test_a_run_with_mapped_hidden_states_gives_the_same_bytes(
     model = model_folder(tmp_path / "model")
     recipe = small_recipe(text_file, "evaluate.skip=true")
     sq.run(recipe, model, tmp_path / "ram")
-    monkeypatch.setattr(pipeline, "spill_limit", lambda _: 0)
+    monkeypatch.setattr(job, "spill_limit", lambda _: 0)
     sq.run(recipe, model, tmp_path / "disk")
     assert fingerprint(tmp_path / "ram" / "model") == fingerprint(tmp_path / "disk" / "model")

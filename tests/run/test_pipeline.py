@@ -12,7 +12,7 @@ from small_runs import fingerprint, model_folder, small_recipe
 from transformers import AutoModelForCausalLM
 
 from sinkquant import Plan, Report, RequestError, SinkquantError, run
-from sinkquant.run import pipeline
+from sinkquant.run import job
 from sinkquant.run.candidates import bits_on_disk
 from sinkquant.run.measure import evaluate_folder, recorded_recipe
 
@@ -77,14 +77,14 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, tiny_folder, tex
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "make_control", interrupted)
+        patch.setattr(job, "make_control", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(recipe, tiny_folder, tmp_path / "parts", resume=True)
     partial = tmp_path / "parts.partial"
     assert (partial / "plan.json").is_file()
     (partial / ".model.killed").mkdir()  # what a kill -9 leaves of a checkpoint
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "evaluate", interrupted)
+        patch.setattr(job, "evaluate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(recipe, tiny_folder, tmp_path / "parts", resume=True)
     assert (partial / "model" / "model.safetensors").is_file()
@@ -95,7 +95,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, tiny_folder, tex
     def never(*_: object, **__: object) -> None:
         raise AssertionError("quantized again")
 
-    monkeypatch.setattr(pipeline, "quantize_to", never)
+    monkeypatch.setattr(job, "quantize_to", never)
     parts = run(recipe, tiny_folder, tmp_path / "parts", resume=True)
     assert parts is not None
     assert whole is not None
@@ -111,7 +111,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, tiny_folder, text_file, mon
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "evaluate", interrupted)
+    monkeypatch.setattr(job, "evaluate", interrupted)
     (tmp_path / "out").mkdir()  # an empty folder is fine
     with pytest.raises(KeyboardInterrupt):
         run(small_recipe(text_file, "evaluate.control=false"), tiny_folder, tmp_path / "out")
@@ -204,7 +204,7 @@ def test_what_cannot_be_done_is_refused_before_the_work(tmp_path, tiny_folder, t
     def never(*_: object, **__: object) -> None:
         raise AssertionError("computed")
 
-    monkeypatch.setattr(pipeline, "quantize_to", never)
+    monkeypatch.setattr(job, "quantize_to", never)
     empty, short = tmp_path / "empty.txt", tmp_path / "short.txt"
     empty.write_text(" \n", encoding="utf-8")
     short.write_text("w9 w10 w11 .", encoding="utf-8")

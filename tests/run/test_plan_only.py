@@ -16,7 +16,7 @@ import sinkquant as sq
 from sinkquant.errors import RequestError
 from sinkquant.models import shards
 from sinkquant.policy import headers
-from sinkquant.run import pipeline
+from sinkquant.run import job, pipeline
 
 LLAMA_70B = {"vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
              "num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 8192, "dtype": "bfloat16"}
@@ -53,7 +53,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("more than headers was read")
 
     monkeypatch.setattr(shards.StoredTensor, "_read", never)
-    monkeypatch.setattr(pipeline, "detect", never)
+    monkeypatch.setattr(job, "detect", never)
 
 
 def test_a_model_of_70_billion_parameters_is_planned_from_its_headers(tmp_path: Path, no_weights: None) -> None:
@@ -116,7 +116,7 @@ def test_with_a_saved_sink_map_no_weight_is_read_and_a_run_does_not_detect(
     with monkeypatch.context() as patch:
         patch.setattr(shards.StoredTensor, "_read", None)
         sq.run(recipe, tiny_folder, tmp_path / "planned", plan_only=True, sink_map=sink_map)
-    monkeypatch.setattr(pipeline, "detect", None)
+    monkeypatch.setattr(job, "detect", None)
     sq.run(recipe, tiny_folder, tmp_path / "out", sink_map=sink_map)
     for name in ("plan.json", "sinkmap.json"):
         assert (tmp_path / "planned" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
