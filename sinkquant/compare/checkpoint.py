@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from sinkquant.errors import RequestError
 from sinkquant.formats import read_checkpoint
 from sinkquant.models import resolve
 from sinkquant.models.folder import read_settings
-from sinkquant.models.gguf import PLAIN, SOURCE, SUFFIX, gguf_in
+from sinkquant.models.gguf import PLAIN, SUFFIX, gguf_in
 from sinkquant.run.candidates import loader, weight_bytes
 
 MODEL = "model"
@@ -85,24 +85,24 @@ def _opened(named: str, place: str, name: str) -> Checkpoint:
     folder = resolve(place)
     packed = Path(place) if place.endswith(SUFFIX) else gguf_in(Path(place)) if Path(place).is_dir() else None
     if packed is not None:
-        return Checkpoint(name, named, folder, _gguf_bytes(packed), _gguf_form(folder))
+        size, form = _of_gguf(packed)
+    else:
+        settings = read_settings(folder).get("quantization_config") or {}
+        size, form = weight_bytes(folder), str(settings.get("quant_method") or "unquantized")
     content = read_checkpoint(folder)
-    settings = read_settings(folder).get("quantization_config") or {}
-    form = str(settings.get("quant_method") or "unquantized")
     if content is None:
-        return Checkpoint(name, named, folder, weight_bytes(folder), form)
+        return Checkpoint(name, named, folder, size, form)
     plan = content["plan"]
-    return Checkpoint(name, named, folder, weight_bytes(folder), form, plan.kv_cache, content["sink_map"] or None,
+    return Checkpoint(name, named, folder, size, form, plan.kv_cache, content["sink_map"] or None,
                       content.get("recipe"), bool(plan.transforms), plan.blocks.kept if plan.blocks else None)
 
 
-def _gguf_bytes(path: Path) -> int:
+def _of_gguf(path: Path) -> tuple[int, str]:
+    """Bytes of the tensors of a file, and its format in two words: the type that most of them have."""
     from gguf import GGUFReader
 
-    return sum(int(tensor.n_bytes) for tensor in GGUFReader(path).tensors)
-
-
-def _gguf_form(folder: Path) -> str:
-    types = json.loads((folder / SOURCE).read_text(encoding="utf-8"))["types"]
+    tensors = GGUFReader(path).tensors
+    types = Counter(tensor.tensor_type.name for tensor in tensors)
     packed = {name: count for name, count in types.items() if name not in PLAIN} or types
-    return f"GGUF {max(packed, key=lambda name: (packed[name], name))}"
+    return sum(int(tensor.n_bytes) for tensor in tensors), (
+        f"GGUF {max(packed, key=lambda name: (packed[name], name))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -87,17 +88,22 @@ def percent(share: float) -> str:
 
 def bits_of(matrix: torch.Tensor, rows: int = 64) -> int | None:
     """Bits of the codes of a matrix [rows, columns], told from how many values its groups hold; None where they hold as
-    many as unquantized ones. A median over groups of the coarsest size that shows any rounding."""
+    many as unquantized ones.
+
+    Of sizes that groups may have, the largest is meant whose parts hold about as many values as it: a run of two groups
+    holds twice as many as either, since each has its own scale.
+    """
     some = matrix[torch.linspace(0, len(matrix) - 1, min(rows, len(matrix))).long()].float().cpu()
-    for size in (some.shape[1], 128, 64, 32):
-        if some.shape[1] % size or size < 8:
-            continue
-        counts = sorted(len(group.unique()) for group in some.reshape(-1, size))
-        count = counts[len(counts) // 2]
-        bits = max(1, (count - 1).bit_length())
-        if 2 ** bits <= size // 2 and count < size // 2:
-            return bits
-    return None
+    counts = {}
+    for size in dict.fromkeys((some.shape[1], 128, 64, 32, 16)):
+        if some.shape[1] % size == 0:
+            found = sorted(len(group.unique()) for group in some.reshape(-1, size))
+            counts[size] = found[len(found) // 2]
+    sizes = sorted(counts, reverse=True)
+    size = next((one for one, part in itertools.pairwise(sizes) if counts[one] < counts[part] * (one / part) ** 0.5),
+                sizes[-1])
+    bits = max(1, (counts[size] - 1).bit_length())
+    return bits if 2 ** bits <= size // 2 and counts[size] < size // 2 else None
 
 
 def _evidence(part: Part, shares: torch.Tensor, model: PreTrainedModel, sink_map: SinkMap | None) -> Evidence:

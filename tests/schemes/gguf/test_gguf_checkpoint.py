@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTraine
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from sinkquant.artifacts import Plan
+from sinkquant.compare.checkpoint import open_checkpoints
 from sinkquant.errors import RequestError
 from sinkquant.formats import load, quantize_to, save
 from sinkquant.models import Decoder, load_model, load_tokenizer, open_model, resolve
@@ -101,6 +102,18 @@ def test_blocks_are_those_of_the_gguf_package(text_file: Path, tmp_path: Path) -
             pairs = scales.copy().view(numpy.float16).reshape(dense.shape[0], -1, 2)
             assert (pairs[..., 0] == pairs[..., 1]).all()
     assert kinds == {"F32", "BF16", "Q4_0", "Q8_0"}
+
+
+def test_compare_opens_it_by_its_folder_and_by_its_file(text_file: Path, tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "model", "llama")
+    model = load_model(source)
+    plan = plan_of(source, text_file, "weights.method=rtn", model=model)
+    out = save(quantize(model, plan, load_tokenizer(source)), load_tokenizer(source), tmp_path / "out")
+    for named in (out, out / "model.gguf"):
+        (opened,) = open_checkpoints([str(named)])
+        assert opened.form == "GGUF Q4_0"
+        assert 0 < opened.bytes < (out / "model.gguf").stat().st_size  # the header is none of its tensors
+        assert opened.folder == out
 
 
 @pytest.mark.parametrize("ends", ["q8_0", "f16"])

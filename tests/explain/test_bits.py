@@ -1,0 +1,26 @@
+"""Bits are told from the values alone, whatever the groups."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sinkquant.explain.diagnose import bits_of
+
+
+def rounded(bits: int, group: int, columns: int) -> torch.Tensor:
+    """Normal weights rounded to nearest with a scale per group, [64, columns]."""
+    groups = torch.randn(64, columns, generator=torch.Generator().manual_seed(0)).reshape(-1, group)
+    scale = groups.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+    return ((groups / scale).round() * scale).reshape(64, columns)
+
+
+@pytest.mark.parametrize(("bits", "group", "columns"), [
+    (3, 64, 576), (3, 64, 1536), (2, 32, 576), (4, 32, 1536), (4, 64, 512), (3, 128, 1536), (4, 1536, 1536),
+    (8, 1536, 1536), (3, 576, 576), (4, 128, 4096)])
+def test_bits_are_told_whatever_the_groups(bits: int, group: int, columns: int) -> None:
+    assert bits_of(rounded(bits, group, columns)) == bits
+
+
+def test_unquantized_weights_have_none() -> None:
+    assert bits_of(torch.randn(64, 576, generator=torch.Generator().manual_seed(0))) is None
