@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ Split = Literal["calibration", "evaluation"]
 TextSource = str | os.PathLike[str] | Sequence[str] | None
 PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstandard", b"BZh": "bzip2",
           b"\xfd7zXZ": "xz"}
+WEIGHTED = re.compile(r"(.+)@(\d+(?:\.\d+)?)")
+"""A text with its weight among several."""
 MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 """How files begin that are no text in UTF-8."""
 
@@ -40,21 +43,29 @@ def read_text(path: TextSource, split: Split, tokenizer: PreTrainedTokenizerBase
 
     Args:
         path: a file, a pattern of files such as `texts/*.jsonl`, `hub:` and the name or the folder of a data set, or
-            `-` for standard input; several of them, in their order; None for the packaged text.
+            `-` for standard input; several of them, in their order, each with its weight where one has any
+            (`chats.jsonl@3`: three times as much as of one without); None for the packaged text.
         tokenizer: its chat template writes records of messages.
 
     Raises:
-        RequestError: a file cannot be read, is empty, is not UTF-8, or holds data without a text in it; or there are
-            messages and no chat template.
+        RequestError: a file cannot be read, is empty, is not UTF-8, or holds data without a text in it; there are
+            messages and no chat template; or a weight is zero.
     """
+    sources = path if isinstance(path, list | tuple) else [path]
+    weights = [_weighted(source)[1] for source in sources]
     found = []
-    for name, content in _contents(path, split):
-        what = f"the {split} text {name}"
-        data = _is_data(name, content)
-        text = _joined(_records(name, content, what), what, tokenizer) if data else _decoded(content, what)
-        if not text.strip():
-            raise RequestError(f"{what} is empty; give a file with some prose.")
-        found.append(text)
+    for source in sources or [path]:
+        texts = []
+        for name, content in _contents(source, split):
+            what = f"the {split} text {name}"
+            data = _is_data(name, content)
+            text = _joined(_records(name, content, what), what, tokenizer) if data else _decoded(content, what)
+            if not documents(text):
+                raise RequestError(f"{what} is empty; give a file with some prose.")
+            texts.append(text)
+        found.append(f"\n{DOCUMENT_SEPARATOR}\n".join(texts))
+    if any(weight is not None for weight in weights):
+        found = _in_proportion(found, [1.0 if weight is None else weight for weight in weights])
     return f"\n{DOCUMENT_SEPARATOR}\n".join(found)
 
 
@@ -63,6 +74,9 @@ def text_digest(path: TextSource, split: Split) -> bytes:
     digest = hashlib.sha256()
     for _, content in _contents(path, split):
         digest.update(hashlib.sha256(content).digest())
+    weights = [_weighted(source)[1] for source in (path if isinstance(path, list | tuple) else ())]
+    if any(weights):
+        digest.update(repr(weights).encode())
     return digest.digest()
 
 
@@ -77,8 +91,46 @@ def documents(text: str) -> list[str]:
     return [joined for part in parts if (joined := "".join(part).strip())]
 
 
+def _weighted(source: Any) -> tuple[Any, float | None]:
+    """A text and its weight; what is there under the whole name has none.
+
+    Raises:
+        RequestError: the weight is zero.
+    """
+    match = WEIGHTED.fullmatch(source) if isinstance(source, str) else None
+    if match is None or Path(source).expanduser().exists():
+        return source, None
+    if not float(match[2]):
+        raise RequestError(f"the text {source} has the weight 0; leave it out.")
+    return match[1], float(match[2])
+
+
+def _in_proportion(texts: list[str], weights: list[float]) -> list[str]:
+    """As much of every text as its weight says, and of one of them all: whole documents, evenly spread, or the
+    beginning of a text that is one."""
+    parts = [documents(text) for text in texts]
+    sizes = [sum(map(len, one)) for one in parts]
+    unit = min(size / weight for size, weight in zip(sizes, weights, strict=True))
+    shares = [unit * weight / size for size, weight in zip(sizes, weights, strict=True)]
+    return [text if share >= 1 else f"\n{DOCUMENT_SEPARATOR}\n".join(_part_of(one, share))
+            for text, one, share in zip(texts, parts, shares, strict=True)]
+
+
+def _part_of(parts: list[str], share: float) -> list[str]:
+    if len(parts) == 1:
+        return [parts[0][:max(1, int(share * len(parts[0])))].rsplit(maxsplit=1)[0]]
+    kept, size, seen = [], 0, 0
+    for part in parts:
+        seen += len(part)
+        if size + len(part) / 2 <= share * seen:
+            kept.append(part)
+            size += len(part)
+    return kept or parts[:1]
+
+
 def _contents(path: TextSource, split: Split) -> Iterator[tuple[str, bytes]]:
     """Name and bytes of every file, in the order that they are given, and by name where a pattern gives several."""
+    path, _ = _weighted(path)
     if path is None:
         paths = [demo_text(split)]
     elif not isinstance(path, str | os.PathLike):
@@ -253,7 +305,8 @@ def _text_of(record: Any, what: str, tokenizer: PreTrainedTokenizerBase | None) 
 
 
 def _chat(messages: list[Any], what: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """A conversation as the model reads it, without the `<bos>` that rows are given anyway."""
+    """A conversation as the model reads it, without the `<bos>` that rows are given anyway, however often the template
+    writes it in front."""
     if tokenizer is None or not tokenizer.chat_template:
         raise RequestError(f"{what} holds messages, and the model's tokenizer has no chat template to write them with; "
                            "give their text in the field text.")
@@ -262,4 +315,6 @@ def _chat(messages: list[Any], what: str, tokenizer: PreTrainedTokenizerBase | N
     except Exception as error:  # a template is a program, and raises what it wants
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise RequestError(f"{what} cannot be written by the model's chat template: {reason}.") from error
-    return text.removeprefix(tokenizer.bos_token or "")
+    while tokenizer.bos_token and text.lstrip().startswith(tokenizer.bos_token):
+        text = text.lstrip().removeprefix(tokenizer.bos_token)
+    return text

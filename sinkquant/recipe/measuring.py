@@ -22,7 +22,8 @@ class Compute(Section):
 
 class CalibrationText(Section):
     """The rows that the quantizer sees: `rows` x `length` tokens of `text`: a file, a pattern,
-    `hub:` and a data set, or a list of them (null: the packaged prose).
+    `hub:` and a data set, or a list of them, each with its weight (`chats.jsonl@3`) where one has any (null: the
+    packaged prose).
 
     `bos` "auto" puts `<bos>` in front exactly once where the tokenizer adds it at all. An expert that fewer than
     `min_expert_tokens` tokens go to is named, and quantized as if all tokens of its layer went to it.

@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 
 from sinkquant.errors import RequestError
 from sinkquant.models import corpus, documents, read_text, token_rows
-from sinkquant.models.corpus import text_digest
 from sinkquant.recipe import Recipe
 from sinkquant.run import run
 
@@ -79,10 +78,33 @@ def test_messages_are_written_by_the_chat_template_without_its_bos(tmp_path: Pat
         assert (rows == 1).sum(1).tolist() == [1] * 4
         with pytest.raises(RequestError, match="record 1, holds messages, and the model's tokenizer has no chat templ"):
             read_text(path, "calibration", tiny_tokenizer())
+    twice = chat_tokenizer()
+    twice.chat_template = "{{ bos_token }} {{ bos_token }}" + TEMPLATE
+    assert documents(read_text(tmp_path / "a.jsonl", "calibration", twice)) == expected
     refusing = tiny_tokenizer()
     refusing.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(RequestError, match="cannot be written by the model's chat template: roles must alternate"):
         read_text(tmp_path / "a.jsonl", "calibration", refusing)
+
+
+def test_texts_stand_in_the_proportion_of_their_weights(tmp_path: Path) -> None:
+    chats = written(tmp_path / "chats.jsonl", lines([{"text": f"w{i} w{i}"} for i in range(10, 90)]))
+    prose = written(tmp_path / "prose.txt", "w99 " * 400)
+    odd = written(tmp_path / "odd@2", "w20 w21")
+    text = read_text([f"{chats}@3", str(prose)], "calibration")
+    assert text.count("w99") == pytest.approx(80 * 7 / 4 / 3, abs=1)  # all of the chats, a third as much prose
+    assert len(documents(text)) == 81
+    text = read_text([f"{chats}@0.5", f"{prose}@2"], "calibration")
+    assert text.count("w99") == 400
+    kept = documents(text)[:-1]
+    assert len(kept) == pytest.approx(400 * 4 / 4 / 7, abs=1)
+    assert (kept[0] < "w14", kept[-1] > "w85") == (True, True)  # from all over the set
+    assert documents(read_text(str(odd), "calibration")) == ["w20 w21"]
+    assert read_text([str(chats), str(prose)], "calibration").count("w99") == 400
+    assert corpus.text_digest([f"{chats}@3", str(prose)], "calibration") != corpus.text_digest(
+        [str(chats), str(prose)], "calibration")
+    with pytest.raises(RequestError, match=r"prose\.txt@0 has the weight 0; leave it out"):
+        read_text([str(chats), f"{prose}@0"], "calibration")
 
 
 def test_several_files_are_read_in_the_order_of_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +163,7 @@ def test_several_texts_are_read_in_their_order_and_counted_into_one_digest(tmp_p
     given = [str(first), str(second)]
     assert documents(read_text(given, "calibration")) == ["one", "two", "three"]
     assert documents(read_text(given[::-1], "calibration")) == ["two", "three", "one"]
-    digests = {text_digest(one, "calibration") for one in (given, given[::-1], given[0])}
+    digests = {corpus.text_digest(one, "calibration") for one in (given, given[::-1], given[0])}
     assert len(digests) == 3
     with pytest.raises(RequestError, match="is an empty list"):
         read_text([], "calibration")
