@@ -100,8 +100,8 @@ def bits_of(matrix: torch.Tensor, rows: int = 64) -> int | None:
             found = sorted(len(group.unique()) for group in some.reshape(-1, size))
             counts[size] = found[len(found) // 2]
     sizes = sorted(counts, reverse=True)
-    size = next((one for one, part in itertools.pairwise(sizes) if counts[one] < counts[part] * (one / part) ** 0.5),
-                sizes[-1])
+    size = next((one for one, part in itertools.pairwise(sizes)  # zero is in every group
+                 if counts[one] - 1 < (counts[part] - 1) * (one / part) ** 0.75), sizes[-1])
     bits = max(1, (counts[size] - 1).bit_length())
     return bits if 2 ** bits <= size // 2 and counts[size] < size // 2 else None
 

@@ -61,7 +61,8 @@ def configuration_causes(original: PreTrainedModel, model: PreTrainedModel, meas
 def changes(before: Any, after: Any) -> list[SettingChange]:
     """Values of two configurations that differ and that predictions depend on."""
     one, two = (config.get_text_config(decoder=True).to_dict() for config in (before, after))
-    names = sorted(name for name in {*one, *two} - {*OWN} if not name.endswith("token_id"))
+    names = sorted(name for name in {*one, *two} - {*OWN}
+                   if not name.endswith("token_id") and not name.startswith("_"))
     return [SettingChange(name=name, before=str(one.get(name)), after=str(two.get(name))) for name in names
             if not _same(one.get(name), two.get(name))]
 
