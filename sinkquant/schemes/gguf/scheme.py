@@ -102,7 +102,7 @@ def _blocks(ends: str) -> Blocks:
         storage=BACKEND if ends == NO_ROUNDING else f"{BACKEND}-{ends}", backend=BACKEND,
         words="blocks of a GGUF file", bits=(4, 8), mixed=True, integers=True, ends=ends,
         packages=(("gguf", "gguf"),),
-        loads=(Loads("llama.cpp", "any", "", "tried", "tests/engines", caveat="Phi-3 was not tried"),
+        loads=(Loads("llama.cpp", "any", "", "tried", "tests/engines"),
                Loads("transformers with gguf_file", "any", "5.0", "tried", "tests/schemes/gguf",
                      caveat="makes the weights dense; without the frequencies of Llama 3's kind of scaling"),
                Loads("sinkquant", "any", "0.1", "tried", "tests/schemes/gguf")))

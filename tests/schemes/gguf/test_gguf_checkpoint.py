@@ -28,6 +28,7 @@ from sinkquant.policy import make_control, make_plan
 from sinkquant.quantize import quantize
 from sinkquant.recipe import Recipe
 from sinkquant.run.candidates import bits_on_disk, weight_bytes
+from sinkquant.schemes.gguf.metadata import model_metadata
 from sinkquant.schemes.gguf.names import FAMILIES, file_name, model_name
 
 SIZES: dict[str, dict[str, Any]] = {"gemma3_text": {"layer_types": ["sliding_attention"] * 3}}
@@ -216,3 +217,12 @@ def test_llama_3_s_frequencies_stand_in_the_file(text_file: Path, tmp_path: Path
     rotary = load_model(source).model.rotary_emb
     assert torch.allclose(plain / torch.from_numpy(factors.copy()), rotary.inv_freq, rtol=1e-5)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["file"] == "model.gguf"
+
+
+def test_a_phi_without_the_token_that_llama_cpp_looks_for_has_another_name(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "model", "phi3")
+    assert model_metadata(folder, "Phi3ForCausalLM")["general.name"] == ("str", "Phi")
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"pad_token": "<|endoftext|>"})
+    tokenizer.save_pretrained(folder)
+    assert model_metadata(folder, "Phi3ForCausalLM")["general.name"] == ("str", "Phi-3")
