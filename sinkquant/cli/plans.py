@@ -72,7 +72,7 @@ def plan(model: ModelArgument,
     if made is None:
         sinks = known or find_sinks(model, text, chosen, trust_remote_code)
         costs = (find_costs(model, text, sinks, chosen, sensitivity, trust_remote_code)
-                 if chosen.budget.solved or sensitivity else None)
+                 if chosen.needs_sensitivities or sensitivity else None)
         made = make_plan(shape, sinks, chosen, costs)
     _show(made, output, json, full)
 

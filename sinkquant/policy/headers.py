@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sinkquant.artifacts import ModelFacts, ModelShape, Plan, SinkMap, TokenizationFacts
 from sinkquant.policy.activations import spares
+from sinkquant.policy.kv_cache import make_kv_plan
 from sinkquant.policy.plan import make_plan
 from sinkquant.policy.split import check_split
 from sinkquant.recipe import Budget, Recipe
@@ -47,7 +48,11 @@ def require_plannable(shape: ModelShape, recipe: Recipe) -> None:
     engine = "any" if recipe.budget.solved else recipe.engine
     recipe = recipe.model_copy(update={"budget": Budget(), "engine": engine})
     check_split(recipe)
-    make_plan(shape, nothing_found(shape), recipe.replace(changes))
+    recipe = recipe.replace(changes)
+    if recipe.solves_cache:  # its bits take sensitivities; whether the fewest are few enough takes none
+        make_kv_plan(shape, nothing_found(shape), recipe)
+        recipe = recipe.changed(kv_cache={"bits": None})
+    make_plan(shape, nothing_found(shape), recipe)
 
 
 def _asking(recipe: Recipe) -> list[str]:
@@ -63,6 +68,7 @@ def _asking(recipe: Recipe) -> list[str]:
     if recipe.budget != Budget():
         found.append("budget")
     if recipe.kv_cache is not None:
+        found += ["kv_cache.bits"] if recipe.solves_cache else []
         found += ["kv_cache.exact"] if recipe.kv_cache.exact in ("detected", "massive") else []
         found += ["kv_cache.prefix"] if recipe.kv_cache.prefix != "none" else []
     return found

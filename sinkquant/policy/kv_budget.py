@@ -8,8 +8,11 @@ from sinkquant.artifacts import KVCachePlan, KVLoss, ModelShape, Sensitivity
 from sinkquant.artifacts.kv import cache_bytes, held_tokens, layer_bytes
 from sinkquant.errors import RequestError
 from sinkquant.policy.kv_cache import accept_kv
-from sinkquant.policy.solver import Option
+from sinkquant.policy.solver import Option, least_loss
 from sinkquant.recipe import Budget, Recipe
+
+ROUNDS = 6
+"""How often a cache is solved again because its mean over lengths took it over the limit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +60,42 @@ def kv_units(plan: KVCachePlan | None, sensitivity: Sensitivity, recipe: Recipe)
                            "count its bytes; name budget.bytes and budget.context, or leave kv_bits out.")
     if not sensitivity.kv:
         raise RequestError("the sensitivities hold no losses of the KV cache; make them anew with sensitivity.kv_bits.")
+    return _units(plan, sensitivity, recipe)
+
+
+def spent_by_loss(shape: ModelShape, plan: KVCachePlan, sensitivity: Sensitivity | None,
+                  recipe: Recipe) -> KVCachePlan:
+    """A cache of the fewest bits, with what `kv_cache.bits` leaves spent where heads were measured to lose most.
+
+    Raises:
+        RequestError: there are no sensitivities of the cache, or a budget of the whole model chooses its bits too.
+    """
+    settings = recipe.kv_cache
+    assert settings is not None
+    assert settings.bits is not None
+    if recipe.budget.solved and recipe.sensitivity.kv_bits:
+        raise RequestError("kv_cache.bits and a budget with sensitivity.kv_bits both choose the bits of the KV cache; "
+                           "leave one of them out.")
+    if sensitivity is None or not sensitivity.kv:
+        raise RequestError("kv_cache.bits is met by sensitivities of the KV cache; make them with "
+                           "sinkquant.find_sensitivity, or run quantize-model plan, which makes them itself.")
+    units = _units(plan, sensitivity, recipe)
+    table = kv_options(units, plan, Budget(bytes=1, context=settings.length))
+    limit = int(settings.bits * plan.unquantized_bytes / 16)
+    room = limit - solved_cache(shape, plan, {unit: unit.bits[0] for unit in units}).bytes
+    for _ in range(ROUNDS):
+        found = least_loss(table, room)
+        if found is None:
+            break
+        made = solved_cache(shape, plan, {unit: unit.bits[option] for unit, option in
+                                          zip(units, found.chosen, strict=True)})
+        if made.bytes <= limit:
+            return made
+        room -= made.bytes - limit  # the window breathes by a block, and the table is of one length
+    return plan
+
+
+def _units(plan: KVCachePlan, sensitivity: Sensitivity, recipe: Recipe) -> list[KVUnit]:
     fixed = {(layer, head, kind) for override in recipe.kv_cache.overrides for layer in override.layers  # type: ignore[union-attr]
              for head in (override.heads if override.heads is not None else range(len(plan.layers[layer].key_bits)))
              for kind, bits in (("key", override.key_bits), ("value", override.value_bits)) if bits is not None}

@@ -7,6 +7,7 @@ import math
 from sinkquant.artifacts import KVCachePlan, KVLayer, KVLayerShape, KVSink, MassiveCarriers, ModelShape, SinkMap
 from sinkquant.artifacts.kv import cache_bytes, dense_bytes, value_group
 from sinkquant.errors import RequestError
+from sinkquant.policy.kv_bits import least_setting
 from sinkquant.recipe import KVCache, Recipe
 
 GROUPS = (32, 64, 128)
@@ -18,12 +19,19 @@ def make_kv_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> KVCach
     """The KV section, or None where the recipe leaves the cache alone.
 
     Raises:
-        RequestError: nothing in the model can be packed, or bits, groups, rotation or the policy do not fit it.
+        RequestError: nothing in the model can be packed, or bits, groups, rotation or the policy do not fit it; or it
+            cannot be as small as `kv_cache.bits` says. What that leaves is spent by `kv_budget.spent_by_loss`.
     """
     settings = recipe.kv_cache
     if settings is None:
         return None
-    group_size = settings.group_size or _fitting_group(shape)
+    if settings.bits is not None:
+        return least_setting(settings, _fitting_groups(shape), lambda tried: _made(shape, sink_map, tried))
+    return _made(shape, sink_map, settings)
+
+
+def _made(shape: ModelShape, sink_map: SinkMap, settings: KVCache) -> KVCachePlan:
+    group_size = settings.group_size or _fitting_groups(shape)[0]
     layers = _layers(shape, settings, group_size)
     massive = _carriers(sink_map) if settings.exact == "massive" else None
     sinks = _sinks(sink_map) if settings.exact == "detected" else []
@@ -103,14 +111,14 @@ def _weighed(plan: KVCachePlan, exact: int, reason: str) -> KVCachePlan:
                                    "bits_per_value": 16 * total / dense if dense else 16.0, "reason": reason})
 
 
-def _fitting_group(shape: ModelShape) -> int:
-    """The smallest group that divides the heads of every layer."""
+def _fitting_groups(shape: ModelShape) -> list[int]:
+    """The groups that divide the heads of every layer, ascending."""
     widths = {layer.value_dim for layer in shape.kv_layers if layer.heads}
     fitting = [size for size in GROUPS if all(width % value_group(size, width) == 0 for width in widths)]
     if not fitting:
         raise RequestError(f"kv_cache: no group of {', '.join(map(str, GROUPS))} divides heads of "
                            f"{' and '.join(map(str, sorted(widths)))} channels; remove the section.")
-    return fitting[0]
+    return fitting
 
 
 def _layers(shape: ModelShape, settings: KVCache, group_size: int) -> list[KVLayer]:

@@ -36,6 +36,7 @@ from sinkquant.policy.engines import loads_in, require_engine
 from sinkquant.policy.expected import with_expected_loss
 from sinkquant.policy.explain import explained
 from sinkquant.policy.heads import with_silenced_heads, with_small_heads
+from sinkquant.policy.kv_budget import spent_by_loss
 from sinkquant.policy.kv_cache import make_kv_control, make_kv_plan
 from sinkquant.policy.pruning import with_pruning
 from sinkquant.policy.rules import Choice, affected, base_choices, check_group_sizes, protect
@@ -73,6 +74,9 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
         order = [name for name, _ in affected(shape, sink_map)]
         order += [name for name in evenly_spread(list(shape.linears)) if name not in order]
         choices = _within_budget(base, choices, shape, recipe, order)
+    if kv_cache is not None and recipe.solves_cache:
+        kv_cache = spent_by_loss(shape, kv_cache, sensitivity, recipe)
+    sensitivity = sensitivity if sensitivity is not None and sensitivity.units else None
     choices = explained(choices, shape, sink_map, recipe, sensitivity, solved.explained if solved else frozenset())
     choices = spare_sinks(choices, shape, sink_map, recipe)
     check_group_sizes(choices, shape)
@@ -151,7 +155,7 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
         plan.notes.append(f"the control's size differs by {gap:.1%}: no raise fits the bytes that are left")
     plan = with_small_heads(with_pruning(plan, shape, sink_map, recipe), aware, sink_map)
     plan = plan.model_copy(update={"kv_cache": make_kv_control(aware.kv_cache)})
-    if sensitivity is not None:
+    if sensitivity is not None and sensitivity.units:
         plan = with_expected_loss(plan, sensitivity)
     return plan.made_from(sink_map)
 

@@ -107,7 +107,7 @@ def predict(decoder: Decoder, recipe: Recipe, sensitivities: bool | None = None)
     `require_memory`."""
     sizes = Sizes(decoder, recipe, memory_allowed(recipe))
     peaks = {"detect": detect_bytes(sizes), "quantize": quantize_bytes(sizes)}
-    if recipe.budget.solved if sensitivities is None else sensitivities:
+    if recipe.needs_sensitivities if sensitivities is None else sensitivities:
         peaks[SENSITIVITIES] = sensitivity_bytes(sizes)
     if recipe.weights.distill:
         peaks["distill"] = distill_bytes(sizes)

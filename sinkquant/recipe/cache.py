@@ -22,6 +22,9 @@ class KVOverride(Section):
 class KVCache(Section):
     """How the KV cache is packed, and which tokens of a prompt stay exact in it.
 
+    `bits`: so many per number at most for a row of `length` tokens, scales, window and exact tokens counted; group and
+    window are chosen for it, and every head's bits by what they were measured to lose (`sensitivity.kv_bits`; 2, 3, 4
+    and 8 where it is empty). `key_bits` and `value_bits` do not count then.
     Groups of `group_size`: tokens for keys, channels of a head for values; null: the smallest of 32, 64 and 128 that
     fits. The last `window` tokens are never packed.
     `exact`: the sinks that detection found; "first-n": the first `first_n` tokens; "massive": those that carry a
@@ -38,6 +41,7 @@ class KVCache(Section):
     "values" or "both": ranges are cut to where rounding errs least, sinks left out, and shrink nothing.
     """
 
+    bits: float | None = Field(default=None, gt=2, le=16)
     key_bits: Literal[2, 3, 4, 8, 16] = 2
     value_bits: Literal[2, 3, 4, 8, 16] = 2
     group_size: Literal[32, 64, 128] | None = None

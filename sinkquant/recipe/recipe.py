@@ -117,6 +117,21 @@ class Recipe(Section):
         except ValidationError as error:
             raise RequestError(f"{where}: {explain(cls, error)}.") from error
 
+    @property
+    def needs_sensitivities(self) -> bool:
+        """Whether its plan is made from what formats were measured to lose."""
+        return self.budget.solved or self.solves_cache
+
+    @property
+    def solves_cache(self) -> bool:
+        """Whether the KV cache has a budget of its own."""
+        return self.kv_cache is not None and self.kv_cache.bits is not None
+
+    @property
+    def kv_tried(self) -> list[int]:
+        """The numbers of bits that heads of the KV cache are tried in."""
+        return list(self.sensitivity.kv_bits) or ([2, 3, 4, 8] if self.solves_cache else [])
+
     def to_yaml(self) -> str:
         """The whole recipe as YAML, defaults written out; `Recipe.parse(yaml.safe_load(text))` gives it back."""
         # Not allow_unicode: PyYAML then writes a next-line character as one that it reads back as a space.

@@ -111,8 +111,8 @@ class Job:
 
     def stages(self, edited: Plan | None, plan_only: bool) -> list[Stage]:
         """What is to be done, in its order."""
-        costs = ("sensitivity.json",) if self.sensitivities is not None or (self.recipe.budget.solved and not edited) \
-            else ()
+        measured = self.sensitivities is not None or (self.recipe.needs_sensitivities and not edited)
+        costs = ("sensitivity.json",) if measured else ()
         found: list[Stage] = []
         first: tuple[str, ...] = ()
         if self.shorter:
@@ -185,7 +185,7 @@ class Job:
         recipe = self.recipe.changed(prune={"blocks": None})
         aware = (accept_edited(edited, shape).made_from(sink_map) if edited else
                  make_plan(shape, sink_map, recipe, costs))
-        if edited and costs is not None:
+        if edited and costs is not None and costs.units:
             aware = with_expected_loss(aware, costs)
         aware = with_calibration_notes(aware, decoder, self.tokenizer)
         save_plan(self.with_blocks(aware, sink_map), None, self.work)

@@ -137,7 +137,7 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
                  None).evaluate_along()
         return None
     costs_due = not (sensitivity is not None and Path(sensitivity).is_file()) and (
-        sensitivity is not None or (recipe.budget.solved and edited is None))
+        sensitivity is not None or (recipe.needs_sensitivities and edited is None))
     predicted = require_memory(decoder, recipe, None if not plan_only else () if ready else ("detect", SENSITIVITIES),
                                costs_due)
     key = run_key(recipe, folder, edited.to_json() if edited else None, sink_map.to_json() if sink_map else None)

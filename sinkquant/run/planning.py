@@ -7,6 +7,8 @@ from transformers import PreTrainedTokenizerBase
 from sinkquant.artifacts import ModelShape, Plan, SinkMap
 from sinkquant.models import Decoder, read_text, token_rows
 from sinkquant.policy import accept_edited, make_plan, plan_from_shapes
+from sinkquant.policy.headers import nothing_found
+from sinkquant.policy.kv_cache import make_kv_plan
 from sinkquant.recipe import Recipe
 
 
@@ -27,6 +29,9 @@ def plan_ready(shape: ModelShape, recipe: Recipe, edited: Plan | None,
         return accept_edited(edited, shape), []
     if recipe.prune.blocks is not None:
         return None, ["prune.blocks"]
+    if recipe.solves_cache:
+        make_kv_plan(shape, nothing_found(shape), recipe)  # refuses what no setting can meet
+        return None, ["kv_cache.bits"]
     if recipe.budget.solved:
         return None, ["budget"]
     if sink_map is not None:

@@ -30,7 +30,7 @@ def sensitivity_bytes(sizes: Sizes) -> float:
                                   * linear.columns ** 2 + 16 * linear.parameters + 12 * batch * linear.rows)
                               for _, linear in free)])
     peaks = [_walked_back(sizes, tokens, batch, length) + seen + max(solve, _graph(sizes, batch, length))]
-    if settings.kv_bits:
+    if sizes.recipe.kv_tried:
         length = min(settings.kv_length, longest)
         batch = min(settings.batch_size, settings.kv_rows) * length
         scores = 7.0 * 4 * batch * sizes.heads * length

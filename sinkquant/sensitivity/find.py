@@ -40,7 +40,8 @@ SAMPLED = 8
 def find_sensitivity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap, recipe: Recipe,
                      cache: str | os.PathLike[str] | None = None, store: ActivationStore | None = None,
                      progress: Progress | None = None) -> Sensitivity:
-    """What every linear would cost in every candidate format.
+    """What every linear would cost in every candidate format, and every head of the KV cache where the recipe tries
+    any; the cache alone where nothing but `kv_cache.bits` is to be met.
 
     Args:
         cache: a file; read where it holds the sensitivities of this very request, else written.
@@ -53,7 +54,9 @@ def find_sensitivity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     decoder, settings = Decoder.of(model), recipe.sensitivity
     length = min(settings.length, decoder.max_length)
     rows = _rows(decoder, tokenizer, recipe, settings.rows, length)
-    units = units_of(decoder, recipe, sink_map)
+    # A budget of the cache alone needs nothing of the linears.
+    of_linears = recipe.budget.solved or not recipe.solves_cache
+    units = units_of(decoder, recipe, sink_map) if of_linears else []
     key = sensitivity_key(decoder, rows, sink_map, recipe, units)
     if cache is not None and Path(cache).is_file():
         kept = Sensitivity.load(cache)
@@ -64,16 +67,16 @@ def find_sensitivity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     sinks = sink_places(rows, sink_map)
     device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
     walk = Walk(decoder, rows, settings.batch_size, device, dtype, store=store)
-    found = estimate(walk, units, sinks, weights, recipe, progress)
+    found = estimate(walk, units, sinks, weights, recipe, progress) if units else []
     notes = [f"the calibration text holds {len(rows)} rows of {length} tokens for the sensitivities; {settings.rows} "
              "were asked for"] if len(rows) < settings.rows else []
     made = Sensitivity(
         key=key, model=sink_map.model.name, rows=len(rows), length=length,
         sinks=[token.text or f"position {token.position}" for token in _placed(sink_map)],
         sink_positions=float(sinks.sum(1).double().mean()), units=found, notes=notes)
-    if settings.measure_rows:
+    if settings.measure_rows and units:
         made = _measured(made, decoder, tokenizer, sink_map, weights, recipe, progress)
-    if settings.kv_bits:
+    if recipe.kv_tried:
         made = _with_cache(made, decoder, tokenizer, sink_map, recipe, store, progress)
     if cache is not None:
         made.save(cache)
@@ -91,7 +94,7 @@ def sensitivity_key(decoder: Decoder, rows: torch.Tensor, sink_map: SinkMap, rec
     """A hash of all that decides sensitivities: some rows of every weight matrix, the shapes, the text's rows, the
     sinks, and the recipe's part in it."""
     asked = recipe.sensitivity.model_dump(mode="json", exclude={"score"})
-    cache = recipe.kv_cache if recipe.sensitivity.kv_bits else None
+    cache = recipe.kv_cache if recipe.kv_tried else None
     kept = None if cache is None else cache.model_dump(mode="json", exclude={"key_bits", "value_bits", "overrides",
                                                                              "length"})
     beside = [[unit.modules, one.columns, one.scalars] for unit in units

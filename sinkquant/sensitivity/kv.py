@@ -44,7 +44,7 @@ def kv_losses(walk: Walk, plan: KVCachePlan, exact: torch.Tensor, sink_map: Sink
     for done, back in enumerate(steps_back(walk, recipe.seed)):
         layer = plan.layers[back.step.index]
         if layer.packed:
-            seen = _HeadErrors(back, plan, layer, exact, recipe.sensitivity.kv_bits,
+            seen = _HeadErrors(back, plan, layer, exact, recipe.kv_tried,
                                None if bases is None else bases.layers.get(back.step.index))
             back.pull([seen])
             readers = _readers(sink_map, back.step.index, len(layer.key_bits))

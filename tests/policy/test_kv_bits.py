@@ -1,0 +1,78 @@
+"""A fractional number of bits for the KV cache: met to the byte, spent where heads lose most, or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from costs import sensitivity_of
+from families import tiny_model
+from sinkmaps import sink_map_of
+from small_runs import SMALL, model_folder
+
+import sinkquant as sq
+from sinkquant.artifacts import KVLoss, Plan
+from sinkquant.artifacts.kv import cache_bytes, dense_bytes
+from sinkquant.errors import RequestError
+from sinkquant.models import Decoder
+from sinkquant.policy import make_plan
+from sinkquant.recipe import Recipe
+
+DECODER = Decoder.of(tiny_model("llama"))
+SHAPE, SINKS = DECODER.shape("tiny"), sink_map_of(DECODER)
+COSTS = sensitivity_of(SHAPE).model_copy(update={"units": [], "kv": [
+    KVLoss(layer=layer, head=head, kind=kind, bits=bits, no_op=(layer, head) == (2, 1),  # type: ignore[arg-type]
+           predicted=(100.0 if (layer, head, kind) == (1, 0, "key") else 1e-6 if (layer, head) == (2, 1) else 0.01)
+           * 4.0 ** -bits)
+    for layer in range(3) for head in range(2) for kind in ("key", "value") for bits in (2, 3, 4, 8)]})
+ALONE = ["weights.ignore=['*']", "kv_cache.length=4096", "kv_cache.exact=first-n"]
+
+
+def _made(*assignments: str) -> Plan:
+    return make_plan(SHAPE, SINKS, Recipe().replace([*ALONE, *assignments]), COSTS)
+
+
+@pytest.mark.parametrize("bits", [3.4, 4.2, 6.0])
+def test_the_budget_is_met_and_spent(bits: float) -> None:
+    plan = _made(f"kv_cache.bits={bits}").kv_cache
+    assert plan is not None
+    assert 0.9 * bits < plan.bits_per_value <= bits
+    lengths = range(4096 - plan.group_size + 1, 4097)
+    counted = sum(cache_bytes(plan, length, plan.expected_exact) for length in lengths) / len(lengths)
+    assert 16 * counted / dense_bytes(plan, 4096) <= bits
+
+
+def test_bits_go_where_heads_lose_most() -> None:
+    plan = _made("kv_cache.bits=4.2").kv_cache
+    assert plan is not None
+    keys = [(layer, head) for layer in range(3) for head in range(2) if plan.layers[layer].key_bits[head] == 8]
+    assert (1, 0) in keys  # the one that loses ten thousand times as much
+    assert plan.layers[2].key_bits[1] == plan.layers[2].value_bits[1] == 2  # read by no-ops alone
+
+
+def test_longer_windows_wait_for_room() -> None:
+    windows = [_made(f"kv_cache.bits={bits}", f"kv_cache.length={length}").kv_cache.window  # type: ignore[union-attr]
+               for bits, length in ((3.4, 4096), (3.4, 16384))]
+    assert windows[0] < windows[1] == 128
+    assert _made("kv_cache.bits=6", "kv_cache.group_size=32").kv_cache.group_size == 32  # type: ignore[union-attr]
+
+
+def test_what_cannot_be_met_is_refused_with_what_can() -> None:
+    with pytest.raises(RequestError, match=r"kv_cache.bits 2.1 cannot be met at .*4096.* takes 3\.\d+ bits"):
+        _made("kv_cache.bits=2.1")
+    with pytest.raises(RequestError, match="find_sensitivity"):
+        make_plan(SHAPE, SINKS, Recipe().replace([*ALONE, "kv_cache.bits=4"]), None)
+
+
+def test_a_run_refuses_before_anything_is_computed_and_else_meets_it(tmp_path: Path, text_file: Path) -> None:
+    folder = model_folder(tmp_path / "in", num_hidden_layers=2)
+    recipe = Recipe().replace([f"calibration.text={text_file}", f"evaluate.text={text_file}", *SMALL, *ALONE,
+                               "evaluate.skip=true", "sensitivity.kv_length=192", "sensitivity.kv_rows=2"])
+    with pytest.raises(RequestError, match="cannot be met"):
+        sq.run(recipe.replace(["kv_cache.bits=2.2"]), folder, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    sq.run(recipe.replace(["kv_cache.bits=4.5", "kv_cache.window=32"]), folder, tmp_path / "out")
+    plan = Plan.load(tmp_path / "out" / "plan.json").kv_cache
+    assert plan is not None
+    assert 3.5 < plan.bits_per_value <= 4.5
+    assert len({bits for layer in plan.layers for bits in layer.key_bits + layer.value_bits}) > 1
