@@ -16,6 +16,7 @@ from sinkquant.cache.cache import SinkCache
 from sinkquant.cache.layer import SinkLayer
 from sinkquant.cache.ordered import save_ordered
 from sinkquant.errors import RequestError
+from sinkquant.models.kv import kv_layers
 
 SCHEMA = "sinkquant/kvcache@1"
 
@@ -46,11 +47,15 @@ def save_cache(cache: SinkCache, path: str | os.PathLike[str]) -> None:
                                  "dropped": json.dumps(dropped)})
 
 
-def load_cache(config: PreTrainedConfig, path: str | os.PathLike[str], device: str = "cpu") -> SinkCache:
+def load_cache(config: PreTrainedConfig, path: str | os.PathLike[str], device: str = "cpu",
+               plan: KVCachePlan | None = None) -> SinkCache:
     """Read a cache back, for the model with this configuration.
 
+    Args:
+        plan: what the cache must have been packed by; None for any.
+
     Raises:
-        RequestError: there is no such file, it holds no cache, or the cache of another model.
+        RequestError: there is no such file, it holds no cache, or the cache of another model or plan.
     """
     if not Path(path).is_file():
         raise RequestError(f"there is no KV cache {str(path)!r}.")
@@ -62,7 +67,17 @@ def load_cache(config: PreTrainedConfig, path: str | os.PathLike[str], device: s
         raise RequestError(f"{path} is not a safetensors file; save the cache again.") from error
     if facts.get("schema") != SCHEMA:
         raise RequestError(f"{path} holds no KV cache of this version ({SCHEMA}).")
-    cache = SinkCache(config, KVCachePlan.model_validate_json(facts["plan"]))
+    held_by = KVCachePlan.model_validate_json(facts["plan"])
+    if plan is not None and held_by != plan:
+        raise RequestError(f"{path} holds a KV cache of another plan; fill a new one, or load the checkpoint that it "
+                           "was made with.")
+    cache = SinkCache(config, held_by)
+    for index, (layer, real) in enumerate(zip(held_by.layers, kv_layers(config), strict=True)):
+        if layer.packed and (len(layer.key_bits), layer.key_dim, layer.value_dim) != (
+                real.heads, real.key_dim, real.value_dim):
+            raise RequestError(f"{path} holds the KV cache of another model: layer {index} has {len(layer.key_bits)} "
+                               f"KV heads of {layer.key_dim} channels in it, and this model {real.heads} KV heads of "
+                               f"{real.key_dim}; fill a new one.")
     cache.row_starts = tensors.pop("row_starts", None)
     dropped = json.loads(facts["dropped"])
     for index, lengths in json.loads(facts["lengths"]).items():

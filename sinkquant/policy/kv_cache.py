@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from sinkquant.artifacts import KVCachePlan, KVLayer, KVLayerShape, KVSink, MassiveCarriers, ModelShape, SinkMap
-from sinkquant.artifacts.kv import cache_bytes, dense_bytes, value_group
+from sinkquant.artifacts.kv import cache_bytes, dense_bytes, packed_tokens, value_group
 from sinkquant.errors import RequestError
 from sinkquant.policy.kv_bits import least_setting
 from sinkquant.recipe import KVCache, Recipe
@@ -275,6 +275,9 @@ def _expected_exact(plan: KVCachePlan, sink_map: SinkMap) -> int:
 def _reason(plan: KVCachePlan, sink_map: SinkMap) -> str:
     if not any(layer.packed for layer in plan.layers):
         return "nothing is packed: every layer's sliding window is shorter than what stays in full precision anyway"
+    if packed_tokens(plan.length, plan.window, plan.group_size) == 0:
+        return (f"nothing of a row of {plan.length} tokens is packed, because the window of {plan.window} and a block "
+                f"of {plan.group_size} are as long; lower kv_cache.window, or plan for a longer kv_cache.length")
     if plan.exact == "detected":
         named = ", ".join(f"{token.text!r}" + (f" at {token.position}" if token.position is not None else "")
                           for token in sink_map.tokens if token.kind != "learned")

@@ -1,0 +1,64 @@
+"""Learned sinks and sliding windows through a packed cache: no virtual column is lost, by padding or by beams."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny_model
+from kv_plans import kv_plan
+from transformers import DynamicCache, PreTrainedModel
+
+from sinkquant.cache import SinkCache, load_cache, prepare, save_cache
+from sinkquant.errors import RequestError
+
+IDS = torch.randint(8, 128, (2, 70), generator=torch.Generator().manual_seed(0))
+
+
+def _gpt_oss(sink: float) -> PreTrainedModel:
+    """Layers with and without a sliding window; every head's virtual column has this logit."""
+    model = tiny_model("gpt_oss")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(8)
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                parameter.fill_(sink)
+    return prepare(model)
+
+
+def _scores(model: PreTrainedModel, beams: int, bits: int | None) -> torch.Tensor:
+    """Log-probabilities of every step, one row of two being padded."""
+    mask = torch.ones_like(IDS)
+    mask[1, :25] = 0
+    cache = (DynamicCache(config=model.config) if bits is None else
+             SinkCache(model.config, kv_plan(model, bits, sliding=True, window=0, exact="first-n", first_n=1)))
+    made = model.generate(IDS, attention_mask=mask, past_key_values=cache, max_new_tokens=12, num_beams=beams,
+                          do_sample=False, output_scores=True, return_dict_in_generate=True, pad_token_id=0)
+    return torch.stack(made.scores).log_softmax(-1)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_virtual_sink_column_is_never_dropped(beams: int) -> None:
+    model = _gpt_oss(2.0)
+    expected = _scores(model, beams, None)
+    torch.testing.assert_close(_scores(model, beams, 16), expected, rtol=1e-4, atol=1e-4)
+    packed = (_scores(model, beams, 8) - expected).abs().max()
+    without = (_scores(_gpt_oss(-100.0), beams, None) - expected)[0].abs().max()
+    assert packed < 0.1 * without
+
+
+def test_a_cache_of_another_model_or_plan_is_refused(tmp_path: Path) -> None:
+    model = prepare(tiny_model("llama"))
+    plan = kv_plan(model, 2)
+    cache = SinkCache(model.config, plan)
+    with torch.no_grad():
+        model(IDS, past_key_values=cache)
+    save_cache(cache, tmp_path / "cache.safetensors")
+    other = tiny_model("llama", num_key_value_heads=4)
+    with pytest.raises(RequestError, match="4 KV heads"):
+        load_cache(other.config, tmp_path / "cache.safetensors")
+    with pytest.raises(RequestError, match="another plan"):
+        load_cache(model.config, tmp_path / "cache.safetensors", plan=kv_plan(model, 4))
+    again = load_cache(model.config, tmp_path / "cache.safetensors", plan=plan)
+    assert again.get_seq_length() == 70
