@@ -62,8 +62,11 @@ def haystacks(tokenizer: PreTrainedTokenizerBase, content: str, length: int, dep
 
 @torch.no_grad()
 def recalled(model: PreTrainedModel, cache: Cache, prompt: torch.Tensor, answer: torch.Tensor) -> tuple[bool, float]:
-    """Whether every token of the answer is the likeliest, and its negative log-likelihood, nats per token. What is asked
-    is read through the packed cache, as everything that follows it."""
+    """Whether every token of the answer is the likeliest, and its negative log-likelihood, nats per token.
+
+    The last tokens of the prompt go through the packed cache too, as everything that follows it: while they are read
+    with the rest, the question would be answered before anything is packed.
+    """
     asked = 8
     model(prompt[:, :-asked], past_key_values=cache, use_cache=True, logits_to_keep=1)
     rest = torch.cat([prompt[:, -asked:], answer], dim=1)
@@ -76,7 +79,8 @@ def recalled(model: PreTrainedModel, cache: Cache, prompt: torch.Tensor, answer:
 class Caches:
     """New caches by name, with what a number takes in each."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap, bits: int) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap,
+                 bits: int) -> None:
         self.model, self.tokenizer, self.bits = model, tokenizer, bits
         self.shape, self.sink_map = Decoder.of(model).shape("benchmark"), sink_map
         self.config = model.config
