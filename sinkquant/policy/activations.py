@@ -77,11 +77,10 @@ def _too_wide(statistics: ModuleStatistics, settings: Activations) -> str:
     largest, others = statistics.input_max, statistics.input_max_without_sinks
     if largest > settings.range_ratio * others:
         return f"sinks set their range ({largest:.3g} against {others:.3g} elsewhere)"
-    typical = statistics.input_typical or 0.0
-    noise = input_format(settings.format).noise(largest, typical)
-    if settings.scale == "tensor" and noise > settings.noise:
-        return (f"one stored scale would leave {min(noise, 1):.0%} of noise in a typical token's (range {largest:.3g}, "
-                f"typical {typical:.3g})")
+    typical = statistics.input_typical
+    if (settings.scale == "tensor" and input_format(settings.format).even and typical is not None
+            and largest > settings.typical_ratio * typical > 0):
+        return f"one stored scale would drown a typical token's (range {largest:.3g}, typical {typical:.3g})"
     return ""
 
 

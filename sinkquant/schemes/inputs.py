@@ -31,12 +31,11 @@ class InputFormat:
         """Whether inputs with scales of that have one that calibration finds and the checkpoint stores."""
         return scale == "tensor" or (scale == "group" and self.over_groups)
 
-    def noise(self, largest: float, typical: float) -> float:
-        """Energy of the rounding noise under one scale that reaches `largest`, over that of inputs whose root mean
-        square is `typical`: step^2 / 12 where codes are integers. Floats are precise relative to each input: 0."""
-        if self.kind != "int" or typical <= 0:
-            return 0.0
-        return (largest / (2 ** self.bits - 1) * 2) ** 2 / 12 / typical ** 2
+    @property
+    def even(self) -> bool:
+        """Whether codes are evenly spaced, so that small inputs under a large scale are rounded to nothing. Floats are
+        precise relative to each input."""
+        return self.kind == "int"
 
     def arguments(self, scale: str) -> dict[str, object]:
         """compressed-tensors' `QuantizationArgs` of such inputs, with scales of that."""

@@ -92,7 +92,7 @@ def test_blocks_whose_kind_follows_from_their_number_are_refused(recipe: Recipe)
         require_droppable(Decoder.of(model), recipe.changed(prune={"blocks": 1}))
     model = tiny_model("llama")
     model.model.layers[2].mlp = model.model.layers[1].mlp
-    with pytest.raises(RequestError, match=r"layers\.2\.mlp.*is also a weight of model\.layers\.1"):
+    with pytest.raises(RequestError, match="layers 1 and 2 share the weight"):
         require_droppable(Decoder.of(model), recipe.changed(prune={"blocks": 1}))
 
 

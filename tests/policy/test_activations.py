@@ -14,7 +14,6 @@ from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
 from sinkquant.policy import accept_edited, make_control, make_plan, plan_from_shapes
 from sinkquant.recipe import Recipe
-from sinkquant.schemes import input_format
 
 DOWN, GATE, UP = (f"model.layers.1.mlp.{leaf}_proj" for leaf in ("down", "gate", "up"))
 STATIC = ("activations.format=int8", "activations.scale=tensor", "weights.bits=8", "weights.group_size=-1")
@@ -53,31 +52,32 @@ def test_linears_whose_range_the_sinks_set(decoder: Decoder, policy: str, others
     assert plan.needs_rows
     assert plan.loads_in == ["transformers", "vllm"]
     wider = planned(decoder, *STATIC, f"activations.sinks={policy}", "activations.range_ratio=30",
-                    "activations.noise=1")
+                    "activations.typical_ratio=1000")
     assert {d.inputs for d in wider.modules.values()} == {("int8", "tensor")}
 
 
 def test_linears_that_one_stored_scale_would_drown(decoder: Decoder) -> None:
-    """4 / 127.5 is a step that leaves 4 (step / 12 ** 0.5 / typical) ** 2 of noise: over 1 % under a typical 0.09."""
     sink_map = sink_map_of(decoder, {}, (BOS,))
-    sink_map.modules[DOWN].input_typical = 0.09
-    for noise, scale in (("0.01", "token"), ("0.02", "tensor")):
-        plan = make_plan(decoder.shape("tiny"), sink_map, Recipe().replace([*STATIC, f"activations.noise={noise}"]))
+    sink_map.modules[DOWN].input_typical = 0.09  # of 4: 44.4 times
+    for ratio, scale in (("44", "token"), ("45", "tensor")):
+        recipe = Recipe().replace([*STATIC, f"activations.typical_ratio={ratio}"])
+        plan = make_plan(decoder.shape("tiny"), sink_map, recipe)
         assert plan.modules[DOWN].inputs == ("int8", scale)
         assert plan.modules[GATE].inputs == ("int8", "tensor")
+    floats = make_plan(decoder.shape("tiny"), sink_map, Recipe().replace(
+        [*STATIC, "activations.format=fp8", "weights.method=rtn"]))
+    assert floats.modules[DOWN].inputs == ("fp8", "tensor")
     sink_map.modules[DOWN].input_typical = None  # not recorded
     plan = make_plan(decoder.shape("tiny"), sink_map, Recipe().replace(STATIC))
     assert plan.modules[DOWN].inputs == ("int8", "tensor")
 
 
-def test_noise_is_that_of_rounding_under_one_scale() -> None:
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(4000, generator=generator, dtype=torch.float64)
-    step = 30 / 127.5
-    measured = ((inputs / step).round() * step - inputs).square().mean() / inputs.square().mean()
-    found = input_format("int8").noise(30, float(inputs.square().mean()) ** 0.5)
-    assert found == pytest.approx(float(measured), rel=0.05)
-    assert input_format("fp8").noise(30, 1.0) == 0
+def test_a_range_of_44_times_the_typical_input_leaves_it_one_percent_of_noise() -> None:
+    """The reason of the default: int8 with evenly spaced codes."""
+    inputs = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    step = Recipe().activations.typical_ratio * float(inputs.square().mean()) ** 0.5 / 127.5
+    noise = ((inputs / step).round() * step - inputs).square().mean() / inputs.square().mean()
+    assert float(noise) == pytest.approx(0.01, rel=0.05)
 
 
 def test_the_control_counts_sinks_as_any_token(decoder: Decoder) -> None:

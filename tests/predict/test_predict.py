@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import sinkquant as sq
 from sinkquant.costs import Pace, Rate, Sizes
+from sinkquant.detect.roles import TOKENS as ROLE_TOKENS
 from sinkquant.detect.survey import batch_rows
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, open_model
@@ -94,7 +95,8 @@ def test_time_is_counted_work_at_the_pace_of_the_machine(large: Decoder) -> None
     rtn = seconds("weights.method=rtn", "evaluate.skip=true")
     reading = 16 * 60_821_504 * 2 / 1e9
     block = (2 * 100 + 20) * 64 * 1e-4 + 3 * 1e-2 + 8 * 512 * 2e-4 + 2e-2
-    assert rtn == {"detect": pytest.approx(16 * block + reading),
+    roles = 16 * ROLE_TOKENS * 5e-5 + reading
+    assert rtn == {"detect": pytest.approx(16 * block + reading + roles),
                    "quantize sink_aware": pytest.approx(16 * 60_821_504 * 3.1e-7 + 2 * reading)}
     ablated = seconds("weights.method=rtn", "evaluate.skip=true", "detect.super_weights=true")
     scored = 128256 * (2 * 2048 * 2e-11 + 5e-9)
