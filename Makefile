@@ -34,7 +34,7 @@ VLLM := .venv-vllm
 
 $(VLLM)/ready: tests/engines/vllm.txt
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement tests/engines/vllm.txt
 	touch $@
 
