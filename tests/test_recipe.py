@@ -185,6 +185,20 @@ def test_a_path_is_taken_as_it_stands(key: str, path: str) -> None:
         assert getattr(getattr(recipe, section), leaf) == path.replace("~", str(Path.home()))
 
 
+@pytest.mark.parametrize("key", ["calibration.text", "evaluate.text"])
+def test_several_paths_are_a_list(key: str) -> None:
+    recipe = Recipe().replace([f"{key}=[a b.txt, 'it [1].txt', chats.jsonl@3]"])
+    section, _, leaf = key.partition(".")
+    assert getattr(getattr(recipe, section), leaf) == ["a b.txt", "it [1].txt", "chats.jsonl@3"]
+
+
+def test_a_key_of_two_kinds_is_refused_by_its_name() -> None:
+    with pytest.raises(RequestError) as error:
+        Recipe().replace(["prune.blocks=-1"])
+    assert "prune.blocks: Input should be greater than or equal to 1, or Input should be greater than 0" in str(
+        error.value)
+
+
 @pytest.mark.parametrize(("written", "read"), [("null", None), ("", None), ("~", None), ("'null'", "null"),
                                                ('"a b"', "a b")])
 def test_quotes_and_null_of_a_path_are_yaml(written: str, read: str | None) -> None:

@@ -279,7 +279,8 @@ def _reason(plan: KVCachePlan, sink_map: SinkMap) -> str:
         return (f"nothing of a row of {plan.length} tokens is packed, because the window of {plan.window} and a block "
                 f"of {plan.group_size} are as long; lower kv_cache.window, or plan for a longer kv_cache.length")
     if plan.exact == "detected":
-        named = ", ".join(f"{token.text!r}" + (f" at {token.position}" if token.position is not None else "")
+        named = ", ".join(f"position {token.position}, whatever stands there" if token.text is None else
+                          f"{token.text!r}" + (f" at {token.position}" if token.position is not None else "")
                           for token in sink_map.tokens if token.kind != "learned")
         return f"the sinks of the map stay exact: {named}" if named else "the map holds no sink, so that none is kept"
     if plan.massive is not None:

@@ -1,4 +1,4 @@
-"""`--set key.path=value` -> the path of a key and its value, which is YAML unless the key takes a path of a file."""
+"""`--set key.path=value` -> the path of a key and its value: YAML, but for one file, which is taken as it stands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def read_assignment(assignment: str, recipe: type[BaseModel]) -> tuple[list[str]
     if not equals:
         raise RequestError(f"--set {assignment!r} has no '='; write --set weights.bits=3.")
     path = key.strip().split(".")
-    if _takes_a_path(recipe, path):
+    kinds = _kinds(recipe, path)
+    several = list[FilePath] in kinds and value.strip().startswith("[") and value.strip().endswith("]")
+    if FilePath in kinds and not several:
         return path, _file(value)
     try:
         return path, yaml.safe_load(value)
@@ -36,10 +38,11 @@ def _file(value: str) -> str | None:
     return None if value in ("", "null", "~") else value
 
 
-def _takes_a_path(model: type[BaseModel], path: list[str]) -> bool:
+def _kinds(model: type[BaseModel], path: list[str]) -> tuple[Any, ...]:
+    """What the key may hold: the members of its annotation; empty where there is no such key."""
     field = model.model_fields.get(path[0])
     kinds = (get_args(field.annotation) or (field.annotation,)) if field else ()
     if len(path) == 1:
-        return FilePath in kinds
-    return any(isinstance(kind, type) and issubclass(kind, BaseModel) and _takes_a_path(kind, path[1:])
-               for kind in kinds)
+        return kinds
+    return next((_kinds(kind, path[1:]) for kind in kinds
+                 if isinstance(kind, type) and issubclass(kind, BaseModel)), ())

@@ -64,6 +64,9 @@ def test_what_is_kept_is_said() -> None:
     assert "'<s>' at 0" in plan.reason
     assert plan.expected_exact == min(16, 1 + 41)  # the delimiter makes up 1 % of 4096 tokens
     assert "no sink" in _made(sink_map=_map([])).reason
+    anything = _made(sink_map=_map([{"token_id": None, "text": None, "kind": "first_position"}])).reason
+    assert "position 0, whatever stands there" in anything
+    assert "None" not in anything
 
 
 def test_sliding_windows_keep_sinks_where_the_recipe_says_so() -> None:
