@@ -47,6 +47,10 @@ def different_parts(original: PreTrainedModel, quantized: PreTrainedModel) -> li
         RequestError: the two have not the same parameters.
     """
     decoder = Decoder.of(quantized)
+    blocks, left = len(Decoder.of(original).blocks), len(decoder.blocks)
+    if left != blocks:
+        raise RequestError(f"the checkpoint has {left} blocks and the baseline {blocks}: it is not that model "
+                           "quantized; where blocks were dropped, quantize-model compare takes it.")
     known = dict(original.named_parameters(remove_duplicate=False))
     lacking = sorted(set(known) - {name for name, _ in quantized.named_parameters(remove_duplicate=False)})
     if lacking:

@@ -62,6 +62,14 @@ def test_a_sink_map_made_before_is_taken(folder: Path, text_file: Path, tmp_path
     assert json.loads(capsys.readouterr().out)["sinks"] == [sink.model_dump(mode="json") for sink in made.tokens]
 
 
+@pytest.mark.parametrize("option", ["-o", "--depth-plot"])
+def test_a_missing_folder_is_refused_before_anything_is_measured(option: str, tmp_path: Path, folder: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, str(folder), option, str(tmp_path / "none" / "file")) == 2
+    assert "there is no folder" in capsys.readouterr().err
+
+
 def test_several_models_are_compared(folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch,
                                      capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, str(folder), str(folder), "--text", str(text_file), *FAST) == 0

@@ -16,6 +16,7 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import PreTrainedModel
 
 import sinkquant as sq
+from sinkquant.errors import RequestError
 from sinkquant.explain.parts import different_parts, first_block, put_back
 from sinkquant.explain.probe import Probe
 from sinkquant.explain.stream import from_block, recorded
@@ -130,3 +131,10 @@ def test_a_change_is_measured_from_its_block_on_to_the_same_bits(rounded, tiny_f
     assert first_block(parts) == last > 0
     assert not torch.equal(probe.kl(model), whole)
     assert len(probe.stream) == len(rows)
+
+
+def test_a_model_with_fewer_blocks_is_sent_to_compare() -> None:
+    whole = tiny_model("llama")
+    shorter = tiny_model("llama", num_hidden_layers=whole.config.num_hidden_layers - 1)
+    with pytest.raises(RequestError, match=r"blocks and the baseline \d+: .* quantize-model compare takes it"):
+        different_parts(whole, shorter)
