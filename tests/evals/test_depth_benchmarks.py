@@ -40,7 +40,7 @@ def test_a_line_for_blocks_heads_and_bits(source: Path, text_file: Path, tmp_pat
                                           monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["depth.py", str(source), "--sink-map", str(source.parent / "sinkmap.json"), "--choice",
                str(tmp_path / "choice.json"), "--lines", str(tmp_path / "lines.jsonl"), "--text", str(text_file),
-               "--rows", "4", "--length", "32", "--blocks", "1", "2", "--shares", "0.2", "--bits", "4", "--mixed", "1",
+               "--rows", "5", "--length", "32", "--blocks", "1", "2", "--shares", "0.2", "--bits", "4", "--mixed", "1",
                "--seeds", "0"]
     run(monkeypatch, *command)
     lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
@@ -53,6 +53,7 @@ def test_a_line_for_blocks_heads_and_bits(source: Path, text_file: Path, tmp_pat
     assert ("blocks and weights", "4 bits", "1") in names
     size = {name: line["size"] for name, line in zip(names, lines, strict=True)}
     assert size["blocks and weights", "4 bits", "1"] < size["weights", "4 bits", ""] < size["blocks", "measured", "2"]
+    assert all(min(line["kl"]) > 0 for line in lines)  # in the second batch too
     capsys.readouterr()
     run(monkeypatch, *command)
     assert len((tmp_path / "lines.jsonl").read_text().splitlines()) == len(lines)
