@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from measure import forget_bases, keep_line, kept_lines
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import QuantizedCache
 
@@ -118,9 +118,7 @@ class Caches:
         if key not in self.bases:
             self.bases[key] = cache_bases(Decoder.of(self.model), plan, calibration_of(Recipe(), None), self.tokenizer,
                                           "cpu", torch.float32)
-        for hook in self.model._forward_pre_hooks.values():
-            if hasattr(hook, "bases"):
-                hook.bases = None
+        forget_bases(self.model)
         prepare(self.model, bases=self.bases[key])
         return SinkCache(self.config, plan)
 
@@ -149,8 +147,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--caches", nargs="*", default=[], metavar="NAME")
     arguments = parser.parse_args()
-    kept = arguments.lines.read_text().splitlines() if arguments.lines.is_file() else []
-    lines = [json.loads(line) for line in kept]
+    lines = kept_lines(arguments.lines)
     known = {(line["length"], line["depth"], line["needle"], line["cache"]) for line in lines}
     folder = resolve(arguments.model)
     model, tokenizer = load_model(folder, torch.float32), load_tokenizer(folder)
@@ -168,8 +165,7 @@ def main() -> None:
                     right, loss = recalled(model, make(), prompt, answer)
                     lines.append({"length": length, "depth": depth, "needle": needle, "cache": name,
                                   "bits_per_number": bits, "recalled": right, "loss": loss})
-                    with arguments.lines.open("a") as file:
-                        file.write(json.dumps(lines[-1]) + "\n")
+                    keep_line(arguments.lines, lines[-1])
     print(table(lines))
 
 

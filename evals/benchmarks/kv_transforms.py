@@ -11,12 +11,11 @@ window. Lines that are in FILE already are not measured again, so that a run may
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from measure import forget_bases, keep_line, kept_lines
 
 from sinkquant.artifacts import KVCachePlan, SinkMap
 from sinkquant.cache import prepare
@@ -75,19 +74,12 @@ class Bench:
 
     def measured(self, plan: KVCachePlan) -> dict[str, list[float]]:
         """Divergence and added loss of every row."""
-        _forget_bases(self.other)
+        forget_bases(self.other)
         prepare(self.other, bases=cache_bases(Decoder.of(self.base), plan, calibration_of(self.recipe, None),
                                               self.tokenizer, "cpu", torch.float32))
         found = compare_side_by_side(self.base, self.states, [(self.other, plan)], self.batches)[0]
         return {"kl": found.kl, "added": [loss - before for loss, before in
                                           zip(found.other_loss, found.baseline_loss, strict=True)]}
-
-
-def _forget_bases(model: PreTrainedModel) -> None:
-    """Matrices found with sinks exact are others than those found without."""
-    for hook in model._forward_pre_hooks.values():
-        if hasattr(hook, "bases"):
-            hook.bases = None
 
 
 def plans(bench: Bench, bits: int, group: int, only: list[str]) -> dict[str, KVCachePlan]:
@@ -137,8 +129,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=32)
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help=f"of {', '.join(SETTINGS)}")
     arguments = parser.parse_args()
-    kept = arguments.lines.read_text().splitlines() if arguments.lines.is_file() else []
-    lines = [json.loads(line) for line in kept]
+    lines = kept_lines(arguments.lines)
     known = {(line["bits"], line["group"], line["cache"]) for line in lines}
     bench = Bench(arguments)
     for bits in arguments.bits:
@@ -148,8 +139,7 @@ def main() -> None:
                     continue
                 lines.append({"bits": bits, "group": group, "cache": name, "bytes": plan.bytes,
                               "bits_per_number": plan.bits_per_value, **bench.measured(plan)})
-                with arguments.lines.open("a") as file:
-                    file.write(json.dumps(lines[-1]) + "\n")
+                keep_line(arguments.lines, lines[-1])
     print(table(lines))
 
 

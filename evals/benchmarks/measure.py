@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -98,6 +99,24 @@ def leave_exact(model: PreTrainedModel, tokens: SinkSelector) -> None:
     model.register_forward_pre_hook(name_them, with_kwargs=True)
 
 
+def forget_bases(model: PreTrainedModel) -> None:
+    """Make room for other matrices of a KV cache: those found with sinks exact are others than those found without."""
+    for hook in model._forward_pre_hooks.values():
+        if hasattr(hook, "bases"):
+            hook.bases = None
+
+
+def kept_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file of lines, none where it is not there."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def keep_line(path: Path, line: Mapping[str, Any]) -> None:
+    """Put a JSON object at the end of a file of lines."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
 class Baseline:
     """The unquantized model, with which all others are compared: it runs over every batch once."""
 
@@ -134,8 +153,7 @@ class Lines:
         """Keep a line."""
         self.lines.append(line)
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(line)) + "\n")
+            keep_line(self.path, asdict(line))
 
     def measure(self, labels: dict[str, str], folder: Path, base: PreTrainedModel, plan: Plan,
                 tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, torch.Tensor], size: int | None = None,

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from sinkquant.artifacts.kv import KVCachePlan
 from sinkquant.cache.exact import Massive, NewTokens, exact_tokens
-from sinkquant.cache.ordered import save_ordered
+from sinkquant.cache.ordered import load_ordered, save_ordered
 from sinkquant.cache.prefix import fingerprint
 from sinkquant.cache.transforms.covariance import balancing, spreading
 from sinkquant.cache.transforms.recoding import LayerBases
@@ -126,16 +125,7 @@ def load_bases(path: str | os.PathLike[str]) -> Bases:
     Raises:
         RequestError: there is no such file, or it holds something else.
     """
-    if not Path(path).is_file():
-        raise RequestError(f"there are no KV bases {str(path)!r}.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise RequestError(f"{path} is not a safetensors file; make the checkpoint again.") from error
-    if facts.get("schema") != SCHEMA:
-        raise RequestError(f"{path} holds no KV bases of this version ({SCHEMA}).")
+    facts, tensors = load_ordered(path, SCHEMA, "KV bases", "make the checkpoint again", "there are no")
     found: dict[int, dict[str, Basis]] = {}
     for name, matrix in tensors.items():
         index, _, kind = name.partition(".")

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sinkquant.artifacts.kv import KVCachePlan
 from sinkquant.cache.cache import SinkCache
 from sinkquant.cache.layer import SinkLayer
-from sinkquant.cache.ordered import save_ordered
+from sinkquant.cache.ordered import load_ordered, save_ordered
 from sinkquant.errors import RequestError
 from sinkquant.models.kv import kv_layers
 
@@ -57,16 +55,7 @@ def load_cache(config: PreTrainedConfig, path: str | os.PathLike[str], device: s
     Raises:
         RequestError: there is no such file, it holds no cache, or the cache of another model or plan.
     """
-    if not Path(path).is_file():
-        raise RequestError(f"there is no KV cache {str(path)!r}.")
-    try:
-        with safe_open(path, framework="pt", device=device) as file:
-            facts = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise RequestError(f"{path} is not a safetensors file; save the cache again.") from error
-    if facts.get("schema") != SCHEMA:
-        raise RequestError(f"{path} holds no KV cache of this version ({SCHEMA}).")
+    facts, tensors = load_ordered(path, SCHEMA, "KV cache", "save the cache again", device=device)
     held_by = KVCachePlan.model_validate_json(facts["plan"])
     if plan is not None and held_by != plan:
         raise RequestError(f"{path} holds a KV cache of another plan; fill a new one, or load the checkpoint that it "

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import DynamicCache, PreTrainedModel
 
-from sinkquant.cache.ordered import save_ordered
+from sinkquant.cache.ordered import load_ordered, save_ordered
 from sinkquant.errors import RequestError
 
 SCHEMA = "sinkquant/kvprefix@1"
@@ -79,16 +78,7 @@ def load_prefix(path: str | os.PathLike[str]) -> Prefix:
     Raises:
         RequestError: there is no such file, or it holds no prefix.
     """
-    if not Path(path).is_file():
-        raise RequestError(f"there is no KV prefix {str(path)!r}.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise RequestError(f"{path} is not a safetensors file; make the checkpoint again.") from error
-    if facts.get("schema") != SCHEMA:
-        raise RequestError(f"{path} holds no KV prefix of this version ({SCHEMA}).")
+    facts, tensors = load_ordered(path, SCHEMA, "KV prefix", "make the checkpoint again")
     states: dict[str, dict[int, torch.Tensor]] = {"keys": {}, "values": {}}
     for name, tensor in tensors.items():
         index, _, kind = name.partition(".")
