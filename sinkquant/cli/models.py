@@ -58,9 +58,6 @@ def diagnose(models: Annotated[list[str], typer.Argument(help="A model folder, a
     recipe = Recipe().replace(assignments or [])
     if len(models) > 1 and (output or against or sink_map or depth_plot):
         raise RequestError("-o, --against, --sink-map and --depth-plot are for one model; name one.")
-    for file in (output, depth_plot):
-        if file is not None and not file.parent.is_dir():
-            raise RequestError(f"there is no folder {file.parent} to write {file.name} into; make it first.")
     folders = [resolve(model) for model in models]
     known = SinkMap.load(sink_map) if sink_map else None
     other = resolve(_checkpoint_of(against)) if against else None

@@ -62,12 +62,13 @@ def test_a_sink_map_made_before_is_taken(folder: Path, text_file: Path, tmp_path
     assert json.loads(capsys.readouterr().out)["sinks"] == [sink.model_dump(mode="json") for sink in made.tokens]
 
 
-@pytest.mark.parametrize("option", ["-o", "--depth-plot"])
-def test_a_missing_folder_is_refused_before_anything_is_measured(option: str, tmp_path: Path, folder: Path,
-                                                                 monkeypatch: pytest.MonkeyPatch,
-                                                                 capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, str(folder), option, str(tmp_path / "none" / "file")) == 2
-    assert "there is no folder" in capsys.readouterr().err
+def test_folders_of_its_files_are_made(folder: Path, text_file: Path, tmp_path: Path,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    found, plot = tmp_path / "a" / "diagnosis.json", tmp_path / "b" / "depth.html"
+    assert run(monkeypatch, str(folder), "-o", str(found), "--depth-plot", str(plot), "--text", str(text_file),
+               *FAST) == 0
+    assert Diagnosis.load(found).depth is not None
+    assert "<svg" in plot.read_text(encoding="utf-8")
 
 
 def test_several_models_are_compared(folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch,
