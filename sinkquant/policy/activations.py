@@ -6,13 +6,13 @@ from dataclasses import replace
 
 from sinkquant.artifacts import KVCachePlan, ModelShape, ModuleDecision, ModuleStatistics, SinkMap
 from sinkquant.errors import RequestError
-from sinkquant.policy.rules import Choice
+from sinkquant.policy.rules import Draft
 from sinkquant.recipe import Activations, Recipe
 from sinkquant.schemes import input_format, scheme_of
 from sinkquant.schemes.registry import multiplied_with, of_backend
 
 
-def with_inputs(choices: dict[str, Choice], shape: ModelShape, recipe: Recipe) -> dict[str, Choice]:
+def with_inputs(choices: dict[str, Draft], shape: ModelShape, recipe: Recipe) -> dict[str, Draft]:
     """The recipe's input format for every linear whose weights are quantized; experts read 16 bits, since transformers
     rounds the inputs of nn.Linear alone.
 
@@ -49,7 +49,7 @@ def spares(settings: Activations) -> bool:
                                                                and settings.scale == "tensor"))
 
 
-def spare_sinks(choices: dict[str, Choice], shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> dict[str, Choice]:
+def spare_sinks(choices: dict[str, Draft], shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> dict[str, Draft]:
     """Linears whose static range the sinks would set, or in which that range drowns the typical token, get a scale per
     token, or inputs of 16 bits, as the recipe says; with all that engines fuse with them."""
     settings = recipe.activations
@@ -130,7 +130,7 @@ def check_inputs(name: str, decision: ModuleDecision) -> None:
                            f"{' or '.join(map(repr, scheme.methods or ()))}.")
 
 
-def simulated_notes(choices: dict[str, Choice]) -> list[str]:
+def simulated_notes(choices: dict[str, Draft]) -> list[str]:
     """A sentence for every input format that no checkpoint can ask for."""
     forms = sorted({c.activations for c in choices.values() if c.quantized and c.activations != "16-bit"
                     and not input_format(c.activations).deployed})

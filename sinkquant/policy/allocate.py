@@ -14,7 +14,7 @@ from sinkquant.policy.engines import engine_loads
 from sinkquant.policy.expected import expect_loss
 from sinkquant.policy.explain import found_in, sentence
 from sinkquant.policy.kv_budget import kv_bytes_of, kv_options, kv_units, solved_cache
-from sinkquant.policy.rules import Choice
+from sinkquant.policy.rules import Draft
 from sinkquant.policy.solvable import check_solvable
 from sinkquant.policy.solver import Option, Solution, fewest_bytes, least_loss
 from sinkquant.recipe import Budget, Recipe
@@ -36,13 +36,13 @@ class Allocation:
         kv_cache: the cache, with the bits that were chosen where the solver had a choice.
     """
 
-    choices: dict[str, Choice]
+    choices: dict[str, Draft]
     gap: float
     explained: frozenset[str]
     kv_cache: KVCachePlan | None
 
 
-def solve(base: dict[str, Choice], shape: ModelShape, sink_map: SinkMap, recipe: Recipe,
+def solve(base: dict[str, Draft], shape: ModelShape, sink_map: SinkMap, recipe: Recipe,
           sensitivity: Sensitivity | None, kv_cache: KVCachePlan | None) -> Allocation:
     """Solve the recipe's budget exactly.
 
@@ -72,7 +72,7 @@ def solve(base: dict[str, Choice], shape: ModelShape, sink_map: SinkMap, recipe:
     return Allocation(choices, solved.gap, explained, free.cache(solved.chosen))
 
 
-def _check_engine(choices: dict[str, Choice], shape: ModelShape, budget: Budget) -> None:
+def _check_engine(choices: dict[str, Draft], shape: ModelShape, budget: Budget) -> None:
     """Refuse a plan that the budget's engine cannot load because of what the recipe fixes."""
     for name, choice in choices.items():
         if choice.quantized and not engine_loads(budget.engine, choice.form, shape.linears[name]):
@@ -80,7 +80,7 @@ def _check_engine(choices: dict[str, Choice], shape: ModelShape, budget: Budget)
                                f"of {choice.form.group_size}, which the recipe fixes; change that, or the engine.")
 
 
-def _in_format(choice: Choice, form: WeightFormat) -> Choice:
+def _in_format(choice: Draft, form: WeightFormat) -> Draft:
     if form.packed and not form.split and choice.keep == "split":
         return replace(choice, bits=form.bits, group_size=form.group_size, keep=None, columns=(), scalars=())
     if form.packed:
@@ -88,7 +88,7 @@ def _in_format(choice: Choice, form: WeightFormat) -> Choice:
     return replace(choice, bits=16, group_size=None, method=UNTOUCHED, keep=None, columns=(), scalars=())
 
 
-def _by_best(choice: Choice, unit: UnitSensitivity, form: WeightFormat) -> Choice:
+def _by_best(choice: Draft, unit: UnitSensitivity, form: WeightFormat) -> Draft:
     """The choice by the method that loses least in its format: methods differ in no byte."""
     loss = unit.loss(form)
     return choice if loss is None else replace(choice, method=loss.method)
@@ -97,7 +97,7 @@ def _by_best(choice: Choice, unit: UnitSensitivity, form: WeightFormat) -> Choic
 class Problem:
     """The units that the solver may choose for, and what it may choose: linears, then keys and values of KV heads."""
 
-    def __init__(self, shape: ModelShape, base: dict[str, Choice], sensitivity: Sensitivity, recipe: Recipe,
+    def __init__(self, shape: ModelShape, base: dict[str, Draft], sensitivity: Sensitivity, recipe: Recipe,
                  kv_cache: KVCachePlan | None = None) -> None:
         self.shape, self.base, self.recipe, self.kv_cache = shape, base, recipe, kv_cache
         foreign = [name for unit in sensitivity.units for name in unit.modules if name not in shape.linears]
@@ -206,7 +206,7 @@ class Problem:
         return formats
 
 
-def _fixed(choice: Choice, unit: UnitSensitivity) -> bool:
+def _fixed(choice: Draft, unit: UnitSensitivity) -> bool:
     """Whether the recipe has decided: by a pattern, or by keeping the linear for the sinks in a way that has bits and
     was not tried."""
     if choice.pinned or not choice.quantized or choice.keep == "module":
@@ -215,7 +215,7 @@ def _fixed(choice: Choice, unit: UnitSensitivity) -> bool:
     return form.split and not any((loss.columns, loss.scalars) == (form.columns, form.scalars) for loss in unit.losses)
 
 
-def _experts_together(units: list[UnitSensitivity], base: dict[str, Choice],
+def _experts_together(units: list[UnitSensitivity], base: dict[str, Draft],
                       shape: ModelShape) -> list[UnitSensitivity]:
     """Experts share one format in the whole model (`artifacts/experts.py`), so that they are one unit; none where the
     recipe fixes that of some."""

@@ -10,25 +10,25 @@ from sinkquant.artifacts import ModelShape
 from sinkquant.artifacts.sizes import module_bytes
 from sinkquant.methods import UNTOUCHED
 from sinkquant.policy.carried import more_precise
-from sinkquant.policy.rules import Choice
+from sinkquant.policy.rules import Draft
 from sinkquant.policy.sharing import moves_together
 from sinkquant.schemes import scheme_of
 
 SMALLEST_GROUP = 32
 
 
-def linear_bytes(shape: ModelShape, choices: dict[str, Choice]) -> int:
+def linear_bytes(shape: ModelShape, choices: dict[str, Draft]) -> int:
     """Bytes of all linears of the blocks, scales counted."""
     return sum(choice_bytes(shape, name, choice) for name, choice in choices.items())
 
 
-def choice_bytes(shape: ModelShape, name: str, choice: Choice) -> int:
+def choice_bytes(shape: ModelShape, name: str, choice: Draft) -> int:
     """Bytes of one linear, scales counted."""
     return module_bytes(shape, name, choice.form)
 
 
-def fill(choices: dict[str, Choice], shape: ModelShape, spare: int, order: Sequence[str],
-         why: str) -> dict[str, Choice]:
+def fill(choices: dict[str, Draft], shape: ModelShape, spare: int, order: Sequence[str],
+         why: str) -> dict[str, Draft]:
     """Spend at most `spare` bytes: one more bit wherever it fits, in `order`, again and again; what is left on groups
     of half the size, and then on 16 bits instead of 8. Modules that engines fuse are raised together; pinned ones are
     not touched.
@@ -52,8 +52,8 @@ def fill(choices: dict[str, Choice], shape: ModelShape, spare: int, order: Seque
     return chosen
 
 
-def close_gap(choices: dict[str, Choice], floor: dict[str, Choice], shape: ModelShape, spare: int,
-              why: str) -> dict[str, Choice]:
+def close_gap(choices: dict[str, Draft], floor: dict[str, Draft], shape: ModelShape, spare: int,
+              why: str) -> dict[str, Draft]:
     """Spend bytes that `fill` could not: of all pairs of changes, one up and one down or both up, make the one that
     comes closest to `spare` from below, and again from there.
 
@@ -65,7 +65,7 @@ def close_gap(choices: dict[str, Choice], floor: dict[str, Choice], shape: Model
         moves = _moves(chosen, floor, shape)
         costs = [cost for cost, _, _ in moves]
         best = 0
-        changes: dict[str, Choice] = {}
+        changes: dict[str, Draft] = {}
         for cost, name, changed in moves:
             other = bisect.bisect_right(costs, spare - cost) - 1
             while other >= 0 and moves[other][1] == name and name:
@@ -79,11 +79,11 @@ def close_gap(choices: dict[str, Choice], floor: dict[str, Choice], shape: Model
     return chosen
 
 
-def _moves(choices: dict[str, Choice], floor: dict[str, Choice],
-           shape: ModelShape) -> list[tuple[int, str, dict[str, Choice]]]:
+def _moves(choices: dict[str, Draft], floor: dict[str, Draft],
+           shape: ModelShape) -> list[tuple[int, str, dict[str, Draft]]]:
     """Every change of one module, or of those that engines fuse: (bytes it costs, its name, new formats), cheapest
     first; no change at all is one of them."""
-    moves: list[tuple[int, str, dict[str, Choice]]] = [(0, "", {})]
+    moves: list[tuple[int, str, dict[str, Draft]]] = [(0, "", {})]
     for name in choices:
         members = moves_together(name, choices, shape)
         if members and all(floor[m].quantized and not floor[m].pinned for m in members):
@@ -96,32 +96,32 @@ def _moves(choices: dict[str, Choice], floor: dict[str, Choice],
     return sorted(moves, key=lambda move: (move[0], move[1]))
 
 
-def _formats(choice: Choice, columns: int) -> list[Choice]:
+def _formats(choice: Draft, columns: int) -> list[Draft]:
     """A format and every more precise one."""
     sizes = [choice]
     while (smaller := _half_the_group(sizes[-1], columns)) is not None:
         sizes.append(smaller)
-    found: list[Choice] = []
+    found: list[Draft] = []
     for size in sizes:
-        higher: Choice | None = size
+        higher: Draft | None = size
         while higher is not None:
             found.append(higher)
             higher = more_precise(higher, columns)
     return [*found, replace(choice, bits=16, group_size=None, method=UNTOUCHED)]
 
 
-def _reason(choice: Choice, why: str) -> str:
+def _reason(choice: Draft, why: str) -> str:
     grain = "one scale per channel" if choice.group_size == -1 else f"groups of {choice.group_size}"
     reason = f"{choice.bits} bits, {grain}: {why}" if choice.quantized else f"left in 16 bits: {why}"
     return f"{reason}; {choice.why}" if choice.keep else reason
 
 
-def _raise_together(name: str, choices: dict[str, Choice], shape: ModelShape,
-                    raise_format: Callable[[Choice, int], Choice | None]) -> dict[str, Choice]:
+def _raise_together(name: str, choices: dict[str, Draft], shape: ModelShape,
+                    raise_format: Callable[[Draft, int], Draft | None]) -> dict[str, Draft]:
     """The raised formats of a module and those fused with it; empty where one of them cannot be raised, or where
     another member of the group speaks for it."""
     members = moves_together(name, choices, shape)
-    raised: dict[str, Choice] = {}
+    raised: dict[str, Draft] = {}
     for member in members:
         choice = choices[member]
         higher = None if choice.pinned or not choice.quantized else raise_format(choice, shape.linears[member].columns)
@@ -142,7 +142,7 @@ def evenly_spread(names: Sequence[str]) -> list[str]:
     return [names[i] for i in sorted(range(len(names)), key=radical_inverse)]
 
 
-def _half_the_group(choice: Choice, columns: int) -> Choice | None:
+def _half_the_group(choice: Draft, columns: int) -> Draft | None:
     size = columns if choice.group_size == -1 else choice.group_size
     if not scheme_of(choice.form).any_group:
         return None
@@ -151,7 +151,7 @@ def _half_the_group(choice: Choice, columns: int) -> Choice | None:
     return replace(choice, group_size=size // 2)
 
 
-def _left_alone(choice: Choice, columns: int) -> Choice | None:
+def _left_alone(choice: Draft, columns: int) -> Draft | None:
     if more_precise(choice, columns) is not None:
         return None
     alone = replace(choice, bits=16, group_size=None, method=UNTOUCHED, scalars=())

@@ -9,7 +9,7 @@ from dataclasses import replace
 from sinkquant.artifacts import ModelShape
 from sinkquant.errors import RequestError
 from sinkquant.methods import UNTOUCHED
-from sinkquant.policy.rules import Choice
+from sinkquant.policy.rules import Draft
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import DEFAULT_BACKEND, Scheme, scheme_of
 from sinkquant.schemes.registry import of_backend
@@ -122,7 +122,7 @@ def _check_groups(recipe: Recipe, scheme: Scheme) -> None:
                            f"{' and leave that of the overrides out' if len(sizes) > 1 else ''}.")
 
 
-def carried(choices: dict[str, Choice], shape: ModelShape, recipe: Recipe) -> dict[str, Choice]:
+def carried(choices: dict[str, Draft], shape: ModelShape, recipe: Recipe) -> dict[str, Draft]:
     """The choices in the storage of the recipe's backend; linears that it cannot hold stay in 16 bits.
 
     Raises:
@@ -144,7 +144,7 @@ def carried(choices: dict[str, Choice], shape: ModelShape, recipe: Recipe) -> di
     return made
 
 
-def check_choices(choices: dict[str, Choice], shape: ModelShape) -> None:
+def check_choices(choices: dict[str, Draft], shape: ModelShape) -> None:
     """Refuse edited choices that no checkpoint can hold.
 
     Raises:
@@ -168,13 +168,13 @@ def check_choices(choices: dict[str, Choice], shape: ModelShape) -> None:
                                    f"{choice.storage} does not hold.")
 
 
-def more_precise(choice: Choice, columns: int) -> Choice | None:
+def more_precise(choice: Draft, columns: int) -> Draft | None:
     """The choice with the next more precise format that may stand in the same checkpoint, or None."""
     form = scheme_of(choice.form).more_precise(choice.form, columns)
     return None if form is None else replace(choice, bits=form.bits, group_size=form.group_size)
 
 
-def notes(choices: Collection[Choice], recipe: Recipe) -> list[str]:
+def notes(choices: Collection[Draft], recipe: Recipe) -> list[str]:
     """What a plan leaves behind, or has to say, because of the number formats that it is in."""
     schemes = list(dict.fromkeys(scheme_of(choice.form) for choice in choices if choice.quantized))
     found = []
@@ -198,12 +198,12 @@ def _check_dtype(scheme: Scheme, shape: ModelShape) -> None:
                            f"(from_pretrained(..., dtype='{wanted}'), then save_pretrained).")
 
 
-def _carry(name: str, choice: Choice, shape: ModelShape, scheme: Scheme) -> Choice:
+def _carry(name: str, choice: Draft, shape: ModelShape, scheme: Scheme) -> Draft:
     linear = shape.linears[name]
     own_parameter = not linear.part_of and f"{name}.weight" in shape.tensors
     obstacle = scheme.obstacle(linear.rows, linear.columns, own_parameter)
     if obstacle:
-        return Choice(16, None, UNTOUCHED, f"left in 16 bits: {obstacle}", pinned=True)
+        return Draft(16, None, UNTOUCHED, f"left in 16 bits: {obstacle}", pinned=True)
     group = scheme.fitted(choice.bits, choice.group_size, linear.columns)
     kind = choice.kind if choice.storage == scheme.storage else scheme.kind
     return replace(choice, storage=scheme.storage, kind=kind, group_size=group)

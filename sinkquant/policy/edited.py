@@ -14,7 +14,7 @@ from sinkquant.policy.heads import accept_heads
 from sinkquant.policy.kv_cache import accept_kv
 from sinkquant.policy.plan import _finish
 from sinkquant.policy.pruning import keep_pruning
-from sinkquant.policy.rules import Choice, check_group_sizes
+from sinkquant.policy.rules import Draft, check_group_sizes
 from sinkquant.policy.transforms import check_transforms
 from sinkquant.recipe import Recipe, near_miss
 from sinkquant.schemes import WeightFormat
@@ -43,9 +43,9 @@ def accept_edited(plan: Plan, shape: ModelShape) -> Plan:
     if mixed:
         raise RequestError(f"the plan gives {mixed[0]} and {mixed[1]} different formats, but transformers loads all "
                            "packed experts in one, and a layer's all packed or all dense; make them agree.")
-    choices = {name: Choice(bits=d.bits, group_size=d.group_size, method=d.method, keep=d.keep,
-                            columns=tuple(d.columns), reason=d.reason, kind=d.kind, activations=d.activations,
-                            activation_scale=d.activation_scale, scalars=tuple(d.scalars), storage=d.storage)
+    choices = {name: Draft(bits=d.bits, group_size=d.group_size, method=d.method, keep=d.keep,
+                           columns=tuple(d.columns), reason=d.reason, kind=d.kind, activations=d.activations,
+                           activation_scale=d.activation_scale, scalars=tuple(d.scalars), storage=d.storage)
                for name, d in plan.modules.items()}
     check_group_sizes(choices, shape)
     check_transforms(plan.transforms, shape, plan.kv_cache)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from sinkquant.artifacts import FormatLoss, ModelShape, Sensitivity, SinkMap, UnitSensitivity
 from sinkquant.policy.expected import loss_of
-from sinkquant.policy.rules import Choice, affected, born_here
+from sinkquant.policy.rules import Draft, affected, born_here
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import WeightFormat
 
@@ -24,8 +24,8 @@ def found_in(shape: ModelShape, sink_map: SinkMap) -> dict[str, str]:
     return born | dict(affected(shape, sink_map))
 
 
-def explained(choices: dict[str, Choice], shape: ModelShape, sink_map: SinkMap, recipe: Recipe,
-              sensitivity: Sensitivity | None, done: Set[str]) -> dict[str, Choice]:
+def explained(choices: dict[str, Draft], shape: ModelShape, sink_map: SinkMap, recipe: Recipe,
+              sensitivity: Sensitivity | None, done: Set[str]) -> dict[str, Draft]:
     """Complete the reasons: what was found in a linear, whether it is protected or not, and what its format and the
     next smaller one are predicted to lose.
 

@@ -39,7 +39,7 @@ from sinkquant.policy.heads import with_silenced_heads, with_small_heads
 from sinkquant.policy.kv_budget import spent_by_loss
 from sinkquant.policy.kv_cache import make_kv_control, make_kv_plan
 from sinkquant.policy.pruning import with_pruning
-from sinkquant.policy.rules import Choice, affected, base_choices, check_group_sizes, protect
+from sinkquant.policy.rules import Draft, affected, base_choices, check_group_sizes, protect
 from sinkquant.policy.sharing import share_formats
 from sinkquant.policy.split import NO_BACKEND, NO_EXPERTS, NO_INPUTS, split_channels
 from sinkquant.policy.transforms import choose_transforms, scale_sinks, shape_after
@@ -105,7 +105,7 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
     return plan.made_from(sink_map)
 
 
-def choices_of(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> tuple[dict[str, Choice], dict[str, Choice]]:
+def choices_of(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> tuple[dict[str, Draft], dict[str, Draft]]:
     """A format for every linear before there is a budget: without protection, and with what the recipe protects.
 
     Raises:
@@ -160,12 +160,12 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
     return plan.made_from(sink_map)
 
 
-def _base(shape: ModelShape, recipe: Recipe) -> dict[str, Choice]:
+def _base(shape: ModelShape, recipe: Recipe) -> dict[str, Draft]:
     """The recipe's format for every linear as far as its backend can hold it, before anything is protected."""
     return carried(base_choices(shape, recipe), shape, recipe)
 
 
-def _evenly(base: dict[str, Choice], shape: ModelShape, allowed: int) -> dict[str, Choice]:
+def _evenly(base: dict[str, Draft], shape: ModelShape, allowed: int) -> dict[str, Draft]:
     """Raise `base` to `allowed` bytes, all depths alike."""
     why = "the control spends evenly what protection costs"
     choices = fill(base, shape, allowed - linear_bytes(shape, base), evenly_spread(list(shape.linears)), why)
@@ -176,7 +176,7 @@ def _evenly(base: dict[str, Choice], shape: ModelShape, allowed: int) -> dict[st
     return max(attempts, key=lambda attempt: linear_bytes(shape, attempt))
 
 
-def _finish(name: str, choices: dict[str, Choice], shape: ModelShape, recipe: Recipe,
+def _finish(name: str, choices: dict[str, Draft], shape: ModelShape, recipe: Recipe,
             sinks: list[SinkSelector], statistics: Statistics, transforms: list[Transform]) -> Plan:
     formats = {module: c.form for module, c in choices.items() if c.quantized}
     own = own_format(shape, formats)
@@ -214,7 +214,7 @@ def _finish(name: str, choices: dict[str, Choice], shape: ModelShape, recipe: Re
         notes=[*shape.notes, *simulated_notes(choices), *notes(choices.values(), recipe)])
 
 
-def _inputs(choice: Choice) -> dict[str, Any]:
+def _inputs(choice: Draft) -> dict[str, Any]:
     """The fields of a decision that say what its inputs are rounded to; a linear that is left alone has none."""
     if not choice.quantized:
         return {}
@@ -249,8 +249,8 @@ def calibration_of(recipe: Recipe, sink_map: SinkMap | None) -> Calibration:
         act_order=recipe.weights.act_order, statistics=recipe.statistics, min_expert_tokens=settings.min_expert_tokens)
 
 
-def _within_budget(base: dict[str, Choice], choices: dict[str, Choice], shape: ModelShape, recipe: Recipe,
-                   order: list[str]) -> dict[str, Choice]:
+def _within_budget(base: dict[str, Draft], choices: dict[str, Draft], shape: ModelShape, recipe: Recipe,
+                   order: list[str]) -> dict[str, Draft]:
     weights = sum(linear.parameters for linear in shape.linears.values())
     named = {name: choice for name, choice in choices.items() if choice.keep and choice.pinned}
     floor = share_formats(base | named, shape)

@@ -19,10 +19,10 @@ NAMED = 3
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The format of one linear while a plan is being made. `bits` 16: left alone; `pinned`: the recipe names it, so
-    that neither a rule nor a budget changes it; `why`: what it is kept for; `kind`, `activations` and
-    `activation_scale` as in `ModuleDecision`."""
+class Draft:
+    """What a plan in the making says of one linear, before it becomes a `ModuleDecision`. `bits` 16: left alone;
+    `pinned`: the recipe names it, so that neither a rule nor a budget changes it; `why`: what it is kept for; `kind`,
+    `activations` and `activation_scale` as in `ModuleDecision`."""
 
     bits: int
     group_size: int | None
@@ -52,7 +52,7 @@ class Choice:
         return replace(stored, columns=beside, scalars=len(self.scalars))
 
 
-def base_choices(shape: ModelShape, recipe: Recipe) -> dict[str, Choice]:
+def base_choices(shape: ModelShape, recipe: Recipe) -> dict[str, Draft]:
     """The recipe's format for every linear, before anything is protected.
 
     Raises:
@@ -60,25 +60,25 @@ def base_choices(shape: ModelShape, recipe: Recipe) -> dict[str, Choice]:
     """
     weights = recipe.weights
     names = list(shape.linears)
-    plain = Choice(weights.bits, weights.group_size, weights.method,
-                   f"{weights.bits} bits: as weights.bits asks")
+    plain = Draft(weights.bits, weights.group_size, weights.method,
+                  f"{weights.bits} bits: as weights.bits asks")
     choices = dict.fromkeys(names, plain)
     for index, override in enumerate(weights.overrides):
         for name in match(override.pattern, names, f"weights.overrides[{index}]"):
             if override.bits > 8:
-                choices[name] = Choice(16, None, UNTOUCHED, f"left in 16 bits by the override {override.pattern!r}",
-                                       pinned=True)
+                choices[name] = Draft(16, None, UNTOUCHED, f"left in 16 bits by the override {override.pattern!r}",
+                                      pinned=True)
             else:
-                choices[name] = Choice(override.bits, override.group_size or weights.group_size,
-                                       override.method or weights.method,
-                                       f"{override.bits} bits by the override {override.pattern!r}", pinned=True)
+                choices[name] = Draft(override.bits, override.group_size or weights.group_size,
+                                      override.method or weights.method,
+                                      f"{override.bits} bits by the override {override.pattern!r}", pinned=True)
     for pattern in weights.ignore:
         for name in match(pattern, names, "weights.ignore"):
-            choices[name] = Choice(16, None, UNTOUCHED, f"left in 16 bits by weights.ignore {pattern!r}", pinned=True)
+            choices[name] = Draft(16, None, UNTOUCHED, f"left in 16 bits by weights.ignore {pattern!r}", pinned=True)
     asked = any(choice.quantized for choice in choices.values())
     for name, linear in shape.linears.items():
         if linear.fixed:
-            choices[name] = Choice(16, None, UNTOUCHED, f"left in 16 bits, {linear.fixed}", pinned=True)
+            choices[name] = Draft(16, None, UNTOUCHED, f"left in 16 bits, {linear.fixed}", pinned=True)
     # A recipe may leave all weights alone and pack the cache, or prune; weights that it asks for are never left alone
     # unsaid.
     other_work = recipe.kv_cache is not None or recipe.prune.asked
@@ -90,7 +90,7 @@ def base_choices(shape: ModelShape, recipe: Recipe) -> dict[str, Choice]:
     return choices
 
 
-def protect(choices: dict[str, Choice], shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> dict[str, Choice]:
+def protect(choices: dict[str, Draft], shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> dict[str, Draft]:
     """Raise the linears that the sinks dominate to `protect.bits`, the most affected first, up to `max_share` of all
     weights of the linears; modules named by `protect.modules` in any case.
 
@@ -145,7 +145,7 @@ def affected(shape: ModelShape, sink_map: SinkMap) -> list[tuple[str, str]]:
     return [(name, why) for _, name, why in sorted(ranked, key=lambda item: (-item[0], item[1]))]
 
 
-def check_group_sizes(choices: dict[str, Choice], shape: ModelShape) -> None:
+def check_group_sizes(choices: dict[str, Draft], shape: ModelShape) -> None:
     """Refuse groups that do not divide the input columns.
 
     Raises:
@@ -166,11 +166,11 @@ def check_group_sizes(choices: dict[str, Choice], shape: ModelShape) -> None:
                 f"use {' or '.join(map(str, [*fitting, -1]))} (weights.group_size, or its override).")
 
 
-def _raised(choice: Choice, recipe: Recipe, why: str, columns: tuple[int, ...]) -> Choice:
+def _raised(choice: Draft, recipe: Recipe, why: str, columns: tuple[int, ...]) -> Draft:
     bits = max(recipe.protect.bits, choice.bits)
     if bits > 8:
-        return Choice(16, None, UNTOUCHED, f"left in 16 bits: {why}", "module", columns, why=why)
-    return Choice(bits, choice.group_size, choice.method, f"{bits} bits: {why}", "module", columns, why=why)
+        return Draft(16, None, UNTOUCHED, f"left in 16 bits: {why}", "module", columns, why=why)
+    return Draft(bits, choice.group_size, choice.method, f"{bits} bits: {why}", "module", columns, why=why)
 
 
 def born_here(name: str, shape: ModelShape, sink_map: SinkMap) -> str:

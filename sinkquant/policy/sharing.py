@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sinkquant.artifacts import LinearShape, ModelShape
-from sinkquant.policy.rules import Choice
+from sinkquant.policy.rules import Draft
 
 
-def share_formats(choices: dict[str, Choice], shape: ModelShape) -> dict[str, Choice]:
+def share_formats(choices: dict[str, Draft], shape: ModelShape) -> dict[str, Draft]:
     """Give modules that engines fuse one format: that of their most precise member."""
     shared = dict(choices)
     for name, linear in shape.linears.items():
@@ -26,7 +26,7 @@ def share_formats(choices: dict[str, Choice], shape: ModelShape) -> dict[str, Ch
     return _share_experts(shared, shape)
 
 
-def moves_together(name: str, choices: dict[str, Choice], shape: ModelShape) -> list[str]:
+def moves_together(name: str, choices: dict[str, Draft], shape: ModelShape) -> list[str]:
     """The modules whose formats change with that of `name`; empty where another of them speaks for the group.
 
     Experts of a layer that is left in 16 bits stay there whatever happens to the others.
@@ -38,7 +38,7 @@ def moves_together(name: str, choices: dict[str, Choice], shape: ModelShape) -> 
     return [member for member in members if choices[member].quantized] if linear.part_of else members
 
 
-def _share_experts(choices: dict[str, Choice], shape: ModelShape) -> dict[str, Choice]:
+def _share_experts(choices: dict[str, Draft], shape: ModelShape) -> dict[str, Draft]:
     """A layer's experts are all packed or all left in 16 bits, and all packed ones have the format of the most precise
     (`artifacts/experts.py` says why)."""
     experts = {name: linear for name, linear in shape.linears.items() if linear.part_of}
@@ -65,5 +65,5 @@ def _share_experts(choices: dict[str, Choice], shape: ModelShape) -> dict[str, C
     return shared
 
 
-def _columns_per_scale(choice: Choice, linear: LinearShape) -> int:
+def _columns_per_scale(choice: Draft, linear: LinearShape) -> int:
     return linear.columns if choice.group_size in (None, -1) else int(choice.group_size or 0)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from sinkquant.artifacts import ModelShape, SinkMap
 from sinkquant.errors import RequestError
 from sinkquant.policy.carried import scheme_for
-from sinkquant.policy.rules import Choice, affected
+from sinkquant.policy.rules import Draft, affected
 from sinkquant.recipe import Recipe
 
 NAMED = 6
@@ -40,8 +40,8 @@ def check_split(recipe: Recipe) -> None:
         raise RequestError(NO_INPUTS)
 
 
-def split_channels(choices: dict[str, Choice], shape: ModelShape, sink_map: SinkMap,
-                   recipe: Recipe) -> dict[str, Choice]:
+def split_channels(choices: dict[str, Draft], shape: ModelShape, sink_map: SinkMap,
+                   recipe: Recipe) -> dict[str, Draft]:
     """Take the columns in which a sink sets the input range, and super weights, out of the groups of every linear that
     the sinks dominate, the most affected first, up to `max_share` of all weights of the linears.
 
@@ -77,7 +77,7 @@ def split_channels(choices: dict[str, Choice], shape: ModelShape, sink_map: Sink
     return chosen
 
 
-def _split(choice: Choice, columns: list[int], scalars: list[tuple[int, int]], why: str) -> Choice:
+def _split(choice: Draft, columns: list[int], scalars: list[tuple[int, int]], why: str) -> Draft:
     parts = []
     if columns:
         some = ", ".join(map(str, columns[:NAMED])) + (", ..." if len(columns) > NAMED else "")

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from sinkquant.artifacts import KVCachePlan, ModelShape, SinkMap, Transform
 from sinkquant.errors import RequestError
-from sinkquant.policy.rules import Choice, affected
+from sinkquant.policy.rules import Draft, affected
 from sinkquant.recipe import Recipe
 
 
-def choose_transforms(choices: dict[str, Choice], shape: ModelShape, recipe: Recipe,
+def choose_transforms(choices: dict[str, Draft], shape: ModelShape, recipe: Recipe,
                       kv_cache: KVCachePlan | None) -> list[Transform]:
     """The transforms of a plan with these formats, in the order in which they are carried out.
 
@@ -48,7 +48,7 @@ def require_transforms(shape: ModelShape, recipe: Recipe) -> None:
                            "leave it out or set weights.rotate=values.")
 
 
-def scale_sinks(choices: dict[str, Choice], shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> dict[str, Choice]:
+def scale_sinks(choices: dict[str, Draft], shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> dict[str, Draft]:
     """With `protect.channels` "scale": let the sink columns of the linears that sinks dominate be scaled up, where the
     norm or the linear before can take it; all that read the same channels are scaled together."""
     chosen = dict(choices)
