@@ -14,7 +14,7 @@ from sinkquant.artifacts.kv import KVCachePlan, KVLayer, KVSink, MassiveCarriers
 from sinkquant.artifacts.plan import Calibration, ModuleDecision, Plan, PredictedLoss, SinkSelector, Transform
 from sinkquant.artifacts.report import Forecast, Measure, Paired, Report, Row
 from sinkquant.artifacts.sensitivity import FormatLoss, KVLoss, Ranking, Sensitivity, Terms, UnitSensitivity
-from sinkquant.artifacts.shapes import KVLayerShape, LinearShape, ModelShape
+from sinkquant.artifacts.shapes import EndShape, KVLayerShape, LinearShape, ModelShape
 from sinkquant.artifacts.sinkmap import (
     Channel,
     Emergence,
@@ -40,6 +40,7 @@ __all__ = [
     "Comparison",
     "Diagnosis",
     "Emergence",
+    "EndShape",
     "Explanation",
     "Forecast",
     "FormatLoss",

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, PrivateAttr
 
 from sinkquant.artifacts.base import Artifact, Strict
 from sinkquant.artifacts.blocks import BlockPlan
+from sinkquant.artifacts.ends import EndDecision
 from sinkquant.artifacts.heads import SilencedHead
 from sinkquant.artifacts.kv import KVCachePlan
 from sinkquant.artifacts.pruning import Pruning
@@ -160,7 +161,8 @@ class Plan(Artifact):
     `transforms` are carried out in their order, before anything is quantized.
     `silenced_heads` are query heads that nothing reads any more; their weights stay where they are. `blocks` says which
     blocks of the whole model were dropped before, null for none; names of modules are those of the shorter model.
-    `losses` are the parts of the predicted loss, empty where nothing was known of it.
+    `ends`: how the token embedding and the output head are stored, by module name; those that are missing stay as they
+    are. `losses` are the parts of the predicted loss, empty where nothing was known of it.
     """
 
     SCHEMA: ClassVar[str] = "sinkquant/plan@1"
@@ -175,6 +177,7 @@ class Plan(Artifact):
     transforms: list[Transform] = Field(default_factory=list)
     silenced_heads: list[SilencedHead] = Field(default_factory=list)
     blocks: BlockPlan | None = None
+    ends: dict[str, EndDecision] = Field(default_factory=dict)
     kv_cache: KVCachePlan | None = None
     calibration: Calibration
     seed: int
@@ -189,6 +192,11 @@ class Plan(Artifact):
     def formats(self) -> dict[str, WeightFormat]:
         """Module name -> format of every linear that is packed."""
         return {name: decision.form for name, decision in self.modules.items() if decision.form.packed}
+
+    @property
+    def stored(self) -> dict[str, WeightFormat]:
+        """The same with the token embedding and the output head."""
+        return self.formats | {name: end.form for name, end in self.ends.items()}
 
     def inputs_in_words(self) -> str:
         """What the inputs of its quantized linears are rounded to, the most common format first."""

@@ -38,6 +38,18 @@ class LinearShape(Strict):
         return self.rows * self.columns
 
 
+class EndShape(Strict):
+    """The token embedding or the output head: a weight of one row per token. `shared_with`: the embedding that a head
+    is, or null where it has a weight of its own. `buffers`: what an embedding computes with beside its weight and no
+    checkpoint holds, its factor in Gemma 3 say: transformers looks for them where the embedding is quantized."""
+
+    kind: Literal["embedding", "head"]
+    rows: int
+    columns: int
+    shared_with: str | None = None
+    buffers: dict[str, tuple[str, list[int]]] = Field(default_factory=dict)
+
+
 class KVLayerShape(Strict):
     """The keys and values of one layer: `heads` 0 where it keeps none of its own. `sliding_window` is in tokens, null
     where the layer sees the whole row."""
@@ -56,7 +68,8 @@ class ModelShape(Strict):
     `not_rotated`: scope of a rotation ("values", "full") -> why it is not possible; `untied`: what a full rotation
     adds to `tensors`. `not_loaded_from`: backends whose checkpoints transformers loads into other experts than the
     model's own, which have tensors of other names (Llama 4). `carried`: tensors of its folder that the model does not
-    compute with and a checkpoint takes along; `folder`: where its files lie, null for a model made in memory; `notes`:
+    compute with and a checkpoint takes along; `ends`: the token embedding and the output head by module name, where
+    they are an embedding and a linear; `folder`: where its files lie, null for a model made in memory; `notes`:
     what a plan has to say about its files.
     """
 
@@ -71,6 +84,7 @@ class ModelShape(Strict):
     untied: dict[str, tuple[str, list[int]]] = Field(default_factory=dict)
     not_loaded_from: list[str] = Field(default_factory=list)
     carried: dict[str, tuple[str, list[int]]] = Field(default_factory=dict)
+    ends: dict[str, EndShape] = Field(default_factory=dict)
     folder: str | None = None
     notes: list[str] = Field(default_factory=list)
 

@@ -114,8 +114,9 @@ def load_dense(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu
         raise RequestError(f"{path} is a {method} checkpoint that cannot be loaded: {reason}.") from error
     inputs = Inputs()
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
             plain(module, name, inputs)
+    model.tie_weights()  # codes that a head shares were unpacked once for each
     check_finite(model)
     round_inputs(model, dict(model.named_modules()), inputs.args, inputs.scales, inputs.zero_points)
     content = read_checkpoint(path)

@@ -70,9 +70,9 @@ class Inputs:
                     place[name] = found.detach().clone()
 
 
-def plain(module: torch.nn.Linear, name: str, inputs: Inputs) -> None:
-    """Take away what compressed-tensors leaves on a linear, whose forward would round its dense weight once more, and
-    put down how it rounds inputs."""
+def plain(module: torch.nn.Linear | torch.nn.Embedding, name: str, inputs: Inputs) -> None:
+    """Take away what compressed-tensors leaves on a linear or an embedding, whose forward would round its dense
+    weight once more, and put down how it rounds inputs."""
     if not isinstance(getattr(module, "weight", None), torch.Tensor):
         raise RequestError(f"{name} was not unpacked by compressed-tensors; install a newer version of it.")
     inputs.note(name, module)

@@ -4,7 +4,7 @@ way for one that computes with torch's kernels."""
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,18 @@ from sinkquant.formats.opened import Inputs, check_readable, plain, read_json, r
 from sinkquant.formats.optimum import load_by_optimum
 from sinkquant.formats.own import SinkquantQuantizer
 from sinkquant.formats.split import split_config
-from sinkquant.inference import PACKING, Int4, KernelLinear, Packing, int4_on, kernel_for, round_ends, to_large_pages
+from sinkquant.inference import (
+    PACKING,
+    Int4,
+    KernelLinear,
+    Packing,
+    RoundedEmbedding,
+    int4_on,
+    kernel_for,
+    packed_embedding,
+    round_ends,
+    to_large_pages,
+)
 from sinkquant.models import cast_experts, check_finite
 from sinkquant.models.experts import expert_linears, fused_parameters
 from sinkquant.models.inputs import round_inputs
@@ -108,17 +119,23 @@ class PackedInMemory(HfQuantizer):
 @dataclass
 class _Found:
     """`inputs`: how linears round them. `dense`: name -> why it is not packed. `stored`: bytes in the checkpoint of
-    those that are."""
+    those of the blocks that are. `ends`: name -> kernel of the embedding and the head, `end_bytes` theirs in bfloat16.
+    """
 
     inputs: Inputs = field(default_factory=Inputs)
     dense: dict[str, str] = field(default_factory=dict)
     stored: int = 0
+    ends: dict[str, str] = field(default_factory=dict)
+    end_bytes: int = 0
 
 
 @torch.no_grad()
 def _replace(model: PreTrainedModel, int4: Int4, head_bits: int) -> Inputs:
     """Put kernels in place of the packed linears, one after the other, and make dense what none takes."""
     found, waste = _Found(), 0
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    shared = getattr(head, "weight", None)
+    tied = shared is not None and shared is getattr(table, "weight", None)
     for name in [name for name, _ in model.named_modules()]:  # a list of the modules would keep all of them
         module = model.get_submodule(name)
         form = _form_of(module)
@@ -126,7 +143,7 @@ def _replace(model: PreTrainedModel, int4: Int4, head_bits: int) -> Inputs:
             if isinstance(module, nn.Linear | Conv1D):
                 found.dense[name] = LEFT
             continue
-        kernel = form if isinstance(form, str) else kernel_for(form, module.in_features)
+        kernel = form if isinstance(form, str) else kernel_for(form, _columns(module))
         if isinstance(kernel, str):
             found.dense[name] = kernel
             continue
@@ -134,8 +151,17 @@ def _replace(model: PreTrainedModel, int4: Int4, head_bits: int) -> Inputs:
         weight = _weight_of(module, form)
         if not torch.isfinite(weight.scale).all():
             raise RequestError(f"the scales of {name} hold NaN or Inf; the checkpoint is broken, get it again.")
+        if module is head and tied and isinstance(lookup := model.get_input_embeddings(), RoundedEmbedding):
+            weight = replace(weight, codes=lookup.get_buffer("codes"))  # once in memory, as in the checkpoint
+        if module is table:
+            found.ends[name], found.end_bytes = f"{kernel}, looked up", found.end_bytes + 2 * weight.codes.numel()
+            model.set_submodule(name, packed_embedding(name, module, KernelLinear(weight, kernel, int4)))
+            continue
         found.inputs.note(name, module)
-        found.stored += sum(tensor.nbytes for key, tensor in module.state_dict().items() if key != "bias")
+        if module is head:
+            found.ends[name], found.end_bytes = str(kernel), found.end_bytes + (0 if tied else 2 * weight.codes.numel())
+        else:
+            found.stored += sum(tensor.nbytes for key, tensor in module.state_dict().items() if key != "bias")
         bias = None if module.bias is None else nn.Parameter(module.bias.detach(), requires_grad=False)
         linear = KernelLinear(weight, kernel, int4, bias, getattr(module, "transposed", False))
         model.set_submodule(name, linear.eval())
@@ -147,7 +173,10 @@ def _replace(model: PreTrainedModel, int4: Int4, head_bits: int) -> Inputs:
     _make_dense(model, found)
     told_apart = {part.parameter for part in expert_linears(model).values()}
     found.dense |= {name: LEFT if name in told_apart else FUSED for name in fused_parameters(model)}
-    ends, end_bytes = round_ends(model, int4, head_bits) if head_bits < 16 else ({}, 0)
+    if head_bits < 16 and found.ends:
+        raise RequestError(f"head_bits rounds an embedding and a head of 16 bits, and the checkpoint has packed "
+                           f"{' and '.join(found.ends)} already; leave head_bits at 16.")
+    ends, end_bytes = round_ends(model, int4, head_bits) if head_bits < 16 else (found.ends, found.end_bytes)
     dense = {name: why for name, why in found.dense.items() if name not in ends}
     setattr(model, PACKING, Packing.of(model, dense, found.stored, ends, end_bytes))
     return found.inputs
@@ -163,7 +192,7 @@ def _make_dense(model: PreTrainedModel, found: _Found) -> None:
         return
     model.hf_quantizer.compressor.remove_decompression_hook(model)
     for name in found.dense:
-        if isinstance(module := model.get_submodule(name), nn.Linear):
+        if isinstance(module := model.get_submodule(name), nn.Linear | nn.Embedding):
             decompress_module(module)
             plain(module, name, found.inputs)
 
@@ -173,7 +202,7 @@ def _form_of(module: nn.Module) -> WeightFormat | str | None:
     if isinstance(module, PackedLinear):
         return module.form
     scheme = getattr(module, "quantization_scheme", None)
-    if not isinstance(module, nn.Linear) or scheme is None or scheme.weights is None:
+    if not isinstance(module, nn.Linear | nn.Embedding) or scheme is None or scheme.weights is None:
         return None
     weights = scheme.weights
     if not weights.symmetric or weights.strategy not in ("group", "channel") or hasattr(module, "weight_g_idx"):
@@ -182,14 +211,20 @@ def _form_of(module: nn.Module) -> WeightFormat | str | None:
     return WeightFormat(weights.num_bits, weights.group_size or -1, weights.type)
 
 
+def _columns(module: nn.Module) -> int:
+    columns = module.embedding_dim if isinstance(module, nn.Embedding) else module.in_features
+    assert isinstance(columns, int)
+    return columns
+
+
 def _weight_of(module: nn.Module, form: WeightFormat) -> PackedWeight:
     """The codes of a packed linear, and what stands beside them."""
     if isinstance(module, PackedLinear):
         words, outliers = module.get_buffer("weight_packed"), module.outliers
         return PackedWeight(unpack(words, form.bits, module.in_features), module.get_buffer("weight_scale"), form.bits,
                             outliers)
-    assert isinstance(module, nn.Linear)
+    assert isinstance(module, nn.Linear | nn.Embedding)
     scale = module.get_parameter("weight_scale").data
     stored = module._parameters.get("weight_packed")
-    codes = module.weight.data if stored is None else unpack(stored.data, form.bits, module.in_features)
+    codes = module.weight.data if stored is None else unpack(stored.data, form.bits, _columns(module))
     return PackedWeight(codes, scale, form.bits)

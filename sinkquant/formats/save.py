@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan, SinkMap
+from sinkquant.artifacts.ends import end_tensors, with_ends
 from sinkquant.artifacts.sizes import GUARD, checkpoint_tensors, own_format, packed_tensors
 from sinkquant.cache import save_bases
 from sinkquant.errors import SinkquantError
@@ -31,15 +32,17 @@ from sinkquant.models import Decoder, pieces
 from sinkquant.models.source import runs_own_code
 from sinkquant.models.unused import unused_of
 from sinkquant.quantize import state_of
+from sinkquant.quantize.ends import end_leaves
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import DEFAULT_BACKEND, WeightFormat, packages_of, scheme_of
-from sinkquant.schemes.codecs import StoredWeight, codec_of, files_of
+from sinkquant.schemes.codecs import PackedWeight, StoredWeight, codec_of, files_of
 from sinkquant.schemes.inputs import NO_ROUNDING
 
 CHECKPOINT_SCHEMA = "sinkquant/checkpoint@1"
 STORED = ("weight", "weight_packed", "weight_scale", "weight_shape", "input_scale", "weight_columns", "weight_exact",
           "weight_places", "weight_values", "weight_global_scale", "input_global_scale")
 """What is stored of a quantized linear beside its bias."""
+SHAPE = ".weight_shape"
 PACKAGES = ("sinkquant", "torch", "transformers", "compressed-tensors", "safetensors")
 
 
@@ -60,6 +63,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
         carry(temporary, model, tokenizer)
         writer = open_writer(temporary, model, state.plan)
         copy_dense(writer, Decoder.of(model), state.plan)
+        for name, rows in state.ends.items():
+            write_end(writer, Decoder.of(model), state.plan, name, rows)
         for name, weight in state.weights.items():
             write_packed(writer, name, weight, state.plan.formats[name], state.input_scales.get(name))
         save_simulated(temporary, state.plan, state.input_scales)
@@ -73,7 +78,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
 
 def open_writer(folder: Path, model: PreTrainedModel, plan: Plan) -> CheckpointWriter:
     """The weight files of a plan's checkpoint, ready to be written."""
-    return CheckpointWriter(folder, checkpoint_tensors(Decoder.of(model).shape(""), plan.formats))
+    shape = with_ends(Decoder.of(model).shape(""), plan.ends)
+    return CheckpointWriter(folder, checkpoint_tensors(shape, plan.formats))
 
 
 def copy_dense(writer: CheckpointWriter, decoder: Decoder, plan: Plan) -> None:
@@ -81,6 +87,7 @@ def copy_dense(writer: CheckpointWriter, decoder: Decoder, plan: Plan) -> None:
     shape = decoder.shape("")
     packed = {key for name, form in plan.formats.items() for key in packed_tensors(
         name, shape.linears[name].rows, shape.linears[name].columns, form, shape.dtype)}
+    packed |= {key for name, end in plan.ends.items() for key in end_tensors(shape, name, end.form, end.shares)}
     unused = unused_of(decoder.model)
     for name in unused.carried:
         for start, rows in unused.pieces(name):
@@ -89,6 +96,18 @@ def copy_dense(writer: CheckpointWriter, decoder: Decoder, plan: Plan) -> None:
         if name not in packed and name not in unused.carried and writer.tensors[name] != GUARD:
             for start, rows in pieces(decoder, name):
                 writer.write(name, rows, start)
+
+
+def write_end(writer: CheckpointWriter, decoder: Decoder, plan: Plan, name: str, packed: PackedWeight,
+              start: int = 0) -> None:
+    """Write the token embedding or the output head, or some of their rows from row `start` on."""
+    end = decoder.shape("").ends[name]
+    for key, tensor in end_leaves(decoder, plan, name, packed).items():
+        if key.endswith(SHAPE):
+            tensor = torch.tensor([end.rows, end.columns], dtype=tensor.dtype)
+        by_rows = tensor.dim() == 2
+        if by_rows or start == 0:
+            writer.write(key, tensor, start if by_rows else 0)
 
 
 def write_packed(writer: CheckpointWriter, name: str, weight: StoredWeight, form: WeightFormat,

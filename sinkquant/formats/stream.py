@@ -29,6 +29,7 @@ from sinkquant.formats.save import (
     disk_errors,
     linear_tensors,
     open_writer,
+    write_end,
     write_files,
     write_packed,
 )
@@ -40,6 +41,7 @@ from sinkquant.models.shards import Stored, dense_tensors, stored_tensors
 from sinkquant.models.source import runs_own_code
 from sinkquant.quantize import PackedWeight, QuantizedBlock, check, distilled, quantized_blocks, teacher_targets
 from sinkquant.quantize.bases import cache_bases
+from sinkquant.quantize.ends import end_rows, untie
 from sinkquant.quantize.ranks import join, leave, tell
 from sinkquant.quantize.transforms import rotate
 from sinkquant.recipe import Recipe
@@ -78,6 +80,7 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
         partial.mkdir(parents=True, exist_ok=True)
         carry(partial, model, tokenizer)
         rotate(decoder, plan)
+        untie(decoder, plan)
         writer = open_writer(partial, model, plan)
         done, losses, scales, tokens = _state(partial)
         scratch = Scratch(partial)
@@ -89,6 +92,9 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
             # The unquantized weights of the blocks that are done are no longer there to be followed: begin again.
             done, scales = 0, {}
             _remember(partial, done, {}, scales, {})
+        if done is None:
+            _write_ends(writer, decoder, plan)
+        _read_ends(partial, decoder, plan)
         tell({"folder": str(folder), "plan": plan.to_json(), "done": done or 0, "device": device, "dtype": dtype,
               "scales": scales})
         if needs_bases(plan.kv_cache) and not (partial / KV_BASES).is_file():
@@ -141,9 +147,11 @@ def follow(open_source: Callable[[], PreTrainedModel], tokenizer: PreTrainedToke
         model = open_source()
         decoder, plan = Decoder.of(model), Plan.parse(json.loads(job["plan"]), "the first process's plan")
         rotate(decoder, plan)
+        untie(decoder, plan)
+        partial = Path(job["folder"]).with_name(f"{Path(job['folder']).name}.partial")
+        _read_ends(partial, decoder, plan)
         if job["done"]:
-            folder = Path(job["folder"])
-            _read_from(model, folder.with_name(f"{folder.name}.partial"), decoder, plan, job["done"])
+            _read_from(model, partial, decoder, plan, job["done"])
         if plan.needs_rows:  # rounding is over before it could be shared out
             for _ in quantized_blocks(decoder, plan, tokenizer, job["device"], job["dtype"], None, store, job["done"],
                                       job["scales"]):
@@ -230,6 +238,26 @@ def _read_from(model: PreTrainedModel, partial: Path, decoder: Decoder, plan: Pl
             parts.setdefault(part.parameter, {})[key] = dense[key]
     for name, tensors in parts.items():
         source.replace_parts(name, tensors)
+
+
+def _write_ends(writer: CheckpointWriter, decoder: Decoder, plan: Plan) -> None:
+    """Write the token embedding and the output head as the plan stores them, before any block is worked on."""
+    for name in plan.ends:
+        for start, packed in end_rows(decoder, plan, name):
+            write_end(writer, decoder, plan, name, packed, start)
+    writer.sync()
+
+
+def _read_ends(partial: Path, decoder: Decoder, plan: Plan) -> None:
+    """Let the model read both from what was written of them; a head that shares codes is the embedding."""
+    if not plan.ends:
+        return
+    source = decoder.source
+    assert source is not None
+    own = {name: end.bits for name, end in plan.ends.items() if end.shares is None}
+    dense = dense_tensors(stored_tensors(partial), own, decoder.model.dtype)
+    for name in own:
+        source.replace(f"{name}.weight", dense[f"{name}.weight"])
 
 
 def _write_block(writer: CheckpointWriter, block: QuantizedBlock, plan: Plan) -> None:

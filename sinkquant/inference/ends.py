@@ -63,6 +63,28 @@ class RoundedEmbedding(nn.Module):
 
 
 @torch.no_grad()
+def packed_embedding(name: str, embedding: nn.Embedding, table: KernelLinear) -> RoundedEmbedding:
+    """What stands in for an embedding whose codes are in a checkpoint.
+
+    Args:
+        table: of the codes, without anything beside them.
+
+    Raises:
+        RequestError: the embedding is more than a lookup.
+    """
+    lookup = RoundedEmbedding(table, float(getattr(embedding, "embed_scale", 1.0)))
+    ids = torch.arange(min(64, lookup.num_embeddings), device=next(lookup.buffers()).device)
+    found, whole = lookup(ids), embedding._parameters["weight"]
+    embedding._parameters["weight"] = nn.Parameter(lookup._rows(ids), requires_grad=False)
+    expected = type(embedding).forward(embedding, ids)
+    embedding._parameters["weight"] = whole
+    if not torch.equal(found, expected):
+        raise RequestError(f"{name} does more than look rows up ({type(embedding).__name__}); load the checkpoint "
+                           "without packed=True.")
+    return lookup.eval()
+
+
+@torch.no_grad()
 def round_ends(model: PreTrainedModel, int4: Int4, bits: int) -> tuple[dict[str, str], int]:
     """Round the embedding and the head of a bfloat16 model to 8 or 4 bits (`FORMATS`), in place. This changes what the
     model computes.

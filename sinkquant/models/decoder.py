@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.pytorch_utils import Conv1D
 
-from sinkquant.artifacts import LinearShape, ModelFacts, ModelShape
+from sinkquant.artifacts import EndShape, LinearShape, ModelFacts, ModelShape
 from sinkquant.errors import RequestError
 from sinkquant.models.alone import StoredPart
 from sinkquant.models.attention import require_attention_interface
@@ -182,8 +182,24 @@ class Decoder:
                           dtype=str(self.model.dtype).removeprefix("torch."), linears=linears, tensors=tensors,
                           kv_layers=kv_layers(self.model.config), not_rotated=cannot,
                           untied=self._untied(structure), not_loaded_from=not_loaded_from(self.model),
-                          carried=carried, folder=None if folder is None else str(folder),
+                          carried=carried, ends=self._ends(tensors), folder=None if folder is None else str(folder),
                           notes=[*source_notes(folder), *unused.notes()])
+
+    def _ends(self, tensors: Mapping[str, object]) -> dict[str, EndShape]:
+        """The token embedding and the output head. tensors: of the unquantized checkpoint, by name."""
+        names = {id(module): name for name, module in self.model.named_modules()}
+        table, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        found, first = {}, names.get(id(table), "")
+        if isinstance(table, nn.Embedding) and f"{first}.weight" in tensors:
+            buffers = {leaf: (str(buffer.dtype).removeprefix("torch."), list(buffer.shape))
+                       for leaf, buffer in table.named_buffers() if f"{first}.{leaf}" not in tensors}
+            found[first] = EndShape(kind="embedding", rows=table.weight.shape[0], columns=table.weight.shape[1],
+                                    buffers=buffers)
+        last = names.get(id(head), "")
+        if isinstance(head, nn.Linear) and (f"{last}.weight" in tensors or first in found):
+            found[last] = EndShape(kind="head", rows=head.weight.shape[0], columns=head.weight.shape[1],
+                                   shared_with=None if f"{last}.weight" in tensors else first)
+        return found
 
     def _untied(self, structure: Structure) -> dict[str, tuple[str, list[int]]]:
         """The output head's tensor where rotating the residual stream unties it from the token embedding: the gain of

@@ -73,7 +73,8 @@ class PackedTensor:
 
 @dataclass(frozen=True)
 class ScaledTensor:
-    """The dense weight that codes of a byte each and scales stand for, [rows, columns] in `dtype`."""
+    """The dense weight that codes of a byte each and scales stand for, [rows, columns] in `dtype`; some rows of it can
+    be read by themselves."""
 
     codes: StoredTensor
     scale: StoredTensor
@@ -85,9 +86,19 @@ class ScaledTensor:
         return self.codes.shape
 
     def __getitem__(self, _: Any) -> torch.Tensor:
-        scale = self.scale[...].float()
-        dense = self.codes[...].float().reshape(*scale.shape, -1) * scale[..., None]
-        return dense.reshape(self.shape).to(self.dtype)
+        return self._dense(self.codes[...], self.scale[...])
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """The rows start..stop."""
+        return self._dense(self.codes.rows(start, stop), self.scale.rows(start, stop))
+
+    def pick(self, ids: torch.Tensor) -> torch.Tensor:
+        """Some rows. ids: int64, ascending."""
+        return self._dense(self.codes.pick(ids), self.scale.pick(ids))
+
+    def _dense(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        dense = codes.float().reshape(*scale.shape, -1) * scale.float()[..., None]
+        return dense.reshape(codes.shape).to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -146,6 +157,8 @@ def dense_tensors(tensors: Mapping[str, StoredTensor], bits: Mapping[str, int], 
         name: tensor for name, tensor in tensors.items()
         if not (name.rpartition(".")[0] in bits and name.rpartition(".")[2].startswith(("weight", "input_")))}
     for name, width in bits.items():
+        if not {f"{name}.weight", f"{name}.weight_packed"} & tensors.keys():
+            continue  # a tied head has scales under its own name, and the embedding's codes
         blocks = {leaf: tensors[f"{name}.{leaf}"] for leaf in BLOCK_PARTS if f"{name}.{leaf}" in tensors}
         if preset := _preset(blocks):
             dense[f"{name}.weight"] = BlockTensor(blocks, preset, dtype)

@@ -38,7 +38,7 @@ from sinkquant.models.edits import Edit, EditedTensor
 from sinkquant.models.folder import HUB_ID
 from sinkquant.models.inputs import round_inputs
 from sinkquant.models.loading import auto_class, loading_errors, read_config
-from sinkquant.models.shards import Stored, StoredTensor, dense_tensors, stored_tensors
+from sinkquant.models.shards import ScaledTensor, Stored, StoredTensor, dense_tensors, stored_tensors
 from sinkquant.schemes.scheme import COMPRESSED
 
 ATTRIBUTE = "sinkquant_source"
@@ -172,16 +172,16 @@ class WeightSource:
         """The name of a parameter of the meta model; parameters that are tied have one."""
         return self.names[id(parameter)]
 
-    def stored(self, name: str) -> StoredTensor | EditedTensor | None:
+    def stored(self, name: str) -> StoredTensor | ScaledTensor | EditedTensor | None:
         """The tensor on disk that is this parameter as it stands, or by rows of itself; None where it has to be
         converted."""
         name = self.aliases.get(name, name)
         tensor = self.tensors[self.keys[name][0]] if name in self.keys and name not in self.converted else None
-        if not isinstance(tensor, StoredTensor):
-            return None
         edit = self.edits.get(name)
-        if edit is None:
+        if isinstance(tensor, StoredTensor | ScaledTensor) and edit is None:
             return tensor
+        if not isinstance(tensor, StoredTensor) or edit is None:
+            return None
         dtype = self.model.get_parameter(name).dtype
         return EditedTensor(tensor, edit, dtype) if edit.by_rows and len(tensor.shape) == 2 else None
 

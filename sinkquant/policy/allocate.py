@@ -10,6 +10,7 @@ from sinkquant.artifacts import KVCachePlan, ModelShape, Sensitivity, SinkMap, T
 from sinkquant.artifacts.sizes import checkpoint_bytes, module_bytes
 from sinkquant.errors import RequestError
 from sinkquant.methods import UNTOUCHED
+from sinkquant.policy.ends import sized
 from sinkquant.policy.engines import engine_loads
 from sinkquant.policy.expected import expect_loss
 from sinkquant.policy.explain import found_in, sentence
@@ -196,7 +197,8 @@ class Problem:
 
     def checkpoint(self, chosen: Sequence[int]) -> int:
         """Bytes of the checkpoint with these options."""
-        return checkpoint_bytes(self.shape, {name: form for name, form in self.formats(chosen).items() if form.packed})
+        packed = {name: form for name, form in self.formats(chosen).items() if form.packed}
+        return checkpoint_bytes(sized(self.shape, self.recipe), packed)
 
     def formats(self, chosen: Sequence[int]) -> dict[str, WeightFormat]:
         """The format of every linear with these options."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 from sinkquant.artifacts import ModelShape
 from sinkquant.errors import RequestError
 from sinkquant.methods import UNTOUCHED
+from sinkquant.policy.ends import check_ends
 from sinkquant.policy.rules import Draft
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import DEFAULT_BACKEND, Scheme, scheme_of
@@ -25,7 +26,7 @@ def scheme_for(recipe: Recipe) -> Scheme:
     held = of_backend(backend)
     found = [scheme for scheme in held if scheme.format == weights.format]
     if not found:
-        kinds = " or ".join(dict.fromkeys(scheme.format for scheme in held))
+        kinds = " or ".join(dict.fromkeys(scheme.format for scheme in held if scheme.format))
         raise RequestError(f"weights.format {weights.format!r} is not held by the backend {backend}; use {kinds}, or "
                            "another backend.")
     found = [scheme for scheme in found if scheme.double_quantization == weights.double_quantization]
@@ -46,6 +47,7 @@ def check_recipe(recipe: Recipe) -> None:
         RequestError: naming the key, and what would do.
     """
     scheme, weights, protect, backend = scheme_for(recipe), recipe.weights, recipe.protect, recipe.backend
+    check_ends(recipe)
     if not scheme.foreign:
         _check_own(recipe, scheme)
         return

@@ -9,6 +9,7 @@ from sinkquant.errors import RequestError
 from sinkquant.methods import UNTOUCHED, require_methods
 from sinkquant.policy.activations import check_inputs
 from sinkquant.policy.carried import check_choices
+from sinkquant.policy.ends import asked_of_edited, check_counted
 from sinkquant.policy.engines import require_engine
 from sinkquant.policy.heads import accept_heads
 from sinkquant.policy.kv_cache import accept_kv
@@ -50,8 +51,10 @@ def accept_edited(plan: Plan, shape: ModelShape) -> Plan:
     check_group_sizes(choices, shape)
     check_transforms(plan.transforms, shape, plan.kv_cache)
     check_choices(choices, shape)
-    counted = _finish(plan.name, choices, shape, Recipe.parse(plan.recipe), plan.calibration.sinks,
+    recipe = asked_of_edited(plan, Recipe.parse(plan.recipe), shape)
+    counted = _finish(plan.name, choices, shape, recipe, plan.calibration.sinks,
                       plan.calibration.statistics, plan.transforms)
+    check_counted(plan, counted)
     counted = keep_pruning(counted, plan, shape)
     counted = counted.model_copy(update={"calibration": plan.calibration, "kv_cache": accept_kv(plan.kv_cache, shape),
                                          "silenced_heads": accept_heads(plan, shape), "seed": plan.seed,

@@ -54,12 +54,12 @@ def require_engine(engine: str, plan: Plan, shape: ModelShape) -> None:
     if plan.kv_cache is not None:
         raise RequestError(f"{engine} keeps its KV cache in 16 bits and knows no prefix of sinkquant's; set "
                            f"kv_cache=null, {otherwise}.")
-    formats = plan.formats
-    if own_format(shape, formats):
+    formats = plan.stored
+    if own_format(shape, plan.formats):
         raise RequestError(f"{engine} does not load columns beside the codes, nor weights that a model stores "
                            f"transposed, which take sinkquant's own format; set protect.channels=none, {otherwise}.")
     for name, form in formats.items():
-        if plan.modules[name].simulated:
+        if name in plan.modules and plan.modules[name].simulated:
             raise RequestError(f"inputs in {plan.modules[name].activations} are rounded by sinkquant alone, and not by "
                                f"{engine}; set activations.format=16-bit, {otherwise}.")
         if not _takes(engine, form):

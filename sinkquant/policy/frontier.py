@@ -9,6 +9,7 @@ from sinkquant.artifacts import KVCachePlan, ModelShape, Sensitivity, SinkMap
 from sinkquant.artifacts.frontier import Frontier, FrontierPoint
 from sinkquant.artifacts.sizes import checkpoint_bytes, module_bytes
 from sinkquant.policy.allocate import Problem
+from sinkquant.policy.ends import sized
 from sinkquant.policy.expected import expect_loss
 from sinkquant.policy.kv_budget import expected_kv_loss, kv_bytes_of
 from sinkquant.policy.kv_cache import make_kv_plan
@@ -44,9 +45,10 @@ def make_frontier(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitiv
         packed = {module: form for module, form in formats.items() if form.packed}
         weights = sum(linear.parameters for linear in shape.linears.values())
         size = sum(module_bytes(shape, module, form) for module, form in formats.items())
+        total = checkpoint_bytes(sized(shape, recipe), packed)
         lost = expected_kv_loss(cache, sensitivity) if recipe.budget.context is not None else None
         return FrontierPoint(name=name, kind=kind, bits_per_weight=8 * size / weights,  # type: ignore[arg-type]
-                             bytes=checkpoint_bytes(shape, packed) + kv_bytes_of(shape, recipe.budget, cache),
+                             bytes=total + kv_bytes_of(shape, recipe.budget, cache),
                              kl=expected.total + (lost or 0.0), kl_sinks=expected.sinks)
 
     solutions = efficient(problem.table + problem.kv_table)

@@ -17,6 +17,7 @@ from sinkquant.artifacts import (
     Transform,
 )
 from sinkquant.artifacts.distill import check_distill
+from sinkquant.artifacts.ends import EndDecision, with_ends
 from sinkquant.artifacts.experts import TUNE_AND_EXPERTS, require_loadable
 from sinkquant.artifacts.plan import Statistics
 from sinkquant.artifacts.sizes import checkpoint_bytes, own_format
@@ -32,6 +33,7 @@ from sinkquant.policy.activations import (
 from sinkquant.policy.allocate import Allocation, solve
 from sinkquant.policy.budget import choice_bytes, close_gap, evenly_spread, fill, linear_bytes
 from sinkquant.policy.carried import carried, check_recipe, notes
+from sinkquant.policy.ends import OWN_FORMAT, choose_ends, end_notes, sized
 from sinkquant.policy.engines import loads_in, require_engine
 from sinkquant.policy.expected import with_expected_loss
 from sinkquant.policy.explain import explained
@@ -131,6 +133,15 @@ def formats_asked(shape: ModelShape, recipe: Recipe) -> dict[str, WeightFormat]:
     return {name: choice.form for name, choice in asked.items() if choice.quantized}
 
 
+def ends_asked(shape: ModelShape, recipe: Recipe) -> dict[str, EndDecision]:
+    """How the token embedding and the output head are stored, by module name.
+
+    Raises:
+        RequestError: as `make_plan`.
+    """
+    return choose_ends(shape, recipe, recipe.weights.rotate == "full" and bool(shape.untied))
+
+
 def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Plan,
                  sensitivity: Sensitivity | None = None) -> Plan:
     """The same recipe with every protection off; the bytes that protection cost are spent on more bits or smaller
@@ -188,7 +199,11 @@ def _finish(name: str, choices: dict[str, Draft], shape: ModelShape, recipe: Rec
     if own and any(shape.linears[module].part_of for module in formats):
         raise RequestError(NO_EXPERTS)
     require_loadable(shape, formats, own)
-    total = checkpoint_bytes(shape_after(transforms, shape), formats)
+    after = shape_after(transforms, shape)
+    ends = choose_ends(shape, recipe, len(after.tensors) > len(shape.tensors))
+    if own and ends:
+        raise RequestError(OWN_FORMAT)
+    total = checkpoint_bytes(with_ends(after, ends), formats)
     unquantized = checkpoint_bytes(shape, {})
     weights = sum(linear.parameters for linear in shape.linears.values())
     modules = {
@@ -210,8 +225,8 @@ def _finish(name: str, choices: dict[str, Draft], shape: ModelShape, recipe: Rec
             descent=recipe.weights.descent, tune=recipe.weights.tune, distill=recipe.weights.distill,
             statistics=statistics, min_expert_tokens=settings.min_expert_tokens),
         predicted={"weight_bytes": float(total), "size_ratio": total / unquantized},
-        loads_in=loads_in(shape, formats, own),
-        notes=[*shape.notes, *simulated_notes(choices), *notes(choices.values(), recipe)])
+        loads_in=loads_in(shape, formats | {module: end.form for module, end in ends.items()}, own), ends=ends,
+        notes=[*shape.notes, *simulated_notes(choices), *notes(choices.values(), recipe), *end_notes(shape, ends)])
 
 
 def _inputs(choice: Draft) -> dict[str, Any]:
@@ -256,7 +271,7 @@ def _within_budget(base: dict[str, Draft], choices: dict[str, Draft], shape: Mod
     floor = share_formats(base | named, shape)
     least = linear_bytes(shape, floor)
     if recipe.budget.bytes is not None:
-        smallest = checkpoint_bytes(shape, {name: c.form for name, c in floor.items() if c.quantized})
+        smallest = checkpoint_bytes(sized(shape, recipe), {name: c.form for name, c in floor.items() if c.quantized})
         allowed, words = recipe.budget.bytes - (smallest - least), f"the budget of {recipe.budget.bytes:,} bytes"
         if least > allowed:
             raise RequestError(f"budget.bytes {recipe.budget.bytes:,} is not feasible: weights.bits and "
@@ -283,7 +298,8 @@ def _within_budget(base: dict[str, Draft], choices: dict[str, Draft], shape: Mod
                 for member in shape.linears[name].fused_with or [name]}
     filled = fill(choices, shape, allowed - linear_bytes(shape, choices), order, f"{words} allows it")
     if recipe.budget.bytes is not None:
-        over = checkpoint_bytes(shape, {n: c.form for n, c in filled.items() if c.quantized}) - recipe.budget.bytes
+        packed = {n: c.form for n, c in filled.items() if c.quantized}
+        over = checkpoint_bytes(sized(shape, recipe), packed) - recipe.budget.bytes
         if over > 0:  # the header of the files is longer for longer numbers
             spare = allowed - over - linear_bytes(shape, choices)
             filled = fill(choices, shape, max(0, spare), order, f"{words} allows it")

@@ -14,6 +14,7 @@ from sinkquant.quantize.block import QuantizedBlock, with_codes
 from sinkquant.quantize.calibrated import calibrated
 from sinkquant.quantize.check import check
 from sinkquant.quantize.end_to_end import TuningStart, distilled, teacher_targets
+from sinkquant.quantize.ends import quantize_ends
 from sinkquant.quantize.inputs import get_ready
 from sinkquant.quantize.rounded import rounded
 from sinkquant.quantize.state import ATTRIBUTE, QuantizedState
@@ -44,8 +45,9 @@ def quantize(model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerB
     rotate(decoder, plan)
     state = QuantizedState(plan)
     place, kind = pick_device(device), getattr(torch, dtype)
-    state.bases = cache_bases(decoder, plan.kv_cache, plan.calibration, tokenizer, place, kind)
     teacher = teacher_targets(decoder, plan, tokenizer, place, kind)
+    state.ends = quantize_ends(decoder, plan)
+    state.bases = cache_bases(decoder, plan.kv_cache, plan.calibration, tokenizer, place, kind)
     starts: dict[str, TuningStart] = {}
     for block in quantized_blocks(decoder, plan, tokenizer, place, kind, progress):
         state.weights |= block.weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sinkquant.artifacts import Plan
 from sinkquant.artifacts.distill import check_distill
+from sinkquant.artifacts.ends import end_bytes
 from sinkquant.artifacts.experts import TUNE_AND_EXPERTS, mixed_experts, require_loadable
 from sinkquant.artifacts.sizes import module_bytes, own_format
 from sinkquant.errors import RequestError
@@ -65,4 +66,7 @@ def check(decoder: Decoder, plan: Plan) -> None:
     require_methods(plan)
     if plan.calibration.tune and any(plan.modules[name].bits < 16 for name in decoder.experts):
         raise RequestError(TUNE_AND_EXPERTS)
-    require_loads(decoder, shape, plan.formats)
+    for name, end in plan.ends.items():
+        if name not in shape.ends or end.bytes != end_bytes(shape, name, end.form, end.shares):
+            raise RequestError(f"the plan was made for another {name}; make a plan for this model.")
+    require_loads(decoder, shape, plan.formats, plan.ends)

@@ -10,7 +10,7 @@ from torch import nn
 from sinkquant.artifacts import Plan
 from sinkquant.cache import Bases
 from sinkquant.errors import RequestError
-from sinkquant.schemes.codecs import StoredWeight
+from sinkquant.schemes.codecs import PackedWeight, StoredWeight
 
 ATTRIBUTE = "sinkquant_state"
 UNPACKED = "sinkquant_unpacked"
@@ -19,13 +19,15 @@ UNPACKED = "sinkquant_unpacked"
 
 @dataclass
 class QuantizedState:
-    """The plan that was carried out, the packed weights, the relative error that every module was left with (before
-    the whole model was tuned, where it was), and the stored scales, [1], of inputs that have one; and the calibration
-    tokens that went to every one of a layer's experts; and what the KV cache rotates by, where it has to be found.
+    """The plan that was carried out, the packed weights (those of the token embedding and the output head in `ends`),
+    the relative error that every module was left with (before the whole model was tuned, where it was), and the stored
+    scales, [1], of inputs that have one; and the calibration tokens that went to every one of a layer's experts; and
+    what the KV cache rotates by, where it has to be found.
     """
 
     plan: Plan
     weights: dict[str, StoredWeight] = field(default_factory=dict)
+    ends: dict[str, PackedWeight] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     input_scales: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)

@@ -22,12 +22,14 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from sinkquant.artifacts import Calibration, ModelShape, ModuleDecision, Plan
+from sinkquant.artifacts.ends import EndDecision
 from sinkquant.artifacts.sizes import module_bytes, own_format
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, cast_experts
 from sinkquant.models.progress import no_progress_bars
 from sinkquant.models.shrunk import shrunk
 from sinkquant.quantize.block import QuantizedBlock, inside
+from sinkquant.quantize.ends import end_leaves, quantize_ends
 from sinkquant.quantize.fused import fused_scales
 from sinkquant.quantize.module import quantize_modules
 from sinkquant.schemes import WeightFormat, scheme_of
@@ -40,11 +42,12 @@ UNIT = 64
 TRIED, NOT_SMALLER = "yes", "not tried: "
 
 
-def require_loads(decoder: Decoder, shape: ModelShape, formats: Mapping[str, WeightFormat]) -> str:
+def require_loads(decoder: Decoder, shape: ModelShape, formats: Mapping[str, WeightFormat],
+                  ends: Mapping[str, EndDecision] | None = None) -> str:
     """Try whether a checkpoint in these formats is one that its library loads as it was written.
 
     Args:
-        shape: of the model. formats: module name -> format of every packed linear.
+        shape: of the model. formats: module name -> format of every packed linear. ends: of the plan.
 
     Returns:
         "yes", or a sentence on why it was not tried.
@@ -63,7 +66,8 @@ def require_loads(decoder: Decoder, shape: ModelShape, formats: Mapping[str, Wei
     if unread:
         return f"{NOT_SMALLER}transformers is none of those that load {unread[0]}"
     layers = _kinds(decoder, packed)
-    unit = math.lcm(UNIT, *(max(form.group_size or 1, 1) for form in packed.values()))
+    also = {end.form for end in (ends or {}).values()}
+    unit = math.lcm(UNIT, *(max(form.group_size or 1, 1) for form in (*packed.values(), *also)))
     try:
         config = shrunk(decoder.model.config, layers, unit)
         text = config.to_json_string(use_diff=False)
@@ -72,7 +76,8 @@ def require_loads(decoder: Decoder, shape: ModelShape, formats: Mapping[str, Wei
     forms = tuple(sorted((_place(decoder, layers, name), form) for name, form in packed.items()
                          if decoder.block_of(name) in layers))
     kinds: tuple[Any, Any] = (type(decoder.model), type(config))
-    found = _outcome(*kinds, text, forms, decoder.model.dtype)
+    found = _outcome(*kinds, text, forms, tuple((name, end.model_dump_json()) for name, end in (ends or {}).items()),
+                     decoder.model.dtype)
     if found == TRIED or found.startswith(NOT_SMALLER):
         return found
     words = " and ".join(sorted({scheme_of(form).words for form in packed.values()}))
@@ -106,14 +111,15 @@ def _place(decoder: Decoder, layers: list[int], name: str) -> tuple[int, str]:
 
 @functools.lru_cache(maxsize=128)
 def _outcome(kind: type[PreTrainedModel], config_kind: type[Any], config: str,
-             forms: tuple[tuple[tuple[int, str], WeightFormat], ...], dtype: torch.dtype) -> str:
+             forms: tuple[tuple[tuple[int, str], WeightFormat], ...], ends: tuple[tuple[str, str], ...],
+             dtype: torch.dtype) -> str:
     """"yes", why it was not tried, or what went wrong. One class with one configuration in one form is tried once."""
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = kind._from_config(config_kind.from_dict(json.loads(config)), dtype=dtype).eval()
         decoder = Decoder.of(model)
-        plan = _plan(decoder, dict(forms))
+        plan = _plan(decoder, dict(forms), {name: EndDecision.model_validate_json(text) for name, text in ends})
         _run(model)
     except Exception as error:
         return f"{NOT_SMALLER}its configuration cannot be cut down ({_first_line(error)})"
@@ -138,7 +144,7 @@ def _outcome(kind: type[PreTrainedModel], config_kind: type[Any], config: str,
     return TRIED
 
 
-def _plan(decoder: Decoder, forms: Mapping[tuple[int, str], WeightFormat]) -> Plan:
+def _plan(decoder: Decoder, forms: Mapping[tuple[int, str], WeightFormat], ends: dict[str, EndDecision]) -> Plan:
     """Everything is rounded to nearest, in the format of the linear that it stands for.
 
     Raises:
@@ -152,9 +158,10 @@ def _plan(decoder: Decoder, forms: Mapping[tuple[int, str], WeightFormat]) -> Pl
     if not set(forms) <= met:
         raise LookupError(f"it then has no {min(set(forms) - met)[1]}")
     return Plan(name="trial", bits_per_weight=0, bits_per_parameter=0, weight_bytes=0, unquantized_bytes=0,
-                modules=modules, calibration=Calibration(text=None, rows=1, length=2, bos="auto", batch_size=1,
-                                                         sinks=[], damping=0.01, act_order=False, scale_search=False),
-                seed=0, predicted={}, loads_in=[])
+                modules=modules, ends=ends, seed=0, calibration=Calibration(
+                    text=None, rows=1, length=2, bos="auto", batch_size=1, sinks=[], damping=0.01, act_order=False,
+                    scale_search=False),
+                predicted={}, loads_in=[])
 
 
 def _decision(shape: ModelShape, name: str, form: WeightFormat | None) -> ModuleDecision:
@@ -174,6 +181,8 @@ def _written(folder: Path, decoder: Decoder, plan: Plan) -> dict[str, torch.Tens
     """
     model, leaves = decoder.model, dict[str, torch.Tensor]()
     with torch.no_grad():
+        for name, packed in quantize_ends(decoder, plan).items():
+            leaves |= end_leaves(decoder, plan, name, packed)
         for index, name in enumerate(decoder.block_names):
             mine = {one: decision for one, decision in inside(name, plan.modules).items() if decision.form.packed}
             made = QuantizedBlock(index, name, {}, {}, fused_scales=fused_scales(decoder, mine))
@@ -183,7 +192,7 @@ def _written(folder: Path, decoder: Decoder, plan: Plan) -> dict[str, torch.Tens
                 scale = torch.ones(1, dtype=getattr(torch, scale_dtype(str(model.dtype).removeprefix("torch."))))
                 leaves |= {f"{one}.{leaf}": tensor.clone().contiguous() for leaf, tensor in codec_of(form).leaves(
                     made.weights[one], form, scale if form.static_inputs else None).items()}
-    gone = {f"{name}.weight" for name in plan.formats} | {
+    gone = {f"{name}.weight" for name in plan.stored} | {
         decoder.experts[name].parameter for name in plan.formats if name in decoder.experts}
     kept = {name: tensor.contiguous() for name, tensor in remove_tied_weights_from_state_dict(
         model.state_dict(), model).items() if name not in gone}
@@ -193,7 +202,7 @@ def _written(folder: Path, decoder: Decoder, plan: Plan) -> dict[str, torch.Tens
                "quantization_config": files_of(plan.backend).settings(model, plan)}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     files_of(plan.backend).write_more(folder, plan)
-    return {name: parameter.data for name, parameter in model.named_parameters()}
+    return {name: parameter.data for name, parameter in model.named_parameters(remove_duplicate=not plan.ends)}
 
 
 def _read(kind: type[PreTrainedModel], folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -201,7 +210,7 @@ def _read(kind: type[PreTrainedModel], folder: Path, dtype: torch.dtype) -> dict
     model = kind.from_pretrained(folder, dtype=dtype).eval()
     cast_experts(model)
     _run(model)
-    return {name: parameter.data for name, parameter in model.named_parameters()}
+    return {name: parameter.data for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
 def _run(model: PreTrainedModel) -> None:

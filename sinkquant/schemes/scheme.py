@@ -23,7 +23,7 @@ class Scheme:
     """One number format: what a recipe may ask of it, the tensors that a linear becomes, and who loads them.
 
     `storage` and `kind` are its name in a plan; `backend` says whose files hold it, `format` and
-    `double_quantization` what in a recipe's `weights` asks for it there.
+    `double_quantization` what in a recipe's `weights` asks for it there; no recipe asks for one without a `format`.
 
     Attributes:
         words: what its weights are called in a sentence.

@@ -24,7 +24,7 @@ class CompressedTensorsFiles(Files):
     def settings(self, model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
         """Formats may be mixed."""
         formats: dict[WeightFormat, list[str]] = {}
-        for name, form in plan.formats.items():
+        for name, form in plan.stored.items():
             formats.setdefault(form, []).append(name)
         groups = {}
         # transformers takes the scheme of all experts from the first group that names any, shared ones included.

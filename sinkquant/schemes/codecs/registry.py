@@ -31,7 +31,8 @@ from sinkquant.schemes.registry import all_schemes, of_backend
 GROUP = "sinkquant.codecs"
 """The group of entry points that other packages bring codecs by, under the name of the storage."""
 CODECS: tuple[Codec, ...] = (
-    IntegerCodec(integers.INTEGERS, CompressedTensorsFiles()), FP8Codec(fp8.FP8, CompressedTensorsFiles()),
+    *(IntegerCodec(scheme, CompressedTensorsFiles()) for scheme in (integers.INTEGERS, integers.IN_BYTES)),
+    FP8Codec(fp8.FP8, CompressedTensorsFiles()),
     *(BlockCodec(scheme, CompressedTensorsFiles()) for scheme in (blocks.NVFP4, blocks.MXFP4, blocks.MXFP8)),
     *(FourBitCodec(scheme, BitsAndBytesFiles()) for scheme in bitsandbytes.FOUR_BIT),
     LLMInt8Codec(bitsandbytes.LLM_INT8, BitsAndBytesFiles()),
