@@ -39,7 +39,8 @@ def main() -> None:
     parser.add_argument("--lines", type=Path, help="keep what was measured here")
     arguments = parser.parse_args()
     folder, recipe = resolve(arguments.model), Recipe.load(arguments.recipe).replace(arguments.set)
-    base, model, tokenizer = load_model(folder, torch.float32), load_model(folder, torch.float32), load_tokenizer(folder)
+    base, model = (load_model(folder, torch.float32) for _ in range(2))
+    tokenizer = load_tokenizer(folder)
     sink_map = SinkMap.load(arguments.sink_map) if arguments.sink_map else detect(
         base, tokenizer, recipe=recipe, name=arguments.model)
     shape = Decoder.of(open_model(folder)).shape(arguments.model)
