@@ -33,6 +33,7 @@ class Case:
     key_bits: int = 2
     value_bits: int = 2
     symmetric: bool = False
+    scale_bits: int = 16
     rotate: bool = False
     columns: int = 230
     programs: int = 256
@@ -55,6 +56,8 @@ CASES = {
     "4 and 8 bits, groups of 64": Case(group=64, key_bits=4, value_bits=8, key_dim=64, value_dim=128, columns=300),
     "8 and 3 bits, groups of 128, symmetric": Case(group=128, key_bits=8, value_bits=3, value_dim=256, symmetric=True,
                                                    columns=420),
+    "scales of 8 bits": Case(scale_bits=8, group=64, key_dim=64, value_dim=128),
+    "symmetric scales of 8 bits": Case(scale_bits=8, symmetric=True),
     "symmetric, rotated": Case(symmetric=True, rotate=True, key_dim=64, value_dim=16),
     "one KV head of many": Case(heads=13, kv_heads=1),
     "no groups, small heads": Case(heads=3, kv_heads=3, key_dim=8, value_dim=8),
@@ -76,8 +79,8 @@ CASES = {
 
 
 def _layer(case: Case, generator: torch.Generator) -> SinkLayer:
-    plan = kv_plan(tiny_model("llama"), symmetric=case.symmetric, rotate=case.rotate, exact="first-n",
-                   group_size=case.group, window=case.window, evict=case.evict)
+    plan = kv_plan(tiny_model("llama"), symmetric=case.symmetric, scale_bits=case.scale_bits, rotate=case.rotate,
+                   exact="first-n", group_size=case.group, window=case.window, evict=case.evict)
     one = plan.layers[0].model_copy(update={
         "key_bits": [case.key_bits] * case.kv_heads, "value_bits": [case.value_bits] * case.kv_heads,
         "key_dim": case.key_dim, "value_dim": case.value_dim})

@@ -44,6 +44,9 @@ SETTINGS: dict[str, list[str]] = {
     "covariance": ["rotate=covariance"],
     "covariance, cut": ["rotate=covariance", "clip=both"],
     "covariance, cut, unit length": ["rotate=covariance", "clip=both", "scale_tokens=true"],
+    "covariance, cut, symmetric": ["rotate=covariance", "clip=both", "symmetric=true"],
+    "covariance, cut, scales of 8 bits": ["rotate=covariance", "clip=both", "scale_bits=8"],
+    "plain, scales of 8 bits": ["scale_bits=8"],
 }
 BATCH = 2
 

@@ -25,6 +25,8 @@ def _named(rotation: object) -> object:
 KVRotation = Annotated[Literal["none", "hadamard", "covariance"], BeforeValidator(_named)]
 """What the channels of a head go through before they are packed; see `sinkquant.cache.transforms`."""
 KVClip = Literal["none", "keys", "values", "both"]
+KVScaleBits = Literal[8, 16]
+"""Of the scales and zeros of packed blocks."""
 SCALE_BYTES = 2
 POSITION_BYTES = 4
 """An exact token's column in its row, and a row's first column, are int32."""
@@ -66,18 +68,19 @@ class KVLayer(Strict):
 class KVCachePlan(Strict):
     """How a KV cache is packed.
 
-    Keys take one scale per channel and `group_size` tokens, values one scale per token and `group_size` channels of a
-    head (the whole head where it is smaller). The last `window` tokens (and up to a block more) stay in the model's
-    dtype, and so do at most `max_exact` tokens of a row that `exact` picks. `key_bits` and `value_bits` are those of
-    most layers; `layers` says it per layer and KV head. `symmetric` grids store no zero point. `rotate`: codes are of
-    rotated keys, and of rotated values as `rotate_values` says (null: alike). `scale_tokens`: codes are of keys of unit
-    length, whose lengths are stored beside them. `clip`: whose ranges are cut to where rounding errs least. `prefix`:
-    rows that begin with these token ids take their keys and values from the unquantized model, and keep them exact
-    beside the `max_exact` others. `front`: the first tokens of the prefix, where texts do not bring them along: they
-    must be put in front of every row. `evict`: at most so many packed tokens are kept between the exact ones and the
-    window, older ones are dropped and the sinks move up; null keeps all. `sliding_sinks`: layers with a sliding window
-    see the exact tokens beyond it too, with keys as they were rotated. That changes what the model computes, and it was
-    not trained so.
+    Keys take one scale per channel and `group_size` tokens, values one scale per token and `group_size` channels of
+    a head (the whole head where it is smaller). The last `window` tokens (and up to a block more) stay in the
+    model's dtype, and so do at most `max_exact` tokens of a row that `exact` picks. Scales and zeros take
+    `scale_bits` each. `key_bits` and `value_bits` are those of most layers; `layers` says it per layer and KV head.
+    `symmetric` grids store no zero point. `rotate`: codes are of rotated keys, and of rotated values as
+    `rotate_values` says (null: alike). `scale_tokens`: codes are of keys of unit length, whose lengths are stored
+    beside them. `clip`: whose ranges are cut to where rounding errs least. `prefix`: rows that begin with these
+    token ids take their keys and values from the unquantized model, and keep them exact beside the `max_exact`
+    others. `front`: the first tokens of the prefix, where texts do not bring them along: they must be put in front
+    of every row. `evict`: at most so many packed tokens are kept between the exact ones and the window, older ones
+    are dropped and the sinks move up; null keeps all. `sliding_sinks`: layers with a sliding window see the exact
+    tokens beyond it too, with keys as they were rotated. That changes what the model computes, and it was not
+    trained so.
     `bytes` and `bits_per_value` are of one row of `length` tokens with `expected_exact` exact ones and numbers of 16
     bits, averaged over the last `group_size` lengths, because the window breathes by a block.
     """
@@ -89,6 +92,7 @@ class KVCachePlan(Strict):
     evict: int | None = None
     sliding_sinks: bool = False
     symmetric: bool
+    scale_bits: KVScaleBits = 16
     rotate: KVRotation
     rotate_values: KVRotation | None = None
     scale_tokens: bool = False
@@ -128,6 +132,7 @@ class KVCachePlan(Strict):
         parts += ["keys of unit length"] if self.scale_tokens else []
         parts += [f"ranges of {'keys and values' if self.clip == 'both' else self.clip} cut to the least error"
                   ] if self.clip != "none" else []
+        parts += [] if self.scale_bits == 16 else [f"scales of {self.scale_bits} bits"]
         return "".join(f"{part}, " for part in parts)
 
     def _changed(self) -> str:
@@ -156,13 +161,16 @@ def passed_blocks(tokens: int, group_size: int, sliding_window: int) -> int:
     return max(0, tokens - sliding_window + 1) // group_size
 
 
-def block_bytes(bits: int, group_size: int, width: int, groups: int, symmetric: bool) -> int:
+def block_bytes(bits: int, group_size: int, width: int, groups: int, symmetric: bool,
+                scale_bits: KVScaleBits = 16) -> int:
     """Bytes of one packed block of `group_size` tokens of one head, `width` channels each: codes, scales and zeros.
 
     Args:
         groups: number of scales in the block.
     """
-    return group_size * width * bits // 8 + groups * SCALE_BYTES * (1 if symmetric else 2)
+    kinds = 1 if symmetric else 2
+    ends = 0 if scale_bits == 16 else kinds * SCALE_BYTES
+    return group_size * width * bits // 8 + groups * scale_bits // 8 * kinds + ends
 
 
 def layer_bytes(plan: KVCachePlan, layer: int, tokens: int, exact: int, rows: int = 1, value_bytes: int = 2) -> int:
@@ -184,7 +192,8 @@ def layer_bytes(plan: KVCachePlan, layer: int, tokens: int, exact: int, rows: in
                 (key_bits, one.key_dim, one.key_dim, plan.group_size if plan.scale_tokens else 0),
                 (value_bits, one.value_dim, value_groups, 0)):
             block = (plan.group_size * width * value_bytes if bits == 16 else
-                     block_bytes(bits, plan.group_size, width, groups, plan.symmetric) + norms * SCALE_BYTES)
+                     block_bytes(bits, plan.group_size, width, groups, plan.symmetric, plan.scale_bits)
+                     + norms * SCALE_BYTES)
             total += kept_blocks(tokens, plan, one.sliding_window) * block
             total += (tokens - packed + exact) * width * value_bytes
     return rows * total

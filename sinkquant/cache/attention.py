@@ -153,7 +153,7 @@ def _packed_scores(packed: PackedStates, q: torch.Tensor) -> torch.Tensor:
             scores[:, :, part] = torch.bmm(queries.reshape(-1, rows, width), codes.flatten(0, 2).mT).view(
                 batch, -1, codes.shape[2], rows, packed.block)
         if lane.scale is not None:
-            scores += (mine @ _zeros(lane).squeeze(3).mT).transpose(2, 3)[..., None]
+            scores += (mine @ lane.steps()[1].squeeze(3).mT).transpose(2, 3)[..., None]
         if lane.norm is not None:
             scores *= lane.norm.float().mT
         by_lane.append(scores.transpose(2, 3).flatten(3))
@@ -173,7 +173,7 @@ def _packed_output(packed: PackedStates, weights: torch.Tensor) -> torch.Tensor:
             here = mine[:, :, :, part.start * packed.block:part.stop * packed.block]
             out += here @ codes.flatten(2, 3)
         if lane.scale is not None:
-            zeros = mine @ _zeros(lane).flatten(2, 3)
+            zeros = mine @ lane.steps()[1].flatten(2, 3)
             out.unflatten(-1, (zeros.shape[-1], -1)).add_(zeros[..., None])
             rotation = packed.recoding.of(lane.heads).rotation
             out = out if rotation is None else rotation.back(out)
@@ -201,10 +201,4 @@ def _chunks(lane: Lane, block: int) -> Iterator[tuple[slice, torch.Tensor, torch
         if lane.scale is None:
             yield part, data.float(), None
         else:
-            yield part, unpack(data, lane.bits, torch.float32), lane.scale[:, :, part].float()
-
-
-def _zeros(lane: Lane) -> torch.Tensor:
-    """What code 0 stands for, float32 in the shape of the scales."""
-    assert lane.scale is not None
-    return -0.5 * (2**lane.bits - 1) * lane.scale.float() if lane.zero is None else lane.zero.float()
+            yield part, unpack(data, lane.bits, torch.float32), lane.steps(part)[0]

@@ -60,9 +60,20 @@ def _rounded(values: torch.Tensor, low: torch.Tensor, high: torch.Tensor, levels
         zero = low.clamp(-LARGEST, LARGEST).half()
         offset = zero.float()
         scale = _half((high - offset) / levels)
-    step, start = _spread(scale.float(), group), _spread(offset, group)
-    codes = ((values - start) / step).round_().clamp_(0, levels).to(torch.uint8)
-    return codes, scale, zero
+    return _codes(values, scale.float(), offset, levels, group), scale, zero
+
+
+def recoded(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int,
+            group: int | None) -> torch.Tensor:
+    """Codes of [..., G, D] on another grid, whose float32 scales and zeros are given."""
+    levels = 2**bits - 1
+    return _codes(x.float(), scale, -0.5 * levels * scale if zero is None else zero, levels, group)
+
+
+def _codes(values: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, levels: int,
+           group: int | None) -> torch.Tensor:
+    step, start = _spread(scale, group), _spread(offset, group)
+    return ((values - start) / step).round_().clamp_(0, levels).to(torch.uint8)
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, group: int | None,

@@ -52,9 +52,9 @@ class SinkLayer(CacheLayerMixin):
     def _clear(self) -> None:
         plan, one = self.plan, self.format
         of_keys, of_values = recodings(plan, self.bases)
-        self.packed_keys = PackedStates(one.key_bits, plan.group_size, None, plan.symmetric, of_keys)
+        self.packed_keys = PackedStates(one.key_bits, plan.group_size, None, plan.symmetric, of_keys, plan.scale_bits)
         self.packed_values = PackedStates(one.value_bits, plan.group_size, value_group(plan.group_size, one.value_dim),
-                                          plan.symmetric, of_values)
+                                          plan.symmetric, of_values, plan.scale_bits)
         self.lengths: list[int] = []
         """Valid tokens of every block: G, or fewer where `crop` cut into one."""
         self.keys = self.values = self.exact_keys = self.exact_values = torch.empty(0)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from sinkquant.cache.grid import dequantize, quantize
+from sinkquant.cache.grid import dequantize, quantize, recoded
 from sinkquant.cache.packing import pack, unpack
+from sinkquant.cache.scales import narrowed, widened
 from sinkquant.cache.transforms.recoding import Recoding
 from sinkquant.cache.transforms.tokens import unit_tokens
 
@@ -20,7 +21,8 @@ class Lane:
     Attributes:
         heads: their indices.
         data: uint8 [batch, heads, blocks, G * bits / 8, D]; at 16 bits [batch, heads, blocks, G, D] as they came.
-        scale, zero: float16 [batch, heads, blocks, ...] as `grid.quantize` gives them, None where there are none.
+        scale, zero: float16 [batch, heads, blocks, ...] as `grid.quantize` gives them, or uint8 and int8 as
+            `scales.narrowed` does, whose `ends` then stand beside them; None where there are none.
         norm: float16 [batch, heads, blocks, G, 1] lengths of tokens, None where they are not scaled.
     """
 
@@ -30,9 +32,17 @@ class Lane:
     scale: torch.Tensor | None = None
     zero: torch.Tensor | None = None
     norm: torch.Tensor | None = None
+    ends: torch.Tensor | None = None
+
+    def steps(self, part: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
+        """What one code is worth and what code 0 stands for in some blocks, float32 in the shape of the scales."""
+        assert self.scale is not None
+        scale, zero = widened(self.scale[:, :, part], None if self.zero is None else self.zero[:, :, part],
+                              None if self.ends is None else self.ends[:, :, part])
+        return scale, -0.5 * (2**self.bits - 1) * scale if zero is None else zero
 
 
-HELD = ("data", "scale", "zero", "norm")
+HELD = ("data", "scale", "zero", "norm", "ends")
 
 
 class PackedStates:
@@ -42,12 +52,13 @@ class PackedStates:
         bits: one number per head, 2, 3, 4, 8 or 16.
         block: G.
         group: None for scales per channel over a block (keys), else channels per scale of a token (values).
+        scale_bits: 16, or 8 for scales and zeros of 8 bits.
         recoding: what states go through before they are packed; not those of 16 bits.
     """
 
     def __init__(self, bits: list[int], block: int, group: int | None, symmetric: bool,
-                 recoding: Recoding | None = None) -> None:
-        self.block, self.group, self.symmetric = block, group, symmetric
+                 recoding: Recoding | None = None, scale_bits: int = 16) -> None:
+        self.block, self.group, self.symmetric, self.scale_bits = block, group, symmetric, scale_bits
         self.recoding = recoding or Recoding()
         self.heads = len(bits)
         self.lanes = [Lane(width, [head for head, b in enumerate(bits) if b == width]) for width in sorted(set(bits))]
@@ -70,14 +81,18 @@ class PackedStates:
         for lane in self.lanes:
             part = blocks if len(self.lanes) == 1 else blocks[:, lane.heads]
             if lane.bits == 16:
-                fresh: tuple[torch.Tensor | None, ...] = (part.clone(), None, None, None)
+                fresh: tuple[torch.Tensor | None, ...] = (part.clone(), None, None, None, None)
             else:
                 recoding, norm = self.recoding.of(lane.heads), None
                 part = part if recoding.rotation is None else recoding.rotation.into(part)
                 if recoding.scale_tokens:
                     part, norm = unit_tokens(part)
                 codes, scale, zero = quantize(part, mask, lane.bits, self.group, self.symmetric, recoding.clip)
-                fresh = (pack(codes, lane.bits), scale, zero, norm)
+                ends = None
+                if self.scale_bits == 8:
+                    scale, zero, ends = narrowed(scale, zero)
+                    codes = recoded(part, *widened(scale, zero, ends), lane.bits, self.group)
+                fresh = (pack(codes, lane.bits), scale, zero, norm, ends)
             for name, new in zip(HELD, fresh, strict=True):
                 old = getattr(lane, name)
                 setattr(lane, name, new if old is None or new is None else torch.cat([old, new], dim=2))
@@ -96,7 +111,8 @@ class PackedStates:
             return lane.data.to(dtype)
         rotation = self.recoding.of(lane.heads).rotation
         as_is = rotation is None and lane.norm is None
-        values = dequantize(unpack(lane.data, lane.bits), lane.scale, lane.zero, lane.bits, self.group,
+        scale, zero = widened(lane.scale, lane.zero, lane.ends)
+        values = dequantize(unpack(lane.data, lane.bits), scale, zero, lane.bits, self.group,
                             dtype if as_is else torch.float32)
         values = values if lane.norm is None else values * lane.norm.float()
         return (values if rotation is None else rotation.back(values)).to(dtype)

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from sinkquant.cache.layer import SinkLayer
-from sinkquant.cache.store import PackedStates
+from sinkquant.cache.scales import widened
+from sinkquant.cache.store import Lane, PackedStates
 
 PROGRAMS = 256
 """Programs that are aimed at, about two per multiprocessor of a large GPU."""
@@ -100,10 +101,9 @@ def _read(keys: PackedStates, values: PackedStates, q: torch.Tensor, bias: torch
     batch, kv_heads, rows, key_width = q.shape
     key, value = keys.lanes[0], values.lanes[0]
     assert key.data is not None
-    assert key.scale is not None
     assert value.data is not None
-    assert value.scale is not None
     assert values.group is not None
+    key_scale, key_zero, value_scale, value_zero = *_scales(key), *_scales(value)
     q = q if keys.recoding.rotation is None else keys.recoding.rotation.query(q)
     value_width, blocks = value.data.shape[4], keys.blocks
     per_program = max(FEWEST_BLOCKS, triton.cdiv(blocks * batch * kv_heads, PROGRAMS))
@@ -113,10 +113,8 @@ def _read(keys: PackedStates, values: PackedStates, q: torch.Tensor, bias: torch
     bias = bias.contiguous()
     with torch.cuda.device_of(q):
         _kernel[(batch * kv_heads, splits)](
-            q.contiguous(), key.data.contiguous(), key.scale.contiguous(),
-            key.scale if key.zero is None else key.zero.contiguous(),
-            value.data.contiguous(), value.scale.contiguous(),
-            value.scale if value.zero is None else value.zero.contiguous(),
+            q.contiguous(), key.data.contiguous(), key_scale, key_zero,
+            value.data.contiguous(), value_scale, value_zero,
             bias, out, tops, sums, blocks, per_program, kv_heads, 0.0 if softcap is None else softcap,
             ROWS=rows, ROWS_PAD=_padded(rows), KEY_WIDTH=key_width, KEY_PAD=_padded(key_width),
             VALUE_WIDTH=value_width, VALUE_PAD=_padded(value_width), SIZE=keys.block, AT_ONCE=TILE, GROUP=values.group,
@@ -125,6 +123,14 @@ def _read(keys: PackedStates, values: PackedStates, q: torch.Tensor, bias: torch
             # Codes are exact in TF32; what else it rounds, it rounds finer than bfloat16 and as fine as float16.
             PRECISION="ieee" if dtype == torch.float32 else "tf32", enable_fp_fusion=True)
     return out, tops, sums
+
+
+def _scales(lane: Lane) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zeros as the kernel reads them, the scales in place of zeros where there are none: float16 as they
+    are held, and those of 8 bits in float32."""
+    assert lane.scale is not None
+    scale, zero = (lane.scale, lane.zero) if lane.ends is None else widened(lane.scale, lane.zero, lane.ends)
+    return scale.contiguous(), (scale if zero is None else zero).contiguous()
 
 
 def _padded(width: int) -> int:

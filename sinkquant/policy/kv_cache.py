@@ -39,9 +39,9 @@ def _made(shape: ModelShape, sink_map: SinkMap, settings: KVCache) -> KVCachePla
     plan = KVCachePlan(
         key_bits=settings.key_bits, value_bits=settings.value_bits, group_size=group_size,
         window=settings.window, evict=settings.evict, sliding_sinks=settings.sliding_sinks,
-        symmetric=settings.symmetric, rotate=settings.rotate, rotate_values=settings.rotate_values,
-        scale_tokens=settings.scale_tokens, clip=settings.clip, exact=settings.exact,
-        first_n=settings.first_n if settings.exact == "first-n" else 0,
+        symmetric=settings.symmetric, scale_bits=settings.scale_bits, rotate=settings.rotate,
+        rotate_values=settings.rotate_values, scale_tokens=settings.scale_tokens, clip=settings.clip,
+        exact=settings.exact, first_n=settings.first_n if settings.exact == "first-n" else 0,
         max_exact=0 if settings.exact == "none" else settings.max_exact,
         prefix=prefix, front=_front(prefix, sink_map, settings), sinks=sinks, massive=massive, layers=layers,
         bits_per_value=0.0, length=settings.length, expected_exact=0, bytes=0, unquantized_bytes=0, reason="")

@@ -149,7 +149,8 @@ class _HeadErrors:
         size, length = self.plan.group_size, states.shape[2]
         count = length // size * size
         kept = self.exact[batch, :count].to(states.device)
-        store = PackedStates([bits] * states.shape[1], size, group, self.plan.symmetric, recoding)
+        store = PackedStates([bits] * states.shape[1], size, group, self.plan.symmetric, recoding,
+                             self.plan.scale_bits)
         store.append(states[:, :, :count], ~kept)
         error = torch.zeros_like(states, dtype=torch.float32)
         error[:, :, :count] = store.dense(torch.float32) - states[:, :, :count].float()

@@ -53,7 +53,8 @@ def _reference(layer: SinkLayer, query: torch.Tensor, mask: torch.Tensor, scale:
 @pytest.mark.parametrize("settings", [
     {}, {"symmetric": True}, {"rotate": True}, {"key_bits": (3, 3), "value_bits": (8, 8)},
     {"key_bits": (4, 2), "value_bits": (2, 16)}, {"key_bits": (16, 2), "rotate": True},
-    {"rotate": "covariance", "key_bits": (4, 2), "scale_tokens": True}, {"rotate_values": "hadamard", "clip": "both"}],
+    {"rotate": "covariance", "key_bits": (4, 2), "scale_tokens": True}, {"rotate_values": "hadamard", "clip": "both"},
+    {"scale_bits": 8, "rotate": True}, {"scale_bits": 8, "symmetric": True, "value_bits": (3, 4)}],
     ids=str)
 @pytest.mark.parametrize("new", [1, 5])
 def test_packed_reading_is_dense_reading(settings: dict[str, object], new: int) -> None:

@@ -48,7 +48,9 @@ def _bytes(layer: SinkLayer) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in layer.tensors().values())
 
 
-@pytest.mark.parametrize("settings", [{}, {"symmetric": True}, {"scale_tokens": True, "clip": "both"}], ids=str)
+@pytest.mark.parametrize("settings", [
+    {}, {"symmetric": True}, {"scale_tokens": True, "clip": "both"}, {"scale_bits": 8},
+    {"scale_bits": 8, "symmetric": True}], ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, 16])
 @pytest.mark.parametrize("tokens", [1, 47, 48, 100])
 def test_bytes_are_as_accounted(tokens: int, bits: int, settings: dict[str, object]) -> None:
@@ -68,7 +70,8 @@ def test_heads_have_bits_of_their_own() -> None:
     assert _bytes(layer) == layer_bytes(plan, 0, 100, 0, rows=2, value_bytes=4)
 
 
-@pytest.mark.parametrize("settings", [{}, {"rotate": True, "scale_tokens": True, "clip": "both"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"rotate": True, "scale_tokens": True, "clip": "both", "scale_bits": 8}],
+                         ids=str)
 def test_blocks_are_quantized_once(settings: dict[str, object]) -> None:
     """Whatever arrives in which pieces, and however often it is read: old blocks never change again."""
     plan = _plan([2] * 3, [3, 16, 2], **settings)
