@@ -1,7 +1,8 @@
 """What each transform of the KV cache is worth, alone and together: divergence beside the plain cache of its bits.
 
     python evals/benchmarks/kv_transforms.py MODEL --lines FILE.jsonl [--sink-map MAP] [--text FILE] [--bits 2 3]
-                                             [--groups 32 64] [--rows 6] [--length 512] [--window 32] [--only NAME ...]
+                                             [--groups 32 64] [--rows 6] [--length 512] [--window 32] [--scale-bits 8]
+                                             [--only NAME ...]
 
 Weights are untouched; every row is read through the packed cache in chunks, as decoding would read it. Lines of the
 table keep the sinks of the map exact, "no token exact" ones do not; controls spend their bytes on a longer
@@ -45,8 +46,6 @@ SETTINGS: dict[str, list[str]] = {
     "covariance, cut": ["rotate=covariance", "clip=both"],
     "covariance, cut, unit length": ["rotate=covariance", "clip=both", "scale_tokens=true"],
     "covariance, cut, symmetric": ["rotate=covariance", "clip=both", "symmetric=true"],
-    "covariance, cut, scales of 8 bits": ["rotate=covariance", "clip=both", "scale_bits=8"],
-    "plain, scales of 8 bits": ["scale_bits=8"],
 }
 BATCH = 2
 
@@ -59,6 +58,7 @@ class Bench:
         self.tokenizer = load_tokenizer(folder)
         self.base, self.other = (load_model(folder, torch.float32) for _ in range(2))
         self.recipe = Recipe().replace(["detect.super_weights=false", f"kv_cache.window={arguments.window}",
+                                        f"kv_cache.scale_bits={arguments.scale_bits}",
                                         f"kv_cache.length={arguments.length}"])
         self.sink_map = (SinkMap.load(arguments.sink_map) if arguments.sink_map else
                          detect(self.base, self.tokenizer, recipe=self.recipe))
@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=6)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--window", type=int, default=32)
+    parser.add_argument("--scale-bits", type=int, default=8)
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help=f"of {', '.join(SETTINGS)}")
     arguments = parser.parse_args()
     lines = kept_lines(arguments.lines)

@@ -26,7 +26,7 @@ class KVCache(Section):
     window are chosen for it, and every head's bits by what they were measured to lose (`sensitivity.kv_bits`; 2, 3, 4
     and 8 where it is empty). `key_bits` and `value_bits` do not count then.
     Groups of `group_size`: tokens for keys, channels of a head for values; null: the smallest of 32, 64 and 128 that
-    fits. The last `window` tokens are never packed. `scale_bits`: of scales and zeros.
+    fits. `scale_bits`: of scales and zeros. The last `window` tokens are never packed.
     `exact`: the sinks that detection found; "first-n": the first `first_n` tokens; "massive": those that carry a
     massive activation in the prompt at hand; "none". At most `max_exact` per row. `prefix` "bos": keys and values
     of `<bos>` come from the unquantized model; "found": those of the outlier tokens that detection found and `<bos>`,
@@ -49,7 +49,7 @@ class KVCache(Section):
     evict: int | None = Field(default=None, ge=0)
     sliding_sinks: bool = False
     symmetric: bool = False
-    scale_bits: KVScaleBits = 16
+    scale_bits: KVScaleBits = 8
     rotate: KVRotation = "none"
     rotate_values: KVRotation | None = None
     scale_tokens: bool = False

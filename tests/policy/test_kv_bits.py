@@ -58,8 +58,10 @@ def test_longer_windows_wait_for_room() -> None:
 
 
 def test_what_cannot_be_met_is_refused_with_what_can() -> None:
-    with pytest.raises(RequestError, match=r"kv_cache.bits 2.1 cannot be met at .*4096.* takes 3\.\d+ bits"):
+    with pytest.raises(RequestError, match=r"kv_cache.bits 2.1 cannot be met at .*4096.* takes 2\.\d+ bits.*length\.$"):
         _made("kv_cache.bits=2.1")
+    with pytest.raises(RequestError, match=r"takes 3\.\d+ bits; .*, or set kv_cache.scale_bits to 8\.$"):
+        _made("kv_cache.bits=2.1", "kv_cache.scale_bits=16")
     with pytest.raises(RequestError, match="find_sensitivity"):
         make_plan(SHAPE, SINKS, Recipe().replace([*ALONE, "kv_cache.bits=4"]), None)
 

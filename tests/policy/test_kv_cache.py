@@ -49,9 +49,10 @@ def test_without_the_section_there_is_no_plan() -> None:
 def test_two_bits_weigh_less_than_a_fifth() -> None:
     plan = _made("kv_cache.length=16384")
     assert plan.bytes / plan.unquantized_bytes < 0.20
-    # The formula of the literature: window and exact tokens in 16 bits, else 2 bits + a 32-bit scale and zero per 32.
+    # The formula of the literature: window and exact tokens in 16 bits, else 2 bits + scale and zero of 8 bits per 32,
+    # and their own ends in float16 per block of 32 tokens and head of 128 channels.
     packed = packed_tokens(16384, 128, 32)
-    bits = (packed * (2 + 32 / 32) + (16384 - packed + 1) * 16) / 16384
+    bits = (packed * (2 + 16 / 32 + 32 / (32 * 128)) + (16384 - packed + 1) * 16) / 16384
     assert plan.bits_per_value == pytest.approx(bits, abs=16 * 16 / 16384)
     assert cache_bytes(plan, 16384, 1) == bits / 8 * 16384 * 2 * 8 * 256 + 2 * 4 + 4
 
