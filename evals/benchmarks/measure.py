@@ -31,7 +31,8 @@ from sinkquant.schemes import scheme_of
 from sinkquant.sinks import SinkSelector
 
 RESAMPLES = 2000
-EXTRA = {"size": ("bytes", ",d"), "speed": ("tokens per CPU s", ".0f"), "seconds": ("CPU s", ".0f")}
+EXTRA = {"size": ("bytes", ",d"), "blocks": ("bytes of the blocks", ",d"), "speed": ("tokens per CPU s", ".0f"),
+         "seconds": ("CPU s", ".0f"), "memory": ("peak MB", ".0f")}
 """Field of a line that not every table has -> its column and how its values are written."""
 
 
@@ -43,8 +44,9 @@ class Line:
         labels: column of the table -> what was measured.
         kl, loss, unquantized: nats per token, a number per row: KL divergence, cross-entropy of this and of the
             unquantized model.
-        seconds: processor time of making it. size: bytes of its checkpoint. speed: tokens decoded per second of
-            processor time. Null where nobody asks.
+        seconds: processor time of making it. size: bytes of its checkpoint. blocks: those of the blocks' tensors alone.
+            speed: tokens decoded per second of processor time. memory: at its peak while it was made, in MB. Null where
+            nobody asks.
     """
 
     labels: dict[str, str]
@@ -54,15 +56,18 @@ class Line:
     seconds: float | None = None
     size: int | None = None
     speed: float | None = None
+    blocks: int | None = None
+    memory: float | None = None
 
     @classmethod
     def of(cls, labels: dict[str, str], found: Divergence, seconds: float | None = None,
-           size: int | None = None, speed: float | None = None) -> Line:
+           size: int | None = None, speed: float | None = None, blocks: int | None = None,
+           memory: float | None = None) -> Line:
         """A line of what was found, rounded as it is kept."""
         kl, loss, unquantized = ([float(f"{value:.6g}") for value in values]
                                  for values in (found.kl, found.other_loss, found.baseline_loss))
         return cls(labels, kl, loss, unquantized, None if seconds is None else round(seconds, 1), size,
-                   None if speed is None else round(speed, 1))
+                   None if speed is None else round(speed, 1), blocks, memory)
 
 
 def carry_out(folder: Path, base: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerBase,

