@@ -95,8 +95,13 @@ def candidates() -> list[Candidate]:
             Candidate("sinkquant GPTQ, no descent", bits, "sinkquant", ["--set", *ours, "weights.descent=0"]),
             Candidate("sinkquant GPTQ, distill 24", bits, "sinkquant", ["--set", *ours, "weights.distill=24"]),
             Candidate("sinkquant GPTQ, distill 60", bits, "sinkquant", ["--set", *ours, "weights.distill=60"]),
+            Candidate("sinkquant GPTAQ", bits, "sinkquant", ["--set", *ours, "weights.method=gptaq"]),
+            Candidate("AutoRound, 20 iterations", bits, "auto-round", [*size, "--iterations", "20"]),
             Candidate("AutoRound, 50 iterations", bits, "auto-round", [*size, "--iterations", "50"]),
             Candidate("AutoRound, 200 iterations", bits, "auto-round", [*size, "--iterations", "200"])]
+    for bits in (6, 5, 4, 3):
+        found.append(Candidate("sinkquant GPTQ, ends in 8 bits", bits, "sinkquant",
+                               ["--set", f"weights.bits={bits}", "weights.lm_head=8", "weights.embeddings=8"]))
     for recipe, bits in (("gguf-q4-sink", 4), ("nf4-sink", 4)):
         found.append(Candidate(f"sinkquant {recipe}", bits, "sinkquant", ["--recipe", recipe]))
     for scheme, recipe in (("NVFP4A16", "nvfp4a16-sink"), ("MXFP4A16", "mxfp4a16-sink"), ("NVFP4", "nvfp4-sink"),

@@ -6,6 +6,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -18,6 +19,12 @@ from sinkquant.policy.headers import nothing_found
 from sinkquant.recipe import Recipe
 
 BENCHMARKS = Path(__file__).parents[2] / "evals" / "benchmarks"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
 
 
 @pytest.fixture
@@ -39,9 +46,7 @@ def test_ours_and_a_peer_on_the_same_rows(tiny_folder: Path, text_file: Path, pe
                  str(peers), "--lines", str(peers / "lines.jsonl"), "--text", str(text_file), "--calibration",
                  str(text_file), "--rows", "2", "--held-out", "2", "--only", "bitsandbytes NF4",
                  "sinkquant GPTQ, control:4"]
-    monkeypatch.setattr(sys, "argv", ["race.py", *arguments])
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    runpy.run_path(str(BENCHMARKS / "race.py"), run_name="__main__")
+    run(monkeypatch, "race.py", *arguments)
     peer, ours = (json.loads(line) for line in (peers / "lines.jsonl").read_text().splitlines())
     assert (peer["labels"], ours["labels"]) == ({"candidate": "bitsandbytes NF4", "bits": "4"},
                                                 {"candidate": "sinkquant GPTQ, control", "bits": "4"})
@@ -53,4 +58,19 @@ def test_ours_and_a_peer_on_the_same_rows(tiny_folder: Path, text_file: Path, pe
     weights = sum(linear.rows * linear.columns for linear in shape.linears.values())
     assert 0.5 * weights < peer["blocks"] < 0.6 * weights
     assert not list((peers / "work").glob("*/made.json"))
+
+
+def test_a_peer_is_compared_with_the_best_of_ours_that_is_no_larger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    raced = [("peer A", 100, 0.4), ("peer B", 150, 0.5), ("sinkquant small", 99, 0.3), ("sinkquant, control", 90, 0.1),
+             ("sinkquant large", 140, 0.01)]
+    (tmp_path / "lines.jsonl").write_text("".join(
+        json.dumps({"labels": {"candidate": name, "bits": "4", "text": "wiki"}, "kl": [kl, kl], "loss": [1.0, 1.0],
+                    "unquantized": [1.0, 1.0], "size": size * 10**6, "blocks": size}) + "\n"
+        for name, size, kl in raced))
+    run(monkeypatch, "race_page.py", str(tmp_path / "lines.jsonl"), "--text", "wiki", "--plot", str(tmp_path / "a.svg"))
+    compared = capsys.readouterr().out.split("\n\n")[-1].splitlines()[2:]
+    # B is larger than A and loses more; the control is no candidate of ours; what is larger does not count.
+    assert compared == ["| peer A, 4 bits | 100.0 | 0.4000 | sinkquant small, 4 bits | 99.0 | 0.3000 | 0.75 |"]
+    assert ElementTree.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
 

@@ -1,0 +1,107 @@
+"""The race's table, its picture, and who wins at equal bytes.
+
+    python evals/benchmarks/race_page.py LINES.jsonl [...] [--text wikitext2] [--by size] [--plot race.svg]
+
+Equal bytes: of all candidates that take at most 1 % more, the one with the least divergence. `--by blocks` counts the
+blocks alone, so that who leaves the token embedding in 16 bits does not pay for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from measure import Line, read, table
+
+from sinkquant.report.drawing import INK, LINE, MARKERS, SERIES, SOFT, STYLE, drawn, svg
+
+OURS = "sinkquant"
+SLACK = 1.01
+COLOURS = {"--ink": INK, "--soft": SOFT, "--line": LINE, "--card": "#ffffff",
+           **{f"--series-{i}": colour for i, colour in enumerate(SERIES)}}
+
+
+def kl(line: Line) -> float:
+    """Nats per token, the mean of its rows."""
+    return sum(line.kl) / len(line.kl)
+
+
+def tool(line: Line) -> str:
+    """Whose it is."""
+    return re.split(r"[ ,]", line.labels["candidate"])[0]
+
+
+def size(line: Line, by: str) -> int:
+    """Bytes of the whole, or of the blocks."""
+    found: int = getattr(line, by)
+    return found
+
+
+def beaten(lines: Sequence[Line], by: str) -> str:
+    """Markdown: the best of ours at the bytes of every peer's best line, and the ratio of their divergences."""
+    ours = [line for line in lines if tool(line) == OURS and "control" not in line.labels["candidate"]]
+    peers = sorted((line for line in lines if tool(line) != OURS), key=lambda line: size(line, by))
+    rows = [["peer", "MB", "KL", "ours, of no more bytes", "MB", "KL", "ratio"],
+            ["---", "---:", "---:", "---", "---:", "---:", "---:"]]
+    least = float("inf")
+    for peer in peers:
+        if kl(peer) >= least:  # a smaller peer loses less
+            continue
+        least = kl(peer)
+        fits = [line for line in ours if size(line, by) <= SLACK * size(peer, by)]
+        best = min(fits, key=kl, default=None)
+        ratio = "" if best is None else f"{kl(best) / kl(peer):.2f}"
+        rows.append([*_cells(peer, by), *(["none", "", ""] if best is None else _cells(best, by)), ratio])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cells(line: Line, by: str) -> list[str]:
+    return [f"{line.labels['candidate']}, {line.labels['bits']} bits", f"{size(line, by) / 1e6:.1f}", f"{kl(line):.4f}"]
+
+
+def picture(lines: Sequence[Line], by: str) -> str:
+    """Divergence against bytes, every candidate a point: SVG."""
+    with mpl.rc_context(STYLE):
+        figure, (axis,) = drawn(1, 4.2)
+        for i, name in enumerate(sorted({tool(line) for line in lines}, key=lambda name: (name != OURS, name))):
+            _points(axis, [line for line in lines if tool(line) == name], by, name, i)
+        axis.set(yscale="log", ylabel="KL divergence, nats per token",
+                 xlabel="MB of the blocks" if by == "blocks" else "MB of the whole checkpoint")
+        axis.legend()
+        text = svg(figure, "race")
+    for variable, colour in COLOURS.items():
+        text = text.replace(f"var({variable})", colour)
+    return text.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" ',
+                        1)
+
+
+def _points(axis: Axes, lines: Sequence[Line], by: str, name: str, place: int) -> None:
+    axis.plot([size(line, by) / 1e6 for line in lines], [kl(line) for line in lines], linestyle="none",
+              marker=MARKERS[place % len(MARKERS)], markersize=6 if name == OURS else 4, label=name,
+              color=SERIES[place % len(SERIES)], fillstyle="full" if place < len(SERIES) else "none")
+
+
+def main() -> None:
+    """Print the tables as Markdown, and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--text", help="lines of this text only")
+    parser.add_argument("--by", choices=["size", "blocks"], default="size")
+    parser.add_argument("--plot", type=Path)
+    arguments = parser.parse_args()
+    lines = [line for line in read(arguments.files) if arguments.text in (None, line.labels.get("text"))]
+    lines.sort(key=lambda line: size(line, arguments.by))
+    print(table([dataclasses.replace(line, labels={k: v for k, v in line.labels.items() if k != "text"})
+                 for line in lines], ["bits", "candidate"]))
+    print("\n" + beaten(lines, arguments.by))
+    if arguments.plot:
+        arguments.plot.write_text(picture(lines, arguments.by), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
