@@ -142,6 +142,7 @@ class Race:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.folder, self.work, self.peers = resolve(arguments.model), arguments.work, arguments.peers
         self.sink_map, self.lines = arguments.sink_map, Lines(arguments.lines)
+        self.calibration: str | None = arguments.calibration
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.folder)
         self.base = load_model(self.folder, torch.float32)
         self.baseline = Baseline(self.base)
@@ -154,8 +155,8 @@ class Race:
         length = min(512, Decoder.of(self.base).max_length)
         self.texts = held_out_texts(arguments.text, self.tokenizer, arguments.held_out, length)
         self.recipe = Recipe().replace([f"calibration.rows={arguments.rows}", f"calibration.length={length}",
-                                        f"calibration.text={arguments.calibration or 'null'}"])
-        rows = token_rows(self.tokenizer, read_text(arguments.calibration, "calibration"), arguments.rows, length)
+                                        f"calibration.text={self.calibration or 'null'}"])
+        rows = token_rows(self.tokenizer, read_text(self.calibration, "calibration"), arguments.rows, length)
         save_file({"calibration": rows}, self.work / "rows.safetensors")
 
     def run(self, one: Candidate) -> None:
@@ -189,7 +190,7 @@ class Race:
             self.peers / f"peers-{LIVES_IN[one.tool]}" / "bin" / "python")
         options = list(one.options)
         if one.tool == "sinkquant":
-            options = ["--sink-map", str(self.sink_map), "--text", self.recipe.calibration.text or "null", *options]
+            options = ["--sink-map", str(self.sink_map), "--text", self.calibration or "null", *options]
         if one.tool == "llama.cpp":
             options += ["--file", str(self._file("model.gguf"))]
             if "--imatrix" in options:
