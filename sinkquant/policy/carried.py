@@ -13,7 +13,7 @@ from sinkquant.policy.ends import check_ends
 from sinkquant.policy.rules import Draft
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import DEFAULT_BACKEND, Scheme, scheme_of
-from sinkquant.schemes.registry import of_backend
+from sinkquant.schemes.registry import all_schemes, of_backend
 
 
 def scheme_for(recipe: Recipe) -> Scheme:
@@ -32,6 +32,13 @@ def scheme_for(recipe: Recipe) -> Scheme:
     found = [scheme for scheme in found if scheme.double_quantization == weights.double_quantization]
     if not found:
         raise RequestError("weights.double_quantization is for bitsandbytes' nf4 and fp4; set it to false.")
+    found = [scheme for scheme in found if scheme.symmetric == weights.symmetric]
+    if not found:
+        others = dict.fromkeys(one.backend for one in all_schemes() if not one.symmetric)
+        why = "" if held[0].foreign else (
+            ": plain transformers loads no zero points in compressed-tensors' packed words")
+        raise RequestError(f"weights.symmetric=false is not held by the backend {backend}{why}; set it to true, or the "
+                           f"backend to {' or '.join(others)}.")
     found = [scheme for scheme in found if scheme.ends == weights.ends]
     if not found:
         kinds = " or ".join(dict.fromkeys(scheme.ends for scheme in held))
@@ -57,6 +64,8 @@ def check_recipe(recipe: Recipe) -> None:
                            "set weights.method=rtn.")
     if weights.tune and scheme.rounds_itself:
         raise RequestError(f"{backend} rounds weights by itself, so that they cannot be tuned; set weights.tune=0.")
+    if (weights.tune or weights.distill) and not scheme.integers:
+        raise RequestError(f"{scheme.words} are not tuned; set weights.tune=0 and weights.distill=0.")
     fewest = min(weights.bits, *(override.bits for override in weights.overrides), scheme.zero_from)
     if recipe.prune.method != "none" and fewest < scheme.zero_from:
         without = " and ".join(str(bits) for bits in scheme.bits if bits < scheme.zero_from)

@@ -103,7 +103,8 @@ def _fitted_in_turn(now: _State, grid: Grid, metric: torch.Tensor, wanted: torch
         curve = ((metric[columns, columns] @ part) * part).sum(0)
         best = spread[group] - (slope[columns] * part).sum(0) / curve.clamp(min=1e-30)
         # A group whose codes are all zero fits any scale. The loss is a parabola: the nearest scale is the best one.
-        scale[group] = torch.where((curve > 0) & (best > 0), grid.storable(best.clamp(min=1e-30)), scale[group])
+        scale[group] = torch.where((curve > 0) & (best > 0), grid.storable(best.clamp(min=1e-30), scale[group]),
+                                   scale[group])
         slope.addmm_(metric[:, columns], part * (grid.spread(scale[group]) - spread[group]))
     return _State.at(now.codes, scale, grid, slope, wanted).where_better(now)
 
@@ -126,14 +127,15 @@ def _fitted(now: _State, grid: Grid, metric: torch.Tensor, wanted: torch.Tensor)
     diagonal += 1e-9 * diagonal.mean(0, keepdim=True) + empty
     solution = torch.linalg.solve_ex(system.permute(2, 0, 1), right.T)[0].T
     good = torch.isfinite(solution) & (solution != 0) & ~empty
-    scale = grid.storable(torch.where(good, solution, now.scale.double()).float())
+    held = grid.spread(now.scale).double()
+    scale = grid.storable(torch.where(good, solution, held).float(), now.scale)
     return _State.of(now.codes, scale, grid, metric, wanted).where_better(now)
 
 
 def _visited(now: _State, grid: Grid, metric: torch.Tensor, wanted: torch.Tensor,
              free: torch.Tensor | None) -> _State:
     """After every column was once given its best code, times `free`."""
-    codes, slope = now.codes.clone(), now.slope.clone()
+    codes, slope, size = now.codes.clone(), now.slope.clone(), len(now.codes) // len(now.scale)
     spread = _spread(now.scale, grid, len(codes))
     steps = (spread * metric.diagonal()[:, None]).reciprocal_()
     for start in range(0, len(codes), BLOCK):
@@ -145,7 +147,7 @@ def _visited(now: _State, grid: Grid, metric: torch.Tensor, wanted: torch.Tensor
         for i in range(start, stop):
             done, before = i - start, codes[i]
             local = torch.addmv(slope[i], changes[:done].T, inner[done, :done]) if done else slope[i]
-            code = grid.nearest_(torch.addcmul(before, local, steps[i], value=-1))
+            code = grid.nearest_(torch.addcmul(before, local, steps[i], value=-1), now.scale[i // size])
             if free is not None:
                 code *= free[i]
             torch.sub(code, before, out=changes[done]).mul_(spread[i])

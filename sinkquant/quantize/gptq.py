@@ -103,7 +103,7 @@ class GPTQ:
                         column.addmv_(errors[:done].T, shares[i, start:i], alpha=-1)
                         if gains is not None:
                             column.addmv_(work[start:i].T, gains[i, start:i])
-                    grid.nearest_(torch.div(column, scale, out=real))
+                    grid.nearest_(torch.div(column, scale, out=real), scales[-1])
                     if free is not None:
                         real *= free[i]
                     codes[i] = real

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sinkquant.schemes.integers import KERNEL_GROUPS
 from sinkquant.schemes.loads import Loads
@@ -45,3 +45,12 @@ GPTQ = Words(
                  instructions="AVX-512"),
            Loads("sinkquant", "any", "0.1", "tried", "tests/schemes/codecs")),
     notes=("loading it outside sinkquant takes the package gptqmodel, which was not run here",))
+ZEROS = replace(
+    GPTQ, storage="gptq-zeros", words="weights with zero points in GPTQ's format", symmetric=False, bits=(2, 3, 4),
+    integers=False, grid=True,
+    loads=(Loads("gptqmodel", "CUDA", "", "read", "github.com/ModelCloud/GPTQModel", caveat="not vLLM, whose kernels "
+                 "for this format are of symmetric codes (0.32.0, read)"),
+           Loads("sinkquant", "any", "0.1", "tried", "tests/schemes/codecs")))
+"""The zeros stand in the files in any case; here they are used."""
+LEAST_ZERO = 1
+"""Zeros are stored less one, and 0 would become another one."""

@@ -18,7 +18,7 @@ SCHEMES: tuple[Scheme, ...] = (
     blocks.NVFP4, blocks.MXFP4, blocks.MXFP8,
     *bitsandbytes.FOUR_BIT, bitsandbytes.LLM_INT8,
     quanto.INTEGERS, quanto.FLOAT8,
-    gptq.GPTQ, *gguf.GGUF)
+    gptq.GPTQ, gptq.ZEROS, *gguf.GGUF)
 
 
 def all_schemes() -> list[Scheme]:

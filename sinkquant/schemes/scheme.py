@@ -26,7 +26,7 @@ class Scheme:
     `double_quantization` what in a recipe's `weights` asks for it there; no recipe asks for one without a `format`.
 
     Attributes:
-        words: what its weights are called in a sentence.
+        words: what its weights are called in a sentence. symmetric: codes have no zero point.
         bits: what a weight may take. mixed: whether linears of one checkpoint may differ in bits and groups.
         group_size: its own, or null where a recipe chooses. one_group_size: all linears have the same then.
         methods: of choosing the codes, null for any. rounds_itself: the library does, and none of our methods.
@@ -51,6 +51,7 @@ class Scheme:
     kind: Kind = "int"
     format: str = "int"
     double_quantization: bool = False
+    symmetric: bool = True
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     mixed: bool = False
     group_size: int | None = None

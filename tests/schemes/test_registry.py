@@ -20,7 +20,8 @@ KERNELS = PACKAGE / "inference"
 
 def test_every_scheme_has_a_name_of_its_own() -> None:
     assert len({(scheme.storage, scheme.kind) for scheme in SCHEMES}) == len(SCHEMES)
-    asked = {(one.backend, one.format, one.double_quantization, one.kind, one.ends) for one in SCHEMES if one.format}
+    asked = {(one.backend, one.format, one.double_quantization, one.kind, one.symmetric, one.ends)
+             for one in SCHEMES if one.format}
     assert len(asked) == len([one for one in SCHEMES if one.format])
     assert all(scheme.loads for scheme in SCHEMES)
 

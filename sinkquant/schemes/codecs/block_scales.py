@@ -45,7 +45,7 @@ class BlockGrid:
         """codes: int8 or float8_e4m3fn [rows, columns]; scale: bytes, [rows, blocks]."""
         return BlockWeight(codes, scale, self.bits, whole=self.whole)
 
-    def nearest_(self, codes: torch.Tensor) -> torch.Tensor:
+    def nearest_(self, codes: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
         """Round to the nearest codes in place, halves to the even one, and what is too large to the largest.
 
         codes: float32, any shape.
@@ -65,7 +65,7 @@ class BlockGrid:
             value = scale.view(torch.float8_e4m3fn).float() / self.whole.to(scale.device)
         return value * 0.5 if self.bits == 4 else value
 
-    def storable(self, spread: torch.Tensor) -> torch.Tensor:
+    def storable(self, spread: torch.Tensor, now: torch.Tensor | None = None) -> torch.Tensor:
         """The bytes of the nearest scales. spread: positive float32, any shape."""
         value = spread * 2 if self.bits == 4 else spread
         if self.whole is None:

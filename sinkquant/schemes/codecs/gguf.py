@@ -1,4 +1,4 @@
-"""ggml's blocks, Q4_0 and Q8_0, and checkpoints that are one GGUF file."""
+"""ggml's blocks, Q4_0, Q4_1 and Q8_0, and checkpoints that are one GGUF file."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from sinkquant.models.gguf_index import FILE
 from sinkquant.models.gguf_tensors import in_models_order
 from sinkquant.models.shards import StoredTensor
 from sinkquant.schemes import WeightFormat, scheme_of
-from sinkquant.schemes.codecs.codec import Codec, Leaves, StoredWeight
+from sinkquant.schemes.codecs.codec import Codec, Leaves, Nearest, StoredWeight
 from sinkquant.schemes.codecs.files import LibraryFiles, kept_linears
 from sinkquant.schemes.codecs.gguf_writer import write_file
+from sinkquant.schemes.codecs.grid import Grid, IntegerGrid
 from sinkquant.schemes.codecs.packed import PackedWeight
 from sinkquant.schemes.codecs.rtn import RTN
+from sinkquant.schemes.codecs.zeros import NearestZeros, ZeroGrid, ZeroWeight
 from sinkquant.schemes.gguf import BACKEND
 from sinkquant.schemes.gguf.names import CODES
 from sinkquant.schemes.gguf.scheme import BLOCK, Blocks
@@ -27,40 +29,57 @@ from sinkquant.schemes.gguf.scheme import BLOCK, Blocks
 
 @dataclass(frozen=True)
 class GGMLCodec(Codec):
-    """A block is its scale in float16, then 32 codes: a byte each, or two to a byte with 8 added, the first 16 columns
-    in the low halves."""
+    """A block is its scale in float16, then 32 codes: a byte each, or two to a byte with 8 or the zero
+    point added, the first 16 columns in the low halves. Q4_1 has its least value behind the scale."""
 
     def leaves(self, weight: StoredWeight, form: WeightFormat, input_scale: torch.Tensor | None = None) -> Leaves:
-        """q4_0 or q8_0, uint8 [rows, bytes of a row]."""
+        """q4_0, q4_1 or q8_0, uint8 [rows, bytes of a row]."""
         assert isinstance(weight, PackedWeight)
-        rows, columns = weight.codes.shape
-        blocks = columns // BLOCK
-        codes = weight.codes.reshape(rows, blocks, BLOCK)
-        if form.bits == 4:
-            shifted = (codes + 8).to(torch.uint8)
-            octets = shifted[..., :BLOCK // 2] | shifted[..., BLOCK // 2:] << 4
+        if isinstance(weight, ZeroWeight):
+            codes, scale, zero = weight.stored()
+            numbers = [scale, (-scale.float() * zero).to(torch.float16)]  # exact: see zeros.py
         else:
-            octets = codes.contiguous().view(torch.uint8)
-        scales = weight.scale.to(torch.float16).repeat_interleave(blocks // weight.scale.shape[1], dim=1)
-        stored = torch.cat([scales.contiguous().view(torch.uint8).reshape(rows, blocks, 2), octets], dim=2)
-        return {f"q{form.bits}_0": stored.reshape(rows, -1)}
+            codes, numbers = weight.codes, [weight.scale.to(torch.float16)]
+            codes = (codes + 8).to(torch.uint8) if form.bits == 4 else codes.contiguous().view(torch.uint8)
+        rows, columns = codes.shape
+        blocks = columns // BLOCK
+        octets = codes.reshape(rows, blocks, BLOCK)
+        if form.bits == 4:
+            octets = octets[..., :BLOCK // 2] | octets[..., BLOCK // 2:] << 4
+        heads = [one.repeat_interleave(blocks // one.shape[1], dim=1).contiguous().view(torch.uint8).reshape(
+            rows, blocks, 2) for one in numbers]
+        return {self._kind(form): torch.cat([*heads, octets], dim=2).reshape(rows, -1)}
 
     def nearest(self, form: WeightFormat, scale_dtype: torch.dtype, scale_search: bool,
-                fused_scale: torch.Tensor | None = None) -> RTN:
+                fused_scale: torch.Tensor | None = None) -> Nearest:
         """To the nearest integer."""
+        if self._zeros(form):
+            return NearestZeros(ZeroGrid(form.bits, form.group_size or -1), scale_search)
         return RTN(form.bits, form.group_size or -1, scale_dtype, scale_search)
 
+    def grid(self, form: WeightFormat, scale_dtype: torch.dtype, fused_scale: torch.Tensor | None = None) -> Grid:
+        """Whole numbers; those of 4 bits from a zero point of the group on."""
+        return ZeroGrid(form.bits, form.group_size or -1) if self._zeros(form) else IntegerGrid(form.bits, scale_dtype)
+
     def decode(self, leaves: Leaves, form: WeightFormat, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """code * scale, [rows, columns] in `dtype`."""
+        """code * scale, and the least value added in Q4_1, [rows, columns] in `dtype`."""
         rows, columns = shape
-        stored = leaves[f"q{form.bits}_0"].reshape(rows, columns // BLOCK, -1)
+        stored = leaves[self._kind(form)].reshape(rows, columns // BLOCK, -1)
+        zeros = self._zeros(form)
         scales = stored[..., :2].contiguous().view(torch.float16).float()
-        octets = stored[..., 2:]
-        if form.bits == 4:
-            codes = torch.cat([octets & 15, octets >> 4], dim=2).to(torch.int8) - 8
-        else:
-            codes = octets.contiguous().view(torch.int8)
-        return (codes.float() * scales).reshape(rows, columns).to(dtype)
+        octets = stored[..., 4 if zeros else 2:]
+        if form.bits == 8:
+            return (octets.contiguous().view(torch.int8).float() * scales).reshape(rows, columns).to(dtype)
+        codes = torch.cat([octets & 15, octets >> 4], dim=2).float()
+        least = stored[..., 2:4].contiguous().view(torch.float16).float() if zeros else -8 * scales
+        return (codes * scales + least).reshape(rows, columns).to(dtype)
+
+    def _zeros(self, form: WeightFormat) -> bool:
+        return form.bits == 4 and not self.scheme.symmetric
+
+    def _kind(self, form: WeightFormat) -> str:
+        assert isinstance(self.scheme, Blocks)
+        return self.scheme.kind_of(form.bits)
 
 
 class GGUFFiles(LibraryFiles):

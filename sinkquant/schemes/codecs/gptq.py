@@ -15,12 +15,14 @@ from transformers import PreTrainedModel
 from sinkquant.artifacts import Plan
 from sinkquant.errors import RequestError
 from sinkquant.models.shards import StoredTensor
-from sinkquant.schemes import WeightFormat
-from sinkquant.schemes.codecs.codec import Codec, Leaves, StoredWeight
+from sinkquant.schemes import WeightFormat, scheme_of
+from sinkquant.schemes.codecs.codec import Codec, Leaves, Nearest, StoredWeight
 from sinkquant.schemes.codecs.files import LibraryFiles, kept_linears
+from sinkquant.schemes.codecs.grid import Grid
 from sinkquant.schemes.codecs.packed import PackedWeight
 from sinkquant.schemes.codecs.rtn import RTN
-from sinkquant.schemes.gptq import BACKEND, GPTQ
+from sinkquant.schemes.codecs.zeros import NearestZeros, ZeroGrid, ZeroWeight
+from sinkquant.schemes.gptq import BACKEND, GPTQ, LEAST_ZERO, ZEROS
 
 WORD = 32
 QWEIGHT = ".qweight"
@@ -28,7 +30,7 @@ QWEIGHT = ".qweight"
 
 @dataclass(frozen=True)
 class GPTQCodec(Codec):
-    """Writes symmetric codes, columns in their own order; reads zeros of any value, columns in any order of groups."""
+    """Writes columns in their own order; reads zeros of any value, columns in any order of groups."""
 
     def leaves(self, weight: StoredWeight, form: WeightFormat, input_scale: torch.Tensor | None = None) -> Leaves:
         """qweight int32 [columns * bits / 32, rows], qzeros int32 [groups, rows * bits / 32], scales float16
@@ -37,17 +39,26 @@ class GPTQCodec(Codec):
         assert isinstance(weight, PackedWeight)
         rows, columns = weight.codes.shape
         groups = weight.scale.shape[1]
-        middle = 2 ** (weight.bits - 1)
-        codes = (weight.codes.to(torch.int32) + middle).T.contiguous()
-        zeros = torch.full((rows, groups), middle - 1, dtype=torch.int32)
-        return {"qweight": _pack(codes, weight.bits), "qzeros": _pack(zeros, weight.bits).T.contiguous(),
-                "scales": weight.scale.T.contiguous(),
+        if isinstance(weight, ZeroWeight):
+            codes, scales, zeros = weight.stored()
+        else:
+            middle = 2 ** (weight.bits - 1)
+            codes, scales = weight.codes.to(torch.int32) + middle, weight.scale
+            zeros = torch.full((rows, groups), middle, dtype=torch.int32)
+        return {"qweight": _pack(codes.to(torch.int32).T.contiguous(), weight.bits),
+                "qzeros": _pack(zeros - 1, weight.bits).T.contiguous(), "scales": scales.T.contiguous(),
                 "g_idx": torch.arange(columns, dtype=torch.int32) // (columns // groups)}
 
     def nearest(self, form: WeightFormat, scale_dtype: torch.dtype, scale_search: bool,
-                fused_scale: torch.Tensor | None = None) -> RTN:
+                fused_scale: torch.Tensor | None = None) -> Nearest:
         """To the nearest integer."""
+        if not self.scheme.symmetric:
+            return NearestZeros(ZeroGrid(form.bits, form.group_size or -1, LEAST_ZERO), scale_search)
         return RTN(form.bits, form.group_size or -1, scale_dtype, scale_search)
+
+    def grid(self, form: WeightFormat, scale_dtype: torch.dtype, fused_scale: torch.Tensor | None = None) -> Grid:
+        """Whole numbers, from a zero point of the group on."""
+        return ZeroGrid(form.bits, form.group_size or -1, LEAST_ZERO)
 
     def decode(self, leaves: Leaves, form: WeightFormat, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """(code - zero) * scale, [rows, columns] in `dtype`."""
@@ -70,7 +81,8 @@ class GPTQFiles(LibraryFiles):
         ((bits, size),) = {(form.bits, form.group_size) for form in plan.formats.values()}
         kept = kept_linears(model, plan)
         found: dict[str, Any] = {
-            "quant_method": "gptq", "bits": bits, "group_size": size, "desc_act": False, "sym": True, "lm_head": False,
+            "quant_method": "gptq", "bits": bits, "group_size": size, "desc_act": False,
+            "sym": all(scheme_of(form).symmetric for form in plan.formats.values()), "lm_head": False,
             "checkpoint_format": "gptq", "damp_percent": plan.calibration.damping, "true_sequential": True,
             "dynamic": {f"-:^{re.escape(name)}$": {} for name in kept},
             "meta": {"quantizer": [f"sinkquant:{importlib.metadata.version('sinkquant')}"]}}
@@ -89,7 +101,9 @@ class GPTQFiles(LibraryFiles):
         if bits not in GPTQ.bits or settings.get("checkpoint_format", "gptq") != "gptq":
             raise RequestError(f"{folder} holds GPTQ weights of {bits} bits in the format "
                                f"{settings.get('checkpoint_format')}, which is not read here.")
-        return {key.removesuffix(QWEIGHT): WeightFormat(bits, int(settings.get("group_size", -1)), storage=GPTQ.storage)
+        zeros = settings.get("sym") is False and bits in ZEROS.bits
+        storage = ZEROS.storage if zeros else GPTQ.storage
+        return {key.removesuffix(QWEIGHT): WeightFormat(bits, int(settings.get("group_size", -1)), storage=storage)
                 for key in stored if key.endswith(QWEIGHT)}
 
 

@@ -18,14 +18,16 @@ class Grid(Protocol):
     def free_scales(self) -> bool:
         """Whether scales are so fine that those of a row are fitted together; coarse ones are one after the other."""
 
-    def nearest_(self, codes: torch.Tensor) -> torch.Tensor:
-        """Round to the nearest codes in place. codes: float32, any shape."""
+    def nearest_(self, codes: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """Round to the nearest codes in place. codes: float32, any shape; scale: theirs, as stored, for grids whose
+        numbers differ by group."""
 
     def spread(self, scale: torch.Tensor) -> torch.Tensor:
         """What codes are multiplied with, float32. scale: as stored, any shape."""
 
-    def storable(self, spread: torch.Tensor) -> torch.Tensor:
-        """The nearest scales that can be stored. spread: float32, any shape."""
+    def storable(self, spread: torch.Tensor, now: torch.Tensor | None = None) -> torch.Tensor:
+        """The nearest scales that can be stored. spread: float32, any shape; now: those that they take the place of,
+        for what else is stored with a scale."""
 
     def scales(self, weight: torch.Tensor, importance: torch.Tensor | None, search: bool) -> torch.Tensor:
         """The scales of weights, float32 [rows, columns of a group], as stored [rows, 1]: those that reach the largest,
@@ -47,7 +49,7 @@ class IntegerGrid:
         """They are."""
         return True
 
-    def nearest_(self, codes: torch.Tensor) -> torch.Tensor:
+    def nearest_(self, codes: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
         """Rounded and clamped."""
         return codes.round_().clamp_(-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1)
 
@@ -55,7 +57,7 @@ class IntegerGrid:
         """The scale itself."""
         return scale.float()
 
-    def storable(self, spread: torch.Tensor) -> torch.Tensor:
+    def storable(self, spread: torch.Tensor, now: torch.Tensor | None = None) -> torch.Tensor:
         """In 16 bits, not zero."""
         return storable(spread, self.bits, self.scale_dtype)
 

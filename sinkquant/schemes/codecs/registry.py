@@ -37,7 +37,8 @@ CODECS: tuple[Codec, ...] = (
     *(FourBitCodec(scheme, BitsAndBytesFiles()) for scheme in bitsandbytes.FOUR_BIT),
     LLMInt8Codec(bitsandbytes.LLM_INT8, BitsAndBytesFiles()),
     QuantoCodec(quanto.INTEGERS, QuantoFiles()), QuantoCodec(quanto.FLOAT8, QuantoFiles()),
-    GPTQCodec(gptq.GPTQ, GPTQFiles()), *(GGMLCodec(scheme, GGUFFiles()) for scheme in gguf.GGUF))
+    *(GPTQCodec(scheme, GPTQFiles()) for scheme in (gptq.GPTQ, gptq.ZEROS)),
+    *(GGMLCodec(scheme, GGUFFiles()) for scheme in gguf.GGUF))
 
 
 

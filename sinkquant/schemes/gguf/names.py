@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 ENDS = {EMBEDDING: "token_embd", "model.norm": "output_norm", HEAD: "output"}
-CODES = ("q4_0", "q8_0")
+CODES = ("q4_0", "q4_1", "q8_0")
 """What follows a module's name where its weight is packed: the block format."""
 _BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _FILE_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")

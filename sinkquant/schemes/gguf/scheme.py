@@ -1,4 +1,4 @@
-"""Weights in ggml's blocks of 32 with one scale each: Q4_0 and Q8_0, in a GGUF file."""
+"""Weights in ggml's blocks of 32 with one scale each: Q4_0, Q4_1 and Q8_0, in a GGUF file."""
 
 from __future__ import annotations
 
@@ -18,20 +18,26 @@ from sinkquant.schemes.weight_format import WeightFormat
 BACKEND = "gguf"
 BLOCK = 32
 """Weights that share a scale."""
-BLOCK_BYTES = {4: 18, 8: 34}
-"""Bits -> bytes of a block: the scale in float16, then the codes."""
+BLOCK_BYTES = {"q4_0": 18, "q4_1": 20, "q8_0": 34}
+"""Kind -> bytes of a block: the scale in float16, in Q4_1 the least value too, then the codes."""
 PLAIN_KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 ROPE = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
 class Blocks(Scheme):
-    """Symmetric codes and a float16 scale for every 32 columns; a larger group writes its scale as often as it has
-    blocks. Linears that are left alone keep their 16 bits, norms and biases take 32 as llama.cpp wants them."""
+    """Codes and a float16 scale for every 32 columns, of 4 bits with a zero point where not symmetric; a larger group
+    writes both as often as it has blocks. Linears that are left alone keep their 16 bits, norms and biases take 32 as
+    llama.cpp wants them."""
 
     def tensors(self, rows: int, columns: int, form: WeightFormat, dtype: str, expert: bool) -> dict[str, Tensor]:
         """The blocks of every row, as they stand in the file."""
-        return {f"q{form.bits}_0": ("uint8", [rows, columns // BLOCK * BLOCK_BYTES[form.bits]])}
+        kind = self.kind_of(form.bits)
+        return {kind: ("uint8", [rows, columns // BLOCK * BLOCK_BYTES[kind]])}
+
+    def kind_of(self, bits: int) -> str:
+        """ggml's kind of block, as a tensor's name ends with."""
+        return "q4_1" if bits == 4 and not self.symmetric else f"q{bits}_0"
 
     def scales(self, dtype: str, expert: bool) -> str:
         """float16 in any model."""
@@ -89,7 +95,7 @@ class Blocks(Scheme):
         module, _, leaf = source.rpartition(".")
         if leaf in CODES:
             rows, size = shape
-            return leaf.upper(), (rows, size // BLOCK_BYTES[int(leaf[1])] * BLOCK)
+            return leaf.upper(), (rows, size // BLOCK_BYTES[leaf] * BLOCK)
         if len(shape) < 2:
             return "F32", tuple(shape)
         if module in (EMBEDDING, HEAD) and self.ends != NO_ROUNDING:
@@ -97,15 +103,17 @@ class Blocks(Scheme):
         return PLAIN_KINDS[dtype], tuple(shape)
 
 
-def _blocks(ends: str) -> Blocks:
+def _blocks(ends: str, symmetric: bool) -> Blocks:
+    names = [BACKEND, *([] if symmetric else ["q4_1"]), *([] if ends == NO_ROUNDING else [ends])]
     return Blocks(
-        storage=BACKEND if ends == NO_ROUNDING else f"{BACKEND}-{ends}", backend=BACKEND,
-        words="blocks of a GGUF file", bits=(4, 8), mixed=True, integers=True, ends=ends,
-        packages=(("gguf", "gguf"),),
+        storage="-".join(names), backend=BACKEND, symmetric=symmetric,
+        words="blocks of a GGUF file" if symmetric else "blocks with zero points of a GGUF file", bits=(4, 8),
+        mixed=True, integers=symmetric, grid=not symmetric, ends=ends, packages=(("gguf", "gguf"),),
         loads=(Loads("llama.cpp", "any", "", "tried", "tests/engines"),
                Loads("transformers with gguf_file", "any", "5.0", "tried", "tests/schemes/gguf",
                      caveat="makes the weights dense; without the frequencies of Llama 3's kind of scaling"),
                Loads("sinkquant", "any", "0.1", "tried", "tests/schemes/gguf")))
 
 
-GGUF = tuple(_blocks(ends) for ends in (NO_ROUNDING, "f16", "bf16", "q8_0"))
+GGUF = tuple(_blocks(ends, symmetric) for symmetric in (True, False)
+             for ends in (NO_ROUNDING, "f16", "bf16", "q8_0"))

@@ -136,6 +136,23 @@ def test_from_disk_to_disk_with_other_ends(ends: str, text_file: Path, tmp_path:
         out / "model.gguf").read_bytes()
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_codes_with_zero_points_are_q4_1_and_what_the_gguf_package_makes_of_them(method: str, text_file: Path,
+                                                                                 tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "model", "llama", torch.bfloat16)
+    plan = plan_of(source, text_file, "weights.symmetric=false", f"weights.method={method}", "weights.group_size=32",
+                   "weights.overrides=[{pattern: '*.o_proj', bits: 8}]")
+    quantize_to(out := tmp_path / "out", open_model(source), plan, load_tokenizer(source))
+    assert (out / "model.gguf").stat().st_size == plan.weight_bytes
+    read = GGUFReader(out / "model.gguf").tensors
+    assert {one.tensor_type.name for one in read} == {"F32", "BF16", "Q4_1", "Q8_0"}
+    down = next(one for one in read if one.name == "blk.0.ffn_down.weight")
+    theirs = torch.from_numpy(dequantize(down.data, down.tensor_type).copy()).to(torch.bfloat16)
+    assert torch.equal(load(out)[0].model.layers[0].mlp.down_proj.weight, theirs)
+    again = AutoModelForCausalLM.from_pretrained(out, gguf_file="model.gguf", dtype=torch.bfloat16)
+    assert torch.equal(again.model.layers[0].mlp.down_proj.weight, theirs)
+
+
 def test_the_control_is_one_file_of_the_same_bytes(text_file: Path, tmp_path: Path) -> None:
     decoder = Decoder.of(open_model(folder_of(tmp_path / "model", "llama", num_hidden_layers=6)))
     shape, sink_map = decoder.shape("tiny"), sink_map_of(decoder, {"model.layers.3.mlp.down_proj": 0.9}, name="tiny")
