@@ -29,22 +29,28 @@ DENSE = 0
 """llama_ftype of a file whose matrices are float32."""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["true", "false"], ids=["q4_0", "q4_1"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model, a block with 8 bits among those with 4."""
     source, out = resolve("demo"), tmp_path_factory.mktemp("gguf") / "model"
     recipe = Recipe.load("gguf-q4-sink").replace(["weights.method=rtn",
+                                                  f"weights.symmetric={request.param}",
                                                   "weights.overrides=[{pattern: '*.2.*', bits: 8}]"])
     shape = Decoder.of(open_model(source)).shape("demo")
     quantize_to(out, open_model(source), make_plan(shape, nothing_found(shape), recipe), load_tokenizer(source))
     return out
 
 
-def test_the_same_tokens_and_the_same_log_probabilities(folder: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def library() -> Library:
+    """A process loads it once."""
+    return Library()
+
+
+def test_the_same_tokens_and_the_same_log_probabilities(folder: Path, library: Library, tmp_path: Path) -> None:
     model, tokenizer = load(folder, dtype=torch.float32)
     text = demo_text("evaluation").read_text(encoding="utf-8")[:2000]
     ids = tokenizer(text)["input_ids"]
-    library = Library()
     library.quantize(folder / "model.gguf", tmp_path / "dense.gguf", DENSE)
     with torch.no_grad():
         expected = model(torch.tensor([ids[:TOKENS]])).logits[0].log_softmax(-1).numpy()
