@@ -142,7 +142,7 @@ def test_later_assignments_win_and_the_recipe_itself_never_changes() -> None:
     ("weights.bits=null", "weights.bits"), ("weights.group_size=0", "weights.group_size"),
     ("weights.group_size=-2", "weights.group_size"), ("weights.damping=0", "weights.damping"),
     ("weights.damping=.nan", "weights.damping"), ("weights.damping=.inf", "weights.damping"),
-    ("weights.symmetric=false", "weights.symmetric"), ("weights.method=awk", "weights.method"),
+    ("weights.symmetric=3", "weights.symmetric"), ("weights.method=awk", "weights.method"),
     ("weights.overrides=[{pattern: a, bits: 12}]", "2 to 8 bits, or 16"),
     ("weights.overrides=[{pattern: a, bits: 4, group_size: 0}]", "group_size"),
     ("protect.bits=12", "2 to 8 bits, or 16"), ("protect.sink_weight=0.5", "protect.sink_weight"),
