@@ -4,6 +4,8 @@ whole model and perplexity on held-out rows.
     python evals/benchmarks/depth.py MODEL --sink-map FILE --choice FILE.json [--lines FILE.jsonl] [--rows 12]
                                      [--length 128] [--blocks 1 2 3 4 6] [--shares 0.05 0.1 0.2 0.3] [--bits 8 4 3]
                                      [--mixed 1 2 4] [--seeds 0 1] [--text FILE] [--heldout FILE]
+                                     [--tasks NAME ... --task-folder FOLDER --limit 100] [--checkpoints NAME=FOLDER ...]
+                                     [--mixed-heads 4:0.18] [--orders NAME ...]
 
 Blocks: "measured" drops those whose absence costs least, one after the other (`prune.blocks`, chosen on calibration
 text and kept in --choice), "influence" those that turn the residual stream least, "last" the deepest but the last one,
@@ -12,7 +14,9 @@ too" and "emerges" and "ends", which drop nothing else. Heads are silenced: "mix
 most tokens, "sink score" those that give them most attention, "norm" those with the smallest output weights, "random"
 drawn by a seed, "reading" drawn among those that read information. Bytes of heads are those of their queries and
 output columns, which no checkpoint saves unless all layers lose as many. Bits are groups of 64 rounded to nearest with
-searched scales; "mixed" is 4 bits after the blocks that "measured" drops.
+searched scales; "mixed" is so many bits after the blocks that "measured" drops, "BITS:BLOCKS" or blocks alone for 4
+bits, and --mixed-heads BITS:SHARE so many bits with that share of heads silenced besides.
+Checkpoints are what `quantize-model run` made. Tasks are lm-eval's, zero-shot, the first documents of each.
 """
 
 from __future__ import annotations
@@ -28,15 +32,18 @@ from typing import Any
 
 import torch
 from measure import Baseline, Line, Lines, held_out_texts, table
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import sinkquant as sq
 from sinkquant.artifacts import Plan, SinkMap
 from sinkquant.artifacts.blocks import BlockPlan
 from sinkquant.artifacts.heads import HeadRole
 from sinkquant.blocks import choose_blocks, drop_blocks
 from sinkquant.detect.roles import TOKENS, RoleTable, roles_of
+from sinkquant.evaluate.run import open_tasks, score_tasks
 from sinkquant.models import Decoder, Walk, head_columns, load_model, load_tokenizer, read_text, resolve, token_rows
 from sinkquant.models.shorter import shorter_model
+from sinkquant.models.text import starts_with_bos
 from sinkquant.policy import make_plan
 from sinkquant.policy.blocks import massive_blocks
 from sinkquant.quantize import quantize
@@ -56,6 +63,7 @@ class Bench:
     rows: torch.Tensor
     lines: Lines
     whole: int
+    tasks: Callable[[PreTrainedModel], dict[str, list[float]]] | None = None
 
     def measure(self, labels: dict[str, str], size: int, change: Callable[[], contextlib.AbstractContextManager[None]],
                 model: PreTrainedModel | None = None) -> None:
@@ -64,7 +72,8 @@ class Bench:
             return
         with change():
             found = self.base.compare(model or self.model, self.rows)
-        line = Line.of(labels, found, size=size)
+            scores = self.tasks(model or self.model) if self.tasks else None
+        line = Line.of(labels, found, size=size, scores=scores)
         self.lines.add(line)
         print(labels, size, sum(line.kl) / len(line.kl), flush=True)
 
@@ -146,6 +155,19 @@ def read_roles(bench: Bench, sink_map: SinkMap, calibration: torch.Tensor) -> li
     return roles_of(observer, 0, str)
 
 
+def task_scores(names: Sequence[str], folder: Path | None, tokenizer: PreTrainedTokenizerBase,
+                limit: int) -> Callable[[PreTrainedModel], dict[str, list[float]]]:
+    """A model -> task -> 1 for every document that it gets right, by "acc"."""
+    opened = open_tasks(names, None, folder)
+    bos = starts_with_bos(tokenizer, "auto")
+
+    def score(model: PreTrainedModel) -> dict[str, list[float]]:
+        found = score_tasks(model, tokenizer, opened, names, bos=bos, batch_size=8, limit=limit)
+        return {name: result.samples["acc"][0] for name, result in found.items()}
+
+    return score
+
+
 def rounded(bench: Bench, plan: Plan, kept: list[int] | None) -> PreTrainedModel:
     """The model, or a shorter one, rounded as a plan says."""
     model = load_model(bench.folder)
@@ -176,12 +198,18 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="*", default=[1, 2, 3, 4, 6])
     parser.add_argument("--shares", type=float, nargs="*", default=[0.05, 0.1, 0.2, 0.3])
     parser.add_argument("--bits", type=int, nargs="*", default=[8, 4, 3])
-    parser.add_argument("--mixed", type=int, nargs="*", default=[1, 2, 4])
+    parser.add_argument("--mixed", type=_mixture, nargs="*", default=[(4, 1), (4, 2), (4, 4)], metavar="[BITS:]BLOCKS")
+    parser.add_argument("--mixed-heads", type=_shares, nargs="*", default=[], metavar="BITS:SHARE")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
+    parser.add_argument("--orders", nargs="*", help="these orders of blocks and heads alone")
+    parser.add_argument("--checkpoints", nargs="*", default=[], metavar="NAME=FOLDER", help="of finished runs")
+    parser.add_argument("--tasks", nargs="*", default=[])
+    parser.add_argument("--task-folder", type=Path)
+    parser.add_argument("--limit", type=int, default=100)
     arguments = parser.parse_args()
     folder, sink_map = resolve(arguments.model), SinkMap.load(arguments.sink_map)
     tokenizer, stored = load_tokenizer(folder), load_model(folder)
-    count = max([*arguments.blocks, *arguments.mixed], default=0)
+    count = max([*arguments.blocks, *(blocks for _, blocks in arguments.mixed)], default=0)
     if not arguments.choice.is_file():
         chosen = choose_blocks(stored, tokenizer, sink_map, Recipe().changed(
             prune={"blocks": count}, calibration={"text": arguments.text}, detect={"rows": arguments.choice_rows}))
@@ -189,51 +217,77 @@ def main() -> None:
     choice = BlockPlan.model_validate_json(arguments.choice.read_text(encoding="utf-8"))
     ((_, rows),) = held_out_texts(arguments.heldout, tokenizer, arguments.rows, arguments.length).items()
     base, model = load_model(folder, torch.float32), load_model(folder, torch.float32)
-    bench = Bench(folder, Baseline(base), model, rows, Lines(arguments.lines), choice.whole_bytes)
+    tasks = task_scores(arguments.tasks, arguments.task_folder, tokenizer, arguments.limit) if arguments.tasks else None
+    bench = Bench(folder, Baseline(base), model, rows, Lines(arguments.lines), choice.whole_bytes, tasks)
+    if tasks:
+        bench.measure({"what": "whole", "by": "", "count": ""}, bench.whole, contextlib.nullcontext)
     sizes, every = block_bytes(stored), range(len(choice.costs))
     held = {block for block in massive_blocks(sink_map) if block is not None}
-    for name, order in block_orders(choice, held, len(sizes), arguments.seeds).items():
-        for number in arguments.blocks:
+    orders = block_orders(choice, held, len(sizes), arguments.seeds)
+    asked = arguments.orders
+    for name, order in orders.items():
+        for number in arguments.blocks if asked is None or name in asked else []:
             gone = order[:number]
             bench.measure({"what": "blocks", "by": name, "count": str(number)},
                           bench.whole - sum(sizes[block] for block in gone), partial(without_blocks, model, gone))
     for name, block in zip(("emerges", "ends"), massive_blocks(sink_map), strict=True):
-        if block is not None:
+        if block is not None and (asked is None or name in asked):
             bench.measure({"what": "blocks", "by": name, "count": "1"}, bench.whole - sizes[block],
                           partial(without_blocks, model, [block]))
-    for bits in arguments.bits:
-        asked = Recipe().replace([*ROUNDED, f"weights.bits={bits}"])
-        for number in [0, *(arguments.mixed if bits == 4 else [])]:
-            labels = {"what": "weights" if not number else "blocks and weights", "by": f"{bits} bits",
-                      "count": str(number or "")}
-            if bench.lines.has(labels):
-                continue
+    for bits, number in [*((bits, 0) for bits in arguments.bits), *arguments.mixed]:
+        labels = {"what": "weights" if not number else "blocks and weights", "by": f"{bits} bits",
+                  "count": str(number or "")}
+        if not bench.lines.has(labels):
             dropped = {one.block for one in choice.dropped[:number]}
             kept = [block for block in every if block not in dropped]
             shape = Decoder.of(shorter_model(stored, kept) if number else stored).shape("model")
             less = sink_map if not number else sink_map.model_copy(update={
                 "modules": {}, "model": sink_map.model.model_copy(update={
                     "layers": len(kept), "parameters": shape.parameters})})
-            plan = make_plan(shape, less, asked)
+            plan = make_plan(shape, less, Recipe().replace([*ROUNDED, f"weights.bits={bits}"]))
             made = rounded(bench, plan, kept if number else None)
             bench.measure(labels, plan.weight_bytes, contextlib.nullcontext, made)
+    for name, _, run in (one.partition("=") for one in arguments.checkpoints):
+        bench.measure({"what": "checkpoint", "by": name, "count": ""}, Plan.load(Path(run) / "plan.json").weight_bytes,
+                      contextlib.nullcontext, sq.load(Path(run) / "model", torch.float32)[0])
     content = read_text(arguments.text, "calibration", tokenizer)
     roles = read_roles(bench, sink_map, token_rows(tokenizer, content, 32, 64))
+    ranked = {name: places for name, places in head_orders(bench, sink_map, roles, arguments.seeds).items()
+              if asked is None or name in asked}
     heads = sum(map(len, roles))
-    for name, places in head_orders(bench, sink_map, roles, arguments.seeds).items():
+    for name, places in ranked.items():
         for share in arguments.shares:
             gone_heads = places[:round(share * heads)]
-            saved = sum(_head_bytes(stored, layer) for layer, _ in gone_heads)
+            saved = sum(_head_weights(stored, layer) for layer, _ in gone_heads) * stored.dtype.itemsize
             bench.measure({"what": "heads", "by": name, "count": f"{share:.0%}"}, bench.whole - saved,
                           partial(without_heads, model, gone_heads))
+    for bits, share in arguments.mixed_heads:
+        plan = make_plan(Decoder.of(stored).shape("model"), sink_map, Recipe().replace(
+            [*ROUNDED, f"weights.bits={bits}"]))
+        made = rounded(bench, plan, None)
+        for name, places in ranked.items():
+            gone_heads = places[:round(share * heads)]
+            saved = round(sum(_head_weights(stored, layer) for layer, _ in gone_heads) * (bits + 16 / 64) / 8)
+            bench.measure({"what": "heads and weights", "by": f"{bits} bits, {name}", "count": f"{share:.0%}"},
+                          plan.weight_bytes - saved, partial(without_heads, made, gone_heads), made)
     print(table(bench.lines.lines, ["what", "count"]))
 
 
-def _head_bytes(model: PreTrainedModel, layer: int) -> int:
+def _shares(text: str) -> tuple[int, float]:
+    bits, _, share = text.partition(":")
+    return int(bits), float(share)
+
+
+def _mixture(text: str) -> tuple[int, int]:
+    bits, _, blocks = text.rpartition(":")
+    return int(bits or 4), int(blocks)
+
+
+def _head_weights(model: PreTrainedModel, layer: int) -> int:
+    """Weights of a head's queries and output columns."""
     decoder = Decoder.of(model)
     name, parts = head_columns(decoder, layer)
-    width = parts[0].stop - parts[0].start
-    return 2 * width * decoder.weight(name).shape[0] * model.dtype.itemsize
+    return 2 * (parts[0].stop - parts[0].start) * decoder.weight(name).shape[0]
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ class Line:
         kl, loss, unquantized: nats per token, a number per row: KL divergence, cross-entropy of this and of the
             unquantized model.
         seconds: processor time of making it. size: bytes of its checkpoint. blocks: those of the blocks' tensors alone.
-            speed: tokens decoded per second of processor time. memory: at its peak while it was made, in MB. Null where
-            nobody asks.
+            speed: tokens decoded per second of processor time. memory: at its peak while it was made, in MB. scores:
+            task -> a number per document. Null where nobody asks.
     """
 
     labels: dict[str, str]
@@ -58,16 +58,17 @@ class Line:
     speed: float | None = None
     blocks: int | None = None
     memory: float | None = None
+    scores: dict[str, list[float]] | None = None
 
     @classmethod
     def of(cls, labels: dict[str, str], found: Divergence, seconds: float | None = None,
            size: int | None = None, speed: float | None = None, blocks: int | None = None,
-           memory: float | None = None) -> Line:
+           memory: float | None = None, scores: dict[str, list[float]] | None = None) -> Line:
         """A line of what was found, rounded as it is kept."""
         kl, loss, unquantized = ([float(f"{value:.6g}") for value in values]
                                  for values in (found.kl, found.other_loss, found.baseline_loss))
         return cls(labels, kl, loss, unquantized, None if seconds is None else round(seconds, 1), size,
-                   None if speed is None else round(speed, 1), blocks, memory)
+                   None if speed is None else round(speed, 1), blocks, memory, scores)
 
 
 def carry_out(folder: Path, base: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerBase,
@@ -202,15 +203,25 @@ def table(lines: Sequence[Line], same: Sequence[str], seed: int = 0) -> str:
     if not lines:
         return "Nothing was measured."
     shown = [name for name in EXTRA if any(getattr(line, name) is not None for line in lines)]
+    tasks = list(dict.fromkeys(task for line in lines for task in line.scores or ()))
     names = list(dict.fromkeys(name for line in lines for name in line.labels))
     head = [*names, "KL, nats", "95 % interval", "less than the first of its kind", "95 % interval", "perplexity",
-            "more than unquantized, 95 % interval", *(EXTRA[name][0] for name in shown)]
+            "more than unquantized, 95 % interval", *(EXTRA[name][0] for name in shown), *tasks]
     rows = [head, ["---"] * len(names) + ["---:"] * (len(head) - len(names))]
     first: dict[tuple[str, ...], Line] = {}
     for line in lines:
         known = first.setdefault(tuple(line.labels.get(name, "") for name in same), line)
-        rows.append([line.labels.get(name, "") for name in names] + _cells(line, known, shown, seed))
+        rows.append([line.labels.get(name, "") for name in names] + _cells(line, known, shown, seed)
+                    + [_score((line.scores or {}).get(task)) for task in tasks])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def _score(values: list[float] | None) -> str:
+    """Mean and standard error of a task in percent."""
+    if not values:
+        return ""
+    found = torch.tensor(values, dtype=torch.float64)
+    return f"{100 * found.mean():.1f} ± {100 * found.std() / len(values) ** 0.5:.1f}"
 
 
 def _cells(line: Line, first: Line, shown: list[str], seed: int) -> list[str]:
