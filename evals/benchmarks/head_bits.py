@@ -7,10 +7,11 @@ unquantized model on held-out rows, against the same bytes given to heads that a
 
 "LOW:HIGH": all KV heads have LOW bits, and a share of them HIGH. The cache: keys and values of a KV head. Weights: the
 rows of the key, value and query projections of a KV head and the columns of the output projection that its queries
-write, rounded to nearest with searched scales; everything else stays as it is. No checkpoint holds two numbers of bits in one module, so that this is what such a format would be worth. A KV head is ranked by the mean over
-its query heads: "reading" raises those that rest on the sinks at the fewest tokens (`head_roles` of the sink map),
-"resting" those that rest at most, "loss" (cache alone) those whose LOW bits lose most one at a time on calibration
-rows, "random" drawn by a seed.
+write, rounded to nearest with searched scales; everything else stays as it is. No checkpoint holds two numbers of bits
+in one module, so that this is what such a format would be worth. A KV head is ranked by the mean over its query heads:
+"reading" raises those that rest on the sinks at the fewest tokens (`head_roles` of the sink map), "resting" those that
+rest at most, "loss" (cache alone) those whose LOW bits lose most one at a time on calibration rows, "random" drawn by a
+seed.
 """
 
 from __future__ import annotations
