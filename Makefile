@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test check docs engines wheel clean
+.PHONY: demo test check docs docs-commands engines wheel clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +52,10 @@ $(SITE)/ready: pyproject.toml
 # The documentation as a site in out/site; a link that leads nowhere fails. It needs nothing of the package.
 docs: $(SITE)/ready
 	$(SITE)/bin/mkdocs build --quiet --strict
+
+# README and the guides, command by command on the bundled model; the tests run them on a smaller one.
+docs-commands: $(VENV)/ready
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(VENV)/bin/python -W ignore tests/documented.py demo
 
 wheel: $(VENV)/ready
 	$(VENV)/bin/python -m build --wheel

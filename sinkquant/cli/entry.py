@@ -56,8 +56,8 @@ def main() -> None:
         if "--traceback" in sys.argv:
             raise
         reason = " ".join(str(error).split()) or "no reason was given"
-        code = _fail(_with_notes(f"unexpected {type(error).__name__}: {reason[:300]} (run with --traceback for all of "
-                                 "it).", error), 1)
+        code = _fail(_with_notes(f"unexpected {type(error).__name__}: {reason[:300]} (run quantize-model --traceback "
+                                 "... for all of it).", error), 1)
     sys.exit(code or 0)
 
 

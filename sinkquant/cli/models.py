@@ -28,6 +28,7 @@ from sinkquant.cli.parts import (
 from sinkquant.cli.show import show_sink_map
 from sinkquant.errors import RequestError
 from sinkquant.models import resolve
+from sinkquant.models.folder import inside_run
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe
 
 
@@ -36,7 +37,7 @@ def detect(model: ModelArgument, text: TextOption = None, assignments: SetOption
            output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the sink map here.")] = None,
            trust_remote_code: TrustOption = False) -> None:
     """Find sink tokens, heads, channels and super weights."""
-    sink_map = find_sinks(model, text, Recipe().replace(assignments or []), trust_remote_code)
+    sink_map = find_sinks(inside_run(model), text, Recipe().replace(assignments or []), trust_remote_code)
     if output:
         sink_map.save(output)
     if json:
@@ -58,9 +59,9 @@ def diagnose(models: Annotated[list[str], typer.Argument(help="A model folder, a
     recipe = Recipe().replace(assignments or [])
     if len(models) > 1 and (output or against or sink_map or depth_plot):
         raise RequestError("-o, --against, --sink-map and --depth-plot are for one model; name one.")
-    folders = [resolve(model) for model in models]
+    folders = [resolve(inside_run(model)) for model in models]
     known = SinkMap.load(sink_map) if sink_map else None
-    other = resolve(_checkpoint_of(against)) if against else None
+    other = resolve(inside_run(against)) if against else None
     from sinkquant.cli.tables.diagnosis import scale_table, tables
     from sinkquant.diagnose import diagnose as examine
     from sinkquant.formats import load_dense
@@ -92,11 +93,6 @@ def diagnose(models: Annotated[list[str], typer.Argument(help="A model folder, a
             paragraph(f"Note: {note}")
     if len(found) > 1:
         table(scale_table(found))
-
-
-def _checkpoint_of(place: str) -> str:
-    """The checkpoint inside a run's folder, or what was named."""
-    return f"{place}/model" if Path(place, "model", "config.json").is_file() else place
 
 
 def cut(model: ModelArgument,
@@ -143,8 +139,8 @@ def imatrix(model: ModelArgument,
 
 
 def doctor(model: ModelArgument, text: TextOption = None, trust_remote_code: TrustOption = False) -> None:
-    """Audit the tokenization, and say what of a model is supported."""
-    folder = resolve(model)
+    """Audit the tokenization, and say what of a model is supported. A run's folder stands for its checkpoint."""
+    folder = resolve(inside_run(model))
     from sinkquant.doctor import examine
     from sinkquant.models import load_tokenizer, open_model
 

@@ -15,12 +15,9 @@ from sinkquant.artifacts import KVCachePlan, SinkMap
 from sinkquant.errors import RequestError
 from sinkquant.formats import read_checkpoint
 from sinkquant.models import resolve
-from sinkquant.models.folder import read_settings
+from sinkquant.models.folder import RUN_MODEL, inside_run, read_settings
 from sinkquant.models.gguf import PLAIN, SUFFIX, gguf_in
 from sinkquant.run.candidates import loader, weight_bytes
-
-MODEL = "model"
-"""The checkpoint's folder inside a run's folder."""
 
 
 @dataclass(frozen=True)
@@ -57,23 +54,16 @@ def open_checkpoints(named: Sequence[str]) -> list[Checkpoint]:
     Raises:
         RequestError: one of them is none, or is named twice.
     """
-    places = [_inside(one) for one in named]
+    places = [inside_run(one) for one in named]
     twice = next((one for one in places if places.count(one) > 1), None)
     if twice is not None:
         raise RequestError(f"{twice} is named twice; name every checkpoint once.")
     return [_opened(one, place, name) for one, place, name in zip(named, places, _short_names(places), strict=True)]
 
 
-def _inside(name: str) -> str:
-    """The checkpoint inside a run's folder, or what was named."""
-    path = Path(name)
-    return str(path / MODEL) if (path / MODEL / "config.json").is_file() and not (path / "config.json").is_file() \
-        else name.rstrip("/") or name
-
-
 def _short_names(places: Sequence[str]) -> list[str]:
     """The last part of every path, or as many parts as tell them apart."""
-    parts = [[part for part in Path(place).parts if part != MODEL] or [place] for place in places]
+    parts = [[part for part in Path(place).parts if part != RUN_MODEL] or [place] for place in places]
     for count in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(part[-count:]) for part in parts]
         if len(set(names)) == len(names):

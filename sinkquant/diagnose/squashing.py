@@ -95,7 +95,8 @@ def jacobian_norms(decoder: Decoder, row: torch.Tensor) -> torch.Tensor:
     if len(row) > JACOBIAN_LENGTH or size > JACOBIAN_PARAMETERS:
         raise RequestError(f"exact Jacobians are for models of at most {JACOBIAN_PARAMETERS:,} parameters and rows of "
                            f"at most {JACOBIAN_LENGTH} tokens.")
-    twin = Decoder.of(copy.deepcopy(decoder.model).float().eval().requires_grad_(False))
+    # As any module does it: transformers refuses `.float()` of a model that came out of a quantized checkpoint.
+    twin = Decoder.of(torch.nn.Module.float(copy.deepcopy(decoder.model)).eval().requires_grad_(False))
     kept: dict[str, torch.Tensor] = {}
 
     def enter(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import SinkMap
 from sinkquant.artifacts.explanation import Cause, Verified
+from sinkquant.cache import make_prefix, prepare
 from sinkquant.errors import RequestError
 from sinkquant.explain.probe import Probe
 from sinkquant.models import Decoder
 from sinkquant.policy import make_plan
-from sinkquant.quantize import quantize
+from sinkquant.quantize import quantize, state_of
 from sinkquant.recipe import Recipe
 
 
@@ -32,7 +34,11 @@ def verified(cause: Cause, recipe: Recipe, fresh: Callable[[], PreTrainedModel],
         quantize(model, plan, tokenizer)
     except RequestError as error:
         return cause.model_copy(update={"advice": f"{cause.advice} (the change was refused: {error})"})
-    now = probe.loss(model)
+    cache = plan.kv_cache
+    if cache is not None:
+        prefix = make_prefix(probe.original, cache.prefix) if cache.prefix else None
+        prepare(model, prefix, state_of(model).bases)
+    now = (probe if cache == probe.kv else replace(probe, kv=cache)).loss(model)
     return cause.model_copy(update={"verified": Verified(kl=now, removes=1 - now / loss)})
 
 

@@ -22,6 +22,15 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 DEQUANTIZED = ("fp8", "mxfp4")
 """Ways that models are published in alone: their weights are made dense."""
+RUN_MODEL = "model"
+"""The checkpoint's folder inside a run's folder."""
+
+
+def inside_run(name: str) -> str:
+    """The checkpoint inside a run's folder, or what was named."""
+    path = Path(name)
+    one = path / RUN_MODEL / "config.json"
+    return str(one.parent) if one.is_file() and not (path / "config.json").is_file() else name.rstrip("/") or name
 
 
 def resolve(model: str) -> Path:

@@ -94,6 +94,17 @@ def test_doctor(tiny_folder, text_file):
     assert "Support" in outcome.out
 
 
+def test_a_runs_folder_stands_for_its_checkpoint(tmp_path, tiny_folder, text_file):
+    """To whatever looks at a model; its weights are quantized, which the doctor says."""
+    assert call("run", "--model", tiny_folder, "--output", tmp_path / "run", *settings(
+        text_file, "weights.method=rtn", "evaluate.skip=true")).code == 0
+    outcome = call("doctor", tmp_path / "run", "--text", text_file)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "quantized" in outcome.out
+    assert call("detect", tmp_path / "run", "--text", text_file, "--set", "detect.rows=4", "--set",
+                "detect.long_rows=0", "--set", "detect.super_weights=false").code == 0
+
+
 def test_plan_only_stops_before_quantizing(tmp_path, tiny_folder, text_file):
     outcome = call("run", "--model", tiny_folder, "--output", tmp_path / "out", "--plan-only", *settings(text_file))
     assert outcome.code == 0

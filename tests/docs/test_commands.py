@@ -1,7 +1,7 @@
 """Every command of the documentation is one that the command line takes, with recipe keys that there are.
 
-README's commands are run in tests/test_public_face.py; those of the guides need larger models, or are run by the tests
-of their commands."""
+README's commands are run in tests/test_public_face.py, those of the guides in tests/docs/test_guides.py; those of the
+results are of larger models."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from documented import PROGRAM, lines_of
 from typer.main import get_command
 
 from sinkquant.cli import app
@@ -20,19 +21,9 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("evals/results/*.md")])
 SCRIPTS = "\n".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("evals/**/*.py")))
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-PROGRAM = re.compile(r"^(?:quantize-model|torchrun .*-m sinkquant\.cli) ")
 
 
-def commands(page: Path) -> list[str]:
-    """The lines of code of a page, continued ones as one, without comments; what is optional is taken."""
-    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    blocks += re.findall(r"^ {4,}[^\n]*", text, flags=re.MULTILINE)
-    lines = [re.sub(r"\s+# .*", "", line.strip()) for block in blocks for line in block.splitlines()]
-    return list(dict.fromkeys(re.sub(r"\[(--?\w[^\]]*)\]", r"\1", line) for line in lines))
-
-
-ALL = [(page.relative_to(ROOT).as_posix(), line) for page in PAGES for line in commands(page)]
+ALL = [(page.relative_to(ROOT).as_posix(), line) for page in PAGES for line in lines_of(page)]
 OURS = [(page, line) for page, line in ALL if PROGRAM.match(line) and not line.endswith("...")]
 
 
