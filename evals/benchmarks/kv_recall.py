@@ -8,8 +8,8 @@ prompt up to there is read in one pass, what follows token by token through the 
 of whose number every token is the likeliest; "loss" its mean negative log-likelihood in nats per token. All caches see
 the same prompts. Bits are counted alike: codes, scales, zeros, windows and unfinished blocks over all numbers of the
 prompt. "ours" is as small as it gets: groups of 64, scales of 8 bits, a window of 8 tokens. KIVI and Hadamard are this
-package's cache with no token exact, groups of 32, scales in float16 and a window of 32. quanto and hqq are transformers' own, where
-installed. Lines that are in FILE already are not measured again.
+package's cache with no token exact, groups of 32, scales in float16 and a window of 32. quanto and hqq are
+transformers' own, where installed. Lines that are in FILE already are not measured again.
 """
 
 from __future__ import annotations
