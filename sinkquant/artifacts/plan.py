@@ -13,6 +13,7 @@ from sinkquant.artifacts.blocks import BlockPlan
 from sinkquant.artifacts.ends import EndDecision
 from sinkquant.artifacts.heads import SilencedHead
 from sinkquant.artifacts.kv import KVCachePlan
+from sinkquant.artifacts.kv_scheme import KVScheme
 from sinkquant.artifacts.pruning import Pruning
 from sinkquant.artifacts.sinkmap import SinkMap
 from sinkquant.methods import AnyMethod, need_hessian, need_unquantized_inputs
@@ -162,7 +163,8 @@ class Plan(Artifact):
     `silenced_heads` are query heads that nothing reads any more; their weights stay where they are. `blocks` says which
     blocks of the whole model were dropped before, null for none; names of modules are those of the shorter model.
     `ends`: how the token embedding and the output head are stored, by module name; those that are missing stay as they
-    are. `losses` are the parts of the predicted loss, empty where nothing was known of it.
+    are. `kv_scheme`: what other engines hold the KV cache in, null for 16 bits. `losses` are the parts of the predicted
+    loss, empty where nothing was known of it.
     """
 
     SCHEMA: ClassVar[str] = "sinkquant/plan@1"
@@ -179,6 +181,7 @@ class Plan(Artifact):
     blocks: BlockPlan | None = None
     ends: dict[str, EndDecision] = Field(default_factory=dict)
     kv_cache: KVCachePlan | None = None
+    kv_scheme: KVScheme | None = None
     calibration: Calibration
     seed: int
     predicted: dict[str, float]

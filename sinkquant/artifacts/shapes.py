@@ -69,7 +69,8 @@ class ModelShape(Strict):
     adds to `tensors`. `not_loaded_from`: backends whose checkpoints transformers loads into other experts than the
     model's own, which have tensors of other names (Llama 4). `carried`: tensors of its folder that the model does not
     compute with and a checkpoint takes along; `ends`: the token embedding and the output head by module name, where
-    they are an embedding and a linear; `folder`: where its files lie, null for a model made in memory; `notes`:
+    they are an embedding and a linear; `attentions`: module name of every attention that has a place for scales of its
+    keys and values -> its KV heads; `folder`: where its files lie, null for a model made in memory; `notes`:
     what a plan has to say about its files.
     """
 
@@ -85,6 +86,7 @@ class ModelShape(Strict):
     not_loaded_from: list[str] = Field(default_factory=list)
     carried: dict[str, tuple[str, list[int]]] = Field(default_factory=dict)
     ends: dict[str, EndShape] = Field(default_factory=dict)
+    attentions: dict[str, int] = Field(default_factory=dict)
     folder: str | None = None
     notes: list[str] = Field(default_factory=list)
 

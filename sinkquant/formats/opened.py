@@ -26,7 +26,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_readable(path: Path, settings: dict[str, Any]) -> None:
-    """Dense weights and rounded inputs show neither quantized outputs nor a quantized cache.
+    """Dense weights and rounded inputs show no quantized outputs. Keys and values in FP8 are rounded by the hooks of
+    compressed-tensors, which stay.
 
     Args:
         settings: the `quantization_config` of config.json.
@@ -46,9 +47,11 @@ def check_readable(path: Path, settings: dict[str, Any]) -> None:
         if inputs.get("strategy") not in (None, "token", "tensor") and not in_blocks(inputs):
             raise RequestError(f"{path} quantizes activations by {inputs['strategy']} (its {name}), which is not read "
                                "here; load it with transformers.")
-    if settings.get("kv_cache_scheme"):
-        raise RequestError(f"{path} quantizes its KV cache, which dense weights cannot show; "
-                           "load it with transformers.")
+    cache = settings.get("kv_cache_scheme")
+    if cache and (cache.get("type") != "float" or cache.get("dynamic") or cache.get("strategy") not in (
+            "tensor", "attn_head")):
+        raise RequestError(f"{path} quantizes its KV cache in another way than FP8 with stored scales, which is not "
+                           "read here; load it with transformers.")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan, SinkMap
 from sinkquant.artifacts.ends import end_tensors, with_ends
+from sinkquant.artifacts.kv_scheme import kv_scale_tensors, with_kv_scales
 from sinkquant.artifacts.sizes import GUARD, checkpoint_tensors, own_format, packed_tensors
 from sinkquant.cache import save_bases
 from sinkquant.errors import SinkquantError
@@ -63,6 +64,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
         carry(temporary, model, tokenizer)
         writer = open_writer(temporary, model, state.plan)
         copy_dense(writer, Decoder.of(model), state.plan)
+        for name, scale in state.kv_scales.items():
+            writer.write(name, scale)
         for name, rows in state.ends.items():
             write_end(writer, Decoder.of(model), state.plan, name, rows)
         for name, weight in state.weights.items():
@@ -78,7 +81,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
 
 def open_writer(folder: Path, model: PreTrainedModel, plan: Plan) -> CheckpointWriter:
     """The weight files of a plan's checkpoint, ready to be written."""
-    shape = with_ends(Decoder.of(model).shape(""), plan.ends)
+    shape = with_kv_scales(with_ends(Decoder.of(model).shape(""), plan.ends), plan.kv_scheme)
     return CheckpointWriter(folder, checkpoint_tensors(shape, plan.formats))
 
 
@@ -88,6 +91,7 @@ def copy_dense(writer: CheckpointWriter, decoder: Decoder, plan: Plan) -> None:
     packed = {key for name, form in plan.formats.items() for key in packed_tensors(
         name, shape.linears[name].rows, shape.linears[name].columns, form, shape.dtype)}
     packed |= {key for name, end in plan.ends.items() for key in end_tensors(shape, name, end.form, end.shares)}
+    packed |= kv_scale_tensors(shape, plan.kv_scheme).keys()
     unused = unused_of(decoder.model)
     for name in unused.carried:
         for start, rows in unused.pieces(name):

@@ -42,6 +42,7 @@ from sinkquant.models.source import runs_own_code
 from sinkquant.quantize import PackedWeight, QuantizedBlock, check, distilled, quantized_blocks, teacher_targets
 from sinkquant.quantize.bases import cache_bases
 from sinkquant.quantize.ends import end_rows, untie
+from sinkquant.quantize.kv_scheme import kv_scales
 from sinkquant.quantize.ranks import join, leave, tell
 from sinkquant.quantize.transforms import rotate
 from sinkquant.recipe import Recipe
@@ -93,6 +94,8 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
             done, scales = 0, {}
             _remember(partial, done, {}, scales, {})
         if done is None:
+            for name, scale in kv_scales(decoder, plan, tokenizer, device, dtype, store).items():
+                writer.write(name, scale)
             _write_ends(writer, decoder, plan)
         _read_ends(partial, decoder, plan)
         tell({"folder": str(folder), "plan": plan.to_json(), "done": done or 0, "device": device, "dtype": dtype,

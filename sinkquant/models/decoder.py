@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -182,8 +183,17 @@ class Decoder:
                           dtype=str(self.model.dtype).removeprefix("torch."), linears=linears, tensors=tensors,
                           kv_layers=kv_layers(self.model.config), not_rotated=cannot,
                           untied=self._untied(structure), not_loaded_from=not_loaded_from(self.model),
-                          carried=carried, ends=self._ends(tensors), folder=None if folder is None else str(folder),
+                          carried=carried, ends=self._ends(tensors),
+                          attentions=self._attentions(), folder=None if folder is None else str(folder),
                           notes=[*source_notes(folder), *unused.notes()])
+
+    def _attentions(self) -> dict[str, int]:
+        """Attentions whose keys and values compressed-tensors rounds, with their KV heads."""
+        config = self.model.config.get_text_config(decoder=True)
+        heads = int(getattr(config, "num_key_value_heads", None) or 0)
+        inside = tuple(f"{name}." for name in self.block_names)
+        return {name: heads for name, module in self.model.named_modules()
+                if heads and name.startswith(inside) and is_cached_attention_module(module)}
 
     def _ends(self, tensors: Mapping[str, object]) -> dict[str, EndShape]:
         """The token embedding and the output head. tensors: of the unquantized checkpoint, by name."""

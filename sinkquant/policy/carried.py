@@ -10,6 +10,7 @@ from sinkquant.artifacts import ModelShape
 from sinkquant.errors import RequestError
 from sinkquant.methods import UNTOUCHED
 from sinkquant.policy.ends import check_ends
+from sinkquant.policy.kv_scheme import check_kv_scheme
 from sinkquant.policy.rules import Draft
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import DEFAULT_BACKEND, Scheme, scheme_of
@@ -55,6 +56,7 @@ def check_recipe(recipe: Recipe) -> None:
     """
     scheme, weights, protect, backend = scheme_for(recipe), recipe.weights, recipe.protect, recipe.backend
     check_ends(recipe)
+    check_kv_scheme(recipe)
     if not scheme.foreign:
         _check_own(recipe, scheme)
         return

@@ -55,6 +55,8 @@ def accept_edited(plan: Plan, shape: ModelShape) -> Plan:
     counted = _finish(plan.name, choices, shape, recipe, plan.calibration.sinks,
                       plan.calibration.statistics, plan.transforms)
     check_counted(plan, counted)
+    if plan.kv_scheme != counted.kv_scheme:
+        raise RequestError("the plan's kv_scheme is not that of its recipe; edit recipe.kv_cache_scheme too.")
     counted = keep_pruning(counted, plan, shape)
     counted = counted.model_copy(update={"calibration": plan.calibration, "kv_cache": accept_kv(plan.kv_cache, shape),
                                          "silenced_heads": accept_heads(plan, shape), "seed": plan.seed,

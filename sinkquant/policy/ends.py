@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from sinkquant.artifacts import EndShape, ModelShape, Plan
 from sinkquant.artifacts.ends import EndDecision, end_bytes, with_ends
+from sinkquant.artifacts.kv_scheme import with_kv_scales
 from sinkquant.errors import RequestError
+from sinkquant.policy.kv_scheme import make_kv_scheme
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import DEFAULT_BACKEND, WeightFormat
 from sinkquant.schemes.inputs import NO_ROUNDING
@@ -73,10 +75,11 @@ def choose_ends(shape: ModelShape, recipe: Recipe, untied: bool) -> dict[str, En
 
 
 def sized(shape: ModelShape, recipe: Recipe) -> ModelShape:
-    """The shape with the tensors that the recipe leaves of the embedding and the head, for a count of bytes."""
+    """The shape with the tensors that the recipe leaves of the embedding and the head and the scales of its KV cache,
+    for a count of bytes."""
     untied = recipe.weights.rotate == "full" and bool(shape.untied)
     rotated = shape.model_copy(update={"tensors": shape.tensors | shape.untied}) if untied else shape
-    return with_ends(rotated, choose_ends(shape, recipe, untied))
+    return with_kv_scales(with_ends(rotated, choose_ends(shape, recipe, untied)), make_kv_scheme(shape, recipe))
 
 
 def asked_of_edited(plan: Plan, recipe: Recipe, shape: ModelShape) -> Recipe:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sinkquant.artifacts import LinearShape, ModelShape, Plan
+from sinkquant.artifacts.kv_scheme import engines_with_kv_scales
 from sinkquant.artifacts.sizes import own_format
 from sinkquant.errors import RequestError
 from sinkquant.schemes import INTEGERS, Scheme, WeightFormat, scheme_of
@@ -54,6 +55,8 @@ def require_engine(engine: str, plan: Plan, shape: ModelShape) -> None:
     if plan.kv_cache is not None:
         raise RequestError(f"{engine} keeps its KV cache in 16 bits and knows no prefix of sinkquant's; set "
                            f"kv_cache=null, {otherwise}.")
+    if not engines_with_kv_scales([engine], plan.kv_scheme):
+        raise RequestError(f"{engine} reads no kv_cache_scheme; set it to null, {otherwise}.")
     formats = plan.stored
     if own_format(shape, plan.formats):
         raise RequestError(f"{engine} does not load columns beside the codes, nor weights that a model stores "

@@ -19,6 +19,7 @@ from sinkquant.artifacts import (
 from sinkquant.artifacts.distill import check_distill
 from sinkquant.artifacts.ends import EndDecision, with_ends
 from sinkquant.artifacts.experts import TUNE_AND_EXPERTS, require_loadable
+from sinkquant.artifacts.kv_scheme import engines_with_kv_scales, with_kv_scales
 from sinkquant.artifacts.plan import Statistics
 from sinkquant.artifacts.sizes import checkpoint_bytes, own_format
 from sinkquant.errors import RequestError
@@ -40,6 +41,8 @@ from sinkquant.policy.explain import explained
 from sinkquant.policy.heads import with_silenced_heads, with_small_heads
 from sinkquant.policy.kv_budget import spent_by_loss
 from sinkquant.policy.kv_cache import make_kv_control, make_kv_plan
+from sinkquant.policy.kv_scheme import OWN_FORMAT as NO_KV_SCHEME
+from sinkquant.policy.kv_scheme import make_kv_scheme
 from sinkquant.policy.pruning import with_pruning
 from sinkquant.policy.rules import Draft, affected, base_choices, check_group_sizes, protect
 from sinkquant.policy.sharing import share_formats
@@ -203,7 +206,10 @@ def _finish(name: str, choices: dict[str, Draft], shape: ModelShape, recipe: Rec
     ends = choose_ends(shape, recipe, len(after.tensors) > len(shape.tensors))
     if own and ends:
         raise RequestError(OWN_FORMAT)
-    total = checkpoint_bytes(with_ends(after, ends), formats)
+    kv_scheme = make_kv_scheme(shape, recipe)
+    if own and kv_scheme is not None:
+        raise RequestError(NO_KV_SCHEME)
+    total = checkpoint_bytes(with_kv_scales(with_ends(after, ends), kv_scheme), formats)
     unquantized = checkpoint_bytes(shape, {})
     weights = sum(linear.parameters for linear in shape.linears.values())
     modules = {
@@ -225,7 +231,9 @@ def _finish(name: str, choices: dict[str, Draft], shape: ModelShape, recipe: Rec
             descent=recipe.weights.descent, tune=recipe.weights.tune, distill=recipe.weights.distill,
             statistics=statistics, min_expert_tokens=settings.min_expert_tokens),
         predicted={"weight_bytes": float(total), "size_ratio": total / unquantized},
-        loads_in=loads_in(shape, formats | {module: end.form for module, end in ends.items()}, own), ends=ends,
+        loads_in=engines_with_kv_scales(
+            loads_in(shape, formats | {module: end.form for module, end in ends.items()}, own), kv_scheme),
+        ends=ends, kv_scheme=kv_scheme,
         notes=[*shape.notes, *simulated_notes(choices), *notes(choices.values(), recipe), *end_notes(shape, ends)])
 
 

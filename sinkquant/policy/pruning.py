@@ -67,7 +67,7 @@ def pruning_alone(plan: Plan, shape: ModelShape) -> Plan:
         "bytes": module_bytes(shape, name, left)}) for name, decision in plan.modules.items()}
     weights = sum(linear.parameters for linear in shape.linears.values())
     return plan.model_copy(update={
-        "modules": modules, "ends": {}, "kv_cache": None, "weight_bytes": plan.unquantized_bytes,
+        "modules": modules, "ends": {}, "kv_cache": None, "kv_scheme": None, "weight_bytes": plan.unquantized_bytes,
         "bits_per_weight": 8 * sum(decision.bytes for decision in modules.values()) / weights,
         "calibration": plan.calibration.model_copy(update={"tune": 0, "distill": 0})})
 

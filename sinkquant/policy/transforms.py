@@ -22,7 +22,8 @@ def choose_transforms(choices: dict[str, Draft], shape: ModelShape, recipe: Reci
     if recipe.weights.rotate != "none":
         transforms.append(Transform(name="rotate", scope=recipe.weights.rotate))
     # A prefix comes from the unquantized model: values that it has to fit are left as they are.
-    values = kv_cache is None or not kv_cache.prefix
+    # So do scales of an FP8 cache, which are of the unquantized model's values.
+    values = (kv_cache is None or not kv_cache.prefix) and recipe.kv_cache_scheme is None
     if recipe.weights.smooth != "none":
         strength = recipe.weights.smooth_strength if recipe.weights.smooth == "smoothquant" else None
         transforms.append(Transform(name=recipe.weights.smooth, strength=strength, values=values))

@@ -16,6 +16,7 @@ from sinkquant.quantize.check import check
 from sinkquant.quantize.end_to_end import TuningStart, distilled, teacher_targets
 from sinkquant.quantize.ends import quantize_ends
 from sinkquant.quantize.inputs import get_ready
+from sinkquant.quantize.kv_scheme import kv_scales, round_cache
 from sinkquant.quantize.rounded import rounded
 from sinkquant.quantize.state import ATTRIBUTE, QuantizedState
 from sinkquant.quantize.transforms import rotate
@@ -45,6 +46,7 @@ def quantize(model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerB
     rotate(decoder, plan)
     state = QuantizedState(plan)
     place, kind = pick_device(device), getattr(torch, dtype)
+    state.kv_scales = kv_scales(decoder, plan, tokenizer, place, kind)
     teacher = teacher_targets(decoder, plan, tokenizer, place, kind)
     state.ends = quantize_ends(decoder, plan)
     state.bases = cache_bases(decoder, plan.kv_cache, plan.calibration, tokenizer, place, kind)
@@ -59,6 +61,8 @@ def quantize(model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerB
     if teacher is not None:
         state.weights |= distilled(decoder, plan, teacher, starts, place, kind, progress)
     install_modules(model, state.weights)
+    if plan.kv_scheme is not None:
+        round_cache(model, plan.kv_scheme, state.kv_scales)
     setattr(model, ATTRIBUTE, state)
     return model
 

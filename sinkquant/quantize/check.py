@@ -69,4 +69,4 @@ def check(decoder: Decoder, plan: Plan) -> None:
     for name, end in plan.ends.items():
         if name not in shape.ends or end.bytes != end_bytes(shape, name, end.form, end.shares):
             raise RequestError(f"the plan was made for another {name}; make a plan for this model.")
-    require_loads(decoder, shape, plan.formats, plan.ends)
+    require_loads(decoder, shape, plan.formats, plan.ends, plan.kv_scheme)

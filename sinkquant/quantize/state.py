@@ -22,7 +22,7 @@ class QuantizedState:
     """The plan that was carried out, the packed weights (those of the token embedding and the output head in `ends`),
     the relative error that every module was left with (before the whole model was tuned, where it was), and the stored
     scales, [1], of inputs that have one; and the calibration tokens that went to every one of a layer's experts; and
-    what the KV cache rotates by, where it has to be found.
+    what the KV cache rotates by, where it has to be found; and the scales of a KV cache in FP8, by tensor name.
     """
 
     plan: Plan
@@ -32,6 +32,7 @@ class QuantizedState:
     input_scales: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)
     bases: Bases | None = None
+    kv_scales: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def state_of(model: nn.Module) -> QuantizedState:

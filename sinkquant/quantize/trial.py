@@ -23,6 +23,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from sinkquant.artifacts import Calibration, ModelShape, ModuleDecision, Plan
 from sinkquant.artifacts.ends import EndDecision
+from sinkquant.artifacts.kv_scheme import KVScheme, kv_scale_tensors
 from sinkquant.artifacts.sizes import module_bytes, own_format
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, cast_experts
@@ -43,11 +44,12 @@ TRIED, NOT_SMALLER = "yes", "not tried: "
 
 
 def require_loads(decoder: Decoder, shape: ModelShape, formats: Mapping[str, WeightFormat],
-                  ends: Mapping[str, EndDecision] | None = None) -> str:
+                  ends: Mapping[str, EndDecision] | None = None, kv_scheme: KVScheme | None = None) -> str:
     """Try whether a checkpoint in these formats is one that its library loads as it was written.
 
     Args:
-        shape: of the model. formats: module name -> format of every packed linear. ends: of the plan.
+        shape: of the model. formats: module name -> format of every packed linear. ends, kv_scheme: of the
+            plan.
 
     Returns:
         "yes", or a sentence on why it was not tried.
@@ -77,7 +79,7 @@ def require_loads(decoder: Decoder, shape: ModelShape, formats: Mapping[str, Wei
                          if decoder.block_of(name) in layers))
     kinds: tuple[Any, Any] = (type(decoder.model), type(config))
     found = _outcome(*kinds, text, forms, tuple((name, end.model_dump_json()) for name, end in (ends or {}).items()),
-                     decoder.model.dtype)
+                     kv_scheme.strategy if kv_scheme else None, decoder.model.dtype)
     if found == TRIED or found.startswith(NOT_SMALLER):
         return found
     words = " and ".join(sorted({scheme_of(form).words for form in packed.values()}))
@@ -112,14 +114,15 @@ def _place(decoder: Decoder, layers: list[int], name: str) -> tuple[int, str]:
 @functools.lru_cache(maxsize=128)
 def _outcome(kind: type[PreTrainedModel], config_kind: type[Any], config: str,
              forms: tuple[tuple[tuple[int, str], WeightFormat], ...], ends: tuple[tuple[str, str], ...],
-             dtype: torch.dtype) -> str:
+             cache: str | None, dtype: torch.dtype) -> str:
     """"yes", why it was not tried, or what went wrong. One class with one configuration in one form is tried once."""
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = kind._from_config(config_kind.from_dict(json.loads(config)), dtype=dtype).eval()
         decoder = Decoder.of(model)
-        plan = _plan(decoder, dict(forms), {name: EndDecision.model_validate_json(text) for name, text in ends})
+        plan = _plan(decoder, dict(forms), {name: EndDecision.model_validate_json(text) for name, text in ends},
+                     None if cache is None else KVScheme(strategy=cache))  # type: ignore[arg-type]
         _run(model)
     except Exception as error:
         return f"{NOT_SMALLER}its configuration cannot be cut down ({_first_line(error)})"
@@ -144,7 +147,8 @@ def _outcome(kind: type[PreTrainedModel], config_kind: type[Any], config: str,
     return TRIED
 
 
-def _plan(decoder: Decoder, forms: Mapping[tuple[int, str], WeightFormat], ends: dict[str, EndDecision]) -> Plan:
+def _plan(decoder: Decoder, forms: Mapping[tuple[int, str], WeightFormat], ends: dict[str, EndDecision],
+          kv_scheme: KVScheme | None) -> Plan:
     """Everything is rounded to nearest, in the format of the linear that it stands for.
 
     Raises:
@@ -158,7 +162,7 @@ def _plan(decoder: Decoder, forms: Mapping[tuple[int, str], WeightFormat], ends:
     if not set(forms) <= met:
         raise LookupError(f"it then has no {min(set(forms) - met)[1]}")
     return Plan(name="trial", bits_per_weight=0, bits_per_parameter=0, weight_bytes=0, unquantized_bytes=0,
-                modules=modules, ends=ends, seed=0, calibration=Calibration(
+                modules=modules, ends=ends, kv_scheme=kv_scheme, seed=0, calibration=Calibration(
                     text=None, rows=1, length=2, bos="auto", batch_size=1, sinks=[], damping=0.01, act_order=False,
                     scale_search=False),
                 predicted={}, loads_in=[])
@@ -196,6 +200,8 @@ def _written(folder: Path, decoder: Decoder, plan: Plan) -> dict[str, torch.Tens
         decoder.experts[name].parameter for name in plan.formats if name in decoder.experts}
     kept = {name: tensor.contiguous() for name, tensor in remove_tied_weights_from_state_dict(
         model.state_dict(), model).items() if name not in gone}
+    leaves |= {name: torch.ones(size, dtype=model.dtype)
+               for name, (_, size) in kv_scale_tensors(decoder.shape(""), plan.kv_scheme).items()}
     save_file(kept | leaves, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads(model.config.to_json_string(use_diff=False))
     config |= {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch."),

@@ -1,7 +1,7 @@
 """Recipe: what the user asks for. Strict, typed, YAML <-> Python without loss."""
 
 from sinkquant.recipe.budget import Budget, SensitivitySettings
-from sinkquant.recipe.cache import KVCache, KVOverride
+from sinkquant.recipe.cache import KVCache, KVCacheScheme, KVOverride
 from sinkquant.recipe.explain import near_miss
 from sinkquant.recipe.measuring import CalibrationText, Compute, Detection, Evaluation, Gate
 from sinkquant.recipe.recipe import DEFAULT_RECIPE, Recipe, recipe_names
@@ -9,5 +9,5 @@ from sinkquant.recipe.section import Section
 from sinkquant.recipe.weights import Activations, ModuleOverride, Protect, Prune, Weights
 
 __all__ = ["DEFAULT_RECIPE", "Activations", "Budget", "CalibrationText", "Compute", "Detection", "Evaluation", "Gate",
-           "KVCache", "KVOverride", "ModuleOverride", "Protect", "Prune", "Recipe", "Section", "SensitivitySettings",
-           "Weights", "near_miss", "recipe_names"]
+           "KVCache", "KVCacheScheme", "KVOverride", "ModuleOverride", "Protect", "Prune", "Recipe", "Section",
+           "SensitivitySettings", "Weights", "near_miss", "recipe_names"]

@@ -60,3 +60,16 @@ class KVCache(Section):
     prefix: Literal["none", "bos", "found"] = "none"
     length: int = Field(default=4096, ge=1)
     overrides: list[KVOverride] = Field(default_factory=list)
+
+
+class KVCacheScheme(Section):
+    """What serving engines hold the KV cache in, as the checkpoint tells them: FP8 with scales from calibration, which
+    vLLM reads and plain transformers simulates.
+
+    `strategy` "tensor": one scale for the keys of a layer and one for its values; "attn_head": one for every KV head.
+    `sinks` "exclude": the ranges are those of all tokens but the sinks, which saturate.
+    """
+
+    format: Literal["fp8"] = "fp8"
+    strategy: Literal["tensor", "attn_head"] = "tensor"
+    sinks: Literal["all", "exclude"] = "all"

@@ -14,7 +14,7 @@ from sinkquant.errors import RequestError
 from sinkquant.methods import need_hessian
 from sinkquant.recipe.assignment import read_assignment
 from sinkquant.recipe.budget import Budget, SensitivitySettings
-from sinkquant.recipe.cache import KVCache
+from sinkquant.recipe.cache import KVCache, KVCacheScheme
 from sinkquant.recipe.explain import explain, near_miss
 from sinkquant.recipe.measuring import CalibrationText, Compute, Detection, Evaluation, Gate
 from sinkquant.recipe.section import Section, Statistics
@@ -50,6 +50,7 @@ class Recipe(Section):
     budget: Budget = Field(default_factory=Budget)
     sensitivity: SensitivitySettings = Field(default_factory=SensitivitySettings)
     kv_cache: KVCache | None = None
+    kv_cache_scheme: KVCacheScheme | None = None
     evaluate: Evaluation = Field(default_factory=Evaluation)
     gate: Gate = Field(default_factory=Gate)
 

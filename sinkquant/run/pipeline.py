@@ -38,6 +38,7 @@ from sinkquant.policy import (
     require_plannable,
     require_transforms,
 )
+from sinkquant.policy.kv_scheme import make_kv_scheme
 from sinkquant.policy.plan import ends_asked, formats_asked
 from sinkquant.predict import SENSITIVITIES, Prediction, require_memory, with_seconds
 from sinkquant.quantize.ranks import require_one_process
@@ -124,8 +125,9 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
     if not plan_only:
         asked = edited.formats if edited else formats_asked(shape, recipe)
         ends = edited.ends if edited else ends_asked(shape, recipe)
+        kv_scheme = edited.kv_scheme if edited else make_kv_scheme(shape, recipe)
         form = require_loads(decoder, shape, {name: asked[name] for name in asked if name in shape.linears}, {
-            name: end for name, end in ends.items() if name in shape.ends})
+            name: end for name, end in ends.items() if name in shape.ends}, kv_scheme)
     pick_device(recipe.compute.device)
     read_text(recipe.calibration.text, "calibration", tokenizer)
     read_text(recipe.evaluate.text, "evaluation", tokenizer)

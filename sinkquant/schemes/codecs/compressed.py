@@ -39,7 +39,8 @@ class CompressedTensorsFiles(Files):
                   if isinstance(module, torch.nn.Linear) and name not in packed]
         layouts = sorted({scheme_of(form).layout(form) for form in formats})
         return {"quant_method": "compressed-tensors", "format": layouts[0] if len(layouts) == 1 else "mixed-precision",
-                "quantization_status": "compressed", "config_groups": groups, "ignore": ignore, "kv_cache_scheme": None}
+                "quantization_status": "compressed", "config_groups": groups, "ignore": ignore,
+                "kv_cache_scheme": None if plan.kv_scheme is None else plan.kv_scheme.arguments()}
 
 
 def _targets(names: list[str]) -> list[str]:
