@@ -21,8 +21,8 @@ def check_kv_scheme(recipe: Recipe) -> None:
     if recipe.kv_cache_scheme is None:
         return
     if recipe.backend != DEFAULT_BACKEND:
-        raise RequestError(f"kv_cache_scheme belongs to the files of {DEFAULT_BACKEND}, and {recipe.backend} has no place "
-                           f"for it; set it to null, or backend={DEFAULT_BACKEND}.")
+        raise RequestError(f"kv_cache_scheme belongs to the files of {DEFAULT_BACKEND}, and {recipe.backend} has no "
+                           f"place for it; set it to null, or backend={DEFAULT_BACKEND}.")
     if recipe.kv_cache is not None:
         raise RequestError("kv_cache packs the cache in sinkquant, kv_cache_scheme lets other engines hold it in FP8; "
                            "set one of them to null.")
