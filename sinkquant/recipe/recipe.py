@@ -160,7 +160,7 @@ class Recipe(Section):
             target = data
             for depth, part in enumerate(sections):
                 inner = target.get(part)
-                if part == "kv_cache" and inner is None:
+                if part in ("kv_cache", "kv_cache_scheme") and inner is None:  # sections that may be off
                     inner = target[part] = {}
                 if not isinstance(inner, dict):
                     raise RequestError(f"--set: {'.'.join(sections[: depth + 1])!r} is not a section of the recipe"

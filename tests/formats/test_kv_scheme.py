@@ -83,7 +83,7 @@ def test_the_scale_is_the_largest_key_of_the_tokens_that_count(text_file: Path, 
 
 def test_in_memory_and_after_a_kill_the_bytes_are_the_same(text_file: Path, tmp_path: Path) -> None:
     source = model_folder(tmp_path / "model", dtype=torch.bfloat16)
-    recipe, tokenizer = small_recipe(text_file, "kv_cache_scheme={strategy: tensor}"), load_tokenizer(source)
+    recipe, tokenizer = small_recipe(text_file, "kv_cache_scheme.strategy=tensor"), load_tokenizer(source)
 
     def write(name: str, stop: int | None) -> Path:
         model = open_model(source)
