@@ -7,9 +7,10 @@ bits. Outputs are those of plain greedy decoding, token for token, or the benchm
 
 "exit K" is transformers' own early exit (`assistant_early_exit`, LayerSkip, arXiv 2404.16710): the first K blocks, the
 final norm and the head. "shorter" is the model without the blocks that a choice of `prune.blocks` drops (--kept: its
-`dropped.json`), "packed" a checkpoint whose weights stay packed. Every draft is tried with every number of tokens on
-prompts of calibration text; the one that decodes most tokens per second of processor time there is measured on prompts
-of the evaluation text, beside plain decoding. "per pass" are tokens for one forward pass of the whole model.
+`dropped.json`), "packed" a checkpoint whose weights stay packed, "quantized, dense" the same made dense. Every draft is
+tried with every number of tokens on prompts of calibration text. The one that decodes most tokens per second of
+processor time there is measured on prompts of the evaluation text, beside plain decoding. "per pass" are tokens for one
+forward pass of the whole model.
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ def drafts(arguments: argparse.Namespace, folder: Path, blocks: int) -> dict[str
         drop_blocks(shorter, json.loads(arguments.kept.read_text(encoding="utf-8"))["kept"])
         found[f"shorter, {len(Decoder.of(shorter).blocks)} blocks"] = {"assistant_model": shorter}
     if arguments.packed:
-        found["packed"] = {"assistant_model": sq.load(arguments.packed, packed=True, dtype=torch.float32)[0]}
+        # As its kernels compute, in bfloat16; and with the same weights made dense, in the model's float32.
+        found["packed"] = {"assistant_model": sq.load(arguments.packed, packed=True)[0]}
+        found["quantized, dense"] = {"assistant_model": sq.load(arguments.packed, dtype=torch.float32)[0]}
     return found
 
 

@@ -39,8 +39,12 @@ def require_droppable(decoder: Decoder, recipe: Recipe) -> int:
     count = blocks_to_drop(recipe.prune, len(decoder.blocks))
     if count:
         require_blocks_apart(decoder.model)
-        for kept in (range(count, len(decoder.blocks)), range(len(decoder.blocks) - count)):
-            shorter_model(decoder.model, list(kept))
+        every = range(len(decoder.blocks))
+        attending = next(block for block in every if block not in decoder.quiet)
+        for kept in (list(every[count:]), list(every[:-count])):
+            if all(block in decoder.quiet for block in kept):  # one with attention always stays
+                kept[0] = attending
+            shorter_model(decoder.model, sorted(kept))
     return count
 
 
@@ -75,16 +79,20 @@ def choose_blocks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, si
     trials = BlockTrials(decoder, rows, marked, recipe.detect.batch_size, pick_device(recipe.compute.device),
                          getattr(torch, recipe.compute.dtype), progress)
     every = range(len(decoder.blocks))
+    attending = frozenset(every) - decoder.quiet.keys()
     if settings.block_score == "influence":
         trials.losses([])
         alone: dict[int, Loss] = {}
-        order = sorted((block for block in every if block not in held), key=lambda block: (trials.influence[block],
-                                                                                         block))[:count]
+        order: list[int] = []
+        for block in sorted(every, key=lambda block: (trials.influence[block], block)):
+            if block not in held and len(order) < count and not attending <= {*order, block}:
+                order.append(block)
         lost = trials.losses([frozenset(order[:place + 1]) for place in range(count)])
         chosen = list(zip(order, lost, strict=True))
     else:
         alone = dict(zip(every, trials.losses([frozenset((block,)) for block in every]), strict=True))
-        chosen = _greedy(trials, {block: loss for block, loss in alone.items() if block not in held}, count)
+        chosen = _greedy(trials, {block: loss for block, loss in alone.items() if block not in held}, count,
+                         attending)
     gone = {block for block, _ in chosen}
     kept = [block for block in every if block not in gone]
     shorter_model(model, kept)  # says what cannot be built
@@ -98,14 +106,18 @@ def choose_blocks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, si
                               reason=_reason(costs[block], loss, place)) for place, (block, loss) in enumerate(chosen)])
 
 
-def _greedy(trials: BlockTrials, known: Mapping[int, Loss], count: int) -> list[tuple[int, Loss]]:
+def _greedy(trials: BlockTrials, known: Mapping[int, Loss], count: int,
+            attending: frozenset[int]) -> list[tuple[int, Loss]]:
     """Blocks in the order in which they go, each with what the model loses without it and those before.
 
     Args:
-        known: block -> what its absence costs alone, for every block that may go.
+        known: block -> what its absence costs alone, for every block that may go. attending: the blocks with attention,
+            one of which stays.
     """
     costs, chosen, gone = dict(known), [], frozenset[int]()
     for place in range(count):
+        for block in [block for block in costs if attending <= gone | {block}]:
+            del costs[block]
         fresh = dict(costs) if place == 0 else {}
         while True:
             order = sorted(costs, key=lambda block: (costs[block].divergence, block))

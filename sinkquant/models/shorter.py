@@ -21,9 +21,9 @@ from sinkquant.models.decoder import Decoder
 
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type", "indexer_types",
              "sliding_windows", "num_attention_heads_per_layer", "num_key_value_heads_per_layer", "layers_num_experts",
-             "activation_sparsity_pattern", "swiglu_limits", "swiglu_limits_shared")
+             "activation_sparsity_pattern", "intermediate_size", "swiglu_limits", "swiglu_limits_shared")
 """Keys of a configuration that hold a list with a value for every layer."""
-INDICES = ("mlp_only_layers", "moe_layers", "rope_scaling_layers")
+INDICES = ("mlp_only_layers", "moe_layers", "rope_scaling_layers", "attn_layer_indices")
 """Keys that hold a list of layers."""
 LEADING = ("first_k_dense_replace", "num_dense_layers")
 """Keys that hold a number of layers at the beginning that are of another kind than the rest."""
@@ -42,6 +42,7 @@ def require_blocks_apart(model: PreTrainedModel) -> None:
     config = model.config.get_text_config(decoder=True)
     for key in SHARED:
         value = getattr(config, key, None)
+        value = any(value) if isinstance(value, list | tuple) else value  # of every layer; none: its own
         if value and not (key == "num_hidden_groups" and value == config.num_hidden_layers):
             raise RequestError(f"{type(model).__name__} shares keys and values or weights between blocks ({key} is "
                                f"{value!r}), so that none can be taken out alone; leave prune.blocks out.")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from sinkmaps import sink_map_of
 from small_runs import model_folder
 from tiny_tokenizer import tiny_tokenizer
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sinkquant import Recipe, detect, plan, quantize
 from sinkquant.artifacts import Channel, SinkMap
@@ -29,13 +29,16 @@ ROW = torch.arange(8, 60)[None]
 
 def logits_without(model: PreTrainedModel, gone: int) -> torch.Tensor:
     """What a model predicts where one block hands on what it is given."""
-    block = Decoder.of(model).blocks[gone]
-    block.forward = lambda hidden, *_, **__: hidden
+    def handed_on(_: torch.nn.Module, args: tuple, named: dict, given: object) -> object:
+        hidden = args[0] if args else named["hidden_states"]
+        return (hidden, *given[1:]) if isinstance(given, tuple) else hidden
+
+    handle = Decoder.of(model).blocks[gone].register_forward_hook(handed_on, with_kwargs=True)
     try:
         with torch.no_grad():
             return model(ROW, use_cache=False).logits
     finally:
-        del block.forward
+        handle.remove()
 
 
 def channel(born: str, ended: str | None, peak: float = 500.0) -> Channel:
@@ -94,6 +97,66 @@ def test_blocks_whose_kind_follows_from_their_number_are_refused(recipe: Recipe)
     model.model.layers[2].mlp = model.model.layers[1].mlp
     with pytest.raises(RequestError, match="layers 1 and 2 share the weight"):
         require_droppable(Decoder.of(model), recipe.changed(prune={"blocks": 1}))
+
+
+KINDS = {
+    "qwen3_next": {"layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2,
+                   "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16,
+                   "linear_value_head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
+                   "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention"] * 2},
+    "bamba": {"attn_layer_indices": [2, 5], "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16,
+              "mamba_n_groups": 1},
+    "smollm3": {"no_rope_layers": [1, 1, 0, 1, 1, 0]},
+    "cohere2": {"sliding_window": 16, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2}}
+"""Models of six blocks that differ in kind, each third of another one than the rest."""
+
+
+def of_kinds(family: str, **more: object) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **FAMILIES["qwen3"] | {"num_hidden_layers": 6} | more)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_blocks_of_several_kinds_keep_theirs(family: str, tmp_path: Path) -> None:
+    model = of_kinds(family, **KINDS[family])
+    for gone in (1, 2):
+        expected = logits_without(model, gone)
+        cut_blocks(model, tiny_tokenizer(), [index for index in range(6) if index != gone], tmp_path / str(gone))
+        with torch.no_grad():
+            loaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(gone)).eval()
+            assert torch.allclose(loaded(ROW, use_cache=False).logits, expected, atol=1e-5)
+
+
+def test_the_last_block_with_attention_stays(recipe: Recipe) -> None:
+    model = of_kinds("lfm2", **KINDS["lfm2"])
+    for index in (2, 5):  # nothing costs less than they do
+        model.model.layers[index].self_attn.out_proj.weight.data.zero_()
+        model.model.layers[index].feed_forward.w2.weight.data *= 1e-3
+    for score in ("divergence", "influence"):
+        found = choose_blocks(model, tiny_tokenizer(), sink_map_of(Decoder.of(model)),
+                              recipe.changed(prune={"blocks": 5, "block_score": score}))
+        assert found.dropped[0].block in (2, 5)
+        assert len({2, 5} & set(found.kept)) == 1
+
+
+GEMMA3N = {"sliding_window": 16, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 128,
+           "intermediate_size": [128] * 6, "activation_sparsity_pattern": [0.0] * 6, "laurel_rank": 8,
+           "altup_num_inputs": 2, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2}
+
+
+@pytest.mark.parametrize(("family", "settings", "message"), [
+    ("gemma3n_text", GEMMA3N | {"num_kv_shared_layers": 2}, r"between blocks \(num_kv_shared_layers is 2\)"),
+    ("gemma3n_text", GEMMA3N | {"num_kv_shared_layers": 0}, r"holds model\.embed_tokens_per_layer\.weight in another"),
+    ("jamba", {"attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False},
+     r"holds model\.layers\.1\.mamba\.A_log in another shape"),
+    ("minimax", {"layer_types": ["linear_attention", "full_attention"] * 3, "num_local_experts": 2, "block_size": 16},
+     "the blocks of MiniMaxForCausalLM differ in kind")])
+def test_blocks_that_hang_together_are_refused(family: str, settings: dict[str, object], message: str,
+                                               recipe: Recipe) -> None:
+    with pytest.raises(RequestError, match=message):
+        require_droppable(Decoder.of(of_kinds(family, **settings)), recipe.changed(prune={"blocks": 1}))
 
 
 @pytest.fixture(scope="module")
