@@ -49,17 +49,24 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A run's folder or a ch
 
 
 def report(folders: Annotated[list[Path], typer.Argument(help="One run's folder, or several to compare.")],
-           output: Annotated[Path | None, typer.Option("-o", "--output", help="Where the page goes.")] = None) -> None:
+           output: Annotated[Path | None, typer.Option("-o", "--output", help="Where the page goes; of one run also a "
+                                                                              "folder for all its files.")] = None,
+           ) -> None:
     """Write a run's report again, or a page that compares several runs."""
-    from sinkquant.report import comparison, write
+    from sinkquant.report import comparison, page, write
 
     reports = [(str(folder), Report.load(folder / "report.json")) for folder in folders]
     if len(folders) == 1:
         folder = folders[0]
         again = folder / "sinkmap-sink_aware.json"
-        write(output or folder, reports[0][1], SinkMap.load(folder / "sinkmap.json"), Plan.load(folder / "plan.json"),
-              SinkMap.load(again) if again.is_file() else None)
-        paragraph(f"Report: {(output or folder) / 'report.html'}")
+        parts = (reports[0][1], SinkMap.load(folder / "sinkmap.json"), Plan.load(folder / "plan.json"),
+                 SinkMap.load(again) if again.is_file() else None)
+        if output is not None and output.suffix == ".html":
+            place = write_atomically(output, page(*parts))
+        else:
+            write(output or folder, *parts)
+            place = (output or folder) / "report.html"
+        paragraph(f"Report: {place}")
         return
-    page = write_atomically(output or Path("comparison.html"), comparison(reports))
-    paragraph(f"Comparison: {page}")
+    place = write_atomically(output or Path("comparison.html"), comparison(reports))
+    paragraph(f"Comparison: {place}")

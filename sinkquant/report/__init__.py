@@ -1,5 +1,5 @@
 """Report -> HTML, Markdown, JSON."""
 
-from sinkquant.report.render import comparison, write
+from sinkquant.report.render import comparison, page, write
 
-__all__ = ["comparison", "write"]
+__all__ = ["comparison", "page", "write"]

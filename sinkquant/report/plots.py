@@ -38,8 +38,8 @@ def all_plots(report: Report, sink_map: SinkMap, plan: Plan, after: SinkMap | No
         plots["positions"] = by_position(main)
     aware = report.fidelity.comparisons.get("sink_aware") if report.fidelity else None
     plots["sinks"] = sink_heatmap(sink_map, after, aware.sentence if aware else "")
+    plots["bits"] = bits_per_module(plan)  # a flat picture between two tall ones: columns come out of equal length
     plots["massive"] = massive_along_depth(sink_map, after)
-    plots["bits"] = bits_per_module(plan)
     if aware is not None and aware.spread:
         plots["spread"] = perturbation_spread(aware.spread)
     return plots

@@ -42,6 +42,11 @@ def write(folder: Path, report: Report, sink_map: SinkMap, plan: Plan, after: Si
     return report
 
 
+def page(report: Report, sink_map: SinkMap, plan: Plan, after: SinkMap | None = None) -> str:
+    """The page alone."""
+    return render("report.html.j2", report, sink_map, plan, all_plots(report, sink_map, plan, after))
+
+
 def render(template: str, report: Report, sink_map: SinkMap, plan: Plan, plots: dict[str, Plot | Dots]) -> str:
     """One template filled in. HTML is escaped; the SVG of plots is our own."""
     tokenizer = sink_map.tokenization

@@ -81,6 +81,8 @@ def test_step_by_step(tmp_path, tiny_folder, text_file):
     page = (output / "report.html").read_bytes()
     (output / "report.html").unlink()
     assert call("report", output).code == 0
+    assert call("report", output, "-o", tmp_path / "one.html").code == 0
+    assert (tmp_path / "one.html").read_bytes() == (output / "report.html").read_bytes()
     assert (output / "report.html").read_bytes() == page
     compared = call("report", output, output, "-o", tmp_path / "two.html")
     assert compared.code == 0
