@@ -12,7 +12,7 @@ from sinkquant.report.sink_plots import massive_along_depth, sink_heatmap
 
 def test_every_plot_says_what_it_shows(report, sink_map, plan):
     plots = all_plots(report, sink_map, plan, None)
-    assert list(plots) == ["accuracy", "worth", "sinks", "massive", "bits"]
+    assert list(plots) == ["accuracy", "worth", "sinks", "bits", "massive"]
     assert "sink-aware 0.250 ± 0.02; control 0.500 ± 0.02" in plots["accuracy"].alt
     assert "everything 0.25 ± 0.15" in plots["worth"].alt
     assert "mean 0.55, largest 0.90. 2 no-op heads (crosses)." in plots["sinks"].alt
@@ -31,7 +31,7 @@ def test_the_heat_map_says_how_far_heads_moved(sink_map):
 def test_a_report_without_divergence_has_no_picture_of_it(report, sink_map, plan):
     rows = [row.model_copy(update={"tasks": {}}) for row in report.rows]
     bare = report.model_copy(update={"rows": rows, "paired": []})
-    assert list(all_plots(bare, sink_map, plan, None)) == ["sinks", "massive", "bits"]
+    assert list(all_plots(bare, sink_map, plan, None)) == ["sinks", "bits", "massive"]
 
 
 def test_divergence_by_position_is_drawn_where_it_was_measured(report, sink_map, plan):
