@@ -116,7 +116,7 @@ def load_dense(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
             plain(module, name, inputs)
-    model.tie_weights()  # codes that a head shares were unpacked once for each
+    _share_ends(model)
     check_finite(model)
     round_inputs(model, dict(model.named_modules()), inputs.args, inputs.scales, inputs.zero_points)
     content = read_checkpoint(path)
@@ -126,6 +126,14 @@ def load_dense(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu
     model.hf_quantizer = None
     setattr(model, UNPACKED, True)
     return model
+
+
+def _share_ends(model: PreTrainedModel) -> None:
+    """Let a head hold the embedding's weight again, whose codes were unpacked once for each of them."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = getattr(head, "weight", None) is not None and model.config.get_text_config(decoder=True).tie_word_embeddings
+    if tied and head.weight is not table.weight and torch.equal(head.weight, table.weight):
+        head.weight = table.weight
 
 
 def _load_backend(path: Path, dtype: torch.dtype | str, device: str, trust_remote_code: bool) -> PreTrainedModel:

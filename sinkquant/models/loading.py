@@ -76,12 +76,15 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     """The folder's configuration.
 
     Raises:
-        RequestError: it is not one of a causal decoder.
+        RequestError: it is not one of a causal decoder, or makes no sense.
     """
     with loading_errors(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if getattr(config, "is_encoder_decoder", False):
         raise RequestError(f"{type(config).__name__} is not supported: it is an encoder-decoder, not a decoder.")
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if isinstance(limit, int) and limit < 0:
+        raise RequestError(f"{folder / 'config.json'} gives max_position_embeddings as {limit}; get it again.")
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if not trust_remote_code and not known:
         raise RequestError(f"the architecture {config.model_type!r} is not supported: "

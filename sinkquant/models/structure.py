@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from sinkquant.errors import RequestError
 from sinkquant.models.blocks import layer_config
 
 BEFORE_ATTENTION = ("input_layernorm", "self_attn_layer_norm", "ln_1", "attention_norm", "ln_attn")
@@ -166,7 +167,11 @@ def structure_of(model: PreTrainedModel, block_names: Sequence[str], blocks: Seq
 
 
 def norm_of(name: str, module: nn.Module, width: int) -> Norm | None:
-    """What a norm computes, found by trying it on random numbers; None where it is none of the known kinds."""
+    """What a norm computes, found by trying it on random numbers; None where it is none of the known kinds.
+
+    Raises:
+        RequestError: it gives NaN.
+    """
     parameters = dict(module.named_parameters(recurse=False))
     if not set(parameters) <= {"weight", "bias"} or any(p.shape != (width,) for p in parameters.values()):
         return None
@@ -178,6 +183,9 @@ def norm_of(name: str, module: nn.Module, width: int) -> Norm | None:
         for leaf, value in values.items():
             getattr(trial, leaf).copy_(value)
         found = trial(rows)
+    if not torch.isfinite(found).all():
+        raise RequestError(f"{name} gives NaN for ordinary inputs: the epsilon of norms in config.json (rms_norm_eps, "
+                           "layer_norm_eps) makes no sense; get the configuration again.")
     for centred in (False, True):
         moved = rows - rows.mean(-1, keepdim=True) if centred else rows
         unit = moved / moved.square().mean(-1, keepdim=True).sqrt()

@@ -9,8 +9,10 @@ share one reading of the weights.
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,10 @@ from sinkquant.models.inputs import switch_of
 from sinkquant.models.memory import give_back, map_large
 from sinkquant.models.on_disk import ExpertsOnDisk, find_on_disk, replaced
 from sinkquant.models.placement import compute_in
+
+FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError)
+"""What a model raises in its own forward pass."""
+PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass
@@ -92,7 +98,7 @@ class Step:
         try:
             for one in self.on_disk.values():
                 one.silent = True
-            return self.block(inputs, **self.walk.arguments[self.index])
+            return self._given(inputs)
         finally:
             for one in self.on_disk.values():
                 one.silent = False
@@ -128,13 +134,29 @@ class Step:
         switch = switch_of(self.walk.decoder.model)
         if switch is not None:
             switch.exact = None if self.walk.exact is None else self.walk.exact[self.batch]
-        result = self.block(inputs.to(self.walk.device), **self.walk.arguments[self.index])
+        result = self._given(inputs.to(self.walk.device))
         given: torch.Tensor = result[0] if isinstance(result, tuple) else result
-        # One sum is not finite where any of its values is not; float32 holds that of a batch.
-        if not torch.isfinite(given.sum(dtype=torch.float32)):
-            raise SinkquantError(f"the outputs of {self.name} are not finite in {self.walk.dtype}; "
-                                 "run with compute.dtype=float32 or check the model's weights.")
         return given
+
+    def _given(self, inputs: torch.Tensor) -> Any:
+        """What the block gives, as it gives it.
+
+        Raises:
+            SinkquantError: it fails, or gives what is not finite.
+        """
+        try:
+            result = self.block(inputs, **self.walk.arguments[self.index])
+        except FAILURES as error:
+            if not _of_the_model(error):
+                raise
+            raise SinkquantError(f"{self.name} fails in its own forward pass ({_first_line(error)}); a number in "
+                                 "config.json does not fit this model.") from error
+        first = result[0] if isinstance(result, tuple) else result
+        # One sum is not finite where any of its values is not; float32 holds that of a batch.
+        if not torch.isfinite(first.sum(dtype=torch.float32)):
+            raise SinkquantError(f"the outputs of {self.name} are not finite in {self.walk.dtype}; run with "
+                                 "compute.dtype=float32, or check the model's weights and config.json.")
+        return result
 
 
 class Walk:
@@ -215,15 +237,20 @@ class Walk:
             with _recorded(self.decoder) as (_, arguments):
                 try:
                     self.decoder.model.base_model(probe.to(self.device), use_cache=False)
-                except (TypeError, ValueError, IndexError) as error:
+                except FAILURES as error:
+                    if not _of_the_model(error):
+                        raise
                     raise RequestError(f"{type(self.decoder.model).__name__} is not supported: its blocks hand on more "
-                                       f"than hidden states ({str(error).splitlines()[0]}).") from error
+                                       f"than hidden states ({_first_line(error)}).") from error
             recorded.append(list(arguments))
         if len(recorded[0]) != len(self.decoder.blocks):
             raise RequestError(f"{type(self.decoder.model).__name__} is not supported: its forward pass does not call "
                                "each of its blocks once.")
         for first, second in zip(*recorded, strict=True):
             for key, value in first.items():
+                if _holds_nan(value):
+                    raise RequestError(f"{type(self.decoder.model).__name__} hands its blocks {key!r} that hold NaN; a "
+                                       "number in its config.json makes no sense, of rope_parameters most likely.")
                 if not _same(value, second.get(key)):
                     raise RequestError(f"{type(self.decoder.model).__name__} is not supported: it hands its blocks "
                                        f"{key!r}, which depends on the text.")
@@ -332,6 +359,22 @@ def _replaced_forward(decoder: Decoder, forward: Any) -> Iterator[None]:
     finally:
         for block in decoder.blocks:
             block.__dict__.pop("forward", None)
+
+
+def _of_the_model(error: BaseException) -> bool:
+    """Whether an error arose in transformers or below, and not in code of this package, nor for want of memory."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return not isinstance(error, torch.OutOfMemoryError) and not Path(frames[-1].filename).is_relative_to(PACKAGE)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _holds_nan(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.is_floating_point() and bool(value.isnan().any())
+    return isinstance(value, tuple | list) and any(map(_holds_nan, value))
 
 
 def _same(a: Any, b: Any) -> bool:
