@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import dataclass, field
+from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -13,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 VARIABLES = {"#101010": "--ink", "#606060": "--soft", "#d0d0d0": "--line", "#fefefe": "--card",
              "#2563eb": "--series-0", "#d97706": "--series-1", "#0d9488": "--series-2", "#be185d": "--series-3"}
@@ -53,6 +54,21 @@ def drawn(count: int, height: float, one_y: bool = False) -> tuple[Figure, list[
     for axis in axes:
         axis.patch.set_alpha(0)
     return figure, axes
+
+
+def logarithmic(axis: Axes, which: Literal["x", "y"] = "y") -> None:
+    """A logarithmic axis whose ticks are numbers as people write them, 0.01 and 3, and few enough to be read."""
+    axis.set(**{f"{which}scale": "log"})
+
+    def words(value: float, _: object) -> str:
+        low, high = axis.get_xlim() if which == "x" else axis.get_ylim()
+        digit = round(value / 10 ** np.floor(np.log10(value)))
+        shown = (1,) if high > 100 * low else (1, 2, 5) if high > 10 * low else range(10)
+        return f"{value:g}" if digit in shown else ""
+
+    one = axis.xaxis if which == "x" else axis.yaxis
+    one.set_major_formatter(FuncFormatter(words))
+    one.set_minor_formatter(FuncFormatter(words))
 
 
 def cells(axis: Axes, grid: np.ndarray, low: float, high: float, colours: str | Colormap) -> mpl.cm.ScalarMappable:

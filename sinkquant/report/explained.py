@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def markdown(found: Explanation) -> str:
     lines = [f"# Why {found.checkpoint} is not {found.model}", "", found.sentence, ""]
     for place, cause in enumerate(found.causes, start=1):
         lines.append(f"{place}. {cause.sentence} {cause.advice[:1].upper()}{cause.advice[1:]}."
-                     + (f" `--set {' --set '.join(cause.recipe)}`" if cause.recipe else "")
+                     + (f" `{options(cause.recipe)}`" if cause.recipe else "")
                      + (f" Verified: KL {cause.verified.kl:.3g}, {100 * cause.verified.removes:.0f} % less."
                         if cause.verified else ""))
     lines += ["", *(f"- {one.name}: {one.before} -> {one.after}" for one in found.settings),
@@ -35,6 +36,11 @@ def markdown(found: Explanation) -> str:
         lines += ["", f"## {title}", "", *(f"| {' | '.join(line)} |" for line in cells[:1]),
                   "|---" * len(cells[0]) + "|", *(f"| {' | '.join(line)} |" for line in cells[1:])]
     return "\n".join(lines) + "\n"
+
+
+def options(recipe: Sequence[str]) -> str:
+    """Assignments as options for a shell, and for readers: YAML knows both kinds of quotes, a shell nests none."""
+    return " ".join(f"--set {shlex.quote(one.replace(chr(39), chr(34)))}" for one in recipe)
 
 
 def shown_tables(found: Explanation, full: bool) -> dict[str, Cells]:

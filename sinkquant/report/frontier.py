@@ -5,7 +5,7 @@ from __future__ import annotations
 import matplotlib as mpl
 
 from sinkquant.artifacts.frontier import Frontier
-from sinkquant.report.drawing import MARKERS, SERIES, STYLE, Plot, drawn, svg
+from sinkquant.report.drawing import MARKERS, SERIES, STYLE, Plot, drawn, logarithmic, svg
 from sinkquant.report.render import environment
 
 WORDS = {"solved": "solved", "uniform": "uniform", "control": "control of the recipe's plan",
@@ -35,7 +35,7 @@ def picture(found: Frontier) -> Plot:
                         f"{points[-1][0]:.2f} MB" if len(points) > 1 else
                         f"{words} {points[0][1]:.3g} nats at {points[0][0]:.2f} MB")
         if all(p.kl > 0 for p in found.points):
-            axis.set_yscale("log")
+            logarithmic(axis)
         axis.set(xlabel="MB of weights" + (" and KV cache" if found.kv_bytes else ""),
                  ylabel="predicted KL, nats per token")
         axis.legend()

@@ -12,7 +12,7 @@ from sinkquant.artifacts import Paired, Plan, Report, Row, SinkMap
 from sinkquant.artifacts.fidelity import SpreadCurve
 from sinkquant.artifacts.report import PositionLoss
 from sinkquant.report.dots import Dot, Dots
-from sinkquant.report.drawing import MARKERS, SERIES, SOFT, STYLE, Plot, cells, drawn, svg
+from sinkquant.report.drawing import MARKERS, SERIES, SOFT, STYLE, Plot, cells, drawn, logarithmic, svg
 from sinkquant.report.sink_plots import massive_along_depth, sink_heatmap
 
 ORDER = ("unquantized", "sink_aware", "control", "pruned", "pruned_control", "weights", "weights_control", "cache",
@@ -109,7 +109,7 @@ def by_position(lines: dict[str, list[PositionLoss]]) -> Plot:
             axis.plot([place(one) for one in found], [max(one.kl, 1e-12) for one in found], linewidth=1.2, markersize=4,
                       marker=MARKERS[i % len(MARKERS)], color=SERIES[i % len(SERIES)],
                       linestyle="-" if i < len(SERIES) else "--", label=name)
-        axis.set_yscale("log")
+        logarithmic(axis)
         axis.set(xlabel="position in the row", ylabel="KL, nats per token")
         axis.tick_params(axis="x", labelsize=8)
         figure.legend(loc="outside lower center", ncols=2)
@@ -179,7 +179,8 @@ def perturbation_spread(curves: list[SpreadCurve]) -> Plot:
                                                               strict=True))))
             means = [float(np.mean(np.array(values)[later])) for values in (curve.before, curve.after)]
             said.append(f"{words} later tokens change by {means[0]:.3g} of their norm, {means[1]:.3g} when quantized")
-        axes[0].set(yscale="log", xlabel="tokens after the swap", title="||Δh|| / ||h||, unquantized")
+        logarithmic(axes[0])
+        axes[0].set(xlabel="tokens after the swap", title="||Δh|| / ||h||, unquantized")
         axes[1].axhline(0, color=SOFT, linewidth=1)
         axes[1].set(xlabel="tokens after the swap", title="quantized: % more")
         figure.legend(loc="outside lower center", ncols=2)

@@ -21,6 +21,7 @@ from sinkquant.explain.parts import different_parts, first_block, put_back
 from sinkquant.explain.probe import Probe
 from sinkquant.explain.stream import from_block, recorded
 from sinkquant.models import read_text, token_rows
+from sinkquant.report.explained import markdown
 
 SMALL = ["detect.rows=8", "detect.long_rows=1"]
 
@@ -55,6 +56,7 @@ def test_loss_that_is_spread_is_told_by_role_and_the_change_is_verified(rounded,
     assert shares == sorted(shares, reverse=True)
     role = next(one for one in found.causes if one.kind == "role")
     assert role.where in found.sentence or found.causes[0] is not role
+    assert f"--set 'weights.overrides=[{{pattern: \"*.{role.where}\", bits: 8}}]'" in markdown(found)
     assert role.recipe == [f"weights.overrides=[{{pattern: '*.{role.where}', bits: 8}}]"]
     assert role.verified is not None
     assert 0 < role.verified.removes < 1

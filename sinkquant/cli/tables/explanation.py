@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 
 from rich.markup import escape
 from rich.table import Table
 
 from sinkquant.artifacts.explanation import Explanation
-from sinkquant.report.explained import Cells, shown_tables
+from sinkquant.report.explained import Cells, options, shown_tables
 
 
 def explanation_lines(found: Explanation) -> Iterator[tuple[int, str]]:
@@ -18,7 +17,7 @@ def explanation_lines(found: Explanation) -> Iterator[tuple[int, str]]:
     for place, cause in enumerate(found.causes, start=1):
         yield 0, f"{place}. {cause.sentence}"
         if cause.recipe:
-            yield 1, f"mend it: {' '.join(f'--set {shlex.quote(one)}' for one in cause.recipe)} ({cause.advice})"
+            yield 1, f"mend it: {options(cause.recipe)} ({cause.advice})"
         elif cause.advice:
             yield 1, f"mend it: {cause.advice}"
         if cause.verified:

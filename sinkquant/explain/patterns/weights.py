@@ -39,7 +39,7 @@ def few_columns(evidence: Evidence) -> Iterator[Finding]:
     after, before = evidence.after, evidence.before
     zeroed = torch.nonzero((after == 0).all(0) & (before != 0).any(0)).flatten()
     if len(zeroed):
-        yield _columns(evidence, zeroed, "zero")
+        yield _columns(evidence, zeroed, "is zero", "are zero")
         return
     shares = evidence.shares.float().sum(0)
     total = float(shares.sum())
@@ -48,11 +48,11 @@ def few_columns(evidence: Evidence) -> Iterator[Finding]:
             return
         top = shares.topk(count)
         if float(top.values.sum()) >= MOST * total:
-            yield _columns(evidence, top.indices, "wrong")
+            yield _columns(evidence, top.indices, "carries most of what it loses", "carry most of what it loses")
             return
 
 
-def _columns(evidence: Evidence, columns: torch.Tensor, what: str) -> Finding:
+def _columns(evidence: Evidence, columns: torch.Tensor, one: str, several: str) -> Finding:
     mended = evidence.after.clone()
     mended[:, columns] = evidence.before[:, columns]
     names = ", ".join(map(str, columns[:6].tolist())) + (", ..." if len(columns) > 6 else "")
@@ -60,5 +60,5 @@ def _columns(evidence: Evidence, columns: torch.Tensor, what: str) -> Finding:
     word = "column" if len(columns) == 1 else "columns"
     reads = ", which the sinks set," if of_sinks else ""
     return Finding("sink columns" if of_sinks else "columns",
-                   f"{word} {names}{reads} {'is' if len(columns) == 1 else 'are'} {what}",
+                   f"{word} {names}{reads} {one if len(columns) == 1 else several}",
                    f"putting back {'that column' if len(columns) == 1 else 'these columns'}", mended)
