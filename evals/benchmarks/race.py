@@ -99,7 +99,7 @@ def candidates() -> list[Candidate]:
             Candidate("AutoRound, 20 iterations", bits, "auto-round", [*size, "--iterations", "20"]),
             Candidate("AutoRound, 50 iterations", bits, "auto-round", [*size, "--iterations", "50"]),
             Candidate("AutoRound, 200 iterations", bits, "auto-round", [*size, "--iterations", "200"])]
-    for bits in (6, 5, 4, 3):
+    for bits in (8, 6, 5, 4, 3):
         found.append(Candidate("sinkquant GPTQ, ends in 8 bits", bits, "sinkquant",
                                ["--set", f"weights.bits={bits}", "weights.lm_head=8", "weights.embeddings=8"]))
     for recipe, bits in (("gguf-q4-sink", 4), ("nf4-sink", 4)):
@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--lines", type=Path)
     parser.add_argument("--text", nargs="*", default=[], metavar="NAME=FILE")
     parser.add_argument("--only", nargs="*", default=[],
-                        help="names (or NAME:BITS, or tools) of candidates; names of environments")
+                        help="names (or NAME:BITS, or tools) of candidates, in this order; of environments")
     parser.add_argument("--calibration", metavar="FILE", help="calibration text; default: the packaged one")
     parser.add_argument("--rows", type=int, default=32, help="calibration rows")
     parser.add_argument("--held-out", type=int, default=12)
@@ -234,8 +234,9 @@ def main() -> None:
         for tool in arguments.only or ENVIRONMENTS:
             make_environment(tool, arguments.environments.absolute())
         return
-    chosen = [one for one in candidates()
-              if not arguments.only or {one.name, f"{one.name}:{one.bits}", one.tool} & set(arguments.only)]
+    known = candidates()
+    chosen = [one for wanted in arguments.only for one in known
+              if wanted in (one.name, f"{one.name}:{one.bits}", one.tool)] if arguments.only else known
     if arguments.list:
         print("\n".join(f"{one.name}:{one.bits}" for one in chosen))
         return
