@@ -102,8 +102,9 @@ def candidates() -> list[Candidate]:
     for bits in (8, 6, 5, 4, 3):
         found.append(Candidate("sinkquant GPTQ, ends in 8 bits", bits, "sinkquant",
                                ["--set", f"weights.bits={bits}", "weights.lm_head=8", "weights.embeddings=8"]))
-    for recipe, bits in (("gguf-q4-sink", 4), ("nf4-sink", 4)):
-        found.append(Candidate(f"sinkquant {recipe}", bits, "sinkquant", ["--recipe", recipe]))
+    found.append(Candidate("sinkquant gguf-q4-sink, ends q8_0", 4, "sinkquant",
+                           ["--recipe", "gguf-q4-sink", "--set", "weights.ends=q8_0"]))
+    found.append(Candidate("sinkquant nf4-sink", 4, "sinkquant", ["--recipe", "nf4-sink"]))
     for scheme, recipe in (("NVFP4A16", "nvfp4a16-sink"), ("MXFP4A16", "mxfp4a16-sink"), ("NVFP4", "nvfp4-sink"),
                            ("MXFP4", "mxfp4-sink")):
         for method in ("rtn", "gptq"):
