@@ -70,7 +70,7 @@ class Candidate:
 def candidates() -> list[Candidate]:
     """All, in the order in which they are raced: what is cheap first."""
     found = []
-    for kind, bits in (("Q4_0", 4), ("Q4_K_M", 4), ("IQ4_NL", 4), ("Q3_K_M", 3), ("IQ3_S", 3), ("Q2_K", 2),
+    for kind, bits in (("Q5_K_M", 5), ("Q4_0", 4), ("Q4_K_M", 4), ("IQ4_NL", 4), ("Q3_K_M", 3), ("IQ3_S", 3), ("Q2_K", 2),
                        ("IQ2_M", 2)):
         found.append(Candidate(f"llama.cpp {kind}", bits, "llama.cpp", ["--type", kind]))
         found.append(Candidate(f"llama.cpp {kind}, imatrix", bits, "llama.cpp", ["--type", kind, "--imatrix"]))
@@ -102,6 +102,9 @@ def candidates() -> list[Candidate]:
     for bits in (8, 6, 5, 4, 3):
         found.append(Candidate("sinkquant GPTQ, ends in 8 bits", bits, "sinkquant",
                                ["--set", f"weights.bits={bits}", "weights.lm_head=8", "weights.embeddings=8"]))
+        found.append(Candidate("sinkquant GPTAQ, groups of 32, ends in 8 bits", bits, "sinkquant",
+                               ["--set", f"weights.bits={bits}", "weights.lm_head=8", "weights.embeddings=8",
+                                "weights.method=gptaq", "weights.group_size=32"]))
     found.append(Candidate("sinkquant gguf-q4-sink, ends q8_0", 4, "sinkquant",
                            ["--recipe", "gguf-q4-sink", "--set", "weights.ends=q8_0"]))
     found.append(Candidate("sinkquant nf4-sink", 4, "sinkquant", ["--recipe", "nf4-sink"]))
