@@ -70,8 +70,8 @@ class Candidate:
 def candidates() -> list[Candidate]:
     """All, in the order in which they are raced: what is cheap first."""
     found = []
-    for kind, bits in (("Q5_K_M", 5), ("Q4_0", 4), ("Q4_K_M", 4), ("IQ4_NL", 4), ("Q3_K_M", 3), ("IQ3_S", 3), ("Q2_K", 2),
-                       ("IQ2_M", 2)):
+    for kind, bits in (("Q5_K_M", 5), ("Q4_0", 4), ("Q4_K_M", 4), ("IQ4_NL", 4), ("Q3_K_M", 3), ("IQ3_S", 3),
+                       ("Q2_K", 2), ("IQ2_M", 2)):
         found.append(Candidate(f"llama.cpp {kind}", bits, "llama.cpp", ["--type", kind]))
         found.append(Candidate(f"llama.cpp {kind}, imatrix", bits, "llama.cpp", ["--type", kind, "--imatrix"]))
     for bits in (4, 3, 2):
