@@ -56,7 +56,7 @@ def test_the_control_has_the_plans_size_within_one_per_cent_and_protects_nothing
         control = make_control(shape, sink_map, recipe, aware)
         gap = abs(control.weight_bytes - aware.weight_bytes) / aware.weight_bytes
         assert gap <= 0.01, (recipe_name, assignments, gap)
-        assert control.notes == []
+        assert set(control.notes) <= set(aware.notes), (recipe_name, control.notes)
         scales = 16 * len(names) / sum(linear.parameters for linear in shape.linears.values())
         static = recipe.activations.scale == "tensor"  # where a scale per token spares a stored one
         assert control.bits_per_weight <= aware.bits_per_weight + static * scales
