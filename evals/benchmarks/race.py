@@ -129,14 +129,22 @@ def make_environment(name: str, folder: Path) -> None:
         (place / "ready").touch()
 
 
-def sizes(folder: Path) -> tuple[int, int]:
-    """Bytes of a folder's files of safetensors, and of the tensors of blocks in them."""
+def sizes(folder: Path, width: int) -> tuple[int, int]:
+    """Bytes of a folder's files of safetensors, and of the tensors of blocks in them.
+
+    Args:
+        width: bytes of a number that is not packed in the model's own checkpoint. Tools that computed in float32 and
+            wrote it are not charged for it.
+    """
     whole = blocks = 0
     for path in folder.glob("*.safetensors"):
         whole += path.stat().st_size
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
-                blocks += file.get_tensor(name).nbytes if BLOCK.search(name) else 0
+                tensor = file.get_tensor(name)
+                over = tensor.numel() * max(tensor.itemsize - width, 0) if tensor.is_floating_point() else 0
+                whole -= over
+                blocks += tensor.nbytes - over if BLOCK.search(name) else 0
     return whole, blocks
 
 
@@ -150,9 +158,9 @@ class Race:
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.folder)
         self.base = load_model(self.folder, torch.float32)
         self.baseline = Baseline(self.base)
-        width = open_model(self.folder).dtype.itemsize
+        self.width = open_model(self.folder).dtype.itemsize
         # What no tool here packs, as the checkpoint has it: in blocks, and in all.
-        self.rest = [sum(value.numel() * width for name, value in self.base.named_parameters()
+        self.rest = [sum(value.numel() * self.width for name, value in self.base.named_parameters()
                          if not (BLOCK.search(name) and value.ndim > 1) and (BLOCK.search(name) or everywhere))
                      for everywhere in (True, False)]
         self.work.mkdir(parents=True, exist_ok=True)
@@ -178,7 +186,7 @@ class Race:
             print(f"{one.name}: {dict(kinds)}", flush=True)
         else:
             model = load_dense(out, torch.float32)
-            whole, blocks = sizes(out)
+            whole, blocks = sizes(out, self.width)
             if "blocks" in made:  # dense weights on the tool's grid: what its own storage takes
                 whole, blocks = (rest + made["blocks"] for rest in self.rest)
         for name, labels in wanted.items():
