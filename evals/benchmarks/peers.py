@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import sys
 import time
@@ -61,10 +60,20 @@ def main() -> None:
     partial.mkdir(parents=True)
     arguments.target, arguments.output = arguments.output, partial
     made = TOOLS[arguments.tool](arguments, rows)
-    made["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    made["memory"] = _peak()
     (partial / "made.json").write_text(json.dumps(made), encoding="utf-8")
     partial.rename(arguments.target)
     print(made)
+
+
+def _peak() -> int:
+    """Bytes that this program held at most. Linux: ru_maxrss would also count what its parent held when it started it.
+
+    Raises:
+        OSError: there is no such file, which is where Linux says it.
+    """
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def _timed(work: Callable[[], int | None]) -> dict[str, float]:

@@ -9,15 +9,16 @@ blocks alone, so that who leaves the token embedding in 16 bits does not pay for
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
-from measure import Line, read, table
+from measure import RESAMPLES, Line, read
 
+from sinkquant.evaluate import paired_difference
 from sinkquant.report.drawing import INK, LINE, MARKERS, SERIES, SOFT, STYLE, drawn, svg
 
 OURS = "sinkquant"
@@ -40,6 +41,21 @@ def size(line: Line, by: str) -> int:
     """Bytes of the whole, or of the blocks."""
     found: int = getattr(line, by)
     return found
+
+
+def raced(lines: Sequence[Line]) -> str:
+    """Markdown: every candidate, the interval of its divergence by bootstrap over rows."""
+    rows = [["candidate", "bits", "MB", "of the blocks", "KL, nats", "95 % interval", "perplexity", "CPU s", "peak MB"],
+            ["---", *["---:"] * 4, "---", *["---:"] * 3]]
+    for line in lines:
+        ones, zeros = [1.0] * len(line.kl), [0.0] * len(line.kl)
+        mean, low, high = paired_difference("kl", (line.kl, ones), (zeros, ones), RESAMPLES, 0)
+        perplexity = math.exp(sum(line.loss) / len(line.loss))
+        rows.append([line.labels["candidate"], line.labels["bits"], f"{size(line, 'size') / 1e6:.1f}",
+                     f"{size(line, 'blocks') / 1e6:.1f}", f"{mean:.4f}", f"{low:.4f} to {high:.4f}",
+                     f"{perplexity:.2f}",
+                     *("" if value is None else f"{value:,.0f}" for value in (line.seconds, line.memory))])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def beaten(lines: Sequence[Line], by: str) -> str:
@@ -96,8 +112,7 @@ def main() -> None:
     arguments = parser.parse_args()
     lines = [line for line in read(arguments.files) if arguments.text in (None, line.labels.get("text"))]
     lines.sort(key=lambda line: size(line, arguments.by))
-    print(table([dataclasses.replace(line, labels={k: v for k, v in line.labels.items() if k != "text"})
-                 for line in lines], ["bits", "candidate"]))
+    print(raced(lines))
     print("\n" + beaten(lines, arguments.by))
     if arguments.plot:
         arguments.plot.write_text(picture(lines, arguments.by), encoding="utf-8")
