@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 from sinkquant.artifacts.base import Strict
 from sinkquant.artifacts.shapes import ModelShape
@@ -11,6 +11,7 @@ from sinkquant.schemes.tensors import Tensor
 
 LEAVES = ("k_scale", "v_scale")
 """Behind the name of an attention, as vLLM and compressed-tensors read them."""
+Strategy = Literal["tensor", "attn_head"]
 
 
 class KVScheme(Strict):
@@ -18,13 +19,20 @@ class KVScheme(Strict):
     `sinks` "exclude": sink tokens do not count in the ranges, and saturate where they reach beyond."""
 
     format: Literal["fp8"] = "fp8"
-    strategy: Literal["tensor", "attn_head"] = "tensor"
+    strategy: Strategy = "tensor"
     sinks: Literal["all", "exclude"] = "all"
 
     def arguments(self) -> dict[str, Any]:
         """compressed-tensors' `QuantizationArgs`, the `kv_cache_scheme` of config.json."""
         return {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "strategy": self.strategy,
                 "group_size": None}
+
+    @classmethod
+    def reads(cls, scheme: Mapping[str, Any]) -> bool:
+        """Whether the `kv_cache_scheme` of a checkpoint is such a one."""
+        own = cls().arguments()
+        return (all(scheme.get(key) == own[key] for key in ("num_bits", "type")) and not scheme.get("dynamic")
+                and scheme.get("strategy") in get_args(Strategy))
 
     def scale_shape(self, heads: int) -> list[int]:
         """Of one scale tensor."""

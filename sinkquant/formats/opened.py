@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 
+from sinkquant.artifacts.kv_scheme import KVScheme
 from sinkquant.errors import RequestError
 from sinkquant.schemes.inputs import in_blocks
 from sinkquant.schemes.json_object import read_object
@@ -48,8 +49,7 @@ def check_readable(path: Path, settings: dict[str, Any]) -> None:
             raise RequestError(f"{path} quantizes activations by {inputs['strategy']} (its {name}), which is not read "
                                "here; load it with transformers.")
     cache = settings.get("kv_cache_scheme")
-    if cache and (cache.get("type") != "float" or cache.get("dynamic") or cache.get("strategy") not in (
-            "tensor", "attn_head")):
+    if cache and not KVScheme.reads(cache):
         raise RequestError(f"{path} quantizes its KV cache in another way than FP8 with stored scales, which is not "
                            "read here; load it with transformers.")
 

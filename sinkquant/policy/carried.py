@@ -64,8 +64,9 @@ def check_recipe(recipe: Recipe) -> None:
     for method in sorted(methods - set(methods if scheme.methods is None else scheme.methods)):
         raise RequestError(f"{backend} rounds weights to nearest by itself, so that {method} cannot choose its codes; "
                            "set weights.method=rtn.")
-    if weights.tune and scheme.rounds_itself:
-        raise RequestError(f"{backend} rounds weights by itself, so that they cannot be tuned; set weights.tune=0.")
+    if (weights.tune or weights.distill) and scheme.rounds_itself:
+        raise RequestError(f"{backend} rounds weights by itself, so that they cannot be tuned; set weights.tune=0 and "
+                           "weights.distill=0.")
     if (weights.tune or weights.distill) and not scheme.integers:
         raise RequestError(f"{scheme.words} are not tuned; set weights.tune=0 and weights.distill=0.")
     fewest = min(weights.bits, *(override.bits for override in weights.overrides), scheme.zero_from)
