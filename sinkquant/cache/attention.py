@@ -153,7 +153,7 @@ def _packed_scores(packed: PackedStates, q: torch.Tensor) -> torch.Tensor:
             scores[:, :, part] = torch.bmm(queries.reshape(-1, rows, width), codes.flatten(0, 2).mT).view(
                 batch, -1, codes.shape[2], rows, packed.block)
         if lane.scale is not None:
-            scores += (mine @ lane.steps()[1].squeeze(3).mT).transpose(2, 3)[..., None]
+            scores += (mine @ lane.starts().squeeze(3).mT).transpose(2, 3)[..., None]
         if lane.norm is not None:
             scores *= lane.norm.float().mT
         by_lane.append(scores.transpose(2, 3).flatten(3))
@@ -173,7 +173,7 @@ def _packed_output(packed: PackedStates, weights: torch.Tensor) -> torch.Tensor:
             here = mine[:, :, :, part.start * packed.block:part.stop * packed.block]
             out += here @ codes.flatten(2, 3)
         if lane.scale is not None:
-            zeros = mine @ lane.steps()[1].flatten(2, 3)
+            zeros = mine @ lane.starts().flatten(2, 3)
             out.unflatten(-1, (zeros.shape[-1], -1)).add_(zeros[..., None])
             rotation = packed.recoding.of(lane.heads).rotation
             out = out if rotation is None else rotation.back(out)
@@ -201,4 +201,4 @@ def _chunks(lane: Lane, block: int) -> Iterator[tuple[slice, torch.Tensor, torch
         if lane.scale is None:
             yield part, data.float(), None
         else:
-            yield part, unpack(data, lane.bits, torch.float32), lane.steps(part)[0]
+            yield part, unpack(data, lane.bits, torch.float32), lane.steps(part)

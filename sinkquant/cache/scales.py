@@ -37,7 +37,14 @@ def narrowed(scale: torch.Tensor, zero: torch.Tensor | None) -> tuple[torch.Tens
 def widened(scale: torch.Tensor, zero: torch.Tensor | None,
             ends: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scale and zero in float32, of what `narrowed` gave, or of float16 ones where `ends` is None."""
-    if ends is None:
-        return scale.float(), None if zero is None else zero.float()
-    tops = ends.float()
-    return scale.float() * (tops[..., :1] / STEPS), None if zero is None else zero.float() * (tops[..., 1:] / SIDE)
+    return wide_scale(scale, ends), None if zero is None else wide_zero(zero, ends)
+
+
+def wide_scale(scale: torch.Tensor, ends: torch.Tensor | None) -> torch.Tensor:
+    """The scale of `widened` alone."""
+    return scale.float() if ends is None else scale.float() * (ends[..., :1].float() / STEPS)
+
+
+def wide_zero(zero: torch.Tensor, ends: torch.Tensor | None) -> torch.Tensor:
+    """The zero of `widened` alone."""
+    return zero.float() if ends is None else zero.float() * (ends[..., 1:].float() / SIDE)

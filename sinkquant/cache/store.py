@@ -9,7 +9,7 @@ import torch
 
 from sinkquant.cache.grid import dequantize, quantize, recoded
 from sinkquant.cache.packing import pack, unpack
-from sinkquant.cache.scales import narrowed, widened
+from sinkquant.cache.scales import narrowed, wide_scale, wide_zero, widened
 from sinkquant.cache.transforms.recoding import Recoding
 from sinkquant.cache.transforms.tokens import unit_tokens
 
@@ -34,12 +34,14 @@ class Lane:
     norm: torch.Tensor | None = None
     ends: torch.Tensor | None = None
 
-    def steps(self, part: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
-        """What one code is worth and what code 0 stands for in some blocks, float32 in the shape of the scales."""
+    def steps(self, part: slice = slice(None)) -> torch.Tensor:
+        """What one code is worth in some blocks, float32 in the shape of the scales."""
         assert self.scale is not None
-        scale, zero = widened(self.scale[:, :, part], None if self.zero is None else self.zero[:, :, part],
-                              None if self.ends is None else self.ends[:, :, part])
-        return scale, -0.5 * (2**self.bits - 1) * scale if zero is None else zero
+        return wide_scale(self.scale[:, :, part], None if self.ends is None else self.ends[:, :, part])
+
+    def starts(self) -> torch.Tensor:
+        """What code 0 stands for, float32 in the shape of the scales."""
+        return -0.5 * (2**self.bits - 1) * self.steps() if self.zero is None else wide_zero(self.zero, self.ends)
 
 
 HELD = ("data", "scale", "zero", "norm", "ends")
