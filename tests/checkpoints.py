@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from families import tiny_model
+from safetensors.torch import load_file, save_file
 from sinkmaps import sink_map_of
 from tiny_tokenizer import tiny_tokenizer
 from transformers import PreTrainedModel
@@ -17,6 +21,17 @@ from sinkquant.models import Decoder
 from sinkquant.policy import make_plan
 from sinkquant.quantize import quantize
 from sinkquant.recipe import Recipe
+
+PLAIN = Path(__file__).parent / "formats" / "plain_transformers.py"
+
+
+def plain_logits(rows: torch.Tensor, folders: Sequence[Path], work: Path) -> list[torch.Tensor]:
+    """Logits [batch, tokens, vocabulary] of rows through every checkpoint, in a process that knows no sinkquant."""
+    save_file({"rows": rows}, work / "rows.safetensors")
+    subprocess.run([sys.executable, "-W", "ignore", PLAIN, work / "rows.safetensors", work / "logits.safetensors",
+                    *folders], check=True, cwd=work, capture_output=True)
+    found = load_file(work / "logits.safetensors")
+    return [found[str(index)] for index in range(len(folders))]
 
 
 def quantized(text: Path, family: str = "llama", method: str = "rtn", bits: int = 4, group: int = 32,

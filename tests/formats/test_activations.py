@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import digest, quantized, weight_bytes
+from checkpoints import digest, plain_logits, quantized, weight_bytes
 from families import FAMILIES
 from safetensors.torch import load_file, save_file
 from tiny_tokenizer import tiny_tokenizer
@@ -75,18 +73,14 @@ class Result:
 @pytest.fixture(scope="module")
 def results(rows: torch.Tensor, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
     work = tmp_path_factory.mktemp("rounded")
-    save_file({"rows": rows}, work / "rows.safetensors")
     made = []
     for index, case in enumerate(CASES):
         model, plan = case.made(text_file)
         with torch.no_grad():
             logits = model(rows, use_cache=False).logits
         made.append((logits, plan, save(model, tiny_tokenizer(), work / str(index))))
-    subprocess.run([sys.executable, "-W", "ignore", Path(__file__).with_name("plain_transformers.py"),
-                    work / "rows.safetensors", work / "logits.safetensors", *(folder for *_, folder in made)],
-                   check=True, cwd=work, capture_output=True)
-    plain = load_file(work / "logits.safetensors")
-    return [Result(logits, plain[str(i)], plan, folder) for i, (logits, plan, folder) in enumerate(made)]
+    plain = plain_logits(rows, [folder for *_, folder in made], work)
+    return [Result(logits, plain[i], plan, folder) for i, (logits, plan, folder) in enumerate(made)]
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[f"{c.family}-{c.kind}-{i}" for i, c in enumerate(CASES)])

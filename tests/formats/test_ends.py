@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import distance, quantized, weight_bytes
+from checkpoints import distance, plain_logits, quantized, weight_bytes
 from families import tiny_model
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from sinkmaps import sink_map_of
 from small_runs import fingerprint, model_folder, small_recipe
 from tiny_tokenizer import tiny_tokenizer
@@ -53,7 +50,6 @@ def results(rows: torch.Tensor, text_file: Path,
             tmp_path_factory: pytest.TempPathFactory) -> list[tuple[torch.Tensor, torch.Tensor, Plan, Path]]:
     """(logits in memory, logits in a process that knows transformers only, plan, folder) of every case."""
     work = tmp_path_factory.mktemp("ends")
-    save_file({"rows": rows}, work / "rows.safetensors")
     expected, plans, folders = [], [], []
     for index, case in enumerate(CASES):
         asked = (f"weights.lm_head={case.lm_head}", f"weights.embeddings={case.embeddings}", *case.more)
@@ -63,11 +59,8 @@ def results(rows: torch.Tensor, text_file: Path,
         plans.append(plan)
         with torch.no_grad():
             expected.append(model(rows, use_cache=False).logits)
-    subprocess.run([sys.executable, "-W", "ignore", Path(__file__).with_name("plain_transformers.py"),
-                    work / "rows.safetensors", work / "logits.safetensors", *folders], check=True, cwd=work,
-                   capture_output=True)
-    found = load_file(work / "logits.safetensors")
-    return [(one, found[str(i)], plans[i], folders[i]) for i, one in enumerate(expected)]
+    found = plain_logits(rows, folders, work)
+    return [(one, found[i], plans[i], folders[i]) for i, one in enumerate(expected)]
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=NAMES)

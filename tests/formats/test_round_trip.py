@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import quantized, weight_bytes
+from checkpoints import plain_logits, quantized, weight_bytes
 from families import FAMILIES, tiny_model
-from safetensors.torch import load_file, save_file
 from sinkmaps import sink_map_of
 from tiny_tokenizer import tiny_tokenizer
 
@@ -61,7 +58,6 @@ def results(rows: torch.Tensor, text_file: Path,
             tmp_path_factory: pytest.TempPathFactory) -> list[tuple[torch.Tensor, torch.Tensor, int, int]]:
     """(logits in memory, logits in the other process, bytes planned, bytes on disk) of every case."""
     work = tmp_path_factory.mktemp("round_trip")
-    save_file({"rows": rows}, work / "rows.safetensors")
     expected, sizes, folders = [], [], []
     for index, case in enumerate(CASES):
         model, plan, sink_map = quantized(text_file, case.family, case.method, case.bits, case.group, case.dtype,
@@ -70,11 +66,8 @@ def results(rows: torch.Tensor, text_file: Path,
         sizes.append((plan.weight_bytes, weight_bytes(folders[-1])))
         with torch.no_grad():
             expected.append(model(rows, use_cache=False).logits)
-    subprocess.run([sys.executable, "-W", "ignore", Path(__file__).with_name("plain_transformers.py"),
-                    work / "rows.safetensors", work / "logits.safetensors", *folders], check=True, cwd=work,
-                   capture_output=True)
-    found = load_file(work / "logits.safetensors")
-    return [(one, found[str(i)], *sizes[i]) for i, one in enumerate(expected)]
+    found = plain_logits(rows, folders, work)
+    return [(one, found[i], *sizes[i]) for i, one in enumerate(expected)]
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[f"{c.family}-{c.method}-{c.bits}-{c.group}" for c in CASES])
