@@ -14,6 +14,7 @@ from sinkquant.artifacts.kv_scheme import KVScheme
 from sinkquant.errors import RequestError
 from sinkquant.schemes.inputs import in_blocks
 from sinkquant.schemes.json_object import read_object
+from sinkquant.schemes.registry import all_schemes
 from sinkquant.schemes.scheme import COMPRESSED
 
 
@@ -26,6 +27,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return read_object(path, "get the checkpoint again")
 
 
+FOLDED = ("weight_input", "weight_output")
+"""Places of compressed-tensors' transforms that are in the weights already."""
+
+
 def check_readable(path: Path, settings: dict[str, Any]) -> None:
     """Dense weights and rounded inputs show no quantized outputs. Keys and values in FP8 are rounded by the hooks of
     compressed-tensors, which stay.
@@ -34,7 +39,8 @@ def check_readable(path: Path, settings: dict[str, Any]) -> None:
         settings: the `quantization_config` of config.json.
 
     Raises:
-        RequestError: the checkpoint has such, or is in a format that is not read here.
+        RequestError: the checkpoint has such, is in a format that is not read here, or has transforms that are left to
+            be done while it runs.
     """
     method = settings.get("quant_method")
     if method not in COMPRESSED:
@@ -48,10 +54,27 @@ def check_readable(path: Path, settings: dict[str, Any]) -> None:
         if inputs.get("strategy") not in (None, "token", "tensor") and not in_blocks(inputs):
             raise RequestError(f"{path} quantizes activations by {inputs['strategy']} (its {name}), which is not read "
                                "here; load it with transformers.")
+    for name, group in ((settings.get("transform_config") or {}).get("config_groups") or {}).items():
+        online = [one["location"] for one in group.get("apply") or [] if one["location"] not in FOLDED]
+        if online:
+            raise RequestError(f"{path} transforms what its linears compute with while it runs ({online[0]!r}, its "
+                               f"{name}), which transformers leaves out without a word; load it with vLLM.")
     cache = settings.get("kv_cache_scheme")
     if cache and not KVScheme.reads(cache):
         raise RequestError(f"{path} quantizes its KV cache in another way than FP8 with stored scales, which is not "
                            "read here; load it with transformers.")
+
+
+def unpacked_in(settings: dict[str, Any]) -> torch.dtype | None:
+    """The one dtype that compressed-tensors unpacks a checkpoint's weights to; None where it is the model's own.
+
+    Args:
+        settings: the `quantization_config` of config.json.
+    """
+    groups = (settings.get("config_groups") or {}).values()
+    layouts = {settings.get("format"), *(group.get("format") for group in groups)}
+    bound = [scheme.dtypes[0] for scheme in all_schemes() if scheme.dtypes and layouts.intersection(scheme.layouts)]
+    return getattr(torch, bound[0]) if bound else None
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,12 @@ def test_plain_transformers_gives_the_logits_of_the_model_in_memory(name: str, t
     assert weight_bytes(folder) == plan.weight_bytes
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), expected)
     assert torch.equal(logits(load(folder)[0]), expected)
+    # In float32, which evaluation computes in, the weights are those that bfloat16 has.
+    wide = load_dense(folder, torch.float32)
+    assert wide.dtype == torch.float32
+    assert all(torch.equal(tensor.to(torch.bfloat16), model.state_dict()[key]) for key, tensor in
+               wide.state_dict().items())
+    assert torch.isfinite(logits(wide)).all()
     # Read block by block from the disk, weights and inputs are the same again.
     mine, dense = Decoder.of(open_checkpoint(folder)), load_dense(folder).state_dict()
     with mine.present([mine.model]):
