@@ -110,6 +110,15 @@ def test_quantized_outputs_and_caches_are_refused(copy: Path) -> None:
         load(copy)
 
 
+def test_transforms_that_are_in_the_weights_are_read_and_those_left_to_be_done_are_refused(copy: Path) -> None:
+    done, left = {"targets": ["Linear"], "location": "weight_input"}, {"targets": ["Linear"], "location": "input"}
+    edit(copy, transform_config={"config_groups": {"v": {"type": "hadamard", "head_dim": 16, "apply": [done]}}})
+    load(copy)
+    edit(copy, transform_config={"config_groups": {"v": {"type": "hadamard", "head_dim": 16, "apply": [left, done]}}})
+    with pytest.raises(RequestError, match=r"transforms what its linears compute with .*\('input', its v\)"):
+        load(copy)
+
+
 def test_settings_that_make_no_sense_are_refused(copy: Path) -> None:
     edit(copy, config_groups={"group_0": {"targets": ["Linear"], "weights": {"num_bits": "many"}}})
     with pytest.raises(RequestError, match="cannot be loaded"):
