@@ -18,11 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from measure import Lines, held_out_texts, table
+from measure import Lines, held_out_texts, sink_map_of, table
 
 from sinkquant.artifacts import ModelShape, Plan, SinkMap
 from sinkquant.artifacts.sizes import checkpoint_bytes
-from sinkquant.detect import detect
 from sinkquant.models import Decoder, load_model, load_tokenizer, open_model, resolve
 from sinkquant.policy import make_control, make_plan
 from sinkquant.recipe import Recipe
@@ -45,8 +44,7 @@ def main() -> None:
     base, tokenizer = load_model(folder, torch.float32), load_tokenizer(folder)
     recipe = Recipe().replace(["detect.super_weights=false", *arguments.set])
     texts = held_out_texts(arguments.text, tokenizer, arguments.held_out, min(512, Decoder.of(base).max_length))
-    sink_map = SinkMap.load(arguments.sink_map) if arguments.sink_map else detect(
-        base, tokenizer, recipe=recipe, name=arguments.model)
+    sink_map = sink_map_of(arguments, base, tokenizer, recipe)
     shape, stored = (Decoder.of(model).shape(arguments.model) for model in (base, open_model(folder)))
     lines = Lines(arguments.lines)
     for bits, method in itertools.product(arguments.bits, arguments.methods):

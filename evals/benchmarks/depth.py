@@ -42,6 +42,7 @@ from sinkquant.blocks import choose_blocks, drop_blocks
 from sinkquant.detect.roles import TOKENS, RoleTable, roles_of
 from sinkquant.evaluate.run import open_tasks, score_tasks
 from sinkquant.models import Decoder, Walk, head_columns, load_model, load_tokenizer, read_text, resolve, token_rows
+from sinkquant.models.hooks import hooked
 from sinkquant.models.shorter import shorter_model
 from sinkquant.models.text import starts_with_bos
 from sinkquant.policy import make_plan
@@ -82,12 +83,8 @@ class Bench:
 def without_blocks(model: PreTrainedModel, gone: Sequence[int]) -> Iterator[None]:
     """Some blocks hand on what they are given."""
     # Hooks, and no forward of our own: reading states puts a block's forward back after every batch.
-    handles = [Decoder.of(model).blocks[index].register_forward_hook(_handed_on, with_kwargs=True) for index in gone]
-    try:
+    with hooked(Decoder.of(model).blocks[index].register_forward_hook(_handed_on, with_kwargs=True) for index in gone):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _handed_on(_: torch.nn.Module, args: tuple[Any, ...], named: dict[str, Any], given: Any) -> Any:

@@ -13,11 +13,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from measure import Line, Lines, held_out_texts, table
+from measure import Line, Lines, held_out_texts, sink_map_of, table
 
 from sinkquant import Recipe, quantize
-from sinkquant.artifacts import SinkMap
-from sinkquant.detect import detect
 from sinkquant.evaluate import compare_rows
 from sinkquant.models import Decoder, load_model, load_tokenizer, open_model, resolve
 from sinkquant.policy import make_plan
@@ -41,8 +39,7 @@ def main() -> None:
     folder, recipe = resolve(arguments.model), Recipe.load(arguments.recipe).replace(arguments.set)
     base, model = (load_model(folder, torch.float32) for _ in range(2))
     tokenizer = load_tokenizer(folder)
-    sink_map = SinkMap.load(arguments.sink_map) if arguments.sink_map else detect(
-        base, tokenizer, recipe=recipe, name=arguments.model)
+    sink_map = sink_map_of(arguments, base, tokenizer, recipe)
     shape = Decoder.of(open_model(folder)).shape(arguments.model)
     texts = held_out_texts(arguments.text, tokenizer, arguments.held_out, min(512, Decoder.of(base).max_length))
     quantize(model, make_plan(shape, sink_map, recipe), tokenizer)

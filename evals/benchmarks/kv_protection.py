@@ -11,9 +11,8 @@ from __future__ import annotations
 import argparse
 
 import torch
+from measure import sink_map_of
 
-from sinkquant.artifacts import SinkMap
-from sinkquant.detect import detect
 from sinkquant.evaluate.divergence import compare_rows
 from sinkquant.evaluate.statistics import paired_difference
 from sinkquant.models import Decoder, load_model, load_tokenizer, read_text, resolve, token_rows
@@ -38,7 +37,7 @@ def main() -> None:
     base, other = (load_model(folder, torch.float32) for _ in range(2))
     settings = Recipe().replace(["detect.super_weights=false", f"kv_cache.window={arguments.window}",
                                  f"kv_cache.length={arguments.length}", *arguments.set])
-    sink_map = SinkMap.load(arguments.sink_map) if arguments.sink_map else detect(base, tokenizer, recipe=settings)
+    sink_map = sink_map_of(arguments, base, tokenizer, settings)
     rows = token_rows(tokenizer, read_text(arguments.text, "evaluation"), arguments.rows, arguments.length)
     print("| bits | bytes | control | KL | control | difference, 95 % interval | loss added | control | "
           "difference, 95 % interval |\n|---:|---:|---:|---:|---:|---|---:|---:|---|")

@@ -13,11 +13,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from measure import Line, Lines, held_out_texts, table
+from measure import Line, Lines, held_out_texts, sink_map_of, table
 
 from sinkquant import Recipe
-from sinkquant.artifacts import SinkMap
-from sinkquant.detect import detect
 from sinkquant.evaluate import compare_rows
 from sinkquant.models import Decoder, load_model, load_tokenizer, resolve
 from sinkquant.policy import make_plan
@@ -37,8 +35,7 @@ def main() -> None:
     folder, lines = resolve(arguments.model), Lines(arguments.lines)
     recipe = Recipe().replace(["weights.method=rtn", *arguments.set])
     base, tokenizer = load_model(folder, torch.float32), load_tokenizer(folder)
-    sink_map = SinkMap.load(arguments.sink_map) if arguments.sink_map else detect(
-        base, tokenizer, recipe=recipe, name=arguments.model)
+    sink_map = sink_map_of(arguments, base, tokenizer, recipe)
     decoder = Decoder.of(base)
     texts = held_out_texts(arguments.text, tokenizer, arguments.held_out, min(512, decoder.max_length))
     for strategy in ("tensor", "attn_head"):

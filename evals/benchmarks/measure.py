@@ -19,14 +19,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinkquant.artifacts import KVCachePlan, Plan
+from sinkquant.artifacts import KVCachePlan, Plan, SinkMap
 from sinkquant.cache import make_prefix, prepare
+from sinkquant.detect import detect
 from sinkquant.evaluate import Divergence, paired_difference
 from sinkquant.evaluate.divergence import BATCH_ROWS, compare_side_by_side
 from sinkquant.evaluate.states import last_states
 from sinkquant.models import load_model, read_text, token_rows
 from sinkquant.models.inputs import share_switch
 from sinkquant.quantize import quantize
+from sinkquant.recipe import Recipe
 from sinkquant.schemes import scheme_of
 from sinkquant.sinks import SinkSelector
 
@@ -69,6 +71,14 @@ class Line:
                                  for values in (found.kl, found.other_loss, found.baseline_loss))
         return cls(labels, kl, loss, unquantized, None if seconds is None else round(seconds, 1), size,
                    None if speed is None else round(speed, 1), blocks, memory, scores)
+
+
+def sink_map_of(arguments: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+                recipe: Recipe) -> SinkMap:
+    """The file that `--sink-map` names, or what detection finds in the model."""
+    if arguments.sink_map:
+        return SinkMap.load(arguments.sink_map)
+    return detect(model, tokenizer, recipe=recipe, name=arguments.model)
 
 
 def carry_out(folder: Path, base: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerBase,

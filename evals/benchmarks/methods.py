@@ -20,12 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from measure import Line, Lines, held_out_texts, table
+from measure import Line, Lines, held_out_texts, sink_map_of, table
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinkquant.artifacts import Plan, SinkMap, Transform
-from sinkquant.detect import detect
+from sinkquant.artifacts import Plan, Transform
 from sinkquant.evaluate import compare_rows
 from sinkquant.formats import load_dense
 from sinkquant.models import Decoder, load_model, load_tokenizer, read_text, resolve, token_rows
@@ -85,8 +84,7 @@ def main() -> None:
 def plans(arguments: argparse.Namespace, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
           recipe: Recipe) -> Iterator[tuple[dict[str, str], Plan]]:
     """What is to be measured, and how it is made."""
-    sink_map = SinkMap.load(arguments.sink_map) if arguments.sink_map else detect(
-        base, tokenizer, recipe=recipe, name=arguments.model)
+    sink_map = sink_map_of(arguments, base, tokenizer, recipe)
     shape = Decoder.of(base).shape(arguments.model)
     for bits, method, transform in itertools.product(arguments.bits, arguments.methods, arguments.transforms):
         # Rounding to nearest alone, and a rotation, take no statistics.

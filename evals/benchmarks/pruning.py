@@ -16,11 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from measure import Lines, held_out_texts, table
+from measure import Lines, held_out_texts, sink_map_of, table
 from transformers import PreTrainedModel
 
 from sinkquant.artifacts import Plan, SinkMap
-from sinkquant.detect import detect
 from sinkquant.models import Decoder, load_model, load_tokenizer, resolve
 from sinkquant.policy import make_plan
 from sinkquant.recipe import Recipe
@@ -46,8 +45,7 @@ def main() -> None:
     tokenizer = load_tokenizer(resolve(arguments.model))
     recipe = Recipe().replace(["detect.super_weights=false", *arguments.set])
     texts = held_out_texts(arguments.text, tokenizer, arguments.held_out, min(512, Decoder.of(base).max_length))
-    sink_map = SinkMap.load(arguments.sink_map) if arguments.sink_map else detect(
-        base, tokenizer, recipe=recipe, name=arguments.model)
+    sink_map = sink_map_of(arguments, base, tokenizer, recipe)
     lines = Lines(arguments.lines)
     for labels, plan in plans(arguments, base, sink_map, recipe):
         lines.measure(labels, resolve(arguments.model), base, plan, tokenizer, texts)

@@ -39,11 +39,8 @@ def counted(model: PreTrainedModel) -> Iterator[list[int]]:
     def count(*_: Any) -> None:
         passes[0] += 1
 
-    handle = Decoder.of(model).blocks[-1].register_forward_hook(count)
-    try:
+    with Decoder.of(model).blocks[-1].register_forward_hook(count):
         yield passes
-    finally:
-        handle.remove()
 
 
 def decode(model: PreTrainedModel, prompts: torch.Tensor, tokens: int, draft: int = 0,

@@ -15,9 +15,8 @@ from __future__ import annotations
 import argparse
 
 import torch
+from measure import sink_map_of
 
-from sinkquant.artifacts import SinkMap
-from sinkquant.detect import detect
 from sinkquant.evaluate.divergence import row_divergences
 from sinkquant.evaluate.statistics import paired_difference
 from sinkquant.models import Decoder, load_model, load_tokenizer, read_text, resolve, token_rows
@@ -52,8 +51,7 @@ def main() -> None:
     settings = ["protect.channels=none", f"calibration.length={arguments.length}", "detect.super_weights=false",
                 f"calibration.text={arguments.text or 'null'}", *arguments.set]
     recipe = Recipe().replace(settings)
-    sink_map = (SinkMap.load(arguments.sink_map) if arguments.sink_map
-                else detect(base, tokenizer, recipe=recipe, name=arguments.model))
+    sink_map = sink_map_of(arguments, base, tokenizer, recipe)
     decoder = Decoder.of(base)
     length = min(arguments.length, decoder.max_length)
     used = recipe.calibration.rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from sinkquant.artifacts.base import Strict
@@ -50,9 +50,3 @@ def kv_scale_tensors(shape: ModelShape, scheme: KVScheme | None) -> dict[str, Te
 def with_kv_scales(shape: ModelShape, scheme: KVScheme | None) -> ModelShape:
     """The shape with the scales that a checkpoint stores."""
     return shape.model_copy(update={"tensors": shape.tensors | kv_scale_tensors(shape, scheme)})
-
-
-def engines_with_kv_scales(engines: Sequence[str], scheme: KVScheme | None) -> list[str]:
-    """Those that read the scales: transformers, which rounds keys and values as it goes and keeps them in 16 bits, and
-    vLLM."""
-    return [one for one in engines if scheme is None or one.startswith(("transformers", "vllm"))]

@@ -28,6 +28,7 @@ from sinkquant.models.experts import (
     read_by_expert,
     those_chosen,
 )
+from sinkquant.models.hooks import hooked
 from sinkquant.models.on_disk import TOKENS, one_expert
 from sinkquant.recipe import Recipe
 
@@ -95,11 +96,8 @@ class ExpertRecorder:
         mine = [owner for owner in self.owners if owner.startswith(step.name + ".")]
         handles = [self.decoder.model.get_submodule(owner).register_forward_pre_hook(
             self._hook(owner, step), with_kwargs=True) for owner in mine]
-        try:
+        with hooked(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
         for owner in mine:
             if owner in self.layers and self.owners[owner][1]:
                 self.layers[owner].close(step, owner)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sinkquant.models import Step
+from sinkquant.models.hooks import hooked
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,10 @@ def find_middle(step: Step) -> Middle | None:
     handles = [child.register_forward_hook(hook, with_kwargs=True) for child in step.block.children()]
     observers, step.walk.observers[:] = list(step.walk.observers), []
     try:
-        result = step.probe(probe)
+        with hooked(handles):
+            result = step.probe(probe)
     finally:
         step.walk.observers[:] = observers
-        for handle in handles:
-            handle.remove()
     for i, (module, given, _) in enumerate(seen):
         if given is None or torch.equal(given, probe):
             continue
@@ -107,8 +107,5 @@ def watched(middle: Middle | None, add: Callable[[torch.Tensor], None], shape: t
     handles = [(parallel or middle.module).register_forward_pre_hook(before, with_kwargs=True)]
     if parallel is not None:
         handles.append(middle.module.register_forward_hook(after))
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -18,6 +18,7 @@ from sinkquant.artifacts import ModuleStatistics
 from sinkquant.detect.detector import Detector, Found
 from sinkquant.detect.evidence import Survey
 from sinkquant.models import Decoder, Step
+from sinkquant.models.hooks import hooked
 from sinkquant.recipe import Recipe
 
 TOKENS = 128
@@ -58,11 +59,8 @@ class InputRecorder:
         """Record all rows that are replayed."""
         handles = [linear.register_forward_pre_hook(self._hook(name, step))
                    for name, linear in self.decoder.linears.items() if name.startswith(step.name + ".")]
-        try:
+        with hooked(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def summary(self, sinks: torch.Tensor) -> dict[str, ModuleStatistics]:
         """What the sinks do to every input. sinks: bool [rows, length], of the recorded rows."""

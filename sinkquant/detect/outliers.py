@@ -60,11 +60,8 @@ class OutlierTokens(Detector):
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             self.largest.setdefault(name, []).append(args[0].abs().flatten(0, -2).amax(1).float().cpu())
 
-        handle = self.decoder.linears[name].register_forward_pre_hook(hook)
-        try:
+        with self.decoder.linears[name].register_forward_pre_hook(hook):
             yield
-        finally:
-            handle.remove()
 
 
 def outlier_prefix(largest: list[torch.Tensor], rows: torch.Tensor, ratio: float, bos: int | None,

@@ -103,11 +103,8 @@ class SpikeWatcher:
                 self.spikes[name] = Spike(ratio, float(size), row, tuple(shares.indices.tolist()),
                                           tuple(shares.values.tolist()))
 
-        handle = self.decoder.linears[name].register_forward_hook(hook)
-        try:
+        with self.decoder.linears[name].register_forward_hook(hook):
             yield
-        finally:
-            handle.remove()
 
 
 def down_projection(decoder: Decoder, index: int) -> str | None:

@@ -14,6 +14,7 @@ from sinkquant.diagnose.null import measured
 from sinkquant.diagnose.survey import Compute
 from sinkquant.errors import RequestError
 from sinkquant.models import AttentionRecord, AttentionRows, Decoder
+from sinkquant.models.hooks import hooked
 
 LONGEST = 256
 """Tokens in a row whose mixing matrices are kept."""
@@ -107,14 +108,10 @@ def jacobian_norms(decoder: Decoder, row: torch.Tensor) -> torch.Tensor:
         kept["out"] = output[0] if isinstance(output, tuple) else output
 
     handles = [twin.blocks[0].register_forward_pre_hook(enter), twin.blocks[-1].register_forward_hook(leave)]
-    try:
-        with torch.enable_grad():
-            twin.model.base_model(row[None].to(twin.model.device), use_cache=False)
-            last = kept["out"].reshape(-1, kept["out"].shape[-1])[-1]
-            lines = [torch.autograd.grad(value, kept["in"], retain_graph=True)[0][0] for value in last]
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), torch.enable_grad():
+        twin.model.base_model(row[None].to(twin.model.device), use_cache=False)
+        last = kept["out"].reshape(-1, kept["out"].shape[-1])[-1]
+        lines = [torch.autograd.grad(value, kept["in"], retain_graph=True)[0][0] for value in last]
     jacobian = torch.stack(lines).double().cpu()  # [hidden out, length, hidden in]
     return torch.linalg.matrix_norm(jacobian.transpose(0, 1), ord=2)
 

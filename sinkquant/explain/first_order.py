@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from sinkquant.explain.parts import Part, put_back
 from sinkquant.explain.probe import Probe
+from sinkquant.models.hooks import hooked
 from sinkquant.models.inputs import inputs_left_alone
 
 NODES = ((0.5 - 12 ** -0.5, 0.5), (0.5 + 12 ** -0.5, 0.5))
@@ -50,17 +51,14 @@ def first_order(probe: Probe, model: PreTrainedModel, parts: Sequence[Part],
 
         return part.parameter.register_post_accumulate_grad_hook(take)
 
-    handles = [watch(part) for part in parts]
     try:
-        with inputs_left_alone(model):
+        with hooked(watch(part) for part in parts), inputs_left_alone(model):
             for share, weight in nodes:
                 scale[0] = weight / probe.rows.numel()
                 blended = {part.name: torch.lerp(part.unquantized, part.quantized, share) for part in parts}
                 with put_back(parts, blended):
                     _pull(probe, model)
     finally:
-        for handle in handles:
-            handle.remove()
         for parameter, before in asked:
             parameter.requires_grad_(before)
             parameter.grad = None

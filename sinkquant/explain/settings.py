@@ -14,6 +14,7 @@ from sinkquant.artifacts.explanation import Cause, SettingChange
 from sinkquant.explain.diagnose import Measuring, percent
 from sinkquant.explain.probe import Probe
 from sinkquant.models import adds_bos, encode
+from sinkquant.models.hooks import hooked
 
 OWN = ("quantization_config", "torch_dtype", "dtype", "transformers_version", "architectures", "_name_or_path",
        "use_cache", "initializer_range", "tie_word_embeddings", "pretraining_tp", "_attn_implementation", "return_dict",
@@ -148,10 +149,6 @@ def first_broken(model: PreTrainedModel, rows: torch.Tensor) -> str:
         return hook
 
     leaves = [(name, module) for name, module in model.named_modules() if not any(True for _ in module.children())]
-    handles = [module.register_forward_hook(watch(name)) for name, module in leaves]
-    try:
+    with hooked(module.register_forward_hook(watch(name)) for name, module in leaves):
         model(rows.to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen[0] if seen else "the output head"

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from sinkquant.artifacts.explanation import MassiveChange
 from sinkquant.models import Decoder
+from sinkquant.models.hooks import hooked
 
 SHOWN = 4
 Stream = list[list[torch.Tensor]]
@@ -32,12 +33,8 @@ def after_blocks(model: PreTrainedModel, look: Hook) -> Iterator[None]:
 
         return hook
 
-    handles = [block.register_forward_hook(watch(index)) for index, block in enumerate(Decoder.of(model).blocks)]
-    try:
+    with hooked(block.register_forward_hook(watch(index)) for index, block in enumerate(Decoder.of(model).blocks)):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager

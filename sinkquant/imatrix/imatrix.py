@@ -19,6 +19,7 @@ from sinkquant.imatrix.names import expert_names, tensor_names
 from sinkquant.models import ActivationStore, Decoder, Step, Walk, pick_device, read_text, token_rows
 from sinkquant.models.decoder import require_dense, weight_matrix
 from sinkquant.models.experts import fused_parameters
+from sinkquant.models.hooks import hooked
 from sinkquant.policy.plan import calibration_of, check_same_model
 from sinkquant.quantize import is_quantized
 from sinkquant.quantize.experts import record
@@ -115,11 +116,8 @@ def _dense(step: Step, decoder: Decoder, names: Mapping[str, str], weights: Toke
         linear = decoder.linears[read]
         sums[read] = Diagonal(weight_matrix(linear).shape[1], torch.device(step.walk.device))
         handles.append(linear.register_forward_pre_hook(_adds(sums[read], step, weights)))
-    try:
+    with hooked(handles):
         step.run()
-    finally:
-        for handle in handles:
-            handle.remove()
     for name, read in mine.items():
         if not sums[read].tokens:
             raise SinkquantError(f"no calibration token reached {name}; give more text.")

@@ -12,6 +12,7 @@ from torch import nn
 
 from sinkquant.models.activations import ActivationStore
 from sinkquant.models.experts import handed_to_experts, shares_of
+from sinkquant.models.hooks import hooked
 from sinkquant.models.inputs import RoundedInputs
 
 
@@ -55,15 +56,11 @@ def recorded(modules: Mapping[str, nn.Module], batches: Sequence[slice], length:
 
         return hook
 
-    handles = [module.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, module in modules.items()]
-    try:
+    with hooked(module.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, module in modules.items()):
         for batch in batches:
             seen.clear()
             with contextlib.suppress(_ReachedError):
                 forward(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: RoutedTokens(states[name], *(torch.cat(parts) for parts in zip(*routes[name], strict=True)))
             for name in modules}
 

@@ -49,13 +49,10 @@ class OutputHead:
         given = states.to(self.model.device)[:, None]
         # The blocks hand on nothing of worth: what the head gets of it is replaced.
         nothing = given.new_zeros(len(states), 1, self.decoder.hidden_size)
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(lambda _module, _args: (given,))
-        try:
-            with torch.no_grad(), stubbed(self.decoder, nothing):
-                tokens = torch.zeros(len(states), 1, dtype=torch.long, device=self.model.device)
-                return torch.as_tensor(self.model(tokens, use_cache=False).logits)[:, 0].float()
-        finally:
-            handle.remove()
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda _module, _args: (given,))
+        with hook, torch.no_grad(), stubbed(self.decoder, nothing):
+            tokens = torch.zeros(len(states), 1, dtype=torch.long, device=self.model.device)
+            return torch.as_tensor(self.model(tokens, use_cache=False).logits)[:, 0].float()
 
 
 @contextlib.contextmanager

@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sinkquant.artifacts import LinearShape, ModelShape, Plan
-from sinkquant.artifacts.kv_scheme import engines_with_kv_scales
+from sinkquant.artifacts.kv_scheme import KVScheme
 from sinkquant.artifacts.sizes import own_format
 from sinkquant.errors import RequestError
 from sinkquant.schemes import INTEGERS, Scheme, WeightFormat, scheme_of
+from sinkquant.schemes.kv_cache import reads_kv_scales
+from sinkquant.schemes.loads import EXPERTS_BY_NAME
 from sinkquant.schemes.registry import SCHEMES
 
 OWN = "sinkquant"
@@ -17,11 +19,13 @@ ANY = "any"
 """No engine is asked for."""
 
 
-def loads_in(shape: ModelShape, formats: Mapping[str, WeightFormat], own: bool) -> list[str]:
+def loads_in(shape: ModelShape, formats: Mapping[str, WeightFormat], own: bool,
+             kv_scheme: KVScheme | None = None) -> list[str]:
     """The engines that load every linear of a checkpoint, in the order of the table.
 
     Args:
         formats: module name -> format of every packed linear. own: the checkpoint is in sinkquant's own format.
+        kv_scheme: its scales are to be read, too.
     """
     if own:
         return [OWN]
@@ -30,9 +34,9 @@ def loads_in(shape: ModelShape, formats: Mapping[str, WeightFormat], own: bool) 
     found = [engine for engine in named if all(_takes(engine, form) for form in formats.values())]
     superfluous = {row.engine for scheme in schemes for row in scheme.loads if row.instead_of in found}
     found = [engine for engine in found if engine not in superfluous]
-    if any(linear.part_of for linear in shape.linears.values()) and not _experts_by_name(shape, formats):
-        found = [engine for engine in found if not engine.startswith("vllm")]
-    return found
+    if not _experts_by_name(shape, formats):
+        found = [engine for engine in found if engine not in EXPERTS_BY_NAME]
+    return [engine for engine in found if kv_scheme is None or reads_kv_scales(engine)]
 
 
 def engine_loads(engine: str, form: WeightFormat, linear: LinearShape) -> bool:
@@ -55,7 +59,7 @@ def require_engine(engine: str, plan: Plan, shape: ModelShape) -> None:
     if plan.kv_cache is not None:
         raise RequestError(f"{engine} keeps its KV cache in 16 bits and knows no prefix of sinkquant's; set "
                            f"kv_cache=null, {otherwise}.")
-    if not engines_with_kv_scales([engine], plan.kv_scheme):
+    if plan.kv_scheme is not None and not reads_kv_scales(engine):
         raise RequestError(f"{engine} reads no kv_cache_scheme; set it to null, {otherwise}.")
     formats = plan.stored
     if own_format(shape, plan.formats):
@@ -68,8 +72,7 @@ def require_engine(engine: str, plan: Plan, shape: ModelShape) -> None:
         if not _takes(engine, form):
             raise RequestError(f"{engine} does not run {_in_words(form)} ({name}); {_what_it_runs(engine, form)}, "
                                f"{otherwise}.")
-    if engine.startswith("vllm") and any(one.part_of for one in shape.linears.values()) and not _experts_by_name(
-            shape, formats):
+    if engine in EXPERTS_BY_NAME and not _experts_by_name(shape, formats):
         raise RequestError(f"{engine} loads packed experts only where all of them are packed, under names that end in "
                            f"_proj, and this plan's are not; use another model or plan, {otherwise}.")
 
@@ -94,6 +97,6 @@ def _takes(engine: str, form: WeightFormat) -> bool:
 
 
 def _experts_by_name(shape: ModelShape, formats: Mapping[str, WeightFormat]) -> bool:
-    """Whether every expert is packed under the name that vLLM asks for: one tensor each, as most families call it."""
+    """Whether every expert, if there is any, is packed in a tensor of its own whose name ends in _proj."""
     return all(name in formats and name.endswith("_proj")
                for name, linear in shape.linears.items() if linear.part_of)

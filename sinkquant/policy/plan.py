@@ -19,7 +19,7 @@ from sinkquant.artifacts import (
 from sinkquant.artifacts.distill import check_distill
 from sinkquant.artifacts.ends import EndDecision, with_ends
 from sinkquant.artifacts.experts import TUNE_AND_EXPERTS, require_loadable
-from sinkquant.artifacts.kv_scheme import engines_with_kv_scales, with_kv_scales
+from sinkquant.artifacts.kv_scheme import with_kv_scales
 from sinkquant.artifacts.plan import Statistics
 from sinkquant.artifacts.sizes import checkpoint_bytes, own_format
 from sinkquant.errors import RequestError
@@ -231,8 +231,7 @@ def _finish(name: str, choices: dict[str, Draft], shape: ModelShape, recipe: Rec
             descent=recipe.weights.descent, tune=recipe.weights.tune, distill=recipe.weights.distill,
             statistics=statistics, min_expert_tokens=settings.min_expert_tokens),
         predicted={"weight_bytes": float(total), "size_ratio": total / unquantized},
-        loads_in=engines_with_kv_scales(
-            loads_in(shape, formats | {module: end.form for module, end in ends.items()}, own), kv_scheme),
+        loads_in=loads_in(shape, formats | {module: end.form for module, end in ends.items()}, own, kv_scheme),
         ends=ends, kv_scheme=kv_scheme,
         notes=[*shape.notes, *simulated_notes(choices), *notes(choices.values(), recipe), *end_notes(shape, ends)])
 

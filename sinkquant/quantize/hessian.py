@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sinkquant.models import Step
+from sinkquant.models.hooks import hooked
 from sinkquant.models.inputs import inputs_left_alone
 from sinkquant.quantize.statistics import TokenWeights
 
@@ -95,17 +96,13 @@ def collect(step: Step, linears: dict[str, nn.Module], weights: TokenWeights,
         return hook
 
     handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in linears.items()]
-    try:
-        with step.answering(step.walk.hidden):
-            for batch in step.batches(step.walk.hidden):
-                step.batch = batch
-                if ideal is not None:
-                    comparing = True
-                    with inputs_left_alone(step.walk.decoder.model):
-                        step.forward(ideal[step.batch])
-                    comparing = False
-                step.forward(step.walk.hidden[step.batch])
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), step.answering(step.walk.hidden):
+        for batch in step.batches(step.walk.hidden):
+            step.batch = batch
+            if ideal is not None:
+                comparing = True
+                with inputs_left_alone(step.walk.decoder.model):
+                    step.forward(ideal[step.batch])
+                comparing = False
+            step.forward(step.walk.hidden[step.batch])
     return hessians

@@ -12,6 +12,7 @@ from torch import nn
 from sinkquant.artifacts import ModuleDecision, Plan
 from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.models import Decoder, Step
+from sinkquant.models.hooks import hooked
 from sinkquant.models.inputs import InputRanges, InputSwitch, input_args, round_inputs, share_switch, static_scale
 from sinkquant.quantize.ranks import widest
 
@@ -98,12 +99,8 @@ def _ranges(step: Step, linears: Mapping[str, nn.Module], exclude: bool) -> Inpu
 
         return hook
 
-    handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in linears.items()]
-    try:
+    with hooked(module.register_forward_pre_hook(hook_for(name)) for name, module in linears.items()):
         step.replay(step.walk.hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
     return ranges
 
 

@@ -8,6 +8,10 @@ from typing import Literal
 
 from sinkquant.schemes.weight_format import WeightFormat
 
+EXPERTS_BY_NAME = frozenset({"vllm", "vllm-cuda", "vllm-cpu"})
+"""Engines that load packed experts only where all of them are packed, one tensor each, under names that end in _proj:
+as most families call them."""
+
 
 @dataclass(frozen=True)
 class Loads:
@@ -39,7 +43,7 @@ class Loads:
         """The engine, without what it takes beside it ("transformers with bitsandbytes"), and the engine on this
         hardware: "vllm" and "vllm-cuda"."""
         return tuple(dict.fromkeys((self.engine, self.engine.partition(" with ")[0],
-                                    f"{self.engine}-{self.hardware.lower()}")))
+                                    f"{self.engine}-{self.hardware.partition(',')[0].lower()}")))
 
     def takes(self, form: WeightFormat) -> bool:
         """Whether a format meets the conditions on weights and inputs."""

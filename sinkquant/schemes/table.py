@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sinkquant.schemes import kv_cache
 from sinkquant.schemes.loads import Loads
 from sinkquant.schemes.registry import SCHEMES
 
@@ -11,10 +12,10 @@ HEAD = ("| weights | engine | formats | hardware | known | to know |", "|---|---
 def engine_table() -> list[str]:
     """Markdown lines: a row for every scheme and engine; schemes that the same engines load share theirs."""
     rows: dict[Loads, list[str]] = {}
-    for scheme in SCHEMES:
-        for row in scheme.loads:
+    for said, loads in (*((scheme.words, scheme.loads) for scheme in SCHEMES), (kv_cache.WORDS, kv_cache.LOADS)):
+        for row in loads:
             words = rows.setdefault(row, [])
-            words += [scheme.words] if scheme.words not in words else []
+            words += [said] if said not in words else []
     return [*HEAD, *(f"| {', '.join(words)} | {_engine(row)} | {row.conditions() or 'all'} | {row.hardware} | "
                      f"{row.known}: {row.place} | {row.caveat} |" for row, words in rows.items())]
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from sinkquant.artifacts import Terms
 from sinkquant.models import Decoder, Step, Walk, pick_device
+from sinkquant.models.hooks import hooked
 from sinkquant.models.placement import compute_in
 from sinkquant.quantize.experts import record
 from sinkquant.quantize.hessian import Hessian, collect
@@ -144,11 +145,8 @@ def _changed(decoder: Decoder, changes: dict[str, torch.Tensor], places: torch.T
                if name not in decoder.experts]
     handles += [decoder.model.get_submodule(owner).register_forward_hook(hook_of_experts(names), with_kwargs=True)
                 for owner, names in experts.items()]
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager

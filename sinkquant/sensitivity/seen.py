@@ -15,6 +15,7 @@ from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
 from sinkquant.models.backward import BackStep
 from sinkquant.models.experts import ExpertLinear, handed_to_experts, read_by_expert, shares_of
+from sinkquant.models.hooks import hooked
 from sinkquant.quantize.experts import Routed
 from sinkquant.quantize.hessian import Hessian
 from sinkquant.quantize.statistics import TokenWeights
@@ -91,11 +92,8 @@ class Seen:
         handles = [self.decoder.linears[name].register_forward_hook(self._linear_hook(name)) for name in self.linears]
         handles += [self.decoder.model.get_submodule(owner).register_forward_hook(
             self._experts_hook(owner), with_kwargs=True) for owner in self.handed]
-        try:
+        with hooked(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _linear_hook(self, name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sinkquant.schemes import INTEGERS, Loads, WeightFormat
+from sinkquant.schemes.kv_cache import reads_kv_scales
 from sinkquant.schemes.table import engine_table, out_of_reach
 
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "engines.md"
@@ -35,6 +36,12 @@ def test_conditions_in_words() -> None:
     assert Loads("e", "any", "", "read", "p").conditions() == ""
     assert row.names == ("e", "e-cpu")
     assert "e" in Loads("e with f", "any", "", "read", "p").names
+    assert "e-cuda" in Loads("e", "CUDA, SM75", "", "read", "p").names
+
+
+def test_who_reads_the_scales_of_keys_and_values() -> None:
+    assert all(map(reads_kv_scales, ("transformers", "transformers with bitsandbytes", "vllm-cuda", "vllm-cpu")))
+    assert not any(map(reads_kv_scales, ("llama.cpp", "optimum.quanto", "gptqmodel")))
 
 
 def test_what_a_processor_lacks() -> None:

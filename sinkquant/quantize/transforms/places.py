@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sinkquant.models import Decoder, Step
+from sinkquant.models.hooks import hooked
 from sinkquant.models.structure import BlockStructure, Matrix, Norm, Pair
 from sinkquant.quantize.hessian import Hessian
 from sinkquant.quantize.statistics import TokenWeights
@@ -95,14 +96,11 @@ def watch(decoder: Decoder, step: Step, found: list[Place], weights: TokenWeight
         else:
             handles.append(decoder.model.get_submodule(place.source.second.module).register_forward_pre_hook(
                 before(index)))
-    try:
+    with hooked(handles):
         size = step.walk.batch_size
         for start in range(0, len(step.walk.hidden), size):
             step.batch = slice(start, min(start + size, len(step.walk.hidden)))
             step.forward(step.walk.hidden[step.batch])
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen
 
 
