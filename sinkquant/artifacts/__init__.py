@@ -11,7 +11,7 @@ from sinkquant.artifacts.explanation import Explanation
 from sinkquant.artifacts.fidelity import SinkFidelity
 from sinkquant.artifacts.frontier import Frontier, FrontierPoint
 from sinkquant.artifacts.kv import KVCachePlan, KVLayer, KVSink, MassiveCarriers
-from sinkquant.artifacts.plan import Calibration, ModuleDecision, Plan, PredictedLoss, SinkSelector, Transform
+from sinkquant.artifacts.plan import Calibration, ModuleDecision, Plan, PredictedLoss, Transform, WeighedSink
 from sinkquant.artifacts.report import Forecast, Measure, Paired, Report, Row
 from sinkquant.artifacts.sensitivity import FormatLoss, KVLoss, Ranking, Sensitivity, Terms, UnitSensitivity
 from sinkquant.artifacts.shapes import EndShape, KVLayerShape, LinearShape, ModelShape
@@ -73,7 +73,6 @@ __all__ = [
     "SinkFidelity",
     "SinkKind",
     "SinkMap",
-    "SinkSelector",
     "SinkToken",
     "SinkVerdict",
     "SuperWeight",
@@ -81,4 +80,5 @@ __all__ = [
     "TokenizationFacts",
     "Transform",
     "UnitSensitivity",
+    "WeighedSink",
 ]

@@ -109,7 +109,7 @@ class Transform(Strict):
     values: bool = True
 
 
-class SinkSelector(Strict):
+class WeighedSink(Strict):
     """Which positions of a row hold a sink: a fixed position, a token id, or a token id at that position only; and
     what such a token weighs in the statistics (1: as any other)."""
 
@@ -134,7 +134,7 @@ class Calibration(Strict):
     length: int
     bos: Literal["auto", "always", "never"]
     batch_size: int
-    sinks: list[SinkSelector]
+    sinks: list[WeighedSink]
     damping: float
     act_order: bool
     statistics: Statistics = "boost"

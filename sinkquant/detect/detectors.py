@@ -10,7 +10,7 @@ from sinkquant.detect.experts import Experts
 from sinkquant.detect.heads import Heads
 from sinkquant.detect.modules import Modules
 from sinkquant.detect.outliers import OutlierTokens
-from sinkquant.detect.rates import SinkRates
+from sinkquant.detect.rates import Rates
 from sinkquant.detect.residual_sinks import ResidualSinks
 from sinkquant.detect.roles import HeadRoles
 from sinkquant.detect.sinks import Sinks
@@ -21,7 +21,7 @@ from sinkquant.models import Decoder
 from sinkquant.recipe import Recipe
 
 BUILT_IN: tuple[type[Detector], ...] = (
-    SinkRates, Sinks, Channels, ResidualSinks, EmergenceBlock, Heads, HeadRoles, NoOpHeads, Modules, Experts,
+    Rates, Sinks, Channels, ResidualSinks, EmergenceBlock, Heads, HeadRoles, NoOpHeads, Modules, Experts,
     OutlierTokens, SuperWeights, WhetherSinks)
 GROUP = "sinkquant.detectors"
 """The group of entry points that other packages bring detectors by."""

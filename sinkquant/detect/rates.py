@@ -10,7 +10,7 @@ from sinkquant.detect.table import AttentionTable
 PUBLISHED_THRESHOLDS = ("0.1", "0.3", "0.8")
 
 
-class SinkRates(Detector):
+class Rates(Detector):
     """The share of samples, layers and heads that give the first position more than a threshold."""
 
     fields = ("sink_rate", "sink_rate_repeated_token", "sink_rate_without_bos")

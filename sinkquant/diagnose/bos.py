@@ -10,14 +10,14 @@ from sinkquant.artifacts.diagnosis import BosVariant
 from sinkquant.detect.table import AttentionTable
 from sinkquant.diagnose.null import measured
 from sinkquant.diagnose.rows import with_bos
-from sinkquant.diagnose.survey import Compute
+from sinkquant.diagnose.survey import WalkSettings
 from sinkquant.models import Decoder
 
 SINK = 0.3
 Variant = Literal["once", "none", "moved", "twice"]
 
 
-def bos_variants(decoder: Decoder, text: torch.Tensor, bos: int, compute: Compute) -> list[BosVariant]:
+def bos_variants(decoder: Decoder, text: torch.Tensor, bos: int, compute: WalkSettings) -> list[BosVariant]:
     """Loss and sink rate with `<bos>` once, nowhere, in the middle of the text, and twice (Barbero et al. 2504.02732).
 
     Args:
@@ -57,7 +57,7 @@ def text_losses(losses: torch.Tensor, places: list[int]) -> torch.Tensor:
 
 
 def _walk(decoder: Decoder, rows: torch.Tensor, places: list[int],
-          compute: Compute) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+          compute: WalkSettings) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
     table = AttentionTable()
     walk = compute.walk(decoder, rows, [table])
     for step in walk.steps():

@@ -14,7 +14,7 @@ import torch
 
 from sinkquant.artifacts.diagnosis import SettledTokens, SettlingDepth
 from sinkquant.diagnose.null import measured
-from sinkquant.diagnose.survey import Compute
+from sinkquant.diagnose.survey import WalkSettings
 from sinkquant.models import Decoder
 from sinkquant.models.head import runs_of_positions, what_follows
 
@@ -26,7 +26,7 @@ TOKENS = 128
 
 
 def settling_depth(decoder: Decoder, rows: torch.Tensor, sinks: torch.Tensor, decode: Callable[[int], str],
-                   compute: Compute, bound: float = BOUND) -> SettlingDepth:
+                   compute: WalkSettings, bound: float = BOUND) -> SettlingDepth:
     """The blocks that predictions need, by kind of token.
 
     Args:

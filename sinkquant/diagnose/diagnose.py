@@ -34,7 +34,7 @@ from sinkquant.diagnose.rows import mark_sinks, random_rows, repeated_rows, with
 from sinkquant.diagnose.specials import special_token_paths
 from sinkquant.diagnose.spread import spread
 from sinkquant.diagnose.squashing import over_squashing, representational_collapse
-from sinkquant.diagnose.survey import Compute, Survey, survey
+from sinkquant.diagnose.survey import RowSurvey, WalkSettings, survey
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, check_finite, pick_device, read_text, starts_with_bos, token_rows
 from sinkquant.models.corpus import in_words
@@ -144,7 +144,7 @@ def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
         special_tokens=special_token_paths(tokenizer) if attacks else {}, fidelity=fidelity, against=other, notes=notes)
 
 
-def layer_mixing(found: Survey, seed: int) -> list[LayerMixing]:
+def layer_mixing(found: RowSurvey, seed: int) -> list[LayerMixing]:
     """Rank collapse and smoothness of a survey, block by block."""
     def each(values: list[torch.Tensor], layer: int) -> dict[str, float]:
         return measured(values[layer], seed).model_dump()
@@ -166,7 +166,8 @@ class _Inputs:
         self.decoder, self.tokenizer, self.content = decoder, tokenizer, content
         self.policy = recipe.calibration.bos
         self.front = starts_with_bos(tokenizer, self.policy)
-        self.compute = Compute(pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype), recipe.seed)
+        self.compute = WalkSettings(pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype),
+                                    recipe.seed)
 
     def rows(self, count: int, length: int, bos: str | None = None) -> torch.Tensor:
         """int64 [at most count, length] of the text."""

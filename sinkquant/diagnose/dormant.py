@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sinkquant.artifacts.diagnosis import DormantHead, Switch, TokenValue
-from sinkquant.diagnose.survey import Survey
+from sinkquant.diagnose.survey import RowSurvey
 
 ON = 0.5
 """A head is on for a query that gives the sinks less than this share of its attention."""
@@ -27,7 +27,7 @@ EARLY = 4
 """The first queries of a row see little but the sink and are left out."""
 
 
-def token_values(found: Survey, tokenizer: PreTrainedTokenizerBase) -> list[TokenValue]:
+def token_values(found: RowSurvey, tokenizer: PreTrainedTokenizerBase) -> list[TokenValue]:
     """Value norms by token id, relative to the median of their layer and head: the smallest, the largest, the sinks."""
     relative = torch.stack([(norms / norms.transpose(0, 1).flatten(1).median(1).values.clamp(min=1e-30)
                              [None, :, None]).double().mean(1) for norms in found.table.of_heads().value_norms]).mean(0)
@@ -49,7 +49,7 @@ def token_values(found: Survey, tokenizer: PreTrainedTokenizerBase) -> list[Toke
             for i in sorted(picked, key=lambda i: float(means[i]))]
 
 
-def dormant_heads(found: Survey, tokenizer: PreTrainedTokenizerBase) -> list[DormantHead]:
+def dormant_heads(found: RowSurvey, tokenizer: PreTrainedTokenizerBase) -> list[DormantHead]:
     """The heads that rest on the sinks for most queries, with what switches each on; the most dormant first."""
     rows, length = found.rows.shape
     queries = torch.zeros(rows, length, dtype=torch.bool)
@@ -74,7 +74,7 @@ def dormant_heads(found: Survey, tokenizer: PreTrainedTokenizerBase) -> list[Dor
     return sorted(heads, key=lambda head: head.on_rate)
 
 
-def _switches(found: Survey, on: torch.Tensor, queries: torch.Tensor, target: torch.Tensor, values: torch.Tensor,
+def _switches(found: RowSurvey, on: torch.Tensor, queries: torch.Tensor, target: torch.Tensor, values: torch.Tensor,
               rate: float, tokenizer: PreTrainedTokenizerBase) -> list[Switch]:
     """The classes of queries in which the head is on at least half of the time and twice as often as over all."""
     before = torch.full_like(found.rows, -1)

@@ -29,7 +29,7 @@ from sinkquant.diagnose.fidelity_checks import (
 from sinkquant.diagnose.rows import mark_sinks
 from sinkquant.diagnose.sample import attention_of, attention_sample
 from sinkquant.diagnose.spread import changes
-from sinkquant.diagnose.survey import Compute, survey
+from sinkquant.diagnose.survey import WalkSettings, survey
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, pick_device, read_text, starts_with_bos, token_rows
 from sinkquant.models.head import OutputHead, headless, runs_of_positions
@@ -76,7 +76,7 @@ class SinkComparison:
                  recipe: Recipe | None = None, text: str | list[str] | None = None, rows: int = ROWS) -> None:
         self.recipe, self.tokenizer, self.sinks = recipe or Recipe(), tokenizer, sinks
         settings = self.recipe.compute
-        self.compute = Compute(pick_device(settings.device), getattr(torch, settings.dtype), self.recipe.seed)
+        self.compute = WalkSettings(pick_device(settings.device), getattr(torch, settings.dtype), self.recipe.seed)
         self.original, decoder = original, Decoder.of(original)
         self.with_bos = starts_with_bos(tokenizer, self.recipe.calibration.bos)
         content = read_text(text or self.recipe.evaluate.text, "evaluation", tokenizer)

@@ -13,7 +13,7 @@ import torch
 from sinkquant.artifacts.fidelity import FidelityCheck
 from sinkquant.diagnose.dormant import DORMANT, EARLY, ON
 from sinkquant.diagnose.null import halves, level_of, self_distance
-from sinkquant.diagnose.survey import Survey
+from sinkquant.diagnose.survey import RowSurvey
 
 SINK = 0.3
 MASSIVE_HALVES = 20
@@ -36,7 +36,7 @@ class ProbedModel:
         nulls: check -> distance of the model from itself on other text; filled once, and read for every other model.
     """
 
-    survey: Survey
+    survey: RowSurvey
     layers: list[torch.Tensor]
     mass: torch.Tensor
     position: int
@@ -71,7 +71,7 @@ def bernoulli_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
 
 
-def massive_entries(found: Survey, rows: Rows | None = None) -> Entries:
+def massive_entries(found: RowSurvey, rows: Rows | None = None) -> Entries:
     """(boundary, channel, on a sink) -> largest |h| over the boundary's median, for the largest channels of tokens."""
     entries: Entries = {}
     picked = slice(None) if rows is None else rows
@@ -180,7 +180,7 @@ def value_checks(a: ProbedModel, b: ProbedModel, seed: int) -> list[FidelityChec
     return checks
 
 
-def _sink_norms(found: Survey, drain: bool) -> torch.Tensor:
+def _sink_norms(found: RowSurvey, drain: bool) -> torch.Tensor:
     """Mean norm of the sinks' values, over the median of the others' with `drain`: float64 [all KV heads, rows],
     NaN in rows that hold no sink."""
     sinks, layers = found.sinks[:, None], []

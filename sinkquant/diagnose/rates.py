@@ -9,14 +9,14 @@ import torch
 from sinkquant.artifacts.diagnosis import SinkRates
 from sinkquant.detect.table import AttentionTable
 from sinkquant.diagnose.null import measured
-from sinkquant.diagnose.survey import Compute
+from sinkquant.diagnose.survey import WalkSettings
 from sinkquant.models import AttentionRecord, AttentionRows, Decoder
 
 EPSILONS = ("0.1", "0.2", "0.3", "0.5", "0.8")
 PUBLISHED = 0.3
 
 
-def first_position_mass(decoder: Decoder, rows: torch.Tensor, compute: Compute,
+def first_position_mass(decoder: Decoder, rows: torch.Tensor, compute: WalkSettings,
                         position: int = 0) -> list[torch.Tensor]:
     """alpha_k of Gu et al. (2410.10781, section 3) for one position k: the mean attention that it receives from the
     queries that see it, by layer, float64 [rows, heads]."""
@@ -57,7 +57,7 @@ class _FirstColumn:
 
 
 def first_position_mass_by_length(decoder: Decoder, rows: torch.Tensor, lengths: list[int],
-                                  compute: Compute) -> list[list[torch.Tensor]]:
+                                  compute: WalkSettings) -> list[list[torch.Tensor]]:
     """`first_position_mass` of the first so many tokens of the rows, for every length, from one walk: attention is
     causal, so that a row's beginning does not know what follows.
 

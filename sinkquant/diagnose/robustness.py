@@ -15,7 +15,7 @@ from sinkquant.artifacts import SinkToken
 from sinkquant.artifacts.diagnosis import Check
 from sinkquant.detect.table import AttentionTable
 from sinkquant.diagnose.rows import with_bos
-from sinkquant.diagnose.survey import Compute
+from sinkquant.diagnose.survey import WalkSettings
 from sinkquant.errors import SinkquantError
 from sinkquant.models import Decoder, Step
 
@@ -46,7 +46,7 @@ class Outcome:
         return None if self.losses is None else float(self.losses[:, targets].double().mean())
 
 
-def run(decoder: Decoder, rows: torch.Tensor, compute: Compute, change: Change | None = None,
+def run(decoder: Decoder, rows: torch.Tensor, compute: WalkSettings, change: Change | None = None,
         losses: bool = True) -> Outcome:
     """Walk over rows; `change` may edit hidden states and masks before every block. Without `losses`, which take all
     logits, an outcome has none."""
@@ -72,7 +72,7 @@ def run(decoder: Decoder, rows: torch.Tensor, compute: Compute, change: Change |
                                       for m, visible in zip(mass, seen.visible, strict=True)]).mean()))
 
 
-def robustness(decoder: Decoder, text: torch.Tensor, bos: int | None, sinks: Sequence[SinkToken], compute: Compute,
+def robustness(decoder: Decoder, text: torch.Tensor, bos: int | None, sinks: Sequence[SinkToken], compute: WalkSettings,
                name_of: Callable[[int], str]) -> list[Check]:
     """All checks that the model and its tokenizer allow.
 
@@ -120,7 +120,7 @@ def robustness(decoder: Decoder, text: torch.Tensor, bos: int | None, sinks: Seq
     return found
 
 
-def break_sink(decoder: Decoder, rows: torch.Tensor, start: int, compute: Compute) -> list[int]:
+def break_sink(decoder: Decoder, rows: torch.Tensor, start: int, compute: WalkSettings) -> list[int]:
     """Greedy search for the tokens after the first position that draw the most attention off it, on one row.
 
     `CANDIDATES` ids of the text are tried at each of `SEARCHED_POSITIONS` positions: that is the whole budget.
@@ -137,7 +137,7 @@ def break_sink(decoder: Decoder, rows: torch.Tensor, start: int, compute: Comput
     return chosen
 
 
-def fake_sink(decoder: Decoder, rows: torch.Tensor, place: int, compute: Compute) -> int:
+def fake_sink(decoder: Decoder, rows: torch.Tensor, place: int, compute: WalkSettings) -> int:
     """The one of `CANDIDATES` ids of the text that draws the most attention at a position of the first row."""
     candidates = _candidates(rows, compute.seed)
     tried = rows[:1].expand(len(candidates), -1).clone()
@@ -146,7 +146,7 @@ def fake_sink(decoder: Decoder, rows: torch.Tensor, place: int, compute: Compute
     return int(candidates[0 if outcome.received is None else outcome.received[:, place].argmax()])
 
 
-def past_the_context(decoder: Decoder, text: torch.Tensor, bos: int | None, compute: Compute) -> list[Check]:
+def past_the_context(decoder: Decoder, text: torch.Tensor, bos: int | None, compute: WalkSettings) -> list[Check]:
     """Twice the trained context, and what a window of the trained length does with and without its sink.
 
     The last quarter of a context is scored. The reference keeps `<bos>` in front of the window, which is also the

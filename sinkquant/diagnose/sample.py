@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sinkquant.artifacts.fidelity import AttentionSample
-from sinkquant.diagnose.survey import Compute
+from sinkquant.diagnose.survey import WalkSettings
 from sinkquant.models import AttentionRecord, AttentionRows, Decoder
 
 TOKENS = 40
@@ -31,7 +31,7 @@ class _Matrices:
         self._chunks = []
 
 
-def attention_of(decoder: Decoder, row: torch.Tensor, compute: Compute) -> torch.Tensor:
+def attention_of(decoder: Decoder, row: torch.Tensor, compute: WalkSettings) -> torch.Tensor:
     """Attention of every head on one row, float32 [layers, heads, length, length]; of the mean of each layer's heads
     where layers differ in their number. `row`: int64 [at most TOKENS]."""
     observer = _Matrices()

@@ -7,7 +7,7 @@ import torch
 from sinkquant.artifacts.diagnosis import Spread
 from sinkquant.diagnose.null import measured
 from sinkquant.diagnose.rows import swapped
-from sinkquant.diagnose.survey import Compute
+from sinkquant.diagnose.survey import WalkSettings
 from sinkquant.models import Decoder
 
 REACHED = 0.05
@@ -15,7 +15,7 @@ REACHED = 0.05
 BINS = 32
 
 
-def changes(decoder: Decoder, rows: torch.Tensor, position: int, compute: Compute) -> torch.Tensor:
+def changes(decoder: Decoder, rows: torch.Tensor, position: int, compute: WalkSettings) -> torch.Tensor:
     """||delta h|| / ||h|| after every block, float64 [layers, rows, length], when the token at `position` is another.
 
     Both versions of a row go through the model in one walk, so that rounding is the same.
@@ -29,7 +29,7 @@ def changes(decoder: Decoder, rows: torch.Tensor, position: int, compute: Comput
     return torch.stack(found)
 
 
-def spread(decoder: Decoder, rows: torch.Tensor, position: int, with_bos: bool, compute: Compute) -> Spread:
+def spread(decoder: Decoder, rows: torch.Tensor, position: int, with_bos: bool, compute: WalkSettings) -> Spread:
     """The spread over the rows (Barbero et al. 2504.02732: with `<bos>` it is far smaller).
 
     Args:

@@ -11,7 +11,7 @@ import torch
 
 from sinkquant.artifacts.diagnosis import Collapse, OverSquashing
 from sinkquant.diagnose.null import measured
-from sinkquant.diagnose.survey import Compute
+from sinkquant.diagnose.survey import WalkSettings
 from sinkquant.errors import RequestError
 from sinkquant.models import AttentionRecord, AttentionRows, Decoder
 from sinkquant.models.hooks import hooked
@@ -61,7 +61,7 @@ class MixingProduct:
         return result
 
 
-def mixing_product(decoder: Decoder, rows: torch.Tensor, compute: Compute) -> torch.Tensor:
+def mixing_product(decoder: Decoder, rows: torch.Tensor, compute: WalkSettings) -> torch.Tensor:
     """The product of mixing matrices of all layers (Barbero et al. 2504.02732), float64.
 
     Returns:
@@ -116,7 +116,7 @@ def jacobian_norms(decoder: Decoder, row: torch.Tensor) -> torch.Tensor:
     return torch.linalg.matrix_norm(jacobian.transpose(0, 1), ord=2)
 
 
-def over_squashing(decoder: Decoder, rows: torch.Tensor, sinks: torch.Tensor, compute: Compute) -> OverSquashing:
+def over_squashing(decoder: Decoder, rows: torch.Tensor, sinks: torch.Tensor, compute: WalkSettings) -> OverSquashing:
     """Where the last token's information comes from. rows, sinks: [rows, length], cut to `LONGEST` tokens."""
     rows, sinks = rows[:, :LONGEST], sinks[:, :LONGEST]
     last = mixing_product(decoder, rows, compute)[:, -1]
@@ -130,7 +130,7 @@ def over_squashing(decoder: Decoder, rows: torch.Tensor, sinks: torch.Tensor, co
                          far_share=measured((last * far).sum(1), compute.seed), jacobian=jacobian)
 
 
-def representational_collapse(decoder: Decoder, rows: torch.Tensor, compute: Compute) -> list[Collapse]:
+def representational_collapse(decoder: Decoder, rows: torch.Tensor, compute: WalkSettings) -> list[Collapse]:
     """Distances of the last token's representation when it is repeated once more, over prefixes of the rows.
 
     Args:

@@ -17,7 +17,7 @@ TOKENS_PER_BATCH = 2048
 
 
 @dataclass(frozen=True)
-class Compute:
+class WalkSettings:
     """Where and in which dtype the walk computes, and the seed of everything that is drawn."""
 
     device: str = "cpu"
@@ -84,7 +84,7 @@ class QueryTable(AttentionTable):
 
 
 @dataclass
-class Survey:
+class RowSurvey:
     """What one set of rows showed. Lists over layers; figures per row are float64 [rows].
 
     Attributes:
@@ -113,8 +113,8 @@ class Survey:
         return [((mass.double() * after).sum(-1) / after.sum(-1).clamp(min=1)).T for mass in self.table.sink_mass]
 
 
-def survey(decoder: Decoder, rows: torch.Tensor, sinks: torch.Tensor, compute: Compute, ranks: bool = True,
-           losses: bool = True) -> Survey:
+def survey(decoder: Decoder, rows: torch.Tensor, sinks: torch.Tensor, compute: WalkSettings, ranks: bool = True,
+           losses: bool = True) -> RowSurvey:
     """Walk over rows.
 
     Args:
@@ -123,7 +123,7 @@ def survey(decoder: Decoder, rows: torch.Tensor, sinks: torch.Tensor, compute: C
         losses: also the losses, which take all logits.
     """
     table = QueryTable(sinks)
-    found = Survey(rows, sinks, table, ResidualStream())
+    found = RowSurvey(rows, sinks, table, ResidualStream())
     walk = compute.walk(decoder, rows, [table])
     for step in walk.steps():
         table.step = step
@@ -152,7 +152,7 @@ def effective_rank(hidden: torch.Tensor) -> float:
     return float(torch.special.entr(shares).sum().exp())
 
 
-def _ranks(found: Survey, outputs: torch.Tensor) -> None:
+def _ranks(found: RowSurvey, outputs: torch.Tensor) -> None:
     columns: list[list[float]] = [[], [], [], [], []]
     for hidden, sinks in zip(outputs, found.sinks, strict=True):
         rest = hidden[~sinks.to(hidden.device)]

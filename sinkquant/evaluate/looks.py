@@ -34,7 +34,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Interval:
+class Estimate:
     """A mean and the interval around it."""
 
     mean: float
@@ -60,7 +60,7 @@ def looks(total: int, precision: float | None) -> list[Look]:
             for before, count in zip([0, *rows], rows, strict=False)]
 
 
-def interval(values: Sequence[float], level: float) -> Interval:
+def interval(values: Sequence[float], level: float) -> Estimate:
     """Of the mean of `values`, Student's and Hall's together; the mean itself where all are equal.
 
     Raises:
@@ -74,11 +74,11 @@ def interval(values: Sequence[float], level: float) -> Interval:
     count = len(found)
     mean, error = float(found.mean()), float(found.std(ddof=1)) / count ** 0.5
     if error == 0:
-        return Interval(mean, mean, mean)
+        return Estimate(mean, mean, mean)
     reach = float(t.ppf(1 - level / 2, count - 1))
     skew = float(((found - mean) ** 3).mean()) / float(found.std(ddof=1)) ** 3
     low, high = (_unskewed(end, skew / count ** 0.5) for end in (-reach, reach))
-    return Interval(mean, mean - max(reach, high) * error, mean - min(-reach, low) * error)
+    return Estimate(mean, mean - max(reach, high) * error, mean - min(-reach, low) * error)
 
 
 def _unskewed(transformed: float, skew: float) -> float:

@@ -13,8 +13,8 @@ from sinkquant.artifacts import (
     Plan,
     Sensitivity,
     SinkMap,
-    SinkSelector,
     Transform,
+    WeighedSink,
 )
 from sinkquant.artifacts.distill import check_distill
 from sinkquant.artifacts.ends import EndDecision, with_ends
@@ -94,7 +94,7 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
         if not own:
             raise RequestError("protect.statistics 'exclude' needs a prefix whose keys and values stay those of the "
                                "unquantized model: set kv_cache.prefix=bos, or use 'boost'.")
-        sinks = [SinkSelector(token_id=token, position=place) for place, token in enumerate(own)]
+        sinks = [WeighedSink(token_id=token, position=place) for place, token in enumerate(own)]
     transforms = choose_transforms(choices, shape, recipe, kv_cache)
     plan = _finish("sink_aware", choices, shape, recipe, sinks, statistics, transforms)
     if excluded:
@@ -191,7 +191,7 @@ def _evenly(base: dict[str, Draft], shape: ModelShape, allowed: int) -> dict[str
 
 
 def _finish(name: str, choices: dict[str, Draft], shape: ModelShape, recipe: Recipe,
-            sinks: list[SinkSelector], statistics: Statistics, transforms: list[Transform]) -> Plan:
+            sinks: list[WeighedSink], statistics: Statistics, transforms: list[Transform]) -> Plan:
     formats = {module: c.form for module, c in choices.items() if c.quantized}
     own = own_format(shape, formats)
     if own and any(scheme_of(form).foreign for form in formats.values()):
@@ -243,7 +243,7 @@ def _inputs(choice: Draft) -> dict[str, Any]:
     return {"kind": choice.kind, "activations": choice.activations, "activation_scale": choice.activation_scale}
 
 
-def sink_selectors(sink_map: SinkMap, recipe: Recipe) -> list[SinkSelector]:
+def sink_selectors(sink_map: SinkMap, recipe: Recipe) -> list[WeighedSink]:
     """What every sink token weighs in the statistics: as often as it is read, over as often as it stands there, and at
     most `protect.sink_weight`. A delimiter in every sentence is read by the few tokens after it; `<bos>` stands in a
     row once and is read by all of it."""
@@ -253,7 +253,7 @@ def sink_selectors(sink_map: SinkMap, recipe: Recipe) -> list[SinkSelector]:
             continue
         share = 1 / recipe.calibration.length if token.position is not None else token.share
         weight = min(recipe.protect.sink_weight, max(1.0, token.attention / max(share, 1e-9)))
-        selectors.append(SinkSelector(token_id=token.token_id, position=token.position, weight=weight))
+        selectors.append(WeighedSink(token_id=token.token_id, position=token.position, weight=weight))
     return selectors
 
 

@@ -24,7 +24,7 @@ from sinkquant.sensitivity.candidates import Unit
 
 
 @dataclass(frozen=True)
-class Part:
+class SeenBatch:
     """Some tokens of one linear.
 
     Attributes:
@@ -68,13 +68,14 @@ class Seen:
     def __init__(self, back: BackStep, decoder: Decoder, units: list[Unit], weights: TokenWeights,
                  recipe: Recipe) -> None:
         self.back, self.decoder, self.weights, self.recipe = back, decoder, weights, recipe
-        self.linears: dict[str, list[Part]] = {name: [] for unit in units if not unit.owner for name in unit.modules}
+        self.linears: dict[str, list[SeenBatch]] = {name: [] for unit in units if not unit.owner
+                                                    for name in unit.modules}
         self.handed: dict[str, list[ExpertBatch]] = {unit.owner: [] for unit in units if unit.owner}
-        self.expert: tuple[str, int, dict[str, list[Part]], dict[str, torch.Tensor]] | None = None
+        self.expert: tuple[str, int, dict[str, list[SeenBatch]], dict[str, torch.Tensor]] | None = None
         with self._watching():
             back.pull()
 
-    def of(self, unit: Unit, name: str) -> tuple[list[Part], torch.Tensor]:
+    def of(self, unit: Unit, name: str) -> tuple[list[SeenBatch], torch.Tensor]:
         """What a linear of a unit saw, and the Hessian of its input, [columns, columns]; zeros where no token came.
         Linears that engines fuse read one input."""
         if unit.owner is None:
@@ -84,7 +85,7 @@ class Seen:
             self.expert = (part.owner, part.index, self._expert(part), self._expert_hessians(part))
         _, _, parts, hessians = self.expert
         rows = slice(part.start, part.start + part.rows)
-        mine = [Part(one.inputs, one.gradients[:, rows], one.places, one.batch) for one in parts[part.role]]
+        mine = [SeenBatch(one.inputs, one.gradients[:, rows], one.places, one.batch) for one in parts[part.role]]
         return mine, hessians[part.role]
 
     @contextlib.contextmanager
@@ -102,7 +103,7 @@ class Seen:
             inputs, batch = args[0].detach().flatten(0, -2), self.back.step.batch
             places = self._places(batch, len(inputs))
             output.register_hook(lambda gradient: self.linears[name].append(
-                Part(inputs, gradient.detach().flatten(0, -2), places, batch)))
+                SeenBatch(inputs, gradient.detach().flatten(0, -2), places, batch)))
 
         return hook
 
@@ -129,9 +130,9 @@ class Seen:
             hessian.add(one.inputs, self.weights.of(self.back.step, one.inputs))
         return hessian.mean()
 
-    def _expert(self, part: ExpertLinear) -> dict[str, list[Part]]:
+    def _expert(self, part: ExpertLinear) -> dict[str, list[SeenBatch]]:
         """What the gate and up projections ("up"), and the down projection of one expert saw."""
-        found: dict[str, list[Part]] = {"up": [], "down": []}
+        found: dict[str, list[SeenBatch]] = {"up": [], "down": []}
         length = self.back.step.walk.rows.shape[1]
         for one in self.handed[part.owner]:
             tokens, slots = torch.where(one.chosen == part.index)
@@ -141,8 +142,8 @@ class Seen:
             fused: Any = part.module
             (up,) = torch.autograd.grad(middle, inner, arriving @ fused.down_proj[part.index])
             places = tokens.cpu() + one.batch.start * length
-            found["up"].append(Part(states, up, places, one.batch))
-            found["down"].append(Part(middle.detach(), arriving, places, one.batch))
+            found["up"].append(SeenBatch(states, up, places, one.batch))
+            found["down"].append(SeenBatch(middle.detach(), arriving, places, one.batch))
         return found
 
     def _expert_hessians(self, part: ExpertLinear) -> dict[str, torch.Tensor]:

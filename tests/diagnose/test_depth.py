@@ -8,7 +8,7 @@ from families import tiny_model
 from tiny_tokenizer import tiny_tokenizer
 
 from sinkquant.diagnose.depth import drawn, settling_depth
-from sinkquant.diagnose.survey import Compute
+from sinkquant.diagnose.survey import WalkSettings
 from sinkquant.models import Decoder
 from sinkquant.report.depth import page
 
@@ -33,7 +33,7 @@ def test_tokens_settle_after_the_last_block_that_does_something(family: str) -> 
             for block in decoder.blocks[3:]:
                 for norm in (block.post_attention_layernorm, block.post_feedforward_layernorm):
                     norm.weight.fill_(-1 + 1e-6)
-    found = settling_depth(decoder, ROWS, SINKS, decode, Compute(), bound=1e-5)
+    found = settling_depth(decoder, ROWS, SINKS, decode, WalkSettings(), bound=1e-5)
     assert found.blocks == 5
     assert [one.kind for one in found.kinds] == ["sinks", "delimiters", "others"]
     for one in found.kinds:
@@ -42,7 +42,7 @@ def test_tokens_settle_after_the_last_block_that_does_something(family: str) -> 
         assert one.settled[2] > 0.95
         assert one.settled[-1] == 1
         assert one.same_top.value <= 3.2
-    loose = settling_depth(decoder, ROWS, SINKS, decode, Compute(), bound=100.0)
+    loose = settling_depth(decoder, ROWS, SINKS, decode, WalkSettings(), bound=100.0)
     assert all(one.depth.value == 1 for one in loose.kinds)
     html = page(found, "tiny")
     assert "sinks settle after 3.0 of 5 blocks on average" in html.replace("Sinks", "sinks")

@@ -18,7 +18,7 @@ from sinkquant.artifacts.report import Fidelity
 from sinkquant.diagnose import sink_fidelity
 from sinkquant.diagnose.fidelity import SinkComparison, position_divergence
 from sinkquant.diagnose.fidelity_checks import bernoulli_divergence, massive_entries, overlap_and_ratio
-from sinkquant.diagnose.survey import Compute, survey
+from sinkquant.diagnose.survey import WalkSettings, survey
 from sinkquant.errors import RequestError
 from sinkquant.evaluate.verdict import gate_failures
 from sinkquant.models import Decoder
@@ -143,7 +143,7 @@ def test_massive_entries_are_the_planted_channel(original: PreTrainedModel) -> N
     rows = torch.randint(8, 128, (3, 40), generator=torch.Generator().manual_seed(0))
     rows[:, 0] = 1
     marked = rows == 1
-    found = survey(Decoder.of(original), rows, marked, Compute(), ranks=False)
+    found = survey(Decoder.of(original), rows, marked, WalkSettings(), ranks=False)
     big = {key for key, value in massive_entries(found).items() if value > 50}
     assert {(channel, on_sink) for _, channel, on_sink in big} == {(20, True)}
     assert massive_entries(found, torch.tensor([1])).keys() <= massive_entries(found).keys()

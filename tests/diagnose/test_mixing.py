@@ -14,11 +14,11 @@ from sinkquant.diagnose import squashing
 from sinkquant.diagnose.null import HALVES, halves, measured, self_distance
 from sinkquant.diagnose.rows import mark_sinks
 from sinkquant.diagnose.squashing import jacobian_norms, mixing_product, over_squashing, representational_collapse
-from sinkquant.diagnose.survey import Compute, effective_rank, rank_collapse, survey
+from sinkquant.diagnose.survey import WalkSettings, effective_rank, rank_collapse, survey
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
 
-COMPUTE = Compute()
+COMPUTE = WalkSettings()
 
 
 def rows(count: int, length: int, seed: int = 0) -> torch.Tensor:

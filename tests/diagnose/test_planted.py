@@ -20,10 +20,10 @@ from sinkquant.diagnose.rates import (
 )
 from sinkquant.diagnose.rows import mark_sinks, random_rows, repeated_rows, swapped, with_bos
 from sinkquant.diagnose.spread import changes, spread
-from sinkquant.diagnose.survey import Compute, survey
+from sinkquant.diagnose.survey import WalkSettings, survey
 from sinkquant.models import Decoder
 
-COMPUTE = Compute()
+COMPUTE = WalkSettings()
 ODD = 77
 """A token that switches the planted head on."""
 BOS = SinkToken(token_id=1, text="<s>", position=None, kind="bos", attention=0.8, heads=0.5, share=0.02, massive=True)

@@ -28,12 +28,12 @@ from sinkquant.diagnose.robustness import (
 )
 from sinkquant.diagnose.rows import with_bos
 from sinkquant.diagnose.specials import special_token_paths
-from sinkquant.diagnose.survey import Compute
+from sinkquant.diagnose.survey import WalkSettings
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
 from sinkquant.recipe import Recipe
 
-COMPUTE = Compute()
+COMPUTE = WalkSettings()
 RIVAL = 60
 """A token that carries the marker of the sink too, stronger."""
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from families import tiny_model
 
-from sinkquant.artifacts import Calibration, SinkSelector
+from sinkquant.artifacts import Calibration, WeighedSink
 from sinkquant.models import Decoder, Walk
 from sinkquant.quantize.hessian import Hessian, collect
 from sinkquant.quantize.statistics import TokenWeights
 
 
-def boosted(rows: torch.Tensor, sinks: list[SinkSelector]) -> TokenWeights:
+def boosted(rows: torch.Tensor, sinks: list[WeighedSink]) -> TokenWeights:
     return TokenWeights(rows, Calibration(text=None, rows=len(rows), length=rows.shape[1], bos="auto", batch_size=2,
                                           sinks=sinks, damping=0.01, act_order=True))
 
@@ -29,8 +29,8 @@ def test_a_weight_of_w_is_w_copies() -> None:
 
 def test_selectors_choose_a_position_a_token_or_both() -> None:
     rows = torch.tensor([[1, 7, 4, 4], [1, 4, 1, 9]])
-    sinks = [SinkSelector(token_id=1, position=0, weight=16), SinkSelector(token_id=4, position=None, weight=3),
-             SinkSelector(token_id=None, position=1, weight=2)]
+    sinks = [WeighedSink(token_id=1, position=0, weight=16), WeighedSink(token_id=4, position=None, weight=3),
+             WeighedSink(token_id=None, position=1, weight=2)]
     assert boosted(rows, sinks).weights.tolist() == [[16, 2, 3, 3], [16, 3, 1, 1]]
     assert boosted(rows, []).weights.tolist() == [[1.0] * 4] * 2
 
@@ -40,8 +40,8 @@ def test_the_walk_gives_every_linear_the_hessian_of_its_weighted_inputs(family: 
     decoder = Decoder.of(tiny_model(family))
     rows = torch.randint(3, 128, (5, 12), generator=torch.Generator().manual_seed(0))
     rows[2, 5], rows[:, 1:5] = 2, 50
-    weights = boosted(rows, [SinkSelector(token_id=None, position=0, weight=16),
-                             SinkSelector(token_id=2, position=5, weight=4)])
+    weights = boosted(rows, [WeighedSink(token_id=None, position=0, weight=16),
+                             WeighedSink(token_id=2, position=5, weight=4)])
     name = next(name for name in decoder.linears if ".1." in name and name.endswith(("up_proj", "fc1", "o_proj")))
     seen: list[torch.Tensor] = []
     handle = decoder.linears[name].register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))

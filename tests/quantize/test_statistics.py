@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from sinkquant.artifacts import Calibration, SinkSelector
+from sinkquant.artifacts import Calibration, WeighedSink
 from sinkquant.models import AttentionRecord, Decoder, Step, Walk
 from sinkquant.quantize.hessian import collect
 from sinkquant.quantize.statistics import TokenWeights
 
 NAME = "model.layers.0.self_attn.q_proj"
-DOT = SinkSelector(token_id=7, position=None, weight=3.0)
-BOS = SinkSelector(token_id=1, position=0, weight=16.0)
+DOT = WeighedSink(token_id=7, position=None, weight=3.0)
+BOS = WeighedSink(token_id=1, position=0, weight=16.0)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def rows() -> torch.Tensor:
     return table
 
 
-def settings(statistics: str, *sinks: SinkSelector) -> Calibration:
+def settings(statistics: str, *sinks: WeighedSink) -> Calibration:
     """A calibration with this policy."""
     return Calibration.model_validate({
         "text": None, "rows": 5, "length": 24, "bos": "auto", "batch_size": 2, "damping": 0.01, "act_order": True,
@@ -96,8 +96,8 @@ def test_the_hessian_weighs_tokens_as_the_policy_says(policy: str, tiny: PreTrai
 
 
 def test_a_token_of_several_sinks_takes_the_largest_weight(rows: torch.Tensor) -> None:
-    anywhere = SinkSelector(token_id=1, position=None, weight=5.0)
-    first = SinkSelector(token_id=None, position=0, weight=2.0)
+    anywhere = WeighedSink(token_id=1, position=None, weight=5.0)
+    first = WeighedSink(token_id=None, position=0, weight=2.0)
     weights = TokenWeights(rows, settings("boost", first, anywhere)).weights
     assert (weights[:, 0] == 5).all()
     assert weights[1, 3] == 5

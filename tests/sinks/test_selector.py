@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sinkquant.artifacts import KVSink, MassiveCarriers, SinkToken
-from sinkquant.artifacts import SinkSelector as Weighed
+from sinkquant.artifacts import KVSink, MassiveCarriers, SinkToken, WeighedSink
 from sinkquant.sinks import SinkSelector
 
 ROWS = torch.tensor([[7, 5, 4, 6], [1, 4, 5, 4]])
@@ -44,7 +43,7 @@ def test_ids_and_positions(count: int, length: int, data: Any) -> None:
 
 
 def test_all_records_of_a_sink_say_the_same() -> None:
-    records = (token(4, None), KVSink(token_id=4, position=None), Weighed(token_id=4, position=None, weight=3.0))
+    records = (token(4, None), KVSink(token_id=4, position=None), WeighedSink(token_id=4, position=None, weight=3.0))
     masks = [SinkSelector.of([record]).mask(ROWS) for record in records]
     assert masks[0].tolist() == [[False, False, True, False], [False, True, False, True]]
     assert all(torch.equal(mask, masks[0]) for mask in masks)

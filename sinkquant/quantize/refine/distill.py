@@ -60,7 +60,7 @@ class Distill:
             SinkquantError: the divergence is not finite.
         """
         linears = {name: decoder.linears[name] for name in tuned}
-        objective = Divergence(decoder, linears, teacher, device, stored)
+        objective = TeacherDivergence(decoder, linears, teacher, device, stored)
 
         def tell(done: int) -> None:
             if progress:
@@ -74,7 +74,7 @@ class Distill:
 
 
 @dataclass(frozen=True)
-class Divergence:
+class TeacherDivergence:
     """The mean over tokens of KL(unquantized || quantized) of the next token, over the full vocabulary, nats. What an
     error at a sink costs is what it does to all tokens that read the sink, which this loss sees without being told.
 

@@ -37,7 +37,7 @@ class Place:
             0, self.reads.to(of_columns.device), of_columns, "amax" if largest else "mean", include_self=False)
 
 
-class Inputs:
+class InputStatistics:
     """What the columns of a place's readers have seen: the Hessian, the weighted mean of |x|, and the largest |x| of
     any token; one that weighs less than 1 counts with the root of its weight there, as it does in the Hessian."""
 
@@ -72,14 +72,14 @@ def places(block: BlockStructure, values: bool) -> Iterator[Place]:
         yield Place(pair, (pair.second,))
 
 
-def watch(decoder: Decoder, step: Step, found: list[Place], weights: TokenWeights) -> list[Inputs | None]:
+def watch(decoder: Decoder, step: Step, found: list[Place], weights: TokenWeights) -> list[InputStatistics | None]:
     """Replay the rows through a block and see what goes through some of its places; None where no token came."""
     weights.enter(step)
-    seen: list[Inputs | None] = [None] * len(found)
+    seen: list[InputStatistics | None] = [None] * len(found)
 
     def hook(index: int, inputs: torch.Tensor) -> None:
         rows = inputs.flatten(0, -2)
-        kept = seen[index] = seen[index] or Inputs(rows.shape[1], rows.device)
+        kept = seen[index] = seen[index] or InputStatistics(rows.shape[1], rows.device)
         kept.add(rows, weights.of(step, rows))
 
     def after(index: int) -> Any:

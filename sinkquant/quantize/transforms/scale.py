@@ -8,7 +8,7 @@ from sinkquant.artifacts import ModelShape, Plan, Transform
 from sinkquant.errors import SinkquantError
 from sinkquant.models import Decoder, Step
 from sinkquant.quantize.statistics import TokenWeights
-from sinkquant.quantize.transforms.places import Inputs, Place, fold, places, watch, weight_of
+from sinkquant.quantize.transforms.places import InputStatistics, Place, fold, places, watch, weight_of
 from sinkquant.quantize.transforms.search import Reader
 from sinkquant.quantize.transforms.smooth import AWQ, ScaleSinks, SmoothQuant
 
@@ -52,7 +52,8 @@ def scale_block(decoder: Decoder, step: Step, plan: Plan, weights: TokenWeights,
     return {name: stored[name] for name in sorted(changed) if name.removesuffix(".weight") not in packed}
 
 
-def _scale(decoder: Decoder, plan: Plan, transform: Transform, place: Place, seen: Inputs) -> torch.Tensor | None:
+def _scale(decoder: Decoder, plan: Plan, transform: Transform, place: Place,
+           seen: InputStatistics) -> torch.Tensor | None:
     """The scale of a place's channels; None where nothing that reads them is packed, or asks for it."""
     mine = [matrix for matrix in place.readers if matrix.module in plan.formats]
     if not mine:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sinkquant.quantize.transforms.places import Inputs, Place
+from sinkquant.quantize.transforms.places import InputStatistics, Place
 from sinkquant.quantize.transforms.search import Reader, best
 
 LIMIT = 1e4
@@ -21,7 +21,7 @@ class SmoothQuant:
 
     strength: float = 0.5
 
-    def scale(self, place: Place, seen: Inputs, weights: list[torch.Tensor]) -> torch.Tensor:
+    def scale(self, place: Place, seen: InputStatistics, weights: list[torch.Tensor]) -> torch.Tensor:
         """[channels]. weights: all that read the place, float32 [..., out, columns]."""
         inputs = place.channels(seen.largest, largest=True)
         reach = torch.stack([weight.abs().flatten(0, -2).amax(0) for weight in weights]).amax(0)
@@ -39,7 +39,7 @@ class AWQ:
     scale_search: bool = True
     steps: int = STEPS
 
-    def scale(self, place: Place, seen: Inputs, readers: list[Reader]) -> torch.Tensor:
+    def scale(self, place: Place, seen: InputStatistics, readers: list[Reader]) -> torch.Tensor:
         """[channels]."""
         sizes = place.channels(seen.mean, largest=False).clamp(min=1e-4)
         return _search(place, seen, readers, self.scale_search, [
@@ -55,7 +55,7 @@ class ScaleSinks:
     scale_search: bool = True
     steps: int = STEPS
 
-    def scale(self, place: Place, seen: Inputs, readers: list[Reader]) -> torch.Tensor:
+    def scale(self, place: Place, seen: InputStatistics, readers: list[Reader]) -> torch.Tensor:
         """[channels]."""
         sizes = seen.hessian.mean().diagonal().sqrt().float()
         chosen = torch.zeros_like(sizes)
@@ -67,7 +67,7 @@ class ScaleSinks:
             for step in range(self.steps + 1)])
 
 
-def _search(place: Place, seen: Inputs, readers: list[Reader], scale_search: bool,
+def _search(place: Place, seen: InputStatistics, readers: list[Reader], scale_search: bool,
             candidates: list[torch.Tensor]) -> torch.Tensor:
     by_columns = [place.columns(candidate) for candidate in candidates]
     found = best(by_columns, readers, seen.hessian.mean(), scale_search)

@@ -18,7 +18,7 @@ from sinkquant.policy import make_plan
 from sinkquant.quantize import ranks
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.quantize.transforms import scale_block
-from sinkquant.quantize.transforms.places import Inputs, Place, places, watch
+from sinkquant.quantize.transforms.places import InputStatistics, Place, places, watch
 from sinkquant.quantize.transforms.search import Reader
 from sinkquant.quantize.transforms.smooth import AWQ, ScaleSinks, SmoothQuant
 from sinkquant.recipe import Recipe
@@ -97,7 +97,7 @@ def test_a_gain_is_rounded_as_it_is_stored_and_the_weights_take_the_rest() -> No
 
 
 @pytest.fixture(scope="module")
-def seen(tiny: PreTrainedModel) -> tuple[list[Place], list[Inputs]]:
+def seen(tiny: PreTrainedModel) -> tuple[list[Place], list[InputStatistics]]:
     """The places of the first block, and what goes through them with all tokens alike."""
     decoder = Decoder.of(tiny)
     plan = planned(decoder, "protect.statistics=all", "weights.smooth=awq")
@@ -111,7 +111,7 @@ def seen(tiny: PreTrainedModel) -> tuple[list[Place], list[Inputs]]:
 
 
 def test_what_goes_through_a_place_is_what_its_readers_get(tiny: PreTrainedModel,
-                                                           seen: tuple[list[Place], list[Inputs]]) -> None:
+                                                           seen: tuple[list[Place], list[InputStatistics]]) -> None:
     for place, inputs in zip(*seen, strict=True):
         got: list[torch.Tensor] = []
         handle = tiny.get_submodule(place.readers[0].module).register_forward_pre_hook(
@@ -125,7 +125,7 @@ def test_what_goes_through_a_place_is_what_its_readers_get(tiny: PreTrainedModel
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
-def test_smoothquant_is_equation_four(strength: float, seen: tuple[list[Place], list[Inputs]]) -> None:
+def test_smoothquant_is_equation_four(strength: float, seen: tuple[list[Place], list[InputStatistics]]) -> None:
     place, inputs = seen[0][1], seen[1][1]
     weights = [torch.randn(40, 64), torch.randn(24, 64)]
     found = SmoothQuant(strength).scale(place, inputs, weights)
@@ -133,7 +133,7 @@ def test_smoothquant_is_equation_four(strength: float, seen: tuple[list[Place], 
     torch.testing.assert_close(found, inputs.largest**strength / reach ** (1 - strength))
 
 
-def test_heads_that_share_values_share_a_scale(seen: tuple[list[Place], list[Inputs]]) -> None:
+def test_heads_that_share_values_share_a_scale(seen: tuple[list[Place], list[InputStatistics]]) -> None:
     place, inputs = seen[0][0], seen[1][0]
     assert place.reads is not None
     weights = [torch.randn(64, 64)]
@@ -149,7 +149,7 @@ def error(weight: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor) -> f
     return float(((rounded - weight) @ hessian @ (rounded - weight).T).trace())
 
 
-def test_awq_takes_the_power_with_the_least_error(seen: tuple[list[Place], list[Inputs]]) -> None:
+def test_awq_takes_the_power_with_the_least_error(seen: tuple[list[Place], list[InputStatistics]]) -> None:
     place, inputs = seen[0][2], seen[1][2]
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(2))
     inputs = outlying(inputs)
@@ -163,16 +163,16 @@ def test_awq_takes_the_power_with_the_least_error(seen: tuple[list[Place], list[
     assert min(errors) < 0.9 * errors[0]
 
 
-def outlying(inputs: Inputs) -> Inputs:
+def outlying(inputs: InputStatistics) -> InputStatistics:
     """The same with a channel that is fifty times as large."""
-    other = Inputs(64, torch.device("cpu"))
+    other = InputStatistics(64, torch.device("cpu"))
     rows = torch.linalg.cholesky(inputs.hessian.mean() + 1e-9 * torch.eye(64, dtype=torch.float64)).T.float() * 8
     rows[:, 9] *= 50
     other.add(rows, torch.ones(len(rows)))
     return other
 
 
-def test_sink_columns_alone_are_scaled_and_their_error_falls(seen: tuple[list[Place], list[Inputs]]) -> None:
+def test_sink_columns_alone_are_scaled_and_their_error_falls(seen: tuple[list[Place], list[InputStatistics]]) -> None:
     place, inputs = seen[0][2], outlying(seen[1][2])
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(2))
     found = ScaleSinks(frozenset({9}), scale_search=False).scale(place, inputs, [Reader(weight, WeightFormat(3, 32))])
@@ -181,7 +181,8 @@ def test_sink_columns_alone_are_scaled_and_their_error_falls(seen: tuple[list[Pl
     assert error(weight, found, inputs.hessian.mean()) < 0.9 * error(weight, torch.ones(64), inputs.hessian.mean())
 
 
-def test_where_scales_are_searched_the_error_is_that_of_clipped_ranges(seen: tuple[list[Place], list[Inputs]]) -> None:
+def test_where_scales_are_searched_the_error_is_that_of_clipped_ranges(
+        seen: tuple[list[Place], list[InputStatistics]]) -> None:
     place, inputs = seen[0][2], outlying(seen[1][2])
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(2)) ** 3
     reader = Reader(weight, WeightFormat(2, 32))
