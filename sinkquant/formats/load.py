@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.artifacts import Plan, SinkMap
 from sinkquant.cache import Bases, Prefix, install, load_bases, load_prefix
 from sinkquant.errors import RequestError
-from sinkquant.formats.opened import Inputs, check_readable, plain, read_json, require_complete, unpacked_in
+from sinkquant.formats.opened import InputRounding, check_readable, plain, read_json, require_complete
 from sinkquant.formats.own import METHOD, made_dense
 from sinkquant.formats.packed import load_packed
 from sinkquant.formats.placed import DeviceMap, Placement
@@ -97,31 +97,27 @@ def load_dense(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu
         return load_model(path, dtype, device, trust_remote_code)
     check_readable(path, config["quantization_config"])
     method = config["quantization_config"]["quant_method"]
-    bound = unpacked_in(config["quantization_config"])
     try:
         with no_progress_bars():
             model, info = class_for(path, trust_remote_code).from_pretrained(
-                path, dtype=bound or dtype, output_loading_info=True, trust_remote_code=trust_remote_code)
+                path, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code)
             require_complete(path, info)
             model = model.to(device).eval()
             cast_experts(model)
             with torch.no_grad():
                 if method == METHOD:
                     made_dense(model, model.dtype)
-                else:  # compressed-tensors unpacks every weight in a hook of the first forward pass.
-                    model(torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+                elif model.hf_quantizer.quantization_config.is_quantization_compressed:
+                    model.hf_quantizer.compressor.decompress_model(model)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise RequestError(f"{path} is a {method} checkpoint that cannot be loaded: {reason}.") from error
-    inputs = Inputs()
+    inputs = InputRounding()
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
             plain(module, name, inputs)
+            module.weight.data = module.weight.data.to(model.dtype)  # FP4 is unpacked to bfloat16 in any model
     _share_ends(model)
-    if bound is not None and isinstance(dtype, torch.dtype):
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-        model.config.dtype = dtype
     check_finite(model)
     round_inputs(model, dict(model.named_modules()), inputs.args, inputs.scales, inputs.zero_points)
     content = read_checkpoint(path)

@@ -14,7 +14,6 @@ from sinkquant.artifacts.kv_scheme import KVScheme
 from sinkquant.errors import RequestError
 from sinkquant.schemes.inputs import in_blocks
 from sinkquant.schemes.json_object import read_object
-from sinkquant.schemes.registry import all_schemes
 from sinkquant.schemes.scheme import COMPRESSED
 
 
@@ -65,20 +64,8 @@ def check_readable(path: Path, settings: dict[str, Any]) -> None:
                            "read here; load it with transformers.")
 
 
-def unpacked_in(settings: dict[str, Any]) -> torch.dtype | None:
-    """The one dtype that compressed-tensors unpacks a checkpoint's weights to; None where it is the model's own.
-
-    Args:
-        settings: the `quantization_config` of config.json.
-    """
-    groups = (settings.get("config_groups") or {}).values()
-    layouts = {settings.get("format"), *(group.get("format") for group in groups)}
-    bound = [scheme.dtypes[0] for scheme in all_schemes() if scheme.dtypes and layouts.intersection(scheme.layouts)]
-    return getattr(torch, bound[0]) if bound else None
-
-
 @dataclass(frozen=True)
-class Inputs:
+class InputRounding:
     """By module name: how inputs are rounded, and the stored scale and zero point of static ones."""
 
     args: dict[str, QuantizationArgs] = field(default_factory=dict)
@@ -96,7 +83,7 @@ class Inputs:
                     place[name] = found.detach().clone()
 
 
-def plain(module: torch.nn.Linear | torch.nn.Embedding, name: str, inputs: Inputs) -> None:
+def plain(module: torch.nn.Linear | torch.nn.Embedding, name: str, inputs: InputRounding) -> None:
     """Take away what compressed-tensors leaves on a linear or an embedding, whose forward would round its dense
     weight once more, and put down how it rounds inputs."""
     if not isinstance(getattr(module, "weight", None), torch.Tensor):

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 
 from sinkquant.errors import RequestError
-from sinkquant.formats.opened import Inputs, check_readable, plain, read_json, require_complete
+from sinkquant.formats.opened import InputRounding, check_readable, plain, read_json, require_complete
 from sinkquant.formats.optimum import load_by_optimum
 from sinkquant.formats.own import SinkquantQuantizer
 from sinkquant.formats.split import split_config
@@ -122,7 +122,7 @@ class _Found:
     those of the blocks that are. `ends`: name -> kernel of the embedding and the head, `end_bytes` theirs in bfloat16.
     """
 
-    inputs: Inputs = field(default_factory=Inputs)
+    inputs: InputRounding = field(default_factory=InputRounding)
     dense: dict[str, str] = field(default_factory=dict)
     stored: int = 0
     ends: dict[str, str] = field(default_factory=dict)
@@ -130,7 +130,7 @@ class _Found:
 
 
 @torch.no_grad()
-def _replace(model: PreTrainedModel, int4: Int4, head_bits: int) -> Inputs:
+def _replace(model: PreTrainedModel, int4: Int4, head_bits: int) -> InputRounding:
     """Put kernels in place of the packed linears, one after the other, and make dense what none takes."""
     found, waste = _Found(), 0
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
