@@ -70,10 +70,10 @@ def check_recipe(recipe: Recipe) -> None:
     if (weights.tune or weights.distill) and not scheme.integers:
         raise RequestError(f"{scheme.words} are not tuned; set weights.tune=0 and weights.distill=0.")
     fewest = min(weights.bits, *(override.bits for override in weights.overrides), scheme.zero_from)
-    if recipe.prune.method != "none" and fewest < scheme.zero_from:
+    if recipe.prune.zeros and fewest < scheme.zero_from:
         without = " and ".join(str(bits) for bits in scheme.bits if bits < scheme.zero_from)
-        raise RequestError(f"{backend}'s {without} bits have no code for zero, so that pruned weights would come back; "
-                           f"use {scheme.zero_from} bits, or the backend {DEFAULT_BACKEND}.")
+        raise RequestError(f"{scheme.words} of {without} bits have no code for zero, so that pruned weights would come "
+                           f"back; use {scheme.zero_from} bits, or the backend {DEFAULT_BACKEND}.")
     if recipe.activations.format not in scheme.inputs:
         raise RequestError(f"{backend} checkpoints cannot ask for inputs in {recipe.activations.format}; set "
                            f"activations.format=16-bit, or use the backend {DEFAULT_BACKEND}.")

@@ -1,4 +1,4 @@
-"""ggml's blocks, Q4_0, Q4_1 and Q8_0, and checkpoints that are one GGUF file."""
+"""Codes of ggml's blocks, and checkpoints that are one GGUF file."""
 
 from __future__ import annotations
 
@@ -17,69 +17,89 @@ from sinkquant.models.shards import StoredTensor
 from sinkquant.schemes import WeightFormat, scheme_of
 from sinkquant.schemes.codecs.codec import Codec, Leaves, Nearest, StoredWeight
 from sinkquant.schemes.codecs.files import LibraryFiles, kept_linears
+from sinkquant.schemes.codecs.ggml_blocks import from_blocks, to_blocks
 from sinkquant.schemes.codecs.gguf_writer import write_file
 from sinkquant.schemes.codecs.grid import Grid, IntegerGrid
 from sinkquant.schemes.codecs.packed import PackedWeight
 from sinkquant.schemes.codecs.rtn import RTN
+from sinkquant.schemes.codecs.table_grid import IQ4_NL, NearestInTable, TableGrid
 from sinkquant.schemes.codecs.zeros import NearestZeros, ZeroGrid, ZeroWeight
 from sinkquant.schemes.gguf import BACKEND
 from sinkquant.schemes.gguf.names import CODES
-from sinkquant.schemes.gguf.scheme import BLOCK, Blocks
+from sinkquant.schemes.gguf.scheme import BLOCK, GGUF, Blocks, holding
+
+DIGITS = 11
+"""Significant bits of float16, which a scale times a zero point has to fit into."""
+MOST_DIGITS = 7
 
 
 @dataclass(frozen=True)
 class GGMLCodec(Codec):
-    """A block is its scale in float16, then 32 codes: a byte each, or two to a byte with 8 or the zero
-    point added, the first 16 columns in the low halves. Q4_1 has its least value behind the scale."""
+    """Whole numbers around zero, stored with half their range added; from a zero point on, which is stored as the least
+    value of a block; or those of IQ4_NL's table, stored by their place."""
 
     def leaves(self, weight: StoredWeight, form: WeightFormat, input_scale: torch.Tensor | None = None) -> Leaves:
-        """q4_0, q4_1 or q8_0, uint8 [rows, bytes of a row]."""
+        """The kind of block, uint8 [rows, bytes of a row]."""
         assert isinstance(weight, PackedWeight)
         if isinstance(weight, ZeroWeight):
             codes, scale, zero = weight.stored()
             numbers = [scale, (-scale.float() * zero).to(torch.float16)]  # exact: see zeros.py
         else:
             codes, numbers = weight.codes, [weight.scale.to(torch.float16)]
-            codes = (codes + 8).to(torch.uint8) if form.bits == 4 else codes.contiguous().view(torch.uint8)
-        rows, columns = codes.shape
-        blocks = columns // BLOCK
-        octets = codes.reshape(rows, blocks, BLOCK)
-        if form.bits == 4:
-            octets = octets[..., :BLOCK // 2] | octets[..., BLOCK // 2:] << 4
-        heads = [one.repeat_interleave(blocks // one.shape[1], dim=1).contiguous().view(torch.uint8).reshape(
-            rows, blocks, 2) for one in numbers]
-        return {self._kind(form): torch.cat([*heads, octets], dim=2).reshape(rows, -1)}
+            if self._curved(form):
+                codes = torch.bucketize(codes, _numbers(codes)).to(torch.uint8)
+            elif form.bits == 8:
+                codes = codes.contiguous().view(torch.uint8)
+            else:
+                codes = (codes + 2 ** (form.bits - 1)).to(torch.uint8)
+        return {self._kind(form): to_blocks(codes, form.bits, numbers)}
 
     def nearest(self, form: WeightFormat, scale_dtype: torch.dtype, scale_search: bool,
                 fused_scale: torch.Tensor | None = None) -> Nearest:
-        """To the nearest integer."""
-        if self._zeros(form):
-            return NearestZeros(ZeroGrid(form.bits, form.group_size or -1), scale_search)
+        """To the nearest number."""
+        grid = self.grid(form, scale_dtype)
+        if isinstance(grid, ZeroGrid):
+            return NearestZeros(grid, scale_search)
+        if isinstance(grid, TableGrid):
+            return NearestInTable(grid, scale_search)
         return RTN(form.bits, form.group_size or -1, scale_dtype, scale_search)
 
     def grid(self, form: WeightFormat, scale_dtype: torch.dtype, fused_scale: torch.Tensor | None = None) -> Grid:
-        """Whole numbers; those of 4 bits from a zero point of the group on."""
-        return ZeroGrid(form.bits, form.group_size or -1) if self._zeros(form) else IntegerGrid(form.bits, scale_dtype)
+        """Whole numbers, from a zero point of the group on where the kind has them, or those of a table."""
+        size = form.group_size or -1
+        if self._zeros(form):
+            return ZeroGrid(form.bits, size, digits=min(MOST_DIGITS, DIGITS - form.bits))
+        return TableGrid(IQ4_NL, size) if self._curved(form) else IntegerGrid(form.bits, scale_dtype)
 
     def decode(self, leaves: Leaves, form: WeightFormat, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """code * scale, and the least value added in Q4_1, [rows, columns] in `dtype`."""
+        """number * scale, and the least value added where there is one, [rows, columns] in `dtype`."""
         rows, columns = shape
         stored = leaves[self._kind(form)].reshape(rows, columns // BLOCK, -1)
         zeros = self._zeros(form)
-        scales = stored[..., :2].contiguous().view(torch.float16).float()
-        octets = stored[..., 4 if zeros else 2:]
+        codes, numbers = from_blocks(stored, form.bits, 1 + zeros)
+        scale = numbers[0].float()
         if form.bits == 8:
-            return (octets.contiguous().view(torch.int8).float() * scales).reshape(rows, columns).to(dtype)
-        codes = torch.cat([octets & 15, octets >> 4], dim=2).float()
-        least = stored[..., 2:4].contiguous().view(torch.float16).float() if zeros else -8 * scales
-        return (codes * scales + least).reshape(rows, columns).to(dtype)
+            dense = codes.contiguous().view(torch.int8).float() * scale
+        elif self._curved(form):
+            dense = _numbers(codes)[codes.long()].float() * scale
+        else:
+            dense = codes.float() * scale + (numbers[1].float() if zeros else -(2 ** (form.bits - 1)) * scale)
+        return dense.reshape(rows, columns).to(dtype)
 
     def _zeros(self, form: WeightFormat) -> bool:
-        return form.bits == 4 and not self.scheme.symmetric
+        return self._kind(form).endswith("_1")
+
+    def _curved(self, form: WeightFormat) -> bool:
+        return self._kind(form) == "iq4_nl"
 
     def _kind(self, form: WeightFormat) -> str:
         assert isinstance(self.scheme, Blocks)
         return self.scheme.kind_of(form.bits)
+
+
+def _numbers(beside: torch.Tensor) -> torch.Tensor:
+    """Those of IQ4_NL, int8, where another tensor is."""
+    return torch.tensor(IQ4_NL, dtype=torch.int8, device=beside.device)
 
 
 class GGUFFiles(LibraryFiles):
@@ -102,8 +122,8 @@ class GGUFFiles(LibraryFiles):
     def forms(self, folder: Path, settings: dict[str, Any], stored: Mapping[str, StoredTensor]) -> dict[
             str, WeightFormat]:
         """By the kinds of the file's tensors; the embedding and the head count."""
-        storage = str(settings.get("storage", BACKEND))
-        return {name.rpartition(".")[0]: WeightFormat(int(leaf[1]), BLOCK, storage=storage)
+        main = next((scheme for scheme in GGUF if scheme.storage == settings.get("storage")), GGUF[0])
+        return {name.rpartition(".")[0]: WeightFormat(CODES[leaf], BLOCK, storage=holding(leaf, main).storage)
                 for name in stored if (leaf := name.rpartition(".")[2]) in CODES}
 
     def reload(self, folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from sinkquant.schemes.codecs.integer_scales import searched_scales, storable
+from sinkquant.schemes.codecs.integer_scales import clamped_, searched_scales, storable
 from sinkquant.schemes.codecs.packed import PackedWeight, group_scales
 
 
@@ -51,7 +51,7 @@ class IntegerGrid:
 
     def nearest_(self, codes: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
         """Rounded and clamped."""
-        return codes.round_().clamp_(-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1)
+        return clamped_(codes, self.bits)
 
     def spread(self, scale: torch.Tensor) -> torch.Tensor:
         """The scale itself."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from sinkquant.schemes.codecs.packed import group_scales
@@ -30,26 +32,38 @@ def searched_scales(weight: torch.Tensor, bits: int, group_size: int, dtype: tor
     Returns:
         [rows, groups] in `dtype`, never zero.
     """
-    columns = weight.shape[1]
-    size = columns if group_size == -1 else group_size
+    reach = group_scales(weight, bits, group_size, dtype)
+    return least_error(weight, importance, reach, lambda codes: clamped_(codes, bits),
+                       lambda scale: storable(scale, bits, dtype))
+
+
+def least_error(weight: torch.Tensor, importance: torch.Tensor | None, reach: torch.Tensor,
+                nearest_: Callable[[torch.Tensor], torch.Tensor],
+                stored: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """The search of `searched_scales` for any codes.
+
+    Args:
+        reach: scales that reach the largest |weight|, as stored, [rows, groups]. nearest_: rounds to codes in place.
+            stored: the nearest scales that can be stored.
+    """
+    columns, size = weight.shape[1], weight.shape[1] // reach.shape[1]
     grouped = weight.float().unflatten(1, (-1, size))
     cost = torch.ones(columns, device=weight.device) if importance is None else importance.float()
     cost = (cost / cost.mean().clamp(min=1e-30)).reshape(1, -1, size)
     # A group that nothing reads is still to be rounded sensibly.
     cost = torch.where(cost.sum(-1, keepdim=True) > 0, cost, torch.ones_like(cost))
-    reach = group_scales(weight, bits, group_size, dtype)
     pulls = grouped * cost
     best, most = reach.float(), torch.zeros(reach.shape, device=weight.device)
     codes, work = torch.empty_like(grouped), torch.empty_like(grouped)
     for share in torch.linspace(SMALLEST, LARGEST, STEPS).tolist():
         for sign in (share, -share):
-            _round(grouped, reach.float() * sign, bits, codes)
+            nearest_(torch.div(grouped, (reach.float() * sign)[..., None], out=codes))
             fitted, saved = _fit(codes, pulls, cost, work)
             best, most = torch.where(saved > most, fitted, best), torch.maximum(saved, most)
-    found, least = reach, _error(grouped, reach, bits, cost, codes)
+    found, least = reach, _error(grouped, reach, nearest_, cost, codes)
     for _ in range(FITS):
-        scale = storable(best, bits, dtype)
-        error = _error(grouped, scale, bits, cost, codes)
+        scale = stored(best)
+        error = _error(grouped, scale, nearest_, cost, codes)
         found, least = torch.where(error < least, scale, found), torch.minimum(error, least)
         best = _fit(codes, pulls, cost, work)[0]
     return found
@@ -63,9 +77,9 @@ def storable(scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor
     return torch.where(scale < 0, -size, size).to(dtype)
 
 
-def _round(grouped: torch.Tensor, scale: torch.Tensor, bits: int, codes: torch.Tensor) -> None:
-    """The nearest codes as floats, [rows, groups, size], into `codes`. scale: float32 [rows, groups]."""
-    torch.div(grouped, scale[..., None], out=codes).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+def clamped_(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Round to whole numbers of so many bits in place."""
+    return codes.round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
 def _fit(codes: torch.Tensor, pulls: torch.Tensor, cost: torch.Tensor,
@@ -78,9 +92,9 @@ def _fit(codes: torch.Tensor, pulls: torch.Tensor, cost: torch.Tensor,
     return scale, scale * along
 
 
-def _error(grouped: torch.Tensor, scale: torch.Tensor, bits: int, cost: torch.Tensor,
-           codes: torch.Tensor) -> torch.Tensor:
+def _error(grouped: torch.Tensor, scale: torch.Tensor, nearest_: Callable[[torch.Tensor], torch.Tensor],
+           cost: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """Weighted squared error of every group, [rows, groups]; its codes go into `codes`."""
     spread = scale.float()
-    _round(grouped, spread, bits, codes)
+    nearest_(torch.div(grouped, spread[..., None], out=codes))
     return ((codes * spread[..., None] - grouped).square_() * cost).sum(-1)

@@ -2,8 +2,8 @@
 
 A code is held less its zero point, so that it is a number times the scale as anywhere else; what differs by group
 is which numbers there are. A scale is held with its zero point in one int32 word: float16 in the low half, the zero
-point in the high one. Scales have 7 significant bits, so that a scale times a zero point of 4 bits, which is what a
-GGUF block stores as its least value, is exact in float16, which has 11.
+point in the high one. Scales have 7 significant bits (6 at 5 bits in a GGUF file), so that a scale times a zero point,
+which is what a GGUF block stores as its least value, is exact in float16, which has 11.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ LARGEST = 2.0 ** 10
 @dataclass(frozen=True)
 class ZeroGrid:
     """Codes of so many bits in groups of `size` columns, -1: one group per row. `least`: the smallest zero point that
-    the files can hold."""
+    the files can hold. `digits`: significant bits of a scale."""
 
     bits: int
     size: int
     least: int = 0
+    digits: int = 7
 
     @property
     def free_scales(self) -> bool:
@@ -45,7 +46,8 @@ class ZeroGrid:
     def word(self, spread: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         """int32 words of positive scales, float32, and whole zero points."""
         mantissa, exponent = torch.frexp(spread.float().clamp(SMALLEST, LARGEST))
-        short = torch.ldexp((mantissa * 128).round() / 128, exponent).to(torch.float16)
+        steps = 2.0 ** self.digits
+        short = torch.ldexp((mantissa * steps).round() / steps, exponent).to(torch.float16)
         return short.view(torch.int16).to(torch.int32) | zero.to(torch.int32) << 16
 
     def spread(self, scale: torch.Tensor) -> torch.Tensor:

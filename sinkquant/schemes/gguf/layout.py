@@ -9,8 +9,8 @@ from typing import Any
 
 ALIGNMENT = 32
 MAGIC, VERSION = b"GGUF", 3
-KINDS = {"F32": (0, 1, 4), "F16": (1, 1, 2), "Q4_0": (2, 32, 18), "Q4_1": (3, 32, 20), "Q8_0": (8, 32, 34),
-         "BF16": (30, 1, 2)}
+KINDS = {"F32": (0, 1, 4), "F16": (1, 1, 2), "Q4_0": (2, 32, 18), "Q4_1": (3, 32, 20), "Q5_0": (6, 32, 22),
+         "Q5_1": (7, 32, 24), "Q8_0": (8, 32, 34), "IQ4_NL": (20, 32, 18), "BF16": (30, 1, 2)}
 """Kind of a tensor -> its number in ggml, the values of a block, the bytes of a block."""
 VALUE_TYPES = {"u32": 4, "i32": 5, "f32": 6, "bool": 7, "str": 8, "array": 9}
 _STRUCTS = {"u32": "<I", "i32": "<i", "f32": "<f", "bool": "<?"}

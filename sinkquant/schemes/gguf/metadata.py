@@ -16,7 +16,7 @@ from sinkquant.schemes.json_object import read_object
 
 QUANTIZATION_VERSION = 2
 """Of ggml's block formats."""
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "IQ4_NL": 25, "BF16": 32}
 """What llama.cpp calls a file by the kind of most of its tensors."""
 BLOCKS_OF_27B = {"gemma2": 46, "gemma3": 62}
 """Depths for which llama.cpp scales attention by the width of the stream over the heads."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 ENDS = {EMBEDDING: "token_embd", "model.norm": "output_norm", HEAD: "output"}
-CODES = ("q4_0", "q4_1", "q8_0")
-"""What follows a module's name where its weight is packed: the block format."""
+CODES = {"q4_0": 4, "iq4_nl": 4, "q4_1": 4, "q5_0": 5, "q5_1": 5, "q8_0": 8}
+"""What follows a module's name where its weight is packed: the kind of block -> bits of a code."""
 _BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _FILE_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 _SHARED = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",

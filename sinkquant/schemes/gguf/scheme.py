@@ -1,4 +1,5 @@
-"""Weights in ggml's blocks of 32 with one scale each: Q4_0, Q4_1 and Q8_0, in a GGUF file."""
+"""Weights in ggml's blocks of 32 with one scale each, in a GGUF file: Q4_0, Q5_0 and Q8_0, with zero points Q4_1 and
+Q5_1, and on a grid that is no line IQ4_NL."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sinkquant.errors import RequestError
-from sinkquant.schemes.gguf.layout import FileTensor, file_bytes
+from sinkquant.schemes.gguf.layout import KINDS, FileTensor, file_bytes
 from sinkquant.schemes.gguf.metadata import family_of, metadata_size, rope_factors
 from sinkquant.schemes.gguf.names import CODES, EMBEDDING, HEAD, Family, file_name
 from sinkquant.schemes.loads import Loads
@@ -18,26 +19,32 @@ from sinkquant.schemes.weight_format import WeightFormat
 BACKEND = "gguf"
 BLOCK = 32
 """Weights that share a scale."""
-BLOCK_BYTES = {"q4_0": 18, "q4_1": 20, "q8_0": 34}
-"""Kind -> bytes of a block: the scale in float16, in Q4_1 the least value too, then the codes."""
+LADDERS = {"q4_0": ("q4_0", "q5_0", "q8_0"), "q4_1": ("q4_1", "q5_1", "q8_0"), "iq4_nl": ("iq4_nl", "q5_0", "q8_0")}
+"""Kind of block with 4 bits -> the kinds with 4, 5 and 8 that stand in one file."""
 PLAIN_KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 ROPE = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
 class Blocks(Scheme):
-    """Codes and a float16 scale for every 32 columns, of 4 bits with a zero point where not symmetric; a larger group
-    writes both as often as it has blocks. Linears that are left alone keep their 16 bits, norms and biases take 32 as
-    llama.cpp wants them."""
+    """Codes and a float16 scale for every 32 columns, of 4 and 5 bits with a zero point where not symmetric; a larger
+    group writes both as often as it has blocks. Linears that are left alone keep their 16 bits, norms and biases take
+    32 as llama.cpp wants them.
+
+    Attributes:
+        kinds: ggml's kind of block for each of `bits`.
+    """
+
+    kinds: tuple[str, ...] = ()
 
     def tensors(self, rows: int, columns: int, form: WeightFormat, dtype: str, expert: bool) -> dict[str, Tensor]:
         """The blocks of every row, as they stand in the file."""
         kind = self.kind_of(form.bits)
-        return {kind: ("uint8", [rows, columns // BLOCK * BLOCK_BYTES[kind]])}
+        return {kind: ("uint8", [rows, columns // BLOCK * KINDS[kind.upper()][2]])}
 
     def kind_of(self, bits: int) -> str:
         """ggml's kind of block, as a tensor's name ends with."""
-        return "q4_1" if bits == 4 and not self.symmetric else f"q{bits}_0"
+        return self.kinds[self.bits.index(bits)]
 
     def scales(self, dtype: str, expert: bool) -> str:
         """float16 in any model."""
@@ -95,7 +102,7 @@ class Blocks(Scheme):
         module, _, leaf = source.rpartition(".")
         if leaf in CODES:
             rows, size = shape
-            return leaf.upper(), (rows, size // BLOCK_BYTES[leaf] * BLOCK)
+            return leaf.upper(), (rows, size // KINDS[leaf.upper()][2] * BLOCK)
         if len(shape) < 2:
             return "F32", tuple(shape)
         if module in (EMBEDDING, HEAD) and self.ends != NO_ROUNDING:
@@ -103,17 +110,25 @@ class Blocks(Scheme):
         return PLAIN_KINDS[dtype], tuple(shape)
 
 
-def _blocks(ends: str, symmetric: bool) -> Blocks:
-    names = [BACKEND, *([] if symmetric else ["q4_1"]), *([] if ends == NO_ROUNDING else [ends])]
+def _blocks(four: str, ends: str) -> Blocks:
+    words = {"q4_0": "blocks of a GGUF file", "q4_1": "blocks with zero points of a GGUF file",
+             "iq4_nl": "blocks of a GGUF file on the grid of IQ4_NL"}
+    curved = four == "iq4_nl"
+    names = [BACKEND, *([] if four == "q4_0" else [four]), *([] if ends == NO_ROUNDING else [ends])]
     return Blocks(
-        storage="-".join(names), backend=BACKEND, symmetric=symmetric,
-        words="blocks of a GGUF file" if symmetric else "blocks with zero points of a GGUF file", bits=(4, 8),
-        mixed=True, integers=symmetric, grid=not symmetric, ends=ends, packages=(("gguf", "gguf"),),
+        storage="-".join(names), backend=BACKEND, format="iq4_nl" if curved else "int",
+        symmetric=four != "q4_1", words=words[four], bits=(4, 5, 8), kinds=LADDERS[four], mixed=True,
+        integers=four == "q4_0", grid=four != "q4_0", zero_from=5 if curved else 0, ends=ends,
+        packages=(("gguf", "gguf"),),
         loads=(Loads("llama.cpp", "any", "", "tried", "tests/engines"),
                Loads("transformers with gguf_file", "any", "5.0", "tried", "tests/schemes/gguf",
                      caveat="makes the weights dense; without the frequencies of Llama 3's kind of scaling"),
                Loads("sinkquant", "any", "0.1", "tried", "tests/schemes/gguf")))
 
 
-GGUF = tuple(_blocks(ends, symmetric) for symmetric in (True, False)
-             for ends in (NO_ROUNDING, "f16", "bf16", "q8_0"))
+GGUF = tuple(_blocks(four, ends) for four in LADDERS for ends in (NO_ROUNDING, "f16", "bf16", "q8_0"))
+
+
+def holding(kind: str, main: Blocks) -> Blocks:
+    """The scheme that a kind of block is of, in a file that is mostly in `main`."""
+    return next(scheme for scheme in (main, *GGUF) if kind in scheme.kinds and scheme.ends == main.ends)

@@ -12,7 +12,7 @@ import numpy
 import pytest
 import torch
 from families import tiny_model
-from gguf import GGUFReader
+from gguf import GGML_QUANT_SIZES, GGUFReader
 from gguf.quants import dequantize
 from sinkmaps import sink_map_of
 from tiny_bpe import BPE_VOCABULARY, byte_level
@@ -85,11 +85,12 @@ def test_every_family_comes_back_the_same_from_one_file(family: str, text_file: 
     assert torch.allclose(logits(other), expected, atol=1e-5)
 
 
-def test_blocks_are_those_of_the_gguf_package(text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("grid", "kind"), [("int", "Q4_0"), ("iq4_nl", "IQ4_NL")])
+def test_blocks_are_those_of_the_gguf_package(grid: str, kind: str, text_file: Path, tmp_path: Path) -> None:
     source = folder_of(tmp_path / "model", "qwen3", torch.bfloat16)  # whose rows keep their order
     model = load_model(source)
-    plan = plan_of(source, text_file, "weights.group_size=64", "weights.overrides=[{pattern: '*.1.*', bits: 8}]",
-                   model=model)
+    plan = plan_of(source, text_file, "weights.group_size=64", f"weights.format={grid}", "weights.overrides=["
+                   "{pattern: '*.1.*', bits: 8}, {pattern: '*.o_proj', bits: 5}]", model=model)
     out = save(quantize(model, plan, load_tokenizer(source)), load_tokenizer(source), tmp_path / "out")
     kinds = set()
     for one in GGUFReader(out / "model.gguf").tensors:
@@ -99,10 +100,12 @@ def test_blocks_are_those_of_the_gguf_package(text_file: Path, tmp_path: Path) -
         dense = torch.from_numpy(dequantize(one.data, one.tensor_type).copy())
         assert torch.equal(dense.to(torch.bfloat16), model.get_parameter(name)), name
         if name.removesuffix(".weight") in plan.formats:  # groups of 64: every scale stands twice
-            scales = one.data.reshape(dense.shape[0], -1, 34 if one.tensor_type.name == "Q8_0" else 18)[..., :2]
+            scales = one.data.reshape(dense.shape[0], -1, GGML_QUANT_SIZES[one.tensor_type][1])[..., :2]
             pairs = scales.copy().view(numpy.float16).reshape(dense.shape[0], -1, 2)
             assert (pairs[..., 0] == pairs[..., 1]).all()
-    assert kinds == {"F32", "BF16", "Q4_0", "Q8_0"}
+    assert kinds == {"F32", "BF16", kind, "Q5_0", "Q8_0"}
+    assert (out / "model.gguf").stat().st_size == plan.weight_bytes
+    assert torch.equal(load(out)[0].model.layers[0].mlp.down_proj.weight, model.model.layers[0].mlp.down_proj.weight)
 
 
 def test_compare_opens_it_by_its_folder_and_by_its_file(text_file: Path, tmp_path: Path) -> None:
@@ -136,16 +139,19 @@ def test_from_disk_to_disk_with_other_ends(ends: str, text_file: Path, tmp_path:
         out / "model.gguf").read_bytes()
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_codes_with_zero_points_are_q4_1_and_what_the_gguf_package_makes_of_them(method: str, text_file: Path,
-                                                                                 tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "wanted", "kinds"), [
+    ("rtn", "symmetric=false", {"Q4_1", "Q5_1"}), ("gptq", "symmetric=false", {"Q4_1", "Q5_1"}),
+    ("gptq", "format=iq4_nl", {"IQ4_NL", "Q5_0"})])
+def test_what_the_gguf_package_and_transformers_make_of_other_kinds(
+        method: str, wanted: str, kinds: set[str], text_file: Path, tmp_path: Path) -> None:
     source = folder_of(tmp_path / "model", "llama", torch.bfloat16)
-    plan = plan_of(source, text_file, "weights.symmetric=false", f"weights.method={method}", "weights.group_size=32",
-                   "weights.overrides=[{pattern: '*.o_proj', bits: 8}]")
+    plan = plan_of(source, text_file, f"weights.{wanted}", f"weights.method={method}", "weights.group_size=32",
+                   "weights.overrides=[{pattern: '*.o_proj', bits: 8}, {pattern: '*.gate_proj', bits: 5}, "
+                   "{pattern: '*.up_proj', bits: 5}]")
     quantize_to(out := tmp_path / "out", open_model(source), plan, load_tokenizer(source))
     assert (out / "model.gguf").stat().st_size == plan.weight_bytes
     read = GGUFReader(out / "model.gguf").tensors
-    assert {one.tensor_type.name for one in read} == {"F32", "BF16", "Q4_1", "Q8_0"}
+    assert {one.tensor_type.name for one in read} == {"F32", "BF16", "Q8_0"} | kinds
     down = next(one for one in read if one.name == "blk.0.ffn_down.weight")
     theirs = torch.from_numpy(dequantize(down.data, down.tensor_type).copy()).to(torch.bfloat16)
     assert torch.equal(load(out)[0].model.layers[0].mlp.down_proj.weight, theirs)
@@ -183,7 +189,10 @@ def test_the_names_are_those_of_the_gguf_package() -> None:
     ("mixtral", {}, (), "cannot be written of MixtralForCausalLM"),
     ("llama", {"intermediate_size": 80}, ("weights.group_size=-1",), "does not divide the 80 input columns of"),
     ("llama", {}, ("weights.group_size=16",), "a scale of a GGUF file is of 32 columns"),
-    ("llama", {}, ("weights.bits=3",), "weights.bits is 3, and gguf holds 4 or 8 bits"),
+    ("llama", {}, ("weights.bits=3",), "weights.bits is 3, and gguf holds 4 or 5 or 8 bits"),
+    ("llama", {}, ("weights.format=iq4_nl", "weights.symmetric=false"), "symmetric=false is not held by the backend"),
+    ("llama", {}, ("weights.format=iq4_nl", "weights.distill=2"), "on the grid of IQ4_NL are not tuned"),
+    ("llama", {}, ("weights.format=iq4_nl", "prune.method=wanda"), "IQ4_NL of 4 bits have no code for zero"),
     ("llama", {}, ("activations.format=int8",), "gguf checkpoints cannot ask for inputs in int8"),
     ("llama", {}, ("protect.channels=split",), "split"),
     ("llama", {}, ("backend=gptq", "weights.ends=q8_0"), "'q8_0' is not held by the backend gptq; use 16-bit"),

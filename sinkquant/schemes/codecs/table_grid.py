@@ -1,0 +1,81 @@
+"""A grid that is no line: codes are the numbers of a table, times one 16-bit scale per group, in both signs.
+
+ggml's IQ4_NL has 16 numbers that lie closer together around zero, where most weights of a group are. None of them is
+zero.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from sinkquant.schemes.codecs.integer_scales import least_error, storable
+from sinkquant.schemes.codecs.packed import PackedWeight, row_chunks
+
+IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""The numbers of IQ4_NL, by their codes in the file."""
+NUMBER_BITS = 8
+"""Of a number of the table: no scale is so large that one times it overflows."""
+
+
+@dataclass(frozen=True)
+class TableGrid:
+    """Whole numbers between -128 and 127, ascending, in groups of `size` columns, -1: one group per row."""
+
+    numbers: tuple[int, ...]
+    size: int
+
+    @property
+    def free_scales(self) -> bool:
+        """They are fine."""
+        return True
+
+    def nearest_(self, codes: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """Round to the nearest number of the table in place."""
+        middles, numbers = _table(self.numbers, codes.device)
+        return codes.copy_(numbers[torch.bucketize(codes, middles, out_int32=True)])
+
+    def spread(self, scale: torch.Tensor) -> torch.Tensor:
+        """The scale itself."""
+        return scale.float()
+
+    def storable(self, spread: torch.Tensor, now: torch.Tensor | None = None) -> torch.Tensor:
+        """In float16, not zero."""
+        return storable(spread, NUMBER_BITS, torch.float16)
+
+    def scales(self, weight: torch.Tensor, importance: torch.Tensor | None, search: bool) -> torch.Tensor:
+        """Of every group, float16 [rows, groups]: those with which the largest |weight| gets the largest number; with
+        `search` those with the least weighted error, as integers have them. weight: float [rows, columns]."""
+        grouped = weight.float().unflatten(1, (-1, weight.shape[1] if self.size == -1 else self.size))
+        reach = self.storable(grouped.abs().amax(-1) / max(map(abs, self.numbers)))
+        return least_error(weight, importance, reach, self.nearest_, self.storable) if search else reach
+
+    def weight(self, codes: torch.Tensor, scale: torch.Tensor) -> PackedWeight:
+        """codes: numbers of the table, int8 [rows, columns]; scale: float16 [rows, groups]."""
+        return PackedWeight(codes, scale, (len(self.numbers) - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class NearestInTable:
+    """Rounding to nearest. `search`: scales with the least error."""
+
+    grid: TableGrid
+    search: bool
+
+    def quantize(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> PackedWeight:
+        """weight: float [rows, columns]; importance: [columns], or None."""
+        codes, scales = torch.empty(weight.shape, dtype=torch.int8, device=weight.device), []
+        for rows in row_chunks(weight):
+            scales.append(self.grid.scales(weight[rows], importance, self.search))
+            grouped = weight[rows].float().unflatten(1, (scales[-1].shape[1], -1)) / scales[-1].float()[..., None]
+            codes[rows] = self.grid.nearest_(grouped).flatten(1).to(torch.int8)
+        return self.grid.weight(codes, torch.cat(scales))
+
+
+@functools.lru_cache(maxsize=4)  # GPTQ asks for every column
+def _table(numbers: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The middles between numbers, and the numbers, float32."""
+    found = torch.tensor(numbers, dtype=torch.float32, device=device)
+    return (found[1:] + found[:-1]) / 2, found
