@@ -105,12 +105,13 @@ def candidates() -> list[Candidate]:
         found.append(Candidate("sinkquant GPTAQ, groups of 32, ends in 8 bits", bits, "sinkquant",
                                ["--set", f"weights.bits={bits}", "weights.lm_head=8", "weights.embeddings=8",
                                 "weights.method=gptaq", "weights.group_size=32"]))
-    for kind, more in (("", []), (" in IQ4_NL", ["weights.format=iq4_nl"]), (" in Q4_1", ["weights.symmetric=false"])):
-        for bits in (4, 5):
-            for control in ([], ["protect.statistics=all"]):
-                name = f"sinkquant gguf-q4-sink{kind}, ends q8_0{', control' if control else ''}"
-                found.append(Candidate(name, bits, "sinkquant", [
-                    "--recipe", "gguf-q4-sink", "--set", f"weights.bits={bits}", "weights.ends=q8_0", *more, *control]))
+    curved, zeros = ["weights.format=iq4_nl"], ["weights.symmetric=false"]
+    for kind, bits, more in (("", 4, []), (" in IQ4_NL", 4, curved), (" in Q4_1", 4, zeros), ("", 5, []),
+                             (" in Q5_1", 5, zeros)):
+        for control in ([], ["protect.statistics=all"]):
+            name = f"sinkquant gguf-q4-sink{kind}, ends q8_0{', control' if control else ''}"
+            found.append(Candidate(name, bits, "sinkquant", [
+                "--recipe", "gguf-q4-sink", "--set", f"weights.bits={bits}", "weights.ends=q8_0", *more, *control]))
     found.append(Candidate("sinkquant nf4-sink", 4, "sinkquant", ["--recipe", "nf4-sink"]))
     for scheme, recipe in (("NVFP4A16", "nvfp4a16-sink"), ("MXFP4A16", "mxfp4a16-sink"), ("NVFP4", "nvfp4-sink"),
                            ("MXFP4", "mxfp4-sink")):
