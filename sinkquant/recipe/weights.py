@@ -44,9 +44,9 @@ class Weights(Section):
     Before all that, changes after which the model computes the same: `rotate` by a Hadamard matrix, "values" of every
     head or "full", the residual stream as well; `smooth` channels, by "smoothquant" with `smooth_strength` or "awq".
     `format` other than "int" and `double_quantization` (scales quantized once more) are for backends that hold them:
-    bitsandbytes nf4 and fp4, quanto float8; and "nvfp4", "mxfp4" and "mxfp8" for compressed-tensors.
-    `symmetric` false: codes have a zero point per group, in GPTQ's files and as Q4_1 in a GGUF file; transformers loads
-    none in compressed-tensors' files.
+    bitsandbytes nf4 and fp4, quanto float8, GGUF iq4_nl; and "nvfp4", "mxfp4" and "mxfp8" for compressed-tensors.
+    `symmetric` false: codes have a zero point per group, in GPTQ's files and as Q4_1 and Q5_1 in a GGUF file;
+    transformers loads none in compressed-tensors' files.
     `ends`: what the token embedding and the output head are held in; "16-bit" leaves them as they are, a GGUF file
     also takes "f16", "bf16" and "q8_0".
     `lm_head`, `embeddings`: bits of the output head and of the token embedding in compressed-tensors' files, 16 to
