@@ -1,25 +1,23 @@
 """Decode attention that reads packed blocks as they are: no dense copy of the history is ever made.
 
-Scores: the scale of every channel and block is folded into the query, so that keys are read as bare codes (KIVI
-2402.02750, section 3.3, does it in CUDA); zeros enter as one product of query and zero per block. Values are scaled in
-chunks that stay in the processor's cache. The softmax is taken once over all scores in float32; exact tokens and the
-window join it from their full-precision copies. One new token on an NVIDIA GPU goes through a Triton kernel instead.
+On a CPU a small C++ library reads the blocks (`read_native`), where there is a compiler; elsewhere torch does
+(`read_torch`). The softmax is taken once over all scores in float32; exact tokens and the window join it from their
+full-precision copies. One new token on an NVIDIA GPU goes through a Triton kernel instead.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from sinkquant.cache.layer import SinkLayer
-from sinkquant.cache.packing import unpack
+from sinkquant.cache.read_native import reads_on
+from sinkquant.cache.read_torch import LaneReads, TorchReads
 from sinkquant.cache.store import Lane, PackedStates
 
-CHUNK_VALUES = 1 << 18
-"""Numbers that are unpacked at a time: 1 MB in float32."""
 KERNEL_WIDTH, KERNEL_HEADS = 256, 16
 """The widest head, and the most query heads of a KV head, whose tiles fit into the shared memory of small GPUs."""
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -139,24 +137,15 @@ def _softmax(scores: torch.Tensor, mask: torch.Tensor | None, softcap: float | N
 
 def _packed_scores(packed: PackedStates, q: torch.Tensor) -> torch.Tensor:
     """float32 [batch, kv_heads, rows, blocks * G] of queries [batch, kv_heads, rows, key_dim]."""
-    batch, _, rows, width = q.shape
     by_lane = []
     for lane in packed.lanes:
         mine = q if len(packed.lanes) == 1 else q[:, lane.heads]
         rotation = packed.recoding.of(lane.heads).rotation if lane.bits < 16 else None
         mine = mine if rotation is None else rotation.query(mine)
-        # Blocks before rows: every block multiplies a query of its own, into which its scales are folded.
-        scores = mine.new_empty(batch, len(lane.heads), packed.blocks, rows, packed.block)
-        for part, codes, scale in _chunks(lane, packed.block):
-            queries = (mine[:, :, None] * scale if scale is not None else
-                       mine[:, :, None].expand(-1, -1, codes.shape[2], -1, -1))
-            scores[:, :, part] = torch.bmm(queries.reshape(-1, rows, width), codes.flatten(0, 2).mT).view(
-                batch, -1, codes.shape[2], rows, packed.block)
-        if lane.scale is not None:
-            scores += (mine @ lane.starts().squeeze(3).mT).transpose(2, 3)[..., None]
+        scores = _reads(lane, q.device).scores(lane, packed.block, mine)
         if lane.norm is not None:
-            scores *= lane.norm.float().mT
-        by_lane.append(scores.transpose(2, 3).flatten(3))
+            scores *= lane.norm.float().flatten(2)[:, :, None]
+        by_lane.append(scores)
     return _in_order(packed, by_lane)
 
 
@@ -165,20 +154,14 @@ def _packed_output(packed: PackedStates, weights: torch.Tensor) -> torch.Tensor:
     by_lane = []
     for lane in packed.lanes:
         mine = weights if len(packed.lanes) == 1 else weights[:, lane.heads]
-        assert lane.data is not None
-        out = mine.new_zeros(*mine.shape[:3], lane.data.shape[4])
-        for part, codes, scale in _chunks(lane, packed.block):
-            if scale is not None:
-                codes.unflatten(-1, (scale.shape[-1], -1)).mul_(scale[..., None])
-            here = mine[:, :, :, part.start * packed.block:part.stop * packed.block]
-            out += here @ codes.flatten(2, 3)
-        if lane.scale is not None:
-            zeros = mine @ lane.starts().flatten(2, 3)
-            out.unflatten(-1, (zeros.shape[-1], -1)).add_(zeros[..., None])
-            rotation = packed.recoding.of(lane.heads).rotation
-            out = out if rotation is None else rotation.back(out)
-        by_lane.append(out)
+        out = _reads(lane, weights.device).sums(lane, packed.block, mine)
+        rotation = packed.recoding.of(lane.heads).rotation if lane.bits < 16 else None
+        by_lane.append(out if rotation is None else rotation.back(out))
     return _in_order(packed, by_lane)
+
+
+def _reads(lane: Lane, device: torch.device) -> LaneReads:
+    return TorchReads() if lane.bits == 16 else reads_on(device)
 
 
 def _in_order(packed: PackedStates, by_lane: list[torch.Tensor]) -> torch.Tensor:
@@ -187,18 +170,3 @@ def _in_order(packed: PackedStates, by_lane: list[torch.Tensor]) -> torch.Tensor
         return by_lane[0]
     order = torch.tensor([head for lane in packed.lanes for head in lane.heads], device=by_lane[0].device)
     return torch.cat(by_lane, dim=1).index_select(1, order.argsort())
-
-
-def _chunks(lane: Lane, block: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
-    """Blocks in chunks: (which, codes float32 [batch, heads, blocks, G, D], scale); without a scale the codes are the
-    values."""
-    assert lane.data is not None
-    batch, heads, blocks, _, width = lane.data.shape
-    size = max(1, CHUNK_VALUES // (batch * heads * block * width))
-    for start in range(0, blocks, size):
-        part = slice(start, min(start + size, blocks))
-        data = lane.data[:, :, part]
-        if lane.scale is None:
-            yield part, data.float(), None
-        else:
-            yield part, unpack(data, lane.bits, torch.float32), lane.steps(part)

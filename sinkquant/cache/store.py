@@ -44,6 +44,8 @@ class Lane:
         return -0.5 * (2**self.bits - 1) * self.steps() if self.zero is None else wide_zero(self.zero, self.ends)
 
 
+CHUNK_VALUES = 1 << 18
+"""Numbers that are packed at a time: what is computed on the way stays in the processor's cache."""
 HELD = ("data", "scale", "zero", "norm", "ends")
 
 
@@ -82,22 +84,29 @@ class PackedStates:
         mask = None if counted is None else counted.unflatten(1, (-1, self.block))[:, None, :, :, None]
         for lane in self.lanes:
             part = blocks if len(self.lanes) == 1 else blocks[:, lane.heads]
-            if lane.bits == 16:
-                fresh: tuple[torch.Tensor | None, ...] = (part.clone(), None, None, None, None)
-            else:
-                recoding, norm = self.recoding.of(lane.heads), None
-                part = part if recoding.rotation is None else recoding.rotation.into(part)
-                if recoding.scale_tokens:
-                    part, norm = unit_tokens(part)
-                codes, scale, zero = quantize(part, mask, lane.bits, self.group, self.symmetric, recoding.clip)
-                ends = None
-                if self.scale_bits == 8:
-                    scale, zero, ends = narrowed(scale, zero)
-                    codes = recoded(part, *widened(scale, zero, ends), lane.bits, self.group)
-                fresh = (pack(codes, lane.bits), scale, zero, norm, ends)
-            for name, new in zip(HELD, fresh, strict=True):
-                old = getattr(lane, name)
-                setattr(lane, name, new if old is None or new is None else torch.cat([old, new], dim=2))
+            batch, heads, count, size, width = part.shape
+            step = count if lane.bits == 16 else max(1, CHUNK_VALUES // (batch * heads * size * width))
+            pieces = [self._packed(lane, part[:, :, start:start + step],
+                                   None if mask is None else mask[:, :, start:start + step])
+                      for start in range(0, count, step)]
+            for name, *new in zip(HELD, *pieces, strict=True):
+                held = [tensor for tensor in (getattr(lane, name), *new) if tensor is not None]
+                setattr(lane, name, held[0] if len(held) == 1 else torch.cat(held, dim=2) if held else None)
+
+    def _packed(self, lane: Lane, part: torch.Tensor, counted: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """What a lane holds, in the order of `HELD`, of some blocks [batch, heads, blocks, G, D] of its heads."""
+        if lane.bits == 16:
+            return part.clone(), None, None, None, None
+        counted = None if counted is None or bool(counted.all()) else counted
+        recoding, norm, ends = self.recoding.of(lane.heads), None, None
+        part = part if recoding.rotation is None else recoding.rotation.into(part)
+        if recoding.scale_tokens:
+            part, norm = unit_tokens(part)
+        codes, scale, zero = quantize(part, counted, lane.bits, self.group, self.symmetric, recoding.clip)
+        if self.scale_bits == 8:
+            scale, zero, ends = narrowed(scale, zero)
+            codes = recoded(part, *widened(scale, zero, ends), lane.bits, self.group)
+        return pack(codes, lane.bits), scale, zero, norm, ends
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """[batch, heads, blocks * G, D] in `dtype`. There must be at least one block."""
