@@ -1,7 +1,7 @@
 """The KV cache against bf16 and transformers' own quantized caches: bytes held, decode and prefill latency, error.
 
     python evals/benchmarks/kv_cache.py [--tokens 4096 16384] [--bits 2 4] [--heads 32] [--kv-heads 8] [--dim 128]
-                                         [--device cuda]
+                                         [--device cuda] [--clock processor] [--threads 1] [--reads torch]
 
 One attention layer, batch 1, random keys with a few outlier channels and one sink token (a large key, a small value),
 queries that look at it. A prompt of all tokens but `--steps` is prefilled, then decode steps are timed: updating the
@@ -26,9 +26,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sinkquant.artifacts import KVCachePlan, KVLayer
 from sinkquant.artifacts.kv import cache_bytes
-from sinkquant.cache import SinkCache
+from sinkquant.cache import Bases, SinkCache, attention
 from sinkquant.cache.attention import attend
 from sinkquant.cache.layer import SinkLayer
+from sinkquant.cache.read_torch import TorchReads
+from sinkquant.cache.transforms.recoding import LayerBases
+from sinkquant.cache.transforms.rotation import Basis
 
 GROUP, WINDOW, SINKS = 32, 128, 1
 
@@ -37,8 +40,8 @@ class Subject:
     """One cache under test: `update` and attention, with the bytes that it holds."""
 
     def __init__(self, name: str, layer: CacheLayerMixin, module: torch.nn.Module,
-                 cache: SinkCache | None = None) -> None:
-        self.name, self.layer, self.module, self.cache = name, layer, module, cache
+                 cache: SinkCache | None = None, bases: Bases | None = None) -> None:
+        self.name, self.layer, self.module, self.cache, self.bases = name, layer, module, cache, bases
         self.decode: list[float] = []
         self.outputs: list[torch.Tensor] = []
         self.prefill = 0.0
@@ -50,6 +53,8 @@ class Subject:
             out = attend(self.layer, query, None, query.shape[-1] ** -0.5)
             self.layer.settle()
             return out
+        if self.cache is not None:
+            self.cache.see(None, None, (1, key.shape[2]), key.device, False, bases=self.bases)
         states = self.layer.update(key, value) if self.cache is None else self.cache.update(key, value, 0)
         return sdpa_attention_forward(self.module, query, *states, None, is_causal=causal)[0]
 
@@ -103,6 +108,13 @@ def plan_of(bits: int, kv_heads: int, dim: int, exact: bool) -> KVCachePlan:
         bits_per_value=0.0, length=1, expected_exact=0, bytes=0, unquantized_bytes=0, reason="benchmark")
 
 
+def recipe_plan(bits: int, kv_heads: int, dim: int) -> KVCachePlan:
+    """What `kv2-sink` with `kv_cache.bits` near 2.4 packs."""
+    return plan_of(bits, kv_heads, dim, True).model_copy(update={
+        "group_size": 64, "window": 8, "scale_bits": 8, "rotate": "covariance", "rotate_values": "covariance",
+        "clip": "both"})
+
+
 def subjects(arguments: argparse.Namespace) -> list[Subject]:
     """Every cache that is to be measured, the bf16 one first."""
     module = torch.nn.Module()
@@ -115,6 +127,12 @@ def subjects(arguments: argparse.Namespace) -> list[Subject]:
             cache = SinkCache(config, plan_of(bits, arguments.kv_heads, arguments.dim, exact))
             layer = cache.layers[0]
             found.append(Subject(f"SinkCache {bits} bits{', sink exact' if exact else ''}", layer, module, cache))
+        cache = SinkCache(config, recipe_plan(bits, arguments.kv_heads, arguments.dim))
+        layer = cache.layers[0]
+        assert isinstance(layer, SinkLayer)
+        near_one = torch.eye(arguments.dim) + 0.02 * torch.randn(arguments.kv_heads, arguments.dim, arguments.dim)
+        some = LayerBases(Basis.of_matrix(near_one), Basis.of_matrix(near_one))
+        found.append(Subject(f"kv2-sink, {bits} bits", layer, module, cache, Bases({0: some}, "")))
         settings: dict[str, Any] = {"nbits": bits, "q_group_size": GROUP, "residual_length": WINDOW}
         for name, make in (("quanto", QuantoQuantizedLayer), ("hqq", HQQQuantizedLayer)):
             axis = 1 if name == "hqq" else 0
@@ -132,13 +150,13 @@ def _installed(package: str) -> bool:
         return False
 
 
-def timed(function: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
+def timed(function: Callable[[], torch.Tensor], clock: Callable[[], float]) -> tuple[float, torch.Tensor]:
     """Milliseconds, and the result. A GPU's work is waited for."""
     _wait()
-    start = time.perf_counter()
+    start = clock()
     result = function()
     _wait()
-    return 1e3 * (time.perf_counter() - start), result
+    return 1e3 * (clock() - start), result
 
 
 def _wait() -> None:
@@ -152,23 +170,24 @@ def measure(tokens: int, arguments: argparse.Namespace) -> None:
     queries, keys, values = (x.to(arguments.device) for x in states(
         tokens, arguments.heads, arguments.kv_heads, arguments.dim, dtype))
     prompt = tokens - arguments.steps
+    clock = time.process_time if arguments.clock == "processor" else time.perf_counter
     rows = subjects(arguments)
     for subject in rows:
         subject.prefill, _ = timed(lambda subject=subject: subject.step(  # type: ignore[misc]
-            queries[:, :, :prompt], keys[:, :, :prompt], values[:, :, :prompt], True))
+            queries[:, :, :prompt], keys[:, :, :prompt], values[:, :, :prompt], True), clock)
     for column in range(prompt, tokens):
         place = slice(column, column + 1)
         for subject in rows:
             took, out = timed(lambda subject=subject, place=place: subject.step(  # type: ignore[misc]
-                queries[:, :, place], keys[:, :, place], values[:, :, place], False))
+                queries[:, :, place], keys[:, :, place], values[:, :, place], False), clock)
             subject.decode.append(took)
             subject.outputs.append(out.float())
     base = rows[0]
     exact = reference(queries, keys, values, range(prompt, tokens), arguments)
     print(f"\n{tokens} tokens, {arguments.heads} query and {arguments.kv_heads} KV heads of {arguments.dim}, "
           f"{_where(arguments.device)}\n")
-    print("| cache | bytes held | of bf16 | accounted | prefill ms | decode ms | x bf16 | error |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    print("| cache | bytes held | of bf16 | accounted | prefill ms | x bf16 | decode ms | x bf16 | error |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for subject in rows:
         held, step = subject.nbytes(), statistics.median(subject.decode)
         plan = subject.cache.plan if subject.cache is not None else None
@@ -176,6 +195,7 @@ def measure(tokens: int, arguments: argparse.Namespace) -> None:
         error = statistics.mean(float((out - want).norm() / want.norm())
                                 for out, want in zip(subject.outputs, exact, strict=True))
         print(f"| {subject.name} | {held:,} | {held / base.nbytes():.3f} | {accounted} | {subject.prefill:.0f} | "
+              f"{subject.prefill / base.prefill:.2f} | "
               f"{step:.1f} | {step / statistics.median(base.decode):.2f} | {error:.4f} |", flush=True)
 
 
@@ -205,7 +225,13 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--clock", choices=("wall", "processor"), default="wall")
+    parser.add_argument("--reads", choices=("found", "torch"), default="found")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.reads == "torch":
+        attention.reads_on = lambda device: TorchReads()
     with torch.no_grad():
         for tokens in arguments.tokens:
             measure(tokens, arguments)

@@ -1,4 +1,4 @@
-"""Reads packed blocks in C++ on a CPU, where this machine has a compiler: `read_native.cpp`, compiled at the first read.
+"""Reads packed blocks in C++ on a CPU, where there is a compiler: `read_native.cpp`, compiled at the first read.
 
 The library stands in the user's cache folder under a name that holds the source, the compiler and the processor. What
 it computes differs from `read_torch` by rounding only.
@@ -85,7 +85,14 @@ def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
 
 @functools.cache
 def native_or_why() -> NativeReads | str:
-    """What was compiled for this machine, now or before; or a sentence about why there is nothing."""
+    """What was compiled for this machine, now or before; or why there is nothing, which is logged once."""
+    found = _compiled()
+    if isinstance(found, str):
+        LOG.warning("Packed blocks of the KV cache are read with torch, which takes longer: %s.", found)
+    return found
+
+
+def _compiled() -> NativeReads | str:
     source = Path(__file__).with_suffix(".cpp")
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
@@ -102,10 +109,10 @@ def native_or_why() -> NativeReads | str:
                 _compile([*command, str(source)], library)
             return NativeReads(ctypes.CDLL(str(library)), " ".join([version, *flags]))
         except subprocess.CalledProcessError as error:
-            said = (error.stderr or "").strip().splitlines()[:1]
+            said = (error.stderr or "it said nothing").strip().splitlines()[0]
         except (OSError, subprocess.TimeoutExpired, IndexError) as error:
-            said = [str(error)]
-    return f"{compiler} does not compile it: {said[0] if said else 'it said nothing'}"
+            said = str(error)
+    return f"{compiler} does not compile what reads them faster: {said}"
 
 
 def _compile(command: list[str], library: Path) -> None:

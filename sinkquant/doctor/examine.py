@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import ModelShape
 from sinkquant.artifacts.sizes import own_format
+from sinkquant.cache.read_native import native_or_why
 from sinkquant.detect.table import AttentionTable
 from sinkquant.errors import RequestError
 from sinkquant.models import BosPolicy, Decoder, Walk, adds_bos, read_text, starts_with_bos, token_rows
@@ -140,6 +141,7 @@ def _support(decoder: Decoder, audit: Audit) -> None:
     sizes = [size for size in (32, 64, 128) if all(linear.columns % size == 0 for linear in free)]
     for index, sentence in enumerate(out_of_reach(_instructions())):
         audit.support[f"engines on this processor ({index + 1})"] = sentence
+    audit.support["packed KV cache on this processor"] = _cache_reads()
     asked = formats_asked(shape, Recipe()) if free else {}
     if asked:
         audit.support["4 bits run in"] = ", ".join(loads_in(shape, asked, own_format(shape, asked)))
@@ -161,6 +163,13 @@ def _gguf(shape: ModelShape, packed: list[str]) -> str:
     except RequestError as error:
         return f"no: {error}"
     return "yes (backend=gguf)"
+
+
+def _cache_reads() -> str:
+    """What decoding reads packed blocks with."""
+    found = native_or_why()
+    return (f"read with torch, which takes two to three times as long: {found}" if isinstance(found, str) else
+            f"read by a library made by {found.made_by}")
 
 
 def _instructions() -> frozenset[str]:

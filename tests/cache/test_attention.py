@@ -7,9 +7,10 @@ import torch
 from families import tiny_model
 from kv_plans import kv_plan
 
-from sinkquant.cache import SinkCache, prepare
+from sinkquant.cache import SinkCache, attention, prepare
 from sinkquant.cache.attention import attend
 from sinkquant.cache.layer import SinkLayer
+from sinkquant.cache.read_torch import TorchReads
 from sinkquant.cache.transforms.recoding import LayerBases
 from sinkquant.cache.transforms.rotation import Basis
 from sinkquant.models import Decoder
@@ -50,6 +51,14 @@ def _reference(layer: SinkLayer, query: torch.Tensor, mask: torch.Tensor, scale:
     return (weights @ values).transpose(1, 2)
 
 
+@pytest.fixture(params=["this machine", "torch"])
+def reads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this machine reads packed blocks with, then torch, which reads them on any."""
+    if request.param == "torch":
+        monkeypatch.setattr(attention, "reads_on", lambda device: TorchReads())
+
+
+@pytest.mark.usefixtures("reads")
 @pytest.mark.parametrize("settings", [
     {}, {"symmetric": True}, {"rotate": True}, {"key_bits": (3, 3), "value_bits": (8, 8)},
     {"key_bits": (4, 2), "value_bits": (2, 16)}, {"key_bits": (16, 2), "rotate": True},
@@ -67,6 +76,7 @@ def test_packed_reading_is_dense_reading(settings: dict[str, object], new: int) 
         assert torch.allclose(found.double(), _reference(layer, query, seen, 0.25), atol=2e-5)
 
 
+@pytest.mark.usefixtures("reads")
 def test_soft_caps_learned_columns_and_cut_blocks() -> None:
     learned = torch.tensor([3.0, -1.0, 9.0, 0.5])
     layer, query = _layer()
