@@ -9,6 +9,7 @@ from pydantic import Field
 from sinkquant.artifacts.base import Artifact, Strict
 from sinkquant.methods import MethodName
 from sinkquant.schemes import WeightFormat, scheme_of
+from sinkquant.schemes.weight_format import PLAIN
 
 
 class Terms(Strict):
@@ -36,6 +37,7 @@ class FormatLoss(Strict):
     method: MethodName
     columns: int = 0
     scalars: int = 0
+    storage: str = PLAIN
     predicted: Terms
     measured: Terms | None = None
     diagonal: float
@@ -43,7 +45,8 @@ class FormatLoss(Strict):
     @property
     def form(self) -> WeightFormat:
         """How the weights would be stored."""
-        return WeightFormat(self.bits, self.group_size, columns=self.columns, scalars=self.scalars)
+        return WeightFormat(self.bits, self.group_size, storage=self.storage, columns=self.columns,
+                            scalars=self.scalars)
 
     @property
     def terms(self) -> Terms:
@@ -60,13 +63,19 @@ class UnitSensitivity(Strict):
     placed: bool = True
     losses: list[FormatLoss]
 
+    def tried(self, form: WeightFormat) -> list[FormatLoss]:
+        """The candidates whose weights are stored as those of a format; where there are none, plain integers tell what
+        other integers lose."""
+        scheme = scheme_of(form)
+        own = [loss for loss in self.losses if loss.storage == scheme.tried_as]
+        return own if own or not scheme.integers else [loss for loss in self.losses if loss.storage == PLAIN]
+
     def loss(self, form: WeightFormat, method: str | None = None) -> FormatLoss | None:
         """What a format costs by a method, or by the best of those that were tried where it is not among them; None
         where the format was no candidate. What inputs are rounded to makes no difference."""
-        if not scheme_of(form).integers:
-            return None
-        weights = WeightFormat(form.bits, form.group_size, columns=form.columns, scalars=form.scalars)
-        alike = [loss for loss in self.losses if loss.form == weights]
+        weights = (form.bits, form.group_size, form.columns, form.scalars)
+        alike = [loss for loss in self.tried(form)
+                 if (loss.bits, loss.group_size, loss.columns, loss.scalars) == weights]
         mine = [loss for loss in alike if loss.method == method]
         return min(mine or alike, key=lambda loss: loss.terms.total, default=None)
 

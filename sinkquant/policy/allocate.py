@@ -126,7 +126,7 @@ class Problem:
 
     def _formats(self, unit: UnitSensitivity) -> list[WeightFormat]:
         choice = self.base[unit.modules[0]].form
-        tried = [loss.form for loss in unit.losses if not loss.form.split or (loss.columns, loss.scalars) == (
+        tried = [loss.form for loss in unit.tried(choice) if not loss.form.split or (loss.columns, loss.scalars) == (
             choice.columns, choice.scalars)]
         loads = [form for form in dict.fromkeys(tried) if all(
             engine_loads(self.recipe.budget.engine, self._stored(name, form), self.shape.linears[name])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from sinkquant.artifacts import FormatLoss, Plan, PredictedLoss, Sensitivity, UnitSensitivity
 from sinkquant.errors import RequestError
 from sinkquant.policy.kv_budget import expected_kv_loss
-from sinkquant.schemes import WeightFormat, scheme_of
+from sinkquant.schemes import WeightFormat
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ def loss_of(unit: UnitSensitivity, form: WeightFormat, method: str | None = None
 
 def _of_larger_groups(unit: UnitSensitivity, form: WeightFormat) -> FormatLoss | None:
     """What the same bits cost in the smallest groups that were tried and are larger: a bound."""
-    if not scheme_of(form).integers or form.split or form.group_size == -1 or not form.packed:
+    if form.split or form.group_size == -1 or not form.packed:
         return None
-    larger = [loss for loss in unit.losses if loss.bits == form.bits and not loss.form.split
+    larger = [loss for loss in unit.tried(form) if loss.bits == form.bits and not loss.form.split
               and (loss.group_size == -1 or loss.group_size > (form.group_size or 0))]
     return min(larger, key=lambda loss: (math.inf if loss.group_size == -1 else loss.group_size, loss.terms.total),
                default=None)

@@ -14,7 +14,7 @@ from sinkquant.policy.expected import expect_loss
 from sinkquant.policy.kv_budget import expected_kv_loss, kv_bytes_of
 from sinkquant.policy.kv_cache import make_kv_plan
 from sinkquant.policy.plan import choices_of, make_control, make_plan
-from sinkquant.policy.solvable import check_solvable
+from sinkquant.policy.solvable import bits_tried, check_solvable
 from sinkquant.policy.solver import efficient
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import WeightFormat
@@ -63,7 +63,7 @@ def make_frontier(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitiv
     for solution in picked:
         one = point("", "solved", problem.formats(solution.chosen), problem.cache(solution.chosen))
         found.append(one.model_copy(update={"name": f"solved, {one.bits_per_weight:.2f} bits"}))
-    for bits in sorted(set(recipe.sensitivity.bits)):
+    for bits in bits_tried(recipe):
         found.append(point(f"all {bits} bits", "uniform", {
             name: replace(choice, bits=bits).form if choice.quantized and not choice.pinned else choice.form
             for name, choice in choices.items()}, base))

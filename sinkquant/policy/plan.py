@@ -46,6 +46,7 @@ from sinkquant.policy.kv_scheme import make_kv_scheme
 from sinkquant.policy.pruning import with_pruning
 from sinkquant.policy.rules import Draft, affected, base_choices, check_group_sizes, protect
 from sinkquant.policy.sharing import share_formats
+from sinkquant.policy.solvable import bits_tried
 from sinkquant.policy.split import NO_BACKEND, NO_EXPERTS, NO_INPUTS, split_channels
 from sinkquant.policy.transforms import choose_transforms, scale_sinks, shape_after
 from sinkquant.recipe import Recipe
@@ -156,7 +157,7 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
         sensitivity: lets the control predict its loss as well.
     """
     if recipe.budget.solved:
-        recipe = recipe.changed(weights={"bits": min(recipe.sensitivity.bits)})
+        recipe = recipe.changed(weights={"bits": bits_tried(recipe)[0]})
     base = share_formats(with_inputs(_base(shape, recipe), shape, recipe), shape)
     allowed = sum(decision.bytes for decision in aware.modules.values())
     transforms = choose_transforms(base, shape, recipe, aware.kv_cache)

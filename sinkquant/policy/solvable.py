@@ -1,18 +1,19 @@
-"""What a budget can be solved for, told by the recipe alone."""
+"""What a budget can be solved for, and in which formats, told by the recipe alone."""
 
 from __future__ import annotations
 
 from sinkquant.errors import RequestError
 from sinkquant.policy.carried import scheme_for
 from sinkquant.recipe import Recipe
-from sinkquant.schemes.registry import multiplied_with
+from sinkquant.schemes import INTEGERS, Scheme
+from sinkquant.schemes.registry import all_schemes, find, multiplied_with
 
 
 def check_solvable(recipe: Recipe) -> None:
     """Refuse a budget that is solved for where sensitivities say nothing about what the recipe does.
 
     Raises:
-        RequestError: weights that are changed before they are quantized, FP8, or another backend.
+        RequestError: weights that are changed before they are quantized, FP8, or a backend whose linears cannot differ.
     """
     weights = recipe.weights
     for key, value in (("rotate", weights.rotate), ("smooth", weights.smooth)):
@@ -21,9 +22,30 @@ def check_solvable(recipe: Recipe) -> None:
                                "none, or budget.solver=even.")
     scheme = scheme_for(recipe)
     multiplied = scheme if scheme.foreign else multiplied_with(scheme, recipe.activations.format)
-    if not (multiplied.integers or scheme.foreign):
+    if scheme.foreign and not scheme.solvable:
+        backends = dict.fromkeys(one.backend for one in all_schemes() if one.solvable)
+        raise RequestError(f"a budget is solved for in the formats of {' and '.join(backends)}, not of "
+                           f"{recipe.backend}; use one of these, or set budget.solver=even.")
+    if not multiplied.solvable:
         raise RequestError(f"{multiplied.words} have one format, so that there is nothing to solve for; leave the "
                            "budget out.")
-    if scheme.foreign:
-        raise RequestError(f"a budget is solved for in the formats of compressed-tensors, not of {recipe.backend}; "
-                           "leave backend at compressed-tensors, or set budget.solver=even.")
+
+
+def bits_tried(recipe: Recipe) -> list[int]:
+    """Numbers of bits that linears are tried in: those of `sensitivity.bits` that the recipe's number format has.
+
+    Raises:
+        RequestError: it has none of them.
+    """
+    scheme = tried_in(recipe)
+    found = sorted(set(recipe.sensitivity.bits) & set(scheme.bits))
+    if not found:
+        raise RequestError(f"{scheme.words} have {' or '.join(map(str, scheme.bits))} bits, and sensitivity.bits names "
+                           "none of them; add some.")
+    return found
+
+
+def tried_in(recipe: Recipe) -> Scheme:
+    """The number format whose losses are taken: the recipe's own, or plain integers where none is solved for there."""
+    scheme = scheme_for(recipe)
+    return find(scheme.tried_as) if scheme.solvable else INTEGERS

@@ -24,7 +24,7 @@ def formats_of(plans: Sequence[Plan]) -> list[str]:
         if changed:
             raise RequestError(f"sensitivities are of the weights before {' and '.join(changed)}.")
     forms = {form for plan in plans for form in plan.formats.values()}
-    if not all(scheme_of(form).integers for form in forms):
+    if not all(scheme_of(form).integers or scheme_of(form).solvable for form in forms):
         raise RequestError("there are no sensitivities of floating-point weights, nor of bitsandbytes and quanto.")
     return [f"sensitivity.bits={sorted({form.bits for form in forms})}", "sensitivity.measure_rows=0",
             f"sensitivity.group_sizes={sorted({int(form.group_size or -1) for form in forms})}"]

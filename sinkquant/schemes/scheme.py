@@ -82,6 +82,16 @@ class Scheme:
         """Whether every linear may have groups of a size of its own."""
         return self.group_size is None and not self.one_group_size
 
+    @property
+    def solvable(self) -> bool:
+        """Whether a budget can be solved for: our methods choose its codes, and linears of one checkpoint differ."""
+        return self.mixed and len(self.bits) > 1 and (self.integers or self.grid)
+
+    @property
+    def tried_as(self) -> str:
+        """The storage that says of its weights what their formats lose: its own, unless another has the same."""
+        return self.storage
+
     def tensors(self, rows: int, columns: int, form: WeightFormat, dtype: str, expert: bool) -> dict[str, Tensor]:
         """The tensors that a linear becomes: what follows the module's name -> (dtype, shape).
 

@@ -12,9 +12,11 @@ from sinkquant.errors import RequestError
 from sinkquant.methods import Problem, method_named
 from sinkquant.models import Decoder
 from sinkquant.policy.plan import choices_of
+from sinkquant.policy.solvable import bits_tried, tried_in
 from sinkquant.quantize.split import solve_beside
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import WeightFormat, scheme_of
+from sinkquant.schemes.weight_format import PLAIN
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,12 @@ class TrialFormat:
     method: str
     columns: tuple[int, ...] = ()
     scalars: tuple[tuple[int, int], ...] = ()
+    storage: str = PLAIN
+
+    @property
+    def form(self) -> WeightFormat:
+        """Of the codes."""
+        return WeightFormat(self.bits, self.group_size, storage=self.storage)
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ def units_of(decoder: Decoder, recipe: Recipe, sink_map: SinkMap) -> list[Unit]:
     sizes = list(dict.fromkeys(recipe.sensitivity.group_sizes or [recipe.weights.group_size]))
     methods = tuple(dict.fromkeys([*recipe.sensitivity.methods])) or (recipe.weights.method,)
     shape = decoder.shape("")
-    beside = _beside(shape, recipe, sink_map)
+    beside, storage = _beside(shape, recipe, sink_map), tried_in(recipe).storage
     layers: dict[str, list[str]] = {}
     for name, part in decoder.experts.items():
         layers.setdefault(part.owner, []).append(name)
@@ -67,8 +75,8 @@ def units_of(decoder: Decoder, recipe: Recipe, sink_map: SinkMap) -> list[Unit]:
         if not fitting:
             raise RequestError(f"no group size of {sizes} divides the {max(columns)} input columns of {members[0]}; "
                                "change weights.group_size or sensitivity.group_sizes.")
-        candidates = tuple(TrialFormat(bits, size, method, *kept)
-                           for bits in sorted(set(recipe.sensitivity.bits)) for size in fitting
+        candidates = tuple(TrialFormat(bits, size, method, *kept, storage=storage)
+                           for bits in bits_tried(recipe) for size in fitting
                            for method in methods
                            for kept in dict.fromkeys([((), ()), beside.get(members[0], ((), ()))]))
         found.append(Unit(members, shape.linears[members[0]].block, candidates, owner))
@@ -97,7 +105,7 @@ def errors(decoder: Decoder, name: str, hessian: torch.Tensor, candidates: tuple
     """
     settings, weight = recipe.weights.model_copy(update={"descent": 0}), decoder.weight(name)
     for one in candidates:
-        method, form = method_named(one.method), WeightFormat(one.bits, one.group_size)
+        method, form = method_named(one.method), one.form
         scales = scheme_of(form).scales(str(stored).removeprefix("torch."), name in decoder.experts)
         problem = Problem(name, form, weight, getattr(torch, scales), settings,
                           hessian if method.needs_hessian else None)

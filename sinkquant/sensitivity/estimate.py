@@ -74,7 +74,7 @@ def _unit(unit: Unit, decoder: Decoder, seen: Seen, sinks: torch.Tensor, recipe:
         others = (float(score.where(~sinks, 0.0).square().sum()) + routed[candidate]) / 2 / tokens
         losses.append(FormatLoss(
             bits=candidate.bits, group_size=candidate.group_size, method=candidate.method,
-            columns=len(candidate.columns), scalars=len(candidate.scalars),
+            columns=len(candidate.columns), scalars=len(candidate.scalars), storage=candidate.storage,
             predicted=Terms(sinks=through, others=others, total=through + others),
             diagonal=diagonal[candidate] / 2 / tokens))
     return UnitSensitivity(modules=list(unit.modules), placed=placed, losses=losses)

@@ -23,6 +23,7 @@ from sinkquant.policy.plan import calibration_of
 from sinkquant.quantize.bases import cache_bases
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.recipe import Recipe
+from sinkquant.schemes.weight_format import PLAIN
 from sinkquant.sensitivity.candidates import Unit, units_of
 from sinkquant.sensitivity.estimate import estimate
 from sinkquant.sensitivity.kv import exact_places, kv_losses, measured_kv
@@ -99,7 +100,8 @@ def sensitivity_key(decoder: Decoder, rows: torch.Tensor, sink_map: SinkMap, rec
                                                                              "length"})
     beside = [[unit.modules, one.columns, one.scalars] for unit in units
               for one in unit.candidates if one.columns or one.scalars]
-    parts = [asked, kept, beside,
+    storages = sorted({one.storage for unit in units for one in unit.candidates} - {PLAIN})
+    parts = [asked, kept, beside, *storages,
              recipe.weights.model_dump(mode="json", exclude=set(LATER)),
              recipe.protect.model_dump(mode="json", include={"tokens", "statistics", "sink_weight"}),
              recipe.compute.dtype, recipe.seed, [token.model_dump(mode="json") for token in _placed(sink_map)],

@@ -147,7 +147,7 @@ def test_the_context_of_a_budget_counts_the_cache() -> None:
     (("budget.loss=0.001", f"weights.overrides=[{{pattern: {DOWN}, bits: 2}}]"),
      r"budget.loss 0.001 is not feasible: what the recipe fixes loses 0.02 nats"),
     (("budget.bits=4", "weights.rotate=values"), "weights.rotate=values changes the weights that sensitivities"),
-    (("budget.bits=4", "backend=gptq"), "solved for in the formats of compressed-tensors, not of gptq"),
+    (("budget.bits=4", "backend=gptq"), "solved for in the formats of compressed-tensors and gguf, not of gptq"),
     (("budget.bits=10", "budget.engine=vllm", f"weights.overrides=[{{pattern: {DOWN}, bits: 3}}]"),
      "budget.engine vllm does not load .* in 3 bits, groups of 32"),
     (("budget.bits=4", "budget.loss=1"), "name one of bits, bytes and loss"),

@@ -37,6 +37,11 @@ class Blocks(Scheme):
 
     kinds: tuple[str, ...] = ()
 
+    @property
+    def tried_as(self) -> str:
+        """What the ends are held in makes no difference to a linear."""
+        return self.storage.removesuffix(f"-{self.ends}")
+
     def tensors(self, rows: int, columns: int, form: WeightFormat, dtype: str, expert: bool) -> dict[str, Tensor]:
         """The blocks of every row, as they stand in the file."""
         kind = self.kind_of(form.bits)
