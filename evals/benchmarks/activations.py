@@ -4,7 +4,7 @@ the unquantized model and perplexity on held-out rows, with paired bootstrap int
     python evals/benchmarks/activations.py MODEL [--text FILE] [--heldout FILE] [--rows 32] [--set KEY=VALUE ...]
                                            [--weights 16 8 4] [--inputs int8 int6 int4]
                                            [--scales all exact dynamic exclude token token-exact block block-exact]
-                                           [--lines FILE.jsonl]
+                                           [--transforms none full block online online-inner] [--lines FILE.jsonl]
 
 Weights: 16 as they are (with the scales that calibration finds for 8), 8 with one scale per channel, fewer in groups of
 64. Scales: "all" one stored scale per linear that reaches every token (the control), "dynamic" a scale per token where
@@ -13,22 +13,32 @@ unquantized model, "token" a scale per token everywhere. Inputs in nvfp4 and mxf
 4-bit weights are then in the same format, by GPTQ. "exact", "token-exact" and "block-exact": the inputs of the detected
 sinks are not rounded at all and reach no range, which no engine can do: the most that protecting them can be worth.
 Scales that inputs do not have are passed over. "smooth, ..." is the same after SmoothQuant. int6 and int4 are
-simulated; fp8 takes weights of 8 bits, which become FP8 as well, by rounding to nearest.
+simulated; "none": inputs of 16 bits under the weights that such inputs would take; fp8 takes weights of 8 bits, which become FP8 as well, by rounding to nearest.
+
+Transforms, of random signs and a Hadamard matrix: "full" the residual stream and every head as a whole, "block" the same
+in blocks of the inputs' format, both folded into the weights; "online" the inputs of every linear in such blocks, as
+compressed-tensors' `transform_config` would have it done while the model runs, which plain transformers does not do;
+"online-inner" that for down projections alone, after "block".
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from measure import Lines, held_out_texts, table
+from transformers import PreTrainedModel
 
 from sinkquant.artifacts import SinkMap
 from sinkquant.detect import detect
 from sinkquant.models import Decoder, load_model, load_tokenizer, open_model, resolve
 from sinkquant.policy import make_plan
+from sinkquant.quantize.transforms import Rotate
+from sinkquant.quantize.transforms.hadamard import Rotation
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import input_format
 from sinkquant.sinks import SinkSelector
@@ -42,7 +52,34 @@ BLOCKS = {"block": ["activations.scale=group", "activations.sinks=all"]}
 SCALES |= {f"smooth, {name}": [*asked, "weights.smooth=smoothquant"] for name, asked in SCALES.items()}
 EXACT = {"exact": SCALES["all"], "token-exact": SCALES["token"], "block-exact": BLOCKS["block"]}
 BLOCKS |= {"block-exact": BLOCKS["block"]}
-SCALES |= BLOCKS | EXACT
+SCALES |= BLOCKS | EXACT | {"none": ["activations.format=16-bit"]}
+TRANSFORMS: dict[str, Callable[[PreTrainedModel, int | None], None] | None] = {"none": None}
+
+
+def folded(model: PreTrainedModel, size: int | None, whole: bool) -> None:
+    """Rotate the residual stream and every head, as a whole or in blocks of `size`."""
+    Rotate("full", block=None if whole else size).apply(Decoder.of(model))
+
+
+def online(model: PreTrainedModel, size: int | None, inner: bool) -> None:
+    """Mix the inputs of linears in blocks of `size` whenever the model runs, and the columns of their weights."""
+    assert size is not None
+    if inner:
+        folded(model, size, whole=False)
+    mixed = Rotation(size, 0)
+    matrix = mixed.apply(torch.eye(size, dtype=torch.float64))
+
+    def hook(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return ((args[0].unflatten(-1, (-1, size)) @ matrix.to(args[0].dtype)).flatten(-2), *args[1:])
+
+    for name, linear in Decoder.of(model).linears.items():
+        if not inner or name.endswith("down_proj"):
+            linear.weight.data = mixed.apply(linear.weight.data.double()).to(linear.weight.dtype)
+            linear.register_forward_pre_hook(hook)
+
+
+TRANSFORMS |= {"full": partial(folded, whole=True), "block": partial(folded, whole=False),
+               "online": partial(online, inner=False), "online-inner": partial(online, inner=True)}
 
 
 def main() -> None:
@@ -57,6 +94,7 @@ def main() -> None:
     parser.add_argument("--weights", type=int, nargs="+", default=[16, 8, 4])
     parser.add_argument("--inputs", nargs="+", default=["int8", "int6", "int4"])
     parser.add_argument("--scales", nargs="+", default=list(SCALES)[:4], choices=list(SCALES))
+    parser.add_argument("--transforms", nargs="+", default=["none"], choices=list(TRANSFORMS))
     parser.add_argument("--set", nargs="*", default=[], dest="settings")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lines", type=Path, help="keep what was measured here (measure.py)")
@@ -69,11 +107,15 @@ def main() -> None:
     texts = held_out_texts(arguments.heldout, tokenizer, arguments.rows,
                            min(arguments.length, Decoder.of(base).max_length))
     lines, shape = Lines(arguments.lines), Decoder.of(open_model(folder)).shape(arguments.model)
-    for bits, inputs, scale in itertools.product(arguments.weights, arguments.inputs, arguments.scales):
+    for bits, inputs, scale, transform in itertools.product(arguments.weights, arguments.inputs, arguments.scales,
+                                                            arguments.transforms):
         size = input_format(inputs).group_size
-        if (size is None) == (scale in BLOCKS):
+        if scale != "none" and (size is None) == (scale in BLOCKS):
             continue
         labels = {"weights": str(bits), "inputs": inputs, "scales": scale}
+        before = TRANSFORMS[transform]
+        if before is not None:
+            labels["transform"] = transform
         weights = ["weights.bits=8", "weights.group_size=-1"] if bits >= 8 else [
             f"weights.bits={bits}", "weights.group_size=64"]
         if size is not None:
@@ -85,7 +127,8 @@ def main() -> None:
         if scale in EXACT:
             plan.calibration.ranges = "exclude"
         lines.measure(labels, folder, base, plan, tokenizer, texts, keep_weights=bits == 16,
-                      exact=SinkSelector.of(sink_map.tokens) if scale in EXACT else None)
+                      exact=SinkSelector.of(sink_map.tokens) if scale in EXACT else None,
+                      before=None if before is None else partial(before, size=size))
     print(table(lines.lines, ["weights", "inputs", "text"], arguments.seed))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,10 +82,12 @@ def sink_map_of(arguments: argparse.Namespace, model: PreTrainedModel, tokenizer
 
 
 def carry_out(folder: Path, base: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerBase,
-              keep_weights: bool = False, exact: SinkSelector | None = None) -> tuple[PreTrainedModel, float]:
+              keep_weights: bool = False, exact: SinkSelector | None = None,
+              before: Callable[[PreTrainedModel], None] | None = None) -> tuple[PreTrainedModel, float]:
     """The model of a folder quantized as a plan says, with the exact prefix of its cache, and the processor time of it.
 
     Args:
+        before: done to the model before all that.
         keep_weights: put the unquantized weights back, so that only the inputs of linears are rounded.
         exact: tokens whose inputs are never rounded, which no checkpoint can say: what that would be worth.
     """
@@ -94,11 +96,14 @@ def carry_out(folder: Path, base: PreTrainedModel, plan: Plan, tokenizer: PreTra
     model = load_model(folder, "auto" if bound else torch.float32)
     if exact is not None:
         leave_exact(model, exact)
+    if before is not None:
+        before(model)
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()} if keep_weights else {}
     start = time.process_time()
     model = quantize(model, plan, tokenizer).float()
     seconds = time.process_time() - start
     if keep_weights:
-        model.load_state_dict(base.state_dict())
+        model.load_state_dict(kept)
     if plan.kv_cache is not None:
         prepare(model, make_prefix(base, plan.kv_cache.prefix))
     return model, seconds
@@ -173,7 +178,8 @@ class Lines:
 
     def measure(self, labels: dict[str, str], folder: Path, base: PreTrainedModel, plan: Plan,
                 tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, torch.Tensor], size: int | None = None,
-                keep_weights: bool = False, exact: SinkSelector | None = None) -> None:
+                keep_weights: bool = False, exact: SinkSelector | None = None,
+                before: Callable[[PreTrainedModel], None] | None = None) -> None:
         """Carry out a plan and keep what comes of it on every text, unless there are such lines.
 
         Args:
@@ -184,7 +190,7 @@ class Lines:
         if all(self.has(one) for one in wanted.values()):
             return
         self.baseline = self.baseline or Baseline(base)
-        model, seconds = carry_out(folder, base, plan, tokenizer, keep_weights, exact)
+        model, seconds = carry_out(folder, base, plan, tokenizer, keep_weights, exact, before)
         for name, one in wanted.items():
             if not self.has(one):
                 self.add(Line.of(one, self.baseline.compare(model, rows[name], plan.kv_cache), seconds, size))

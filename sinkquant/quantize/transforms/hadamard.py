@@ -11,7 +11,8 @@ import torch
 
 @dataclass(frozen=True)
 class Rotation:
-    """Random signs, then a Hadamard matrix over the root of its width (QuaRot 2404.00456, section 4).
+    """Random signs, then a Hadamard matrix over the root of its width (QuaRot 2404.00456, section 4). More channels are
+    taken in blocks of that width, all by the same matrix.
 
     A width that is no power of two is a Kronecker product of Sylvester's matrix with one of Paley's, or, where there
     is none of a fitting size, with a random orthogonal matrix of the odd factor. `centred`: the vector of ones is left
@@ -24,13 +25,16 @@ class Rotation:
     centred: bool = False
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., width] in float64 times the matrix."""
+        """x [..., blocks * width] in float64 times the matrix, block by block."""
+        parts = x.unflatten(-1, (-1, self.width))
         if self.centred:
-            return self._product(self._product(x, transposed=False) * self._signs, transposed=True)
-        return self._product(x * self._signs, transposed=False)
+            turned = self._product(self._product(parts, transposed=False) * self._signs, transposed=True)
+        else:
+            turned = self._product(parts * self._signs, transposed=False)
+        return turned.flatten(-2)
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
-        """The transposed matrix times x, float64 [..., width, columns]."""
+        """The transposed matrix times x, float64 [..., blocks * width, columns]."""
         return self.apply(x.transpose(-1, -2)).transpose(-1, -2)
 
     @cached_property

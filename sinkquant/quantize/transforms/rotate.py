@@ -27,10 +27,14 @@ class Rotate:
 
     The gains of norms go into the linears that read them, and are one afterwards. In a model whose norms take the mean
     off, the rotation leaves the vector of ones where it is. Nothing is left to be done online.
+
+    `block`: channels are mixed in blocks of so many alone, those that share a scale in a format (2511.04214, section
+    4); null: all of a head's, and all of the stream's.
     """
 
     scope: Literal["values", "full"]
     seed: int = 0
+    block: int | None = None
 
     def apply(self, decoder: Decoder) -> None:
         """Rotate a model: at once where it holds its weights, and whenever they are read where they lie on disk.
@@ -57,12 +61,12 @@ class Rotate:
             made.stream(structure, self.stream(decoder, structure))
         for index, block in enumerate(structure.blocks):
             assert block.values is not None
-            made.values(block.values, Rotation(block.values.head_dim, self.seed + 1 + index))
+            made.values(block.values, Rotation(self.block or block.values.head_dim, self.seed + 1 + index))
         return {name: Edit(tuple(steps), name not in made.columnwise) for name, steps in made.steps.items()}
 
     def stream(self, decoder: Decoder, structure: Structure) -> Rotation:
         """The rotation of the residual stream."""
-        return Rotation(decoder.hidden_size, self.seed, any(norm.centred for norm in structure.norms))
+        return Rotation(self.block or decoder.hidden_size, self.seed, any(norm.centred for norm in structure.norms))
 
 
 class _Edits:
@@ -111,8 +115,8 @@ class _Edits:
         self._add(pair.second.weight, _turned(second, pair.second), not pair.second.transposed)
 
     def _read(self, norm: Norm | None, matrices: tuple[Matrix, ...], rotation: Rotation) -> None:
-        width = rotation.width
-        gain = torch.ones(width, dtype=torch.float64) if norm is None else _gain(self.decoder, norm)
+        hidden = self.decoder.hidden_size
+        gain = torch.ones(hidden, dtype=torch.float64) if norm is None else _gain(self.decoder, norm)
         if norm is not None and norm.gain is not None:
             self._add(norm.gain, _constant(1.0 - norm.offset))
         if norm is not None and norm.bias is not None:
