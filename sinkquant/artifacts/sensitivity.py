@@ -100,6 +100,23 @@ class KVLoss(Strict):
         return self.predicted if self.measured is None else self.measured
 
 
+class InputLoss(Strict):
+    """What rounding one input to a format would lose, nats per token, predicted to second order with all else left
+    alone: in all, and through the sink tokens. `scale` as in `ModuleDecision.activation_scale`."""
+
+    activations: str
+    scale: Literal["token", "tensor", "group"]
+    sinks: float
+    total: float
+
+
+class InputSensitivity(Strict):
+    """The linears that read one input, and what rounding it would lose, format by format, the coarsest first."""
+
+    modules: list[str]
+    losses: list[InputLoss]
+
+
 class Ranking(Strict):
     """Spearman's rank correlation of predicted and measured losses over all units and formats, per term; `between`: the
     mean over formats of that among the units in one format. Null where one of the two is constant. `ratio`: all
@@ -117,8 +134,8 @@ class Sensitivity(Artifact):
     """What each linear costs in each candidate format.
 
     `key` is a hash of the model, the rows, the sinks and the candidates: another one of these makes other numbers.
-    `kv` is empty where the recipe names no `kv_bits`; `kv_ranking`: Spearman's rank correlation of its predicted and
-    measured losses.
+    `inputs` is empty where the recipe has no `activations.bits`, `kv` where it names no `kv_bits`; `kv_ranking`:
+    Spearman's rank correlation of its predicted and measured losses.
     """
 
     SCHEMA: ClassVar[str] = "sinkquant/sensitivity@1"
@@ -132,6 +149,7 @@ class Sensitivity(Artifact):
     sink_positions: float
     units: list[UnitSensitivity]
     ranking: Ranking | None = None
+    inputs: list[InputSensitivity] = Field(default_factory=list)
     kv: list[KVLoss] = Field(default_factory=list)
     kv_length: int = 0
     kv_ranking: float | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from sinkquant.artifacts import KVCachePlan, ModelShape, ModuleDecision, ModuleStatistics, SinkMap
@@ -26,12 +27,13 @@ def with_inputs(choices: dict[str, Draft], shape: ModelShape, recipe: Recipe) ->
         raise RequestError(f"activations.format {settings.format} rounds the inputs of quantized linears, and the "
                            "recipe leaves all weights alone; quantize some, or set activations.format=16-bit.")
     if settings.scale not in (held := input_format(settings.format).scales):
-        raise RequestError(f"activations.format {settings.format} has a scale per {' or '.join(held)}, not per "
-                           f"{settings.scale}; set activations.scale={held[0]}.")
+        raise RequestError(_other_scale(settings.format, held, settings.scale))
     for name, choice in choices.items():
         if not choice.quantized:
             continue
         scheme = multiplied_with(scheme_of(choice.form), settings.format)
+        if settings.scale not in (held := scheme.scales_of_inputs(settings.format)):
+            raise RequestError(_other_scale(f"{settings.format} beside {scheme.words}", held, settings.scale))
         if why := scheme.refuses(name, choice.bits, choice.group_size, choice.method):
             raise RequestError(why)
         if recipe.weights.tune and not scheme.integers:
@@ -40,6 +42,11 @@ def with_inputs(choices: dict[str, Draft], shape: ModelShape, recipe: Recipe) ->
     rounded = {name: replace(choice, kind=kind, activations=settings.format, activation_scale=settings.scale)
                for name, choice in choices.items() if choice.quantized and not shape.linears[name].part_of}
     return choices | rounded
+
+
+def _other_scale(what: str, held: Sequence[str], asked: str) -> str:
+    return (f"activations.format {what} has a scale per {' or '.join(held)}, not per {asked}; set "
+            f"activations.scale={held[0]}.")
 
 
 def spares(settings: Activations) -> bool:
@@ -115,15 +122,15 @@ def check_inputs(name: str, decision: ModuleDecision) -> None:
                            "activations '16-bit'.")
     if decision.bits == 16:
         return
-    if rounded and decision.activation_scale not in (held := input_format(decision.activations).scales):
-        raise RequestError(f"the plan gives {name} {decision.activations} activations with a scale per "
-                           f"{decision.activation_scale}; they have one per {' or '.join(held)}.")
     scheme = scheme_of(decision.form)
     if decision.activations not in scheme.inputs:
         goes = "; ".join(f"{' or '.join(map(repr, one.inputs[1:]))} goes with {one.kind!r}"
                          for one in of_backend(scheme.backend) if one.inputs[1:])
         raise RequestError(f"the plan gives {name} {decision.activations} activations and weights of the kind "
                            f"{decision.kind!r}; {goes or f'{scheme.backend} leaves inputs in 16 bits'}.")
+    if rounded and decision.activation_scale not in (held := scheme.scales_of_inputs(decision.activations)):
+        raise RequestError(f"the plan gives {name} {decision.activations} activations with a scale per "
+                           f"{decision.activation_scale}; they have one per {' or '.join(held)}.")
     if scheme.refuses(name, decision.bits, decision.group_size, decision.method):
         raise RequestError(f"the plan gives {name} {scheme.words}, which take {' or '.join(map(str, scheme.bits))} "
                            f"bits, group_size {scheme.group_size} and the method "

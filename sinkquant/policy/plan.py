@@ -39,6 +39,7 @@ from sinkquant.policy.engines import loads_in, require_engine
 from sinkquant.policy.expected import with_expected_loss
 from sinkquant.policy.explain import explained
 from sinkquant.policy.heads import with_silenced_heads, with_small_heads
+from sinkquant.policy.input_bits import average_bits, check_solvable_inputs, with_input_bits
 from sinkquant.policy.kv_budget import spent_by_loss
 from sinkquant.policy.kv_cache import make_kv_control, make_kv_plan
 from sinkquant.policy.kv_scheme import OWN_FORMAT as NO_KV_SCHEME
@@ -82,6 +83,7 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
         choices = _within_budget(base, choices, shape, recipe, order)
     if kv_cache is not None and recipe.solves_cache:
         kv_cache = spent_by_loss(shape, kv_cache, sensitivity, recipe)
+    choices = with_input_bits(choices, shape, recipe, sensitivity)
     sensitivity = sensitivity if sensitivity is not None and sensitivity.units else None
     choices = explained(choices, shape, sink_map, recipe, sensitivity, solved.explained if solved else frozenset())
     choices = spare_sinks(choices, shape, sink_map, recipe)
@@ -101,6 +103,9 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
     if excluded:
         plan.calibration.ranges = "exclude"
         plan.notes.append(EXCLUDED)
+    if recipe.solves_inputs:
+        bits = average_bits({name: c.activations for name, c in choices.items() if c.quantized}, shape)
+        plan.notes.append(f"inputs have {bits:.2f} bits on average over the weights that they are multiplied with")
     plan = with_silenced_heads(with_pruning(plan, shape, sink_map, recipe), sink_map, recipe)
     plan = plan.model_copy(update={"kv_cache": kv_cache})
     require_engine(recipe.engine, plan, shape)
@@ -119,6 +124,7 @@ def choices_of(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> tuple[di
     """
     check_same_model(shape, sink_map)
     check_recipe(recipe)
+    check_solvable_inputs(recipe)
     asked = _base(shape, recipe)
     check_group_sizes(asked, shape)
     base = share_formats(with_inputs(asked, shape, recipe), shape)
@@ -159,6 +165,10 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
     if recipe.budget.solved:
         recipe = recipe.changed(weights={"bits": bits_tried(recipe)[0]})
     base = share_formats(with_inputs(_base(shape, recipe), shape, recipe), shape)
+    if recipe.solves_inputs:  # nothing of what inputs are rounded to is for the sinks
+        base = {module: replace(choice, activations=aware.modules[module].activations,
+                                activation_scale=aware.modules[module].activation_scale) if choice.quantized else choice
+                for module, choice in base.items()}
     allowed = sum(decision.bytes for decision in aware.modules.values())
     transforms = choose_transforms(base, shape, recipe, aware.kv_cache)
     plan = _finish("control", _evenly(base, shape, allowed), shape, recipe, [], "all", transforms)

@@ -121,7 +121,12 @@ class Recipe(Section):
     @property
     def needs_sensitivities(self) -> bool:
         """Whether its plan is made from what formats were measured to lose."""
-        return self.budget.solved or self.solves_cache
+        return self.budget.solved or self.solves_cache or self.solves_inputs
+
+    @property
+    def solves_inputs(self) -> bool:
+        """Whether there is a budget of what inputs are rounded to."""
+        return self.activations.bits is not None
 
     @property
     def solves_cache(self) -> bool:

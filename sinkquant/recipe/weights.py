@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from sinkquant.artifacts.blocks import BlockScore
 from sinkquant.artifacts.pruning import pattern_group
 from sinkquant.methods import MethodName
 from sinkquant.recipe.section import Bits, GroupSize, Section, Statistics
-from sinkquant.schemes.inputs import input_format, known_inputs
+from sinkquant.schemes.inputs import NO_ROUNDING, input_format, known_inputs
 from sinkquant.schemes.registry import known_ends, known_format
 
 
@@ -126,6 +126,9 @@ class Activations(Section):
     never come through the linears; it needs a `kv_cache.prefix`. "dynamic" and "16-bit" do the same to linears
     whose largest input is over `typical_ratio` times the root mean square of a typical token's: one stored scale would
     drown that token. At 44, int8 leaves it 1 % of rounding noise, which is what 4-bit weights in groups have.
+    `bits`: average bits of inputs, every weight's counted once (so that it is the average over multiplications):
+    linears get `format` or a more precise one that their weights are multiplied with, or 16 bits, where rounding was
+    measured to lose most (`sensitivity`). Null: `format` everywhere.
     """
 
     format: Annotated[str, AfterValidator(known_inputs)] = "16-bit"
@@ -133,6 +136,13 @@ class Activations(Section):
     sinks: Literal["dynamic", "16-bit", "all", "exclude"] = "dynamic"
     range_ratio: float = Field(default=2.0, gt=1)
     typical_ratio: float = Field(default=44.0, gt=1)
+    bits: float | None = Field(default=None, gt=0, le=16)
+
+    @model_validator(mode="after")
+    def _something_to_choose(self) -> Self:
+        if self.bits is not None and self.format == NO_ROUNDING:
+            raise ValueError("activations.bits is for inputs that are rounded; name activations.format")
+        return self
 
     @property
     def ranged(self) -> bool:

@@ -9,6 +9,7 @@ from sinkquant.models import Decoder, read_text, token_rows
 from sinkquant.policy import accept_edited, make_plan, plan_from_shapes
 from sinkquant.policy.headers import nothing_found
 from sinkquant.policy.kv_cache import make_kv_plan
+from sinkquant.policy.plan import choices_of
 from sinkquant.recipe import Recipe
 
 
@@ -34,6 +35,9 @@ def plan_ready(shape: ModelShape, recipe: Recipe, edited: Plan | None,
         return None, ["kv_cache.bits"]
     if recipe.budget.solved:
         return None, ["budget"]
+    if recipe.solves_inputs:
+        choices_of(shape, nothing_found(shape), recipe)  # as above
+        return None, ["activations.bits"]
     if sink_map is not None:
         return make_plan(shape, sink_map, recipe), []
     return plan_from_shapes(shape, recipe)

@@ -62,8 +62,11 @@ NVFP4 = Blocks(
     loads=_loads("nvfp4", "SM100 or SM120"))
 MXFP4 = Blocks(
     storage="mxfp4-pack-quantized", backend=DEFAULT_BACKEND, words="MXFP4 weights", kind="float", format="mxfp4",
-    bits=(4,), group_size=32, mixed=True, grid=True, inputs=("16-bit", "mxfp4"), dtypes=("bfloat16",),
-    layouts=("mxfp4-pack-quantized",), loads=_loads("mxfp4", "SM100"))
+    bits=(4,), group_size=32, mixed=True, grid=True, inputs=("16-bit", "mxfp4", "fp8"), input_scales=("group", "token"),
+    dtypes=("bfloat16",), layouts=("mxfp4-pack-quantized",),
+    loads=(*_loads("mxfp4", "SM100"), Loads(
+        "vllm", "CUDA, SM75", "0.32.0", "read", PLACE, inputs=frozenset({"fp8"}),
+        caveat="Humming kernels; without them inputs become mxfp4, with a warning")))
 MXFP8 = Blocks(
     storage="mxfp8-quantized", backend=DEFAULT_BACKEND, words="MXFP8 weights", kind="float", format="mxfp8", bits=(8,),
     group_size=32, mixed=True, methods=("rtn",), inputs=("16-bit", "mxfp8"), dtypes=("bfloat16",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from sinkquant.schemes.inputs import NO_ROUNDING
+from sinkquant.schemes.inputs import NO_ROUNDING, input_format
 from sinkquant.schemes.loads import Loads
 from sinkquant.schemes.tensors import (
     Tensor,
@@ -37,7 +37,8 @@ class Scheme:
         own_module: the library's module does more than a dense weight can show: it rounds inputs.
         beside: columns and single weights may stand beside the codes.
         zero_from: fewest bits that have a code for zero, which pruning needs.
-        inputs: what the inputs of its linears may be rounded to.
+        inputs: what the inputs of its linears may be rounded to. input_scales: what those may have scales of, null for
+            any that they have.
         ends: what its files hold the token embedding and the output head in; "16-bit": as they are.
         dtypes: of the models whose checkpoints plain transformers runs with it, null for any.
         layouts: compressed-tensors' names of its tensors, where its files hold them.
@@ -65,6 +66,7 @@ class Scheme:
     beside: bool = False
     zero_from: int = 0
     inputs: tuple[str, ...] = (NO_ROUNDING,)
+    input_scales: tuple[str, ...] | None = None
     ends: str = NO_ROUNDING
     dtypes: tuple[str, ...] | None = None
     layouts: tuple[str, ...] = ()
@@ -99,6 +101,11 @@ class Scheme:
             dtype: of the model. expert: the linear is a projection of one expert.
         """
         raise NotImplementedError
+
+    def scales_of_inputs(self, inputs: str) -> tuple[str, ...]:
+        """What inputs of a format may have scales of beside its weights, the usual one first."""
+        held = input_format(inputs).scales
+        return held if self.input_scales is None else tuple(one for one in held if one in self.input_scales)
 
     def layout(self, form: WeightFormat) -> str:
         """The one of `layouts` that a linear is in."""

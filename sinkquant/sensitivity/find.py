@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from sinkquant.recipe import Recipe
 from sinkquant.schemes.weight_format import PLAIN
 from sinkquant.sensitivity.candidates import Unit, units_of
 from sinkquant.sensitivity.estimate import estimate
+from sinkquant.sensitivity.inputs import InputUnit, input_losses, input_units
 from sinkquant.sensitivity.kv import exact_places, kv_losses, measured_kv
 from sinkquant.sensitivity.measure import measure
 from sinkquant.sensitivity.ranking import ranking, spearman
@@ -42,7 +43,7 @@ def find_sensitivity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
                      cache: str | os.PathLike[str] | None = None, store: ActivationStore | None = None,
                      progress: Progress | None = None) -> Sensitivity:
     """What every linear would cost in every candidate format, and every head of the KV cache where the recipe tries
-    any; the cache alone where nothing but `kv_cache.bits` is to be met.
+    any, and every input where `activations.bits` is to be met; the cache or inputs alone where nothing else is.
 
     Args:
         cache: a file; read where it holds the sensitivities of this very request, else written.
@@ -55,10 +56,11 @@ def find_sensitivity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     decoder, settings = Decoder.of(model), recipe.sensitivity
     length = min(settings.length, decoder.max_length)
     rows = _rows(decoder, tokenizer, recipe, settings.rows, length)
-    # A budget of the cache alone needs nothing of the linears.
-    of_linears = recipe.budget.solved or not recipe.solves_cache
+    # A budget of the cache alone, or of inputs, needs nothing of the linears' weights.
+    of_linears = recipe.budget.solved or not (recipe.solves_cache or recipe.solves_inputs)
     units = units_of(decoder, recipe, sink_map) if of_linears else []
-    key = sensitivity_key(decoder, rows, sink_map, recipe, units)
+    of_inputs = input_units(decoder, recipe, sink_map) if recipe.solves_inputs else []
+    key = sensitivity_key(decoder, rows, sink_map, recipe, units, of_inputs)
     if cache is not None and Path(cache).is_file():
         kept = Sensitivity.load(cache)
         if kept.key != key:
@@ -67,14 +69,17 @@ def find_sensitivity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     weights = TokenWeights(rows, calibration_of(recipe, sink_map))
     sinks = sink_places(rows, sink_map)
     device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
-    walk = Walk(decoder, rows, settings.batch_size, device, dtype, store=store)
-    found = estimate(walk, units, sinks, weights, recipe, progress) if units else []
+    def walk() -> Walk:
+        return Walk(decoder, rows, settings.batch_size, device, dtype, store=store)
+
+    found = estimate(walk(), units, sinks, weights, recipe, progress) if units else []
+    rounded = input_losses(walk(), of_inputs, sinks, weights, recipe, progress) if of_inputs else []
     notes = [f"the calibration text holds {len(rows)} rows of {length} tokens for the sensitivities; {settings.rows} "
              "were asked for"] if len(rows) < settings.rows else []
     made = Sensitivity(
         key=key, model=sink_map.model.name, rows=len(rows), length=length,
         sinks=[token.text or f"position {token.position}" for token in _placed(sink_map)],
-        sink_positions=float(sinks.sum(1).double().mean()), units=found, notes=notes)
+        sink_positions=float(sinks.sum(1).double().mean()), units=found, inputs=rounded, notes=notes)
     if settings.measure_rows and units:
         made = _measured(made, decoder, tokenizer, sink_map, weights, recipe, progress)
     if recipe.kv_tried:
@@ -91,7 +96,8 @@ def _rows(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, 
     return token_rows(tokenizer, text, count, length, recipe.calibration.bos, decoder.vocabulary)
 
 
-def sensitivity_key(decoder: Decoder, rows: torch.Tensor, sink_map: SinkMap, recipe: Recipe, units: list[Unit]) -> str:
+def sensitivity_key(decoder: Decoder, rows: torch.Tensor, sink_map: SinkMap, recipe: Recipe, units: list[Unit],
+                    inputs: Sequence[InputUnit] = ()) -> str:
     """A hash of all that decides sensitivities: some rows of every weight matrix, the shapes, the text's rows, the
     sinks, and the recipe's part in it."""
     asked = recipe.sensitivity.model_dump(mode="json", exclude={"score"})
@@ -106,6 +112,8 @@ def sensitivity_key(decoder: Decoder, rows: torch.Tensor, sink_map: SinkMap, rec
              recipe.protect.model_dump(mode="json", include={"tokens", "statistics", "sink_weight"}),
              recipe.compute.dtype, recipe.seed, [token.model_dump(mode="json") for token in _placed(sink_map)],
              decoder.shape("").model_dump(mode="json", include={"architecture", "dtype", "linears", "tensors"})]
+    if inputs:
+        parts.append([[one.unit.modules, [[option.name, option.scale] for option in one.options]] for one in inputs])
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     digest.update(rows.numpy().tobytes())
     fused = dict.fromkeys(part.parameter for part in decoder.experts.values())

@@ -6,6 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sinkquant.artifacts import KVLoss, Sensitivity, UnitSensitivity
+from sinkquant.artifacts.sensitivity import InputSensitivity
 
 
 def linear_table(found: Sensitivity) -> Table:
@@ -25,6 +26,24 @@ def linear_table(found: Sensitivity) -> Table:
         best = sorted(unit.losses, key=lambda loss: -loss.terms.total)  # the last one of a format stays
         cells = {(loss.bits, loss.group_size): loss.terms for loss in best}
         first = unit.losses[0].terms
+        shown.add_row(escape(_name(unit)), *(f"{1000 * cells[form].total:.2g}" if form in cells else ""
+                                             for form in forms),
+                      f"{first.sinks / first.total:.1%}" if first.total > 0 else "")
+    return shown
+
+
+def input_table(found: Sensitivity) -> Table:
+    """One row per input, one column per format that it may be rounded to: thousandths of a nat per token; and the share
+    that the sinks lose by themselves in the coarsest."""
+    forms = list(dict.fromkeys((loss.activations, loss.scale) for unit in found.inputs for loss in unit.losses))
+    shown = Table("input of", title="rounded inputs: 0.001 nats per token, predicted to second order",
+                  title_justify="left")
+    for name, scale in forms:
+        shown.add_column(f"{name} per {scale}", justify="right")
+    shown.add_column("through sinks", justify="right")
+    for unit in found.inputs:
+        cells = {(loss.activations, loss.scale): loss for loss in unit.losses}
+        first = unit.losses[0]
         shown.add_row(escape(_name(unit)), *(f"{1000 * cells[form].total:.2g}" if form in cells else ""
                                              for form in forms),
                       f"{first.sinks / first.total:.1%}" if first.total > 0 else "")
@@ -67,7 +86,7 @@ def ranking_in_words(found: Sensitivity) -> list[str]:
             *cache]
 
 
-def _name(unit: UnitSensitivity) -> str:
+def _name(unit: UnitSensitivity | InputSensitivity) -> str:
     first, *rest = unit.modules
     if len(rest) > 3:
         return f"{first} and {len(rest)} other linears of experts"
