@@ -18,6 +18,7 @@ from sinkquant.formats import save
 from sinkquant.models import Decoder, token_rows
 from sinkquant.models.inputs import input_args, inputs_left_alone, round_inputs
 from sinkquant.policy import accept_edited, make_control, make_plan
+from sinkquant.policy.mechanisms import unprotected
 from sinkquant.quantize import quantize
 from sinkquant.run.planning import plan_ready
 from sinkquant.sensitivity.measure import divergence
@@ -138,7 +139,9 @@ def test_what_cannot_be_met_is_refused(model: PreTrainedModel, text: Path, sink_
 
 def test_a_budget_of_inputs_asks_for_sensitivities(model: PreTrainedModel, text: Path, sink_map: SinkMap) -> None:
     assert plan_ready(Decoder.of(model).shape("tiny"), recipe_of(text), None, sink_map) == (None, ["activations.bits"])
-    with pytest.raises(RequestError, match="activations.bits needs sensitivities of the inputs"):
+    with pytest.raises(RequestError, match=r"activations\.bits needs sensitivities of the inputs"):
         planned(model, sink_map, recipe_of(text), None)
+    with pytest.raises(RequestError, match=r"activations\.bits takes what inputs lose"):
+        unprotected(recipe_of(text))
     with pytest.raises(RequestError, match=r"activations\.bits is for inputs that are rounded"):
         Recipe().replace(["activations.bits=8"])
