@@ -54,7 +54,7 @@ SCALES |= {f"smooth, {name}": [*asked, "weights.smooth=smoothquant"] for name, a
 EXACT = {"exact": SCALES["all"], "token-exact": SCALES["token"], "block-exact": BLOCKS["block"]}
 BLOCKS |= {"block-exact": BLOCKS["block"]}
 SCALES |= BLOCKS | EXACT | {"none": ["activations.format=16-bit"]}
-TRANSFORMS: dict[str, Callable[[PreTrainedModel, int | None], None] | None] = {"none": None}
+TRANSFORMS: dict[str, Callable[..., None] | None] = {"none": None}
 
 
 def folded(model: PreTrainedModel, size: int | None, whole: bool) -> None:
@@ -73,9 +73,11 @@ def online(model: PreTrainedModel, size: int | None, inner: bool) -> None:
     def hook(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return ((args[0].unflatten(-1, (-1, size)) @ matrix.to(args[0].dtype)).flatten(-2), *args[1:])
 
-    for name, linear in Decoder.of(model).linears.items():
+    decoder = Decoder.of(model)
+    for name, linear in decoder.linears.items():
         if not inner or name.endswith("down_proj"):
-            linear.weight.data = mixed.apply(linear.weight.data.double()).to(linear.weight.dtype)
+            weight = decoder.weight(name)
+            decoder.put(name, mixed.apply(weight.double()).to(weight.dtype))
             linear.register_forward_pre_hook(hook)
 
 

@@ -1,5 +1,5 @@
-"""What a budget of average input bits leaves, by measured sensitivities and by the rule that spares down projections: mean
-KL divergence from the unquantized model on held-out rows, with paired bootstrap intervals.
+"""What a budget of average input bits leaves, by measured sensitivities and by a rule that spares down projections:
+mean KL divergence from the unquantized model on held-out rows, with paired bootstrap intervals.
 
     python evals/benchmarks/input_bits.py MODEL --sink-map MAP --recipe nvfp4-sink --bits 4 5 6 8 16 [--rule]
                                           [--text FILE] [--heldout NAME=FILE] [--rows 12] [--set KEY=VALUE ...]

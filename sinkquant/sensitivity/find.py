@@ -112,9 +112,10 @@ def sensitivity_key(decoder: Decoder, rows: torch.Tensor, sink_map: SinkMap, rec
              recipe.protect.model_dump(mode="json", include={"tokens", "statistics", "sink_weight"}),
              recipe.compute.dtype, recipe.seed, [token.model_dump(mode="json") for token in _placed(sink_map)],
              decoder.shape("").model_dump(mode="json", include={"architecture", "dtype", "linears", "tensors"})]
-    if inputs:
-        parts.append([[one.unit.modules, [[option.name, option.scale] for option in one.options]] for one in inputs])
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    # Nothing where there are none: what is kept of other requests stays known.
+    rounded = [[[one.unit.modules, [[option.name, option.scale] for option in one.options]] for one in inputs]
+               ] if inputs else []
+    digest = hashlib.sha256(json.dumps([*parts, *rounded], sort_keys=True).encode())
     digest.update(rows.numpy().tobytes())
     fused = dict.fromkeys(part.parameter for part in decoder.experts.values())
     for name in [*(f"{linear}.weight" for linear in decoder.linears), *fused]:

@@ -78,8 +78,8 @@ def _losses(one: InputUnit, decoder: Decoder, seen: Seen, sinks: torch.Tensor) -
         score = score.reshape(sinks.shape)
         through = float(score.where(sinks, 0.0).sum(1).square().sum()) / 2 / sinks.numel()
         others = float(score.where(~sinks, 0.0).square().sum()) / 2 / sinks.numel()
-        assert option.scale is not None
-        losses.append(InputLoss(activations=option.name, scale=option.scale, sinks=through, total=through + others))
+        losses.append(InputLoss.model_validate({"activations": option.name, "scale": option.scale, "sinks": through,
+                                                "total": through + others}))
     return InputSensitivity(modules=list(one.unit.modules), losses=losses)
 
 
