@@ -23,7 +23,7 @@ from sinkquant.recipe import Recipe
 from sinkquant.schemes import input_format
 from sinkquant.schemes.tensors import scale_dtype
 from sinkquant.sensitivity.candidates import Unit
-from sinkquant.sensitivity.seen import Part, Seen
+from sinkquant.sensitivity.seen import Seen, SeenBatch
 
 Progress = Callable[[int, int, str], None]
 
@@ -83,7 +83,7 @@ def _losses(one: InputUnit, decoder: Decoder, seen: Seen, sinks: torch.Tensor) -
     return InputSensitivity(modules=list(one.unit.modules), losses=losses)
 
 
-def _errors(option: InputOption, parts: list[Part], decoder: Decoder) -> list[torch.Tensor]:
+def _errors(option: InputOption, parts: list[SeenBatch], decoder: Decoder) -> list[torch.Tensor]:
     """Rounded input - input, float32 [tokens, columns] each. A stored scale reaches all of them."""
     assert option.scale is not None
     args, scale = input_args(option.name, option.scale), None
