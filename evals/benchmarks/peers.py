@@ -53,6 +53,8 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="sinkquant: more of the recipe")
     parser.add_argument("--sink-map", type=Path, help="sinkquant: of this model, made before")
     parser.add_argument("--text", default="null", help="sinkquant: what the rows were taken from")
+    parser.add_argument("--sensitivity", type=Path, help="sinkquant: of this model, or where they are to be kept; for "
+                        "a budget that is solved for")
     arguments = parser.parse_args()
     rows = load_file(arguments.rows)["calibration"][:arguments.samples]
     partial = arguments.output.with_name(f"{arguments.output.name}.partial")
@@ -231,6 +233,7 @@ def _sinkquant(arguments: argparse.Namespace, rows: torch.Tensor) -> dict[str, f
     from sinkquant.models import Decoder, load_tokenizer, open_model
     from sinkquant.policy import make_plan
     from sinkquant.recipe import Recipe
+    from sinkquant.sensitivity import find_sensitivity
 
     recipe = Recipe.load(arguments.recipe).replace(
         [f"calibration.text={arguments.text}", f"calibration.rows={len(rows)}",
@@ -239,8 +242,12 @@ def _sinkquant(arguments: argparse.Namespace, rows: torch.Tensor) -> dict[str, f
     target = arguments.output / "model"
 
     def work() -> None:
-        plan = make_plan(Decoder.of(model).shape(sink_map.model.name), sink_map, recipe)
-        quantize_to(target, model, plan, load_tokenizer(arguments.model))
+        tokenizer = load_tokenizer(arguments.model)
+        costs = (find_sensitivity(model, tokenizer, sink_map, recipe, arguments.sensitivity)
+                 if recipe.needs_sensitivities else None)
+        plan = make_plan(Decoder.of(model).shape(sink_map.model.name), sink_map, recipe, costs)
+        print(f"predicted: {plan.predicted}", flush=True)
+        quantize_to(target, model, plan, tokenizer)
 
     made = _timed(work)
     for path in target.iterdir():

@@ -48,6 +48,8 @@ ENVIRONMENTS = {
 LIVES_IN = {"llmcompressor": "llmcompressor", "auto-round": "autoround", "hqq": "rounding", "torchao": "rounding",
             "bitsandbytes": "rounding", "quanto": "rounding", "llama.cpp": "rounding"}
 """Tool -> its environment."""
+BUDGETS = {86.6: 2, 88.2: 2, 91.7: 4, 93.5: 3, 99.9: 3, 105.5: 4, 113.2: 4}
+"""Megabytes of peers' files of SmolLM2 -> the bits that these files are named after."""
 BLOCK = re.compile(r"\.(layers|h|blocks)\.\d+\.")
 """In the name of a tensor of a block."""
 
@@ -112,6 +114,9 @@ def candidates() -> list[Candidate]:
             name = f"sinkquant gguf-q4-sink{kind}, ends q8_0{', control' if control else ''}"
             found.append(Candidate(name, bits, "sinkquant", [
                 "--recipe", "gguf-q4-sink", "--set", f"weights.bits={bits}", "weights.ends=q8_0", *more, *control]))
+    for megabytes, bits in BUDGETS.items():
+        found.append(Candidate(f"sinkquant budget, {megabytes} MB", bits, "sinkquant",
+                               ["--recipe", "w5-file-budget", "--set", f"budget.megabytes={megabytes}"]))
     found.append(Candidate("sinkquant nf4-sink", 4, "sinkquant", ["--recipe", "nf4-sink"]))
     for scheme, recipe in (("NVFP4A16", "nvfp4a16-sink"), ("MXFP4A16", "mxfp4a16-sink"), ("NVFP4", "nvfp4-sink"),
                            ("MXFP4", "mxfp4-sink")):
@@ -160,6 +165,7 @@ class Race:
         self.folder, self.work, self.peers = resolve(arguments.model), arguments.work, arguments.peers
         self.sink_map, self.lines = arguments.sink_map, Lines(arguments.lines)
         self.calibration: str | None = arguments.calibration
+        self.sensitivity = arguments.sensitivity or self.work / "sensitivity.json"
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.folder)
         self.base = load_model(self.folder, torch.float32)
         self.baseline = Baseline(self.base)
@@ -207,7 +213,8 @@ class Race:
             self.peers / f"peers-{LIVES_IN[one.tool]}" / "bin" / "python")
         options = list(one.options)
         if one.tool == "sinkquant":
-            options = ["--sink-map", str(self.sink_map), "--text", self.calibration or "null", *options]
+            options = ["--sink-map", str(self.sink_map), "--text", self.calibration or "null", "--sensitivity",
+                       str(self.sensitivity), *options]
         if one.tool == "llama.cpp":
             options += ["--file", str(self._file("model.gguf"))]
             if "--imatrix" in options:
@@ -236,6 +243,8 @@ def main() -> None:
     parser.add_argument("model", nargs="?")
     parser.add_argument("--environments", type=Path, metavar="DIR", help="make an environment for every peer, and stop")
     parser.add_argument("--sink-map", type=Path)
+    parser.add_argument("--sensitivity", type=Path, help="for budgets: of this model, or where they are to be kept; "
+                        "default: in --work. Whoever makes them has their time in its line")
     parser.add_argument("--work", type=Path, default=Path("out/race"))
     parser.add_argument("--peers", type=Path, default=Path("out/peers"))
     parser.add_argument("--lines", type=Path)

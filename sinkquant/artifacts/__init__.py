@@ -13,7 +13,7 @@ from sinkquant.artifacts.frontier import Frontier, FrontierPoint
 from sinkquant.artifacts.kv import KVCachePlan, KVLayer, KVSink, MassiveCarriers
 from sinkquant.artifacts.plan import Calibration, ModuleDecision, Plan, PredictedLoss, Transform, WeighedSink
 from sinkquant.artifacts.report import Forecast, Measure, Paired, Report, Row
-from sinkquant.artifacts.sensitivity import FormatLoss, KVLoss, Ranking, Sensitivity, Terms, UnitSensitivity
+from sinkquant.artifacts.sensitivity import EndLoss, FormatLoss, KVLoss, Ranking, Sensitivity, Terms, UnitSensitivity
 from sinkquant.artifacts.shapes import EndShape, KVLayerShape, LinearShape, ModelShape
 from sinkquant.artifacts.sinkmap import (
     Channel,
@@ -40,6 +40,7 @@ __all__ = [
     "Comparison",
     "Diagnosis",
     "Emergence",
+    "EndLoss",
     "EndShape",
     "Explanation",
     "Forecast",

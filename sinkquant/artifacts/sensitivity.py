@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -117,6 +118,16 @@ class InputSensitivity(Strict):
     losses: list[InputLoss]
 
 
+class EndLoss(Strict):
+    """KL divergence from the unquantized model in nats per token where the token embedding, or the output head, alone
+    is rounded to so many bits: the head's from its logits, the embedding's to second order. A head that is tied to the
+    embedding stands here for what reads it, the embedding for what it looks up."""
+
+    kind: Literal["embedding", "head"]
+    bits: int
+    loss: float
+
+
 class Ranking(Strict):
     """Spearman's rank correlation of predicted and measured losses over all units and formats, per term; `between`: the
     mean over formats of that among the units in one format. Null where one of the two is constant. `ratio`: all
@@ -134,8 +145,8 @@ class Sensitivity(Artifact):
     """What each linear costs in each candidate format.
 
     `key` is a hash of the model, the rows, the sinks and the candidates: another one of these makes other numbers.
-    `inputs` is empty where the recipe has no `activations.bits`, `kv` where it names no `kv_bits`; `kv_ranking`:
-    Spearman's rank correlation of its predicted and measured losses.
+    `inputs` is empty where the recipe has no `activations.bits`, `ends` where it names no `end_bits`, `kv` where it
+    names no `kv_bits`; `kv_ranking`: Spearman's rank correlation of its predicted and measured losses.
     """
 
     SCHEMA: ClassVar[str] = "sinkquant/sensitivity@1"
@@ -150,7 +161,15 @@ class Sensitivity(Artifact):
     units: list[UnitSensitivity]
     ranking: Ranking | None = None
     inputs: list[InputSensitivity] = Field(default_factory=list)
+    ends: list[EndLoss] = Field(default_factory=list)
     kv: list[KVLoss] = Field(default_factory=list)
     kv_length: int = 0
     kv_ranking: float | None = None
     notes: list[str] = Field(default_factory=list)
+
+    def end_loss(self, bits: Mapping[str, int]) -> float | None:
+        """What both ends lose together, by kind; 16 bits lose nothing. None where one was not tried in its bits."""
+        known: dict[tuple[str, int], float] = {(end.kind, end.bits): end.loss for end in self.ends}
+        losses = [known.get(one) for one in bits.items() if one[1] < 16]
+        found = [loss for loss in losses if loss is not None]
+        return sum(found) if len(found) == len(losses) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +47,7 @@ class Problem:
         fused_scale: the scale of the whole tensor that the format shares among linears which engines fuse, float32 [1];
             None in formats without one.
         kept: bool [rows, columns]; where it is False the weight was pruned, and its code must be zero. None: all kept.
+        factored: what a method makes of the Hessian alone, kept for other problems with the same one; None: not kept.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Problem:
     cross: torch.Tensor | None = None
     kept: torch.Tensor | None = None
     fused_scale: torch.Tensor | None = None
+    factored: dict[Any, Any] | None = None
 
 
 @dataclass(frozen=True)

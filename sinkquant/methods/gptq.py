@@ -43,7 +43,8 @@ class GPTQMethod(Method):
             grid = codec_of(form).grid(form, problem.scale_dtype, problem.fused_scale)
         method = GPTQ(form.bits, form.group_size or -1, settings.damping, settings.act_order, problem.scale_dtype,
                       settings.scale_search, passes=settings.descent, grid=grid)
-        return method.quantize(problem.weight, problem.hessian, problem.name, problem.cross, problem.kept)
+        return method.quantize(problem.weight, problem.hessian, problem.name, problem.cross, problem.kept,
+                               problem.factored)
 
     def solve_together(self, problems: Sequence[Problem]) -> list[PackedWeight]:
         """One matrix of all rows: the Hessian is factored once, and every column visited once."""

@@ -27,11 +27,13 @@ class BackStep:
     Attributes:
         step: the block, its walk standing at this block's inputs; `step.batch` are the rows at hand.
         gradients: [rows, length, hidden_size], of the block's outputs; after `pull`, of its inputs.
+        ended: [rows, length, hidden_size], the outputs of the last block.
         logits: float32 [rows, length, vocabulary] of the batch at hand are never kept.
     """
 
     step: Step
     gradients: torch.Tensor
+    ended: torch.Tensor
     watching: list[AttentionObserver]
 
     def pull(self, observers: list[AttentionObserver] | None = None) -> None:
@@ -80,14 +82,14 @@ def steps_back(walk: Walk, seed: int = 0) -> Iterator[BackStep]:
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
-        gradients = _of_the_head(walk, seed)
+        gradients, ended = _of_the_head(walk, seed), walk.hidden
         for index in reversed(range(len(decoder.blocks))):
             name, block = decoder.block_names[index], decoder.blocks[index]
             walk.hidden = inputs.pop()
             with (torch.no_grad(), observed_attention(decoder.model, watching), decoder.present([block]),
                   compute_in([block], walk.device, walk.dtype)):
                 _freeze(block)
-                back = BackStep(Step(index, name, block, walk), gradients, watching)
+                back = BackStep(Step(index, name, block, walk), gradients, ended, watching)
                 before = back.gradients
                 yield back
                 if back.gradients is before:

@@ -10,7 +10,7 @@ from sinkquant.artifacts import KVCachePlan, ModelShape, Sensitivity, SinkMap, T
 from sinkquant.artifacts.sizes import checkpoint_bytes, module_bytes
 from sinkquant.errors import RequestError
 from sinkquant.methods import UNTOUCHED
-from sinkquant.policy.ends import sized
+from sinkquant.policy.ends import bits_of_ends, end_options, sized
 from sinkquant.policy.engines import engine_loads
 from sinkquant.policy.expected import expect_loss
 from sinkquant.policy.explain import found_in, sentence
@@ -20,6 +20,7 @@ from sinkquant.policy.solvable import check_solvable
 from sinkquant.policy.solver import Option, Solution, fewest_bytes, least_loss
 from sinkquant.recipe import Budget, Recipe
 from sinkquant.schemes import WeightFormat
+from sinkquant.schemes.tensors import tensor_bytes
 
 EXACT = WeightFormat(16, None)
 ROUNDS = 6
@@ -35,12 +36,14 @@ class Allocation:
         gap: how far below what was found the optimum may lie, as a share of it.
         explained: the linears whose reason says what was weighed against what.
         kv_cache: the cache, with the bits that were chosen where the solver had a choice.
+        recipe: as it was asked, with the bits of the head and the embedding that were chosen.
     """
 
     choices: dict[str, Draft]
     gap: float
     explained: frozenset[str]
     kv_cache: KVCachePlan | None
+    recipe: Recipe
 
 
 def solve(base: dict[str, Draft], shape: ModelShape, sink_map: SinkMap, recipe: Recipe,
@@ -70,7 +73,7 @@ def solve(base: dict[str, Draft], shape: ModelShape, sink_map: SinkMap, recipe: 
                                                     forms[option].split else reasons.get(name, "")))
     _check_engine(choices, shape, recipe.budget)
     explained = frozenset(name for unit in free.units for name in unit.modules)
-    return Allocation(choices, solved.gap, explained, free.cache(solved.chosen))
+    return Allocation(choices, solved.gap, explained, free.cache(solved.chosen), free.with_ends(solved.chosen))
 
 
 def _check_engine(choices: dict[str, Draft], shape: ModelShape, budget: Budget) -> None:
@@ -96,7 +99,8 @@ def _by_best(choice: Draft, unit: UnitSensitivity, form: WeightFormat) -> Draft:
 
 
 class Problem:
-    """The units that the solver may choose for, and what it may choose: linears, then keys and values of KV heads."""
+    """The units that the solver may choose for, and what it may choose: linears, then keys and values of KV heads, then
+    the head and the embedding together, where there is a choice."""
 
     def __init__(self, shape: ModelShape, base: dict[str, Draft], sensitivity: Sensitivity, recipe: Recipe,
                  kv_cache: KVCachePlan | None = None) -> None:
@@ -123,6 +127,15 @@ class Problem:
                       for unit, forms in zip(self.units, self.options, strict=True)]
         self.kv = kv_units(kv_cache, sensitivity, recipe)
         self.kv_table = kv_options(self.kv, kv_cache, recipe.budget) if kv_cache is not None and self.kv else []
+        self.ends = end_options(shape, recipe, recipe.budget.engine)
+        self.end_table = [[self._end(one, sensitivity) for one in self.ends]] if recipe.sensitivity.end_bits else []
+
+    def _end(self, recipe: Recipe, sensitivity: Sensitivity) -> Option:
+        loss = sensitivity.end_loss(bits_of_ends(recipe))
+        if loss is None:
+            raise RequestError("the sensitivities hold no losses of the head and the embedding; make them anew with "
+                               "sensitivity.end_bits.")
+        return Option(sum(tensor_bytes(*tensor) for tensor in sized(self.shape, recipe).tensors.values()), loss)
 
     def _formats(self, unit: UnitSensitivity) -> list[WeightFormat]:
         choice = self.base[unit.modules[0]].form
@@ -141,7 +154,16 @@ class Problem:
         if self.kv_cache is None or not self.kv:
             return self.kv_cache
         return solved_cache(self.shape, self.kv_cache, {unit: unit.bits[option] for unit, option in zip(
-            self.kv, chosen[len(self.units):], strict=True)})
+            self.kv, chosen[len(self.units):len(self.units) + len(self.kv)], strict=True)})
+
+    def with_ends(self, chosen: Sequence[int]) -> Recipe:
+        """The recipe with these options of the head and the embedding, which are the last."""
+        return self.ends[chosen[-1] if self.end_table else 0]
+
+    @property
+    def all_options(self) -> list[list[Option]]:
+        """Of all units that a limit of bytes counts."""
+        return self.table + self.kv_table + self.end_table
 
     def solve(self) -> Solution:
         """The best options for the recipe's budget.
@@ -152,10 +174,11 @@ class Problem:
         budget = self.recipe.budget
         if budget.bits is not None:
             return self._bits(budget.bits)
-        if budget.bytes is not None:
-            return self._bytes(budget.bytes)
+        whole = budget.whole(self.shape.values)
+        if whole is not None:
+            return self._bytes(whole)
         assert budget.loss is not None
-        found = fewest_bytes(self.table, budget.loss - self.fixed_loss.total)
+        found = fewest_bytes(self.table + self.end_table, budget.loss - self.fixed_loss.total)
         if found is None:
             raise RequestError(f"budget.loss {budget.loss:g} is not feasible: what the recipe fixes loses "
                                f"{self.fixed_loss.total:.3g} nats by itself; raise budget.loss to that, or free "
@@ -174,7 +197,7 @@ class Problem:
         return found
 
     def _bytes(self, allowed: int) -> Solution:
-        table = self.table + self.kv_table
+        table = self.all_options
         fewest = [unit.index(min(unit, key=lambda option: option.bytes)) for unit in table]
         smallest, kv_bytes = self.checkpoint(fewest), self._cache_bytes(fewest)
         least = sum(min(option.bytes for option in unit) for unit in table)
@@ -186,11 +209,13 @@ class Problem:
                 return found
             if found is None:
                 break
-            room -= over  # the header is longer where more modules are packed
+            room = found.bytes - over  # the header is longer where more modules are packed
         cache = f" and {kv_bytes:,} of the KV cache" if kv_bytes else ""
-        raise RequestError(f"budget.bytes {allowed:,} is not feasible: the smallest checkpoint has {smallest:,} "
-                           f"bytes{cache}; raise budget.bytes to {smallest + kv_bytes:,}, or name fewer bits in "
-                           "sensitivity.bits.")
+        budget, values = self.recipe.budget, self.shape.values
+        (key,) = budget.limits
+        raise RequestError(f"budget.{key} {budget.in_words(allowed, values)} is not feasible: the smallest checkpoint "
+                           f"has {smallest:,} bytes{cache}; raise budget.{key} to "
+                           f"{budget.in_words(smallest + kv_bytes, values)}, or name fewer bits in sensitivity.bits.")
 
     def _cache_bytes(self, chosen: Sequence[int]) -> int:
         return kv_bytes_of(self.shape, self.recipe.budget, self.cache(chosen))
@@ -198,7 +223,7 @@ class Problem:
     def checkpoint(self, chosen: Sequence[int]) -> int:
         """Bytes of the checkpoint with these options."""
         packed = {name: form for name, form in self.formats(chosen).items() if form.packed}
-        return checkpoint_bytes(sized(self.shape, self.recipe), packed)
+        return checkpoint_bytes(sized(self.shape, self.with_ends(chosen)), packed)
 
     def formats(self, chosen: Sequence[int]) -> dict[str, WeightFormat]:
         """The format of every linear with these options."""

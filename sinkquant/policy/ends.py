@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 from sinkquant.artifacts import EndShape, ModelShape, Plan
 from sinkquant.artifacts.ends import EndDecision, end_bytes, with_ends
 from sinkquant.artifacts.kv_scheme import with_kv_scales
 from sinkquant.errors import RequestError
+from sinkquant.policy.engines import engine_takes
 from sinkquant.policy.kv_scheme import make_kv_scheme
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import DEFAULT_BACKEND, WeightFormat
@@ -64,14 +67,49 @@ def choose_ends(shape: ModelShape, recipe: Recipe, untied: bool) -> dict[str, En
             form = WeightFormat(bits, -1, storage=IN_BYTES.storage)
         else:
             form = WeightFormat(bits, -1 if bits >= PER_TOKEN else _group(name, end, recipe))
+        asked = "the budget is solved for" if recipe.budget.solved and recipe.sensitivity.end_bits else (
+            f"weights.{key} asks")
         found[name] = EndDecision(
             bits=bits, group_size=form.group_size, storage=form.storage, shares=shared,  # type: ignore[arg-type]
-            bytes=end_bytes(shape, name, form, shared), reason=_reason(bits, key, tied, shared))
+            bytes=end_bytes(shape, name, form, shared), reason=_reason(f"{bits} bits as {asked}", tied, shared))
     if weights.embeddings < 16 and weights.lm_head == 16 and not untied:
         for name in (name for name, end in shape.ends.items() if end.shared_with):
             raise RequestError(f"{name} of {shape.architecture} is tied to the token embedding, so that 8 bits of one "
                                "and 16 of the other would take more than both in 16; set weights.lm_head too.")
     return found
+
+
+def end_options(shape: ModelShape, recipe: Recipe, engine: str = "any") -> list[Recipe]:
+    """The recipe with every pair of bits of the head and the embedding that a budget may choose; as it is where it
+    tries none. 16 bits may always be chosen; what takes no fewer bytes than a pair of no fewer bits may not.
+
+    Raises:
+        RequestError: the checkpoint would be in sinkquant's own format.
+    """
+    tried = recipe.sensitivity.end_bits
+    if not tried:
+        return [recipe]
+    if recipe.protect.channels == "split" or any(linear.transposed for linear in shape.linears.values()):
+        raise RequestError("sensitivity.end_bits tries the head and the embedding in fewer bits, which sinkquant's own "
+                           "format holds in 16; leave it out.")
+    found: list[tuple[int, int, int, Recipe]] = []
+    for head, embeddings in itertools.product(sorted({*tried, 16}, reverse=True), repeat=2):
+        one = recipe.changed(weights={"lm_head": head, "embeddings": embeddings})
+        try:
+            ends = choose_ends(shape, one, False)
+        except RequestError:  # no checkpoint holds that
+            continue
+        if not all(engine_takes(engine, end.form) for end in ends.values()):
+            continue
+        size = sum(tensor_bytes(*tensor) for tensor in with_ends(shape, ends).tensors.values())
+        if not any(size >= less and head <= more and embeddings <= wider for more, wider, less, _ in found):
+            found.append((head, embeddings, size, one))
+    return [one for _, _, _, one in found]
+
+
+def bits_of_ends(recipe: Recipe) -> dict[str, int]:
+    """The bits of both, by kind."""
+    return {"head": recipe.weights.lm_head, "embedding": recipe.weights.embeddings}
 
 
 def sized(shape: ModelShape, recipe: Recipe) -> ModelShape:
@@ -137,8 +175,7 @@ def _group(name: str, end: EndShape, recipe: Recipe) -> int:
     return size
 
 
-def _reason(bits: int, key: str, tied: str | None, shared: str | None) -> str:
+def _reason(words: str, tied: str | None, shared: str | None) -> str:
     if shared:
-        return f"{bits} bits as weights.{key} asks, tied: the codes are those of {shared}"
-    untied = f", no longer tied to {tied}, with which it shared its bytes" if tied else ""
-    return f"{bits} bits as weights.{key} asks{untied}"
+        return f"{words}, tied: the codes are those of {shared}"
+    return f"{words}{f', no longer tied to {tied}, with which it shared its bytes' if tied else ''}"

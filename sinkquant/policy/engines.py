@@ -42,9 +42,12 @@ def loads_in(shape: ModelShape, formats: Mapping[str, WeightFormat], own: bool,
 def engine_loads(engine: str, form: WeightFormat, linear: LinearShape) -> bool:
     """Whether a budget for `engine` ("any" or one of the table) may use a packed format. What is split or stored
     transposed takes sinkquant's own format."""
-    if engine in ("any", OWN):
-        return True
-    return not (form.split or linear.transposed) and _takes(engine, form)
+    return engine in (ANY, OWN) or (not (form.split or linear.transposed) and _takes(engine, form))
+
+
+def engine_takes(engine: str, form: WeightFormat) -> bool:
+    """Whether a budget for `engine` may store the head or the embedding so."""
+    return engine in (ANY, OWN) or _takes(engine, form)
 
 
 def require_engine(engine: str, plan: Plan, shape: ModelShape) -> None:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from sinkquant.artifacts import FormatLoss, Plan, PredictedLoss, Sensitivity, UnitSensitivity
 from sinkquant.errors import RequestError
+from sinkquant.policy.ends import bits_of_ends
 from sinkquant.policy.kv_budget import expected_kv_loss
+from sinkquant.recipe import Recipe
 from sinkquant.schemes import WeightFormat
 
 
@@ -65,7 +67,8 @@ def _of_larger_groups(unit: UnitSensitivity, form: WeightFormat) -> FormatLoss |
 
 def with_expected_loss(plan: Plan, sensitivity: Sensitivity, gap: float | None = None) -> Plan:
     """The plan with what it is predicted to lose among its predictions: `kl`, and `kl_sinks` through the sinks alone,
-    in nats per token; `kl_kv` what its KV cache is, where that is known. What they leave out is said in the notes.
+    in nats per token; `kl_ends`, a part of `kl`, by rounding the head and the embedding; `kl_kv` what its KV cache is,
+    where that is known. What they leave out is said in the notes.
 
     Args:
         gap: the solver's, where the plan was solved for.
@@ -80,13 +83,13 @@ def with_expected_loss(plan: Plan, sensitivity: Sensitivity, gap: float | None =
     found = expect_loss({name: decision.form for name, decision in plan.modules.items()}, sensitivity,
                         {name: decision.method for name, decision in plan.modules.items()})
     predicted = dict(plan.predicted)
-    notes = list(plan.notes)
+    notes, recipe = list(plan.notes), Recipe.parse(plan.recipe)
+    ends = sensitivity.end_loss(bits_of_ends(recipe)) if plan.ends else 0.0
     if gap is not None:
         predicted["solver_gap"] = gap
-        limit = next(f"{key} {value:,}" for key, value in plan.recipe["budget"].items()
-                     if key in ("bits", "bytes", "loss") and value is not None)
-        notes.append(f"solved for the budget of {limit} over {len(sensitivity.units)} modules or groups of them, with "
-                     f"a gap of {gap:.2g} to the optimum")
+        ((key, limit),) = recipe.budget.limits.items()
+        notes.append(f"solved for the budget of {key} {limit:,} over {len(sensitivity.units)} modules or groups of "
+                     f"them, with a gap of {gap:.2g} to the optimum")
     if plan.transforms:
         notes.append("no loss is predicted: the sensitivities are of the weights before "
                      f"{' and '.join(transform.name for transform in plan.transforms)}")
@@ -95,12 +98,14 @@ def with_expected_loss(plan: Plan, sensitivity: Sensitivity, gap: float | None =
         notes.append(f"no loss is predicted: {len(found.unknown)} quantized modules are in formats without a "
                      f"sensitivity, among them {found.unknown[0]}")
     else:
-        predicted |= {"kl": found.total, "kl_sinks": found.sinks}
+        predicted |= {"kl": found.total + (ends or 0.0), "kl_sinks": found.sinks}
+        predicted |= {"kl_ends": ends} if plan.ends and ends is not None else {}
     cache = expected_kv_loss(plan.kv_cache, sensitivity)
     if cache is not None:
         predicted["kl_kv"] = cache
     notes += [f"the predicted loss is that of the weights' formats; what {what} loses is not in it"
-              for what in _left_out(plan, cache is not None)]
+              for what in [*(["rounding the head and the embedding"] if ends is None else []),
+                           *_left_out(plan, cache is not None)]]
     losses = [loss for unit in sensitivity.units if (loss := _of_unit(unit, plan)) is not None]
     return plan.model_copy(update={"predicted": predicted, "notes": notes, "losses": losses})
 

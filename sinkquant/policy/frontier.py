@@ -9,7 +9,7 @@ from sinkquant.artifacts import KVCachePlan, ModelShape, Sensitivity, SinkMap
 from sinkquant.artifacts.frontier import Frontier, FrontierPoint
 from sinkquant.artifacts.sizes import checkpoint_bytes, module_bytes
 from sinkquant.policy.allocate import Problem
-from sinkquant.policy.ends import sized
+from sinkquant.policy.ends import asked_of_edited, bits_of_ends, sized
 from sinkquant.policy.expected import expect_loss
 from sinkquant.policy.kv_budget import expected_kv_loss, kv_bytes_of
 from sinkquant.policy.kv_cache import make_kv_plan
@@ -39,37 +39,43 @@ def make_frontier(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitiv
     _, choices = choices_of(shape, sink_map, recipe)
     base = make_kv_plan(shape, sink_map, recipe)
     problem = Problem(shape, choices, sensitivity, recipe, base)
+    planned = asked_of_edited(plan, recipe, shape)
 
-    def point(name: str, kind: str, formats: Mapping[str, WeightFormat], cache: KVCachePlan | None) -> FrontierPoint:
+    def point(name: str, kind: str, formats: Mapping[str, WeightFormat], cache: KVCachePlan | None,
+              ends: Recipe) -> FrontierPoint:
         expected = expect_loss(formats, sensitivity)
         packed = {module: form for module, form in formats.items() if form.packed}
         weights = sum(linear.parameters for linear in shape.linears.values())
         size = sum(module_bytes(shape, module, form) for module, form in formats.items())
-        total = checkpoint_bytes(sized(shape, recipe), packed)
+        total = checkpoint_bytes(sized(shape, ends), packed)
         lost = expected_kv_loss(cache, sensitivity) if recipe.budget.context is not None else None
+        lost = (lost or 0.0) + (sensitivity.end_loss(bits_of_ends(ends)) or 0.0)
         return FrontierPoint(name=name, kind=kind, bits_per_weight=8 * size / weights,  # type: ignore[arg-type]
                              bytes=total + kv_bytes_of(shape, recipe.budget, cache),
-                             kl=expected.total + (lost or 0.0), kl_sinks=expected.sinks)
+                             kl=expected.total + lost, kl_sinks=expected.sinks)
 
-    solutions = efficient(problem.table + problem.kv_table)
+    solutions = efficient(problem.all_options)
     largest = sum(max(option.bytes for option, form in zip(unit, forms, strict=True) if form.packed or len(unit) == 1)
                   for unit, forms in zip(problem.table, problem.options, strict=True))
     largest += sum(unit[-2].bytes for unit in problem.kv_table)
+    largest += sum(max(option.bytes for option in unit) for unit in problem.end_table)
     least = solutions[0].bytes
     budgets = [least + (largest - least) * step // max(points - 1, 1) for step in range(points)]
     picked = dict.fromkeys(max((s for s in solutions if s.bytes <= budget), key=lambda s: s.bytes)
                            for budget in budgets)
     found = []
     for solution in picked:
-        one = point("", "solved", problem.formats(solution.chosen), problem.cache(solution.chosen))
+        one = point("", "solved", problem.formats(solution.chosen), problem.cache(solution.chosen),
+                    problem.with_ends(solution.chosen))
         found.append(one.model_copy(update={"name": f"solved, {one.bits_per_weight:.2f} bits"}))
     for bits in bits_tried(recipe):
         found.append(point(f"all {bits} bits", "uniform", {
             name: replace(choice, bits=bits).form if choice.quantized and not choice.pinned else choice.form
-            for name, choice in choices.items()}, base))
-    found.append(point("the recipe's plan", "asked", {name: d.form for name, d in plan.modules.items()}, plan.kv_cache))
+            for name, choice in choices.items()}, base, planned))
+    found.append(point("the recipe's plan", "asked", {name: d.form for name, d in plan.modules.items()}, plan.kv_cache,
+                       planned))
     found.append(point("its control", "control", {name: d.form for name, d in control.modules.items()},
-                       control.kv_cache))
+                       control.kv_cache, planned))
     kv_bytes = kv_bytes_of(shape, recipe.budget, plan.kv_cache)
     notes = ["losses of the control and of uniform plans are those of their formats; that the control's statistics do "
              "not know the sinks is not in them"]

@@ -34,7 +34,7 @@ from sinkquant.policy.activations import (
 from sinkquant.policy.allocate import Allocation, solve
 from sinkquant.policy.budget import choice_bytes, close_gap, evenly_spread, fill, linear_bytes
 from sinkquant.policy.carried import carried, check_recipe, notes
-from sinkquant.policy.ends import OWN_FORMAT, choose_ends, end_notes, sized
+from sinkquant.policy.ends import OWN_FORMAT, asked_of_edited, choose_ends, end_notes, sized
 from sinkquant.policy.engines import loads_in, require_engine
 from sinkquant.policy.expected import with_expected_loss
 from sinkquant.policy.explain import explained
@@ -76,7 +76,7 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
     solved: Allocation | None = None
     if recipe.budget.solved:
         solved = solve(choices, shape, sink_map, recipe, sensitivity, kv_cache)
-        choices, kv_cache = solved.choices, solved.kv_cache
+        choices, kv_cache, recipe = solved.choices, solved.kv_cache, solved.recipe
     elif recipe.budget.limited:
         order = [name for name, _ in affected(shape, sink_map)]
         order += [name for name in evenly_spread(list(shape.linears)) if name not in order]
@@ -163,7 +163,7 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
         sensitivity: lets the control predict its loss as well.
     """
     if recipe.budget.solved:
-        recipe = recipe.changed(weights={"bits": bits_tried(recipe)[0]})
+        recipe = asked_of_edited(aware, recipe, shape).changed(weights={"bits": bits_tried(recipe)[0]})
     base = share_formats(with_inputs(_base(shape, recipe), shape, recipe), shape)
     if recipe.solves_inputs:  # nothing of what inputs are rounded to is for the sinks
         base = {module: replace(choice, activations=aware.modules[module].activations,
@@ -288,22 +288,24 @@ def _within_budget(base: dict[str, Draft], choices: dict[str, Draft], shape: Mod
     named = {name: choice for name, choice in choices.items() if choice.keep and choice.pinned}
     floor = share_formats(base | named, shape)
     least = linear_bytes(shape, floor)
-    if recipe.budget.bytes is not None:
+    whole = recipe.budget.whole(shape.values)
+    if whole is not None:
         smallest = checkpoint_bytes(sized(shape, recipe), {name: c.form for name, c in floor.items() if c.quantized})
-        allowed, words = recipe.budget.bytes - (smallest - least), f"the budget of {recipe.budget.bytes:,} bytes"
+        allowed, words = whole - (smallest - least), f"the budget of {whole:,} bytes"
         if least > allowed:
-            raise RequestError(f"budget.bytes {recipe.budget.bytes:,} is not feasible: weights.bits and "
-                               "weights.group_size, and what stays in 16 bits, take a checkpoint of "
-                               f"{smallest:,} bytes without any protection; raise budget.bytes to that, or lower "
+            (key,), asked = recipe.budget.limits, recipe.budget.in_words(whole, shape.values)
+            raise RequestError(f"budget.{key} {asked} is not feasible: weights.bits and weights.group_size, and what "
+                               f"stays in 16 bits, take a checkpoint of {smallest:,} bytes without any protection; "
+                               f"raise budget.{key} to {recipe.budget.in_words(smallest, shape.values)}, or lower "
                                "weights.bits.")
     else:
         bits = float(recipe.budget.bits or 16)
         allowed, words = int(bits * weights / 8), f"the budget of {recipe.budget.bits} bits"
         if least > allowed:
             # Rounded up, so that the number in the message is itself feasible.
-            nearest = math.ceil(8000 * least / weights) / 1000
+            fewest = math.ceil(8000 * least / weights) / 1000
             raise RequestError(f"budget.bits {bits} is not feasible: weights.bits and weights.group_size, and what "
-                               f"stays in 16 bits, take {nearest:.3f} bits per weight without any protection; raise "
+                               f"stays in 16 bits, take {fewest:.3f} bits per weight without any protection; raise "
                                "budget.bits to that, or lower weights.bits.")
     # Protections that the budget cannot pay are given up from the least affected on.
     for name in reversed(order):
@@ -315,9 +317,9 @@ def _within_budget(base: dict[str, Draft], choices: dict[str, Draft], shape: Mod
                                                       f"protection ({choices[member].why})")
                 for member in shape.linears[name].fused_with or [name]}
     filled = fill(choices, shape, allowed - linear_bytes(shape, choices), order, f"{words} allows it")
-    if recipe.budget.bytes is not None:
+    if whole is not None:
         packed = {n: c.form for n, c in filled.items() if c.quantized}
-        over = checkpoint_bytes(sized(shape, recipe), packed) - recipe.budget.bytes
+        over = checkpoint_bytes(sized(shape, recipe), packed) - whole
         if over > 0:  # the header of the files is longer for longer numbers
             spare = allowed - over - linear_bytes(shape, choices)
             filled = fill(choices, shape, max(0, spare), order, f"{words} allows it")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sinkquant.errors import RequestError
 from sinkquant.policy.carried import scheme_for
 from sinkquant.recipe import Recipe
-from sinkquant.schemes import INTEGERS, Scheme
+from sinkquant.schemes import DEFAULT_BACKEND, INTEGERS, Scheme
 from sinkquant.schemes.registry import all_schemes, find, multiplied_with
 
 
@@ -20,7 +20,14 @@ def check_solvable(recipe: Recipe) -> None:
         if value != "none":
             raise RequestError(f"weights.{key}={value} changes the weights that sensitivities are taken of; set it to "
                                "none, or budget.solver=even.")
+    if recipe.sensitivity.end_bits and recipe.budget.bits is not None:
+        raise RequestError("budget.bits counts the blocks' linears alone, so that it cannot choose bits of the head "
+                           "and the embedding; name budget.bytes, megabytes or bits_per_parameter, or leave "
+                           "sensitivity.end_bits out.")
     scheme = scheme_for(recipe)
+    if recipe.sensitivity.end_bits and scheme.foreign:
+        raise RequestError(f"sensitivity.end_bits is for the backend {DEFAULT_BACKEND}, not for {recipe.backend}; leave it "
+                           "out.")
     multiplied = scheme if scheme.foreign else multiplied_with(scheme, recipe.activations.format)
     if scheme.foreign and not scheme.solvable:
         backends = dict.fromkeys(one.backend for one in all_schemes() if one.solvable)

@@ -4,6 +4,7 @@ asymmetric calibration, GPTAQ (Li et al. 2504.02692)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,6 +14,8 @@ from sinkquant.schemes.codecs.grid import Grid, IntegerGrid
 from sinkquant.schemes.codecs.packed import PackedWeight
 
 BLOCK = 64
+Factored = tuple[torch.Tensor, torch.Tensor, float, torch.Tensor]
+"""The order in which columns are visited; the damped Hessian in it, over its mean diagonal; that mean; U."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class GPTQ:
 
     @torch.no_grad()
     def quantize(self, weight: torch.Tensor, hessian: torch.Tensor, name: str = "weight",
-                 cross: torch.Tensor | None = None, kept: torch.Tensor | None = None) -> PackedWeight:
+                 cross: torch.Tensor | None = None, kept: torch.Tensor | None = None,
+                 factored: dict[Any, Factored] | None = None) -> PackedWeight:
         """Quantize one matrix.
 
         Args:
@@ -52,16 +56,18 @@ class GPTQ:
                 model, on the scale of the Hessian. None: plain GPTQ.
             kept: bool [rows, columns], the weights that pruning leaves: the others get the code 0, which the columns to
                 come make up for as for any rounding (SparseGPT 2301.00774, section 3.5). None: all.
+            factored: filled for other calls with the same Hessian, and read by them.
 
         Raises:
             SinkquantError: the Hessian is not finite, or not positive definite with this damping.
         """
         columns = weight.shape[1]
         size = columns if self.group_size == -1 else self.group_size
-        order = self._order(hessian.diagonal(), size)
-        damped, mean = damped_hessian(hessian, self.damping, name)
-        damped = damped[order][:, order]
-        factor = inverse_factor(damped, self.damping, name)
+        factored = {} if factored is None else factored
+        key = size, self.damping, self.act_order
+        if key not in factored:
+            factored[key] = self._factored(hessian, size, name)
+        order, damped, mean, factor = factored[key]
         drift = None if cross is None else self._drift(cross[order][:, order].double() / mean, factor)
         work, kept = weight[:, order], None if kept is None else kept[:, order]
         packed = self._in_order(work, size, factor, drift, kept)
@@ -70,6 +76,12 @@ class GPTQ:
             packed = descend(packed, work, damped, self.passes, pull, kept, self.grid)
         back = order.argsort()
         return self._on().weight(packed.codes[:, back], packed.scale[:, back[::size] // size])
+
+    def _factored(self, hessian: torch.Tensor, size: int, name: str) -> Factored:
+        order = self._order(hessian.diagonal(), size)
+        damped, mean = damped_hessian(hessian, self.damping, name)
+        damped = damped[order][:, order]
+        return order, damped, mean, inverse_factor(damped, self.damping, name)
 
     def _in_order(self, weight: torch.Tensor, size: int, factor: torch.Tensor, drift: torch.Tensor | None,
                   kept: torch.Tensor | None) -> PackedWeight:

@@ -111,7 +111,7 @@ def solve_beside(method: Method, problem: Problem, columns: Sequence[int],
     split = Split(tuple(columns), tuple(scalars), problem.scale_dtype, method.needs_hessian, problem.settings.damping)
 
     def solve(weight: torch.Tensor, hessian: torch.Tensor | None, cross: torch.Tensor | None) -> PackedWeight:
-        return method.solve(replace(problem, weight=weight, hessian=hessian, cross=cross))
+        return method.solve(replace(problem, weight=weight, hessian=hessian, cross=cross, factored=None))
 
     return split.quantize(problem.weight, problem.hessian, solve, problem.cross, problem.name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -17,24 +18,32 @@ def _of_one_linear(name: str) -> str:
     return name
 
 
+LIMITS = ("bits", "bytes", "megabytes", "bits_per_parameter", "loss")
+"""Keys of a budget that limit it."""
+MEGABYTE = 1_000_000
 TriedAlone = Annotated[str, AfterValidator(_of_one_linear)]
 """A method that sensitivities can be taken by."""
 
 
 class Budget(Section):
-    """What a plan may cost; at most one of `bits`, `bytes` and `loss`; all null: no budget.
+    """What a plan may cost; at most one of `bits`, `bytes`, `megabytes`, `bits_per_parameter` and `loss`; all null: no
+    budget.
 
-    `bits`: average bits per weight of the blocks' linears, scales counted. `bytes`: of the whole checkpoint, and with
-    `context` also of the KV cache of `batch` rows of so many tokens. `loss`: a ceiling of the predicted KL divergence
+    `bits`: average bits per weight of the blocks' linears, scales counted. `bytes`, or `megabytes` (of 1,000,000): of
+    the whole checkpoint, and with `context` also of the KV cache of `batch` rows of so many tokens.
+    `bits_per_parameter`: bits of the whole checkpoint over the parameters of the model, those that are tied once.
+    `loss`: a ceiling of the predicted KL divergence
     from the unquantized model, nats per token, met in the fewest bytes. `engine`: only formats that it loads
     (docs/guides/engines.md; "vllm": by the kernels that most builds have, "vllm-cuda": by any that it has there).
     `solver` "even" raises `weights.bits` evenly until the bytes are spent, the linears that sinks dominate first;
-    "sensitivity" solves for the least predicted loss (see `sensitivity`). Null: "even" for `bits` or `bytes` alone,
-    "sensitivity" for `loss`, or where `context` or an `engine` is named.
+    "sensitivity" solves for the least predicted loss (see `sensitivity`). Null: "even" for a number of bits or bytes
+    alone, "sensitivity" for `loss`, or where `context` or an `engine` is named.
     """
 
     bits: float | None = Field(default=None, gt=2, le=16)
     bytes: int | None = Field(default=None, ge=1)
+    megabytes: float | None = Field(default=None, gt=0)
+    bits_per_parameter: float | None = Field(default=None, gt=0, le=16)
     loss: float | None = Field(default=None, gt=0)
     context: int | None = Field(default=None, ge=1)
     batch: int = Field(default=1, ge=1)
@@ -43,20 +52,43 @@ class Budget(Section):
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
-        if sum(limit is not None for limit in (self.bits, self.bytes, self.loss)) > 1:
-            raise ValueError("name one of bits, bytes and loss")
-        if self.context is not None and self.bytes is None:
+        if len(self.limits) > 1:
+            raise ValueError(f"name one of {', '.join(LIMITS[:-1])} and {LIMITS[-1]}")
+        if self.context is not None and self.bytes is None and self.megabytes is None:
             raise ValueError("context is for a budget of bytes; name budget.bytes")
         if self.solver == "even" and (self.loss is not None or self.context is not None or self.engine != "any"):
             raise ValueError("the solver 'even' knows bits and bytes of weights only; use 'sensitivity'")
         if self.solver == "sensitivity" and not self.limited:
-            raise ValueError("the solver 'sensitivity' needs one of bits, bytes and loss")
+            raise ValueError(f"the solver 'sensitivity' needs one of {', '.join(LIMITS[:-1])} and {LIMITS[-1]}")
         return self
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits that are named, one at most."""
+        return {key: getattr(self, key) for key in LIMITS if getattr(self, key) is not None}
 
     @property
     def limited(self) -> bool:
         """Whether there is a budget at all."""
-        return any(limit is not None for limit in (self.bits, self.bytes, self.loss))
+        return bool(self.limits)
+
+    def whole(self, values: int) -> int | None:
+        """The limit of the whole checkpoint in bytes; None where it is another limit.
+
+        Args:
+            values: numbers in the unquantized checkpoint.
+        """
+        if self.bytes is not None:
+            return self.bytes
+        if self.megabytes is not None:
+            return int(self.megabytes * MEGABYTE)
+        return None if self.bits_per_parameter is None else int(self.bits_per_parameter * values / 8)
+
+    def in_words(self, size: int, values: int) -> str:
+        """So many bytes in what the limit of the whole checkpoint is in, rounded up."""
+        if self.bytes is not None:
+            return f"{size:,}"
+        return f"{math.ceil(1000 * (size / MEGABYTE if self.megabytes is not None else 8 * size / values)) / 1000:g}"
 
     @property
     def solved(self) -> bool:
@@ -72,6 +104,8 @@ class SensitivitySettings(Section):
 
     `measure_rows`: measure every candidate too, by forward passes over so many rows of `measure_length` tokens; 0:
     trust the walk. `score` "diagonal" lets the solver see what tools see that sum over all tokens and channels at once.
+    `end_bits`: numbers of bits that the output head and the token embedding are tried in; empty: both stay as
+    `weights.lm_head` and `weights.embeddings` say. A budget of the whole checkpoint, or of its loss, then chooses.
     `kv_bits`: numbers of bits that the keys and the values of every KV head are tried in, on `kv_rows` x `kv_length`
     tokens; empty: the KV cache stays as the section `kv_cache` says. A budget of bytes with a `context` then chooses.
     """
@@ -85,6 +119,7 @@ class SensitivitySettings(Section):
     measure_rows: int = Field(default=0, ge=0)
     measure_length: int = Field(default=64, ge=2)
     score: Literal["second-order", "diagonal"] = "second-order"
+    end_bits: list[Annotated[int, Field(ge=2, le=8)]] = Field(default_factory=list)
     kv_bits: list[Literal[2, 3, 4, 8]] = Field(default_factory=list)
     kv_rows: int = Field(default=8, ge=1)
     kv_length: int = Field(default=512, ge=16)

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from sinkquant.errors import RequestError
 from sinkquant.methods import need_hessian
 from sinkquant.recipe.assignment import read_assignment
-from sinkquant.recipe.budget import Budget, SensitivitySettings
+from sinkquant.recipe.budget import LIMITS, Budget, SensitivitySettings
 from sinkquant.recipe.cache import KVCache, KVCacheScheme
 from sinkquant.recipe.explain import explain, near_miss
 from sinkquant.recipe.measuring import CalibrationText, Compute, Detection, Evaluation, Gate
@@ -153,14 +153,17 @@ class Recipe(Section):
         return type(self).parse(_merged(self.model_dump(mode="json"), sections))
 
     def replace(self, assignments: Iterable[str]) -> Self:
-        """A copy with `key.path=value` assignments applied, as `--set` takes them.
+        """A copy with `key.path=value` assignments applied, as `--set` takes them. A limit of the budget takes the
+        place of the one that the recipe names.
 
         Raises:
             RequestError: an assignment without "=", an unknown key, a value out of range.
         """
         data = self.model_dump(mode="json")
-        for assignment in assignments:
-            path, value = read_assignment(assignment, type(self))
+        read = [read_assignment(assignment, type(self)) for assignment in assignments]
+        if any(path[:-1] == ["budget"] and path[-1] in LIMITS and value is not None for path, value in read):
+            data["budget"] |= dict.fromkeys(LIMITS)
+        for path, value in read:
             *sections, leaf = path
             target = data
             for depth, part in enumerate(sections):

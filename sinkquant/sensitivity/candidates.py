@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -93,9 +94,10 @@ def _beside(shape: ModelShape, recipe: Recipe,
     return {name: (choice.columns, choice.scalars) for name, choice in choices.items() if choice.keep == "split"}
 
 
-def errors(decoder: Decoder, name: str, hessian: torch.Tensor, candidates: tuple[TrialFormat, ...],
-           recipe: Recipe, stored: torch.dtype) -> Iterator[tuple[TrialFormat, torch.Tensor]]:
-    """(candidate, quantized weight - weight) of a linear one after the other, float32 [rows, columns].
+def errors(decoder: Decoder, names: Sequence[str], hessian: torch.Tensor, candidates: tuple[TrialFormat, ...],
+           recipe: Recipe, stored: torch.dtype) -> Iterator[tuple[TrialFormat, dict[str, torch.Tensor]]]:
+    """(candidate, linear -> quantized weight - weight) one after the other, float32 [rows, columns], of linears that
+    read one input.
 
     GPTAQ is tried as GPTQ, and coordinate descent is left out: both change little of what a format costs, and the
     candidates are many. Rounding to nearest takes no statistics, as in a plan without a calibrated method.
@@ -103,14 +105,16 @@ def errors(decoder: Decoder, name: str, hessian: torch.Tensor, candidates: tuple
     Args:
         hessian: [columns, columns] of the input. stored: the dtype of the model, whatever it computes in.
     """
-    settings, weight = recipe.weights.model_copy(update={"descent": 0}), decoder.weight(name)
+    settings, factored = recipe.weights.model_copy(update={"descent": 0}), dict[Any, Any]()
+    weights = {name: decoder.weight(name) for name in names}
     for one in candidates:
         method, form = method_named(one.method), one.form
-        scales = scheme_of(form).scales(str(stored).removeprefix("torch."), name in decoder.experts)
-        problem = Problem(name, form, weight, getattr(torch, scales), settings,
-                          hessian if method.needs_hessian else None)
+        problems = [Problem(name, form, weight, getattr(torch, scheme_of(form).scales(
+            str(stored).removeprefix("torch."), name in decoder.experts)), settings,
+            hessian if method.needs_hessian else None, factored=factored) for name, weight in weights.items()]
         if one.columns or one.scalars:
-            packed = solve_beside(method, problem, one.columns, one.scalars)
+            packed = [solve_beside(method, problem, one.columns, one.scalars) for problem in problems]
         else:
-            packed = method.solve(problem)
-        yield one, packed.dequantized(stored).float() - weight.float()
+            packed = method.solve_together(problems)
+        yield one, {name: made.dequantized(stored).float() - weight.float()
+                    for (name, weight), made in zip(weights.items(), packed, strict=True)}

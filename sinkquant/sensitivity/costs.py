@@ -30,6 +30,9 @@ def sensitivity_bytes(sizes: Sizes) -> float:
                                   * linear.columns ** 2 + 16 * linear.parameters + 12 * batch * linear.rows)
                               for _, linear in free)])
     peaks = [_walked_back(sizes, tokens, batch, length) + seen + max(solve, _graph(sizes, batch, length))]
+    if settings.end_bits:  # the head, its rounded twin, and both predictions of a row
+        peaks.append(sizes.vocabulary * sizes.hidden * (2 * sizes.item + sizes.stored) + 24.0 * length
+                     * sizes.vocabulary + (len(sizes.linears) + 4) * tokens * sizes.hidden * sizes.item)
     if sizes.recipe.kv_tried:
         length = min(settings.kv_length, longest)
         batch = min(settings.batch_size, settings.kv_rows) * length
@@ -48,7 +51,7 @@ def sensitivity_bytes(sizes: Sizes) -> float:
 def _walked_back(sizes: Sizes, tokens: int, batch: int, length: int) -> float:
     """A walk back: a block, and what comes into every block and its gradient; or the head with a batch's logits."""
     states = tokens * sizes.hidden * sizes.item
-    kept = 0 if states > sizes.memory / SPILL_SHARE else (len(sizes.linears) + 3) * states
+    kept = 0 if states > sizes.memory / SPILL_SHARE else (len(sizes.linears) + 4) * states
     head = sizes.vocabulary * sizes.hidden * (sizes.item + sizes.stored) + 4 * 4.0 * batch * sizes.vocabulary
     return max(sizes.walked(sizes.block, 0), head - _graph(sizes, batch, length)) + kept
 

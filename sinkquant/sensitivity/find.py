@@ -25,6 +25,7 @@ from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.recipe import Recipe
 from sinkquant.schemes.weight_format import PLAIN
 from sinkquant.sensitivity.candidates import Unit, units_of
+from sinkquant.sensitivity.ends import end_candidates
 from sinkquant.sensitivity.estimate import estimate
 from sinkquant.sensitivity.inputs import InputUnit, input_losses, input_units
 from sinkquant.sensitivity.kv import exact_places, kv_losses, measured_kv
@@ -72,14 +73,15 @@ def find_sensitivity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     def walk() -> Walk:
         return Walk(decoder, rows, settings.batch_size, device, dtype, store=store)
 
-    found = estimate(walk(), units, sinks, weights, recipe, progress) if units else []
+    ends = end_candidates(decoder.shape(""), recipe)
+    found, of_ends = estimate(walk(), units, sinks, weights, recipe, ends, progress) if units else ([], [])
     rounded = input_losses(walk(), of_inputs, sinks, weights, recipe, progress) if of_inputs else []
     notes = [f"the calibration text holds {len(rows)} rows of {length} tokens for the sensitivities; {settings.rows} "
              "were asked for"] if len(rows) < settings.rows else []
     made = Sensitivity(
         key=key, model=sink_map.model.name, rows=len(rows), length=length,
         sinks=[token.text or f"position {token.position}" for token in _placed(sink_map)],
-        sink_positions=float(sinks.sum(1).double().mean()), units=found, inputs=rounded, notes=notes)
+        sink_positions=float(sinks.sum(1).double().mean()), units=found, ends=of_ends, inputs=rounded, notes=notes)
     if settings.measure_rows and units:
         made = _measured(made, decoder, tokenizer, sink_map, weights, recipe, progress)
     if recipe.kv_tried:
@@ -100,7 +102,9 @@ def sensitivity_key(decoder: Decoder, rows: torch.Tensor, sink_map: SinkMap, rec
                     inputs: Sequence[InputUnit] = ()) -> str:
     """A hash of all that decides sensitivities: some rows of every weight matrix, the shapes, the text's rows, the
     sinks, and the recipe's part in it."""
-    asked = recipe.sensitivity.model_dump(mode="json", exclude={"score"})
+    # What a later version asked for, and this recipe does not, leaves the key as it was.
+    unset = set() if recipe.sensitivity.end_bits else {"end_bits"}
+    asked = recipe.sensitivity.model_dump(mode="json", exclude={"score", *unset})
     cache = recipe.kv_cache if recipe.kv_tried else None
     kept = None if cache is None else cache.model_dump(mode="json", exclude={"key_bits", "value_bits", "overrides",
                                                                              "length"})

@@ -71,6 +71,7 @@ class Seen:
         self.linears: dict[str, list[SeenBatch]] = {name: [] for unit in units if not unit.owner
                                                     for name in unit.modules}
         self.handed: dict[str, list[ExpertBatch]] = {unit.owner: [] for unit in units if unit.owner}
+        self.hessians: dict[str, torch.Tensor] = {}
         self.expert: tuple[str, int, dict[str, list[SeenBatch]], dict[str, torch.Tensor]] | None = None
         with self._watching():
             back.pull()
@@ -79,7 +80,9 @@ class Seen:
         """What a linear of a unit saw, and the Hessian of its input, [columns, columns]; zeros where no token came.
         Linears that engines fuse read one input."""
         if unit.owner is None:
-            return self.linears[name], self._hessian(unit.modules[0], name)
+            if unit.modules[0] not in self.hessians:
+                self.hessians = {unit.modules[0]: self._hessian(unit.modules[0], name)}
+            return self.linears[name], self.hessians[unit.modules[0]]
         part = self.decoder.experts[name]
         if self.expert is None or self.expert[:2] != (part.owner, part.index):
             self.expert = (part.owner, part.index, self._expert(part), self._expert_hessians(part))

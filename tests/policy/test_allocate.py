@@ -74,6 +74,43 @@ def test_bytes_are_those_on_disk(tmp_path: Path) -> None:
     assert plan.weight_bytes > 0.97 * 220_000
 
 
+ENDS = ["weights.group_size=32", "weights.method=rtn", "budget.solver=sensitivity", "sensitivity.end_bits=[4,8]"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_budget_of_the_whole_checkpoint_chooses_head_and_embedding(tied: bool, tmp_path: Path) -> None:
+    model = tiny_model("llama", tie_word_embeddings=tied)
+    decoder = Decoder.of(model)
+    shape, sink_map = decoder.shape("tiny"), sink_map_of(decoder)
+
+    def plan(*assignments: str, ends: float = 1.0) -> Plan:
+        return make_plan(shape, sink_map, Recipe().replace([*ENDS, *assignments]), sensitivity_of(shape, ends=ends))
+
+    small = plan("budget.megabytes=0.12")
+    assert {end.bits for end in small.ends.values()} <= ({8} if tied else {4, 8})
+    assert 0.98 * 120_000 < small.weight_bytes <= 120_000
+    assert small.predicted["kl_ends"] == pytest.approx(sum(4.0 ** -end.bits for end in small.ends.values()))
+    assert all("as the budget is solved for" in end.reason for end in small.ends.values())
+    control = make_control(shape, sink_map, Recipe.parse(small.recipe), small)
+    assert control.ends == small.ends
+    assert abs(control.weight_bytes - small.weight_bytes) < 0.01 * small.weight_bytes
+    # Ends that lose much stay in 16 bits, and the blocks pay.
+    dear = plan("budget.megabytes=0.12", ends=1e6)
+    assert not dear.ends
+    assert dear.bits_per_weight < small.bits_per_weight
+    per_parameter = plan(f"budget.bits_per_parameter={8 * small.weight_bytes / shape.values:.4f}")
+    assert abs(per_parameter.weight_bytes - small.weight_bytes) < 0.02 * small.weight_bytes
+    save(quantize(model, small), tiny_tokenizer(), tmp_path / "out")
+    assert sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")) == small.weight_bytes
+    # vLLM loads no embedding of a byte each.
+    assert "embedding" not in {shape.ends[name].kind for name in plan(
+        "budget.megabytes=0.14", "budget.engine=vllm").ends}
+    with pytest.raises(RequestError, match=r"hold no losses of the head and the embedding"):
+        plan("budget.megabytes=0.12", ends=0.0)
+    with pytest.raises(RequestError, match=r"raise budget\.megabytes to 0\.0"):
+        plan("budget.megabytes=0.01")
+
+
 def test_a_ceiling_of_loss_is_met_in_the_fewest_bytes() -> None:
     plan = solved("budget.loss=0.01")
     assert plan.predicted["kl"] <= 0.01
@@ -150,10 +187,12 @@ def test_the_context_of_a_budget_counts_the_cache() -> None:
     (("budget.bits=4", "backend=gptq"), "solved for in the formats of compressed-tensors and gguf, not of gptq"),
     (("budget.bits=10", "budget.engine=vllm", f"weights.overrides=[{{pattern: {DOWN}, bits: 3}}]"),
      "budget.engine vllm does not load .* in 3 bits, groups of 32"),
-    (("budget.bits=4", "budget.loss=1"), "name one of bits, bytes and loss"),
+    (("budget.bits=4", "budget.loss=1"), "name one of bits, bytes, megabytes, bits_per_parameter and loss"),
     (("budget.context=5",), "context is for a budget of bytes"),
     (("budget.loss=1", "budget.solver=even"), "'even' knows bits and bytes"),
-    ((), "needs one of bits, bytes and loss")])
+    (("budget.bits=4", "sensitivity.end_bits=[8]"), "counts the blocks' linears alone"),
+    (("budget.bytes=4000000", "sensitivity.end_bits=[8]", "backend=gguf"), "end_bits is for the backend compressed-tensors"),
+    ((), "needs one of bits, bytes, megabytes, bits_per_parameter and loss")])
 def test_what_cannot_be_solved_is_refused_with_what_can(assignments: tuple[str, ...], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         solved(*assignments)

@@ -26,8 +26,8 @@ def test_sink_columns_are_tried_beside_the_codes(method: str) -> None:
     assert all(not one.columns for name, unit in units.items() if name not in (DOWN, GATE) for one in unit.candidates)
     columns = DECODER.weight(DOWN).shape[1]
     hessian = torch.eye(columns, dtype=torch.float64)
-    for one, error in errors(DECODER, DOWN, hessian, units[DOWN].candidates, recipe, torch.float32):
-        worst = float(error[:, 3].abs().max() / DECODER.weight(DOWN)[:, 3].abs().max())
+    for one, changes in errors(DECODER, [DOWN], hessian, units[DOWN].candidates, recipe, torch.float32):
+        worst = float(changes[DOWN][:, 3].abs().max() / DECODER.weight(DOWN)[:, 3].abs().max())
         assert (worst < 2**-8) == bool(one.columns)
     plain = units_of(DECODER, recipe.replace(["protect.channels=none"]), SINKS)
     assert all(not one.columns for unit in plain for one in unit.candidates)

@@ -18,10 +18,12 @@ def plan_lines(made: Plan, full: bool = False) -> Iterator[tuple[int, str]]:
     """Indentation and text of every paragraph. `full`: a paragraph for every linear."""
     yield 0, f"{len(made.modules)} linears, {made.bits_per_weight:.3f} bits per weight"
     yield from _every(made) if full else _grouped(made)
-    yield 0, f"{made.weight_bytes:,} bytes of {made.unquantized_bytes:,}; loads in {', '.join(made.loads_in)}"
+    yield 0, (f"{made.weight_bytes:,} bytes of {made.unquantized_bytes:,}, {made.bits_per_parameter:.3f} bits per "
+              f"parameter; loads in {', '.join(made.loads_in)}")
     if "kl" in made.predicted:
+        ends = f", {made.predicted['kl_ends']:.2g} by head and embedding" if "kl_ends" in made.predicted else ""
         yield 0, (f"Predicted KL divergence {made.predicted['kl']:.4g} nats per token, of which "
-                  f"{made.predicted['kl_sinks']:.2g} through sinks")
+                  f"{made.predicted['kl_sinks']:.2g} through sinks{ends}")
     if full and made.blocks is not None:
         yield from _blocks(made.blocks)
     if made.kv_cache is not None:

@@ -50,6 +50,12 @@ def input_table(found: Sensitivity) -> Table:
     return shown
 
 
+def ends_in_words(found: Sensitivity) -> list[str]:
+    """What the head and the embedding lose; empty where neither was tried."""
+    parts = [f"{1000 * end.loss:.2g} ({end.kind}, {end.bits} bits)" for end in found.ends]
+    return [f"The output head and the token embedding alone, in 0.001 nats: {', '.join(parts)}"] if parts else []
+
+
 def cache_table(found: Sensitivity) -> Table:
     """One row per KV head and kind, one column per number of bits: thousandths of a nat per token."""
     bits = sorted({loss.bits for loss in found.kv})
