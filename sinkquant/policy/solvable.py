@@ -26,8 +26,8 @@ def check_solvable(recipe: Recipe) -> None:
                            "sensitivity.end_bits out.")
     scheme = scheme_for(recipe)
     if recipe.sensitivity.end_bits and scheme.foreign:
-        raise RequestError(f"sensitivity.end_bits is for the backend {DEFAULT_BACKEND}, not for {recipe.backend}; leave it "
-                           "out.")
+        raise RequestError(f"sensitivity.end_bits is for the backend {DEFAULT_BACKEND}, not for {recipe.backend}; "
+                           "leave it out.")
     multiplied = scheme if scheme.foreign else multiplied_with(scheme, recipe.activations.format)
     if scheme.foreign and not scheme.solvable:
         backends = dict.fromkeys(one.backend for one in all_schemes() if one.solvable)

@@ -191,7 +191,7 @@ def test_the_context_of_a_budget_counts_the_cache() -> None:
     (("budget.context=5",), "context is for a budget of bytes"),
     (("budget.loss=1", "budget.solver=even"), "'even' knows bits and bytes"),
     (("budget.bits=4", "sensitivity.end_bits=[8]"), "counts the blocks' linears alone"),
-    (("budget.bytes=4000000", "sensitivity.end_bits=[8]", "backend=gguf"), "end_bits is for the backend compressed-tensors"),
+    (("budget.bytes=4000000", "sensitivity.end_bits=[8]", "backend=gptq"), "end_bits is for the backend compressed"),
     ((), "needs one of bits, bytes, megabytes, bits_per_parameter and loss")])
 def test_what_cannot_be_solved_is_refused_with_what_can(assignments: tuple[str, ...], message: str) -> None:
     with pytest.raises(RequestError, match=message):
