@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sinkquant.artifacts import Plan, Sensitivity, SinkMap
+from sinkquant.artifacts import ModelShape, Plan, Sensitivity, SinkMap
 from sinkquant.cli.paper import paragraph, table
 from sinkquant.cli.parts import (
     EngineOption,
@@ -45,9 +45,19 @@ def plan(model: ModelArgument,
                                                 "bytes, with uniform plans and the control.")] = False,
          output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan here; with --frontier a "
                                                      "page, and its figures as JSON beside it.")] = None,
+         types: Annotated[Path | None, typer.Option("--tensor-types", help="Write the type of every tensor here, as "
+                                                    "llama-quantize reads them with --tensor-type-file; for recipes "
+                                                    "with backend=gguf.")] = None,
          trust_remote_code: TrustOption = False) -> None:
     """Decide bits per module, with reasons and exact bytes; quantizes nothing."""
     chosen, folder = for_engine(Recipe.load(recipe).replace(assignments or []), engine), resolve(model)
+    if types:
+        from sinkquant.policy import check_tensor_types
+
+        check_tensor_types(chosen.backend, types)
+        if frontier or chosen.prune.blocks is not None:
+            raise RequestError("--tensor-types is of one plan of the model as it is; leave out --frontier and "
+                               "prune.blocks.")
     if chosen.prune.blocks is not None:
         if frontier:
             raise RequestError("--frontier sweeps budgets of one model, and prune.blocks makes another; drop the "
@@ -74,7 +84,20 @@ def plan(model: ModelArgument,
         costs = (find_costs(model, text, sinks, chosen, sensitivity, trust_remote_code)
                  if chosen.needs_sensitivities or sensitivity else None)
         made = make_plan(shape, sinks, chosen, costs)
+    said = _write_types(types, made, shape) if types else ""
     _show(made, output, json, full)
+    if said and not json:
+        paragraph(said)
+
+
+def _write_types(path: Path, made: Plan, shape: ModelShape) -> str:
+    """Write what llama-quantize is told of a plan, and say how."""
+    from sinkquant.policy import tensor_types
+
+    found = tensor_types(made, shape)
+    path.write_text(found.text(), encoding="utf-8")
+    return (f"llama-quantize --tensor-type-file {path} IN.gguf OUT.gguf {found.most} writes {found.bytes:,} bytes of "
+            "tensors and IN.gguf's header.")
 
 
 def _of_shorter(recipe: Recipe, model: str, sink_map: Path | None, sensitivity: Path | None,

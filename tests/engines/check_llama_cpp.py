@@ -13,31 +13,41 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from gguf import GGMLQuantizationType, GGUFReader
 from llama_cpp import Library, Model
 from server import asked
 
+from sinkquant.artifacts import ModelShape, Plan
 from sinkquant.formats import load, quantize_to
 from sinkquant.models import Decoder, load_tokenizer, open_model, resolve
-from sinkquant.policy import make_plan
+from sinkquant.policy import make_plan, tensor_types
 from sinkquant.policy.headers import nothing_found
 from sinkquant.recipe import Recipe
 from sinkquant.resources import demo_text
 
 TOKENS = 200
 PORT = 18_473
-DENSE = 0
-"""llama_ftype of a file whose matrices are float32."""
+DENSE, IQ4_NL = 0, 25
+"""llama_ftype of a file whose matrices are float32, and of one in IQ4_NL."""
 
 
-@pytest.fixture(scope="module", params=["true", "false"], ids=["q4_0", "q4_1"])
+KINDS = {"q4_0": "symmetric=true", "q4_1": "symmetric=false", "iq4_nl": "format=iq4_nl"}
+
+
+def planned(kind: str) -> tuple[Plan, ModelShape]:
+    """The bundled model, a block with 8 bits and one with 5 among those with 4."""
+    shape = Decoder.of(open_model(resolve("demo"))).shape("demo")
+    recipe = Recipe.load("gguf-q4-sink").replace([
+        "weights.method=rtn", f"weights.{KINDS[kind]}",
+        "weights.overrides=[{pattern: '*.2.*', bits: 8}, {pattern: '*.3.*', bits: 5}]"])
+    return make_plan(shape, nothing_found(shape), recipe), shape
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model, a block with 8 bits among those with 4."""
+    """The checkpoint of such a plan."""
     source, out = resolve("demo"), tmp_path_factory.mktemp("gguf") / "model"
-    recipe = Recipe.load("gguf-q4-sink").replace(["weights.method=rtn",
-                                                  f"weights.symmetric={request.param}",
-                                                  "weights.overrides=[{pattern: '*.2.*', bits: 8}]"])
-    shape = Decoder.of(open_model(source)).shape("demo")
-    quantize_to(out, open_model(source), make_plan(shape, nothing_found(shape), recipe), load_tokenizer(source))
+    quantize_to(out, open_model(source), planned(request.param)[0], load_tokenizer(source))
     return out
 
 
@@ -65,6 +75,18 @@ def test_the_same_tokens_and_the_same_log_probabilities(folder: Path, library: L
     print(f"mean distance of log-probabilities: {off}")
     assert off["dense"] < 1e-4  # the weights are the same
     assert off["packed"] < 0.05  # llama.cpp rounds activations to 8 bits where weights are in blocks
+
+
+def test_its_own_quantizer_takes_the_types_of_a_plan(folder: Path, library: Library, tmp_path: Path) -> None:
+    plan, shape = planned("iq4_nl")
+    found = tensor_types(plan, shape)
+    library.quantize(folder / "model.gguf", tmp_path / "dense.gguf", DENSE)
+    library.quantize(tmp_path / "dense.gguf", tmp_path / "mixed.gguf", IQ4_NL, types={
+        pattern: int(GGMLQuantizationType[kind.upper()]) for pattern, kind in (
+            line.split("=") for line in found.text().splitlines())})
+    read = GGUFReader(tmp_path / "mixed.gguf")
+    assert {one.name: one.tensor_type.name.lower() for one in read.tensors if len(one.shape) > 1} == found.kinds
+    assert (tmp_path / "mixed.gguf").stat().st_size - read.data_offset == found.bytes
 
 
 def test_the_server_of_the_guide_answers_as_transformers_does(folder: Path) -> None:

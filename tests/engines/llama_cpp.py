@@ -56,6 +56,12 @@ class Imatrix(ctypes.Structure):
     _fields_ = [("name", c_char_p), ("data", ctypes.POINTER(c_float)), ("size", c_size_t)]
 
 
+class TypeOverride(ctypes.Structure):
+    """llama_model_tensor_override."""
+
+    _fields_ = [("pattern", c_char_p), ("kind", c_int32)]
+
+
 class QuantizeParameters(ctypes.Structure):
     """llama_model_quantize_params."""
 
@@ -110,8 +116,10 @@ class Library:
         model = call.llama_model_default_params()
         assert (model.n_gpu_layers, model.use_extra_bufts) == (-1, True), "another llama.h"
 
-    def quantize(self, source: Path, target: Path, kind: int, imatrix: dict[str, numpy.ndarray] | None = None) -> None:
-        """What llama-quantize does. kind: of llama_ftype."""
+    def quantize(self, source: Path, target: Path, kind: int, imatrix: dict[str, numpy.ndarray] | None = None,
+                 types: dict[str, int] | None = None) -> None:
+        """What llama-quantize does. kind: of llama_ftype. types: pattern of tensors' names -> ggml_type, as
+        --tensor-type has them."""
         parameters = self.call.llama_model_quantize_default_params()
         assert parameters.quantize_output_tensor, "another llama.h"
         parameters.nthread, parameters.ftype, parameters.allow_requantize = 2, kind, True
@@ -123,6 +131,11 @@ class Library:
                 one.name, one.size = name, len(values)
                 one.data = values.ctypes.data_as(ctypes.POINTER(c_float))
             parameters.imatrix = data
+        if types:
+            overrides = (TypeOverride * (len(types) + 1))()
+            for place, (pattern, number) in enumerate(types.items()):
+                overrides[place].pattern, overrides[place].kind = pattern.encode(), number
+            parameters.tt_overrides = ctypes.cast(overrides, c_void_p)
         code = self.call.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(parameters))
         assert code == 0, "".join(self.said[-20:])
 
