@@ -65,7 +65,7 @@ def tensor_types(plan: Plan, shape: ModelShape) -> TensorTypes:
     """
     scheme = scheme_of(next(iter(plan.formats.values())))
     assert isinstance(scheme, Blocks)
-    others = [transform.name for transform in plan.transforms]
+    others: list[str] = [transform.name for transform in plan.transforms]
     if any(decision.prune is not None for decision in plan.modules.values()) or plan.silenced_heads:
         others.append("pruning")
     if others:
