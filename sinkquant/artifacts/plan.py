@@ -194,7 +194,7 @@ class Plan(Artifact):
     @property
     def formats(self) -> dict[str, WeightFormat]:
         """Module name -> format of every linear that is packed."""
-        return {name: decision.form for name, decision in self.modules.items() if decision.form.packed}
+        return {name: form for name, decision in self.modules.items() if (form := decision.form).packed}
 
     @property
     def stored(self) -> dict[str, WeightFormat]:

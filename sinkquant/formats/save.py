@@ -69,7 +69,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
         for name, rows in state.ends.items():
             write_end(writer, Decoder.of(model), state.plan, name, rows)
         for name, weight in state.weights.items():
-            write_packed(writer, name, weight, state.plan.formats[name], state.input_scales.get(name))
+            write_packed(writer, name, weight, state.plan.modules[name].form, state.input_scales.get(name))
         save_simulated(temporary, state.plan, state.input_scales)
         if state.bases is not None:
             save_bases(state.bases, temporary / KV_BASES)

@@ -265,7 +265,7 @@ def _read_ends(partial: Path, decoder: Decoder, plan: Plan) -> None:
 
 def _write_block(writer: CheckpointWriter, block: QuantizedBlock, plan: Plan) -> None:
     """Write what a block has that is new, and compare what the disk gives back."""
-    stored = {name: (weight, plan.formats[name], block.input_scales.get(name))
+    stored = {name: (weight, plan.modules[name].form, block.input_scales.get(name))
               for name, weight in block.weights.items()}
     for name, parts in stored.items():
         write_packed(writer, name, *parts)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinkquant.artifacts import SinkMap
+from sinkquant.artifacts import LinearShape, SinkMap
 from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.imatrix.file import Importance, write_importance
 from sinkquant.imatrix.names import expert_names, tensor_names
@@ -69,10 +69,11 @@ def imatrix(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: st
     walk = Walk(decoder, rows, settings.batch_size, pick_device(recipe.compute.device),
                 getattr(torch, recipe.compute.dtype), store=store)
     found: dict[str, Importance] = {}
+    linears = decoder.shape("").linears
     for step in walk.steps():
         weights.enter(step)
         found |= _experts(step, decoder, weights, settings.min_expert_tokens)
-        found |= _dense(step, decoder, names, weights)
+        found |= _dense(step, decoder, linears, names, weights)
         if progress:
             progress(step.index + 1, len(decoder.blocks), "importance of inputs")
     texts = settings.text if isinstance(settings.text, list) else [settings.text or PACKAGED]
@@ -105,10 +106,10 @@ def check_imatrix(decoder: Decoder, target: Path) -> dict[str, str]:
     return names
 
 
-def _dense(step: Step, decoder: Decoder, names: Mapping[str, str], weights: TokenWeights) -> dict[str, Importance]:
+def _dense(step: Step, decoder: Decoder, shape: Mapping[str, LinearShape], names: Mapping[str, str],
+           weights: TokenWeights) -> dict[str, Importance]:
     """What the linears of a block read, taken while the rows walk on; those that engines fuse read one input, which is
     looked at once."""
-    shape = decoder.shape("").linears
     mine = {name: shape[name].fused_with[0] for name in names if name.startswith(f"{step.name}.")}
     sums: dict[str, Hessian] = {}
     handles = []

@@ -56,6 +56,10 @@ class Norm:
     offset: int
 
 
+Known = dict[tuple[object, ...], tuple[bool, int] | None]
+"""Class, parameters and settings of a norm -> `centred` and `offset`, None for none of these kinds."""
+
+
 @dataclass(frozen=True)
 class Pair:
     """Two linears with nothing but products and sums of whole channels between them.
@@ -136,7 +140,8 @@ def structure_of(model: PreTrainedModel, block_names: Sequence[str], blocks: Seq
     """The structure of a decoder with these blocks; no weight is read."""
     config = model.config.get_text_config(decoder=True)
     width = int(config.hidden_size)
-    found = tuple(_block(layer_config(config, index), name, block)
+    known: Known = {}
+    found = tuple(_block(layer_config(config, index), name, block, known)
                   for index, (name, block) in enumerate(zip(block_names, blocks, strict=True)))
     inside = tuple(f"{name}." for name in block_names)
     ends = {id(model.get_input_embeddings()): "embedding", id(model.get_output_embeddings()): "head"}
@@ -154,7 +159,7 @@ def structure_of(model: PreTrainedModel, block_names: Sequence[str], blocks: Seq
         elif role == "embedding" or (isinstance(module, nn.Embedding) and module.embedding_dim == width):
             embeddings.append(f"{name}.weight")
         elif "Norm" in type(module).__name__:
-            norm = norm_of(name, module, width)
+            norm = norm_of(name, module, width, known)
             unknown += [f"{name} is no norm that is known"] if norm is None else []
             finals += [] if norm is None else [norm]
         elif own:
@@ -166,8 +171,11 @@ def structure_of(model: PreTrainedModel, block_names: Sequence[str], blocks: Seq
     return Structure(found, tuple(embeddings), finals[0] if len(finals) == 1 else None, head, tuple(unknown))
 
 
-def norm_of(name: str, module: nn.Module, width: int) -> Norm | None:
-    """What a norm computes, found by trying it on random numbers; None where it is none of the known kinds.
+def norm_of(name: str, module: nn.Module, width: int, known: Known) -> Norm | None:
+    """A norm over `width` channels; None where it is none of the known kinds.
+
+    Args:
+        known: what norms of this class and these settings were found to compute, which is added to.
 
     Raises:
         RequestError: it gives NaN.
@@ -175,10 +183,22 @@ def norm_of(name: str, module: nn.Module, width: int) -> Norm | None:
     parameters = dict(module.named_parameters(recurse=False))
     if not set(parameters) <= {"weight", "bias"} or any(p.shape != (width,) for p in parameters.values()):
         return None
+    settings = tuple(sorted((key, repr(value)) for key, value in vars(module).items() if not key.startswith("_")))
+    kind = (type(module), tuple(sorted(parameters)), settings)
+    if kind not in known:
+        known[kind] = _computes(name, module, width, tuple(parameters))
+    if (found := known[kind]) is None:
+        return None
+    own = [f"{name}.{leaf}" if leaf in parameters else None for leaf in ("weight", "bias")]
+    return Norm(name, own[0], own[1], *found)
+
+
+def _computes(name: str, module: nn.Module, width: int, leaves: Sequence[str]) -> tuple[bool, int] | None:
+    """Whether a norm subtracts the mean, and what it adds to its gain: found by trying it on random numbers."""
     trial = copy.deepcopy(module).to_empty(device="cpu").double().eval()
     generator = torch.Generator().manual_seed(0)
     rows = 1 + 3 * torch.randn(2, width, generator=generator, dtype=torch.float64)
-    values = {leaf: torch.rand(width, generator=generator, dtype=torch.float64) for leaf in parameters}
+    values = {leaf: torch.rand(width, generator=generator, dtype=torch.float64) for leaf in leaves}
     with torch.no_grad():
         for leaf, value in values.items():
             getattr(trial, leaf).copy_(value)
@@ -192,12 +212,11 @@ def norm_of(name: str, module: nn.Module, width: int) -> Norm | None:
         for offset in (0, 1):
             gain = offset + values["weight"] if "weight" in values else torch.ones(width, dtype=torch.float64)
             if torch.allclose(found.double(), unit * gain + values.get("bias", 0), rtol=1e-3, atol=1e-3):
-                gained = f"{name}.weight" if "weight" in values else None
-                return Norm(name, gained, f"{name}.bias" if "bias" in values else None, centred, offset)
+                return centred, offset
     return None
 
 
-def _block(config: PreTrainedConfig, name: str, block: nn.Module) -> BlockStructure:
+def _block(config: PreTrainedConfig, name: str, block: nn.Module, known: Known) -> BlockStructure:
     norms = [child for child, module in block.named_children() if "Norm" in type(module).__name__]
     before_attention = next((norm for norm in BEFORE_ATTENTION if norm in norms), None)
     before_mlp = next((norm for norm in BEFORE_MLP if norm in norms), None)
@@ -236,7 +255,7 @@ def _block(config: PreTrainedConfig, name: str, block: nn.Module) -> BlockStruct
     for norm, readers_of_it in sides:
         found = None
         if norm is not None:
-            found = norm_of(f"{name}.{norm}", block.get_submodule(norm), int(config.hidden_size))
+            found = norm_of(f"{name}.{norm}", block.get_submodule(norm), int(config.hidden_size), known)
             unknown += [f"{name}.{norm} is no norm that is known"] if found is None else []
         read.append((found, tuple(readers_of_it)))
     values = next((pair for path in attention if (pair := _values(config, block, path, matrices)) is not None), None)

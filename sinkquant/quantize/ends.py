@@ -20,7 +20,7 @@ from sinkquant.schemes.tensors import scale_dtype
 
 def untie(decoder: Decoder, plan: Plan) -> None:
     """Give a tied head a weight of its own where the plan stores it in another way than the embedding."""
-    shape = decoder.shape("").ends
+    shape = decoder.shape("").ends if plan.ends else {}
     for name, end in plan.ends.items():
         if shape[name].shared_with is not None and end.shares is None:
             untie_head(decoder)

@@ -55,10 +55,11 @@ def scale_block(decoder: Decoder, step: Step, plan: Plan, weights: TokenWeights,
 def _scale(decoder: Decoder, plan: Plan, transform: Transform, place: Place,
            seen: InputStatistics) -> torch.Tensor | None:
     """The scale of a place's channels; None where nothing that reads them is packed, or asks for it."""
-    mine = [matrix for matrix in place.readers if matrix.module in plan.formats]
+    mine = [matrix for matrix in place.readers if matrix.module in plan.modules
+            and plan.modules[matrix.module].form.packed]
     if not mine:
         return None
-    readers = [Reader(weight_of(decoder, matrix), plan.formats[matrix.module]) for matrix in mine]
+    readers = [Reader(weight_of(decoder, matrix), plan.modules[matrix.module].form) for matrix in mine]
     search = plan.calibration.scale_search
     if transform.name == "smoothquant":
         strength = 0.5 if transform.strength is None else transform.strength

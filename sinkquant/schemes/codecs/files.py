@@ -64,5 +64,6 @@ class LibraryFiles(Files):
 
 def kept_linears(model: PreTrainedModel, plan: Plan) -> list[str]:
     """Names of the linears that a plan leaves alone, the output head among them."""
+    packed = plan.formats
     return [name for name, module in model.named_modules()
-            if isinstance(module, nn.Linear | Conv1D) and name not in plan.formats]
+            if isinstance(module, nn.Linear | Conv1D) and name not in packed]

@@ -78,18 +78,19 @@ class GPTQFiles(LibraryFiles):
     def settings(self, model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
         """Linears that are not packed are named for gptqmodel and vLLM (`dynamic`); where all blocks keep the same,
         also as optimum wants it (`modules_in_block_to_quantize`)."""
-        ((bits, size),) = {(form.bits, form.group_size) for form in plan.formats.values()}
+        formats = plan.formats
+        ((bits, size),) = {(form.bits, form.group_size) for form in formats.values()}
         kept = kept_linears(model, plan)
         found: dict[str, Any] = {
             "quant_method": "gptq", "bits": bits, "group_size": size, "desc_act": False,
-            "sym": all(scheme_of(form).symmetric for form in plan.formats.values()), "lm_head": False,
+            "sym": all(scheme_of(form).symmetric for form in formats.values()), "lm_head": False,
             "checkpoint_format": "gptq", "damp_percent": plan.calibration.damping, "true_sequential": True,
             "dynamic": {f"-:^{re.escape(name)}$": {} for name in kept},
             "meta": {"quantizer": [f"sinkquant:{importlib.metadata.version('sinkquant')}"]}}
         blocks: dict[str, set[str]] = {}
         for name in plan.modules:
             block, _, leaf = _parts(name)
-            blocks.setdefault(block, set()).update([leaf] if name in plan.formats else [])
+            blocks.setdefault(block, set()).update([leaf] if name in formats else [])
         if len({frozenset(leaves) for leaves in blocks.values()}) == 1:
             found["modules_in_block_to_quantize"] = [sorted(next(iter(blocks.values())))]
         return found
