@@ -14,7 +14,7 @@ from sinkquant.artifacts.sizes import own_format
 from sinkquant.cache.read_native import native_or_why
 from sinkquant.detect.table import AttentionTable
 from sinkquant.errors import RequestError
-from sinkquant.models import BosPolicy, Decoder, Walk, adds_bos, read_text, starts_with_bos, token_rows
+from sinkquant.models import BosPolicy, Decoder, Walk, adds_bos, read_text, starts_with_bos, together, token_rows
 from sinkquant.policy.engines import loads_in
 from sinkquant.policy.plan import formats_asked
 from sinkquant.quantize.trial import require_loads
@@ -25,7 +25,7 @@ from sinkquant.schemes.table import out_of_reach
 SAMPLE = "The attention sink."
 MESSAGES = [{"role": "user", "content": SAMPLE}]
 LOSS_MATTERS = 0.05
-ROWS, LENGTH = 16, 64
+ROWS, LENGTH = 8, 64
 
 
 @dataclass
@@ -185,18 +185,16 @@ def _loss_with_and_without(decoder: Decoder, tokenizer: PreTrainedTokenizerBase,
         return
     content = read_text(text, "evaluation", tokenizer)
     length = min(LENGTH, decoder.max_length)
-    losses = {}
     policies: tuple[BosPolicy, ...] = ("always", "never")
-    for policy in policies:
-        try:
-            rows = token_rows(tokenizer, content, ROWS, length, policy, decoder.vocabulary)
-        except RequestError as error:
-            audit.warnings.append(f"the worth of <bos> was not measured: {error}")
-            return
-        walk = Walk(decoder, rows, ROWS)
-        for _ in walk.steps():
-            pass
-        losses[policy] = float(walk.losses().double()[:, 1:].mean())
+    try:
+        walks = {policy: Walk(decoder, token_rows(tokenizer, content, ROWS, length, policy, decoder.vocabulary), ROWS)
+                 for policy in policies}
+    except RequestError as error:
+        audit.warnings.append(f"the worth of <bos> was not measured: {error}")
+        return
+    for _ in together(list(walks.values())):
+        pass
+    losses = {policy: float(walk.losses().double()[:, 1:].mean()) for policy, walk in walks.items()}
     worth = losses["never"] - losses["always"]
     audit.tokenization["measured"] = (f"loss {losses['always']:.3f} with <bos> in front, {losses['never']:.3f} "
                                       "without it (nats per token)")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from sinkquant.artifacts import FormatLoss, Ranking, Terms, UnitSensitivity
 
@@ -34,4 +33,6 @@ def spearman(one: Sequence[float], two: Sequence[float]) -> float | None:
     """Spearman's rank correlation; None where one of the two is constant."""
     if len(set(one)) < 2 or len(set(two)) < 2:
         return None
+    from scipy.stats import spearmanr  # a second, which only measured sensitivities need
+
     return float(spearmanr(one, two).statistic)
