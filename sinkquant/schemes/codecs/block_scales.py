@@ -11,6 +11,7 @@ from typing import Self
 
 import torch
 
+from sinkquant.models.inputs import nearest_e2m1_
 from sinkquant.schemes.codecs.packed import PackedWeight
 
 E2M1 = (0, 1, 2, 3, 4, 6, 8, 12)
@@ -52,10 +53,7 @@ class BlockGrid:
         """
         if self.bits == 8:
             return codes.copy_(codes.clamp_(-self.top, self.top).to(torch.float8_e4m3fn))
-        # From 4 on codes are 2 apart, from 8 on 4.
-        size = codes.abs()
-        step = (size > 4).float().add_(size > 8, alpha=2).add_(1)
-        return codes.div_(step).round_().mul_(step).clamp_(-self.top, self.top)
+        return nearest_e2m1_(codes)
 
     def spread(self, scale: torch.Tensor) -> torch.Tensor:
         """What codes are multiplied with, float32. scale: bytes, any shape."""
