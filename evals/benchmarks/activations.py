@@ -10,7 +10,8 @@ Weights: 16 as they are (with the scales that calibration finds for 8), 8 with o
 64. Scales: "all" one stored scale per linear that reaches every token (the control), "dynamic" a scale per token where
 the sinks would set the range, "exclude" a stored scale that leaves `<bos>` out, whose keys and values come from the
 unquantized model, "token" a scale per token everywhere. Inputs in nvfp4 and mxfp4 have scales of their own: "block";
-4-bit weights are then in the same format, by GPTQ. "exact", "token-exact" and "block-exact": the inputs of the detected
+4-bit weights are then in the same format, by GPTQ. Of mxfp4 also "block-down", whose powers of two are rounded down (OCP's
+rule), and "block-fit", whose are so large that nothing is clipped. "exact", "token-exact" and "block-exact": the inputs of the detected
 sinks are not rounded at all and reach no range, which no engine can do: the most that protecting them can be worth.
 Scales that inputs do not have are passed over. "smooth, ..." is the same after SmoothQuant. int6 and int4 are
 simulated; "none": inputs of 16 bits under the weights that such inputs would take; fp8 takes weights of 8 bits, which
@@ -29,8 +30,10 @@ import itertools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
+from compressed_tensors.quantization.utils import helpers
 from measure import Lines, held_out_texts, table
 from transformers import PreTrainedModel
 
@@ -52,8 +55,11 @@ SCALES = {"all": ["activations.scale=tensor", "activations.sinks=all"],
 BLOCKS = {"block": ["activations.scale=group", "activations.sinks=all"]}
 SCALES |= {f"smooth, {name}": [*asked, "weights.smooth=smoothquant"] for name, asked in SCALES.items()}
 EXACT = {"exact": SCALES["all"], "token-exact": SCALES["token"], "block-exact": BLOCKS["block"]}
-BLOCKS |= {"block-exact": BLOCKS["block"]}
+BLOCKS |= dict.fromkeys(("block-exact", "block-down", "block-fit"), BLOCKS["block"])
 SCALES |= BLOCKS | EXACT | {"none": ["activations.format=16-bit"]}
+POWERS = {"block-down": lambda largest, num_bits=4: 125 + largest.log2().floor(),
+          "block-fit": lambda largest, num_bits=4: 127 + (largest / 6).log2().ceil()}
+"""What MXFP4's scales might be instead, as exponents: compressed-tensors rounds down where the mantissa is below 1.75."""
 TRANSFORMS: dict[str, Callable[..., None] | None] = {"none": None}
 
 
@@ -129,9 +135,10 @@ def main() -> None:
             [*weights, f"activations.format={inputs}", *SCALES[scale]]))
         if scale in EXACT:
             plan.calibration.ranges = "exclude"
-        lines.measure(labels, folder, base, plan, tokenizer, texts, keep_weights=bits == 16,
-                      exact=SinkSelector.of(sink_map.tokens) if scale in EXACT else None,
-                      before=None if before is None else partial(before, size=size))
+        with mock.patch.object(helpers, "generate_mx_scales", POWERS.get(scale, helpers.generate_mx_scales)):
+            lines.measure(labels, folder, base, plan, tokenizer, texts, keep_weights=bits == 16,
+                          exact=SinkSelector.of(sink_map.tokens) if scale in EXACT else None,
+                          before=None if before is None else partial(before, size=size))
     print(table(lines.lines, ["weights", "inputs", "text"], arguments.seed))
 
 
