@@ -10,12 +10,12 @@ Weights: 16 as they are (with the scales that calibration finds for 8), 8 with o
 64. Scales: "all" one stored scale per linear that reaches every token (the control), "dynamic" a scale per token where
 the sinks would set the range, "exclude" a stored scale that leaves `<bos>` out, whose keys and values come from the
 unquantized model, "token" a scale per token everywhere. Inputs in nvfp4 and mxfp4 have scales of their own: "block";
-4-bit weights are then in the same format, by GPTQ. Of mxfp4 also "block-down", whose powers of two are rounded down (OCP's
-rule), and "block-fit", whose are so large that nothing is clipped. "exact", "token-exact" and "block-exact": the inputs of the detected
-sinks are not rounded at all and reach no range, which no engine can do: the most that protecting them can be worth.
-Scales that inputs do not have are passed over. "smooth, ..." is the same after SmoothQuant. int6 and int4 are
-simulated; "none": inputs of 16 bits under the weights that such inputs would take; fp8 takes weights of 8 bits, which
-become FP8 as well, by rounding to nearest.
+4-bit weights are then in the same format, by GPTQ. Of mxfp4 also "block-down", whose powers of two are rounded down
+(OCP's rule), and "block-fit", whose are so large that nothing is clipped. "exact", "token-exact" and "block-exact":
+the inputs of the detected sinks are not rounded at all and reach no range, which no engine can do: the most that
+protecting them can be worth. Scales that inputs do not have are passed over. "smooth, ..." is the same after
+SmoothQuant. int6 and int4 are simulated; "none": inputs of 16 bits under the weights that such inputs would take; fp8
+takes weights of 8 bits, which become FP8 as well, by rounding to nearest.
 
 Transforms, of random signs and a Hadamard matrix: "full" the residual stream and every head as a whole, "block" that in
 blocks of the inputs' format, both folded into the weights; "online" the inputs of every linear in such blocks, as
@@ -59,7 +59,7 @@ BLOCKS |= dict.fromkeys(("block-exact", "block-down", "block-fit"), BLOCKS["bloc
 SCALES |= BLOCKS | EXACT | {"none": ["activations.format=16-bit"]}
 POWERS = {"block-down": lambda largest, num_bits=4: 125 + largest.log2().floor(),
           "block-fit": lambda largest, num_bits=4: 127 + (largest / 6).log2().ceil()}
-"""What MXFP4's scales might be instead, as exponents: compressed-tensors rounds down where the mantissa is below 1.75."""
+"""What MXFP4's scales might be instead, as exponents: compressed-tensors rounds up from a mantissa of 1.75 on."""
 TRANSFORMS: dict[str, Callable[..., None] | None] = {"none": None}
 
 
