@@ -53,6 +53,7 @@ SCALES = {"all": ["activations.scale=tensor", "activations.sinks=all"],
                       "kv_cache={key_bits: 16, value_bits: 16, group_size: 128, window: 512, prefix: bos}"],
           "token": ["activations.scale=token"]}
 BLOCKS = {"block": ["activations.scale=group", "activations.sinks=all"]}
+BLOCKS["smooth, block"] = [*BLOCKS["block"], "weights.smooth=smoothquant"]
 SCALES |= {f"smooth, {name}": [*asked, "weights.smooth=smoothquant"] for name, asked in SCALES.items()}
 EXACT = {"exact": SCALES["all"], "token-exact": SCALES["token"], "block-exact": BLOCKS["block"]}
 BLOCKS |= dict.fromkeys(("block-exact", "block-down", "block-fit"), BLOCKS["block"])

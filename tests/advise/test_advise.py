@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from commands import call, one_sentence
 from sinkmaps import sink_map_of
-from small_runs import SMALL
+from small_runs import SMALL, model_folder
 from tiny_tokenizer import random_text
 
 from sinkquant.artifacts.advice import Advice
-from sinkquant.models import Decoder
+from sinkquant.models import Decoder, open_model
 
 FAST = [*SMALL, "weights.descent=0", "weights.scale_search=false", "sensitivity.rows=2", "kv_cache={window: 0}",
         "weights.bits=3", "detect.super_weights=false"]
@@ -57,6 +58,30 @@ def test_not_measured_without_being_asked(known, tiny_folder, text_file):
     assert "exact tokens (KV cache): Not measured; predicted " in shown.out
     assert "split columns (weights): Nothing here: no linear has a range that sinks set" in shown.out
     assert "The sinks are '<s>'." in shown.out
+
+
+def test_fp4_is_advised_about_what_weighs_tokens_and_sets_ranges(text_file, tmp_path):
+    folder = model_folder(tmp_path / "model", dtype=torch.bfloat16)
+    known = sink_map_of(Decoder.of(open_model(folder)), {"model.layers.1.mlp.down_proj": 0.6},
+                        name=str(folder)).save(tmp_path / "sinkmap.json")
+    done = call("advise", folder, "-r", "nvfp4-sink", "--sink-map", known, "--text", text_file, "--measure", "--json",
+                "--only", "boosted statistics", "--only", "static ranges without the sinks", "--only", "split columns",
+                *options(*SMALL, f"evaluate.text={text_file}", "weights.group_size=16", "weights.descent=0"))
+    assert done.code == 0, done.err
+    split, weights, ranges = Advice.parse(json.loads(done.out), "stdout").mechanisms
+    assert (split.answer, split.sentence.partition(":")[0]) == ("not possible", "Not possible")
+    assert "nothing stands beside NVFP4 weights" in split.sentence
+    assert (weights.name, ranges.name) == ("boosted statistics", "static ranges without the sinks")
+    assert ranges.settings == ["activations.sinks=16-bit"]  # blocks have scales per token already
+    assert weights.measured.aware != weights.measured.control == ranges.measured.control
+    shown = call("advise", folder, "-r", "mxfp4-sink", "--sink-map", known, "--text", text_file,
+                 *options(*SMALL, "weights.group_size=32"))
+    assert shown.code == 0, shown.err
+    assert "static ranges" not in shown.out  # nothing is stored for MXFP4
+    assert "no loss of the weights is predicted: there are no sensitivities of floating-point weights" in " ".join(
+        shown.out.split())
+    refused = call("advise", folder, "-r", "mxfp4-sink", *options("activations.bits=6"))
+    assert (refused.code, "leave it out to be advised" in one_sentence(refused)) == (2, True)
 
 
 def test_wrong_requests_are_refused_before_anything_is_computed(known, tiny_folder, tmp_path):
