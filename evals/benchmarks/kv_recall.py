@@ -1,34 +1,40 @@
-"""Recall over a long context through several KV caches: a needle in prose, at several depths and lengths.
+"""Recall over a long context through several KV caches: needles in prose, at all depths and several lengths.
 
     python evals/benchmarks/kv_recall.py MODEL --lines FILE.jsonl [--sink-map MAP] [--text FILE] [--lengths 1024 4096]
-                                         [--depths 0.1 0.5 0.9] [--bits 2] [--caches NAME ...] [--needles 2]
+                                         [--contexts 24] [--bits 2] [--caches NAME ...]
 
-A sentence with a number stands at a depth of a text, and the text ends with the beginning of the same sentence. The
-prompt up to there is read in one pass, what follows token by token through the cache. "recall" is the share of needles
-of whose number every token is the likeliest; "loss" its mean negative log-likelihood in nats per token. All caches see
-the same prompts. Bits are counted alike: codes, scales, zeros, windows and unfinished blocks over all numbers of the
-prompt. "ours" is as small as it gets: groups of 64, scales of 8 bits, a window of 8 tokens. KIVI and Hadamard are this
-package's cache with no token exact, groups of 32, scales in float16 and a window of 32. quanto and hqq are
-transformers' own, where installed. Lines that are in FILE already are not measured again.
+Sixteen sentences with a number each stand evenly in a text; every one is asked for by the beginning of its sentence.
+The text is read once, in one pass without a packed cache, and what it left is packed by every cache in turn: a pass
+over a prompt does not see its own packing. The question and its answer (given, up to 16 tokens) are then read through
+the cache, by a copy of it each. "recall" is the share of numbers of which every token is the likeliest; "loss" their
+mean negative log-likelihood in nats per token. Intervals are paired by contexts. All caches see the same texts. Bits are
+counted alike: codes, scales, zeros, windows and unfinished blocks over all numbers of the prompt. "bfloat16" rounds
+keys and values to it. "ours" is as small as it gets: groups of 64, scales of 8 bits, a window of 8 tokens. KIVI and
+Hadamard are this package's cache with no token exact, groups of 32, scales in float16 and a window of 32. quanto and
+hqq are transformers' own, where installed. Lines that are in FILE already are not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import forget_bases, keep_line, kept_lines
+from measure import RESAMPLES, forget_bases, keep_line, kept_lines
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import QuantizedCache
 
 from sinkquant.artifacts import KVCachePlan, SinkMap
 from sinkquant.cache import Bases, SinkCache, prepare
 from sinkquant.detect import detect
+from sinkquant.evaluate import paired_difference
+from sinkquant.evaluate.generation import HalfCache
 from sinkquant.models import Decoder, load_model, load_tokenizer, read_text, resolve
 from sinkquant.policy.kv_cache import make_kv_control, make_kv_plan
 from sinkquant.policy.plan import calibration_of
@@ -38,45 +44,75 @@ from sinkquant.recipe import Recipe
 GROUP, WINDOW = 32, 32
 PUBLISHED = (f"group_size={GROUP}", f"window={WINDOW}", "scale_bits=16")
 SMALLEST = ("group_size=64", "window=8")
-SAYS = "The number of the {place} is"
-PLACES = ("old lighthouse", "red bicycle", "second bridge", "northern gate", "small orchard", "white boat")
+SAYS = ("The number of the red bicycle is", "Ships still call the lighthouse by its code,", "Her locker opens with",
+        "The last train leaves from gate", "Doctor Hale wrote down patient", "They rented the cottage at postbox",
+        "In the archive, ask for folder", "The winning ticket was", "To reach the harbour office, dial",
+        "The stolen painting has inventory mark", "Engine parts are kept on shelf", "My grandfather's regiment was",
+        "The password of the old library is", "On the map the well is marked", "The choir sang hymn",
+        "Our spaceship was named Aurora")
+"""Sentences that end with a number, as unlike each other as needles in prose are; asked for by their beginning."""
+BASE = "bfloat16"
 LOOKED_FOR = {"quanto": "optimum.quanto", "hqq": "hqq"}
 
 
-def haystacks(tokenizer: PreTrainedTokenizerBase, content: str, length: int, depth: float,
-              count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(prompt int64 [1, tokens], answer int64 [1, tokens]) of every needle; the texts differ, and are the same every
-    time."""
-    prose = tokenizer(content, add_special_tokens=False)["input_ids"]
-    front = tokenizer("")["input_ids"]
-    for index in range(count):
-        chance = random.Random(f"{length} {depth} {index}")
-        says, number = SAYS.format(place=PLACES[index % len(PLACES)]), str(chance.randrange(1000, 10000))
-        asked = tokenizer(f"\n{says}", add_special_tokens=False)["input_ids"]
-        answer = tokenizer(f" {number}", add_special_tokens=False)["input_ids"]
-        stop = tokenizer(".\n", add_special_tokens=False)["input_ids"]
-        room = length - len(front) - 2 * len(asked) - 2 * len(answer) - len(stop)
-        start = chance.randrange(max(1, len(prose) - room))
-        text = prose[start:start + room]
-        place = int(depth * len(text))
-        ids = [*front, *text[:place], *asked, *answer, *stop, *text[place:], *asked]
-        yield torch.tensor([ids]), torch.tensor([answer])
+@dataclass(frozen=True)
+class Haystack:
+    """A prompt int64 [1, length], and per needle what asks for it with the answer, int64 [1, tokens], the last
+    `answered` of them the answer's."""
+
+    prompt: torch.Tensor
+    questions: list[torch.Tensor]
+    answered: list[int]
+
+
+def haystack(tokenizer: PreTrainedTokenizerBase, content: str, length: int, index: int) -> Haystack:
+    """The same one for the same length and index every time."""
+    def ids(text: str) -> list[int]:
+        found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return found
+
+    chance = random.Random(f"{length} {index}")
+    asked = [ids(f"\n{says}") for says in chance.sample(SAYS, len(SAYS))]
+    answers = [ids(f" {chance.randrange(1000, 10000)}") for _ in asked]
+    stop, front = ids(".\n"), tokenizer("")["input_ids"]
+    room = length - len(front) - sum(len(q) + len(a) + len(stop) for q, a in zip(asked, answers, strict=True))
+    prose = ids(content)
+    start = chance.randrange(max(1, len(prose) - room))
+    text = prose[start:start + room]
+    prompt = list(front)
+    for needle, (question, answer) in enumerate(zip(asked, answers, strict=True)):
+        begin, end = (len(text) * (needle + part) // len(asked) for part in (0, 1))
+        prompt += [*text[begin:end], *question, *answer, *stop]
+    return Haystack(torch.tensor([prompt]),
+                    [torch.tensor([question + answer]) for question, answer in zip(asked, answers, strict=True)],
+                    [len(answer) for answer in answers])
 
 
 @torch.no_grad()
-def recalled(model: PreTrainedModel, cache: Cache, prompt: torch.Tensor, answer: torch.Tensor) -> tuple[bool, float]:
-    """Whether every token of the answer is the likeliest, and its negative log-likelihood, nats per token.
-
-    The last tokens of the prompt go through the packed cache too, as everything that follows it: while they are read
-    with the rest, the question would be answered before anything is packed.
-    """
-    asked = 8
-    model(prompt[:, :-asked], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    rest = torch.cat([prompt[:, -asked:], answer], dim=1)
-    logits = [model(token, past_key_values=cache, use_cache=True).logits[0] for token in rest.split(1, dim=1)]
-    found = torch.cat(logits)[asked - 1:-1].float().log_softmax(-1)
-    wanted = answer[0]
+def recalled(model: PreTrainedModel, cache: Cache, question: torch.Tensor, answered: int) -> tuple[bool, float]:
+    """Whether every token of the answer is the likeliest, and its negative log-likelihood, nats per token."""
+    logits = model(question, past_key_values=cache, use_cache=True, logits_to_keep=answered + 1).logits
+    found, wanted = logits[0, :-1].float().log_softmax(-1), question[0, -answered:]
     return bool((found.argmax(-1) == wanted).all()), float(-found.gather(1, wanted[:, None]).mean())
+
+
+@torch.no_grad()
+def filled(cache: Cache, prompt: torch.Tensor, states: DynamicCache, bases: Bases | None) -> Cache:
+    """A cache that has been given what one pass over the prompt left."""
+    if isinstance(cache, SinkCache):
+        cache.see(prompt, None, (1, prompt.shape[1]), prompt.device, True, bases=bases)
+    for index, layer in enumerate(states.layers):
+        cache.update(layer.keys, layer.values, index)
+    return cache
+
+
+def forked(cache: Cache) -> Cache:
+    """A cache that may be gone on with while the other stays as it is. Layers of transformers replace their tensors."""
+    if isinstance(cache, SinkCache):
+        return copy.deepcopy(cache)
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
 
 
 class Caches:
@@ -88,6 +124,8 @@ class Caches:
         self.shape, self.sink_map = Decoder.of(model).shape("benchmark"), sink_map
         self.config = model.config
         self.bases: dict[str, Bases | None] = {}
+        self.now: Bases | None = None
+        """Those of the cache that was made last."""
 
     def named(self, length: int) -> dict[str, tuple[Callable[[], Cache], float]]:
         """Name -> what makes a cache, and its bits per number for a row of that length."""
@@ -96,7 +134,7 @@ class Caches:
                  "KIVI": self._plan(length, *PUBLISHED, "exact=none"),
                  "Hadamard": self._plan(length, *PUBLISHED, "exact=none", "rotate=hadamard")}
         found: dict[str, tuple[Callable[[], Cache], float]] = {
-            "unquantized": (lambda: DynamicCache(config=self.config), 16.0)}
+            BASE: (lambda: HalfCache(config=self.config), 16.0)}
         for name, plan in plans.items():
             assert plan is not None
             found[name] = (lambda plan=plan: self._packed(plan), plan.bits_per_value)  # type: ignore[misc]
@@ -123,17 +161,30 @@ class Caches:
                                           "cpu", torch.float32)
         forget_bases(self.model)
         prepare(self.model, bases=self.bases[key])
+        self.now = self.bases[key]
         return SinkCache(self.config, plan)
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Markdown, one line per length and cache."""
-    made = ["| tokens | cache | bits per number | recall | loss |", "|---:|---|---:|---:|---:|"]
-    for length, cache in dict.fromkeys((line["length"], line["cache"]) for line in lines):
-        mine = [line for line in lines if (line["length"], line["cache"]) == (length, cache)]
-        made.append(f"| {length} | {cache} | {mine[0]['bits_per_number']:.2f} | "
-                    f"{sum(line['recalled'] for line in mine)} of {len(mine)} | "
-                    f"{sum(line['loss'] for line in mine) / len(mine):.3f} |")
+    """Markdown, one line per length, bits and cache; differences are to bfloat16 over the contexts that both have."""
+    made = ["| tokens | codes | cache | bits per number | numbers | recalled, % | fewer than bfloat16, points | loss "
+            "| more than bfloat16 |", "|---:|---:|---|---:|---:|---:|---|---:|---|"]
+    base = {(line["length"], line["context"]): line for line in lines if line["cache"] == BASE}
+    for length, bits, cache in sorted({(line["length"], line["bits"], line["cache"]) for line in lines}):
+        mine = [line for line in lines if (line["length"], line["bits"], line["cache"]) == (length, bits, cache)
+                and (length, line["context"]) in base]
+        theirs = [base[length, line["context"]] for line in mine]
+        count = sum(len(line["recalled"]) for line in mine)
+        cells = []
+        for name, factor, sign, digits in (("recalled", 100.0, -1, 1), ("loss", 1.0, 1, 3)):
+            mean = factor * sum(sum(line[name]) for line in mine) / count
+            found = [([float(sum(line[name])) for line in some], [float(len(line[name])) for line in some])
+                     for some in (mine, theirs)]
+            between = [sign * factor * part for part in paired_difference("kl", found[0], found[1], RESAMPLES, 0)]
+            cells += [f"{mean:.{digits}f}", "" if cache == BASE else "{:.{d}f}, {:.{d}f} to {:.{d}f}".format(
+                between[0], *sorted(between[1:]), d=digits)]
+        made.append(f"| {length} | {bits} | {cache} | {mine[0]['bits_per_number']:.2f} | {count} | "
+                    f"{' | '.join(cells)} |")
     return "\n".join(made)
 
 
@@ -145,13 +196,12 @@ def main() -> None:
     parser.add_argument("--sink-map", help="of this model, made before")
     parser.add_argument("--text", help="prose; default: the packaged evaluation text")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024])
-    parser.add_argument("--depths", type=float, nargs="+", default=[0.1, 0.5, 0.9])
-    parser.add_argument("--needles", type=int, default=2)
+    parser.add_argument("--contexts", type=int, default=8)
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--caches", nargs="*", default=[], metavar="NAME")
     arguments = parser.parse_args()
     lines = kept_lines(arguments.lines)
-    known = {(line["length"], line["depth"], line["needle"], line["cache"]) for line in lines}
+    known = {(line["length"], line["bits"], line["context"], line["cache"]) for line in lines}
     folder = resolve(arguments.model)
     model, tokenizer = load_model(folder, torch.float32), load_tokenizer(folder)
     sink_map = (SinkMap.load(arguments.sink_map) if arguments.sink_map else
@@ -159,16 +209,24 @@ def main() -> None:
     caches = Caches(model, tokenizer, sink_map, arguments.bits)
     content = read_text(arguments.text, "evaluation")
     for length in arguments.lengths:
-        for name, (make, bits) in caches.named(length).items():
-            for depth in arguments.depths if not arguments.caches or name in arguments.caches else []:
-                for needle, (prompt, answer) in enumerate(haystacks(tokenizer, content, length, depth,
-                                                                    arguments.needles)):
-                    if (length, depth, needle, name) in known:
-                        continue
-                    right, loss = recalled(model, make(), prompt, answer)
-                    lines.append({"length": length, "depth": depth, "needle": needle, "cache": name,
-                                  "bits_per_number": bits, "recalled": right, "loss": loss})
-                    keep_line(arguments.lines, lines[-1])
+        named = {name: one for name, one in caches.named(length).items()
+                 if not arguments.caches or name in arguments.caches}
+        for index in range(arguments.contexts):
+            missing = [name for name in named if (length, arguments.bits, index, name) not in known]
+            if not missing:
+                continue
+            hay, states = haystack(tokenizer, content, length, index), DynamicCache(config=model.config)
+            with torch.no_grad():
+                model(hay.prompt, past_key_values=states, use_cache=True, logits_to_keep=1)
+            for name in missing:
+                make, bits_per_number = named[name]
+                cache = filled(make(), hay.prompt, states, caches.now)
+                found = [recalled(model, forked(cache), question, answered)
+                         for question, answered in zip(hay.questions, hay.answered, strict=True)]
+                lines.append({"length": length, "bits": arguments.bits, "context": index, "cache": name,
+                              "bits_per_number": bits_per_number, "recalled": [right for right, _ in found],
+                              "loss": [loss for _, loss in found]})
+                keep_line(arguments.lines, lines[-1])
     print(table(lines))
 
 
