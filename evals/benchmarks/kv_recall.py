@@ -7,11 +7,11 @@ Sixteen sentences with a number each stand evenly in a text; every one is asked 
 The text is read once, in one pass without a packed cache, and what it left is packed by every cache in turn: a pass
 over a prompt does not see its own packing. The question and its answer (given, up to 16 tokens) are then read through
 the cache, by a copy of it each. "recall" is the share of numbers of which every token is the likeliest; "loss" their
-mean negative log-likelihood in nats per token. Intervals are paired by contexts. All caches see the same texts. Bits are
-counted alike: codes, scales, zeros, windows and unfinished blocks over all numbers of the prompt. "bfloat16" rounds
-keys and values to it. "ours" is as small as it gets: groups of 64, scales of 8 bits, a window of 8 tokens. KIVI and
-Hadamard are this package's cache with no token exact, groups of 32, scales in float16 and a window of 32. quanto and
-hqq are transformers' own, where installed. Lines that are in FILE already are not measured again.
+mean negative log-likelihood in nats per token. Intervals are paired by contexts. All caches see the same texts. Bits
+are counted alike: codes, scales, zeros, windows and unfinished blocks over all numbers of the prompt. "bfloat16"
+rounds keys and values to it. "ours" is as small as it gets: groups of 64, scales of 8 bits, a window of 8 tokens.
+KIVI and Hadamard are this package's cache with no token exact, groups of 32, scales in float16 and a window of 32.
+quanto and hqq are transformers' own, where installed. Lines that are in FILE already are not measured again.
 """
 
 from __future__ import annotations

@@ -28,14 +28,12 @@ def quantize(x: torch.Tensor, counted: torch.Tensor | None, bits: int, group: in
     Returns:
         codes uint8 [..., G, D]; scale float16 [..., 1, D] or [..., G, D / group]; zero alike, None if symmetric.
     """
-    values = x.float()
+    values, along = _grouped(x.float(), group)
+    counted = counted if counted is None or group is None else counted[..., None]
     low, high = values, values
     if counted is not None:
         low, high = values.masked_fill(~counted, float("inf")), values.masked_fill(~counted, float("-inf"))
-    if group is None:
-        low, high = low.amin(-2, keepdim=True), high.amax(-2, keepdim=True)
-    else:
-        low, high = low.unflatten(-1, (-1, group)).amin(-1), high.unflatten(-1, (-1, group)).amax(-1)
+    low, high = low.amin(along, keepdim=True), high.amax(along, keepdim=True)
     if counted is not None:
         nothing = low > high
         low, high = low.masked_fill(nothing, 0.0), high.masked_fill(nothing, 0.0)
@@ -43,54 +41,64 @@ def quantize(x: torch.Tensor, counted: torch.Tensor | None, bits: int, group: in
         high = torch.maximum(-low, high).clamp(min=0)
         low = -high
     levels = 2**bits - 1
+
+    def rounded(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        scale, zero = _grid(low, high, levels, symmetric)
+        return _nearest(values, scale.float(), _start(scale.float(), zero, levels), levels), scale, zero
+
     if clip:
-        return clipped(values, counted, group, low, high,
-                       lambda low, high: _rounded(values, low, high, levels, group, symmetric), levels / 2)
-    return _rounded(values, low, high, levels, group, symmetric)
-
-
-def _rounded(values: torch.Tensor, low: torch.Tensor, high: torch.Tensor, levels: int, group: int | None,
-             symmetric: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Codes, scales and zeros for ranges in the shape of the scales."""
-    zero = None
-    if symmetric:
-        scale = _half(2 * high / levels)
-        offset = -0.5 * levels * scale.float()
+        low, high, scale, zero = clipped(values, counted, along, low, high, rounded, levels / 2)
+        codes, _, _ = rounded(low, high)
     else:
-        zero = low.clamp(-LARGEST, LARGEST).half()
-        offset = zero.float()
-        scale = _half((high - offset) / levels)
-    return _codes(values, scale.float(), offset, levels, group), scale, zero
+        codes, scale, zero = rounded(low, high)
+    if group is not None:
+        codes, scale, zero = codes.flatten(-2), scale.squeeze(-1), None if zero is None else zero.squeeze(-1)
+    return codes.to(torch.uint8), scale, zero
+
+
+def _grid(low: torch.Tensor, high: torch.Tensor, levels: int,
+          symmetric: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """float16 scale and zero of ranges."""
+    if symmetric:
+        return _half(2 * high / levels), None
+    zero = low.clamp(-LARGEST, LARGEST).half()
+    return _half((high - zero.float()) / levels), zero
+
+
+def _start(scale: torch.Tensor, zero: torch.Tensor | None, levels: int) -> torch.Tensor:
+    """What code 0 stands for, of a float32 scale."""
+    return -0.5 * levels * scale if zero is None else zero.float()
+
+
+def _grouped(values: torch.Tensor, group: int | None) -> tuple[torch.Tensor, int]:
+    """Values so that a scale with one element along a dimension fits them, and that dimension."""
+    return (values, -2) if group is None else (values.unflatten(-1, (-1, group)), -1)
 
 
 def recoded(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int,
             group: int | None) -> torch.Tensor:
     """Codes of [..., G, D] on another grid, whose float32 scales and zeros are given."""
-    levels = 2**bits - 1
-    return _codes(x.float(), scale, -0.5 * levels * scale if zero is None else zero, levels, group)
+    levels, (values, _) = 2**bits - 1, _grouped(x.float(), group)
+    step, start = scale, _start(scale, zero, levels)
+    if group is None:
+        return _nearest(values, step, start, levels).to(torch.uint8)
+    return _nearest(values, step[..., None], start[..., None], levels).flatten(-2).to(torch.uint8)
 
 
-def _codes(values: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, levels: int,
-           group: int | None) -> torch.Tensor:
-    step, start = _spread(scale, group), _spread(offset, group)
-    return ((values - start) / step).round_().clamp_(0, levels).to(torch.uint8)
+def _nearest(values: torch.Tensor, step: torch.Tensor, start: torch.Tensor, levels: int) -> torch.Tensor:
+    return (values - start).div_(step).round_().clamp_(0, levels)
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int, group: int | None,
                dtype: torch.dtype) -> torch.Tensor:
     """The values of codes, computed in float32. See `quantize` for the shapes."""
-    step = scale.float()
-    offset = zero.float() if zero is not None else -0.5 * (2**bits - 1) * step
-    values = codes.to(torch.float32, copy=True)
+    step, (values, _) = scale.float(), _grouped(codes.to(torch.float32, copy=True), group)
+    start = _start(step, zero, 2**bits - 1)
     if group is None:
-        return values.mul_(step).add_(offset).to(dtype)
-    grouped = values.unflatten(-1, (-1, group))
-    return grouped.mul_(step[..., None]).add_(offset[..., None]).flatten(-2).to(dtype)
+        return values.mul_(step).add_(start).to(dtype)
+    return values.mul_(step[..., None]).add_(start[..., None]).flatten(-2).to(dtype)
 
 
 def _half(scale: torch.Tensor) -> torch.Tensor:
     return scale.clamp(SMALLEST_SCALE, LARGEST).half()
 
-
-def _spread(of_groups: torch.Tensor, group: int | None) -> torch.Tensor:
-    return of_groups if group is None else of_groups.repeat_interleave(group, dim=-1)

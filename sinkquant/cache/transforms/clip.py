@@ -18,58 +18,62 @@ RATIOS = (1.0, 0.92, 0.84)
 """Of the whole range. Four levels for 32 to 128 normal numbers err least at 0.8 to 0.6 of it, but what is cut off then
 are the numbers of the very tokens that attention looks at."""
 
-Grid = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-"""Codes, scales and zeros as `sinkquant.cache.grid.quantize` gives them."""
+HALF = torch.finfo(torch.float16)
 
 
-def clipped(values: torch.Tensor, counted: torch.Tensor | None, group: int | None, low: torch.Tensor,
-            high: torch.Tensor, rounded: Callable[[torch.Tensor, torch.Tensor], Grid], middle_code: float) -> Grid:
-    """The grid of every group that errs least.
+def clipped(values: torch.Tensor, counted: torch.Tensor | None, along: int, low: torch.Tensor, high: torch.Tensor,
+            rounded: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]],
+            middle_code: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The range of every group that errs least, and its fitted grid.
+
+    The error of a group is found from moments of its numbers and codes, so that no range makes its own states.
 
     Args:
-        values: float32 [..., G, D]. counted, group: see `sinkquant.cache.grid.quantize`.
-        low, high: ends of the whole ranges, in the shape of the scales.
-        rounded: ends -> grid.
+        values: float32, groups lying along the dimension `along`.
+        counted: bool, broadcasts to values, which of them count; None for all.
+        low, high: ends of the whole ranges, one element along that dimension.
+        rounded: ends -> codes in float32, scale, zero.
         middle_code: what a grid without zeros takes off its codes.
+
+    Returns:
+        low, high, float16 scale and zero of every group; no zero where `rounded` gives none.
     """
-    def per_group(x: torch.Tensor) -> torch.Tensor:
-        x = x if counted is None else x.masked_fill(~counted, 0.0)
-        return x.sum(-2, keepdim=True) if group is None else x.unflatten(-1, (-1, group)).sum(-1)
+    def total(x: torch.Tensor) -> torch.Tensor:
+        return (x if counted is None else x.masked_fill(~counted, 0.0)).sum(along, keepdim=True)
 
-    def spread(x: torch.Tensor) -> torch.Tensor:
-        return x if group is None else x.repeat_interleave(group, dim=-1)
-
-    count = per_group(torch.ones_like(values)).clamp(min=1)
-    mean = per_group(values) / count
+    count = (values.new_full((), values.shape[along]) if counted is None else
+             counted.expand(values.shape).sum(along, keepdim=True).clamp(min=1))
     middle, half = (low + high) / 2, (high - low) / 2
-    best: Grid | None = None
-    least = low
+    mean: torch.Tensor | None = None
+    away, own = values, low
+    best: list[torch.Tensor] = []
     for ratio in RATIOS:
-        codes, scale, zero = rounded(middle - ratio * half, middle + ratio * half)
-        numbers = codes.float()
+        ends = middle - ratio * half, middle + ratio * half
+        codes, scale, zero = rounded(*ends)
         if zero is None:
-            numbers -= middle_code
-            scale = _fitted(per_group(values * values), per_group(values * numbers), scale)
-            found = numbers * spread(scale.float())
+            codes = codes.sub_(middle_code)
+        if not best:
+            mean = None if zero is None else total(values) / count
+            away = values if mean is None else values - mean
+            own = total(away * away)
+        shared, squares = total(away * codes), total(codes * codes)
+        if mean is None:
+            scale = _fitted(own, shared, scale)
+            error = scale.float() * (scale.float() * squares - 2 * shared) + own
+            found = [error, *ends, scale]
         else:
-            code = per_group(numbers) / count
-            away = values - spread(mean)
-            scale = _fitted(per_group(away * away), per_group(away * (numbers - spread(code))), scale)
+            code = total(codes) / count
+            scale = _fitted(own, shared, scale)
             zero = (mean - scale.float() * code).clamp(-HALF.max, HALF.max).half()
-            found = numbers * spread(scale.float()) + spread(zero.float())
-        error = per_group((found - values).square())
-        if best is None:
-            best, least = (codes, scale, zero), error
-            continue
-        better = error < least
-        least = torch.where(better, error, least)
-        best = (torch.where(spread(better), codes, best[0]), torch.where(better, scale, best[1]),
-                None if zero is None or best[2] is None else torch.where(better, zero, best[2]))
-    assert best is not None
-    return best
-
-
-HALF = torch.finfo(torch.float16)
+            missed = zero.float() + scale.float() * code - mean
+            error = (scale.float() * (scale.float() * (squares - count * code.square()) - 2 * shared) + own
+                     + count * missed.square())
+            found = [error, *ends, scale, zero]
+        better = None if not best else error < best[0]
+        best = found if better is None else [torch.where(better, new, old)
+                                             for new, old in zip(found, best, strict=True)]
+    _, low, high, scale, *zeros = best
+    return low, high, scale, zeros[0] if zeros else None
 
 
 def _fitted(own: torch.Tensor, shared: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
