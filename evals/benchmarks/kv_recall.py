@@ -18,32 +18,23 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESAMPLES, forget_bases, keep_line, kept_lines
+from kv_caches import BASE, Caches
+from measure import RESAMPLES, keep_line, kept_lines
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import QuantizedCache
 
-from sinkquant.artifacts import KVCachePlan, SinkMap
-from sinkquant.cache import Bases, SinkCache, prepare
+from sinkquant.artifacts import SinkMap
+from sinkquant.cache import Bases, SinkCache
 from sinkquant.detect import detect
 from sinkquant.evaluate import paired_difference
-from sinkquant.evaluate.generation import HalfCache
-from sinkquant.models import Decoder, load_model, load_tokenizer, read_text, resolve
-from sinkquant.policy.kv_cache import make_kv_control, make_kv_plan
-from sinkquant.policy.plan import calibration_of
-from sinkquant.quantize.bases import cache_bases
+from sinkquant.models import load_model, load_tokenizer, read_text, resolve
 from sinkquant.recipe import Recipe
 
-GROUP, WINDOW = 32, 32
-PUBLISHED = (f"group_size={GROUP}", f"window={WINDOW}", "scale_bits=16")
-SMALLEST = ("group_size=64", "window=8")
 SAYS = ("The number of the red bicycle is", "Ships still call the lighthouse by its code,", "Her locker opens with",
         "The last train leaves from gate", "Doctor Hale wrote down patient", "They rented the cottage at postbox",
         "In the archive, ask for folder", "The winning ticket was", "To reach the harbour office, dial",
@@ -51,8 +42,6 @@ SAYS = ("The number of the red bicycle is", "Ships still call the lighthouse by 
         "The password of the old library is", "On the map the well is marked", "The choir sang hymn",
         "Our spaceship was named Aurora")
 """Sentences that end with a number, as unlike each other as needles in prose are; asked for by their beginning."""
-BASE = "bfloat16"
-LOOKED_FOR = {"quanto": "optimum.quanto", "hqq": "hqq"}
 
 
 @dataclass(frozen=True)
@@ -113,56 +102,6 @@ def forked(cache: Cache) -> Cache:
     other = copy.copy(cache)
     other.layers = [copy.copy(layer) for layer in cache.layers]
     return other
-
-
-class Caches:
-    """New caches by name, with what a number takes in each."""
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap,
-                 bits: int) -> None:
-        self.model, self.tokenizer, self.bits = model, tokenizer, bits
-        self.shape, self.sink_map = Decoder.of(model).shape("benchmark"), sink_map
-        self.config = model.config
-        self.bases: dict[str, Bases | None] = {}
-        self.now: Bases | None = None
-        """Those of the cache that was made last."""
-
-    def named(self, length: int) -> dict[str, tuple[Callable[[], Cache], float]]:
-        """Name -> what makes a cache, and its bits per number for a row of that length."""
-        ours = self._plan(length, *SMALLEST, "rotate=covariance", "clip=both")
-        plans = {"ours": ours, "control": make_kv_control(ours), "plain, sinks exact": self._plan(length, *SMALLEST),
-                 "KIVI": self._plan(length, *PUBLISHED, "exact=none"),
-                 "Hadamard": self._plan(length, *PUBLISHED, "exact=none", "rotate=hadamard")}
-        found: dict[str, tuple[Callable[[], Cache], float]] = {
-            BASE: (lambda: HalfCache(config=self.config), 16.0)}
-        for name, plan in plans.items():
-            assert plan is not None
-            found[name] = (lambda plan=plan: self._packed(plan), plan.bits_per_value)  # type: ignore[misc]
-        for name, package in LOOKED_FOR.items():
-            if importlib.util.find_spec(package.partition(".")[0]) and importlib.util.find_spec(package):
-                axis = 1 if name == "hqq" else 0
-                kept = WINDOW / length * (16 - self.bits - 32 / GROUP)
-                found[name] = (lambda name=name, axis=axis: QuantizedCache(  # type: ignore[misc]
-                    name, self.config, nbits=self.bits, q_group_size=GROUP, residual_length=WINDOW, axis_key=axis,
-                    axis_value=axis), self.bits + 32 / GROUP + kept)
-        return found
-
-    def _plan(self, length: int, *settings: str) -> KVCachePlan:
-        made = make_kv_plan(self.shape, self.sink_map, Recipe().replace([
-            f"kv_cache.key_bits={self.bits}", f"kv_cache.value_bits={self.bits}",
-            f"kv_cache.length={length}", *(f"kv_cache.{one}" for one in settings)]))
-        assert made is not None
-        return made
-
-    def _packed(self, plan: KVCachePlan) -> SinkCache:
-        key = f"{plan.rotate} {plan.exact}"  # those of the control are others
-        if key not in self.bases:
-            self.bases[key] = cache_bases(Decoder.of(self.model), plan, calibration_of(Recipe(), None), self.tokenizer,
-                                          "cpu", torch.float32)
-        forget_bases(self.model)
-        prepare(self.model, bases=self.bases[key])
-        self.now = self.bases[key]
-        return SinkCache(self.config, plan)
 
 
 def table(lines: list[dict[str, Any]]) -> str:

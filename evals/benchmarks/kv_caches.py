@@ -1,0 +1,82 @@
+"""The KV caches that benchmarks set side by side, by name, with the bits that a number takes in each.
+
+"ours" is as small as it gets: groups of 64, scales of 8 bits, a window of 8 tokens, rotated by covariance, ranges cut;
+"control" has no token exact and a longer window of the same bytes. KIVI and Hadamard are this package's cache with no
+token exact, groups of 32, scales in float16 and a window of 32. quanto and hqq are transformers' own, where installed.
+"bfloat16" rounds keys and values to it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from measure import forget_bases
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import QuantizedCache
+
+from sinkquant.artifacts import KVCachePlan, SinkMap
+from sinkquant.cache import Bases, SinkCache, prepare
+from sinkquant.evaluate.generation import HalfCache
+from sinkquant.models import Decoder
+from sinkquant.policy.kv_cache import make_kv_control, make_kv_plan
+from sinkquant.policy.plan import calibration_of
+from sinkquant.quantize.bases import cache_bases
+from sinkquant.recipe import Recipe
+
+BASE = "bfloat16"
+GROUP, WINDOW = 32, 32
+PUBLISHED = (f"group_size={GROUP}", f"window={WINDOW}", "scale_bits=16")
+SMALLEST = ("group_size=64", "window=8")
+LOOKED_FOR = {"quanto": "optimum.quanto", "hqq": "hqq"}
+
+
+class Caches:
+    """New caches by name, with what a number takes in each."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap,
+                 bits: int) -> None:
+        self.model, self.tokenizer, self.bits = model, tokenizer, bits
+        self.shape, self.sink_map = Decoder.of(model).shape("benchmark"), sink_map
+        self.config = model.config
+        self.bases: dict[str, Bases | None] = {}
+        self.now: Bases | None = None
+        """Those of the cache that was made last."""
+
+    def named(self, length: int) -> dict[str, tuple[Callable[[], Cache], float]]:
+        """Name -> what makes a cache, and its bits per number for a row of that length."""
+        ours = self._plan(length, *SMALLEST, "rotate=covariance", "clip=both")
+        plans = {"ours": ours, "control": make_kv_control(ours), "plain, sinks exact": self._plan(length, *SMALLEST),
+                 "KIVI": self._plan(length, *PUBLISHED, "exact=none"),
+                 "Hadamard": self._plan(length, *PUBLISHED, "exact=none", "rotate=hadamard")}
+        found: dict[str, tuple[Callable[[], Cache], float]] = {
+            BASE: (lambda: HalfCache(config=self.config), 16.0)}
+        for name, plan in plans.items():
+            assert plan is not None
+            found[name] = (lambda plan=plan: self._packed(plan), plan.bits_per_value)  # type: ignore[misc]
+        for name, package in LOOKED_FOR.items():
+            if importlib.util.find_spec(package.partition(".")[0]) and importlib.util.find_spec(package):
+                axis = 1 if name == "hqq" else 0
+                kept = WINDOW / length * (16 - self.bits - 32 / GROUP)
+                found[name] = (lambda name=name, axis=axis: QuantizedCache(  # type: ignore[misc]
+                    name, self.config, nbits=self.bits, q_group_size=GROUP, residual_length=WINDOW, axis_key=axis,
+                    axis_value=axis), self.bits + 32 / GROUP + kept)
+        return found
+
+    def _plan(self, length: int, *settings: str) -> KVCachePlan:
+        made = make_kv_plan(self.shape, self.sink_map, Recipe().replace([
+            f"kv_cache.key_bits={self.bits}", f"kv_cache.value_bits={self.bits}",
+            f"kv_cache.length={length}", *(f"kv_cache.{one}" for one in settings)]))
+        assert made is not None
+        return made
+
+    def _packed(self, plan: KVCachePlan) -> SinkCache:
+        key = f"{plan.rotate} {plan.exact}"  # those of the control are others
+        if key not in self.bases:
+            self.bases[key] = cache_bases(Decoder.of(self.model), plan, calibration_of(Recipe(), None), self.tokenizer,
+                                          "cpu", torch.float32)
+        forget_bases(self.model)
+        prepare(self.model, bases=self.bases[key])
+        self.now = self.bases[key]
+        return SinkCache(self.config, plan)
