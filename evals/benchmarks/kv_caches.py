@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from measure import forget_bases
@@ -17,7 +18,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import QuantizedCache
 
 from sinkquant.artifacts import KVCachePlan, SinkMap
-from sinkquant.cache import Bases, SinkCache, prepare
+from sinkquant.cache import Bases, SinkCache, load_bases, needs_bases, prepare, save_bases
 from sinkquant.evaluate.generation import HalfCache
 from sinkquant.models import Decoder
 from sinkquant.policy.kv_cache import make_kv_control, make_kv_plan
@@ -35,11 +36,13 @@ LOOKED_FOR = {"quanto": "optimum.quanto", "hqq": "hqq"}
 class Caches:
     """New caches by name, with what a number takes in each."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap,
-                 bits: int) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap, bits: int,
+                 folder: Path) -> None:
         self.model, self.tokenizer, self.bits = model, tokenizer, bits
         self.shape, self.sink_map = Decoder.of(model).shape("benchmark"), sink_map
         self.config = model.config
+        self.folder = folder
+        """Where matrices of the rotations are kept between benchmarks; they depend on neither length nor bits."""
         self.bases: dict[str, Bases | None] = {}
         self.now: Bases | None = None
         """Those of the cache that was made last."""
@@ -73,10 +76,15 @@ class Caches:
 
     def _packed(self, plan: KVCachePlan) -> SinkCache:
         key = f"{plan.rotate} {plan.exact}"  # those of the control are others
-        if key not in self.bases:
-            self.bases[key] = cache_bases(Decoder.of(self.model), plan, calibration_of(Recipe(), None), self.tokenizer,
-                                          "cpu", torch.float32)
+        if key not in self.bases and needs_bases(plan):
+            path = self.folder / f"bases {key}.safetensors"
+            if not path.is_file():
+                made = cache_bases(Decoder.of(self.model), plan, calibration_of(Recipe(), None), self.tokenizer,
+                                   "cpu", torch.float32)
+                assert made is not None
+                save_bases(made, path)
+            self.bases[key] = load_bases(path)
         forget_bases(self.model)
-        prepare(self.model, bases=self.bases[key])
-        self.now = self.bases[key]
+        self.now = self.bases.get(key)
+        prepare(self.model, bases=self.now)
         return SinkCache(self.config, plan)

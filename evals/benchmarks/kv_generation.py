@@ -80,7 +80,8 @@ def main() -> None:
     rows = token_rows(tokenizer, read_text(arguments.text, "evaluation"), arguments.rows, length)
     states = last_states(model, rows)
     for bits in arguments.bits:
-        for name, (make, per_number) in Caches(model, tokenizer, sink_map, bits).named(length).items():
+        caches = Caches(model, tokenizer, sink_map, bits, arguments.lines.parent)
+        for name, (make, per_number) in caches.named(length).items():
             if (bits, name) in {(line["bits"], line["cache"]) for line in lines} or (
                     arguments.caches and name not in arguments.caches):
                 continue

@@ -145,7 +145,7 @@ def main() -> None:
     model, tokenizer = load_model(folder, torch.float32), load_tokenizer(folder)
     sink_map = (SinkMap.load(arguments.sink_map) if arguments.sink_map else
                 detect(model, tokenizer, recipe=Recipe().replace(["detect.super_weights=false"])))
-    caches = Caches(model, tokenizer, sink_map, arguments.bits)
+    caches = Caches(model, tokenizer, sink_map, arguments.bits, arguments.lines.parent)
     content = read_text(arguments.text, "evaluation")
     for length in arguments.lengths:
         named = {name: one for name, one in caches.named(length).items()
