@@ -30,6 +30,7 @@ BASE = "bfloat16"
 GROUP, WINDOW = 32, 32
 PUBLISHED = (f"group_size={GROUP}", f"window={WINDOW}", "scale_bits=16")
 SMALLEST = ("group_size=64", "window=8")
+OURS = (*SMALLEST, "rotate=covariance", "clip=both")
 LOOKED_FOR = {"quanto": "optimum.quanto", "hqq": "hqq"}
 
 
@@ -49,8 +50,10 @@ class Caches:
 
     def named(self, length: int) -> dict[str, tuple[Callable[[], Cache], float]]:
         """Name -> what makes a cache, and its bits per number for a row of that length."""
-        ours = self._plan(length, *SMALLEST, "rotate=covariance", "clip=both")
+        ours = self._plan(length, *OURS)
         plans = {"ours": ours, "control": make_kv_control(ours), "plain, sinks exact": self._plan(length, *SMALLEST),
+                 "ours, keys one bit more": self._plan(length, *OURS, key_bits=self.bits + 1),
+                 "ours, values one bit more": self._plan(length, *OURS, value_bits=self.bits + 1),
                  "KIVI": self._plan(length, *PUBLISHED, "exact=none"),
                  "Hadamard": self._plan(length, *PUBLISHED, "exact=none", "rotate=hadamard")}
         found: dict[str, tuple[Callable[[], Cache], float]] = {
@@ -67,9 +70,9 @@ class Caches:
                     axis_value=axis), self.bits + 32 / GROUP + kept)
         return found
 
-    def _plan(self, length: int, *settings: str) -> KVCachePlan:
+    def _plan(self, length: int, *settings: str, key_bits: int = 0, value_bits: int = 0) -> KVCachePlan:
         made = make_kv_plan(self.shape, self.sink_map, Recipe().replace([
-            f"kv_cache.key_bits={self.bits}", f"kv_cache.value_bits={self.bits}",
+            f"kv_cache.key_bits={key_bits or self.bits}", f"kv_cache.value_bits={value_bits or self.bits}",
             f"kv_cache.length={length}", *(f"kv_cache.{one}" for one in settings)]))
         assert made is not None
         return made

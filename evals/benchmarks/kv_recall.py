@@ -1,7 +1,7 @@
 """Recall over a long context through several KV caches: needles in prose, at all depths and several lengths.
 
     python evals/benchmarks/kv_recall.py MODEL --lines FILE.jsonl [--sink-map MAP] [--text FILE] [--lengths 1024 4096]
-                                         [--contexts 24] [--bits 2] [--caches NAME ...]
+                                         [--contexts 24] [--bits 2 3] [--caches NAME ...]
 
 Sixteen sentences with a number each stand evenly in a text; every one is asked for by the beginning of its sentence.
 The text is read once, in one pass without a packed cache, and what it left is packed by every cache in turn: a pass
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--text", help="prose; default: the packaged evaluation text")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024])
     parser.add_argument("--contexts", type=int, default=8)
-    parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--bits", type=int, nargs="+", default=[2], help=f"{BASE} is measured with the first alone")
     parser.add_argument("--caches", nargs="*", default=[], metavar="NAME")
     arguments = parser.parse_args()
     lines = kept_lines(arguments.lines)
@@ -145,25 +145,25 @@ def main() -> None:
     model, tokenizer = load_model(folder, torch.float32), load_tokenizer(folder)
     sink_map = (SinkMap.load(arguments.sink_map) if arguments.sink_map else
                 detect(model, tokenizer, recipe=Recipe().replace(["detect.super_weights=false"])))
-    caches = Caches(model, tokenizer, sink_map, arguments.bits, arguments.lines.parent)
     content = read_text(arguments.text, "evaluation")
+    by_bits = {bits: Caches(model, tokenizer, sink_map, bits, arguments.lines.parent) for bits in arguments.bits}
     for length in arguments.lengths:
-        named = {name: one for name, one in caches.named(length).items()
-                 if not arguments.caches or name in arguments.caches}
+        named = [(bits, name, *one) for bits, caches in by_bits.items() for name, one in caches.named(length).items()
+                 if (not arguments.caches or name in arguments.caches)
+                 and (name != BASE or bits == arguments.bits[0])]
         for index in range(arguments.contexts):
-            missing = [name for name in named if (length, arguments.bits, index, name) not in known]
+            missing = [one for one in named if (length, one[0], index, one[1]) not in known]
             if not missing:
                 continue
             hay, states = haystack(tokenizer, content, length, index), DynamicCache(config=model.config)
             with torch.no_grad():
                 model(hay.prompt, past_key_values=states, use_cache=True, logits_to_keep=1)
-            for name in missing:
-                make, bits_per_number = named[name]
-                cache = filled(make(), hay.prompt, states, caches.now)
+            for bits, name, make, per_number in missing:
+                cache = filled(make(), hay.prompt, states, by_bits[bits].now)
                 found = [recalled(model, forked(cache), question, answered)
                          for question, answered in zip(hay.questions, hay.answered, strict=True)]
-                lines.append({"length": length, "bits": arguments.bits, "context": index, "cache": name,
-                              "bits_per_number": bits_per_number, "recalled": [right for right, _ in found],
+                lines.append({"length": length, "bits": bits, "context": index, "cache": name,
+                              "bits_per_number": per_number, "recalled": [right for right, _ in found],
                               "loss": [loss for _, loss in found]})
                 keep_line(arguments.lines, lines[-1])
     print(table(lines))
