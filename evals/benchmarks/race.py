@@ -114,6 +114,12 @@ def candidates() -> list[Candidate]:
             name = f"sinkquant gguf-q4-sink{kind}, ends q8_0{', control' if control else ''}"
             found.append(Candidate(name, bits, "sinkquant", [
                 "--recipe", "gguf-q4-sink", "--set", f"weights.bits={bits}", "weights.ends=q8_0", *more, *control]))
+    found.append(Candidate("sinkquant gguf-iq4-sink, GPTAQ", 4, "sinkquant",
+                           ["--recipe", "gguf-iq4-sink", "--set", "weights.method=gptaq"]))
+    for megabytes, bits in ((93.4, 4), (98.2, 4), (105.4, 5)):
+        found.append(Candidate(f"sinkquant gguf-iq4-sink, {megabytes} MB", bits, "sinkquant", [
+            "--recipe", "gguf-iq4-sink", "--set", f"budget={{megabytes: {megabytes}, solver: sensitivity}}",
+            "sensitivity.rows=16", "sensitivity.length=512", "sensitivity.batch_size=4"]))
     for megabytes, bits in BUDGETS.items():
         found.append(Candidate(f"sinkquant budget, {megabytes} MB", bits, "sinkquant",
                                ["--recipe", "w5-file-budget", "--set", f"budget.megabytes={megabytes}"]))
@@ -213,8 +219,10 @@ class Race:
             self.peers / f"peers-{LIVES_IN[one.tool]}" / "bin" / "python")
         options = list(one.options)
         if one.tool == "sinkquant":
+            of_gguf = "gguf-iq4-sink" in options  # which is tried in other formats
+            kept = self.sensitivity.with_stem(f"{self.sensitivity.stem}-gguf") if of_gguf else self.sensitivity
             options = ["--sink-map", str(self.sink_map), "--text", self.calibration or "null", "--sensitivity",
-                       str(self.sensitivity), *options]
+                       str(kept), *options]
         if one.tool == "llama.cpp":
             options += ["--file", str(self._file("model.gguf"))]
             if "--imatrix" in options:

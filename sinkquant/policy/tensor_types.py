@@ -52,7 +52,7 @@ def check_tensor_types(backend: str, target: Path) -> None:
     """
     if backend != BACKEND:
         raise RequestError(f"llama-quantize makes GGUF files, and the recipe is for {backend}; use one with "
-                           f"backend={BACKEND}, as gguf-q4-sink.")
+                           f"backend={BACKEND}, as gguf-iq4-sink.")
     if not target.parent.is_dir() or target.is_dir():
         raise RequestError(f"{target} cannot be written as a file; name one in a folder that there is.")
 
