@@ -18,6 +18,8 @@ IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 1
 """The numbers of IQ4_NL, by their codes in the file."""
 NUMBER_BITS = 8
 """Of a number of the table: no scale is so large that one times it overflows."""
+REACH = 128
+"""Beyond all numbers of a table."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,9 @@ class TableGrid:
 
     def nearest_(self, codes: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
         """Round to the nearest number of the table in place."""
-        middles, numbers = _table(self.numbers, codes.device)
-        return codes.copy_(numbers[torch.bucketize(codes, middles, out_int32=True)])
+        nearest = _half_steps(self.numbers, codes.device)
+        place = codes.mul_(2).add_(2 * REACH).clamp_(0, len(nearest) - 1).to(torch.int32)
+        return codes.copy_(nearest.index_select(0, place.flatten()).view(codes.shape))
 
     def spread(self, scale: torch.Tensor) -> torch.Tensor:
         """The scale itself."""
@@ -75,7 +78,9 @@ class NearestInTable:
 
 
 @functools.lru_cache(maxsize=4)  # GPTQ asks for every column
-def _table(numbers: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The middles between numbers, and the numbers, float32."""
-    found = torch.tensor(numbers, dtype=torch.float32, device=device)
-    return (found[1:] + found[:-1]) / 2, found
+def _half_steps(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """The nearest number for every half step from -REACH to REACH, float32: a middle between two whole numbers is a
+    multiple of a half. A look-up takes a tenth of the time of a search among the middles."""
+    found = torch.tensor(numbers, dtype=torch.float32)
+    steps = torch.arange(-2 * REACH, 2 * REACH) / 2 + 0.25
+    return found[torch.bucketize(steps, (found[1:] + found[:-1]) / 2)].to(device)
