@@ -23,7 +23,7 @@ from sinkquant.cache.transforms.recoding import LayerBases
 from sinkquant.cache.transforms.rotation import Basis
 from sinkquant.errors import RequestError
 from sinkquant.models import Walk
-from sinkquant.models.attention import AttentionRecord
+from sinkquant.models.attention import AttentionRecord, AttentionRows
 
 SCHEMA = "sinkquant/kvbases@1"
 ROWS = 16
@@ -80,30 +80,52 @@ def find_bases(walk: Walk, plan: KVCachePlan, progress: Callable[[int, int, str]
 
 @dataclass
 class _Moments:
-    """Adds up the moments of one layer at a time, float64 [kv_heads, D, D] each."""
+    """Adds up the moments of one layer at a time, float64 [kv_heads, D, D] each.
+
+    A query counts as much as an error of its scores would change what it reads: to first order the sum over tokens of
+    (attention * distance of the value from the output)^2. A head that rests on an exact sink reads nothing, whatever
+    its scores of the other tokens are.
+    """
 
     keys: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     queries: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     values: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     kept: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     batch: Callable[[], slice] = field(default=lambda: slice(0, 0))
+    squares: list[torch.Tensor] = field(default_factory=list)
 
     def begin(self, kept: torch.Tensor, batch: Callable[[], slice]) -> None:
         """A new layer. kept: bool [rows, length], tokens that do not count. batch: which rows are at hand."""
         self.keys = self.queries = self.values = torch.zeros((), dtype=torch.float64)
         self.kept, self.batch = kept, batch
 
+    def attention_rows(self, rows: AttentionRows) -> None:
+        """Keep the squares of one batch."""
+        self.squares.append(rows.probabilities.square())
+
     def attention(self, record: AttentionRecord) -> None:
         """Add one batch."""
         counted = ~self.kept[self.batch()].to(record.key.device)[:, None, :, None]
         groups = record.query.shape[1] // record.key.shape[1]
+        squares, self.squares = torch.cat(self.squares, dim=2) * counted.mT, []
+        weight = _moved(squares, record.value.float().repeat_interleave(groups, dim=1), record.output.float())
         # The query heads that read one KV head, end to end.
-        queries = (record.query.float() * counted).unflatten(1, (-1, groups)).flatten(2, 3)
+        queries = (record.query.float() * counted * weight.sqrt()).unflatten(1, (-1, groups)).flatten(2, 3)
         self.queries = self.queries + _moment(queries)
         for name, states in (("keys", record.key), ("values", record.value)):
             total = counted.sum(2, keepdim=True).clamp(min=1)
             mean = (states.float() * counted).sum(2, keepdim=True) / total
             setattr(self, name, getattr(self, name) + _moment((states.float() - mean) * counted))
+
+
+def _moved(squares: torch.Tensor, values: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens t of squares_t |value_t - output|^2, [batch, heads, queries, 1].
+
+    Args:
+        squares: of attention, [batch, heads, queries, tokens]. values, output: [batch, heads, tokens, D].
+    """
+    own = squares @ values.square().sum(-1, keepdim=True) - 2 * (squares @ values * output).sum(-1, keepdim=True)
+    return (own + squares.sum(-1, keepdim=True) * output.square().sum(-1, keepdim=True)).clamp(min=0)
 
 
 def _moment(states: torch.Tensor) -> torch.Tensor:

@@ -51,6 +51,7 @@ def test_decoding_computes_what_it_did(family: str) -> None:
 
 
 def test_balanced_keys_and_queries_are_those_of_the_text_without_its_sinks() -> None:
+    """Queries weighted by what an error of their scores does to their output, found by trying one."""
     model = tiny_model("llama")
     bases = _found(model, _plan(model))
     moments: list[torch.Tensor] = []
@@ -62,6 +63,7 @@ def test_balanced_keys_and_queries_are_those_of_the_text_without_its_sinks() -> 
                 assert basis is not None
                 keys, queries = record.key.double()[:, :, 1:], record.query.double()[:, :, 1:]
                 keys = keys - keys.mean(2, keepdim=True)
+                queries = queries * _shift(record)[:, :, 1:]
                 for states in (basis.into(keys), basis.query(queries.unflatten(1, (2, -1)).flatten(2, 3))):
                     flattened = states.double().transpose(0, 1).flatten(1, 2)
                     moments.append(flattened.mT @ flattened)
@@ -69,6 +71,21 @@ def test_balanced_keys_and_queries_are_those_of_the_text_without_its_sinks() -> 
     with torch.no_grad(), observed_attention(model, [Looks()]):
         model(ROWS, use_cache=False)
     assert torch.allclose(*moments, rtol=0.05, atol=0.02 * float(moments[0].abs().max()))
+
+
+def _shift(record: AttentionRecord) -> torch.Tensor:
+    """Root of the mean squared change of every query's output, per unit of independent errors of its scores on all
+    tokens but the first, [batch, heads, length, 1]: derivatives one by one, in float64."""
+    keys, values = (states.double().repeat_interleave(2, dim=1) for states in (record.key, record.value))
+    scores = record.query.double() @ keys.mT * record.scale
+    length = scores.shape[-1]
+    scores = scores.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), -torch.inf)
+    total, small = torch.zeros(*scores.shape[:3], 1, dtype=torch.float64), 1e-4
+    for token in range(1, length):
+        moved = scores.clone()
+        moved[..., token] += small
+        total += ((moved.softmax(-1) - scores.softmax(-1)) @ values / small).square().sum(-1, keepdim=True)
+    return total.sqrt()
 
 
 def test_they_are_written_and_read_back(tmp_path: Path) -> None:
