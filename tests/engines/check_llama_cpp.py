@@ -101,7 +101,8 @@ def test_the_server_of_the_guide_answers_as_transformers_does(folder: Path) -> N
     with subprocess.Popen(command, env=os.environ | {"LD_LIBRARY_PATH": str(root / "lib")}, stdout=subprocess.DEVNULL,
                           stderr=subprocess.DEVNULL) as server:
         try:
-            answer = asked(f"http://127.0.0.1:{PORT}/completion", {"prompt": prompt, "n_predict": 8, "temperature": 0})
+            answer = asked(f"http://127.0.0.1:{PORT}/completion", {"prompt": prompt, "n_predict": 8, "temperature": 0},
+                           server)
         finally:
             server.terminate()
     before = len(tokenizer(prompt)["input_ids"])

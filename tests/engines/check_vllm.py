@@ -115,14 +115,14 @@ def test_what_the_table_says_it_does_not_run_it_does_not(name: str, scored: dict
 
 def test_the_server_of_the_guide_answers(folders: dict[str, Path]) -> None:
     folder = folders["w4a16-sink"]
-    command = [str(PYTHON.with_name("vllm")), "serve", str(folder), "--dtype", "bfloat16", "--max-model-len", "256",
-               "--enforce-eager", "--port", str(PORT)]
+    command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--dtype", "bfloat16",
+               "--max-model-len", "256", "--enforce-eager", "--port", str(PORT)]
     with subprocess.Popen(command, env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"},
                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
             answer = asked(f"http://127.0.0.1:{PORT}/v1/completions", {
-                "model": str(folder), "prompt": "The attention sink", "max_tokens": 8, "temperature": 0})
+                "model": str(folder), "prompt": "The attention sink", "max_tokens": 8, "temperature": 0}, server)
         finally:
             server.terminate()
     assert answer["usage"]["completion_tokens"] > 0
-    print(f"vllm serve: {answer['choices'][0]['text']!r}")
+    print(f"vLLM's server: {answer['choices'][0]['text']!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -12,8 +13,8 @@ ATTEMPTS = 600
 """Seconds that a server has to load the model."""
 
 
-def asked(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    """The answer to a request in JSON, sent once a second until one comes."""
+def asked(url: str, body: dict[str, Any], server: subprocess.Popen[bytes]) -> dict[str, Any]:
+    """The answer to a request in JSON, sent once a second until one comes, or the server has ended."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     for _ in range(ATTEMPTS):
         try:
@@ -21,5 +22,6 @@ def asked(url: str, body: dict[str, Any]) -> dict[str, Any]:
                 found: dict[str, Any] = json.loads(answer.read())
                 return found
         except (urllib.error.URLError, ConnectionError):
+            assert server.poll() is None, f"the server ended with {server.returncode}"
             time.sleep(1)
     raise AssertionError(f"{url} did not answer")
