@@ -33,8 +33,8 @@ GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
 PROGRAM = re.compile(r"^(?:quantize-model|torchrun .*-m sinkquant\.cli) ")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`(quantize-model [a-z-]+ [^`]+)`")
-ELSEWHERE = ("pip install", "make ", "llama-server", "llama-quantize", "vllm serve", "curl", "python evals/",
-             "torchrun --nnodes")
+ELSEWHERE = ("pip install", "make ", "llama-server", "llama-quantize", "vllm serve", "python -m vllm", "curl",
+             "python evals/", "torchrun --nnodes")
 """How lines begin that are not run: an engine, a package index, a benchmark, more than one machine. Of torchrun on one
 machine what every process runs is run once."""
 SETTINGS = [
