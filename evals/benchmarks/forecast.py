@@ -5,8 +5,8 @@
                                         [--set KEY=VALUE ...] [--lines FILE.jsonl]
 
 Without --megabytes ten budgets are taken, evenly spaced in bytes between the smallest checkpoint that the solver can
-make and the first that is predicted to lose less than a thousandth of a nat. The table has both losses, their ratio, and
-the bytes that were asked for and that came of it.
+make and the first that is predicted to lose less than a thousandth of a nat. The table has both losses, their ratio,
+and the bytes that were asked for and that came of it.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from sinkquant.models import (
 )
 from sinkquant.models.corpus import in_words
 from sinkquant.policy import check_recipe, check_same_model
+from sinkquant.policy.ends import better_spent
 from sinkquant.policy.headers import nothing_found
 from sinkquant.policy.mechanisms import OUTLIERS, Mechanism, mechanisms, unprotected
 from sinkquant.policy.worth import cache_candidates, formats_of, judged, overall, predicted_cache_worth, predicted_worth
@@ -81,6 +82,7 @@ def advise(model: str | os.PathLike[str], recipe: Recipe | None = None, sink_map
     found = sink_map or detect(opened, tokenizer, recipe=recipe, name=str(model), progress=progress)
     asked = _named(mechanisms(shape, found, recipe), only)
     predicted, notes = _Forecaster(folder, tokenizer, found, recipe, trust_remote_code, progress).predict(asked)
+    notes += better_spent(shape, recipe)
     measured: dict[int, MeasuredWorth] = {}
     if rows is not None:
         bench = _Bench(folder, tokenizer, recipe, rows, trust_remote_code)

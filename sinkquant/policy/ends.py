@@ -19,6 +19,8 @@ from sinkquant.schemes.tensors import tensor_bytes
 
 PER_TOKEN = 8
 """Bits from which on one scale per row is enough: its rounding is far below that of anything in the blocks."""
+WORTH = 0.25
+"""Bits per weight of the blocks that are worth a word."""
 OWN_FORMAT = ("sinkquant's own format holds the embedding and the head in 16 bits; set weights.lm_head=16 and "
               "weights.embeddings=16, or protect.channels to another value.")
 
@@ -105,6 +107,25 @@ def end_options(shape: ModelShape, recipe: Recipe, engine: str = "any") -> list[
         if not any(size >= less and head <= more and embeddings <= wider for more, wider, less, _ in found):
             found.append((head, embeddings, size, one))
     return [one for _, _, _, one in found]
+
+
+def better_spent(shape: ModelShape, recipe: Recipe) -> list[str]:
+    """A note where a head and an embedding in 16 bits take what would make the blocks' weights more precise by a
+    quarter of a bit or more; every whole bit there takes three quarters off the loss."""
+    if (recipe.weights.lm_head, recipe.weights.embeddings) != (16, 16) or recipe.budget.limited:
+        return []
+    try:
+        ends = choose_ends(shape, recipe.changed(weights={"lm_head": 8, "embeddings": 8}), False)
+    except RequestError:  # no checkpoint of this recipe holds that
+        return []
+    whole, smaller = (sum(tensor_bytes(*tensor) for tensor in one.tensors.values())
+                      for one in (shape, with_ends(shape, ends)))
+    freed = 8 * (whole - smaller) / sum(linear.parameters for linear in shape.linears.values())
+    if freed < WORTH or any(linear.transposed for linear in shape.linears.values()):
+        return []
+    return [f"the token embedding and the output head in 8 bits (weights.embeddings=8, weights.lm_head=8) would free "
+            f"{whole - smaller:,} bytes, {freed:.1f} bits for every weight of the blocks; the recipe w5-file-budget "
+            "spends a size that you set (budget.megabytes) where it loses least; transformers loads that"]
 
 
 def bits_of_ends(recipe: Recipe) -> dict[str, int]:

@@ -36,6 +36,8 @@ from sinkquant.sinks import SinkSelector
 Progress = Callable[[int, int, str], None]
 LATER = ("bits", "ignore", "overrides", "descent", "tune", "distill")
 """What a recipe says of weights that no candidate is tried with."""
+SCORED = "rows of their own, and what a row's tokens share"
+"""How losses are taken, for files of another way not to be read."""
 SAMPLED = 8
 """Rows of a weight matrix that tell it from another one."""
 
@@ -111,7 +113,7 @@ def sensitivity_key(decoder: Decoder, rows: torch.Tensor, sink_map: SinkMap, rec
     beside = [[unit.modules, one.columns, one.scalars] for unit in units
               for one in unit.candidates if one.columns or one.scalars]
     storages = sorted({one.storage for unit in units for one in unit.candidates} - {PLAIN})
-    parts = [asked, kept, beside, *storages,
+    parts = [asked, kept, beside, *storages, SCORED,
              recipe.weights.model_dump(mode="json", exclude=set(LATER)),
              recipe.protect.model_dump(mode="json", include={"tokens", "statistics", "sink_weight"}),
              recipe.compute.dtype, recipe.seed, [token.model_dump(mode="json") for token in _placed(sink_map)],

@@ -38,6 +38,12 @@ class SeenBatch:
     places: torch.Tensor | None
     batch: slice
 
+    def after(self, first: int, length: int) -> SeenBatch:
+        """The tokens of the rows from `first` on, rows having `length` tokens; all where their rows are not known."""
+        skipped = 0 if self.places is None else max(0, first - self.batch.start) * length
+        return SeenBatch(self.inputs[skipped:], self.gradients[skipped:],
+                         None if self.places is None else self.places[skipped:], self.batch)
+
 
 @dataclass
 class ExpertBatch:
@@ -60,13 +66,15 @@ class Seen:
     Args:
         back: the block's step; it is pulled here.
         units: those of the block.
+        fitted: Hessians are of so many rows; None: of all. Those of experts are of all rows.
 
     Raises:
         RequestError: the block has experts that do not weigh and add up their outputs as is known.
     """
 
     def __init__(self, back: BackStep, decoder: Decoder, units: list[Unit], weights: TokenWeights,
-                 recipe: Recipe) -> None:
+                 recipe: Recipe, fitted: int | None = None) -> None:
+        self.fitted = fitted
         self.back, self.decoder, self.weights, self.recipe = back, decoder, weights, recipe
         self.linears: dict[str, list[SeenBatch]] = {name: [] for unit in units if not unit.owner
                                                     for name in unit.modules}
@@ -129,8 +137,13 @@ class Seen:
     def _hessian(self, first: str, name: str) -> torch.Tensor:
         hessian = Hessian(self.decoder.weight(name).shape[1], torch.device(self.back.step.walk.device))
         for one in self.linears[first]:
-            self.back.step.batch = one.batch
-            hessian.add(one.inputs, self.weights.of(self.back.step, one.inputs))
+            rows, inputs = one.batch, one.inputs
+            if self.fitted is not None and one.places is not None:
+                rows = slice(rows.start, min(rows.stop, self.fitted))
+                inputs = inputs[:max(0, rows.stop - rows.start) * self.back.step.walk.rows.shape[1]]
+            if len(inputs):
+                self.back.step.batch = rows
+                hessian.add(inputs, self.weights.of(self.back.step, inputs))
         return hessian.mean()
 
     def _expert(self, part: ExpertLinear) -> dict[str, list[SeenBatch]]:
