@@ -137,7 +137,7 @@ def test_gptq_candidates_lose_less_than_rounding_and_both_may_be_tried_at_once(t
 
     def units(*assignments: str) -> list[UnitSensitivity]:
         return find_sensitivity(model, tiny_tokenizer(), sink_map_of(Decoder.of(model)),
-                                small(text, "sensitivity.bits=[3]", *assignments)).units
+                                small(text, "sensitivity.bits=[3]", "sensitivity.rows=32", *assignments)).units
 
     gptq, rtn = units("weights.method=gptq"), units("weights.method=rtn")
     totals = [sum(unit.losses[0].predicted.total for unit in found) for found in (gptq, rtn)]
