@@ -1,9 +1,11 @@
 """The race's table, its picture, and who wins at equal bytes.
 
     python evals/benchmarks/race_page.py LINES.jsonl [...] [--text wikitext2] [--by size] [--plot race.svg]
+                                         [--frontier frontier.json]
 
 Equal bytes: of all candidates that take at most 1 % more, the one with the least divergence. `--by blocks` counts the
-blocks alone, so that who leaves the token embedding in 16 bits does not pay for it.
+blocks alone, so that who leaves the token embedding in 16 bits does not pay for it. `--frontier`, of `quantize-model
+plan --frontier -o`, is drawn as a line: what solved budgets are predicted to lose on their calibration text.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from measure import RESAMPLES, Line, read
 
+from sinkquant.artifacts import Frontier
 from sinkquant.evaluate import paired_difference
 from sinkquant.report.drawing import INK, LINE, MARKERS, SERIES, SOFT, STYLE, drawn, svg
 
@@ -80,12 +83,17 @@ def _cells(line: Line, by: str) -> list[str]:
     return [f"{line.labels['candidate']}, {line.labels['bits']} bits", f"{size(line, by) / 1e6:.1f}", f"{kl(line):.4f}"]
 
 
-def picture(lines: Sequence[Line], by: str) -> str:
-    """Divergence against bytes, every candidate a point: SVG."""
+def picture(lines: Sequence[Line], by: str, frontier: Frontier | None = None) -> str:
+    """Divergence against bytes, every candidate a point, what was predicted a line: SVG."""
     with mpl.rc_context(STYLE):
         figure, (axis,) = drawn(1, 4.2)
         for i, name in enumerate(sorted({tool(line) for line in lines}, key=lambda name: (name != OURS, name))):
             _points(axis, [line for line in lines if tool(line) == name], by, name, i)
+        if frontier is not None:
+            least, most = (found(size(line, "size") for line in lines) for found in (min, max))
+            solved = [point for point in frontier.points if point.kind == "solved" and least <= point.bytes <= most]
+            axis.plot([point.bytes / 1e6 for point in solved], [point.kl for point in solved], linestyle="--",
+                      linewidth=1, color=SOFT, label="solved budgets, predicted on calibration text")
         axis.set(yscale="log", ylabel="KL divergence, nats per token",
                  xlabel="MB of the blocks" if by == "blocks" else "MB of the whole checkpoint")
         axis.legend()
@@ -109,13 +117,15 @@ def main() -> None:
     parser.add_argument("--text", help="lines of this text only")
     parser.add_argument("--by", choices=["size", "blocks"], default="size")
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--frontier", type=Path, help="drawn as a line; with --by size")
     arguments = parser.parse_args()
     lines = [line for line in read(arguments.files) if arguments.text in (None, line.labels.get("text"))]
     lines.sort(key=lambda line: size(line, arguments.by))
     print(raced(lines))
     print("\n" + beaten(lines, arguments.by))
     if arguments.plot:
-        arguments.plot.write_text(picture(lines, arguments.by), encoding="utf-8")
+        solved = Frontier.load(arguments.frontier) if arguments.frontier else None
+        arguments.plot.write_text(picture(lines, arguments.by, solved), encoding="utf-8")
 
 
 if __name__ == "__main__":
