@@ -31,7 +31,7 @@ class FormatLoss(Strict):
     """One candidate format of a unit and what it costs: `predicted` to second order, `measured` by forward passes, null
     where that was not done. `diagonal` is the score that sums over all tokens and channels at once, half of
     sum g^2 e^2, as ModelOpt's auto_quantize has it: kept for comparison. `shared`: how much more the other tokens of a
-    row lose together than one by one, over all linears in this format; a factor of `predicted.others`. `columns` input
+    row lose together than one by one, over all linears by this method; a factor of `predicted.others`. `columns` input
     columns and `scalars` single weights of every linear stand beside the codes."""
 
     bits: int

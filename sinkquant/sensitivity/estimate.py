@@ -4,11 +4,12 @@ An output error e = dW x at a position adds g . e to the log-likelihood of a lab
 from the model itself the expected square is e^T F e, F the Fisher information, and half of it the KL divergence from
 the unquantized model to second order (Martens 1412.1193). Errors at the sinks of a row are one error: their inputs
 hardly differ, so their g . e are summed before they are squared. Those of other positions are squared one by one, which
-has far less variance; what they have in common is a factor of all linears in one format (`_shared`).
+has far less variance; what they have in common is a factor of all linears by one method (`_shared`).
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 
 import torch
@@ -71,18 +72,21 @@ def first_scored(units: Sequence[Unit], rows: int) -> int:
 
 
 def _shared(found: Sequence[tuple[UnitSensitivity, dict[TrialFormat, Pair]]]) -> list[UnitSensitivity]:
-    """The losses with what tokens of a row lose together: that has too much variance linear by linear, and is a factor
-    by format."""
-    sums: dict[tuple[int, int, str], list[float]] = {}
+    """The losses with what tokens of a row lose together. Linear by linear, and format by format, that has too much
+    variance: it is a factor by method, the mean over the formats of what all linears together show."""
+    sums: dict[tuple[str, int, int], list[float]] = {}
     for _, pairs in found:
         for one, pair in pairs.items():
-            into = sums.setdefault((one.bits, one.group_size, one.method), [0.0, 0.0])
+            into = sums.setdefault((one.method, one.bits, one.group_size), [0.0, 0.0])
             into[0] += pair[0]
             into[1] += pair[1]
-    factors = {key: together / apart if apart > 0 else 1.0 for key, (apart, together) in sums.items()}
+    ratios: dict[str, list[float]] = {}
+    for (method, _, _), (apart, together) in sums.items():
+        if apart > 0:
+            ratios.setdefault(method, []).append(together / apart)
 
     def changed(loss: FormatLoss) -> FormatLoss:
-        factor = factors[loss.bits, loss.group_size, loss.method]
+        factor = statistics.fmean(ratios.get(loss.method, [1.0]))
         sinks, others = loss.predicted.sinks, factor * loss.predicted.others
         return loss.model_copy(update={
             "predicted": Terms(sinks=sinks, others=others, total=sinks + others), "shared": factor})
