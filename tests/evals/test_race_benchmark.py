@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from sinkquant.artifacts import Plan, SinkMap
+from sinkquant.artifacts import Frontier, FrontierPoint, Plan, SinkMap
 from sinkquant.artifacts.sizes import checkpoint_bytes
 from sinkquant.models import Decoder, load_model
 from sinkquant.policy import make_plan
@@ -68,9 +68,29 @@ def test_a_peer_is_compared_with_the_best_of_ours_that_is_no_larger(tmp_path: Pa
         json.dumps({"labels": {"candidate": name, "bits": "4", "text": "wiki"}, "kl": [kl, kl], "loss": [1.0, 1.0],
                     "unquantized": [1.0, 1.0], "size": size * 10**6, "blocks": size}) + "\n"
         for name, size, kl in raced))
-    run(monkeypatch, "race_page.py", str(tmp_path / "lines.jsonl"), "--text", "wiki", "--plot", str(tmp_path / "a.svg"))
+    Frontier(model="tiny", recipe="r", points=[
+        FrontierPoint(name=f"{size} MB", kind="solved", bits_per_weight=4, bytes=size * 10**6, kl=20 / size, kl_sinks=0)
+        for size in (95, 120, 400)]).save(tmp_path / "frontier.json")
+    run(monkeypatch, "race_page.py", str(tmp_path / "lines.jsonl"), "--text", "wiki", "--plot", str(tmp_path / "a.svg"),
+        "--frontier", str(tmp_path / "frontier.json"))
     compared = capsys.readouterr().out.split("\n\n")[-1].splitlines()[2:]
     # B is larger than A and loses more; the control is no candidate of ours; what is larger does not count.
     assert compared == ["| peer A, 4 bits | 100.0 | 0.4000 | sinkquant small, 4 bits | 99.0 | 0.3000 | 0.75 |"]
     assert ElementTree.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
+    assert "stroke-dasharray" in (tmp_path / "a.svg").read_text()
+
+
+def test_budgets_predicted_and_measured(tiny_folder: Path, text_file: Path, tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    nothing_found(Decoder.of(load_model(tiny_folder, torch.float32)).shape("tiny")).save(tmp_path / "map.json")
+    run(monkeypatch, "forecast.py", str(tiny_folder), "--sink-map", str(tmp_path / "map.json"), "--megabytes", "0.11",
+        "0.2", "--text", str(text_file), "--held-out", "2", "--set", f"calibration.text={text_file}",
+        "weights.method=rtn", "weights.scale_search=false", "sensitivity.bits=[3,8]", "sensitivity.group_sizes=[32]",
+        "sensitivity.rows=4", "sensitivity.length=16")
+    cells = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
+    small, large = ([float(cell.replace(",", "")) for cell in (*row[1:5], row[6])] for row in cells)
+    assert small[1] <= 110_000 < large[1] <= 200_000
+    assert small[2] > large[2]  # predicted
+    assert small[3] > large[3]  # measured
+    assert small[4] == pytest.approx(small[2] / small[3], rel=0.1)  # of figures with five places
 
