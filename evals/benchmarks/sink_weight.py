@@ -60,7 +60,8 @@ def main() -> None:
     selectors = make_plan(decoder.shape(sink_map.model.name), sink_map, recipe.replace(
         [f"protect.sink_weight={UNCAPPED}"])).calibration.sinks
     for token, selector in zip((t for t in sink_map.tokens if t.kind != "learned"), selectors, strict=True):
-        print(f"- {token.text or 'any token'} at {'any place' if token.position is None else token.position}: read {selector.weight:.1f} times as often as it stands there")
+        place = "any place" if token.position is None else token.position
+        print(f"- {token.text or 'any token'} at {place}: read {selector.weight:.1f} times as often as it stands there")
     print("\n| bits | sink weight | KL, selection rows | held-out rows | less than weight 1 | 95 % interval |")
     print("|---:|---:|---:|---:|---:|---|", flush=True)
     for bits in arguments.bits:
