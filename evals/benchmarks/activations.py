@@ -28,7 +28,9 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from unittest import mock
 
@@ -66,7 +68,9 @@ TRANSFORMS: dict[str, Callable[..., None] | None] = {"none": None}
 
 def folded(model: PreTrainedModel, size: int | None, whole: bool) -> None:
     """Rotate the residual stream and every head, as a whole or in blocks of `size`."""
-    Rotate("full", block=None if whole else size).apply(Decoder.of(model))
+    module = import_module("sinkquant.quantize.transforms.rotate")
+    with nullcontext() if whole else mock.patch.object(module, "Rotation", lambda _, *rest: Rotation(size, *rest)):
+        Rotate("full").apply(Decoder.of(model))
 
 
 def online(model: PreTrainedModel, size: int | None, inner: bool) -> None:

@@ -27,14 +27,10 @@ class Rotate:
 
     The gains of norms go into the linears that read them, and are one afterwards. In a model whose norms take the mean
     off, the rotation leaves the vector of ones where it is. Nothing is left to be done online.
-
-    `block`: channels are mixed in blocks of so many alone, those that share a scale in a format (2511.04214, section
-    4); null: all of a head's, and all of the stream's.
     """
 
     scope: Literal["values", "full"]
     seed: int = 0
-    block: int | None = None
 
     def apply(self, decoder: Decoder) -> None:
         """Rotate a model: at once where it holds its weights, and whenever they are read where they lie on disk.
@@ -61,12 +57,12 @@ class Rotate:
             made.stream(structure, self.stream(decoder, structure))
         for index, block in enumerate(structure.blocks):
             assert block.values is not None
-            made.values(block.values, Rotation(self.block or block.values.head_dim, self.seed + 1 + index))
+            made.values(block.values, Rotation(block.values.head_dim, self.seed + 1 + index))
         return {name: Edit(tuple(steps), name not in made.columnwise) for name, steps in made.steps.items()}
 
     def stream(self, decoder: Decoder, structure: Structure) -> Rotation:
         """The rotation of the residual stream."""
-        return Rotation(self.block or decoder.hidden_size, self.seed, any(norm.centred for norm in structure.norms))
+        return Rotation(decoder.hidden_size, self.seed, any(norm.centred for norm in structure.norms))
 
 
 class _Edits:
