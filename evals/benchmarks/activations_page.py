@@ -67,6 +67,7 @@ def picture(lines: Sequence[Line]) -> str:
     panels = [bits for bits in WEIGHTS if any(key[0] == bits for key in found)]
     with mpl.rc_context(STYLE):
         figure, axes = drawn(len(panels), 2.6)
+        figure.set_size_inches(4 * len(panels), 2.6)
         for axis, bits in zip(axes, panels, strict=True):
             kinds = [key for key in found if key[0] == bits]
             for place, key in enumerate(kinds):
@@ -82,7 +83,7 @@ def picture(lines: Sequence[Line]) -> str:
             axis.invert_yaxis()
             axis.set(title=WEIGHTS[bits], xlabel="KL divergence, nats per token")
             logarithmic(axis, "x")
-        axes[-1].legend(loc="upper center", bbox_to_anchor=(0.2, -0.28), ncols=3)
+        figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         text = svg(figure, "fp4")
     for variable, colour in COLOURS.items():
         text = text.replace(f"var({variable})", colour)

@@ -18,7 +18,7 @@ from measure import Lines, held_out_texts, table
 
 from sinkquant.artifacts import SinkMap
 from sinkquant.models import Decoder, load_model, load_tokenizer, open_model, resolve
-from sinkquant.policy import make_plan
+from sinkquant.policy import accept_edited, make_plan
 from sinkquant.policy.input_bits import average_bits
 from sinkquant.recipe import Recipe
 from sinkquant.sensitivity import find_sensitivity
@@ -62,7 +62,7 @@ def main() -> None:
                         if name.endswith("down_proj") else decision for name, decision in plan.modules.items()}
         average = average_bits({name: one.activations for name, one in plan.modules.items()}, shape)
         lines.measure({"recipe": arguments.recipe, "inputs": f"{average:.3g} bits, down projections spared"}, folder,
-                      base, plan, tokenizer, texts)
+                      base, accept_edited(plan, shape), tokenizer, texts)
     print(table(lines.lines, ["recipe"]))
 
 

@@ -48,7 +48,7 @@ def sink_map(model: PreTrainedModel) -> SinkMap:
 def recipe_of(text: Path, *more: str, name: str = "mxfp4-sink") -> Recipe:
     return Recipe.load(name).replace([
         f"calibration.text={text}", "calibration.rows=4", "calibration.length=16", "sensitivity.rows=48",
-        "sensitivity.length=16", "activations.bits=6", *more])
+        "sensitivity.length=16", "weights.smooth=none", "activations.bits=6", *more])
 
 
 @pytest.fixture(scope="module")
