@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -69,7 +68,8 @@ TRANSFORMS: dict[str, Callable[..., None] | None] = {"none": None}
 def folded(model: PreTrainedModel, size: int | None, whole: bool) -> None:
     """Rotate the residual stream and every head, as a whole or in blocks of `size`."""
     module = import_module("sinkquant.quantize.transforms.rotate")
-    with nullcontext() if whole else mock.patch.object(module, "Rotation", lambda _, *rest: Rotation(size, *rest)):
+    mixing = Rotation if whole else lambda _, *rest: Rotation(size or 0, *rest)
+    with mock.patch.object(module, "Rotation", mixing):
         Rotate("full").apply(Decoder.of(model))
 
 
