@@ -19,6 +19,7 @@ from compressed_tensors.quantization.utils import calculate_qparams, compute_dyn
 from torch import nn
 
 from sinkquant.schemes import input_format
+from sinkquant.schemes.inputs import of_e2m1
 
 SWITCH = "sinkquant_inputs"
 """The attribute of a model that holds its switch."""
@@ -89,7 +90,7 @@ class RoundedInputs:
         if self.args.dynamic:
             over = None if self.scale is None else self.scale.to(given.device)
             scale, zero_point = compute_dynamic_scales_and_zp(given, self.args, module, over)
-            if (self.args.type, self.args.num_bits) == ("float", 4):
+            if of_e2m1(self.args.type, self.args.num_bits):
                 return _rounded_to_e2m1(given, scale if over is None else scale / over)
         else:
             assert self.scale is not None

@@ -75,6 +75,11 @@ def in_blocks(settings: Mapping[str, Any]) -> bool:
                for form in INPUTS)
 
 
+def of_e2m1(kind: str, bits: int) -> bool:
+    """Whether codes of a kind, as compressed-tensors names it, are E2M1."""
+    return (kind, bits) == ("float", 4)
+
+
 def deployed(name: str) -> bool:
     """Whether a checkpoint can ask engines for inputs in this format."""
     return input_format(name).deployed
