@@ -101,7 +101,7 @@ def quicker(recipe: sq.Recipe, model: str) -> list[str]:
     found = ["weights.distill=8"] if recipe.weights.distill else []
     found += ["sensitivity.bits=[3, 4]"] if recipe.budget.solved else []
     if model != DEMO and recipe.backend != "bitsandbytes" and recipe.weights.group_size == 64:
-        found += ["weights.group_size=32", *(["budget.bits=4"] if recipe.budget.solved else [])]
+        found += ["weights.group_size=32", *(["budget.bits=4"] if recipe.budget.bits else [])]
     return found
 
 
