@@ -11,7 +11,7 @@ from sinkquant.artifacts.base import Strict
 from sinkquant.artifacts.shapes import ModelShape
 from sinkquant.schemes import PLAIN, WeightFormat, scheme_of
 from sinkquant.schemes.registry import known_storage
-from sinkquant.schemes.tensors import Tensor, tensor_bytes
+from sinkquant.schemes.tensors import Tensor, total_bytes
 
 WEIGHT = "weight"
 
@@ -44,7 +44,7 @@ def end_tensors(shape: ModelShape, name: str, form: WeightFormat, shares: str | 
 
 def end_bytes(shape: ModelShape, name: str, form: WeightFormat, shares: str | None) -> int:
     """Bytes of these tensors."""
-    return sum(tensor_bytes(*tensor) for tensor in end_tensors(shape, name, form, shares).values())
+    return total_bytes(end_tensors(shape, name, form, shares).values())
 
 
 def with_ends(shape: ModelShape, ends: Mapping[str, EndDecision]) -> ModelShape:

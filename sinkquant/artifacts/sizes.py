@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sinkquant.artifacts.shapes import ModelShape
 from sinkquant.schemes import WeightFormat, scheme_of
-from sinkquant.schemes.tensors import DTYPES, Tensor, tensor_bytes
+from sinkquant.schemes.tensors import DTYPES, Tensor, total_bytes
 
 GUARD: Tensor = ("int8", [0])
 """Stands under the name of the first packed weight of a checkpoint in sinkquant's own format. A transformers that does
@@ -36,7 +36,7 @@ def module_bytes(shape: ModelShape, name: str, form: WeightFormat) -> int:
         dtype, _ = shape.tensors.get(stored) or shape.tensors.get(name) or (shape.dtype, [])
         return DTYPES[dtype][1] * linear.parameters
     packed = packed_tensors(name, linear.rows, linear.columns, form, shape.dtype, linear.part_of is not None)
-    return sum(tensor_bytes(*tensor) for tensor in packed.values())
+    return total_bytes(packed.values())
 
 
 def checkpoint_tensors(shape: ModelShape, formats: dict[str, WeightFormat]) -> dict[str, Tensor]:

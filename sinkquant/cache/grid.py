@@ -101,4 +101,3 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | No
 
 def _half(scale: torch.Tensor) -> torch.Tensor:
     return scale.clamp(SMALLEST_SCALE, LARGEST).half()
-

@@ -30,8 +30,6 @@ constexpr int WIDE = 8;
 constexpr int WIDE = 4;
 #endif
 typedef float Vec __attribute__((vector_size(4 * WIDE), aligned(4)));
-typedef std::int32_t Ints __attribute__((vector_size(4 * WIDE), aligned(4)));
-typedef std::uint8_t Bytes __attribute__((vector_size(WIDE), aligned(1)));
 constexpr int ROWS = 4;  // rows of queries that share what is read
 
 Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }

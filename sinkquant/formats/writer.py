@@ -15,7 +15,7 @@ import torch
 from sinkquant.artifacts.base import write_atomically
 from sinkquant.errors import SinkquantError
 from sinkquant.models.shards import StoredTensor
-from sinkquant.schemes.tensors import Tensor, checkpoint_files, file_header, tensor_bytes
+from sinkquant.schemes.tensors import Tensor, checkpoint_files, file_header, tensor_bytes, total_bytes
 
 INDEX = "model.safetensors.index.json"
 
@@ -39,7 +39,7 @@ class CheckpointWriter:
             self._prepare(path, file)
         if len(files) > 1:
             weight_map = {tensor: path.name for path, file in zip(self.paths, files, strict=True) for tensor in file}
-            total = sum(tensor_bytes(*tensor) for tensor in tensors.values())
+            total = total_bytes(tensors.values())
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             write_atomically(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
@@ -77,7 +77,7 @@ class CheckpointWriter:
     def _prepare(self, path: Path, tensors: dict[str, Tensor]) -> None:
         """Give a file its header and its size, unless a run that was interrupted has done so."""
         header = file_header(tensors)
-        size = len(header) + sum(tensor_bytes(*tensor) for tensor in tensors.values())
+        size = len(header) + total_bytes(tensors.values())
         if not path.is_file() or path.stat().st_size != size or _start(path, len(header)) != header:
             with path.open("wb") as file:
                 file.write(header)

@@ -20,7 +20,7 @@ from sinkquant.policy.solvable import check_solvable
 from sinkquant.policy.solver import Option, Solution, fewest_bytes, least_loss
 from sinkquant.recipe import Budget, Recipe
 from sinkquant.schemes import WeightFormat
-from sinkquant.schemes.tensors import tensor_bytes
+from sinkquant.schemes.tensors import total_bytes
 
 EXACT = WeightFormat(16, None)
 ROUNDS = 6
@@ -135,7 +135,7 @@ class Problem:
         if loss is None:
             raise RequestError("the sensitivities hold no losses of the head and the embedding; make them anew with "
                                "sensitivity.end_bits.")
-        return Option(sum(tensor_bytes(*tensor) for tensor in sized(self.shape, recipe).tensors.values()), loss)
+        return Option(total_bytes(sized(self.shape, recipe).tensors.values()), loss)
 
     def _formats(self, unit: UnitSensitivity) -> list[WeightFormat]:
         choice = self.base[unit.modules[0]].form

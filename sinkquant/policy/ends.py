@@ -15,7 +15,7 @@ from sinkquant.schemes import DEFAULT_BACKEND, WeightFormat
 from sinkquant.schemes.inputs import NO_ROUNDING
 from sinkquant.schemes.integers import IN_BYTES
 from sinkquant.schemes.registry import of_backend
-from sinkquant.schemes.tensors import tensor_bytes
+from sinkquant.schemes.tensors import tensor_bytes, total_bytes
 
 PER_TOKEN = 8
 """Bits from which on one scale per row is enough: its rounding is far below that of anything in the blocks."""
@@ -103,7 +103,7 @@ def end_options(shape: ModelShape, recipe: Recipe, engine: str = "any") -> list[
             continue
         if not all(engine_takes(engine, end.form) for end in ends.values()):
             continue
-        size = sum(tensor_bytes(*tensor) for tensor in with_ends(shape, ends).tensors.values())
+        size = total_bytes(with_ends(shape, ends).tensors.values())
         if not any(size >= less and head <= more and embeddings <= wider for more, wider, less, _ in found):
             found.append((head, embeddings, size, one))
     return [one for _, _, _, one in found]
@@ -118,7 +118,7 @@ def better_spent(shape: ModelShape, recipe: Recipe) -> list[str]:
         ends = choose_ends(shape, recipe.changed(weights={"lm_head": 8, "embeddings": 8}), False)
     except RequestError:  # no checkpoint of this recipe holds that
         return []
-    whole, smaller = (sum(tensor_bytes(*tensor) for tensor in one.tensors.values())
+    whole, smaller = (total_bytes(one.tensors.values())
                       for one in (shape, with_ends(shape, ends)))
     freed = 8 * (whole - smaller) / sum(linear.parameters for linear in shape.linears.values())
     if freed < WORTH or any(linear.transposed for linear in shape.linears.values()):

@@ -13,7 +13,7 @@ from sinkquant.schemes.tensors import (
     expert_scale_dtype,
     file_header,
     scale_dtype,
-    tensor_bytes,
+    total_bytes,
 )
 from sinkquant.schemes.weight_format import Kind, WeightFormat
 
@@ -161,7 +161,7 @@ class Scheme:
             architecture, folder: as in `check_model`.
         """
         files = checkpoint_files(dict(tensors))
-        return sum(len(file_header(file)) + sum(tensor_bytes(*tensor) for tensor in file.values()) for file in files)
+        return sum(len(file_header(file)) + total_bytes(file.values()) for file in files)
 
     def more_precise(self, form: WeightFormat, columns: int) -> WeightFormat | None:
         """The next format with more bits that may stand in the same checkpoint, or None."""

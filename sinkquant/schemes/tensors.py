@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 
 DTYPES = {"int64": ("I64", 8), "float64": ("F64", 8), "float32": ("F32", 4), "int32": ("I32", 4),
           "bfloat16": ("BF16", 2), "float16": ("F16", 2), "int16": ("I16", 2), "float8_e4m3fn": ("F8_E4M3", 1),
@@ -31,6 +32,11 @@ def expert_scale_dtype(dtype: str) -> str:
 def tensor_bytes(dtype: str, size: list[int]) -> int:
     """Bytes of one tensor."""
     return DTYPES[dtype][1] * math.prod(size)
+
+
+def total_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of all of them."""
+    return sum(tensor_bytes(*tensor) for tensor in tensors)
 
 
 def checkpoint_files(tensors: dict[str, Tensor], limit: int = FILE_BYTES) -> list[dict[str, Tensor]]:
