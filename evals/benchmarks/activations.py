@@ -35,11 +35,9 @@ from unittest import mock
 
 import torch
 from compressed_tensors.quantization.utils import helpers
-from measure import Lines, held_out_texts, table
+from measure import Lines, held_out_texts, sink_map_of, table
 from transformers import PreTrainedModel
 
-from sinkquant.artifacts import SinkMap
-from sinkquant.detect import detect
 from sinkquant.models import Decoder, load_model, load_tokenizer, open_model, resolve
 from sinkquant.policy import make_plan
 from sinkquant.quantize.transforms import Rotate
@@ -117,7 +115,7 @@ def main() -> None:
     tokenizer, base = load_tokenizer(folder), load_model(folder, torch.float32)
     recipe = Recipe().replace([f"calibration.text={arguments.text or 'null'}", "detect.super_weights=false",
                                *arguments.settings])
-    sink_map = SinkMap.load(arguments.sink_map) if arguments.sink_map else detect(base, tokenizer, recipe=recipe)
+    sink_map = sink_map_of(arguments, base, tokenizer, recipe)
     texts = held_out_texts(arguments.heldout, tokenizer, arguments.rows,
                            min(arguments.length, Decoder.of(base).max_length))
     lines, shape = Lines(arguments.lines), Decoder.of(open_model(folder)).shape(arguments.model)

@@ -15,11 +15,10 @@ import argparse
 from pathlib import Path
 
 import torch
-from measure import RESAMPLES, Line, Lines, held_out_texts
+from measure import RESAMPLES, Line, Lines, held_out_texts, sink_map_of
 
 from sinkquant import Recipe, Sensitivity
 from sinkquant.artifacts import ModelShape, SinkMap
-from sinkquant.detect import detect
 from sinkquant.evaluate import paired_difference
 from sinkquant.models import Decoder, load_model, load_tokenizer, open_model, resolve
 from sinkquant.policy import make_frontier, make_plan
@@ -66,8 +65,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder, recipe = resolve(arguments.model), Recipe.load(arguments.recipe).replace(arguments.set)
     base, tokenizer = load_model(folder, torch.float32), load_tokenizer(folder)
-    sink_map = SinkMap.load(arguments.sink_map) if arguments.sink_map else detect(
-        base, tokenizer, recipe=recipe, name=arguments.model)
+    sink_map = sink_map_of(arguments, base, tokenizer, recipe)
     stored = open_model(folder)
     shape = Decoder.of(stored).shape(arguments.model)
     costs = find_sensitivity(stored, tokenizer, sink_map, recipe, arguments.sensitivity)

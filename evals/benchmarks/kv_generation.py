@@ -12,16 +12,12 @@ again.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 from kv_caches import BASE, Caches
-from measure import RESAMPLES, keep_line, kept_lines
+from measure import RESAMPLES, keep_line, kept_lines, parser_of_lines, sink_map_of
 
-from sinkquant.artifacts import SinkMap
-from sinkquant.detect import detect
 from sinkquant.evaluate import paired_difference
 from sinkquant.evaluate.divergence import token_figures
 from sinkquant.evaluate.generation import continued_states
@@ -60,11 +56,7 @@ def table(lines: list[dict[str, Any]], tokens: int) -> str:
 
 def main() -> None:
     """Measure what is missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--lines", type=Path, required=True, help="one JSON object per line; gone on with")
-    parser.add_argument("--sink-map", help="of this model, made before")
-    parser.add_argument("--text", help="default: the packaged evaluation text")
+    parser = parser_of_lines(__doc__, "default: the packaged evaluation text")
     parser.add_argument("--rows", type=int, default=6)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=512)
@@ -74,8 +66,7 @@ def main() -> None:
     lines = kept_lines(arguments.lines)
     folder = resolve(arguments.model)
     model, tokenizer = load_model(folder, torch.float32), load_tokenizer(folder)
-    sink_map = (SinkMap.load(arguments.sink_map) if arguments.sink_map else
-                detect(model, tokenizer, recipe=Recipe().replace(["detect.super_weights=false"])))
+    sink_map = sink_map_of(arguments, model, tokenizer, Recipe().replace(["detect.super_weights=false"]))
     length = arguments.prompt + arguments.tokens
     rows = token_rows(tokenizer, read_text(arguments.text, "evaluation"), arguments.rows, length)
     states = last_states(model, rows)

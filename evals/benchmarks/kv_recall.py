@@ -16,21 +16,17 @@ quanto and hqq are transformers' own, where installed. Lines that are in FILE al
 
 from __future__ import annotations
 
-import argparse
 import copy
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from kv_caches import BASE, Caches
-from measure import RESAMPLES, keep_line, kept_lines
+from measure import RESAMPLES, keep_line, kept_lines, parser_of_lines, sink_map_of
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from sinkquant.artifacts import SinkMap
 from sinkquant.cache import Bases, SinkCache
-from sinkquant.detect import detect
 from sinkquant.evaluate import paired_difference
 from sinkquant.models import load_model, load_tokenizer, read_text, resolve
 from sinkquant.recipe import Recipe
@@ -129,11 +125,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure what is missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--lines", type=Path, required=True, help="one JSON object per line; gone on with")
-    parser.add_argument("--sink-map", help="of this model, made before")
-    parser.add_argument("--text", help="prose; default: the packaged evaluation text")
+    parser = parser_of_lines(__doc__, "prose; default: the packaged evaluation text")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024])
     parser.add_argument("--contexts", type=int, default=8)
     parser.add_argument("--bits", type=int, nargs="+", default=[2], help=f"{BASE} is measured with the first alone")
@@ -143,8 +135,7 @@ def main() -> None:
     known = {(line["length"], line["bits"], line["context"], line["cache"]) for line in lines}
     folder = resolve(arguments.model)
     model, tokenizer = load_model(folder, torch.float32), load_tokenizer(folder)
-    sink_map = (SinkMap.load(arguments.sink_map) if arguments.sink_map else
-                detect(model, tokenizer, recipe=Recipe().replace(["detect.super_weights=false"])))
+    sink_map = sink_map_of(arguments, model, tokenizer, Recipe().replace(["detect.super_weights=false"]))
     content = read_text(arguments.text, "evaluation")
     by_bits = {bits: Caches(model, tokenizer, sink_map, bits, arguments.lines.parent) for bits in arguments.bits}
     for length in arguments.lengths:

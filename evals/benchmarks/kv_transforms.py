@@ -12,15 +12,13 @@ window. Lines that are in FILE already are not measured again, so that a run may
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
-from measure import forget_bases, keep_line, kept_lines
+from measure import forget_bases, keep_line, kept_lines, parser_of_lines, sink_map_of
 
-from sinkquant.artifacts import KVCachePlan, SinkMap
+from sinkquant.artifacts import KVCachePlan
 from sinkquant.cache import prepare
-from sinkquant.detect import detect
 from sinkquant.evaluate.divergence import compare_side_by_side
 from sinkquant.evaluate.states import last_states
 from sinkquant.evaluate.statistics import paired_difference
@@ -60,8 +58,7 @@ class Bench:
         self.recipe = Recipe().replace(["detect.super_weights=false", f"kv_cache.window={arguments.window}",
                                         f"kv_cache.scale_bits={arguments.scale_bits}",
                                         f"kv_cache.length={arguments.length}"])
-        self.sink_map = (SinkMap.load(arguments.sink_map) if arguments.sink_map else
-                         detect(self.base, self.tokenizer, recipe=self.recipe))
+        self.sink_map = sink_map_of(arguments, self.base, self.tokenizer, self.recipe)
         self.shape = Decoder.of(self.base).shape(arguments.model)
         rows = token_rows(self.tokenizer, read_text(arguments.text, "evaluation"), arguments.rows, arguments.length)
         self.batches = rows.split(BATCH)
@@ -120,11 +117,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure what is missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--lines", type=Path, required=True, help="one JSON object per line; gone on with")
-    parser.add_argument("--sink-map", help="of this model, made before")
-    parser.add_argument("--text", help="held-out text; default: the packaged one")
+    parser = parser_of_lines(__doc__, "held-out text; default: the packaged one")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--groups", type=int, nargs="+", default=[32])
     parser.add_argument("--rows", type=int, default=6)

@@ -73,6 +73,17 @@ class Line:
                    None if speed is None else round(speed, 1), blocks, memory, scores)
 
 
+def parser_of_lines(about: str | None, text: str) -> argparse.ArgumentParser:
+    """For a benchmark of one model that goes on with lines that it kept. about: its docstring; text: what `--text` is.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--lines", type=Path, required=True, help="one JSON object per line; gone on with")
+    parser.add_argument("--sink-map", help="of this model, made before")
+    parser.add_argument("--text", help=text)
+    return parser
+
+
 def sink_map_of(arguments: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
                 recipe: Recipe) -> SinkMap:
     """The file that `--sink-map` names, or what detection finds in the model."""

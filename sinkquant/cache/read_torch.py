@@ -13,10 +13,7 @@ from typing import Protocol
 import torch
 
 from sinkquant.cache.packing import unpack
-from sinkquant.cache.store import Lane
-
-CHUNK_VALUES = 1 << 18
-"""Numbers that are unpacked at a time: 1 MB in float32."""
+from sinkquant.cache.store import CHUNK_VALUES, Lane
 
 
 class LaneReads(Protocol):

@@ -47,6 +47,11 @@ class Unit:
     candidates: tuple[TrialFormat, ...]
     owner: str | None = None
 
+    @property
+    def by_input(self) -> list[tuple[str, ...]]:
+        """The linears that read one input: all that engines fuse, and every expert by itself."""
+        return [(name,) for name in self.modules] if self.owner else [self.modules]
+
 
 def units_of(decoder: Decoder, recipe: Recipe, sink_map: SinkMap) -> list[Unit]:
     """Every linear that may be quantized, with those that engines fuse it with, in the order of the model; all experts

@@ -104,9 +104,7 @@ def _unit(unit: Unit, decoder: Decoder, seen: Seen, sinks: torch.Tensor, recipe:
     routed: dict[TrialFormat, float] = dict.fromkeys(unit.candidates, 0.0)
     diagonal: dict[TrialFormat, float] = dict.fromkeys(unit.candidates, 0.0)
     placed = True
-    # Linears that engines fuse read one input; experts of a layer get tokens of their own.
-    together = [[name] for name in unit.modules] if unit.owner else [unit.modules]
-    for names in together:
+    for names in unit.by_input:
         hessian = seen.of(unit, names[0])[1]
         seen_by = {name: [part.after(first, sinks.shape[1]) for part in seen.of(unit, name)[0]] for name in names}
         for candidate, changes in errors(decoder, names, hessian, unit.candidates, recipe, decoder.model.dtype):

@@ -81,8 +81,7 @@ def _hessians(step: Step, decoder: Decoder, units: list[Unit], weights: TokenWei
 def _changes(decoder: Decoder, unit: Unit, hessians: dict[str, torch.Tensor], recipe: Recipe,
              stored: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
     """For every candidate: module -> quantized weight - weight."""
-    together = [[name] for name in unit.modules] if unit.owner else [unit.modules]
-    each = [errors(decoder, names, hessians[names[0]], unit.candidates, recipe, stored) for names in together]
+    each = [errors(decoder, names, hessians[names[0]], unit.candidates, recipe, stored) for names in unit.by_input]
     for ones in zip(*each, strict=True):
         yield {name: error for _, changes in ones for name, error in changes.items()}
 
