@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from families import tiny_model
+from forked import script, start
 from safetensors.torch import load_file, save_file
 from sinkmaps import sink_map_of
 from tiny_tokenizer import tiny_tokenizer
@@ -28,8 +27,10 @@ PLAIN = Path(__file__).parent / "formats" / "plain_transformers.py"
 def plain_logits(rows: torch.Tensor, folders: Sequence[Path], work: Path) -> list[torch.Tensor]:
     """Logits [batch, tokens, vocabulary] of rows through every checkpoint, in a process that knows no sinkquant."""
     save_file({"rows": rows}, work / "rows.safetensors")
-    subprocess.run([sys.executable, "-W", "ignore", PLAIN, work / "rows.safetensors", work / "logits.safetensors",
-                    *folders], check=True, cwd=work, capture_output=True)
+    program = start(work / "said", script, str(PLAIN), argv=(
+        str(PLAIN), str(work / "rows.safetensors"), str(work / "logits.safetensors"), *map(str, folders)))
+    code, _, err = program.communicate()
+    assert code == 0, err
     found = load_file(work / "logits.safetensors")
     return [found[str(index)] for index in range(len(folders))]
 

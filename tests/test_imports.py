@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -11,34 +12,45 @@ import sinkquant
 
 HEAVY = {"torch", "transformers", "lm_eval", "datasets", "matplotlib", "scipy", "compressed_tensors", "accelerate",
          "bitsandbytes"}
-AFTER_A_COMMAND = """
-import sys
+COMMANDS = [["--help"], ["run", "--help"], ["recipes"], ["recipes", "show", "w4a16-sink"], ["run", "no-such-recipe"],
+            ["detect"], ["plan", "a", "--no-such-option"], ["detect", "nowhere"], ["plan", "nowhere"],
+            ["run", "-m", "nowhere"], ["doctor", "nowhere"], ["diagnose", "nowhere"], ["advise", "nowhere"],
+            ["eval", "nowhere"], ["compare", "x", "--baseline", "nowhere"], ["explain", "x", "--baseline", "nowhere"]]
+AFTER_EVERY_COMMAND = """
+import json, sys
 from sinkquant.cli import main
-try:
-    main()
-except SystemExit:
-    pass
-print("modules", *sorted({name.partition(".")[0] for name in sys.modules}))
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["quantize-model", *arguments]
+    try:
+        main()
+    except SystemExit:
+        pass
+    print("modules", *sorted({name.partition(".")[0] for name in sys.modules}))
 """
 
 
-def imported(code: str, *arguments: str) -> set[str]:
-    """Top-level packages that a process of its own has imported at the end of a program."""
+def said(code: str, *arguments: str) -> list[set[str]]:
+    """Top-level packages that a process of its own has imported, every time that the program says so."""
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
-    last = done.stdout.splitlines()[-1].split()
-    assert last[0] == "modules"
-    return set(last[1:])
+    return [set(line.split()[1:]) for line in done.stdout.splitlines() if line.startswith("modules ")]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["recipes"], ["recipes", "show", "w4a16-sink"],
-                                       ["run", "no-such-recipe"], ["detect"], ["plan", "a", "--no-such-option"],
-                                       ["detect", "nowhere"], ["plan", "nowhere"], ["run", "-m", "nowhere"],
-                                       ["doctor", "nowhere"], ["diagnose", "nowhere"], ["advise", "nowhere"],
-                                       ["eval", "nowhere"], ["compare", "x", "--baseline", "nowhere"],
-                                       ["explain", "x", "--baseline", "nowhere"]],
-                         ids=" ".join)
-def test_help_and_wrong_arguments_import_nothing_heavy(arguments: list[str]) -> None:
-    assert not imported(AFTER_A_COMMAND, *arguments) & HEAVY
+def imported(code: str) -> set[str]:
+    """Top-level packages that a process of its own has imported at the end of a program."""
+    (found,) = said(code)
+    return found
+
+
+@pytest.fixture(scope="module")
+def after_commands() -> list[set[str]]:
+    """What one process has imported after the first command, after the second, and so on."""
+    return said(AFTER_EVERY_COMMAND, json.dumps(COMMANDS))
+
+
+@pytest.mark.parametrize("index", range(len(COMMANDS)), ids=[" ".join(command) for command in COMMANDS])
+def test_help_and_wrong_arguments_import_nothing_heavy(index: int, after_commands: list[set[str]]) -> None:
+    assert len(after_commands) == len(COMMANDS)
+    assert not (after_commands[index] - (after_commands[index - 1] if index else set())) & HEAVY
 
 
 def modules_after(*names: str) -> set[str]:

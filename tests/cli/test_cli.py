@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from commands import Outcome, call, one_sentence, settings
+from forked import Program, command_line, start
 from safetensors.torch import load_file, save_file
 from small_runs import fingerprint, model_folder
 
@@ -212,29 +211,17 @@ def test_an_unexpected_error_is_one_sentence_too(tmp_path, tiny_folder, text_fil
     assert not list(tmp_path.glob("out*"))
 
 
-def start(source: Path, output: Path, text: Path, *more: str, limit: int | None = None) -> subprocess.Popen[str]:
-    """A real process. `limit`: no file may grow over so many bytes, as on a disk that is full."""
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # type: ignore[arg-type]
-
-    command = [sys.executable, "-m", "sinkquant.cli", "run", "--model", str(source), "--output", str(output), *more,
-               *settings(text)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            preexec_fn=limited if limit else None)
-
-
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    """Until a file appears."""
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
+def started(source: Path, output: Path, text: Path, *more: str, limit: int | None = None) -> Program:
+    """A run in a process of its own. `limit`: no file may grow over so many bytes, as on a disk that is full."""
+    said = text.parent / f"said {output.parent.name}"
+    return start(said, command_line, limit=limit, argv=(
+        "quantize-model", "run", "--model", str(source), "--output", str(output), *more, *settings(text)))
 
 
 def test_a_disk_that_fills_while_saving(source, tmp_path, text_file):
     before = fingerprint(source)
-    process = start(source, tmp_path / "out", text_file, limit=100_000)
-    out, err = process.communicate()
-    assert process.returncode == 1, err
+    code, out, err = started(source, tmp_path / "out", text_file, limit=100_000).communicate()
+    assert code == 1, err
     message = one_sentence(Outcome(1, out, err))
     assert "model" in message
     assert "too large" in message
@@ -245,11 +232,11 @@ def test_a_disk_that_fills_while_saving(source, tmp_path, text_file):
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_in_the_middle(signal_number, source, tmp_path, text_file):
     before = fingerprint(source)
-    process = start(source, tmp_path / "out", text_file)
-    wait_for(tmp_path / "out.partial" / "plan.json", process)
+    process = started(source, tmp_path / "out", text_file)
+    process.wait_for(tmp_path / "out.partial" / "plan.json")
     process.send_signal(signal_number)
-    out, err = process.communicate()
-    assert process.returncode == 1
+    code, out, err = process.communicate()
+    assert code == 1
     assert "stopped before it was done; nothing half-written was left" in one_sentence(Outcome(1, out, err))
     assert fingerprint(source) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
@@ -277,10 +264,10 @@ def test_text_from_a_folder_whose_name_is_no_yaml(tmp_path, tiny_folder, text_fi
 
 
 def test_killed_and_resumed(source, tmp_path, text_file):
-    process = start(source, tmp_path / "out", text_file, "--resume")
-    wait_for(tmp_path / "out.partial" / "model", process)
-    process.kill()
-    process.communicate()
+    process = started(source, tmp_path / "out", text_file, "--resume")
+    process.wait_for(tmp_path / "out.partial" / "model")
+    process.send_signal(signal.SIGKILL)
+    assert process.communicate()[0] == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     checkpoint = fingerprint(tmp_path / "out.partial" / "model")
     other = call("run", "--model", source, "--output", tmp_path / "out", "--resume", *settings(text_file, "seed=7"))

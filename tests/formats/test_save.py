@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,8 @@ import pytest
 import torch
 from checkpoints import digest, quantized, weight_bytes
 from families import tiny_model
+from forked import start
+from interruptions import fills
 from sinkmaps import sink_map_of
 from tiny_tokenizer import tiny_tokenizer
 from transformers import PreTrainedModel
@@ -110,39 +111,16 @@ def test_a_model_that_was_not_quantized_is_refused(tiny: PreTrainedModel, tmp_pa
     assert os.listdir(tmp_path) == []
 
 
-FILLING = """
-import resource, sys
-from pathlib import Path
-from checkpoints import quantized
-from tiny_tokenizer import tiny_tokenizer
-from sinkquant.errors import SinkquantError
-from sinkquant.formats import save
-
-work, text = Path(sys.argv[1]), Path(sys.argv[2])
-model = quantized(text)[0]
-for limit in map(int, sys.argv[3:]):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    try:
-        save(model, tiny_tokenizer(), work / "out")
-        print(limit, "saved")
-    except SinkquantError as error:
-        print(limit, error.exit_code, str(error).count("\\n"), str(error).startswith("cannot write"))
-    print(sorted(path.name for path in work.iterdir()))
-"""
-
-
 def test_a_file_system_that_takes_no_more_leaves_nothing_behind(text_file: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
-    here = Path(__file__).parent
-    path = os.pathsep.join(map(str, [here, here.parent, here.parent.parent]))
-    limits = ["100", "2500", "9000", "60000", "10000000"]
+    limits = [100, 2500, 9000, 60000, 10000000]
     # The first limit stops config.json, the next ones the weights; the last stops nothing.
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FILLING, work, text_file, *limits],
-                          capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": path})
-    lines = done.stdout.splitlines()
+    code, out, err = start(tmp_path / "said", fills, work, text_file, limits).communicate()
+    assert code == 0, err
+    lines = out.splitlines()
     for i, limit in enumerate(limits[:-1]):
-        assert lines[2 * i] == f"{limit} 1 0 True", done.stdout + done.stderr
+        assert lines[2 * i] == f"{limit} 1 0 True", out + err
         assert lines[2 * i + 1] == "[]"
     assert lines[-2:] == [f"{limits[-1]} saved", "['out']"]
 

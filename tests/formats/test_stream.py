@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from families import tiny_model
-from interruptions import killed
+from forked import start
+from interruptions import dies, killed
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -106,38 +104,27 @@ def test_tensors_fill_files_in_order() -> None:
     assert len(header) == 8 + int.from_bytes(header[:8], "little")
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import sinkquant as sq
-from sinkquant.formats import quantize_to, stream
-from sinkquant.models import load_tokenizer, open_model
-source, plan, target, place, calls = sys.argv[1:]
-real, left = getattr(stream, place), [int(calls)]
-def once(*args):
-    left[0] -= 1
-    if left[0] < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args)
-setattr(stream, place, once)
-source = Path(source)
-quantize_to(Path(target), open_model(source), sq.Plan.load(plan), load_tokenizer(source))
-"""
+@pytest.fixture(scope="module")
+def whole(source: Path, tokenizer: PreTrainedTokenizerFast, recipe: sq.Recipe, sink_map: sq.SinkMap,
+          tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The checkpoint of a job that nothing interrupted."""
+    target = tmp_path_factory.mktemp("whole") / "out"
+    quantize_to(target, open_model(source), sq.plan(open_model(source), sink_map, recipe), tokenizer)
+    return contents(target)
 
 
 @pytest.mark.parametrize(("place", "calls", "really"), [
     ("copy_dense", 0, False), ("_write_block", 0, False), ("_write_block", 2, True), ("_remember", 3, False),
     ("write_packed", 16, True), ("_check_reload", 0, False)])
 def test_killed_anywhere_and_resumed_to_the_same_bytes(
-        source: Path, tokenizer: PreTrainedTokenizerFast, recipe: sq.Recipe, sink_map: sq.SinkMap, place: str,
-        calls: int, really: bool, tmp_path: Path) -> None:
+        source: Path, tokenizer: PreTrainedTokenizerFast, recipe: sq.Recipe, sink_map: sq.SinkMap,
+        whole: dict[str, bytes], place: str, calls: int, really: bool, tmp_path: Path) -> None:
     sq.plan(open_model(source), sink_map, recipe).save(tmp_path / "plan.json")
     plan = sq.Plan.load(tmp_path / "plan.json")
     target = tmp_path / "killed"
     if really:
-        ended = subprocess.run([sys.executable, "-c", KILLED, source, tmp_path / "plan.json", target, place,
-                                str(calls)], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, check=False)
-        assert ended.returncode == -signal.SIGKILL
+        program = start(tmp_path / "said", dies, source, tmp_path / "plan.json", target, place, calls)
+        assert program.communicate()[0] == -signal.SIGKILL
     else:
         with killed(calls, place):
             quantize_to(target, open_model(source), plan, tokenizer)
@@ -146,8 +133,7 @@ def test_killed_anywhere_and_resumed_to_the_same_bytes(
     quantize_to(target, open_model(source), plan, tokenizer, progress=lambda done, *_: seen.append(done))
     if place == "_write_block":
         assert seen == list(range(calls + 1, 5))  # blocks that were done are not done again
-    quantize_to(tmp_path / "whole", open_model(source), plan, tokenizer)
-    assert contents(target) == contents(tmp_path / "whole")
+    assert contents(target) == whole
 
 
 def test_tuned_end_to_end_and_killed_anywhere(source: Path, tokenizer: PreTrainedTokenizerFast, recipe: sq.Recipe,

@@ -24,31 +24,52 @@ from sinkquant.models import Decoder
 from sinkquant.quantize import ranks
 
 TASK = """
-import sys
+import os, sys
 import sinkquant as sq
-recipe, model, out, *sinks = sys.argv[1:]
-sq.run(recipe, model, out, sink_map=sq.SinkMap.load(sinks[0]) if sinks else None)
+for place in sys.argv[1:]:
+    known = f"{place}/sinks.json"
+    sq.run(f"{place}/recipe.yaml", f"{place}/model", f"{place}/two",
+           sink_map=sq.SinkMap.load(known) if os.path.exists(known) else None)
 """
+JOBS = {"evaluated": ("weights.method=rtn", "weights.scale_search=false", "evaluate.divergence_rows=5",
+                      "evaluate.limit=3", "evaluate.tasks=[sink_perplexity, sink_cloze]"),
+        "quantized": ("evaluate.skip=true", "weights.descent=0", "calibration.rows=5", "activations.format=int8",
+                      "activations.scale=tensor", "activations.sinks=all"),
+        "mixture": ("evaluate.skip=true", "weights.descent=0", "calibration.rows=5", "calibration.batch_size=2",
+                    "protect.statistics=cap", "calibration.min_expert_tokens=35")}
 
 
-def run_twice(folder: Path, recipe: sq.Recipe, model: Path, sink_map: sq.SinkMap | None = None) -> sq.Report | None:
-    """One process writes `folder / "one"`, two write `folder / "two"`. Returns the first one's report."""
-    known = [sink_map.save(folder / "sinks.json")] if sink_map else []
-    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    (folder / "task.py").write_text(TASK, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               folder / "task.py", folder / "recipe.yaml", model, folder / "two", *known]
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> dict[str, tuple[Path, sq.Report | None]]:
+    """Job -> a folder in which one process has written `one` and two have written `two`, and the report of the one.
+    The same two processes do all jobs."""
+    places = {name: tmp_path_factory.mktemp(name) for name in JOBS}
+    script = tmp_path_factory.mktemp("ranks") / "task.py"
+    script.write_text(TASK, encoding="utf-8")
+    recipes, known = {}, {}
+    for name, place in places.items():
+        if name == "mixture":
+            tiny_mixture("mixtral", dtype=torch.bfloat16).save_pretrained(place / "model")
+            tiny_tokenizer().save_pretrained(place / "model")
+            known[name] = sink_map_of(Decoder.of(sq.load(place / "model")[0]), tokens=(BOS, STOP),
+                                      name=str(place / "model"))
+            known[name].save(place / "sinks.json")
+        else:
+            model_folder(place / "model")
+        recipes[name] = small_recipe(text_file, *JOBS[name])
+        (place / "recipe.yaml").write_text(recipes[name].to_yaml(), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script,
+               *places.values()]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path),
                                                           "OMP_NUM_THREADS": "1"})
-    return sq.run(recipe, model, folder / "one", sink_map=sink_map)
+    return {name: (place, sq.run(recipes[name], place / "model", place / "one", sink_map=known.get(name)))
+            for name, place in places.items()}
 
 
-def test_two_processes_evaluate_as_one_does(tmp_path: Path, text_file: Path) -> None:
-    recipe = small_recipe(text_file, "weights.method=rtn", "weights.scale_search=false", "evaluate.divergence_rows=5",
-                          "evaluate.limit=3", "evaluate.tasks=[sink_perplexity, sink_cloze]")
-    alone = run_twice(tmp_path, recipe, model_folder(tmp_path / "model"))
+def test_two_processes_evaluate_as_one_does(done: dict[str, tuple[Path, sq.Report | None]]) -> None:
+    place, alone = done["evaluated"]
     assert alone is not None
-    together = sq.Report.load(tmp_path / "two" / "report.json")
+    together = sq.Report.load(place / "two" / "report.json")
     assert [row.name for row in together.rows] == ["unquantized", "sink_aware", "control"]
     for one, two in zip(alone.rows, together.rows, strict=True):
         for task, measures in one.tasks.items():
@@ -59,17 +80,14 @@ def test_two_processes_evaluate_as_one_does(tmp_path: Path, text_file: Path) -> 
     assert together.fidelity == alone.fidelity
 
 
-def test_two_processes_give_what_one_gives(tmp_path: Path, text_file: Path) -> None:
-    model = model_folder(tmp_path / "model")
-    recipe = small_recipe(text_file, "evaluate.skip=true", "weights.descent=0", "calibration.rows=5",
-                          "activations.format=int8", "activations.scale=tensor", "activations.sinks=all")
-    run_twice(tmp_path, recipe, model)
-    one, two = (load_dense(tmp_path / name / "model").state_dict() for name in ("one", "two"))
-    scales = [{name: float(tensor) for name, tensor in load_file(tmp_path / place / "model/model.safetensors").items()
+def test_two_processes_give_what_one_gives(done: dict[str, tuple[Path, sq.Report | None]]) -> None:
+    folder, _ = done["quantized"]
+    one, two = (load_dense(folder / name / "model").state_dict() for name in ("one", "two"))
+    scales = [{name: float(tensor) for name, tensor in load_file(folder / place / "model/model.safetensors").items()
                if name.endswith("layers.0.self_attn.q_proj.input_scale")} for place in ("one", "two")]
     assert len(scales[0]) == 1
     assert scales[0] == scales[1]  # the range is that of all rows
-    unquantized = sq.load(model)[0]
+    unquantized = sq.load(folder / "model")[0]
     first_block = {name: weight for name, weight in one.items() if name.startswith("model.layers.0.")}
     for name, weight in first_block.items():
         # Sums differ by rounding, so that a code on the edge may fall to the other side, and what follows in its row.
@@ -79,21 +97,17 @@ def test_two_processes_give_what_one_gives(tmp_path: Path, text_file: Path) -> N
         assert (weight - two[name]).norm() <= 0.4 * error.norm(), name
     # Every such code changes what later blocks get, and with it more codes; what the model loses stays the same.
     rows = torch.arange(8, 72)[None]
-    outputs = [load_dense(tmp_path / name / "model")(rows).logits.detach() for name in ("one", "two")]
+    outputs = [load_dense(folder / name / "model")(rows).logits.detach() for name in ("one", "two")]
     lost = [float((logits - unquantized(rows).logits.detach()).norm()) for logits in outputs]
     assert lost[0] == pytest.approx(lost[1], rel=0.2)
     assert (outputs[0] - outputs[1]).norm() < 0.6 * lost[0]
 
 
-def test_two_processes_share_the_experts_of_a_mixture_and_cap_the_same_sinks(tmp_path: Path, text_file: Path) -> None:
-    model = tmp_path / "model"
-    tiny_mixture("mixtral", dtype=torch.bfloat16).save_pretrained(model)
-    tiny_tokenizer().save_pretrained(model)
-    recipe = small_recipe(text_file, "evaluate.skip=true", "weights.descent=0", "calibration.rows=5",
-                          "calibration.batch_size=2", "protect.statistics=cap", "calibration.min_expert_tokens=35")
-    run_twice(tmp_path, recipe, model, sink_map_of(Decoder.of(sq.load(model)[0]), tokens=(BOS, STOP), name=str(model)))
-    assert len(Plan.load(tmp_path / "two" / "plan.json").calibration.sinks) == 2
-    tokens = [json.loads((tmp_path / name / "model/sinkquant.json").read_text())["expert_tokens"]
+def test_two_processes_share_the_experts_of_a_mixture_and_cap_the_same_sinks(
+        done: dict[str, tuple[Path, sq.Report | None]]) -> None:
+    folder, _ = done["mixture"]
+    assert len(Plan.load(folder / "two" / "plan.json").calibration.sinks) == 2
+    tokens = [json.loads((folder / name / "model/sinkquant.json").read_text())["expert_tokens"]
               for name in ("one", "two")]
     first, second = (f"model.layers.{i}.mlp.experts" for i in range(2))
     assert tokens[0][first] == tokens[1][first]
@@ -101,7 +115,7 @@ def test_two_processes_share_the_experts_of_a_mixture_and_cap_the_same_sinks(tmp
     assert min(tokens[0][first]) < 35 < max(tokens[0][first])
     # A code on the edge that fell to the other side may send a token to another expert of the next layer.
     assert sum(abs(a - b) for a, b in zip(tokens[0][second], tokens[1][second], strict=True)) <= 4
-    one, two = (load_dense(tmp_path / name / "model").state_dict() for name in ("one", "two"))
+    one, two = (load_dense(folder / name / "model").state_dict() for name in ("one", "two"))
     for name, weight in one.items():
         differs = ((weight - two[name]).abs() > 1e-6 * weight.abs().max()).float().mean()
         assert differs < 0.02, name

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import script, start
 from small_runs import fingerprint
 
 from sinkquant.errors import RequestError
@@ -100,16 +99,16 @@ def test_a_second_run_is_refused_and_the_first_loses_nothing(there: bool, tmp_pa
     target = tmp_path / "out"
     if there:
         target.mkdir()
-    second = (f"from pathlib import Path\nfrom sinkquant.run.folder import work_folder\n"
-              f"with work_folder(Path({str(target)!r}), 'other', True):\n    pass")
+    second = tmp_path / "second.py"
+    second.write_text(f"from pathlib import Path\nfrom sinkquant.run.folder import work_folder\n"
+                      f"with work_folder(Path({str(target)!r}), 'other', True):\n    pass", encoding="utf-8")
     with work_folder(target, "key", False) as work:
         (work / "weights").write_text("w", encoding="utf-8")
         before = fingerprint(work.path)
         for resume in (False, True):
             with pytest.raises(RequestError, match="another run is writing into"):
                 fill(target, resume)
-        done = subprocess.run([sys.executable, "-c", second], capture_output=True, text=True, check=False)
-        assert "another run is writing into" in done.stderr
+        assert "another run is writing into" in start(tmp_path / "said", script, str(second)).communicate()[2]
         assert fingerprint(work.path) == before
     assert names(target) == {"weights", "run.log"}
 
