@@ -5,6 +5,7 @@ the unquantized model and perplexity on held-out rows, with paired bootstrap int
                                            [--weights 16 8 4] [--inputs int8 int6 int4]
                                            [--scales all exact dynamic exclude token token-exact block block-exact]
                                            [--transforms none full block online online-inner] [--lines FILE.jsonl]
+                                           [--tasks NAME ... --task-folder FOLDER --limit 100]
 
 Weights: 16 as they are (with the scales that calibration finds for 8), 8 with one scale per channel, fewer in groups of
 64. Scales: "all" one stored scale per linear that reaches every token (the control), "dynamic" a scale per token where
@@ -36,6 +37,7 @@ from unittest import mock
 import torch
 from compressed_tensors.quantization.utils import helpers
 from measure import Lines, held_out_texts, sink_map_of, table
+from task_scores import add_options, task_scores
 from transformers import PreTrainedModel
 
 from sinkquant.models import Decoder, load_model, load_tokenizer, open_model, resolve
@@ -110,6 +112,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], dest="settings")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lines", type=Path, help="keep what was measured here (measure.py)")
+    add_options(parser)
     arguments = parser.parse_args()
     folder = resolve(arguments.model)
     tokenizer, base = load_tokenizer(folder), load_model(folder, torch.float32)
@@ -118,6 +121,7 @@ def main() -> None:
     sink_map = sink_map_of(arguments, base, tokenizer, recipe)
     texts = held_out_texts(arguments.heldout, tokenizer, arguments.rows,
                            min(arguments.length, Decoder.of(base).max_length))
+    tasks = task_scores(arguments, tokenizer)
     lines, shape = Lines(arguments.lines), Decoder.of(open_model(folder)).shape(arguments.model)
     for bits, inputs, scale, transform in itertools.product(arguments.weights, arguments.inputs, arguments.scales,
                                                             arguments.transforms):
@@ -141,7 +145,7 @@ def main() -> None:
         with mock.patch.object(helpers, "generate_mx_scales", POWERS.get(scale, helpers.generate_mx_scales)):
             lines.measure(labels, folder, base, plan, tokenizer, texts, keep_weights=bits == 16,
                           exact=SinkSelector.of(sink_map.tokens) if scale in EXACT else None,
-                          before=None if before is None else partial(before, size=size))
+                          before=None if before is None else partial(before, size=size), tasks=tasks)
     print(table(lines.lines, ["weights", "inputs", "text"], arguments.seed))
 
 

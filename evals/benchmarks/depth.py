@@ -32,7 +32,8 @@ from typing import Any
 
 import torch
 from measure import Baseline, Line, Lines, held_out_texts, table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from task_scores import Scores, add_options, task_scores
+from transformers import PreTrainedModel
 
 import sinkquant as sq
 from sinkquant.artifacts import Plan, SinkMap
@@ -40,11 +41,9 @@ from sinkquant.artifacts.blocks import BlockPlan
 from sinkquant.artifacts.heads import HeadRole
 from sinkquant.blocks import choose_blocks, drop_blocks
 from sinkquant.detect.roles import TOKENS, RoleTable, roles_of
-from sinkquant.evaluate.run import open_tasks, score_tasks
 from sinkquant.models import Decoder, Walk, head_columns, load_model, load_tokenizer, read_text, resolve, token_rows
 from sinkquant.models.hooks import hooked
 from sinkquant.models.shorter import shorter_model
-from sinkquant.models.text import starts_with_bos
 from sinkquant.policy import make_plan
 from sinkquant.policy.blocks import massive_blocks
 from sinkquant.quantize import quantize
@@ -64,7 +63,7 @@ class Bench:
     rows: torch.Tensor
     lines: Lines
     whole: int
-    tasks: Callable[[PreTrainedModel], dict[str, list[float]]] | None = None
+    tasks: Scores | None = None
 
     def measure(self, labels: dict[str, str], size: int, change: Callable[[], contextlib.AbstractContextManager[None]],
                 model: PreTrainedModel | None = None) -> None:
@@ -152,19 +151,6 @@ def read_roles(bench: Bench, sink_map: SinkMap, calibration: torch.Tensor) -> li
     return roles_of(observer, 0, str)
 
 
-def task_scores(names: Sequence[str], folder: Path | None, tokenizer: PreTrainedTokenizerBase,
-                limit: int) -> Callable[[PreTrainedModel], dict[str, list[float]]]:
-    """A model -> task -> 1 for every document that it gets right, by "acc"."""
-    opened = open_tasks(names, None, folder)
-    bos = starts_with_bos(tokenizer, "auto")
-
-    def score(model: PreTrainedModel) -> dict[str, list[float]]:
-        found = score_tasks(model, tokenizer, opened, names, bos=bos, batch_size=8, limit=limit)
-        return {name: result.samples["acc"][0] for name, result in found.items()}
-
-    return score
-
-
 def rounded(bench: Bench, plan: Plan, kept: list[int] | None) -> PreTrainedModel:
     """The model, or a shorter one, rounded as a plan says."""
     model = load_model(bench.folder)
@@ -200,9 +186,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--orders", nargs="*", help="these orders of blocks and heads alone")
     parser.add_argument("--checkpoints", nargs="*", default=[], metavar="NAME=FOLDER", help="of finished runs")
-    parser.add_argument("--tasks", nargs="*", default=[])
-    parser.add_argument("--task-folder", type=Path)
-    parser.add_argument("--limit", type=int, default=100)
+    add_options(parser)
     arguments = parser.parse_args()
     folder, sink_map = resolve(arguments.model), SinkMap.load(arguments.sink_map)
     tokenizer, stored = load_tokenizer(folder), load_model(folder)
@@ -214,7 +198,7 @@ def main() -> None:
     choice = BlockPlan.model_validate_json(arguments.choice.read_text(encoding="utf-8"))
     ((_, rows),) = held_out_texts(arguments.heldout, tokenizer, arguments.rows, arguments.length).items()
     base, model = load_model(folder, torch.float32), load_model(folder, torch.float32)
-    tasks = task_scores(arguments.tasks, arguments.task_folder, tokenizer, arguments.limit) if arguments.tasks else None
+    tasks = task_scores(arguments, tokenizer)
     bench = Bench(folder, Baseline(base), model, rows, Lines(arguments.lines), choice.whole_bytes, tasks)
     if tasks:
         bench.measure({"what": "whole", "by": "", "count": ""}, bench.whole, contextlib.nullcontext)

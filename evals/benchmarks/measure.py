@@ -190,21 +190,25 @@ class Lines:
     def measure(self, labels: dict[str, str], folder: Path, base: PreTrainedModel, plan: Plan,
                 tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, torch.Tensor], size: int | None = None,
                 keep_weights: bool = False, exact: SinkSelector | None = None,
-                before: Callable[[PreTrainedModel], None] | None = None) -> None:
+                before: Callable[[PreTrainedModel], None] | None = None,
+                tasks: Callable[[PreTrainedModel], dict[str, list[float]]] | None = None) -> None:
         """Carry out a plan and keep what comes of it on every text, unless there are such lines.
 
         Args:
             base: the same in all calls.
             rows: name of a text -> its rows (`held_out_texts`).
+            tasks: what scores a model (`task_scores.py`), beside every text.
         """
         wanted = {name: labels | ({"text": name} if name else {}) for name in rows}
         if all(self.has(one) for one in wanted.values()):
             return
         self.baseline = self.baseline or Baseline(base)
         model, seconds = carry_out(folder, base, plan, tokenizer, keep_weights, exact, before)
+        scores = tasks(model) if tasks else None
         for name, one in wanted.items():
             if not self.has(one):
-                self.add(Line.of(one, self.baseline.compare(model, rows[name], plan.kv_cache), seconds, size))
+                found = self.baseline.compare(model, rows[name], plan.kv_cache)
+                self.add(Line.of(one, found, seconds, size, scores=scores))
 
 
 def held_out_texts(named: Sequence[str], tokenizer: PreTrainedTokenizerBase, count: int,

@@ -40,11 +40,13 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--tool", choices=list(TOOLS), required=True)
     parser.add_argument("--method", default="gptq", help="llmcompressor: gptq, awq or rtn")
-    parser.add_argument("--scheme", help="llmcompressor: a preset such as NVFP4A16, instead of integers of --bits")
+    parser.add_argument("--scheme", help="llmcompressor, auto-round: a preset such as NVFP4A16, instead of "
+                        "integers of --bits")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--observer", default="mse", help="llmcompressor: mse or minmax")
-    parser.add_argument("--iterations", type=int, default=200, help="auto-round")
+    parser.add_argument("--iterations", type=int, default=200, help="auto-round; 0: rounding to nearest")
+    parser.add_argument("--batch-size", type=int, default=8, help="auto-round: rows of an iteration")
     parser.add_argument("--samples", type=int, help="calibrate on the first of the rows only")
     parser.add_argument("--file", type=Path, help="llama.cpp: the unquantized GGUF file")
     parser.add_argument("--type", default="Q4_0", help="llama.cpp: what llama-quantize calls it")
@@ -122,25 +124,30 @@ def _llmcompressor(arguments: argparse.Namespace, rows: torch.Tensor) -> dict[st
 def _auto_round(arguments: argparse.Namespace, rows: torch.Tensor) -> dict[str, float]:
     from auto_round import AutoRound
 
-    form = {"scheme": arguments.scheme} if arguments.scheme else {
-        "bits": arguments.bits, "sym": True, "group_size": arguments.group_size}
+    form: dict[str, Any] = {"bits": arguments.bits, "sym": True, "group_size": arguments.group_size}
+    size, per_group, inputs = arguments.group_size, 2, False
+    if arguments.scheme:
+        name = arguments.scheme.removesuffix("A16")
+        form, size, per_group, inputs = {"scheme": name}, 16 if name == "NVFP4" else 32, 1, name == arguments.scheme
+        if not inputs:
+            form["act_bits"] = 16
     tool = AutoRound(_opened(arguments), AutoTokenizer.from_pretrained(arguments.model), **form,
                      iters=arguments.iterations, seqlen=rows.shape[1], nsamples=len(rows),
-                     dataset=[{"input_ids": row[None]} for row in rows], device_map="cpu", amp=False)
+                     batch_size=arguments.batch_size, dataset=[{"input_ids": row[None]} for row in rows],
+                     device_map="cpu", amp=False)
 
     def work() -> int | None:
-        tool.quantize_and_save(str(arguments.output), format="fake")
-        # Dense weights on their grids, in a folder below: a plain model once its config no longer speaks of a format.
+        tool.quantize_and_save(str(arguments.output), format="llm_compressor" if inputs else "fake")
         (folder,) = (path.parent for path in arguments.output.rglob("config.json"))
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config.pop("quantization_config", None)
-        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        for path in folder.iterdir():
-            path.rename(arguments.output / path.name)
-        weights = [module.weight for _, module in _linears(_opened(arguments))]
-        if arguments.scheme:
-            return None
-        return sum(_plain_bytes(weight, arguments.bits, arguments.group_size) for weight in weights)
+        if not inputs:  # dense weights on their grids: a plain model once its config no longer speaks of a format
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            config.pop("quantization_config", None)
+            (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        if folder != arguments.output:
+            for path in folder.iterdir():
+                path.rename(arguments.output / path.name)
+        return None if inputs else sum(_plain_bytes(module.weight, arguments.bits, size, per_group)
+                                       for _, module in _linears(_opened(arguments)))
 
     return _timed(work)
 

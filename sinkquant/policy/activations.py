@@ -36,7 +36,7 @@ def with_inputs(choices: dict[str, Draft], shape: ModelShape, recipe: Recipe) ->
             raise RequestError(_other_scale(f"{settings.format} beside {scheme.words}", held, settings.scale))
         if why := scheme.refuses(name, choice.bits, choice.group_size, choice.method):
             raise RequestError(why)
-        if recipe.weights.tune and not scheme.integers:
+        if recipe.weights.tune and not scheme.tunable:
             raise RequestError(f"{scheme.words} are not tuned; set weights.tune=0.")
     kind = input_format(settings.format).kind
     rounded = {name: replace(choice, kind=kind, activations=settings.format, activation_scale=settings.scale)

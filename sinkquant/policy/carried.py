@@ -67,7 +67,7 @@ def check_recipe(recipe: Recipe) -> None:
     if (weights.tune or weights.distill) and scheme.rounds_itself:
         raise RequestError(f"{backend} rounds weights by itself, so that they cannot be tuned; set weights.tune=0 and "
                            "weights.distill=0.")
-    if (weights.tune or weights.distill) and not scheme.integers:
+    if (weights.tune or weights.distill) and not scheme.tunable:
         raise RequestError(f"{scheme.words} are not tuned; set weights.tune=0 and weights.distill=0.")
     fewest = min(weights.bits, *(override.bits for override in weights.overrides), scheme.zero_from)
     if recipe.prune.zeros and fewest < scheme.zero_from:
@@ -106,7 +106,7 @@ def _check_own(recipe: Recipe, scheme: Scheme) -> None:
             (f"weights.overrides[{i}].group_size", one.group_size) for i, one in enumerate(weights.overrides))):
         if size not in (scheme.group_size, None):
             raise RequestError(f"{key} is {size}, and {words} have blocks of {scheme.group_size}; set it to that.")
-    if weights.tune:
+    if weights.tune and not scheme.tunable:
         raise RequestError(f"{words} are not tuned; set weights.tune=0.")
     if protect.channels == "split":
         raise RequestError(f"nothing stands beside {words}; set protect.channels to another value.")

@@ -57,13 +57,13 @@ def _loads(inputs: str, native: str) -> tuple[Loads, ...]:
 
 NVFP4 = Blocks(
     storage="nvfp4-pack-quantized", backend=DEFAULT_BACKEND, words="NVFP4 weights", kind="float", format="nvfp4",
-    bits=(4,), group_size=16, mixed=True, grid=True, fused_scale=True, inputs=("16-bit", "nvfp4"),
+    bits=(4,), group_size=16, mixed=True, grid=True, steps=True, fused_scale=True, inputs=("16-bit", "nvfp4"),
     dtypes=("bfloat16",), layouts=("nvfp4-pack-quantized",), scale_dtype="float8_e4m3fn",
     loads=_loads("nvfp4", "SM100 or SM120"))
 MXFP4 = Blocks(
     storage="mxfp4-pack-quantized", backend=DEFAULT_BACKEND, words="MXFP4 weights", kind="float", format="mxfp4",
-    bits=(4,), group_size=32, mixed=True, grid=True, inputs=("16-bit", "mxfp4", "fp8"), input_scales=("group", "token"),
-    dtypes=("bfloat16",), layouts=("mxfp4-pack-quantized",),
+    bits=(4,), group_size=32, mixed=True, grid=True, steps=True, inputs=("16-bit", "mxfp4", "fp8"),
+    input_scales=("group", "token"), dtypes=("bfloat16",), layouts=("mxfp4-pack-quantized",),
     loads=(*_loads("mxfp4", "SM100"), Loads(
         "vllm", "CUDA, SM75", "0.32.0", "read", PLACE, inputs=frozenset({"fp8"}),
         caveat="Humming kernels; without them inputs become mxfp4, with a warning")))

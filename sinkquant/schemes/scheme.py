@@ -33,6 +33,7 @@ class Scheme:
         integers: codes are integers times one scale per group, so that they can be tuned and their loss predicted.
         grid: codes are a fixed set of numbers times one scale per group, so that methods which let columns make up for
             one another's errors can choose them. Integers are, too.
+        steps: codes of such a set lie in one order for all groups, so that they can be tuned as integers are.
         fused_scale: beside the groups' scales there is one of the whole tensor, which linears that engines fuse share.
         own_module: the library's module does more than a dense weight can show: it rounds inputs.
         beside: columns and single weights may stand beside the codes.
@@ -61,6 +62,7 @@ class Scheme:
     rounds_itself: bool = False
     integers: bool = False
     grid: bool = False
+    steps: bool = False
     fused_scale: bool = False
     own_module: bool = False
     beside: bool = False
@@ -83,6 +85,11 @@ class Scheme:
     def any_group(self) -> bool:
         """Whether every linear may have groups of a size of its own."""
         return self.group_size is None and not self.one_group_size
+
+    @property
+    def tunable(self) -> bool:
+        """Whether gradients can tune its codes and scales."""
+        return self.integers or self.steps
 
     @property
     def solvable(self) -> bool:

@@ -106,7 +106,7 @@ def test_ranges_without_the_sinks_leave_linears_with_inputs_of_16_bits(text_file
     ("nvfp4a16-sink", ["weights.bits=3"], {}, r"weights\.bits is 3, and NVFP4 weights have 4 bits"),
     ("mxfp4a16-sink", ["protect.channels=module"], {}, r"protect\.bits is 8, and MXFP4 .* have 4 bits, or stay in 16"),
     ("mxfp4a16-sink", ["weights.group_size=64"], {}, r"weights\.group_size is 64, and MXFP4 weights have blocks of 32"),
-    ("mxfp4a16-sink", ["weights.tune=4"], {}, "MXFP4 weights are not tuned"),
+    ("mxfp8", ["weights.tune=4"], {}, "MXFP8 weights are not tuned"),
     ("mxfp4a16-sink", ["backend=quanto"], {}, r"weights\.format 'mxfp4' is not held by the backend quanto")])
 def test_what_blocks_do_not_have_is_refused_before_anything(
         name: str, settings: list[str], config: dict[str, int], message: str, text_file: Path) -> None:

@@ -88,6 +88,24 @@ def test_it_comes_last_in_whatever_a_recipe_composes(more: list[str], text_file:
             assert (packed.codes.unflatten(1, (-1, 4)) == 0).sum(-1).min() >= 2
 
 
+def test_four_bit_floats_under_rounded_inputs_come_nearer(text_file: Path, tmp_path: Path,
+                                                          caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16, num_hidden_layers=2)
+    with torch.no_grad():
+        for linear in Decoder.of(model).linears.values():
+            linear.weight[:, ::16] *= 24  # which leaves few numbers to the rest of a block: there is something to gain
+    with caplog.at_level("INFO", "sinkquant"):
+        quantize(model, planned(model, text_file, 24, "weights.method=gptq", "weights.tune=2", "weights.format=nvfp4",
+                                "weights.bits=4", "weights.group_size=16", "activations.format=nvfp4",
+                                "activations.scale=group"), tiny_tokenizer())
+    first, last = map(float, re.findall(r"\d\.\d+", caplog.messages[-1]))
+    assert last < 0.9 * first
+    folder = sq.save(model, tiny_tokenizer(), tmp_path / "saved")
+    row = torch.arange(8, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(folder)(row).logits, model(row).logits)
+
+
 def test_two_runs_give_the_same_codes_and_another_seed_others(text_file: Path) -> None:
     found = []
     for seed in (0, 0, 1):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from sinkquant.schemes.codecs.integer_scales import storable
+from sinkquant.schemes.codecs.grid import TunableGrid, grid_of
 from sinkquant.schemes.codecs.packed import PackedWeight
 
 REACH = 1.0
-"""How far from where it stood a code may move before it is rounded, in codes."""
+"""How far from where it stood a code may move before it is rounded, in codes: from one number of the grid to the next.
+"""
 NEAR = 0.4
 """A weight that was rounded elsewhere than to its nearest code starts this far towards that one."""
 SCALE_RATE = 0.1
@@ -32,11 +33,12 @@ def rounding_offsets(packed: PackedWeight, original: torch.Tensor, kept: torch.T
         held: pruned ones, and columns that stand beside the codes.
     """
     device = original.device
-    beside = torch.zeros(packed.codes.shape, device=device)
+    beside, grid = torch.zeros(packed.codes.shape, device=device), grid_of(packed)
     if packed.outliers is not None:
         packed.outliers.to(device).add_to(beside)
-    scale = packed.scale.to(device).float().repeat_interleave(packed.codes.shape[1] // packed.scale.shape[1], dim=1)
-    offsets = ((original.float() - beside) / scale - packed.codes.to(device).float()).clamp_(-NEAR, NEAR)
+    scale = packed.spread().to(device).float().repeat_interleave(packed.codes.shape[1] // packed.scale.shape[1], dim=1)
+    real = grid.places((original.float() - beside) / scale)
+    offsets = (real - grid.places(packed.codes.to(device).float())).clamp_(-NEAR, NEAR)
     if kept is not None:
         offsets[~kept.to(device)] = float("nan")
     if packed.outliers is not None:
@@ -75,16 +77,20 @@ class Offsets:
     def of(cls, packed: PackedWeight, shift: torch.Tensor) -> Offsets:
         """From where `rounding_offsets` says that its weights lie, on the device of these."""
         device = shift.device
-        here = PackedWeight(packed.codes.to(device), packed.scale.to(device), packed.bits,
-                            None if packed.outliers is None else packed.outliers.to(device))
+        here = replace(packed, codes=packed.codes.to(device), scale=packed.scale.to(device),
+                       outliers=None if packed.outliers is None else packed.outliers.to(device))
         return cls(here, shift, torch.zeros(here.scale.shape, device=device))
+
+    @property
+    def grid(self) -> TunableGrid:
+        """What its codes are of."""
+        return grid_of(self.packed)
 
     def now(self) -> PackedWeight:
         """What would be stored of it now."""
-        low, high = -(2 ** (self.packed.bits - 1)), 2 ** (self.packed.bits - 1) - 1
-        codes = (self.packed.codes + self.shift.nan_to_num(0.0)).round_().clamp_(low, high).to(torch.int8)
-        scale = storable(self.packed.scale.float() * (1 + self.stretch), self.packed.bits, self.packed.scale.dtype)
-        return PackedWeight(codes, scale, self.packed.bits, self.packed.outliers)
+        codes = self.grid.at_(self._moved()).to(torch.int8)
+        scale = self.grid.storable(self.packed.spread().float() * (1 + self.stretch), self.packed.scale)
+        return replace(self.packed, codes=codes, scale=scale)
 
     def step(self, gradient: torch.Tensor, rate: float) -> None:
         """One step against the sign of the gradient.
@@ -93,11 +99,15 @@ class Offsets:
             gradient: of the dense weight that `now` gives, float [rows, columns].
             rate: in codes; a scale moves by `SCALE_RATE` of it, relative to itself.
         """
-        now = self.now()
+        now, grid = self.now(), self.grid
         grouped = gradient.float().reshape(*now.scale.shape, -1)
-        upwards = (grouped * now.scale.float()[..., None]).sign_().reshape(gradient.shape)
-        moved = (self.packed.codes + self.shift.nan_to_num(0.0)).round_()
-        upwards *= moved == now.codes  # no way on from beyond the ends of the grid
+        upwards = (grouped * now.spread().float()[..., None]).sign_().reshape(gradient.shape)
+        # No way on from beyond the ends of the grid.
+        upwards *= self._moved().round_() == grid.places(now.codes.float())
         self.shift = (self.shift - rate * upwards).clamp_(-REACH, REACH)
         codes = now.codes.reshape(grouped.shape)
-        self.stretch -= rate * SCALE_RATE * ((grouped * codes).sum(-1) * self.packed.scale.float()).sign_()
+        self.stretch -= rate * SCALE_RATE * ((grouped * codes).sum(-1) * self.packed.spread().float()).sign_()
+
+    def _moved(self) -> torch.Tensor:
+        """The places of its codes on the grid, as far as they have moved, float32 [rows, columns]."""
+        return self.grid.places(self.packed.codes.float()) + self.shift.nan_to_num(0.0)

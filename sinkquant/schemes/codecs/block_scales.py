@@ -55,6 +55,18 @@ class BlockGrid:
             return codes.copy_(codes.clamp_(-self.top, self.top).to(torch.float8_e4m3fn))
         return nearest_e2m1_(codes)
 
+    def places(self, codes: torch.Tensor) -> torch.Tensor:
+        """E2M1 alone: 0, 1, 2, 3, 4, 6, 8, 12 are in the places 0 to 7, and their negatives likewise."""
+        size = codes.abs()
+        low, middle, high = size.clamp(max=4), size.clamp(4, 8), size.clamp(min=8)
+        return (low + (middle - 4) / 2 + (high - 8) / 4).copysign_(codes)
+
+    def at_(self, places: torch.Tensor) -> torch.Tensor:
+        """E2M1 alone."""
+        size = places.round_().abs().clamp_(max=len(E2M1) - 1)
+        low, middle, high = size.clamp(max=4), size.clamp(4, 6), size.clamp(min=6)
+        return places.copy_((low + (middle - 4) * 2 + (high - 6) * 4).copysign_(places))
+
     def spread(self, scale: torch.Tensor) -> torch.Tensor:
         """What codes are multiplied with, float32. scale: bytes, any shape."""
         if self.whole is None:

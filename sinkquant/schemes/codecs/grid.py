@@ -37,6 +37,17 @@ class Grid(Protocol):
         """codes: int8 [rows, columns]; scale: as stored, [rows, groups]."""
 
 
+class TunableGrid(Grid, Protocol):
+    """One whose codes can move by steps: all groups have the same, in one order."""
+
+    def places(self, codes: torch.Tensor) -> torch.Tensor:
+        """Where numbers lie among the codes, float32: two codes that follow one another are 1 apart, and what lies
+        between them is in proportion. codes: float32, any shape; they may be overwritten."""
+
+    def at_(self, places: torch.Tensor) -> torch.Tensor:
+        """The code nearest to a place, in place. places: float32, any shape."""
+
+
 @dataclass(frozen=True)
 class IntegerGrid:
     """Integers of so many bits, and 16-bit scales in both signs."""
@@ -52,6 +63,14 @@ class IntegerGrid:
     def nearest_(self, codes: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
         """Rounded and clamped."""
         return clamped_(codes, self.bits)
+
+    def places(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes are 1 apart."""
+        return codes
+
+    def at_(self, places: torch.Tensor) -> torch.Tensor:
+        """Rounded and clamped."""
+        return clamped_(places, self.bits)
 
     def spread(self, scale: torch.Tensor) -> torch.Tensor:
         """The scale itself."""
@@ -70,3 +89,9 @@ class IntegerGrid:
     def weight(self, codes: torch.Tensor, scale: torch.Tensor) -> PackedWeight:
         """Nothing stands beside the codes."""
         return PackedWeight(codes, scale, self.bits)
+
+
+def grid_of(packed: PackedWeight) -> TunableGrid:
+    """What the codes of a weight that can be tuned are of: its own grid where it knows one, integers otherwise."""
+    own: TunableGrid | None = getattr(packed, "grid", None)
+    return own or IntegerGrid(packed.bits, packed.scale.dtype)

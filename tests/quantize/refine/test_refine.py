@@ -12,7 +12,7 @@ from sinkquant.quantize import RTN, PackedWeight
 from sinkquant.quantize.refine import Offsets, compressed, decompressed, refine, rounding_offsets
 from sinkquant.quantize.refine.offsets import HELD, NEAR, REACH, SCALE_RATE
 from sinkquant.schemes.codecs.integer_scales import storable
-from sinkquant.schemes.codecs.packed import dequantize
+from sinkquant.schemes.codecs.block_scales import E2M1, BlockGrid
 
 
 def moved(bits: int = 3) -> tuple[PackedWeight, torch.Tensor, torch.Tensor]:
@@ -79,7 +79,7 @@ class Distance:
     asked: list[list[int]] = field(default_factory=list)
 
     def put(self, name: str, packed: PackedWeight) -> None:
-        self.held[name] = dequantize(packed.codes, packed.scale)
+        self.held[name] = packed.dequantized()
 
     def gradients(self, chosen: torch.Tensor) -> dict[str, torch.Tensor]:
         self.asked.append(chosen.tolist())
@@ -100,6 +100,30 @@ def test_what_comes_back_is_held_and_no_worse(uphill: bool) -> None:
     assert torch.equal(refined.weights["a"].codes, packed.codes) is uphill
     if not uphill:
         assert refined.after < 0.7 * refined.before
+
+
+@pytest.mark.parametrize("whole", [None, torch.tensor([500.0])], ids=["E8M0", "E4M3"])
+def test_four_bit_floats_move_from_number_to_number(whole: torch.Tensor | None) -> None:
+    grid, numbers = BlockGrid(4, 16, whole), torch.tensor([*(-x for x in reversed(E2M1)), *E2M1[1:]]).float()
+    places = torch.arange(-7.0, 8.0)
+    assert torch.equal(grid.places(numbers), places)
+    assert torch.equal(grid.at_(places.clone()), numbers)
+    assert torch.equal(grid.at_(torch.tensor([-9.0, 9.0, 4.4, -6.6])), torch.tensor([-12.0, 12.0, 4.0, -12.0]))
+    between = (numbers[1:] * 3 + numbers[:-1]) / 4
+    assert torch.allclose(grid.places(between), places[1:] - 0.25)
+    generator = torch.Generator().manual_seed(0)
+    original = torch.randn(8, 64, generator=generator)
+    scale = torch.cat([grid.scales(part, None, True) for part in original.split(16, 1)], 1)
+    nearest = grid.nearest_(original.unflatten(1, (-1, 16)) / grid.spread(scale)[..., None]).flatten(1)
+    codes = grid.at_(grid.places(nearest) + torch.randint(-1, 2, nearest.shape, generator=generator))
+    start = grid.weight(codes.to(torch.int8), scale)
+    objective = Distance({"a": original})
+    refined = refine({"a": Offsets.of(start, rounding_offsets(start, original))}, objective, 40, 0)
+    assert refined.after < 0.7 * refined.before
+    found = refined.weights["a"]
+    assert set(found.codes.abs().unique().tolist()) <= set(E2M1)
+    assert found.scale.dtype == torch.uint8
+    assert not torch.equal(found.codes, start.codes)
 
 
 def test_every_iteration_takes_rows_by_the_seed() -> None:
