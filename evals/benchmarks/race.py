@@ -283,6 +283,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32, help="calibration rows")
     parser.add_argument("--held-out", type=int, default=12)
     parser.add_argument("--list", action="store_true", help="print who takes part, and stop")
+    add_options(parser)
     arguments = parser.parse_args()
     if arguments.environments:
         for tool in arguments.only or ENVIRONMENTS:
