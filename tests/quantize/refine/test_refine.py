@@ -11,8 +11,8 @@ import torch
 from sinkquant.quantize import RTN, PackedWeight
 from sinkquant.quantize.refine import Offsets, compressed, decompressed, refine, rounding_offsets
 from sinkquant.quantize.refine.offsets import HELD, NEAR, REACH, SCALE_RATE
-from sinkquant.schemes.codecs.integer_scales import storable
 from sinkquant.schemes.codecs.block_scales import E2M1, BlockGrid
+from sinkquant.schemes.codecs.integer_scales import storable
 
 
 def moved(bits: int = 3) -> tuple[PackedWeight, torch.Tensor, torch.Tensor]:
