@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from forked import script, start
+from sinkmaps import sink_map_of
+from transformers import PreTrainedModel
 
 import sinkquant
+from sinkquant.models import Decoder
 
 HEAVY = {"torch", "transformers", "lm_eval", "datasets", "matplotlib", "scipy", "compressed_tensors", "accelerate",
          "bitsandbytes"}
@@ -63,19 +68,46 @@ def test_artifacts_recipes_and_policy_import_no_torch() -> None:
     assert not modules_after("sinkquant", "sinkquant.artifacts", "sinkquant.recipe", "sinkquant.policy") & HEAVY
 
 
-def test_what_only_evaluation_needs_is_imported_by_it() -> None:
+def forked(work: Path, code: str, *argv: str) -> set[str]:
+    """What a program says in a process that has imported transformers, and nothing of sinkquant."""
+    (work / "program.py").write_text(code, encoding="utf-8")
+    code_of_exit, out, err = start(work / "said", script, str(work / "program.py"), argv=argv).communicate()
+    assert code_of_exit == 0, err
+    return set(out.splitlines()[-1].split())
+
+
+def test_what_only_evaluation_needs_is_imported_by_it(tmp_path: Path) -> None:
     """What detection and quantization run with counts as their memory."""
-    found = modules_after("sinkquant.detect", "sinkquant.formats.stream", "sinkquant.run.pipeline")
-    assert "transformers" in found
+    found = forked(tmp_path, "import sys, sinkquant.detect, sinkquant.formats.stream, sinkquant.run.pipeline\n"
+                             "print(*{name.partition('.')[0] for name in sys.modules})")
+    assert {"transformers", "sinkquant"} <= found
     assert not found & {"lm_eval", "datasets", "matplotlib", "bitsandbytes"}
 
 
-def test_a_public_name_is_no_package_of_that_name() -> None:
+@pytest.mark.parametrize(("command", "others"), [
+    ("plan", {"evaluate", "detect", "diagnose", "report", "cache", "quantize"}),
+    ("doctor", {"evaluate", "diagnose", "report", "formats.stream", "run"})])
+def test_what_looks_at_a_folder_imports_nothing_that_computes_more(
+        command: str, others: set[str], tiny: PreTrainedModel, tiny_folder: Path, text_file: Path,
+        tmp_path: Path) -> None:
+    sink_map_of(Decoder.of(tiny)).save(tmp_path / "map.json")
+    more = ["--sink-map", str(tmp_path / "map.json"), "--set", "weights.group_size=32"]
+    found = forked(tmp_path, "import sys\nfrom sinkquant.cli import main\ntry:\n    main()\n"
+                             "except SystemExit as stop:\n    assert not stop.code\nprint(*sys.modules)",
+                   "quantize-model", command, str(tiny_folder), *(more if command == "plan" else [
+                       "--text", str(text_file)]))
+    assert "sinkquant.models.source" in found
+    assert not found & {f"sinkquant.{room}" for room in others}
+    assert not {name.partition(".")[0] for name in found} & {"lm_eval", "datasets", "matplotlib", "bitsandbytes",
+                                                             "peft", "sklearn", "pandas"}
+
+
+def test_a_public_name_is_no_package_of_that_name(tmp_path: Path) -> None:
     """Importing `sinkquant.detect` must leave the function `sinkquant.detect` where it was."""
     code = ("import sys, sinkquant\nimport sinkquant.detect.survey, sinkquant.run.folder, sinkquant.evaluate\n"
             "names = [n for n in sinkquant.__all__ if callable(getattr(sinkquant, n)) and n in dir(sinkquant)]\n"
-            "print('modules', *names)")
-    assert imported(code) == set(sinkquant.__all__)
+            "print(*names)")
+    assert forked(tmp_path, code) == set(sinkquant.__all__)
 
 
 @pytest.mark.parametrize("order", ["import sinkquant, transformers.quantizers",

@@ -14,7 +14,7 @@ from sinkquant.artifacts.sizes import own_format
 from sinkquant.cache.read_native import native_or_why
 from sinkquant.detect.table import AttentionTable
 from sinkquant.errors import RequestError
-from sinkquant.models import BosPolicy, Decoder, Walk, adds_bos, read_text, starts_with_bos, together, token_rows
+from sinkquant.models import Decoder, Walk, adds_bos, read_text, starts_with_bos, together, token_rows
 from sinkquant.policy.engines import loads_in
 from sinkquant.policy.plan import formats_asked
 from sinkquant.quantize.trial import require_loads
@@ -25,7 +25,8 @@ from sinkquant.schemes.table import out_of_reach
 SAMPLE = "The attention sink."
 MESSAGES = [{"role": "user", "content": SAMPLE}]
 LOSS_MATTERS = 0.05
-ROWS, LENGTH = 8, 64
+ROWS, LENGTH = 4, 64
+"""Of the text that is run with `<bos>` in front and without: the same tokens, so that few rows tell."""
 
 
 @dataclass
@@ -55,10 +56,12 @@ def examine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: st
         text: a file of natural text; None for the packaged one.
     """
     audit = Audit()
+    content = None if tokenizer.bos_token_id is None else read_text(text, "evaluation", tokenizer)
     _tokenization(model, tokenizer, audit)
     try:
         decoder = Decoder.of(model)
-        _probe(decoder)
+        compared, not_compared = _compared(decoder, tokenizer, content)
+        _walk(decoder, list(compared.values()))
     except RequestError as error:
         audit.support["detection"] = "no"
         audit.warnings.append(str(error))
@@ -68,22 +71,39 @@ def examine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: st
     if largest >= decoder.vocabulary:
         audit.warnings.append(f"the tokenizer has ids up to {largest}, but the model's embedding has only "
                               f"{decoder.vocabulary} rows; texts with the ids between cannot be run.")
-    _loss_with_and_without(decoder, tokenizer, text, audit)
+    if not_compared:
+        audit.warnings.append(f"the worth of <bos> was not measured: {not_compared}")
+    if compared:
+        _worth_of_bos(compared, tokenizer, audit)
     return audit
 
 
-def _probe(decoder: Decoder) -> None:
-    """Run one short row, and refuse what can only be seen then.
+def _compared(decoder: Decoder, tokenizer: PreTrainedTokenizerBase,
+              content: str | None) -> tuple[dict[str, Walk], str]:
+    """The same tokens of a text with `<bos>` in front ("always") and without ("never"), or why there are none."""
+    if content is None:
+        return {}, ""
+    length = min(LENGTH, decoder.max_length)
+    try:
+        rows = token_rows(tokenizer, content, ROWS, length, "always", decoder.vocabulary)
+    except RequestError as error:
+        return {}, str(error)
+    return {"always": Walk(decoder, rows, ROWS), "never": Walk(decoder, rows[:, 1:], ROWS)}, ""
+
+
+def _walk(decoder: Decoder, walks: list[Walk]) -> None:
+    """Run these and one short row, and refuse what can only be seen on the way.
 
     Raises:
         RequestError: the model does not compute causal attention once in every layer.
     """
     table = AttentionTable()
-    for step in Walk(decoder, torch.arange(16)[None] % decoder.vocabulary, 1, observers=[table]).steps():
+    short = Walk(decoder, torch.arange(16)[None] % decoder.vocabulary, 1, observers=[table])
+    for step, *_ in together([short, *walks]):
         step.run()
         if step.index not in decoder.quiet:
             table.require_causal(1, type(decoder.model).__name__)
-        table.close_layer(step.walk.rows)
+        table.close_layer(short.rows)
 
 
 def _tokenization(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, audit: Audit) -> None:
@@ -178,25 +198,12 @@ def _instructions() -> frozenset[str]:
     return frozenset(name for name, there in has.items() if there)
 
 
-def _loss_with_and_without(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, text: str | list[str] | None,
-                           audit: Audit) -> None:
-    """The measured worth of `<bos>`: next-token loss of the same text with it in front, and without."""
-    if tokenizer.bos_token_id is None:
-        return
-    content = read_text(text, "evaluation", tokenizer)
-    length = min(LENGTH, decoder.max_length)
-    policies: tuple[BosPolicy, ...] = ("always", "never")
-    try:
-        walks = {policy: Walk(decoder, token_rows(tokenizer, content, ROWS, length, policy, decoder.vocabulary), ROWS)
-                 for policy in policies}
-    except RequestError as error:
-        audit.warnings.append(f"the worth of <bos> was not measured: {error}")
-        return
-    for _ in together(list(walks.values())):
-        pass
-    losses = {policy: float(walk.losses().double()[:, 1:].mean()) for policy, walk in walks.items()}
-    worth = losses["never"] - losses["always"]
-    audit.tokenization["measured"] = (f"loss {losses['always']:.3f} with <bos> in front, {losses['never']:.3f} "
+def _worth_of_bos(walks: dict[str, Walk], tokenizer: PreTrainedTokenizerBase, audit: Audit) -> None:
+    """The measured worth of `<bos>`: next-token loss of the same tokens with it in front, and without."""
+    losses = {"always": walks["always"].losses()[:, 1:], "never": walks["never"].losses()}
+    found = {policy: float(loss.double().mean()) for policy, loss in losses.items()}
+    worth = found["never"] - found["always"]
+    audit.tokenization["measured"] = (f"loss {found['always']:.3f} with <bos> in front, {found['never']:.3f} "
                                       "without it (nats per token)")
     if worth > LOSS_MATTERS and adds_bos(tokenizer) == "none":
         audit.warnings.append(f"the model is {worth:.2f} nats better with <bos> in front, but the tokenizer adds none; "

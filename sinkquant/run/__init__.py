@@ -1,5 +1,12 @@
 """The whole job, from model to report: what is asked for, its stages, and the folder that they fill."""
 
-from sinkquant.run.pipeline import plan, run
+from typing import TYPE_CHECKING
+
+from sinkquant.lazy import make_lazy
+
+if TYPE_CHECKING:
+    from sinkquant.run.pipeline import plan, run
 
 __all__ = ["plan", "run"]
+
+make_lazy(__name__)

@@ -75,7 +75,9 @@ def _value(kind: str, value: Any) -> bytes:
         return struct.pack("<I", VALUE_TYPES[kind]) + _plain(kind, value)
     inner = kind[1:-1]
     head = struct.pack("<IIQ", VALUE_TYPES["array"], VALUE_TYPES[inner], len(value))
-    return head + b"".join(_plain(inner, one) for one in value)
+    if inner == "str":
+        return head + b"".join(map(_string, value))
+    return head + struct.pack(f"<{len(value)}{_STRUCTS[inner].removeprefix('<')}", *value)
 
 
 def _plain(kind: str, value: Any) -> bytes:
