@@ -38,7 +38,7 @@ def main() -> None:
             report = sq.run(recipe, arguments.model, Path(folder) / "out")
         assert report is not None, "a run without evaluation has no report"
         found = report
-    print(f"{arguments.recipe} on {found.model}, {torch.get_num_threads()} threads, {os.cpu_count()} processors\n")
+    print(f"{found.recipe} on {found.model}, {torch.get_num_threads()} threads, {os.cpu_count()} processors\n")
     print("\n".join(table(found.resources)))
 
 

@@ -34,11 +34,12 @@ def detect_bytes(sizes: Sizes) -> float:
     return max(sizes.walked(sizes.held, sizes.expert), running) + buffers + tables
 
 
-def detect_seconds(sizes: Sizes, pace: Pace, super_weights: bool) -> float:
-    """Seconds; `super_weights`: whether they are looked for."""
+def detect_seconds(sizes: Sizes, pace: Pace, super_weights: bool, bos: bool) -> float:
+    """Seconds; `super_weights`: whether they are looked for; `bos`: whether rows start with `<bos>`, so that they are
+    read without it as well."""
     blocks, reading, loss = len(sizes.linears), pace.reading(sizes), pace.loss(sizes)
     settings, (short, long) = sizes.recipe.detect, pace.watched
-    block = 2 * short.of(settings.rows * settings.length) + short.of(REPEATED_ROWS * settings.length)
+    block = (1 + bos) * short.of(settings.rows * settings.length) + short.of(REPEATED_ROWS * settings.length)
     if settings.long_rows:
         block += long.of(settings.long_rows * min(settings.long_length, sizes.decoder.max_length))
     seconds = blocks * block + 2 * reading + blocks * ROLE_TOKENS * pace.plain  # roles are read in a walk of their own

@@ -8,7 +8,7 @@ import torch
 
 from sinkquant.models.head import OutputHead, runs_of_positions
 
-TOKENS_AT_ONCE = 8192
+TOKENS_AT_ONCE = 4096
 """Tokens of a batch at most, or one row: attention and MLP of more take memory and no time off."""
 
 

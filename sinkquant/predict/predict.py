@@ -14,7 +14,7 @@ from sinkquant.costs import SPILL_SHARE, Pace, Sizes
 from sinkquant.detect.costs import detect_bytes, detect_seconds
 from sinkquant.errors import RequestError
 from sinkquant.evaluate.costs import evaluate_bytes, evaluate_seconds
-from sinkquant.models import Decoder
+from sinkquant.models import Decoder, starts_with_bos
 from sinkquant.predict.pace import measure
 from sinkquant.quantize.costs import quantize_bytes, quantize_seconds
 from sinkquant.quantize.refine.costs import distill_bytes
@@ -128,11 +128,12 @@ def stage_seconds(sizes: Sizes, pace: Pace, tokenizer: PreTrainedTokenizerBase) 
     """Stage, under the name that it is timed by -> seconds."""
     evaluated = not sizes.recipe.evaluate.skip
     plans = ["sink_aware", *(["control"] if sizes.recipe.evaluate.control and evaluated else [])]
-    found = {"detect": detect_seconds(sizes, pace, sizes.recipe.detect.super_weights)}
+    bos = starts_with_bos(tokenizer, sizes.recipe.calibration.bos)
+    found = {"detect": detect_seconds(sizes, pace, sizes.recipe.detect.super_weights, bos)}
     for name in plans:
         found[f"quantize {name}"] = quantize_seconds(sizes, pace)
         if evaluated:
-            found[f"detect {name}"] = detect_seconds(sizes, pace, False)
+            found[f"detect {name}"] = detect_seconds(sizes, pace, False, bos)
     if evaluated:
         found["evaluate"] = evaluate_seconds(sizes, pace, len(plans), tokenizer)
     return found

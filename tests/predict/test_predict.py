@@ -98,6 +98,8 @@ def test_time_is_counted_work_at_the_pace_of_the_machine(large: Decoder) -> None
     roles = 16 * ROLE_TOKENS * 5e-5 + reading
     assert rtn == {"detect": pytest.approx(16 * block + reading + roles),
                    "quantize sink_aware": pytest.approx(16 * 60_821_504 * 3.1e-7 + 2 * reading)}
+    bare = seconds("weights.method=rtn", "evaluate.skip=true", "calibration.bos=never")  # nothing is read without <bos>
+    assert rtn["detect"] - bare["detect"] == pytest.approx(16 * (100 * 64 * 1e-4 + 1e-2))
     ablated = seconds("weights.method=rtn", "evaluate.skip=true", "detect.super_weights=true")
     scored = 128256 * (2 * 2048 * 2e-11 + 5e-9)
     trials = sum(rows * 64 * (16 * (1 + 2 / 3 * tried) * 5e-5 + (1 + tried) * scored) + reading
