@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-from sinkquant.artifacts import (
-    Channel,
-    Head,
-    ModuleStatistics,
-    SinkMap,
-    SinkToken,
-    SuperWeight,
-    TokenizationFacts,
-)
+from sinkquant.artifacts import Channel, Head, ModuleStatistics, SinkMap, SinkToken, SuperWeight, TokenizationFacts
 from sinkquant.models import Decoder
 
 BOS = SinkToken(token_id=1, text="<s>", position=0, kind="bos", attention=0.5, heads=0.8, share=1 / 64, massive=True)

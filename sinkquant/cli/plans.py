@@ -129,13 +129,7 @@ def sensitivity(model: ModelArgument,
                 trust_remote_code: TrustOption = False) -> None:
     """What every format of every linear would lose, through the sinks and through all other tokens."""
     chosen = Recipe.load(recipe).replace(assignments or [])
-    from sinkquant.cli.tables.sensitivity import (
-        cache_table,
-        ends_in_words,
-        input_table,
-        linear_table,
-        ranking_in_words,
-    )
+    from sinkquant.cli.tables.sensitivity import cache_table, ends_in_words, input_table, linear_table, ranking_in_words
 
     found = SinkMap.load(sink_map) if sink_map else find_sinks(model, text, chosen, trust_remote_code)
     made = find_costs(model, text, found, chosen, output, trust_remote_code)

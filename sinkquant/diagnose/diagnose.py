@@ -17,19 +17,8 @@ from sinkquant.diagnose.depth import settling_depth
 from sinkquant.diagnose.dormant import dormant_heads, token_values
 from sinkquant.diagnose.fidelity import sink_fidelity
 from sinkquant.diagnose.null import measured
-from sinkquant.diagnose.rates import (
-    context_lengths,
-    first_position_mass,
-    first_position_mass_by_length,
-    sink_rates,
-)
-from sinkquant.diagnose.robustness import (
-    LONGEST_EXCEEDED,
-    REPEATS,
-    has_learned_positions,
-    past_the_context,
-    robustness,
-)
+from sinkquant.diagnose.rates import context_lengths, first_position_mass, first_position_mass_by_length, sink_rates
+from sinkquant.diagnose.robustness import LONGEST_EXCEEDED, REPEATS, has_learned_positions, past_the_context, robustness
 from sinkquant.diagnose.rows import mark_sinks, random_rows, repeated_rows, with_bos
 from sinkquant.diagnose.specials import special_token_paths
 from sinkquant.diagnose.spread import spread

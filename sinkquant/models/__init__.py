@@ -15,14 +15,7 @@ if TYPE_CHECKING:
     from sinkquant.models.loading import check_finite, load_model, load_tokenizer, pick_device
     from sinkquant.models.source import open_model, source_of
     from sinkquant.models.tensors import pieces
-    from sinkquant.models.text import (
-        BosPolicy,
-        adds_bos,
-        encode,
-        starts_with_bos,
-        token_rows,
-        tokenization_facts,
-    )
+    from sinkquant.models.text import BosPolicy, adds_bos, encode, starts_with_bos, token_rows, tokenization_facts
     from sinkquant.models.walk import Step, Walk, answer, together
 
 __all__ = [

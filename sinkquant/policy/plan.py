@@ -24,13 +24,7 @@ from sinkquant.artifacts.plan import Statistics
 from sinkquant.artifacts.sizes import checkpoint_bytes, own_format
 from sinkquant.errors import RequestError
 from sinkquant.methods import require_methods
-from sinkquant.policy.activations import (
-    EXCLUDED,
-    check_exclusion,
-    simulated_notes,
-    spare_sinks,
-    with_inputs,
-)
+from sinkquant.policy.activations import EXCLUDED, check_exclusion, simulated_notes, spare_sinks, with_inputs
 from sinkquant.policy.allocate import Allocation, solve
 from sinkquant.policy.budget import choice_bytes, close_gap, evenly_spread, fill, linear_bytes
 from sinkquant.policy.carried import carried, check_recipe, notes

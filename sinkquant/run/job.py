@@ -16,31 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.artifacts import Plan, Report, Sensitivity, SinkMap
 from sinkquant.cache import make_prefix, save_prefix
 from sinkquant.detect import detect
-from sinkquant.evaluate import (
-    BASELINE,
-    Candidate,
-    evaluate,
-    forecasts_of_plans,
-    forecasts_of_run,
-)
-from sinkquant.formats import (
-    KV_PREFIX,
-    dismiss,
-    quantize_to,
-    versions,
-)
-from sinkquant.models import (
-    ActivationStore,
-    Decoder,
-    load_model,
-    open_model,
-    pick_device,
-)
-from sinkquant.policy import (
-    accept_edited,
-    make_control,
-    make_plan,
-)
+from sinkquant.evaluate import BASELINE, Candidate, evaluate, forecasts_of_plans, forecasts_of_run
+from sinkquant.formats import KV_PREFIX, dismiss, quantize_to, versions
+from sinkquant.models import ActivationStore, Decoder, load_model, open_model, pick_device
+from sinkquant.policy import accept_edited, make_control, make_plan
 from sinkquant.policy.expected import with_expected_loss
 from sinkquant.policy.pruning import pruning_alone
 from sinkquant.predict import Prediction, spill_limit
@@ -60,15 +39,7 @@ from sinkquant.run.candidates import (
 )
 from sinkquant.run.folder import CONTROL, MODEL, WorkFolder, peak_resident
 from sinkquant.run.planning import with_calibration_notes
-from sinkquant.run.shorter import (
-    BLOCKS,
-    SHORTER,
-    WHOLE_MAP,
-    dropped,
-    find_blocks,
-    with_blocks,
-    write_shorter,
-)
+from sinkquant.run.shorter import BLOCKS, SHORTER, WHOLE_MAP, dropped, find_blocks, with_blocks, write_shorter
 from sinkquant.run.stages import Progress, Stage, carry_out
 from sinkquant.sensitivity import find_sensitivity
 

@@ -9,23 +9,9 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from sinkquant.artifacts import Plan, Report, Sensitivity, SinkMap
-from sinkquant.evaluate import (
-    require_tasks_possible,
-)
-from sinkquant.formats import (
-    dismiss,
-    follow,
-    require_free,
-    versions,
-)
-from sinkquant.models import (
-    Decoder,
-    load_tokenizer,
-    open_model,
-    pick_device,
-    read_text,
-    resolve,
-)
+from sinkquant.evaluate import require_tasks_possible
+from sinkquant.formats import dismiss, follow, require_free, versions
+from sinkquant.models import Decoder, load_tokenizer, open_model, pick_device, read_text, resolve
 from sinkquant.models.corpus import require_two_texts
 from sinkquant.models.loading import has_tokenizer
 from sinkquant.models.processes import this_process
@@ -47,9 +33,7 @@ from sinkquant.recipe import DEFAULT_RECIPE, Recipe
 from sinkquant.run.folder import WorkFolder, partial_folder, run_key, work_folder
 from sinkquant.run.job import Job, save_plan
 from sinkquant.run.planning import plan_ready, with_calibration_notes
-from sinkquant.run.shorter import (
-    shape_after,
-)
+from sinkquant.run.shorter import shape_after
 from sinkquant.run.stages import Progress
 from sinkquant.schemes.packages import require_packages
 

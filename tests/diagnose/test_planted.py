@@ -12,12 +12,7 @@ from transformers import PreTrainedModel
 from sinkquant.artifacts import SinkToken
 from sinkquant.diagnose.bos import bos_variants, text_losses
 from sinkquant.diagnose.dormant import dormant_heads, token_values
-from sinkquant.diagnose.rates import (
-    context_lengths,
-    first_position_mass,
-    first_position_mass_by_length,
-    sink_rates,
-)
+from sinkquant.diagnose.rates import context_lengths, first_position_mass, first_position_mass_by_length, sink_rates
 from sinkquant.diagnose.rows import mark_sinks, random_rows, repeated_rows, swapped, with_bos
 from sinkquant.diagnose.spread import changes, spread
 from sinkquant.diagnose.survey import WalkSettings, survey

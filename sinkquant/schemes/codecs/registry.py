@@ -4,18 +4,7 @@ from __future__ import annotations
 
 from sinkquant.errors import RequestError
 from sinkquant.extensions import brought, loaded
-from sinkquant.schemes import (
-    Scheme,
-    WeightFormat,
-    bitsandbytes,
-    blocks,
-    fp8,
-    gguf,
-    gptq,
-    integers,
-    quanto,
-    scheme_of,
-)
+from sinkquant.schemes import Scheme, WeightFormat, bitsandbytes, blocks, fp8, gguf, gptq, integers, quanto, scheme_of
 from sinkquant.schemes.codecs.bitsandbytes import BitsAndBytesFiles, FourBitCodec, LLMInt8Codec
 from sinkquant.schemes.codecs.blocks import BlockCodec
 from sinkquant.schemes.codecs.codec import Codec, LibraryCodec
