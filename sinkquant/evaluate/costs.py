@@ -22,8 +22,9 @@ SAMPLE = 50_000
 """Characters of text that are encoded to see how many make a token."""
 CACHED = 1.3
 """Plain passes through the blocks that one with a packed cache takes: it packs, and reads in chunks."""
-FIDELITY_PASSES = 8.0
-"""Plain passes through the blocks that sink fidelity takes for its rows and a model: it watches, and swaps tokens."""
+FIDELITY_PASSES = 5.0
+"""Plain passes through the blocks that sink fidelity takes for its rows and a model: four, some of which are watched,
+as swapped tokens are read as well."""
 OPENING, PER_TASK = 6.0, 0.5
 """Processor seconds: importing lm-eval; opening a task and putting its results together."""
 
