@@ -2,8 +2,8 @@
 
     python evals/benchmarks/detect.py demo MODEL_FOLDER ...
 
-The forward pass is of the rows that sinks are looked for in; detection also reads its controls, so the ratio counts
-them against it.
+The forward pass is of as many rows as detection reads: those that sinks are looked for in, those of its negative
+control, and where they start with `<bos>` the short ones without it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from transformers import PreTrainedModel
 
 import sinkquant as sq
-from sinkquant.models import read_text, token_rows
+from sinkquant.detect.detect import REPEATED_ROWS
+from sinkquant.models import read_text, starts_with_bos, token_rows
 from sinkquant.recipe import Recipe
 
 BATCH_TOKENS = 512
@@ -60,7 +61,8 @@ def measure(name: str) -> None:
     for count, length in ((settings.rows, settings.length), (settings.long_rows, settings.long_length)):
         if count and length <= model.config.max_position_embeddings:
             sets.append(token_rows(tokenizer, text, count, length, recipe.calibration.bos, model.config.vocab_size))
-    plain = forward_seconds(model.float(), sets)
+    bare = starts_with_bos(tokenizer, recipe.calibration.bos)
+    plain = forward_seconds(model.float(), [*sets, sets[0][:REPEATED_ROWS], *sets[:bare]])
     stages = Stages()
     found = sq.detect(model, tokenizer, recipe=recipe, progress=stages)
     stages.close("deciding")
