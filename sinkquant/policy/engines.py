@@ -42,7 +42,7 @@ def loads_in(shape: ModelShape, formats: Mapping[str, WeightFormat], own: bool,
 def engine_loads(engine: str, form: WeightFormat, linear: LinearShape) -> bool:
     """Whether a budget for `engine` ("any" or one of the table) may use a packed format. What is split or stored
     transposed takes sinkquant's own format."""
-    return engine in (ANY, OWN) or (not (form.split or linear.transposed) and _takes(engine, form))
+    return engine in (ANY, OWN) or (not (form.split or linear.transposed) and engine_takes(engine, form))
 
 
 def engine_takes(engine: str, form: WeightFormat) -> bool:

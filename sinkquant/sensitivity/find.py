@@ -23,7 +23,6 @@ from sinkquant.policy.plan import calibration_of
 from sinkquant.quantize.bases import cache_bases
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.recipe import Recipe
-from sinkquant.schemes.weight_format import PLAIN
 from sinkquant.sensitivity.candidates import Unit, units_of
 from sinkquant.sensitivity.ends import end_candidates
 from sinkquant.sensitivity.estimate import estimate
@@ -63,7 +62,7 @@ def find_sensitivity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     of_linears = recipe.budget.solved or not (recipe.solves_cache or recipe.solves_inputs)
     units = units_of(decoder, recipe, sink_map) if of_linears else []
     of_inputs = input_units(decoder, recipe, sink_map) if recipe.solves_inputs else []
-    key = sensitivity_key(decoder, rows, sink_map, recipe, units, of_inputs)
+    key = _key(decoder, rows, sink_map, recipe, units, of_inputs)
     if cache is not None and Path(cache).is_file():
         kept = Sensitivity.load(cache)
         if kept.key != key:
@@ -100,28 +99,24 @@ def _rows(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, 
     return token_rows(tokenizer, text, count, length, recipe.calibration.bos, decoder.vocabulary)
 
 
-def sensitivity_key(decoder: Decoder, rows: torch.Tensor, sink_map: SinkMap, recipe: Recipe, units: list[Unit],
+def _key(decoder: Decoder, rows: torch.Tensor, sink_map: SinkMap, recipe: Recipe, units: list[Unit],
                     inputs: Sequence[InputUnit] = ()) -> str:
     """A hash of all that decides sensitivities: some rows of every weight matrix, the shapes, the text's rows, the
     sinks, and the recipe's part in it."""
-    # What a later version asked for, and this recipe does not, leaves the key as it was.
-    unset = set() if recipe.sensitivity.end_bits else {"end_bits"}
-    asked = recipe.sensitivity.model_dump(mode="json", exclude={"score", *unset})
+    asked = recipe.sensitivity.model_dump(mode="json", exclude={"score"})
     cache = recipe.kv_cache if recipe.kv_tried else None
     kept = None if cache is None else cache.model_dump(mode="json", exclude={"key_bits", "value_bits", "overrides",
                                                                              "length"})
     beside = [[unit.modules, one.columns, one.scalars] for unit in units
               for one in unit.candidates if one.columns or one.scalars]
-    storages = sorted({one.storage for unit in units for one in unit.candidates} - {PLAIN})
-    parts = [asked, kept, beside, *storages, SCORED,
+    storages = sorted({one.storage for unit in units for one in unit.candidates})
+    of_inputs = [[one.unit.modules, [[option.name, option.scale] for option in one.options]] for one in inputs]
+    parts = [asked, kept, beside, storages, of_inputs, SCORED,
              recipe.weights.model_dump(mode="json", exclude=set(LATER)),
              recipe.protect.model_dump(mode="json", include={"tokens", "statistics", "sink_weight"}),
              recipe.compute.dtype, recipe.seed, [token.model_dump(mode="json") for token in _placed(sink_map)],
              decoder.shape("").model_dump(mode="json", include={"architecture", "dtype", "linears", "tensors"})]
-    # Nothing where there are none: what is kept of other requests stays known.
-    rounded = [[[one.unit.modules, [[option.name, option.scale] for option in one.options]] for one in inputs]
-               ] if inputs else []
-    digest = hashlib.sha256(json.dumps([*parts, *rounded], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     digest.update(rows.numpy().tobytes())
     fused = dict.fromkeys(part.parameter for part in decoder.experts.values())
     for name in [*(f"{linear}.weight" for linear in decoder.linears), *fused]:

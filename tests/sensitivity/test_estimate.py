@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import tiny_mixture, tiny_model
 from sinkmaps import BOS, STOP, sink_map_of
-from tiny_tokenizer import random_text, tiny_tokenizer
+from tiny_tokenizer import tiny_tokenizer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -34,13 +34,6 @@ def sharp(model: PreTrainedModel) -> PreTrainedModel:
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(8)
     return model
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(random_text(1200))
-    return path
 
 
 @pytest.fixture(scope="module")
