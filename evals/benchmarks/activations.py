@@ -3,7 +3,7 @@ the unquantized model and perplexity on held-out rows, with paired bootstrap int
 
     python evals/benchmarks/activations.py MODEL [--text FILE] [--heldout FILE] [--rows 32] [--set KEY=VALUE ...]
                                            [--weights 16 8 4] [--inputs int8 int6 int4]
-                                           [--scales all exact dynamic exclude token token-exact block block-exact]
+                                           [--scales all exact dynamic exclude token token-exact block block-exact ...]
                                            [--transforms none full block online online-inner] [--lines FILE.jsonl]
                                            [--tasks NAME ... --task-folder FOLDER --limit 100]
 
@@ -15,7 +15,7 @@ unquantized model, "token" a scale per token everywhere. Inputs in nvfp4 and mxf
 (OCP's rule), and "block-fit", whose are so large that nothing is clipped. "exact", "token-exact" and "block-exact":
 the inputs of the detected sinks are not rounded at all and reach no range, which no engine can do: the most that
 protecting them can be worth. Scales that inputs do not have are passed over. "smooth, ..." is the same after
-SmoothQuant. int6 and int4 are simulated; "none": inputs of 16 bits under the weights that such inputs would take; fp8
+SmoothQuant, "searched, ..." after the same with a strength for every place. int6 and int4 are simulated; "none": inputs of 16 bits under the weights that such inputs would take; fp8
 takes weights of 8 bits, which become FP8 as well, by rounding to nearest.
 
 Transforms, of random signs and a Hadamard matrix: "full" the residual stream and every head as a whole, "block" that in
@@ -55,6 +55,7 @@ SCALES = {"all": ["activations.scale=tensor", "activations.sinks=all"],
           "token": ["activations.scale=token"]}
 BLOCKS = {"block": ["activations.scale=group", "activations.sinks=all"]}
 BLOCKS["smooth, block"] = [*BLOCKS["block"], "weights.smooth=smoothquant"]
+BLOCKS["searched, block"] = [*BLOCKS["block"], "weights.smooth=searched"]
 SCALES |= {f"smooth, {name}": [*asked, "weights.smooth=smoothquant"] for name, asked in SCALES.items()}
 EXACT = {"exact": SCALES["all"], "token-exact": SCALES["token"], "block-exact": BLOCKS["block"]}
 BLOCKS |= dict.fromkeys(("block-exact", "block-down", "block-fit"), BLOCKS["block"])

@@ -3,7 +3,8 @@
     python evals/benchmarks/input_errors.py MODEL [--rows 2] [--length 256]
 
 The mean over the blocks of |(Q(x T) - x T) T^-1 W|^2 / |x W|^2 on rows of the evaluation text, the first position left
-out; weights are not rounded. "sorted": channels in the order of their size, so that a block holds channels of one
+out; weights are not rounded. "no room": the stored scale of NVFP4 inputs reaches the largest one of calibration and no
+further. "sorted": channels in the order of their size, so that a block holds channels of one
 size; "Hadamard" in blocks of the format, and of all channels; "smoothed": divided as SmoothQuant divides them. Sizes
 and stored scales are of the calibration text. All but the Hadamard matrix in front of a down projection fold into the
 weights.
@@ -17,11 +18,12 @@ from collections.abc import Callable
 import torch
 
 from sinkquant.models import Decoder, load_model, load_tokenizer, read_text, resolve, token_rows
-from sinkquant.models.inputs import InputSwitch, RoundedInputs, input_args, static_scale
+from sinkquant.models.inputs import ROOM, InputSwitch, RoundedInputs, input_args, static_scale
 from sinkquant.quantize.transforms.hadamard import Rotation
 from sinkquant.schemes import input_format
 
 Turn = Callable[[torch.Tensor], torch.Tensor]
+NO_ROOM = "no room"
 
 
 def seen(decoder: Decoder, rows: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -47,7 +49,7 @@ def transforms(calibration: torch.Tensor, weight: torch.Tensor, size: int) -> di
         rotation = Rotation(channels, 0)
         return (lambda x: rotation.apply(x.double()).float(),) * 2
 
-    return {"as they are": (lambda x: x, lambda w: w), "sorted": (lambda x: x[..., order], lambda w: w[:, order]),
+    return {"as they are": (lambda x: x, lambda w: w), NO_ROOM: (lambda x: x, lambda w: w), "sorted": (lambda x: x[..., order], lambda w: w[:, order]),
             "Hadamard, blocks": mixed(size), "Hadamard, all": mixed(width),
             "smoothed": (lambda x: x / scale, lambda w: w * scale)}
 
@@ -72,6 +74,8 @@ def main() -> None:
             for how, (of_inputs, of_weight) in transforms(calibration[name], weight, size).items():
                 known, turned = of_inputs(calibration[name]), of_inputs(inputs)
                 stored = static_scale(known.min(), known.max(), args, torch.float32) if form == "nvfp4" else None
+                if stored is not None and how == NO_ROOM:
+                    stored = stored * ROOM
                 rounded = RoundedInputs(args, InputSwitch(), stored).rounded(turned)
                 left = ((rounded - turned) @ of_weight(weight).T)[:, 1:].square().sum()
                 row = errors.setdefault((form, name.rpartition(".")[2]), {})

@@ -98,12 +98,12 @@ class Transform(Strict):
     """A change of the weights before they are quantized after which the model computes the same.
 
     "rotate": by a Hadamard matrix, `scope` "values" (values and output of every head) or "full" (the residual stream
-    as well). "smoothquant" (`strength`: how much of the inputs' ranges goes into the weights), "awq" and "scale" (sink
-    columns only) divide channels by a factor and multiply the weights that read them by it; `values`: also those
-    between attention's values and its output.
+    as well). "smoothquant" (`strength`: how much of the inputs' ranges goes into the weights), "searched" (the same,
+    the strength found for every place), "awq" and "scale" (sink columns only) divide channels by a factor and multiply
+    the weights that read them by it; `values`: also those between attention's values and its output.
     """
 
-    name: Literal["rotate", "smoothquant", "awq", "scale"]
+    name: Literal["rotate", "smoothquant", "searched", "awq", "scale"]
     scope: Literal["values", "full"] | None = None
     strength: float | None = None
     values: bool = True

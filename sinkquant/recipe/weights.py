@@ -42,7 +42,8 @@ class Weights(Section):
     `distill`: after all blocks, iterations of tuning the codes and scales of the whole model, which is in memory then,
     towards what the unquantized one predicts.
     Before all that, changes after which the model computes the same: `rotate` by a Hadamard matrix, "values" of every
-    head or "full", the residual stream as well; `smooth` channels, by "smoothquant" with `smooth_strength` or "awq".
+    head or "full", the residual stream as well; `smooth` channels, by "smoothquant" with `smooth_strength`, "searched"
+    with the strength that leaves the least error at every place, or "awq".
     `format` other than "int" and `double_quantization` (scales quantized once more) are for backends that hold them:
     bitsandbytes nf4 and fp4, quanto float8, GGUF iq4_nl; and "nvfp4", "mxfp4" and "mxfp8" for compressed-tensors.
     `symmetric` false: codes have a zero point per group, in GPTQ's files and as Q4_1 and Q5_1 in a GGUF file;
@@ -64,7 +65,7 @@ class Weights(Section):
     group_size: GroupSize = 64
     symmetric: bool = True
     rotate: Literal["none", "values", "full"] = "none"
-    smooth: Literal["none", "smoothquant", "awq"] = "none"
+    smooth: Literal["none", "smoothquant", "searched", "awq"] = "none"
     smooth_strength: float = Field(default=0.5, ge=0, le=1)
     damping: float = Field(default=0.01, gt=0, lt=1)
     act_order: bool = True

@@ -25,3 +25,12 @@ def test_fp4_is_rounded_as_by_the_library(name: str, dtype: torch.dtype) -> None
     found = RoundedInputs(args, InputSwitch(), over).rounded(inputs)
     assert found.dtype == dtype
     assert torch.equal(found, expected)
+
+
+def test_groups_of_inputs_larger_than_those_of_calibration_keep_their_precision() -> None:
+    seen = torch.randn(1, 64, 64, generator=torch.Generator().manual_seed(0))
+    args = input_args("nvfp4", "group")
+    hook = RoundedInputs(args, InputSwitch(), static_scale(seen.min(), seen.max(), args, torch.float32))
+    wanted = hook.rounded(seen)
+    assert torch.equal(hook.rounded(seen * 4) / 4, wanted)
+    assert not torch.equal(hook.rounded(seen * 8) / 8, wanted)

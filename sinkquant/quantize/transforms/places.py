@@ -37,14 +37,20 @@ class Place:
             0, self.reads.to(of_columns.device), of_columns, "amax" if largest else "mean", include_self=False)
 
 
+SAMPLE = 64
+"""Tokens of a batch that are kept, evenly spread."""
+
+
 class InputStatistics:
     """What the columns of a place's readers have seen: the Hessian, the weighted mean of |x|, and the largest |x| of
-    any token; one that weighs less than 1 counts with the root of its weight there, as it does in the Hessian."""
+    any token; one that weighs less than 1 counts with the root of its weight there, as it does in the Hessian. And some
+    of the tokens themselves."""
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self.hessian = Hessian(columns, device)
         self.total = torch.zeros(columns, dtype=torch.float64, device=device)
         self.largest = torch.zeros(columns, device=device)
+        self._sample: list[torch.Tensor] = []
 
     def add(self, inputs: torch.Tensor, weights: torch.Tensor) -> None:
         """inputs: [tokens, columns]; weights: [tokens]."""
@@ -54,6 +60,11 @@ class InputStatistics:
         sizes = inputs.float().abs()
         self.total += (sizes * weights[:, None]).sum(0, dtype=torch.float64)
         self.largest = torch.maximum(self.largest, (sizes * weights.clamp(max=1).sqrt()[:, None]).amax(0))
+        self._sample.append(inputs[::-(-len(inputs) // SAMPLE)].float())
+
+    def tokens(self) -> torch.Tensor:
+        """Some inputs, float32 [tokens, columns]."""
+        return torch.cat(self._sample)
 
     @property
     def mean(self) -> torch.Tensor:

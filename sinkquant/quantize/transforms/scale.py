@@ -10,7 +10,7 @@ from sinkquant.models import Decoder, Step
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.quantize.transforms.places import InputStatistics, Place, fold, places, watch, weight_of
 from sinkquant.quantize.transforms.search import Reader
-from sinkquant.quantize.transforms.smooth import AWQ, ScaleSinks, SmoothQuant
+from sinkquant.quantize.transforms.smooth import AWQ, ScaleSinks, SearchedSmoothQuant, SmoothQuant
 
 TOLERANCE = 0.03
 """Largest difference of a block's outputs over the largest output; linears that stay in 16 bits are rounded anew."""
@@ -61,9 +61,11 @@ def _scale(decoder: Decoder, plan: Plan, transform: Transform, place: Place,
         return None
     readers = [Reader(weight_of(decoder, matrix), plan.modules[matrix.module].form) for matrix in mine]
     search = plan.calibration.scale_search
-    if transform.name == "smoothquant":
-        strength = 0.5 if transform.strength is None else transform.strength
-        return SmoothQuant(strength).scale(place, seen, [weight_of(decoder, matrix) for matrix in place.readers])
+    if transform.name in ("smoothquant", "searched"):
+        weights = [weight_of(decoder, matrix) for matrix in place.readers]
+        if transform.name == "searched":
+            return SearchedSmoothQuant(search).scale(place, seen, weights, readers)
+        return SmoothQuant(0.5 if transform.strength is None else transform.strength).scale(place, seen, weights)
     if transform.name == "awq":
         return AWQ(search).scale(place, seen, readers)
     decisions = [plan.modules[matrix.module] for matrix in mine]

@@ -1,4 +1,5 @@
-"""What a scale of channels is worth: the error that rounding to nearest leaves in the linears that read them."""
+"""What a scale of channels is worth: the error that rounding to nearest leaves in the linears that read them, in weights
+alone or in inputs and weights."""
 
 from __future__ import annotations
 
@@ -7,8 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from sinkquant.schemes import WeightFormat
+from sinkquant.models.inputs import InputSwitch, RoundedInputs, input_args, static_scale
+from sinkquant.schemes import WeightFormat, input_format, scheme_of
+from sinkquant.schemes.codecs import codec_of, library_codec
 from sinkquant.schemes.codecs.packed import dequantize, group_scales, to_codes
+from sinkquant.schemes.inputs import NO_ROUNDING
 
 ROWS = 128
 """Rows of a weight that the error is taken over, evenly spread: rows are rounded one by one."""
@@ -46,6 +50,50 @@ def best(candidates: Iterable[torch.Tensor], readers: list[Reader], hessian: tor
             found, least = scale, error
     assert found is not None
     return found
+
+
+def best_rounded(candidates: Iterable[torch.Tensor], readers: list[Reader], tokens: torch.Tensor,
+                 largest: torch.Tensor, scale_search: bool) -> torch.Tensor:
+    """The scale of the columns, of several [columns], that leaves the least error where inputs are rounded as well, the
+    first of equals: the mean over tokens of the squared error of what a reader gives over the square of that, so that
+    no massive activation outweighs all other tokens.
+
+    Args:
+        tokens: float [tokens, columns], some inputs. largest: [columns], the largest |x| of all.
+    """
+    sampled = [reader.sample() for reader in readers]
+    wanted = [tokens @ reader.weight.T for reader in sampled]
+    found, least = None, float("inf")
+    for scale in candidates:
+        error = 0.0
+        for reader, right in zip(sampled, wanted, strict=True):
+            inputs = _rounded_inputs(tokens / scale, reader.form, largest / scale)
+            weight = _rounded_weight(reader.weight * scale, reader.form, tokens / scale, scale_search)
+            off = (inputs @ weight.T - right).square().sum(-1) / right.square().sum(-1).clamp(min=1e-30)
+            error += float(off.mean())
+        if found is None or error < least:
+            found, least = scale, error
+    assert found is not None
+    return found
+
+
+def _rounded_inputs(tokens: torch.Tensor, form: WeightFormat, largest: torch.Tensor) -> torch.Tensor:
+    if form.inputs == NO_ROUNDING or form.input_scale is None:
+        return tokens
+    args, scale = input_args(form.inputs, form.input_scale), None
+    if input_format(form.inputs).stored(form.input_scale):
+        scale = static_scale(-largest.max(), largest.max(), args, torch.bfloat16).to(tokens.device)
+    # compressed-tensors takes a scale per token of inputs [rows, tokens, columns] alone.
+    return RoundedInputs(args, InputSwitch(), scale).rounded(tokens[None])[0]
+
+
+def _rounded_weight(weight: torch.Tensor, form: WeightFormat, tokens: torch.Tensor, scale_search: bool) -> torch.Tensor:
+    library = library_codec(form)
+    if library is not None:
+        return library.rounded(weight.bfloat16(), form).dequantized(torch.float32)
+    codec, scales = codec_of(form), getattr(torch, scheme_of(form).scales("bfloat16", expert=False))
+    whole = codec.fused_scale([weight]) if scheme_of(form).fused_scale else None
+    return codec.nearest(form, scales, scale_search, whole).quantize(weight, tokens.square().mean(0)).dequantized()
 
 
 def _rounding_error(reader: Reader, scale: torch.Tensor, metric: torch.Tensor, scale_search: bool) -> float:

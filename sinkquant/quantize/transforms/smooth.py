@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from sinkquant.quantize.transforms.places import InputStatistics, Place
-from sinkquant.quantize.transforms.search import Reader, best
+from sinkquant.quantize.transforms.search import Reader, best, best_rounded
 
 LIMIT = 1e4
 """No channel is scaled by more, or by less than one over it."""
 STEPS = 20
+STRENGTHS = (0.2, 0.35, 0.5, 0.65, 0.8)
+"""Of SmoothQuant's scale that are tried."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,24 @@ class SmoothQuant:
         found = inputs**self.strength / ranges.clamp(min=1e-5) ** (1 - self.strength)
         # A channel that is always zero, or that nobody reads, is left as it is.
         return torch.where((inputs > 0) & (ranges > 0), found, 1.0).clamp(1 / LIMIT, LIMIT)
+
+
+@dataclass(frozen=True)
+class SearchedSmoothQuant:
+    """SmoothQuant's scale with the strength, of `strengths`, that leaves the least error in what the packed readers
+    give, inputs and weights rounded to nearest in their formats; or no scale, where none of them leaves less."""
+
+    scale_search: bool = True
+    strengths: tuple[float, ...] = STRENGTHS
+
+    def scale(self, place: Place, seen: InputStatistics, weights: list[torch.Tensor],
+              readers: list[Reader]) -> torch.Tensor:
+        """[channels]. weights: of all that read the place, as `SmoothQuant.scale` has them."""
+        scales = [SmoothQuant(strength).scale(place, seen, weights) for strength in self.strengths]
+        scales.insert(0, torch.ones_like(scales[0]))
+        columns = [place.columns(scale) for scale in scales]
+        found = best_rounded(columns, readers, seen.tokens(), seen.largest, self.scale_search)
+        return next(scale for scale, one in zip(scales, columns, strict=True) if one is found)
 
 
 @dataclass(frozen=True)

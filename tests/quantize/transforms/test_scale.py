@@ -20,7 +20,7 @@ from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.quantize.transforms import scale_block
 from sinkquant.quantize.transforms.places import InputStatistics, Place, places, watch
 from sinkquant.quantize.transforms.search import Reader
-from sinkquant.quantize.transforms.smooth import AWQ, ScaleSinks, SmoothQuant
+from sinkquant.quantize.transforms.smooth import AWQ, STRENGTHS, ScaleSinks, SearchedSmoothQuant, SmoothQuant
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import WeightFormat
 from sinkquant.schemes.codecs.rtn import RTN
@@ -67,7 +67,7 @@ def test_experts_that_are_packed_one_by_one_are_not_written_as_a_whole() -> None
 
 CASES = [(family, "weights.smooth=smoothquant") for family in FAMILIES if family != "gpt2"]
 CASES += [(family, change) for family in ("llama", "gemma2", "opt", "mixtral")
-          for change in ("weights.smooth=awq", "protect.channels=scale")]
+          for change in ("weights.smooth=awq", "weights.smooth=searched", "protect.channels=scale")]
 
 
 @pytest.mark.parametrize(("family", "change"), CASES)
@@ -161,6 +161,28 @@ def test_awq_takes_the_power_with_the_least_error(seen: tuple[list[Place], list[
         errors.append(error(weight, scale, inputs.hessian.mean()))
     assert error(weight, found, inputs.hessian.mean()) == pytest.approx(min(errors), rel=1e-6)
     assert min(errors) < 0.9 * errors[0]
+
+
+def test_the_searched_strength_leaves_the_least_error_of_rounded_inputs_and_weights(
+        seen: tuple[list[Place], list[InputStatistics]]) -> None:
+    place, inputs = seen[0][2], outlying(seen[1][2])
+    weight, tokens = torch.randn(48, 64, generator=torch.Generator().manual_seed(2)), inputs.tokens()
+    form = WeightFormat(8, -1, inputs="int8", input_scale="token")
+    found = SearchedSmoothQuant(scale_search=False).scale(place, inputs, [weight], [Reader(weight, form)])
+
+    def off(scale: torch.Tensor) -> float:
+        given = (tokens / scale).double()
+        step = given.abs().amax(1, keepdim=True) / 127.5
+        rounded = RTN(8, -1, scale_search=False).quantize(weight * scale).dequantized().double()
+        wanted = tokens.double() @ weight.double().T
+        left = ((given / step).round().clamp(-128, 127) * step) @ rounded.T - wanted
+        return float((left.square().sum(1) / wanted.square().sum(1)).mean())
+
+    scales = [torch.ones(64), *(SmoothQuant(strength).scale(place, inputs, [weight]) for strength in STRENGTHS)]
+    errors = [off(scale) for scale in scales]
+    assert off(found) == pytest.approx(min(errors), rel=0.02)
+    assert min(errors) < 0.95 * errors[0]
+    assert len({round(error, 9) for error in errors}) == len(errors)
 
 
 def outlying(inputs: InputStatistics) -> InputStatistics:
