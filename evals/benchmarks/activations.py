@@ -15,8 +15,9 @@ unquantized model, "token" a scale per token everywhere. Inputs in nvfp4 and mxf
 (OCP's rule), and "block-fit", whose are so large that nothing is clipped. "exact", "token-exact" and "block-exact":
 the inputs of the detected sinks are not rounded at all and reach no range, which no engine can do: the most that
 protecting them can be worth. Scales that inputs do not have are passed over. "smooth, ..." is the same after
-SmoothQuant, "searched, ..." after the same with a strength for every place. int6 and int4 are simulated; "none": inputs of 16 bits under the weights that such inputs would take; fp8
-takes weights of 8 bits, which become FP8 as well, by rounding to nearest.
+SmoothQuant, "searched, ..." after the same with a strength for every place. int6 and int4 are simulated; "none": inputs
+of 16 bits under the weights that such inputs would take; fp8 takes weights of 8 bits, which become FP8 as well, by
+rounding to nearest.
 
 Transforms, of random signs and a Hadamard matrix: "full" the residual stream and every head as a whole, "block" that in
 blocks of the inputs' format, both folded into the weights; "online" the inputs of every linear in such blocks, as

@@ -49,7 +49,8 @@ def transforms(calibration: torch.Tensor, weight: torch.Tensor, size: int) -> di
         rotation = Rotation(channels, 0)
         return (lambda x: rotation.apply(x.double()).float(),) * 2
 
-    return {"as they are": (lambda x: x, lambda w: w), NO_ROOM: (lambda x: x, lambda w: w), "sorted": (lambda x: x[..., order], lambda w: w[:, order]),
+    same: tuple[Turn, Turn] = (lambda x: x, lambda w: w)
+    return {"as they are": same, NO_ROOM: same, "sorted": (lambda x: x[..., order], lambda w: w[:, order]),
             "Hadamard, blocks": mixed(size), "Hadamard, all": mixed(width),
             "smoothed": (lambda x: x / scale, lambda w: w * scale)}
 

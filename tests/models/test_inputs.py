@@ -7,7 +7,7 @@ import torch
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
-from sinkquant.models.inputs import InputSwitch, RoundedInputs, input_args
+from sinkquant.models.inputs import InputSwitch, RoundedInputs, input_args, static_scale
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])

@@ -1,5 +1,5 @@
-"""What a scale of channels is worth: the error that rounding to nearest leaves in the linears that read them, in weights
-alone or in inputs and weights."""
+"""What a scale of channels is worth: the error that rounding to nearest leaves in the linears that read them, be it of
+weights alone or of inputs too."""
 
 from __future__ import annotations
 
