@@ -44,7 +44,7 @@ def quantized(text: Path, family: str = "llama", method: str = "rtn", bits: int 
     sink_map = sink_map_of(decoder, name=family)
     recipe = Recipe().replace([
         f"weights.method={method}", f"weights.bits={bits}", f"weights.group_size={group}", "calibration.rows=4",
-        "calibration.length=16", f"calibration.text={text}", "seed=7", *more])
+        "calibration.length=16", "weights.descent=0", f"calibration.text={text}", "seed=7", *more])
     plan = make_plan(decoder.shape(family), sink_map, recipe)
     return quantize(model, plan, tiny_tokenizer()), plan, sink_map
 

@@ -28,6 +28,7 @@ from transformers.core_model_loading import (
     convert_and_load_state_dict_in_model,
     rename_source_key,
 )
+from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -67,7 +68,7 @@ def open_model(folder: Path, trust_remote_code: bool = False, dtype: torch.dtype
     stored = stored_tensors(folder)
     dtype = dtype or getattr(config, "dtype", None) or next(
         (tensor.dtype for tensor in stored.values() if tensor.dtype.is_floating_point), torch.float32)
-    with loading_errors(folder), init_empty_weights(include_buffers=False):
+    with loading_errors(folder), init_empty_weights(include_buffers=False), no_init_weights():
         model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()
     quantization = getattr(config, "quantization_config", None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from array import array
 from typing import Literal
 
 import torch
@@ -65,7 +67,7 @@ def token_rows(tokenizer: PreTrainedTokenizerBase, text: str, rows: int, length:
     """
     front = [int(tokenizer.bos_token_id)] if starts_with_bos(tokenizer, bos) else []
     room = length - len(front)
-    encoded = [encode(tokenizer, document) for document in documents(text)]
+    encoded = _encoded(tokenizer, len(tokenizer), text)
     windows = [ids[start:start + room] for ids in encoded for start in range(0, len(ids) - room + 1, room)]
     if len(windows) < rows:
         windows += _packed([ids for ids in encoded if len(ids) < room], room, _between(tokenizer))
@@ -74,16 +76,22 @@ def token_rows(tokenizer: PreTrainedTokenizerBase, text: str, rows: int, length:
                            f"needs {room}; give more text or a smaller calibration.length.")
     if len(windows) > rows:
         windows = [windows[i * len(windows) // rows] for i in range(rows)]
-    table = torch.tensor([front + window for window in windows], dtype=torch.long)
+    table = torch.tensor([[*front, *window] for window in windows], dtype=torch.long)
     if vocabulary is not None and int(table.max()) >= vocabulary:
         raise RequestError(f"the tokenizer gives the token id {int(table.max())}, but the model's embedding has only "
                            f"{vocabulary} rows; this tokenizer belongs to another model.")
     return table
 
 
-def _packed(short: list[list[int]], room: int, between: list[int]) -> list[list[int]]:
+@functools.lru_cache(maxsize=4)  # a run cuts its two texts into rows of several lengths
+def _encoded(tokenizer: PreTrainedTokenizerBase, size: int, text: str) -> list[array[int]]:
+    """The tokens of every document. size: of the tokenizer, which somebody may have added tokens to."""
+    return [array("q", encode(tokenizer, document)) for document in documents(text)]
+
+
+def _packed(short: list[array[int]], room: int, between: list[int]) -> list[array[int]]:
     """Documents one after the other, cut into windows."""
-    stream = [token for ids in short for token in (*ids, *between)][:-len(between) or None]
+    stream = array("q", [token for ids in short for token in (*ids, *between)][:-len(between) or None])
     return [stream[start:start + room] for start in range(0, len(stream) - room + 1, room)]
 
 

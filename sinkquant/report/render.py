@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,7 @@ def _figure(value: float | None, quantity: str, missing: str) -> str:
     return f"{value:,.0f}" if "bytes" in quantity else f"{value:.4g}"
 
 
+@functools.cache  # it keeps the templates that it has compiled
 def environment() -> Environment:
     """What fills in templates."""
     made = Environment(loader=PackageLoader("sinkquant.report"), undefined=StrictUndefined, trim_blocks=True,

@@ -116,7 +116,8 @@ def test_plan_only_stops_before_quantizing(tmp_path, tiny_folder, text_file):
 
 def test_a_result_below_the_gate_is_code_3(tmp_path, tiny_folder, text_file):
     outcome = call("run", "--model", tiny_folder, "--output", tmp_path / "out",
-                   *settings(text_file, "gate.max_divergence=1.0e-12", "evaluate.control=false"))
+                   *settings(text_file, "gate.max_divergence=1.0e-12", "evaluate.control=false",
+                             "evaluate.fidelity=false"))
     assert outcome.code == 3
     assert "over gate.max_divergence" in outcome.out
     assert Report.load(tmp_path / "out" / "report.json").verdict.gate == "failed"
@@ -264,16 +265,18 @@ def test_text_from_a_folder_whose_name_is_no_yaml(tmp_path, tiny_folder, text_fi
 
 
 def test_killed_and_resumed(source, tmp_path, text_file):
-    process = started(source, tmp_path / "out", text_file, "--resume")
+    process = started(source, tmp_path / "out", text_file, "--resume", "--set", "evaluate.fidelity=false")
     process.wait_for(tmp_path / "out.partial" / "model")
     process.send_signal(signal.SIGKILL)
     assert process.communicate()[0] == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     checkpoint = fingerprint(tmp_path / "out.partial" / "model")
-    other = call("run", "--model", source, "--output", tmp_path / "out", "--resume", *settings(text_file, "seed=7"))
+    other = call("run", "--model", source, "--output", tmp_path / "out", "--resume", *settings(
+        text_file, "evaluate.fidelity=false", "seed=7"))
     assert other.code == 2
     assert "made with another recipe" in one_sentence(other)
-    outcome = call("run", "--model", source, "--output", tmp_path / "out", "--resume", *settings(text_file))
+    outcome = call("run", "--model", source, "--output", tmp_path / "out", "--resume", *settings(
+        text_file, "evaluate.fidelity=false"))
     assert outcome.code == 0, outcome.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
     assert not list((tmp_path / "out").glob(".*"))

@@ -131,20 +131,26 @@ def test_nothing_is_left_behind_and_nothing_is_fetched(long_model: PreTrainedMod
     assert "it/s" not in "".join(capfd.readouterr())
 
 
+@pytest.fixture
+def hellaswag_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval's own tasks are one, without an index of all ten thousand of them."""
+    place = Path(lm_eval.tasks.__file__).parent / "hellaswag"
+    monkeypatch.setattr(lm_eval_run, "TaskManager", lambda include_path=None, include_defaults=True: TaskManager(
+        include_path=[str(place)] if include_defaults else include_path, include_defaults=False))
+
+
+@pytest.mark.usefixtures("hellaswag_alone")
 def test_a_task_that_does_not_exist_is_named_with_its_near_miss() -> None:
     with pytest.raises(RequestError, match=r"no task 'sink_recal', did you mean 'sink_recall'"):
         open_tasks(["sink_recal"], None)
 
 
+@pytest.mark.usefixtures("hellaswag_alone")
 def test_a_task_whose_data_cannot_be_reached_is_named(long_model: PreTrainedModel, folder: Path,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise ConnectionError("Couldn't reach the Hub.\nmore")
 
     monkeypatch.setattr(TaskManager, "load", fail)
-    # lm-eval's own task, without an index of all ten thousand of them.
-    place = Path(lm_eval.tasks.__file__).parent / "hellaswag"
-    monkeypatch.setattr(lm_eval_run, "TaskManager", lambda include_path=None, include_defaults=True: TaskManager(
-        include_path=[str(place)] if include_defaults else include_path, include_defaults=False))
     with pytest.raises(RequestError, match=r"lm-eval cannot load the task 'hellaswag' here.*Couldn't reach the Hub\.$"):
         run(long_model, folder, ["hellaswag"])

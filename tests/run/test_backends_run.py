@@ -17,7 +17,8 @@ from sinkquant.run.measure import evaluate_folder, recorded_recipe
 def test_a_run_has_a_control_row_and_can_be_evaluated_again(kind: str, family: str, tmp_path: Path,
                                                             text_file: Path) -> None:
     folder = model_folder(tmp_path / "model", family)
-    report = run(small_recipe(text_file, *BACKEND_CASES[kind]), folder, tmp_path / "out")
+    report = run(small_recipe(text_file, *BACKEND_CASES[kind], f"evaluate.fidelity={str(kind == 'nf4').lower()}"),
+                 folder, tmp_path / "out")
     assert report is not None
     assert [row.name for row in report.rows] == ["unquantized", "sink_aware", "control"]
     plan = Plan.load(tmp_path / "out" / "plan.json")

@@ -119,10 +119,17 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, tiny_folder, text_file, mon
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_an_edited_plan_is_carried_out(tmp_path, tiny_folder, text_file):
-    recipe = small_recipe(text_file, "evaluate.control=false")
-    assert run(recipe, tiny_folder, tmp_path / "planned", plan_only=True) is None
-    made = Plan.load(tmp_path / "planned" / "plan.json")
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory, tiny_folder, text_file):
+    """A plan of the tiny model."""
+    folder = tmp_path_factory.mktemp("planned") / "out"
+    assert run(small_recipe(text_file), tiny_folder, folder, plan_only=True) is None
+    return folder / "plan.json"
+
+
+def test_an_edited_plan_is_carried_out(tmp_path, tiny_folder, text_file, planned):
+    recipe = small_recipe(text_file, "evaluate.control=false", "evaluate.fidelity=false")
+    made = Plan.load(planned)
     name = "model.layers.1.mlp.down_proj"
     content = json.loads(made.to_json())
     content["modules"][name] |= {"bits": 8, "group_size": -1, "method": "rtn"}
@@ -145,10 +152,9 @@ def test_an_edited_plan_is_carried_out(tmp_path, tiny_folder, text_file):
     ("model.layers.9.mlp.down_proj", {}, "did you mean"),
     ("model.layers.1.mlp.down_proj", None, "lacks"),
 ])
-def test_an_edited_plan_that_does_not_fit_is_refused(name, change, message, tmp_path, tiny_folder, text_file):
+def test_an_edited_plan_that_does_not_fit_is_refused(name, change, message, tmp_path, tiny_folder, text_file, planned):
     recipe = small_recipe(text_file)
-    run(recipe, tiny_folder, tmp_path / "planned", plan_only=True)
-    content = json.loads((tmp_path / "planned" / "plan.json").read_text(encoding="utf-8"))
+    content = json.loads(planned.read_text(encoding="utf-8"))
     if change is None:
         del content["modules"][name]
     else:
@@ -160,7 +166,8 @@ def test_an_edited_plan_that_does_not_fit_is_refused(name, change, message, tmp_
 
 
 def test_evaluating_a_folder_again(tmp_path, tiny_folder, text_file):
-    recipe = small_recipe(text_file, "calibration.bos=never", "gate.max_sink_rate_change=0.5")
+    recipe = small_recipe(text_file, "calibration.bos=never", "gate.max_sink_rate_change=0.5",
+                          "evaluate.fidelity=false")
     made = run(recipe, tiny_folder, tmp_path / "out")
     assert made is not None
     assert recorded_recipe(tmp_path / "out") == recipe
@@ -184,7 +191,7 @@ def test_evaluating_a_folder_again(tmp_path, tiny_folder, text_file):
 
 
 def test_bits_on_disk_count_packed_values_and_their_scales(tmp_path, tiny_folder, text_file):
-    run(small_recipe(text_file, "evaluate.control=false"), tiny_folder, tmp_path / "out")
+    run(small_recipe(text_file, "evaluate.skip=true"), tiny_folder, tmp_path / "out")
     plan = Plan.load(tmp_path / "out" / "plan.json")
     # The plan's figure counts the file's header too, which weighs in so small a model.
     assert bits_on_disk(tmp_path / "out" / "model") == pytest.approx(plan.bits_per_parameter, rel=0.08)
