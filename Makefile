@@ -38,9 +38,9 @@ $(VLLM)/ready: tests/engines/vllm.txt
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement tests/engines/vllm.txt
 	touch $@
 
-# llama.cpp and vLLM run what is written here; before a release, and not in the default tests.
+# llama.cpp and vLLM run what is written here; before a release, and not in the default tests. MODEL=FOLDER adds one.
 engines: $(ENGINES)/ready $(VLLM)/ready
-	OMP_NUM_THREADS=1 PYTHONPATH=tests/engines $(ENGINES)/bin/python -m pytest -n 0 -s tests/engines/check_llama_cpp.py tests/engines/check_vllm.py
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/engines:evals/benchmarks $(ENGINES)/bin/python -m pytest -n 0 -s $(if $(MODEL),--model $(MODEL)) tests/engines/check_llama_cpp.py tests/engines/check_vllm.py
 
 SITE := .venv-docs
 

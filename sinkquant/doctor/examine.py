@@ -13,6 +13,7 @@ from sinkquant.artifacts import ModelShape
 from sinkquant.artifacts.sizes import own_format
 from sinkquant.cache.read_native import native_or_why
 from sinkquant.detect.table import AttentionTable
+from sinkquant.doctor.processor import instructions
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, Walk, adds_bos, read_text, starts_with_bos, together, token_rows
 from sinkquant.policy.engines import loads_in
@@ -20,7 +21,7 @@ from sinkquant.policy.plan import formats_asked
 from sinkquant.quantize.trial import require_loads
 from sinkquant.recipe import Recipe
 from sinkquant.schemes.gguf import GGUF
-from sinkquant.schemes.table import out_of_reach
+from sinkquant.schemes.table import instructions_asked, out_of_reach
 
 SAMPLE = "The attention sink."
 MESSAGES = [{"role": "user", "content": SAMPLE}]
@@ -159,7 +160,10 @@ def _support(decoder: Decoder, audit: Audit) -> None:
     for reason in sorted({linear.fixed for linear in shape.linears.values() if linear.fixed}):
         audit.support[f"left in 16 bits ({sum(x.fixed == reason for x in shape.linears.values())})"] = reason
     sizes = [size for size in (32, 64, 128) if all(linear.columns % size == 0 for linear in free)]
-    for index, sentence in enumerate(out_of_reach(_instructions())):
+    has = instructions()
+    audit.support["instructions that engines ask of this processor"] = ", ".join(
+        f"{one}: {'yes' if one in has else 'no'}" for one in instructions_asked())
+    for index, sentence in enumerate(out_of_reach(has)):
         audit.support[f"engines on this processor ({index + 1})"] = sentence
     audit.support["packed KV cache on this processor"] = _cache_reads()
     asked = formats_asked(shape, Recipe()) if free else {}
@@ -190,12 +194,6 @@ def _cache_reads() -> str:
     found = native_or_why()
     return (f"read with torch, which takes two to three times as long: {found}" if isinstance(found, str) else
             f"read by a library made by {found.made_by}")
-
-
-def _instructions() -> frozenset[str]:
-    """Which of the instructions that engines' kernels need this processor has."""
-    has = {"AVX-512": torch.cpu._is_avx512_supported(), "VNNI": torch.cpu._is_vnni_supported()}
-    return frozenset(name for name, there in has.items() if there)
 
 
 def _worth_of_bos(walks: dict[str, Walk], tokenizer: PreTrainedTokenizerBase, audit: Audit) -> None:

@@ -39,7 +39,7 @@ def check_ends(recipe: Recipe) -> None:
         other = "; its files hold both as weights.ends says" if others else ""
         raise RequestError(f"weights.lm_head and weights.embeddings are for the backend {DEFAULT_BACKEND}, "
                            f"not for {recipe.backend}; leave them at 16{other}.")
-    if weights.embeddings not in (*IN_BYTES.bits, 16):
+    if weights.embeddings not in (max(IN_BYTES.bits), 16):
         raise RequestError(f"weights.embeddings is {weights.embeddings}, and transformers loads a token embedding of 8 "
                            "bits, a byte for every code, but none in packed words; set it to 8 or 16.")
     if weights.embeddings < 16 and recipe.kv_cache is not None and recipe.kv_cache.prefix != "none":

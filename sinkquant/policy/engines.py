@@ -4,11 +4,13 @@ tells."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from sinkquant.artifacts import LinearShape, ModelShape, Plan
 from sinkquant.artifacts.kv_scheme import KVScheme
 from sinkquant.artifacts.sizes import own_format
 from sinkquant.errors import RequestError
+from sinkquant.policy.rules import Draft
 from sinkquant.schemes import INTEGERS, Scheme, WeightFormat, scheme_of
 from sinkquant.schemes.kv_cache import reads_kv_scales
 from sinkquant.schemes.loads import EXPERTS_BY_NAME
@@ -50,6 +52,21 @@ def engine_takes(engine: str, form: WeightFormat) -> bool:
     return engine in (ANY, OWN) or _takes(engine, form)
 
 
+def for_engine(choices: dict[str, Draft], engine: str) -> dict[str, Draft]:
+    """The choices as the engine that a recipe names wants them stored."""
+    found = dict(choices)
+    for name, choice in choices.items():
+        if not choice.quantized:
+            continue
+        form = scheme_of(choice.form).for_engine(engine, choice.form)
+        if form != choice.form:
+            held = f"held to {form.bits} bits of them, which no processor saturates" if form.bits < choice.bits else (
+                "so that inputs are rounded")
+            found[name] = replace(choice, bits=form.bits, storage=form.storage,
+                                  reason=f"{choice.reason}; codes of a byte each for {engine}, {held}")
+    return found
+
+
 def require_engine(engine: str, plan: Plan, shape: ModelShape) -> None:
     """Refuse a plan that the engine that a recipe names does not run.
 
@@ -87,12 +104,14 @@ def _in_words(form: WeightFormat) -> str:
 
 def _what_it_runs(engine: str, form: WeightFormat) -> str:
     """The engine's rows of this number format; where it has none, of which others it has any."""
-    rows = [row for row in scheme_of(form).loads if engine in row.names]
+    mine = scheme_of(form)
+    asked = [one for one in SCHEMES if mine.integers and one.integers and one.backend == mine.backend] or [mine]
+    rows = [row for one in asked for row in one.loads if engine in row.names]
     if rows:
         return f"of these it runs {'; '.join(dict.fromkeys(row.conditions() for row in rows))}: ask for one of those"
     others: list[Scheme] = [one for one in SCHEMES if any(engine in row.names for row in one.loads)]
-    asked = dict.fromkeys(f"{one.words} (backend={one.backend})" for one in others)
-    return f"it runs {', '.join(asked)}: ask for one of those"
+    words = dict.fromkeys(f"{one.words} (backend={one.backend})" for one in others)
+    return f"it runs {', '.join(words)}: ask for one of those"
 
 
 def _takes(engine: str, form: WeightFormat) -> bool:

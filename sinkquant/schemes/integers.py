@@ -13,6 +13,10 @@ from sinkquant.schemes.weight_format import PLAIN, WeightFormat
 
 KERNEL_GROUPS = frozenset({-1, 32, 64, 128})
 """Group sizes that the 4- and 8-bit kernels of most engines have."""
+ON_CPU = "vllm-cpu"
+SURVIVES = 7
+"""Bits of a code that processors without VNNI multiply with bytes exactly: they add pairs of products in 16 bits, and
+two of 255 and -64 fit."""
 BYTES = "int-quantized"
 """The storage of codes that take a byte each."""
 
@@ -34,6 +38,21 @@ class Integers(Scheme):
     def layout(self, form: WeightFormat) -> str:
         """A byte for every code, or dense words."""
         return self.layouts[bytewise(form)]
+
+    def arguments(self, form: WeightFormat) -> dict[str, object]:
+        """Codes of a byte each are said to have 8 bits, whatever they use of them: so engines multiply them."""
+        return super().arguments(replace(form, bits=8) if bytewise(form) else form)
+
+    def for_engine(self, engine: str, form: WeightFormat) -> WeightFormat:
+        """vLLM on a CPU rounds the inputs of codes of a byte each alone, and runs packed ones with inputs of 16 bits.
+        Which processor will serve is not known here, so that no code may need more than any has."""
+        if engine != ON_CPU or form.inputs != "int8" or form.group_size != -1 or form.bits > 8:
+            return form
+        return replace(form, bits=min(form.bits, SURVIVES), storage=BYTES)
+
+    def more_precise(self, form: WeightFormat, columns: int) -> WeightFormat | None:
+        """More bits of a byte that is stored anyway are no other format."""
+        return None if form.storage == BYTES else super().more_precise(form, columns)
 
 
 def bytewise(form: WeightFormat) -> bool:
@@ -66,16 +85,18 @@ INTEGERS = Integers(
               "Humming kernels", instead_of="vllm"),
         Loads("vllm-cuda", "CUDA, SM75", "0.32.0", "read", "vLLM's compressed_tensors_wNa8.py", None, KERNEL_GROUPS,
               frozenset({"int8"}), "Humming kernels; inputs with a scale per token", instead_of="vllm"),
-        Loads("vllm-cpu", "CPU with AVX-512", "0.32.0", "tried", "vllm-cpu, the bundled model", frozenset({4}),
-              KERNEL_GROUPS, frozenset({"16-bit"}), "tried with its kernel emulated: the build for AVX2 lacks it",
-              instead_of="vllm", instructions="AVX-512"),
-        Loads("vllm-cpu", "CPU with VNNI", "0.32.0", "tried", "vllm-cpu, the bundled model", frozenset({8}),
-              frozenset({-1}), frozenset({"int8"}), "without VNNI its product saturates, unsaid; inputs are divided by "
-              "127 steps, not 127.5", instead_of="vllm", instructions="VNNI")))
+        Loads(ON_CPU, "CPU with AVX-512", "0.32.0", "tried", "tests/engines", frozenset({4}), KERNEL_GROUPS,
+              frozenset({"16-bit"}), "no float32; the build for AVX2 lacks the kernel", instead_of="vllm",
+              instructions="AVX-512"),
+        Loads(ON_CPU, "CPU with VNNI", "0.32.0", "tried", "tests/engines", frozenset({8}), frozenset({-1}),
+              frozenset({"int8"}), "without VNNI its product saturates, unsaid: engine=vllm-cpu holds codes to 7 bits; "
+              "inputs are divided by 127 steps, not 127.5", instead_of="vllm", instructions="VNNI")))
 IN_BYTES = replace(
-    INTEGERS, storage=BYTES, format="", words="integer weights of a byte each", bits=(8,), beside=False,
-    inputs=("16-bit",),
+    INTEGERS, storage=BYTES, format="", words="integer weights of a byte each", beside=False, inputs=("16-bit", "int8"),
     loads=(Loads("transformers", "any", "5.0", "tried", "tests/formats",
-                 caveat="of a token embedding, and of a head that shares its codes"),))
+                 caveat="of a token embedding, of a head that shares its codes, and for engine=vllm-cpu"),
+           Loads("vllm", "CUDA", "", "read", "docs.vllm.ai", None, frozenset({-1}), frozenset({"int8"})),
+           Loads(ON_CPU, "CPU", "0.32.0", "tried", "tests/engines", frozenset(range(2, SURVIVES + 1)), frozenset({-1}),
+                 frozenset({"int8"}), "of 7 bits at most, so that no product saturates", instead_of="vllm")))
 """Under the name of the weight itself. transformers loads a packed embedding so alone: what it initializes modules with
 asks every embedding for its `weight`, which dense words take away."""

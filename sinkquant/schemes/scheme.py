@@ -136,6 +136,11 @@ class Scheme:
         """The group size that a weight of so many columns gets."""
         return group_size
 
+    def for_engine(self, engine: str, form: WeightFormat) -> WeightFormat:
+        """How a linear is stored for an engine that a recipe names: as it is, unless that would compute another thing
+        from it."""
+        return form
+
     def obstacle(self, rows: int, columns: int, own_parameter: bool) -> str:
         """Why a weight stays in 16 bits, or an empty string.
 

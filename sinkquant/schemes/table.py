@@ -20,6 +20,11 @@ def engine_table() -> list[str]:
                      f"{row.known}: {row.place} | {row.caveat} |" for row, words in rows.items())]
 
 
+def instructions_asked() -> list[str]:
+    """What engines' kernels ask of a processor, in the order of the table."""
+    return list(dict.fromkeys(row.instructions for scheme in SCHEMES for row in scheme.loads if row.instructions))
+
+
 def out_of_reach(has: frozenset[str]) -> list[str]:
     """What engines take of a processor and this one does not have, one sentence a row.
 

@@ -73,6 +73,47 @@ class QuantizeParameters(ctypes.Structure):
                 ("prune_layers", c_void_p), ("rest", ctypes.c_byte * 64)]
 
 
+class Tensor(ctypes.Structure):
+    """ggml_tensor."""
+
+
+Tensor._fields_ = [("type", c_int32), ("buffer", c_void_p), ("ne", ctypes.c_int64 * 4), ("nb", c_size_t * 4),
+                   ("op", c_int32), ("op_params", c_int32 * 16), ("flags", c_int32),
+                   ("src", ctypes.POINTER(Tensor) * 10), ("view_src", c_void_p), ("view_offs", c_size_t),
+                   ("data", c_void_p), ("name", ctypes.c_char * 64)]
+EVALUATED = ctypes.CFUNCTYPE(c_bool, ctypes.POINTER(Tensor), c_bool, c_void_p)
+"""ggml_backend_sched_eval_callback."""
+
+
+class InputSums:
+    """What llama-imatrix sums over the tokens that a context reads: the squares of what every matrix is multiplied
+    with, taken where llama.cpp's own graph computes.
+
+    Attributes:
+        sums: name of a matrix -> float64 [columns].
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, numpy.ndarray[Any, Any]] = {}
+        self.callback = EVALUATED(self._seen)
+
+    def _seen(self, pointer: Any, asked: bool, _: Any) -> bool:
+        """asked: whether the result of this step is wanted; else it is there."""
+        weight, inputs = pointer[0].src[0], pointer[0].src[1]
+        if not weight or not inputs:
+            return False
+        name = weight[0].name.decode()
+        if not (name.startswith("blk.") and name.endswith(".weight") and weight[0].ne[1] > 1):
+            return False
+        if not asked:
+            columns, count = inputs[0].ne[0], inputs[0].ne[1]
+            assert (inputs[0].type, inputs[0].nb[1]) == (F32, 4 * columns), "another graph"
+            flat = ctypes.cast(inputs[0].data, ctypes.POINTER(c_float))
+            values = numpy.ctypeslib.as_array(flat, (count, columns)).astype(numpy.float64)
+            self.sums[name] = self.sums.get(name, 0.0) + (values ** 2).sum(0)
+        return True
+
+
 F32, F16 = 0, 1
 """Of ggml_type."""
 LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, c_char_p, c_void_p)
@@ -145,10 +186,11 @@ class Model:
 
     Args:
         repacked: let llama.cpp rearrange weights for its fastest kernels, as it does unless it is told not to.
+        sums: of what its matrices are multiplied with.
     """
 
     def __init__(self, library: Library, path: Path, context: int = 1024, threads: int = 1,
-                 repacked: bool = True) -> None:
+                 repacked: bool = True, sums: InputSums | None = None) -> None:
         self.library, self.call = library, library.call
         parameters = self.call.llama_model_default_params()
         parameters.n_gpu_layers, parameters.use_extra_bufts = 0, repacked
@@ -159,24 +201,34 @@ class Model:
         settings.n_seq_max, settings.n_threads, settings.n_threads_batch = 1, threads, threads
         settings.n_outputs_max = settings.n_outputs_max_per_seq = context
         settings.flash_attn_type, settings.type_k, settings.type_v = 0, F32, F32
+        if sums is not None:
+            settings.cb_eval = ctypes.cast(sums.callback, c_void_p)
         self.context = self.call.llama_init_from_model(self.model, settings)
         assert self.context, "".join(library.said[-20:])
         self.vocab = self.call.llama_model_get_vocab(self.model)
         self.vocabulary = int(self.call.llama_vocab_n_tokens(self.vocab))
 
-    def logits(self, tokens: Sequence[int]) -> numpy.ndarray[Any, Any]:
-        """float32 [tokens, vocabulary], of a row read from its begin."""
-        self.call.llama_memory_clear(self.call.llama_get_memory(self.context), True)
+    def logits(self, tokens: Sequence[int], read: int = 0) -> numpy.ndarray[Any, Any]:
+        """float32 [tokens, vocabulary]. read: how many tokens of the row were read before; 0 begins another one."""
+        if not read:
+            self.call.llama_memory_clear(self.call.llama_get_memory(self.context), True)
         batch = self.call.llama_batch_init(len(tokens), 0, 1)
         batch.n_tokens = len(tokens)
         for place, token in enumerate(tokens):
-            batch.token[place], batch.pos[place], batch.n_seq_id[place] = int(token), place, 1
+            batch.token[place], batch.pos[place], batch.n_seq_id[place] = int(token), read + place, 1
             batch.seq_id[place][0], batch.logits[place] = 0, 1
         code = self.call.llama_decode(self.context, batch)
         self.call.llama_batch_free(batch)
         assert code == 0, f"llama_decode gave {code}"
         flat = ctypes.cast(self.call.llama_get_logits(self.context), ctypes.POINTER(c_float))
         return numpy.ctypeslib.as_array(flat, (len(tokens), self.vocabulary)).copy()
+
+    def continued(self, tokens: Sequence[int], count: int) -> list[int]:
+        """The most likely tokens after a row, one after the other."""
+        found = [int(self.logits(tokens)[-1].argmax())]
+        while len(found) < count:
+            found.append(int(self.logits(found[-1:], len(tokens) + len(found) - 1)[-1].argmax()))
+        return found
 
     def tokens(self, text: str) -> list[int]:
         """Text as llama.cpp reads it, special tokens in front as the file asks for, and inside as text."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 from families import tiny_mixture, tiny_model
+from safetensors import safe_open
 from sinkmaps import sink_map_of
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from sinkquant.artifacts import Plan
 from sinkquant.errors import RequestError
-from sinkquant.models import Decoder
+from sinkquant.formats import load, quantize_to
+from sinkquant.models import Decoder, open_model
 from sinkquant.policy import accept_edited, make_control, make_plan, require_plannable
 from sinkquant.recipe import Recipe
 
@@ -35,7 +40,7 @@ def test_what_an_engine_runs_is_planned(engine: str, settings: tuple[str, ...], 
 @pytest.mark.parametrize(("settings", "message"), [
     (("engine=vllm-cpu", "weights.bits=3"), r"vllm-cpu does not run integer weights of 3 bits in groups of 32 with "
      r"16-bit inputs \(model\.layers\.0\.self_attn\.q_proj\); of these it runs 4 bits, groups of 32, 64 or 128 or per "
-     r"channel, 16-bit inputs; 8 bits, per channel, int8 inputs: ask for one of those"),
+     r"channel, 16-bit inputs; 8 bits, per channel, int8 inputs; 2 to 7 bits, per channel, int8 inputs: ask for one"),
     (("engine=vllm-cpu", "activations.format=int8"), "vllm-cpu does not run integer weights of 4 bits .* int8 inputs"),
     (("engine=vllm-cuda", "weights.group_size=16"), "vllm-cuda does not run integer weights of 4 bits in groups of 16"),
     (("engine=llama.cpp",), r"llama\.cpp does not run integer .* it runs blocks of a GGUF file \(backend=gguf\)"),
@@ -47,6 +52,46 @@ def test_what_an_engine_runs_is_planned(engine: str, settings: tuple[str, ...], 
 def test_what_it_does_not_run_is_refused(settings: tuple[str, ...], message: str, tiny: PreTrainedModel) -> None:
     with pytest.raises(RequestError, match=message):
         plan_of(tiny, *settings)
+
+
+@pytest.mark.parametrize(("bits", "held"), [(8, 7), (4, 4)])
+def test_on_a_cpu_int8_inputs_are_multiplied_with_bytes_that_none_saturates(
+        bits: int, held: int, tiny: PreTrainedModel, tiny_folder: Path, tokenizer: PreTrainedTokenizerFast,
+        tmp_path: Path) -> None:
+    decoder = Decoder.of(tiny)
+    shape, sink_map = decoder.shape("tiny"), sink_map_of(decoder, {"model.layers.1.mlp.down_proj": 0.9})
+    recipe = Recipe().replace(["engine=vllm-cpu", f"weights.bits={bits}", "weights.group_size=-1", "weights.method=rtn",
+                               "activations.format=int8", "protect.channels=module"])
+    plan = make_plan(shape, sink_map, recipe)
+    assert {one.bits for one in plan.modules.values()} == {held, 7}
+    assert "vllm" in plan.loads_in  # on CUDA too
+    control = make_control(shape, sink_map, recipe, plan)
+    assert control.weight_bytes == plan.weight_bytes
+    assert {one.bits for one in control.modules.values()} == {held}
+    assert accept_edited(plan, shape).modules == plan.modules
+    quantize_to(tmp_path / "out", open_model(tiny_folder), plan, tokenizer)
+    assert sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")) == plan.weight_bytes
+    name = "model.layers.0.mlp.up_proj"
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        codes = file.get_tensor(f"{name}.weight").int()
+    assert codes.min() >= -2 ** (held - 1)
+    assert codes.max() < 2 ** (held - 1)
+    assert codes.abs().max() > 2 ** (held - 2)
+    ours, plain = load(tmp_path / "out")[0], AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    groups = plain.config.quantization_config.quantization_config.config_groups.values()
+    assert {(one.weights.num_bits, one.format, one.input_activations.num_bits) for one in groups} == {
+        (8, "int-quantized", 8)}
+    rows = torch.arange(16)[None]
+    with torch.no_grad():
+        assert torch.allclose(plain(rows).logits, ours(rows).logits, atol=1e-5)
+    assert torch.equal(ours.get_submodule(name).weight,
+                       load(tmp_path / "out", dtype=torch.float32)[0].get_submodule(name).weight)
+
+
+def test_elsewhere_all_bits_of_the_byte_are_used(tiny: PreTrainedModel) -> None:
+    plan = plan_of(tiny, "weights.bits=8", "weights.group_size=-1", "activations.format=int8")
+    assert {one.bits for one in plan.modules.values()} == {8}
+    assert "vllm" in plan.loads_in
 
 
 def test_experts_go_by_the_names_that_vllm_asks_for() -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from sinkquant.schemes import INTEGERS, Loads, WeightFormat
+from sinkquant.schemes import Loads, WeightFormat, scheme_of
 from sinkquant.schemes.kv_cache import reads_kv_scales
-from sinkquant.schemes.table import engine_table, out_of_reach
+from sinkquant.schemes.table import engine_table, instructions_asked, out_of_reach
 
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "engines.md"
 
@@ -25,9 +25,13 @@ def test_the_page_shows_the_rows() -> None:
     (WeightFormat(8, -1), {"transformers", "vllm", "vllm-cuda"}),
     (WeightFormat(8, -1, inputs="int8", input_scale="token"),
      {"transformers", "vllm", "vllm-cuda", "vllm-cpu"}),
-    (WeightFormat(4, 64, inputs="int8", input_scale="token"), {"transformers", "vllm-cuda"})])
+    (WeightFormat(4, 64, inputs="int8", input_scale="token"), {"transformers", "vllm-cuda"}),
+    (WeightFormat(7, -1, inputs="int8", input_scale="token", storage="int-quantized"),
+     {"transformers", "vllm", "vllm-cpu"}),
+    (WeightFormat(8, -1, inputs="int8", input_scale="token", storage="int-quantized"), {"transformers", "vllm"}),
+    (WeightFormat(8, -1, storage="int-quantized"), {"transformers"})])
 def test_who_loads_integers(form: WeightFormat, engines: set[str]) -> None:
-    assert {row.engine for row in INTEGERS.loads if row.takes(form)} == engines
+    assert {row.engine for row in scheme_of(form).loads if row.takes(form)} == engines
 
 
 def test_conditions_in_words() -> None:
@@ -45,6 +49,7 @@ def test_who_reads_the_scales_of_keys_and_values() -> None:
 
 
 def test_what_a_processor_lacks() -> None:
-    assert out_of_reach(frozenset({"AVX-512", "VNNI"})) == []
+    assert instructions_asked() == ["AVX-512", "VNNI"]
+    assert out_of_reach(frozenset(instructions_asked())) == []
     (one,) = out_of_reach(frozenset({"AVX-512"}))
     assert "needs VNNI for integer weights (8 bits, per channel, int8 inputs), which this processor lacks" in one

@@ -15,7 +15,7 @@ from sinkquant.artifacts import Sensitivity
 from sinkquant.errors import RequestError
 from sinkquant.formats import quantize_to
 from sinkquant.models import Decoder, load_tokenizer, open_model
-from sinkquant.policy import make_control, make_plan
+from sinkquant.policy import check_solvable, make_control, make_plan
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import WeightFormat
 from sinkquant.sensitivity import find_sensitivity
@@ -90,3 +90,10 @@ def test_bits_that_no_kind_of_block_has_are_refused(folder: Path) -> None:
         find_sensitivity(open_model(folder), load_tokenizer(folder), sink_map_of(decoder, name="tiny"), recipe)
     with pytest.raises(RequestError, match="loads no candidate format"):
         make_plan(shape, sink_map_of(decoder, name="tiny"), recipe, sensitivity_of(shape))
+
+
+def test_a_budget_takes_the_embedding_and_the_head_as_the_recipe_stores_them() -> None:
+    recipe = Recipe().replace([*CURVED, "budget.bytes=4000000", "budget.solver=sensitivity",
+                               "sensitivity.end_bits=[8]"])
+    with pytest.raises(RequestError, match=r"end_bits is for .* a budget counts both as weights\.ends stores them"):
+        check_solvable(recipe)
