@@ -100,7 +100,7 @@ def _rows(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, 
 
 
 def _key(decoder: Decoder, rows: torch.Tensor, sink_map: SinkMap, recipe: Recipe, units: list[Unit],
-                    inputs: Sequence[InputUnit] = ()) -> str:
+         inputs: Sequence[InputUnit]) -> str:
     """A hash of all that decides sensitivities: some rows of every weight matrix, the shapes, the text's rows, the
     sinks, and the recipe's part in it."""
     asked = recipe.sensitivity.model_dump(mode="json", exclude={"score"})
