@@ -40,7 +40,7 @@ def score(folder: str, dtype: str, rows: list[list[int]]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"[:500]}
     kernels: Counter[str] = Counter()
     for module in model.modules():
-        if scheme := getattr(module, "scheme", None):
+        if scheme := getattr(module, "scheme", None) or getattr(module, "quant_method", None):
             kernels[f"{type(scheme).__name__}, {type(getattr(scheme, 'kernel', None)).__name__}"] += 1
     return {"logprobs": [[next(iter(one.values())).logprob for one in each.prompt_logprobs if one] for each in made],
             "greedy": [list(each.outputs[0].token_ids) for each in made], "kernels": dict(kernels), "seconds": seconds}
