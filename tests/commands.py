@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from small_runs import SMALL
+from small_runs import SMALL, beginning
 
 from sinkquant import cli
 
@@ -41,7 +41,7 @@ def call(*arguments: object) -> Outcome:
 
 def settings(text: Path, *more: str) -> list[str]:
     """--set options of a small run on a text of one's own."""
-    return [part for assignment in (f"calibration.text={text}", f"evaluate.text={text}", *SMALL, *more)
+    return [part for assignment in (f"calibration.text={text}", f"evaluate.text={beginning(text)}", *SMALL, *more)
             for part in ("--set", assignment)]
 
 

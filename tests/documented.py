@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from small_runs import beginning
 from typer.main import get_command
 
 import sinkquant as sq
@@ -89,7 +90,7 @@ class Reader:
                  settings: list[str], models: dict[str, str] | None = None) -> None:
         self.usual, self.text, self.call, self.models = model, text, call, models or {}
         self.model, self.told = model, list[list[str]]()
-        own = [] if text is None else [f"calibration.text={text}", f"evaluate.text={text}"]
+        own = [] if text is None else [f"calibration.text={text}", f"evaluate.text={beginning(text)}"]
         self.settings = [*own, *SETTINGS, *settings]
 
     def arguments(self, line: str) -> list[str]:
@@ -101,7 +102,7 @@ class Reader:
         if "--set" in options and "--plan" not in words:
             small = [part for one in self.settings for part in ("--set", one)]
         elif "--text" in options and self.text is not None:
-            small = ["--text", str(self.text)]
+            small = ["--text", str(beginning(self.text))]
         if command == "run" and not {"--task-folder", "--plan"} & set(words):
             small += ["--set", "evaluate.skip=true"]
         if "--rows" in options:

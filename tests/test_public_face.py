@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from commands import call, settings
-from small_runs import SMALL
+from small_runs import SMALL, beginning
 
 import sinkquant as sq
 from sinkquant.recipe import recipe_names
@@ -54,7 +54,7 @@ def test_the_tour_of_the_api(tmp_path, tiny_folder, text_file, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
 
     def small(name: str) -> sq.Recipe:
-        return sq.Recipe.load(name).replace([f"calibration.text={text_file}", f"evaluate.text={text_file}", *SMALL])
+        return sq.Recipe.load(name).replace([f"calibration.text={text_file}", f"evaluate.text={beginning(text_file)}", *SMALL])
 
     code = "\n".join(snippets("python"))
     for old, new in [('"demo"', repr(str(tiny_folder))), ("sq.Recipe.load(", "small("),

@@ -10,6 +10,7 @@ import pytest
 from families import tiny_model
 from planter import Plant, plant
 from sinkmaps import sink_map_of
+from small_runs import beginning
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -41,7 +42,7 @@ def test_json_and_a_file_beside_a_quantized_version(folder: Path, text_file: Pat
                                                    monkeypatch: pytest.MonkeyPatch,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "diagnosis.json"
-    assert run(monkeypatch, str(folder), "--against", str(folder), "--text", str(text_file), "--json", "-o",
+    assert run(monkeypatch, str(folder), "--against", str(folder), "--text", str(beginning(text_file)), "--json", "-o",
                str(output), *FAST) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["schema"] == "sinkquant/diagnosis@1"
@@ -57,7 +58,7 @@ def test_a_sink_map_made_before_is_taken(folder: Path, text_file: Path, tmp_path
                                         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     made = sink_map_of(Decoder.of(AutoModelForCausalLM.from_pretrained(folder)))
     made.save(tmp_path / "map.json")
-    assert run(monkeypatch, str(folder), "--sink-map", str(tmp_path / "map.json"), "--text", str(text_file), "--json",
+    assert run(monkeypatch, str(folder), "--sink-map", str(tmp_path / "map.json"), "--text", str(beginning(text_file)), "--json",
                *FAST) == 0
     assert json.loads(capsys.readouterr().out)["sinks"] == [sink.model_dump(mode="json") for sink in made.tokens]
 
@@ -65,7 +66,7 @@ def test_a_sink_map_made_before_is_taken(folder: Path, text_file: Path, tmp_path
 def test_folders_of_its_files_are_made(folder: Path, text_file: Path, tmp_path: Path,
                                        monkeypatch: pytest.MonkeyPatch) -> None:
     found, plot = tmp_path / "a" / "diagnosis.json", tmp_path / "b" / "depth.html"
-    assert run(monkeypatch, str(folder), "-o", str(found), "--depth-plot", str(plot), "--text", str(text_file),
+    assert run(monkeypatch, str(folder), "-o", str(found), "--depth-plot", str(plot), "--text", str(beginning(text_file)),
                *FAST) == 0
     assert Diagnosis.load(found).depth is not None
     assert "<svg" in plot.read_text(encoding="utf-8")
@@ -73,7 +74,7 @@ def test_folders_of_its_files_are_made(folder: Path, text_file: Path, tmp_path: 
 
 def test_several_models_are_compared(folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch,
                                      capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, str(folder), str(folder), "--text", str(text_file), *FAST) == 0
+    assert run(monkeypatch, str(folder), str(folder), "--text", str(beginning(text_file)), *FAST) == 0
     shown = capsys.readouterr().out
     assert "Models compared" in shown
     assert shown.count("Rank collapse and smoothness") == 2

@@ -11,6 +11,7 @@ import pytest
 from families import tiny_model
 from planter import Plant, plant
 from rich.console import Console
+from small_runs import beginning
 from tiny_tokenizer import tiny_tokenizer
 
 from sinkquant.artifacts import Diagnosis
@@ -70,7 +71,7 @@ def test_it_can_be_shown(planted: Diagnosis) -> None:
 
 
 def test_bos_is_tried_where_the_tokenizer_has_one_and_adds_none(text_file: Path) -> None:
-    found = diagnose(tiny_model("llama", max_position_embeddings=70), tiny_tokenizer("none"), str(text_file), RECIPE,
+    found = diagnose(tiny_model("llama", max_position_embeddings=70), tiny_tokenizer("none"), str(beginning(text_file)), RECIPE,
                      attacks=False)
     bare, fronted = found.spread
     assert (bare.with_bos, fronted.with_bos) == (False, True)
@@ -83,7 +84,7 @@ def test_bos_is_tried_where_the_tokenizer_has_one_and_adds_none(text_file: Path)
 def test_every_family_without_bos(family: str, text_file: Path) -> None:
     tokenizer = tiny_tokenizer("none", has_bos=False)
     found = diagnose(tiny_model(family, max_position_embeddings=70) if family != "gpt2" else
-                     tiny_model(family, n_positions=70), tokenizer, str(text_file), RECIPE)
+                     tiny_model(family, n_positions=70), tokenizer, str(beginning(text_file)), RECIPE)
     assert found.bos == []
     assert [spread.with_bos for spread in found.spread] == [False]
     assert any("no <bos>" in note for note in found.notes)
@@ -94,7 +95,7 @@ def test_every_family_without_bos(family: str, text_file: Path) -> None:
 def test_two_runs_are_the_same_and_the_model_is_left_alone(text_file: Path) -> None:
     model = tiny_model("llama", max_position_embeddings=64)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    first, second = (diagnose(model, tiny_tokenizer(), str(text_file), RECIPE).to_json() for _ in range(2))
+    first, second = (diagnose(model, tiny_tokenizer(), str(beginning(text_file)), RECIPE).to_json() for _ in range(2))
     assert first == second
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     assert model.config._attn_implementation == "sdpa"
