@@ -54,7 +54,8 @@ def test_the_tour_of_the_api(tmp_path, tiny_folder, text_file, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
 
     def small(name: str) -> sq.Recipe:
-        return sq.Recipe.load(name).replace([f"calibration.text={text_file}", f"evaluate.text={beginning(text_file)}", *SMALL])
+        return sq.Recipe.load(name).replace([
+            f"calibration.text={text_file}", f"evaluate.text={beginning(text_file)}", *SMALL])
 
     code = "\n".join(snippets("python"))
     for old, new in [('"demo"', repr(str(tiny_folder))), ("sq.Recipe.load(", "small("),

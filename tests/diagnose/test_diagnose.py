@@ -71,8 +71,8 @@ def test_it_can_be_shown(planted: Diagnosis) -> None:
 
 
 def test_bos_is_tried_where_the_tokenizer_has_one_and_adds_none(text_file: Path) -> None:
-    found = diagnose(tiny_model("llama", max_position_embeddings=70), tiny_tokenizer("none"), str(beginning(text_file)), RECIPE,
-                     attacks=False)
+    found = diagnose(tiny_model("llama", max_position_embeddings=70), tiny_tokenizer("none"),
+                     str(beginning(text_file)), RECIPE, attacks=False)
     bare, fronted = found.spread
     assert (bare.with_bos, fronted.with_bos) == (False, True)
     assert fronted.position == bare.position + 1  # the same token of the text
