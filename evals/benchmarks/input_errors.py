@@ -1,13 +1,12 @@
 """What rounding inputs to FP4 leaves in what linears give, by their role, with channels as they are and transformed:
 
-    python evals/benchmarks/input_errors.py MODEL [--rows 2] [--length 256]
+    python evals/benchmarks/input_errors.py MODEL [--text FILE] [--rows 2] [--length 256]
 
-The mean over the blocks of |(Q(x T) - x T) T^-1 W|^2 / |x W|^2 on rows of the evaluation text, the first position left
-out; weights are not rounded. "no room": the stored scale of NVFP4 inputs reaches the largest one of calibration and no
-further. "sorted": channels in the order of their size, so that a block holds channels of one
-size; "Hadamard" in blocks of the format, and of all channels; "smoothed": divided as SmoothQuant divides them. Sizes
-and stored scales are of the calibration text. All but the Hadamard matrix in front of a down projection fold into the
-weights.
+The mean over the blocks of |(Q(x T) - x T) T^-1 W|^2 / |x W|^2 on rows of the text, the first position left out;
+weights are not rounded. "no room": the stored scale of NVFP4 inputs reaches the largest one of calibration and no further.
+"sorted": channels in the order of their size, so that a block holds channels of one size; "Hadamard" in blocks of the
+format, and of all channels; "smoothed": divided as SmoothQuant divides them. Sizes and stored scales are of the
+calibration text. All but the Hadamard matrix in front of a down projection fold into the weights.
 """
 
 from __future__ import annotations
@@ -59,13 +58,15 @@ def main() -> None:
     """Print a table as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
+    parser.add_argument("--text", help="default: the packaged evaluation text")
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
     arguments = parser.parse_args()
     folder = resolve(arguments.model)
     tokenizer, decoder = load_tokenizer(folder), Decoder.of(load_model(folder, torch.float32))
-    calibration, held_out = (seen(decoder, token_rows(tokenizer, read_text(None, text), arguments.rows,
-                                                      arguments.length)) for text in ("calibration", "evaluation"))
+    rows, length = arguments.rows, arguments.length
+    calibration, held_out = (seen(decoder, token_rows(tokenizer, read_text(file, text), rows, length))
+                             for file, text in ((None, "calibration"), (arguments.text, "evaluation")))
     errors: dict[tuple[str, str], dict[str, list[float]]] = {}
     for form in ("nvfp4", "mxfp4"):
         args, size = input_args(form, "group"), input_format(form).group_size or 0

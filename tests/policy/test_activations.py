@@ -114,6 +114,9 @@ def test_simulated_inputs_say_so(decoder: Decoder) -> None:
     (("activations.format=fp8", "weights.bits=8", "weights.group_size=-1", "weights.method=rtn", "weights.tune=3"),
      r"set weights.tune=0"),
     (("activations.format=int8", "activations.scale=group"), r"a scale per token or tensor, not per group; set"),
+    (("backend=gptq", "activations.format=int8"), "gptq checkpoints cannot ask for inputs in int8; set activations"),
+    (("backend=bitsandbytes", "weights.format=nf4", "weights.method=rtn", "activations.format=int8"),
+     "bitsandbytes checkpoints cannot ask for inputs in int8"),
     (("activations.format=int8", "weights.ignore=['*']", "kv_cache={key_bits: 2}"), "leaves all weights alone"),
     ((*STATIC, "activations.sinks=exclude"), "set kv_cache.prefix=bos or found"),
     ((*STATIC, "activations.sinks=exclude", "kv_cache={key_bits: 2}"), "set kv_cache.prefix=bos or found")])
