@@ -3,7 +3,7 @@
     python evals/benchmarks/input_errors.py MODEL [--text FILE] [--rows 2] [--length 256]
 
 The mean over the blocks of |(Q(x T) - x T) T^-1 W|^2 / |x W|^2 on rows of the text, the first position left out;
-weights are not rounded. "no room": the stored scale of NVFP4 inputs reaches the largest one of calibration and no further.
+weights are not rounded. "no room": the stored scale of NVFP4 inputs reaches the largest of calibration and no further.
 "sorted": channels in the order of their size, so that a block holds channels of one size; "Hadamard" in blocks of the
 format, and of all channels; "smoothed": divided as SmoothQuant divides them. Sizes and stored scales are of the
 calibration text. All but the Hadamard matrix in front of a down projection fold into the weights.
