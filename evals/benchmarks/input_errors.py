@@ -64,9 +64,9 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = resolve(arguments.model)
     tokenizer, decoder = load_tokenizer(folder), Decoder.of(load_model(folder, torch.float32))
-    rows, length = arguments.rows, arguments.length
-    calibration, held_out = (seen(decoder, token_rows(tokenizer, read_text(file, text), rows, length))
-                             for file, text in ((None, "calibration"), (arguments.text, "evaluation")))
+    texts = read_text(None, "calibration"), read_text(arguments.text, "evaluation")
+    calibration, held_out = (seen(decoder, token_rows(tokenizer, text, arguments.rows, arguments.length))
+                             for text in texts)
     errors: dict[tuple[str, str], dict[str, list[float]]] = {}
     for form in ("nvfp4", "mxfp4"):
         args, size = input_args(form, "group"), input_format(form).group_size or 0
