@@ -126,6 +126,7 @@ def test_the_file_is_what_llama_quantize_reads(tiny_folder: Path, text_file: Pat
                                                             "protect.tokens=false"))
     assert done.code == 0, done.err
     assert "llama-quantize --imatrix" in done.out
+    assert "protect.tokens=false" not in done.out  # that is what was asked
     reader = GGUFReader(out)
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     assert fields == {"general.type": "imatrix", "imatrix.datasets": [str(text_file)], "imatrix.chunk_count": 4,
@@ -136,6 +137,9 @@ def test_the_file_is_what_llama_quantize_reads(tiny_folder: Path, text_file: Pat
     call("imatrix", tiny_folder, "-o", again, *settings(text_file, "calibration.rows=4", "calibration.length=16",
                                                        "protect.tokens=false"))
     assert again.read_bytes() == out.read_bytes()
+    weighed = call("imatrix", tiny_folder, "-o", again, *settings(text_file, "calibration.rows=4",
+                                                                 "calibration.length=16"))
+    assert "below 4 bits" in weighed.out, weighed.err
 
 
 @pytest.mark.parametrize(("family", "message"), [
