@@ -137,8 +137,8 @@ def imatrix(model: ModelArgument,
         found = write(loaded, tokenizer, output, known, chosen, store, progress)
     paragraph(f"The inputs of {len(found)} tensors: {output}. Use it as llama-quantize --imatrix {output}.")
     if chosen.statistics != "all":
-        paragraph("For types below 4 bits make one with --set protect.tokens=false: there the sinks' weight was measured "
-                  "to lose.")
+        paragraph("For types below 4 bits make one with --set protect.tokens=false: there the sinks' weight was "
+                  "measured to lose.")
 
 
 def doctor(model: ModelArgument, text: TextOption = None, trust_remote_code: TrustOption = False) -> None:
