@@ -40,6 +40,13 @@ def deep(family: str = "llama", layers: int = 100) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config)
 
 
+@pytest.fixture(scope="module")
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """By what stands in the test's name."""
+    return {"100 layers": deep, "33 layers": lambda: deep("qwen3", 33), "gpt2": lambda: tiny_model("gpt2"),
+            "mixture": lambda: tiny_mixture("deepseek_v3")}[request.param]()
+
+
 def plan_of(model: PreTrainedModel, *assignments: str) -> Plan:
     recipe = Recipe().replace(["weights.group_size=32", "kv_cache=null", *assignments])
     decoder = Decoder.of(model)
@@ -54,8 +61,7 @@ def printed(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 @pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize("model", [deep(), deep("qwen3", 33), tiny_model("gpt2"), tiny_mixture("deepseek_v3")],
-                         ids=["100 layers", "33 layers", "gpt2", "mixture"])
+@pytest.mark.parametrize("model", ["100 layers", "33 layers", "gpt2", "mixture"], indirect=True)
 @pytest.mark.parametrize("assignments", [
     (), ("protect.channels=module",),
     ("weights.overrides=[{pattern: '*.1.*', bits: 8, group_size: -1}, {pattern: '*.0.*', bits: 2}]",)],

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import peft
 import pytest
 import torch
 from small_runs import fingerprint
@@ -15,6 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from sinkquant.errors import RequestError
 from sinkquant.models import adapters, open_model, resolve
 from sinkquant.models.decoder import Decoder
+
+if TYPE_CHECKING:  # it takes seconds to import, which only who runs these tests has to spend
+    import peft
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -33,6 +36,9 @@ def base(tiny_folder: Path, tmp_path: Path) -> Path:
 
 def adapter(base: Path, folder: Path, settings: peft.PeftConfig | None = None) -> PreTrainedModel:
     """Writes a random adapter. Returns what peft itself merges."""
+
+    import peft
+
     model = AutoModelForCausalLM.from_pretrained(base)
     settings = settings or peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False,
                                            task_type="CAUSAL_LM")
@@ -49,6 +55,8 @@ def is_merged(folder: Path, expected: PreTrainedModel) -> bool:
 
 
 def test_an_adapter_is_its_base_with_the_change_merged_in(base: Path, tmp_path: Path) -> None:
+    import peft
+
     expected, before = adapter(base, tmp_path / "lora"), fingerprint(base)
     folder = resolve(str(tmp_path / "lora"))
     assert is_merged(folder, expected)
@@ -75,6 +83,8 @@ def test_an_adapter_beside_its_base_is_merged_into_what_lies_there(base: Path, t
 
 def test_what_cannot_be_merged_is_refused_in_a_sentence(base: Path, tmp_path: Path,
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    import peft
+
     adapter(base, tmp_path / "lora")
     settings = json.loads((tmp_path / "lora/adapter_config.json").read_text())
 
