@@ -28,6 +28,8 @@ MESSAGES = [{"role": "user", "content": SAMPLE}]
 LOSS_MATTERS = 0.05
 ROWS, LENGTH = 4, 64
 """Of the text that is run with `<bos>` in front and without: the same tokens, so that few rows tell."""
+CHARACTERS = 1 << 15
+"""As much of the text is tokenized for them."""
 
 
 @dataclass
@@ -57,7 +59,7 @@ def examine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: st
         text: a file of natural text; None for the packaged one.
     """
     audit = Audit()
-    content = None if tokenizer.bos_token_id is None else read_text(text, "evaluation", tokenizer)
+    content = None if tokenizer.bos_token_id is None else read_text(text, "evaluation", tokenizer)[:CHARACTERS]
     _tokenization(model, tokenizer, audit)
     try:
         decoder = Decoder.of(model)
