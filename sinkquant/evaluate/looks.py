@@ -4,8 +4,8 @@ A group-sequential test (Jennison & Turnbull, Group Sequential Methods, 2000): t
 look by look, little of it early: in proportion to the cube of the share of rows that are seen (Lan & DeMets 1983; Kim
 & DeMets 1987 with exponent 3). A look's interval is over the paired differences of rows at the level that it spends:
 Student's, and wherever that reaches further, Hall's, which corrects it for skewness (On the removal of skewness by
-transformation, 1992). By the union bound all intervals hold together with 95 %, whatever the looks have in common and
-whichever of them ends the test.
+transformation, 1992). By the union bound all intervals of one difference hold together with 95 %, whatever the looks
+have in common and whichever of them ends the test.
 
 Assumed: rows are drawn at random from the text, and a mean of `FIRST_LOOK` or more paired differences is close to
 normal but for its skewness. evals/results/adaptive.md has the error rates on differences of real models. Confidence
