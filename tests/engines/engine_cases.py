@@ -26,8 +26,7 @@ SHORTER = {"w2-distill-sink": ("weights.distill=2",)}
 VARIANTS = {"w4a16-sink, head of 4 bits": ("weights.lm_head=4",),
             "w8a8-sink, for vllm-cpu": ("engine=vllm-cpu",),
             "w8a8-static-sink, for vllm-cpu": ("engine=vllm-cpu",),
-            "w4a8-sink, for vllm-cpu": ("engine=vllm-cpu", "weights.group_size=-1"),
-            "w4a16-sink, cache in FP8": ("kv_cache_scheme.strategy=tensor",)}
+            "w4a8-sink, for vllm-cpu": ("engine=vllm-cpu", "weights.group_size=-1")}
 """Name, of which the recipe's is the first word -> what is set there."""
 REAL_VLLM = ("w4a16-sink", "w8a8-sink, for vllm-cpu", "fp8-sink")
 REAL_GGUF = ("gguf-iq4-sink", "gguf-q4-sink", "gguf-q4-sink, zero points")
