@@ -43,14 +43,14 @@ SAMPLE = 64
 
 class InputStatistics:
     """What the columns of a place's readers have seen: the Hessian, the weighted mean of |x|, and the largest |x| of
-    any token; one that weighs less than 1 counts with the root of its weight there, as it does in the Hessian. And some
-    of the tokens themselves."""
+    any token; one that weighs less than 1 counts with the root of its weight there, as it does in the Hessian. Where
+    `sampled`, some of the tokens themselves as well."""
 
-    def __init__(self, columns: int, device: torch.device) -> None:
+    def __init__(self, columns: int, device: torch.device, sampled: bool = False) -> None:
         self.hessian = Hessian(columns, device)
         self.total = torch.zeros(columns, dtype=torch.float64, device=device)
         self.largest = torch.zeros(columns, device=device)
-        self._sample: list[torch.Tensor] = []
+        self.sampled, self._sample = sampled, list[torch.Tensor]()
 
     def add(self, inputs: torch.Tensor, weights: torch.Tensor) -> None:
         """inputs: [tokens, columns]; weights: [tokens]."""
@@ -60,7 +60,8 @@ class InputStatistics:
         sizes = inputs.float().abs()
         self.total += (sizes * weights[:, None]).sum(0, dtype=torch.float64)
         self.largest = torch.maximum(self.largest, (sizes * weights.clamp(max=1).sqrt()[:, None]).amax(0))
-        self._sample.append(inputs[::-(-len(inputs) // SAMPLE)].float())
+        if self.sampled:
+            self._sample.append(inputs[::-(-len(inputs) // SAMPLE)].float())
 
     def tokens(self) -> torch.Tensor:
         """Some inputs, float32 [tokens, columns]."""
@@ -83,14 +84,16 @@ def places(block: BlockStructure, values: bool) -> Iterator[Place]:
         yield Place(pair, (pair.second,))
 
 
-def watch(decoder: Decoder, step: Step, found: list[Place], weights: TokenWeights) -> list[InputStatistics | None]:
-    """Replay the rows through a block and see what goes through some of its places; None where no token came."""
+def watch(decoder: Decoder, step: Step, found: list[Place], weights: TokenWeights,
+          sampled: bool = False) -> list[InputStatistics | None]:
+    """Replay the rows through a block and see what goes through some of its places; None where no token came.
+    sampled: whether some of the tokens are kept."""
     weights.enter(step)
     seen: list[InputStatistics | None] = [None] * len(found)
 
     def hook(index: int, inputs: torch.Tensor) -> None:
         rows = inputs.flatten(0, -2)
-        kept = seen[index] = seen[index] or InputStatistics(rows.shape[1], rows.device)
+        kept = seen[index] = seen[index] or InputStatistics(rows.shape[1], rows.device, sampled)
         kept.add(rows, weights.of(step, rows))
 
     def after(index: int) -> Any:

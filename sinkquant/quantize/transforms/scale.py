@@ -42,7 +42,8 @@ def scale_block(decoder: Decoder, step: Step, plan: Plan, weights: TokenWeights,
     expected = step.forward(row)
     for transform in asked:
         found = list(places(block, transform.values))
-        for place, seen in zip(found, watch(decoder, step, found, weights), strict=True):
+        watched = watch(decoder, step, found, weights, sampled=transform.name == "searched")
+        for place, seen in zip(found, watched, strict=True):
             scale = None if seen is None else _scale(decoder, plan, transform, place, seen)
             if scale is not None and not bool((scale == 1).all()):
                 changed |= fold(decoder, place, scale, stored, packed)

@@ -104,7 +104,7 @@ def seen(tiny: PreTrainedModel) -> tuple[list[Place], list[InputStatistics]]:
     found = list(places(decoder.structure.blocks[0], values=True))
     walk = walked(decoder, plan)
     step, weights = next(walk)
-    inputs = watch(decoder, step, found, weights)
+    inputs = watch(decoder, step, found, weights, sampled=True)
     walk.close()  # type: ignore[attr-defined]
     assert all(one is not None for one in inputs)
     return found, [one for one in inputs if one is not None]
@@ -187,7 +187,7 @@ def test_the_searched_strength_leaves_the_least_error_of_rounded_inputs_and_weig
 
 def outlying(inputs: InputStatistics) -> InputStatistics:
     """The same with a channel that is fifty times as large."""
-    other = InputStatistics(64, torch.device("cpu"))
+    other = InputStatistics(64, torch.device("cpu"), sampled=True)
     rows = torch.linalg.cholesky(inputs.hessian.mean() + 1e-9 * torch.eye(64, dtype=torch.float64)).T.float() * 8
     rows[:, 9] *= 50
     other.add(rows, torch.ones(len(rows)))
