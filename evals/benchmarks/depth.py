@@ -72,7 +72,7 @@ class Bench:
             return
         with change():
             found = self.base.compare(model or self.model, self.rows)
-            scores = self.tasks(model or self.model) if self.tasks else None
+            scores = self.tasks(model or self.model, None) if self.tasks else None
         line = Line.of(labels, found, size=size, scores=scores)
         self.lines.add(line)
         print(labels, size, sum(line.kl) / len(line.kl), flush=True)

@@ -25,9 +25,10 @@ from sinkquant.detect import detect
 from sinkquant.evaluate import Divergence, paired_difference
 from sinkquant.evaluate.divergence import BATCH_ROWS, compare_side_by_side
 from sinkquant.evaluate.states import last_states
-from sinkquant.models import load_model, read_text, token_rows
+from sinkquant.models import Decoder, load_model, read_text, token_rows
 from sinkquant.models.inputs import share_switch
 from sinkquant.quantize import quantize
+from sinkquant.quantize.bases import cache_bases
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import scheme_of
 from sinkquant.sinks import SinkSelector
@@ -95,7 +96,8 @@ def sink_map_of(arguments: argparse.Namespace, model: PreTrainedModel, tokenizer
 def carry_out(folder: Path, base: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerBase,
               keep_weights: bool = False, exact: SinkSelector | None = None,
               before: Callable[[PreTrainedModel], None] | None = None) -> tuple[PreTrainedModel, float]:
-    """The model of a folder quantized as a plan says, with the exact prefix of its cache, and the processor time of it.
+    """The model of a folder quantized as a plan says, with the exact prefix of its cache and its rotations, and the
+    processor time of quantizing.
 
     Args:
         before: done to the model before all that.
@@ -115,8 +117,10 @@ def carry_out(folder: Path, base: PreTrainedModel, plan: Plan, tokenizer: PreTra
     seconds = time.process_time() - start
     if keep_weights:
         model.load_state_dict(kept)
-    if plan.kv_cache is not None:
-        prepare(model, make_prefix(base, plan.kv_cache.prefix))
+    cache = plan.kv_cache
+    if cache is not None:
+        bases = cache_bases(Decoder.of(base), cache, plan.calibration, tokenizer, str(base.device), base.dtype)
+        prepare(model, make_prefix(base, cache.prefix) if cache.prefix else None, bases)
     return model, seconds
 
 
@@ -191,7 +195,7 @@ class Lines:
                 tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, torch.Tensor], size: int | None = None,
                 keep_weights: bool = False, exact: SinkSelector | None = None,
                 before: Callable[[PreTrainedModel], None] | None = None,
-                tasks: Callable[[PreTrainedModel], dict[str, list[float]]] | None = None) -> None:
+                tasks: Callable[[PreTrainedModel, KVCachePlan | None], dict[str, list[float]]] | None = None) -> None:
         """Carry out a plan and keep what comes of it on every text, unless there are such lines.
 
         Args:
@@ -204,7 +208,7 @@ class Lines:
             return
         self.baseline = self.baseline or Baseline(base)
         model, seconds = carry_out(folder, base, plan, tokenizer, keep_weights, exact, before)
-        scores = tasks(model) if tasks else None
+        scores = tasks(model, plan.kv_cache) if tasks else None
         for name, one in wanted.items():
             if not self.has(one):
                 found = self.baseline.compare(model, rows[name], plan.kv_cache)
@@ -243,16 +247,16 @@ def table(lines: Sequence[Line], same: Sequence[str], seed: int = 0) -> str:
     for line in lines:
         known = first.setdefault(tuple(line.labels.get(name, "") for name in same), line)
         rows.append([line.labels.get(name, "") for name in names] + _cells(line, known, shown, seed)
-                    + [_score((line.scores or {}).get(task)) for task in tasks])
+                    + [_score(task, (line.scores or {}).get(task)) for task in tasks])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
-def _score(values: list[float] | None) -> str:
-    """Mean and standard error of a task in percent."""
+def _score(task: str, values: list[float] | None) -> str:
+    """Mean and standard error of a task: in percent, or in nats where its name says so."""
     if not values:
         return ""
-    found = torch.tensor(values, dtype=torch.float64)
-    return f"{100 * found.mean():.1f} ± {100 * found.std() / len(values) ** 0.5:.1f}"
+    found = torch.tensor(values, dtype=torch.float64) * (1 if task.endswith(", nats") else 100)
+    return f"{found.mean():.3g} ± {found.std() / len(values) ** 0.5:.2g}"
 
 
 def _cells(line: Line, first: Line, shown: list[str], seed: int) -> list[str]:

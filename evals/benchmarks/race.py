@@ -222,7 +222,7 @@ class Race:
                 return
             made = json.loads((out / "made.json").read_text(encoding="utf-8"))
             model, whole, blocks = self._read(one, out, made)
-        scores = self.tasks(model) if self.tasks else None
+        scores = self.tasks(model, None) if self.tasks else None
         for name, labels in wanted.items():
             if not self.lines.has(labels):
                 found = self.baseline.compare(model, self.texts[name])

@@ -8,11 +8,14 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sinkquant.artifacts import KVCachePlan
 from sinkquant.evaluate.run import open_tasks, score_tasks
 from sinkquant.models.text import starts_with_bos
 
-Scores = Callable[[PreTrainedModel], dict[str, list[float]]]
-"""A model -> task -> a number per document: 1 where it is right, by "acc"."""
+Scores = Callable[[PreTrainedModel, KVCachePlan | None], dict[str, list[float]]]
+"""A model and how its cache is packed -> task -> a number per document: 1 where it is right, by "acc". Of a task with a
+perplexity also "TASK, nats": minus the log-probability of the right answer, which tells models apart on far fewer
+documents than being right does."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +32,11 @@ def task_scores(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBas
     opened = open_tasks(arguments.tasks, None, arguments.task_folder)
     bos = starts_with_bos(tokenizer, "auto")
 
-    def score(model: PreTrainedModel) -> dict[str, list[float]]:
-        found = score_tasks(model, tokenizer, opened, arguments.tasks, bos=bos, batch_size=8, limit=arguments.limit)
-        return {name: result.samples["acc"][0] for name, result in found.items()}
+    def score(model: PreTrainedModel, kv: KVCachePlan | None = None) -> dict[str, list[float]]:
+        found = score_tasks(model, tokenizer, opened, arguments.tasks, bos=bos, batch_size=8, limit=arguments.limit,
+                            kv=kv)
+        scores = {name: result.samples["acc"][0] for name, result in found.items()}
+        return scores | {f"{name}, nats": [float(f"{-value:.6g}") for value in result.samples["perplexity"][0]]
+                         for name, result in found.items() if "perplexity" in result.samples}
 
     return score

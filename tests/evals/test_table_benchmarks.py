@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from families import tiny_model
+from planter import Plant, plant
+from transformers import PreTrainedTokenizerFast
 
 BENCHMARKS = Path(__file__).parents[2] / "evals" / "benchmarks"
 
@@ -75,3 +78,39 @@ def test_kept_channels_stand_beside_controls_of_the_same_bytes(common: list[str]
         ["nothing", ""], ["split", "evenly"], ["split", "elsewhere"], ["split", "sinks"],
         ["module", "evenly"], ["module", "elsewhere"], ["module", "sinks"], ["scale", "sinks"]]
     assert lines[2][-2] == lines[3][-2]  # bytes
+
+
+def test_recipes_stand_beside_their_controls_with_tasks(common: list[str], tmp_path: Path,
+                                                        tokenizer: PreTrainedTokenizerFast,
+                                                        monkeypatch: pytest.MonkeyPatch,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data.jsonl").write_text("".join(f'{{"first": "{a} {b}", "last": "{c}"}}\n' for a, b, c in [
+        ("to", "be", "or"), ("not", "to", "be"), ("that", "is", "the")]))
+    (tmp_path / "toy.yaml").write_text(
+        f"task: toy\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'data.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: loglikelihood\ndoc_to_text: '{{first}}'\ndoc_to_target: ' {{last}}'\n"
+        "metric_list:\n  - metric: perplexity\n    aggregation: perplexity\n    higher_is_better: false\n"
+        "  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n")
+    planted = plant(tiny_model("llama", max_position_embeddings=64), Plant(1, None, frozenset({0, 1, 2, 3}), 20, 0))
+    planted.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    common[0] = str(tmp_path / "model")
+    kept = tmp_path / "lines.jsonl"
+    run(monkeypatch, "recipes.py", *common, "weights.group_size=32", "--lines", str(kept), "--only", "2 bits, RTN",
+        "2 bits, GPTQ", "KV cache, 2", "--tasks", "toy", "--task-folder", str(tmp_path))
+    head, _, *rows = [row for row in cells(capsys.readouterr().out) if row]
+    assert head == ["model", "sinks", "KL, nats", "toy", "toy, nats"]
+    # Rounding to nearest has nothing to protect, so that its control would be the same model.
+    assert [row[:2] for row in rows] == [["unquantized", ""], ["2 bits, GPTQ", "aware"], ["2 bits, GPTQ", "control"],
+                                         ["2 bits, RTN", "aware"], ["KV cache, 2 bits", "aware"],
+                                         ["KV cache, 2 bits", "control"]]
+    lines = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert all(len(line["scores"]["toy, nats"]) == 3 and min(line["scores"]["toy, nats"]) > 0 for line in lines)
+    assert lines[0]["kl"] == pytest.approx([0, 0], abs=1e-6)
+    plain, *others, cached, _ = [line["scores"]["toy, nats"] for line in lines]
+    assert all(other != plain for other in others)
+    assert cached == pytest.approx(plain, rel=1e-5)  # documents that are no longer than the window
+    assert " to " in rows[1][4]
+    before = kept.read_text()
+    run(monkeypatch, "recipes.py", *common, "weights.group_size=32", "--lines", str(kept), "--table")
+    assert kept.read_text() == before
