@@ -8,6 +8,7 @@ from pydantic import Field
 
 from sinkquant.artifacts.base import Artifact, Strict
 from sinkquant.artifacts.heads import HeadAblations, HeadRole
+from sinkquant.artifacts.kept_shape import KeptShape
 
 SinkKind = Literal["bos", "first_position", "delimiter", "token", "learned"]
 SinkCriterion = Literal["attention", "shared_mass", "remaining_mass", "massive", "learned"]
@@ -210,7 +211,8 @@ class SinkMap(Artifact):
     of other packages found, by name.
 
     `head_roles` [layer][head]: what every head does with its attention; empty in a sink map of an older version.
-    `head_ablations` is null where nobody asked what the heads are worth.
+    `head_ablations` is null where nobody asked what the heads are worth. `shape` is null where the map is of a model
+    in memory, or of one whose shape its files alone do not tell.
     """
 
     SCHEMA: ClassVar[str] = "sinkquant/sinkmap@1"
@@ -241,3 +243,4 @@ class SinkMap(Artifact):
     nulls: dict[str, str] = Field(default_factory=dict)
     extensions: dict[str, dict[str, Any]] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
+    shape: KeptShape | None = None

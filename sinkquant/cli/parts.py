@@ -45,13 +45,14 @@ def find_sinks(model: str, text: str | list[str] | None, recipe: Recipe, trust_r
     """The sink map of a model, with bars."""
     folder = resolve(model)
     from sinkquant.detect import detect as find
+    from sinkquant.detect.kept_shape import with_shape
     from sinkquant.models import load_tokenizer, open_model, read_text
 
     tokenizer = load_tokenizer(folder, trust_remote_code)
     read_text(text or recipe.calibration.text, "calibration", tokenizer)
     with shown_progress() as progress:
         loaded = open_model(folder, trust_remote_code=trust_remote_code)
-        return find(loaded, tokenizer, text, recipe, model, progress)
+        return with_shape(find(loaded, tokenizer, text, recipe, model, progress), loaded)
 
 
 def find_costs(model: str, text: str | list[str] | None, sink_map: SinkMap, recipe: Recipe, cache: Path | None,

@@ -29,6 +29,7 @@ from sinkquant.cli.parts import (
 from sinkquant.cli.show import show_frontier, show_plan
 from sinkquant.errors import RequestError
 from sinkquant.models import resolve
+from sinkquant.models.on_record import shape_on_record
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe
 
 PlanArgument = Annotated[Path, typer.Argument(help="A plan.json, a run's folder, or a quantized checkpoint.")]
@@ -65,14 +66,13 @@ def plan(model: ModelArgument,
         asked = chosen.changed(calibration={"text": text}) if text else chosen
         _show(_of_shorter(asked, model, sink_map, sensitivity, trust_remote_code), output, json, full)
         return
-    from sinkquant.models import Decoder, open_model
     from sinkquant.policy import check_solvable, make_frontier, make_plan
-    from sinkquant.run.planning import plan_ready
+    from sinkquant.policy.headers import plan_ready
 
     if frontier or chosen.budget.solved:
         check_solvable(chosen)
     known = SinkMap.load(sink_map) if sink_map else None
-    shape = Decoder.of(open_model(folder, trust_remote_code=trust_remote_code)).shape(model)
+    shape = _shape(model, folder, known, trust_remote_code)
     made, _ = plan_ready(shape, chosen, None, known) if sensitivity is None and not frontier else (None, [])
     if frontier:
         known = known or find_sinks(model, text, chosen, trust_remote_code)
@@ -88,6 +88,16 @@ def plan(model: ModelArgument,
     _show(made, output, json, full)
     if said and not json:
         paragraph(said)
+
+
+def _shape(model: str, folder: Path, known: SinkMap | None, trust_remote_code: bool) -> ModelShape:
+    """The shape of a model: what the sink map keeps of these files, or from a model that is built now."""
+    kept = shape_on_record(known, folder, model)
+    if kept is not None:
+        return kept
+    from sinkquant.models import Decoder, open_model
+
+    return Decoder.of(open_model(folder, trust_remote_code=trust_remote_code)).shape(model)
 
 
 def _write_types(path: Path, made: Plan, shape: ModelShape) -> str:

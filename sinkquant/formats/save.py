@@ -190,7 +190,7 @@ def write_files(folder: Path, model: PreTrainedModel, plan: Plan, sink_map: Sink
         "schema": CHECKPOINT_SCHEMA, "versions": versions(plan.backend), "seed": plan.seed,
         "recipe": recipe.model_dump(mode="json") if recipe else plan.recipe,
         "plan": plan.model_dump(mode="json", by_alias=True),
-        "sink_map": sink_map.model_dump(mode="json", by_alias=True) if sink_map else None}
+        "sink_map": sink_map.model_dump(mode="json", by_alias=True, exclude={"shape"}) if sink_map else None}
     if tokens:
         content["expert_tokens"] = tokens
     ours = folder / "sinkquant.json"

@@ -35,6 +35,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from sinkquant.errors import RequestError, SinkquantError
+from sinkquant.lazy import uncollected
 from sinkquant.models.edits import Edit, EditedTensor
 from sinkquant.models.folder import HUB_ID
 from sinkquant.models.inputs import round_inputs
@@ -68,7 +69,7 @@ def open_model(folder: Path, trust_remote_code: bool = False, dtype: torch.dtype
     stored = stored_tensors(folder)
     dtype = dtype or getattr(config, "dtype", None) or next(
         (tensor.dtype for tensor in stored.values() if tensor.dtype.is_floating_point), torch.float32)
-    with loading_errors(folder), init_empty_weights(include_buffers=False), no_init_weights():
+    with loading_errors(folder), uncollected(), init_empty_weights(include_buffers=False), no_init_weights():
         model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()
     quantization = getattr(config, "quantization_config", None)
@@ -123,6 +124,7 @@ class WeightSource:
         folder: the checkpoint.
         keys: parameter name -> the names on disk of the tensors that it is made of.
         edits: parameter name -> what is done to it whenever it is read.
+        compared: whether it took the weights' values to find out which parameters are tied.
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel, tensors: dict[str, Stored], dtype: torch.dtype) -> None:
@@ -134,6 +136,7 @@ class WeightSource:
         self.edits: dict[str, Edit] = {}
         self.converted: set[str] = set()
         self.aliases: dict[str, str] = {}
+        self.compared = False
         missing = self._match()
         self._tie(missing)
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -277,6 +280,7 @@ class WeightSource:
 
     def _equal(self, first: str, second: str) -> bool:
         """Whether two parameters hold the same values on disk."""
+        self.compared = True
         a, b = self.stored(first), self.stored(second)
         if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
             return False

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from sinkquant.artifacts import ModelFacts, ModelShape, Plan, SinkMap, TokenizationFacts
 from sinkquant.policy.activations import spares
+from sinkquant.policy.edited import accept_edited
 from sinkquant.policy.kv_cache import make_kv_plan
-from sinkquant.policy.plan import make_plan
+from sinkquant.policy.plan import choices_of, make_plan
 from sinkquant.policy.split import check_split
 from sinkquant.recipe import Budget, Recipe
 
@@ -30,6 +31,36 @@ def plan_from_shapes(shape: ModelShape, recipe: Recipe) -> tuple[Plan | None, li
     if plan.needs_rows and recipe.statistics in FOR_SINKS:
         return None, ["protect.tokens"]
     return plan, []
+
+
+def plan_ready(shape: ModelShape, recipe: Recipe, edited: Plan | None,
+               sink_map: SinkMap | None) -> tuple[Plan | None, list[str]]:
+    """The plan, where headers and configuration are enough to make it.
+
+    Args:
+        edited, sink_map: the plan and the sink map that were given, if any.
+
+    Returns:
+        the plan and an empty list; or None and the settings that ask for detection or sensitivities.
+
+    Raises:
+        RequestError: the plan cannot be made for this model.
+    """
+    if edited is not None:
+        return accept_edited(edited, shape), []
+    if recipe.prune.blocks is not None:
+        return None, ["prune.blocks"]
+    if recipe.solves_cache:
+        make_kv_plan(shape, nothing_found(shape), recipe)  # refuses what no setting can meet
+        return None, ["kv_cache.bits"]
+    if recipe.budget.solved:
+        return None, ["budget"]
+    if recipe.solves_inputs:
+        choices_of(shape, nothing_found(shape), recipe)  # as above
+        return None, ["activations.bits"]
+    if sink_map is not None:
+        return make_plan(shape, sink_map, recipe), []
+    return plan_from_shapes(shape, recipe)
 
 
 def require_plannable(shape: ModelShape, recipe: Recipe) -> None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.artifacts import Plan, Report, Sensitivity, SinkMap
 from sinkquant.cache import make_prefix, save_prefix
 from sinkquant.detect import detect
+from sinkquant.detect.kept_shape import with_shape
 from sinkquant.evaluate import BASELINE, Candidate, evaluate, forecasts_of_plans, forecasts_of_run
 from sinkquant.formats import KV_PREFIX, dismiss, quantize_to, versions
 from sinkquant.models import ActivationStore, Decoder, load_model, open_model, pick_device
@@ -136,8 +137,9 @@ class Job:
         if self.known is not None and not self.shorter:
             self.known.save(self.work / "sinkmap.json")
             return
-        found = detect(self.load(), self.tokenizer, recipe=self.recipe, name=self.name, progress=self.progress)
-        found.save(self.work / "sinkmap.json")
+        model = self.load()
+        found = detect(model, self.tokenizer, recipe=self.recipe, name=self.name, progress=self.progress)
+        with_shape(found, model).save(self.work / "sinkmap.json")
         LOG.info("detect: sink rate %s, %d sink tokens", found.sink_rate, len(found.tokens))
 
     def sensitivity(self) -> None:

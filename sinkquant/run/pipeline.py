@@ -24,6 +24,7 @@ from sinkquant.policy import (
     require_plannable,
     require_transforms,
 )
+from sinkquant.policy.headers import plan_ready
 from sinkquant.policy.kv_scheme import make_kv_scheme
 from sinkquant.policy.plan import ends_asked, formats_asked
 from sinkquant.predict import SENSITIVITIES, Prediction, require_memory, with_seconds
@@ -32,7 +33,7 @@ from sinkquant.quantize.trial import require_loads
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe
 from sinkquant.run.folder import WorkFolder, partial_folder, run_key, work_folder
 from sinkquant.run.job import Job, save_plan
-from sinkquant.run.planning import plan_ready, with_calibration_notes
+from sinkquant.run.planning import with_calibration_notes
 from sinkquant.run.shorter import shape_after
 from sinkquant.run.stages import Progress
 from sinkquant.schemes.packages import require_packages

@@ -1,46 +1,11 @@
-"""What of a plan is known before a weight is read, and whether its calibration text will do."""
+"""Whether the calibration text of a plan will do."""
 
 from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
-from sinkquant.artifacts import ModelShape, Plan, SinkMap
+from sinkquant.artifacts import Plan
 from sinkquant.models import Decoder, read_text, token_rows
-from sinkquant.policy import accept_edited, make_plan, plan_from_shapes
-from sinkquant.policy.headers import nothing_found
-from sinkquant.policy.kv_cache import make_kv_plan
-from sinkquant.policy.plan import choices_of
-from sinkquant.recipe import Recipe
-
-
-def plan_ready(shape: ModelShape, recipe: Recipe, edited: Plan | None,
-               sink_map: SinkMap | None) -> tuple[Plan | None, list[str]]:
-    """The plan, where headers and configuration are enough to make it.
-
-    Args:
-        edited, sink_map: the plan and the sink map that were given, if any.
-
-    Returns:
-        the plan and an empty list; or None and the settings that ask for detection or sensitivities.
-
-    Raises:
-        RequestError: the plan cannot be made for this model.
-    """
-    if edited is not None:
-        return accept_edited(edited, shape), []
-    if recipe.prune.blocks is not None:
-        return None, ["prune.blocks"]
-    if recipe.solves_cache:
-        make_kv_plan(shape, nothing_found(shape), recipe)  # refuses what no setting can meet
-        return None, ["kv_cache.bits"]
-    if recipe.budget.solved:
-        return None, ["budget"]
-    if recipe.solves_inputs:
-        choices_of(shape, nothing_found(shape), recipe)  # as above
-        return None, ["activations.bits"]
-    if sink_map is not None:
-        return make_plan(shape, sink_map, recipe), []
-    return plan_from_shapes(shape, recipe)
 
 
 def with_calibration_notes(plan: Plan, decoder: Decoder, tokenizer: PreTrainedTokenizerBase | None) -> Plan:

@@ -18,9 +18,9 @@ from sinkquant.formats import save
 from sinkquant.models import Decoder, token_rows
 from sinkquant.models.inputs import input_args, inputs_left_alone, round_inputs
 from sinkquant.policy import accept_edited, make_control, make_plan
+from sinkquant.policy.headers import plan_ready
 from sinkquant.policy.mechanisms import unprotected
 from sinkquant.quantize import quantize
-from sinkquant.run.planning import plan_ready
 from sinkquant.sensitivity.measure import divergence
 
 
