@@ -1,5 +1,3 @@
 """What each kind of protection is worth on a model."""
 
 from sinkquant.advise.advise import advise
-
-__all__ = ["advise"]

@@ -2,5 +2,3 @@
 
 from sinkquant.blocks.choose import choose_blocks, require_droppable
 from sinkquant.blocks.cut import cut_blocks, drop_blocks
-
-__all__ = ["choose_blocks", "cut_blocks", "drop_blocks", "require_droppable"]

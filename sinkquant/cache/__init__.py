@@ -7,7 +7,3 @@ from sinkquant.cache.install import install
 from sinkquant.cache.prefix import Prefix, load_prefix, make_prefix, put_in_front, save_prefix
 from sinkquant.cache.prepare import prepare
 from sinkquant.cache.score import cached_logits
-
-__all__ = ["Bases", "Prefix", "SinkCache", "cached_logits", "find_bases", "install", "load_bases", "load_cache",
-           "load_prefix", "make_prefix", "needs_bases", "prepare", "put_in_front", "save_bases", "save_cache",
-           "save_prefix"]

@@ -1,5 +1,3 @@
 """quantize-model: commands, and the tables that they print."""
 
 from sinkquant.cli.entry import app, main
-
-__all__ = ["app", "main"]

@@ -1,5 +1,3 @@
 """Any number of checkpoints beside one unquantized model: sizes, divergence, perplexity, sinks, in one table."""
 
 from sinkquant.compare.compare import compare
-
-__all__ = ["compare"]

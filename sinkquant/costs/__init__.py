@@ -5,5 +5,3 @@ The counting itself stands with each stage, in its `costs.py`; a method's in its
 
 from sinkquant.costs.pace import Pace, Rate
 from sinkquant.costs.sizes import KEPT_BY_ALLOCATOR, PIECES, SPILL_SHARE, Sizes, by_input
-
-__all__ = ["KEPT_BY_ALLOCATOR", "PIECES", "SPILL_SHARE", "Pace", "Rate", "Sizes", "by_input"]

@@ -3,5 +3,3 @@
 from sinkquant.detect.detect import detect
 from sinkquant.detect.detector import Detector, Found
 from sinkquant.detect.evidence import Survey
-
-__all__ = ["Detector", "Found", "Survey", "detect"]

@@ -6,5 +6,3 @@ A package of its own: it needs `detect` to know the sinks, and both `detect` (mo
 
 from sinkquant.diagnose.diagnose import diagnose
 from sinkquant.diagnose.fidelity import sink_fidelity
-
-__all__ = ["diagnose", "sink_fidelity"]

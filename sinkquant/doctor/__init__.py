@@ -7,6 +7,4 @@ from sinkquant.lazy import make_lazy
 if TYPE_CHECKING:
     from sinkquant.doctor.examine import Audit, examine
 
-__all__ = ["Audit", "examine"]
-
 make_lazy(__name__)

@@ -11,8 +11,4 @@ if TYPE_CHECKING:
     from sinkquant.formats.stream import dismiss, follow, quantize_to
     from sinkquant.schemes.codecs.reading import is_library, open_checkpoint, rounds_inputs
 
-__all__ = ["KV_PREFIX", "STORED", "bases_of", "dismiss", "follow", "is_library", "load", "load_dense",
-           "open_checkpoint", "open_quantized", "prefix_of", "quantize_to", "read_checkpoint", "require_free",
-           "rounds_inputs", "save", "versions", "written_aside"]
-
 make_lazy(__name__)

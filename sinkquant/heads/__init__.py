@@ -1,5 +1,3 @@
 """A model without its no-op heads."""
 
 from sinkquant.heads.cut import cut_heads
-
-__all__ = ["cut_heads"]

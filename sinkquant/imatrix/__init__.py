@@ -1,5 +1,3 @@
 """Importance matrices for llama.cpp's quantizer, whose statistics know the sinks."""
 
 from sinkquant.imatrix.imatrix import imatrix
-
-__all__ = ["imatrix"]

@@ -5,6 +5,3 @@ from sinkquant.inference.kernels import Int4, Kernel, int4_on, kernel_for
 from sinkquant.inference.linear import KernelLinear
 from sinkquant.inference.pages import to_large_pages
 from sinkquant.inference.summary import PACKING, Packing, packing
-
-__all__ = ["PACKING", "Int4", "Kernel", "KernelLinear", "Packing", "RoundedEmbedding", "int4_on", "kernel_for",
-           "packed_embedding", "packing", "round_ends", "to_large_pages"]

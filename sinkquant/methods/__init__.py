@@ -20,10 +20,6 @@ from sinkquant.methods.rounding import Rounding
 if TYPE_CHECKING:
     from sinkquant.artifacts.plan import Plan
 
-__all__ = ["BUILT_IN", "UNTOUCHED", "AnyMethod", "Cost", "Method", "MethodName", "Problem", "Settings", "known_method",
-           "method_named", "method_names", "methods_of", "need_hessian", "need_unquantized_inputs",
-           "require_methods"]
-
 BUILT_IN: tuple[Method, ...] = (Rounding(), GPTQMethod(), GPTAQMethod())
 GROUP = "sinkquant.methods"
 """The group of entry points that other packages bring methods by."""

@@ -18,39 +18,4 @@ if TYPE_CHECKING:
     from sinkquant.models.text import BosPolicy, adds_bos, encode, starts_with_bos, token_rows, tokenization_facts
     from sinkquant.models.walk import Step, Walk, answer, together
 
-__all__ = [
-    "ActivationStore",
-    "AttentionObserver",
-    "AttentionRecord",
-    "AttentionRows",
-    "BosPolicy",
-    "Decoder",
-    "Step",
-    "Walk",
-    "adds_bos",
-    "answer",
-    "as_stored",
-    "cast_experts",
-    "check_finite",
-    "documents",
-    "encode",
-    "head_columns",
-    "load_model",
-    "load_tokenizer",
-    "max_length",
-    "observed_attention",
-    "open_model",
-    "pick_device",
-    "pieces",
-    "read_text",
-    "require_dense",
-    "resolve",
-    "source_of",
-    "starts_with_bos",
-    "together",
-    "token_rows",
-    "tokenization_facts",
-    "weight_matrix",
-]
-
 make_lazy(__name__)

@@ -9,7 +9,3 @@ from sinkquant.policy.plan import check_same_model, make_control, make_plan
 from sinkquant.policy.solvable import check_solvable
 from sinkquant.policy.tensor_types import check_tensor_types, tensor_types
 from sinkquant.policy.transforms import require_transforms
-
-__all__ = ["accept_edited", "check_recipe", "check_same_model", "check_solvable", "check_tensor_types", "make_control",
-           "make_frontier", "make_plan", "plan_from_shapes", "require_distill", "require_plannable",
-           "require_transforms", "tensor_types"]

@@ -1,5 +1,3 @@
 """What a run will take, in memory and time, before it begins."""
 
 from sinkquant.predict.predict import SENSITIVITIES, Prediction, predict, require_memory, spill_limit, with_seconds
-
-__all__ = ["SENSITIVITIES", "Prediction", "predict", "require_memory", "spill_limit", "with_seconds"]

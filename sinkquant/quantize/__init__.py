@@ -9,22 +9,3 @@ from sinkquant.quantize.state import UNPACKED, QuantizedState, is_quantized, sta
 from sinkquant.schemes.codecs.outliers import Outliers
 from sinkquant.schemes.codecs.packed import PackedWeight, row_chunks
 from sinkquant.schemes.codecs.rtn import RTN
-
-__all__ = [
-           "GPTQ",
-           "RTN",
-           "UNPACKED",
-           "Outliers",
-           "PackedWeight",
-           "QuantizedBlock",
-           "QuantizedState",
-           "TuningStart",
-           "check",
-           "distilled",
-           "is_quantized",
-           "quantize",
-           "quantized_blocks",
-           "row_chunks",
-           "state_of",
-           "teacher_targets",
-]

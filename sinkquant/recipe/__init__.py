@@ -7,7 +7,3 @@ from sinkquant.recipe.measuring import CalibrationText, Compute, Detection, Eval
 from sinkquant.recipe.recipe import DEFAULT_RECIPE, Recipe, recipe_names
 from sinkquant.recipe.section import Section
 from sinkquant.recipe.weights import Activations, ModuleOverride, Protect, Prune, Weights
-
-__all__ = ["DEFAULT_RECIPE", "Activations", "Budget", "CalibrationText", "Compute", "Detection", "Evaluation", "Gate",
-           "KVCache", "KVCacheScheme", "KVOverride", "ModuleOverride", "Protect", "Prune", "Recipe", "Section",
-           "SensitivitySettings", "Weights", "near_miss", "recipe_names"]

@@ -7,6 +7,4 @@ from sinkquant.lazy import make_lazy
 if TYPE_CHECKING:
     from sinkquant.run.pipeline import plan, run
 
-__all__ = ["plan", "run"]
-
 make_lazy(__name__)

@@ -9,6 +9,3 @@ from sinkquant.schemes.loads import Loads
 from sinkquant.schemes.registry import SCHEMES, backend_of, backends, find, packages_of, scheme_of
 from sinkquant.schemes.scheme import DEFAULT_BACKEND, Scheme
 from sinkquant.schemes.weight_format import PLAIN, WeightFormat, stored_form
-
-__all__ = ["DEFAULT_BACKEND", "INPUTS", "INTEGERS", "PLAIN", "SCHEMES", "InputFormat", "Loads", "Scheme",
-           "WeightFormat", "backend_of", "backends", "find", "input_format", "packages_of", "scheme_of", "stored_form"]

@@ -1,5 +1,3 @@
 """Where the sinks of a model stand in tokens at hand: one rule for detection, statistics, diagnostics and the cache."""
 
 from sinkquant.sinks.selector import Selects, SinkSelector
-
-__all__ = ["Selects", "SinkSelector"]

@@ -2,5 +2,3 @@
 
 from sinkquant.explain.patterns.finding import Evidence, Finding
 from sinkquant.explain.patterns.known import findings
-
-__all__ = ["Evidence", "Finding", "findings"]

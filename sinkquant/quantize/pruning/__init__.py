@@ -6,6 +6,3 @@ from sinkquant.quantize.pruning.masks import Pruned
 from sinkquant.quantize.pruning.prune import check_pruning, prune
 from sinkquant.quantize.pruning.sparsegpt import SparseGPT
 from sinkquant.quantize.pruning.wanda import Wanda
-
-__all__ = ["Magnitude", "Pruned", "SparseGPT", "Wanda", "check_heads", "check_pruning", "prune", "silence",
-           "still_pruned", "unheard"]

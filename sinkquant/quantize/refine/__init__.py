@@ -8,6 +8,3 @@ from sinkquant.quantize.refine.distill import Distill, TeacherTargets
 from sinkquant.quantize.refine.offsets import Offsets, compressed, decompressed, rounding_offsets
 from sinkquant.quantize.refine.refine import Objective, Refined, refine
 from sinkquant.quantize.refine.tune import Tune
-
-__all__ = ["Distill", "Objective", "Offsets", "Refined", "TeacherTargets", "Tune", "compressed", "decompressed",
-           "refine", "rounding_offsets"]

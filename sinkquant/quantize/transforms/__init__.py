@@ -8,7 +8,6 @@ from sinkquant.quantize.transforms.rehearsal import rehearse
 from sinkquant.quantize.transforms.rotate import Rotate
 from sinkquant.quantize.transforms.scale import scale_block
 
-__all__ = ["Rotate", "require_equivalent", "rotate", "scale_block"]
 
 
 def rotation(plan: Plan) -> Rotate | None:

@@ -6,21 +6,3 @@ from sinkquant.schemes.codecs.install import install_modules
 from sinkquant.schemes.codecs.outliers import Outliers
 from sinkquant.schemes.codecs.packed import PackedWeight, row_chunks
 from sinkquant.schemes.codecs.registry import CODECS, codec_of, files_of, library_codec, library_files
-
-__all__ = [
-           "CODECS",
-           "Codec",
-           "Files",
-           "LibraryCodec",
-           "LibraryFiles",
-           "LibraryWeight",
-           "Outliers",
-           "PackedWeight",
-           "StoredWeight",
-           "codec_of",
-           "files_of",
-           "install_modules",
-           "library_codec",
-           "library_files",
-           "row_chunks",
-]

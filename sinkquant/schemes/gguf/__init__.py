@@ -2,5 +2,3 @@
 torch."""
 
 from sinkquant.schemes.gguf.scheme import BACKEND, GGUF, Blocks
-
-__all__ = ["BACKEND", "GGUF", "Blocks"]
