@@ -38,9 +38,7 @@ class GPTQMethod(Method):
 
         assert problem.hessian is not None
         settings, form = problem.settings, problem.form
-        grid = None
-        if not scheme_of(form).integers:
-            grid = codec_of(form).grid(form, problem.scale_dtype, problem.fused_scale)
+        grid = codec_of(form).grid(form, problem.scale_dtype, problem.fused_scale)
         method = GPTQ(form.bits, form.group_size or -1, settings.damping, settings.act_order, problem.scale_dtype,
                       settings.scale_search, passes=settings.descent, grid=grid)
         return method.quantize(problem.weight, problem.hessian, problem.name, problem.cross, problem.kept,

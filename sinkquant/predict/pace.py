@@ -17,7 +17,7 @@ from sinkquant.detect.survey import Surveyor
 from sinkquant.methods import need_hessian
 from sinkquant.models import Decoder, Walk, pick_device, together
 from sinkquant.models.experts import fused_parameters
-from sinkquant.quantize import GPTQ, RTN
+from sinkquant.quantize import GPTQ, rtn
 from sinkquant.recipe import Recipe
 
 OPERATIONS = 1e10
@@ -135,15 +135,15 @@ def _rounded(recipe: Recipe, nearest: bool) -> tuple[float, float]:
     settings = recipe.weights
     columns = 1024 if settings.group_size == -1 else 8 * settings.group_size
     weight = torch.randn(256, columns, generator=torch.Generator().manual_seed(0))
-    rtn = RTN(settings.bits, settings.group_size, scale_search=settings.scale_search)
-    packed = RTN(settings.bits, settings.group_size, scale_search=False).quantize(weight)
+    rounding = rtn(settings.bits, settings.group_size, scale_search=settings.scale_search)
+    packed = rtn(settings.bits, settings.group_size, scale_search=False).quantize(weight)
 
     def keep() -> None:
         new = packed.dequantized(torch.bfloat16).float()
         relative_error(weight, new, None)
         pack(packed.codes, packed.bits)
 
-    rounded = _fastest(lambda: rtn.quantize(weight), TRIES) / weight.numel() if nearest else 0.0
+    rounded = _fastest(lambda: rounding.quantize(weight), TRIES) / weight.numel() if nearest else 0.0
     return rounded, _fastest(keep, TRIES) / weight.numel()
 
 

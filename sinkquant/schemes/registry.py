@@ -83,49 +83,29 @@ def packages_of(backend: str) -> dict[str, str]:
 
 
 def known_storage(storage: str) -> str:
-    """The name, for pydantic.
-
-    Raises:
-        ValueError: no scheme has it.
-    """
-    names = list(dict.fromkeys(scheme.storage for scheme in all_schemes()))
-    if storage not in names:
-        raise ValueError(f"a weight is stored as one of {', '.join(names)}, not {storage!r}")
-    return storage
+    """The name, for pydantic. Raises ValueError where no scheme has it; so do those below."""
+    return _known(storage, (scheme.storage for scheme in all_schemes()), "a weight is stored as one of")
 
 
 def known_backend(backend: str) -> str:
-    """The name, for pydantic.
-
-    Raises:
-        ValueError: no scheme has it.
-    """
-    if backend not in backends():
-        raise ValueError(f"a backend is one of {', '.join(backends())}, not {backend!r}")
-    return backend
+    """The name of a backend."""
+    return _known(backend, backends(), "a backend is one of")
 
 
 def known_format(name: str) -> str:
-    """The name of a format of weights in a recipe, for pydantic.
-
-    Raises:
-        ValueError: no scheme has it.
-    """
-    names = list(dict.fromkeys(scheme.format for scheme in all_schemes() if scheme.format))
-    if name not in names:
-        raise ValueError(f"weights have one of the formats {', '.join(names)}, not {name!r}")
-    return name
+    """The name of a format of weights in a recipe."""
+    return _known(name, (scheme.format for scheme in all_schemes() if scheme.format), "weights have one of the formats")
 
 
 def known_ends(name: str) -> str:
-    """What the token embedding and the output head are held in, for pydantic.
+    """What the token embedding and the output head are held in."""
+    return _known(name, (scheme.ends for scheme in all_schemes()), "the embedding and the head are held in one of")
 
-    Raises:
-        ValueError: no scheme holds them so.
-    """
-    names = list(dict.fromkeys(scheme.ends for scheme in all_schemes()))
-    if name not in names:
-        raise ValueError(f"the embedding and the head are held in one of {', '.join(names)}, not {name!r}")
+
+def _known(name: str, names: Iterable[str], what: str) -> str:
+    known = dict.fromkeys(names)
+    if name not in known:
+        raise ValueError(f"{what} {', '.join(known)}, not {name!r}")
     return name
 
 

@@ -13,10 +13,11 @@ import sinkquant
 from sinkquant.artifacts import LinearShape
 from sinkquant.errors import RequestError
 from sinkquant.methods import BUILT_IN, Problem, method_named, methods_of, need_hessian, need_unquantized_inputs
-from sinkquant.quantize import GPTQ, RTN
+from sinkquant.quantize import GPTQ, rtn
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import WeightFormat
-from sinkquant.schemes.codecs.fp8 import FP8
+from sinkquant.schemes.codecs.fp8 import FP8Grid
+from sinkquant.schemes.codecs.rtn import Nearest
 
 PACKAGE = Path(sinkquant.__file__).parent
 COMPARED = re.compile(r"""methods?\b[^\n"']*(?:==|!=|\bin\b)[^\n"']*["'](?:rtn|gptq|gptaq)["']""")
@@ -60,10 +61,11 @@ def test_each_solves_as_its_solver_does() -> None:
     integers, settings = WeightFormat(3, 32), Recipe().weights
     given = problem(integers)
     assert given.hessian is not None
-    rounded = RTN(3, 32).quantize(given.weight, given.hessian.diagonal())
+    rounded = rtn(3, 32).quantize(given.weight, given.hessian.diagonal())
     assert torch.equal(method_named("rtn").solve(given).dequantized(), rounded.dequantized())
     floats = method_named("rtn").solve(problem(WeightFormat(8, -1, "float")))
-    assert torch.equal(floats.dequantized(), FP8().quantize(given.weight, given.hessian.diagonal()).dequantized())
+    nearest = Nearest(FP8Grid()).quantize(given.weight, given.hessian.diagonal())
+    assert torch.equal(floats.dequantized(), nearest.dequantized())
     solver = GPTQ(3, 32, settings.damping, passes=settings.descent)
     expected = solver.quantize(given.weight, given.hessian)
     for name in ("gptq", "gptaq"):  # without what it makes up for, the second is the first

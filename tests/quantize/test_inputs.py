@@ -26,7 +26,8 @@ from sinkquant.quantize.hessian import collect
 from sinkquant.quantize.inputs import in_front
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.recipe import Recipe
-from sinkquant.schemes.codecs.fp8 import FP8
+from sinkquant.schemes.codecs.fp8 import FP8Grid
+from sinkquant.schemes.codecs.rtn import Nearest
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 STATIC = ["activations.format=int8", "activations.scale=tensor"]
@@ -173,7 +174,7 @@ def test_fp8_takes_the_nearest_number_and_the_search_is_no_worse() -> None:
     grid = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
     grid = grid[grid.isfinite()]
     for dtype in (torch.bfloat16, torch.float16):
-        plain, searched = FP8(dtype, scale_search=False).quantize(weight), FP8(dtype).quantize(weight)
+        plain, searched = (Nearest(FP8Grid(dtype), search).quantize(weight) for search in (False, True))
         for packed in (plain, searched):
             scaled = weight.double() / packed.scale.double()
             best = (grid - scaled[..., None]).abs().amin(-1)

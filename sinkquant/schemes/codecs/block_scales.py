@@ -7,11 +7,12 @@ byte that stores it: E4M3 and E8M0 without a sign are in the order of their byte
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 
 from sinkquant.models.inputs import nearest_e2m1_
+from sinkquant.schemes.codecs.integer_scales import group_costs
 from sinkquant.schemes.codecs.packed import PackedWeight
 
 E2M1 = (0, 1, 2, 3, 4, 6, 8, 12)
@@ -28,19 +29,20 @@ class BlockGrid:
         whole: the scale of the whole tensor that an E4M3 scale is divided by, float32 [1]; None: scales are E8M0.
     """
 
+    free_scales: ClassVar[bool] = False  # eight bits are coarse
     bits: int
     size: int
     whole: torch.Tensor | None = None
 
     @property
+    def held(self) -> torch.dtype:
+        """What codes are in memory."""
+        return torch.int8 if self.bits == 4 else torch.float8_e4m3fn
+
+    @property
     def top(self) -> float:
         """The largest code."""
         return float(E2M1[-1]) if self.bits == 4 else FP8_MAX
-
-    @property
-    def free_scales(self) -> bool:
-        """Eight bits are coarse."""
-        return False
 
     def weight(self, codes: torch.Tensor, scale: torch.Tensor) -> BlockWeight:
         """codes: int8 or float8_e4m3fn [rows, columns]; scale: bytes, [rows, blocks]."""
@@ -108,11 +110,7 @@ class BlockGrid:
         reach = self.reach(grouped.abs().amax(-1))
         if not search:
             return reach
-        cost = torch.ones(weight.shape[1], device=weight.device) if importance is None else importance.float()
-        cost = cost.reshape(-1, self.size)
-        cost = cost / cost.mean(-1, keepdim=True).clamp(min=1e-30)
-        # A block that nothing reads is still to be rounded sensibly.
-        cost = torch.where(cost.sum(-1, keepdim=True) > 0, cost, torch.ones_like(cost))
+        cost = group_costs(weight, importance, self.size)
         best, least = reach, torch.full(reach.shape, torch.inf, device=weight.device)
         codes = torch.empty_like(grouped)
         for step in (0, *range(-3, 0), *range(1, 7)) if self.whole is not None else (0, -1, 1):

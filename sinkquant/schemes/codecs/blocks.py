@@ -1,4 +1,4 @@
-"""Floating-point weights in blocks: rounding to nearest, and compressed-tensors' tensors of them."""
+"""Floating-point weights in blocks: compressed-tensors' tensors of them."""
 
 from __future__ import annotations
 
@@ -10,26 +10,6 @@ import torch
 from sinkquant.schemes import WeightFormat
 from sinkquant.schemes.codecs.block_scales import E2M1, FP8_MAX, BlockGrid, BlockWeight
 from sinkquant.schemes.codecs.codec import Codec, Leaves, StoredWeight
-from sinkquant.schemes.codecs.packed import row_chunks
-
-
-@dataclass(frozen=True)
-class NearestInBlocks:
-    """Every weight goes to the nearest code under the scale of its block."""
-
-    grid: BlockGrid
-    scale_search: bool = True
-
-    def quantize(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> BlockWeight:
-        """weight: float [rows, columns]; importance: [columns], the diagonal of the Hessian, or None."""
-        kind = torch.int8 if self.grid.bits == 4 else torch.float8_e4m3fn
-        codes, scales = torch.empty(weight.shape, dtype=kind, device=weight.device), []
-        for rows in row_chunks(weight):
-            part = weight[rows].float()
-            scales.append(self.grid.scales(part, importance, self.scale_search))
-            real = part.unflatten(1, (-1, self.grid.size)) / self.grid.spread(scales[-1])[..., None]
-            codes[rows] = self.grid.nearest_(real).flatten(1).to(kind)
-        return self.grid.weight(codes, torch.cat(scales))
 
 
 @dataclass(frozen=True)
@@ -41,11 +21,6 @@ class BlockCodec(Codec):
         become a 6 (arXiv 2512.02010): what engines divide the scales of blocks by."""
         largest = torch.stack([weight.abs().max() for weight in weights]).max().float().reshape(1)
         return (FP8_MAX * 4 / largest.clamp(min=2.0**-100)).cpu()
-
-    def nearest(self, form: WeightFormat, scale_dtype: torch.dtype, scale_search: bool,
-                fused_scale: torch.Tensor | None = None) -> NearestInBlocks:
-        """To the nearest floating-point number."""
-        return NearestInBlocks(self.grid(form, scale_dtype, fused_scale), scale_search)
 
     def grid(self, form: WeightFormat, scale_dtype: torch.dtype, fused_scale: torch.Tensor | None = None) -> BlockGrid:
         """E2M1 or E4M3, and the scales of blocks."""

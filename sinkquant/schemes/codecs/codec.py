@@ -5,15 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 from torch import nn
 
 from sinkquant.schemes import Scheme, WeightFormat
 from sinkquant.schemes.codecs.files import Files
-from sinkquant.schemes.codecs.grid import Grid
+from sinkquant.schemes.codecs.grid import Grid, IntegerGrid
 from sinkquant.schemes.codecs.packed import PackedWeight
+from sinkquant.schemes.codecs.rtn import Nearest
 
 Leaves = dict[str, torch.Tensor]
 """The tensors of a linear, by what follows the module's name on disk."""
@@ -40,13 +41,6 @@ class LibraryWeight:
 
 StoredWeight = PackedWeight | LibraryWeight
 """Codes that one of our methods chose, or a library's."""
-
-
-class Nearest(Protocol):
-    """Rounding to nearest."""
-
-    def quantize(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> PackedWeight:
-        """weight: float [rows, columns]; importance: [columns], the diagonal of the Hessian, or None."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +70,12 @@ class Codec(ABC):
             scale_search: scales with the least squared error instead of those that reach the largest weight.
             fused_scale: what `fused_scale` gives, in schemes that have one.
         """
-        raise NotImplementedError
+        return Nearest(self.grid(form, scale_dtype, fused_scale), scale_search)
 
     def grid(self, form: WeightFormat, scale_dtype: torch.dtype, fused_scale: torch.Tensor | None = None) -> Grid:
-        """The numbers that a weight may take; of schemes with a `grid`. Arguments as `nearest` has them."""
-        raise NotImplementedError
+        """The numbers that a weight may take, of schemes whose codes our methods choose: integers, unless a format has
+        others. Arguments as `nearest` has them."""
+        return IntegerGrid(form.bits, scale_dtype, form.group_size or -1)
 
     def fused_scale(self, weights: Sequence[torch.Tensor]) -> torch.Tensor:
         """The scale of a whole tensor that linears which engines fuse share, float32 [1]; of schemes with a

@@ -15,15 +15,14 @@ from sinkquant.models.gguf_index import FILE
 from sinkquant.models.gguf_tensors import in_models_order
 from sinkquant.models.shards import StoredTensor
 from sinkquant.schemes import WeightFormat, scheme_of
-from sinkquant.schemes.codecs.codec import Codec, Leaves, Nearest, StoredWeight
+from sinkquant.schemes.codecs.codec import Codec, Leaves, StoredWeight
 from sinkquant.schemes.codecs.files import LibraryFiles, kept_linears
 from sinkquant.schemes.codecs.ggml_blocks import from_blocks, to_blocks
 from sinkquant.schemes.codecs.gguf_writer import write_file
-from sinkquant.schemes.codecs.grid import Grid, IntegerGrid
+from sinkquant.schemes.codecs.grid import Grid
 from sinkquant.schemes.codecs.packed import PackedWeight
-from sinkquant.schemes.codecs.rtn import RTN
-from sinkquant.schemes.codecs.table_grid import IQ4_NL, NearestInTable, TableGrid
-from sinkquant.schemes.codecs.zeros import NearestZeros, ZeroGrid, ZeroWeight
+from sinkquant.schemes.codecs.table_grid import IQ4_NL, TableGrid
+from sinkquant.schemes.codecs.zeros import ZeroGrid, ZeroWeight
 from sinkquant.schemes.gguf import BACKEND
 from sinkquant.schemes.gguf.names import CODES
 from sinkquant.schemes.gguf.scheme import BLOCK, GGUF, Blocks, holding
@@ -54,22 +53,12 @@ class GGMLCodec(Codec):
                 codes = (codes + 2 ** (form.bits - 1)).to(torch.uint8)
         return {self._kind(form): to_blocks(codes, form.bits, numbers)}
 
-    def nearest(self, form: WeightFormat, scale_dtype: torch.dtype, scale_search: bool,
-                fused_scale: torch.Tensor | None = None) -> Nearest:
-        """To the nearest number."""
-        grid = self.grid(form, scale_dtype)
-        if isinstance(grid, ZeroGrid):
-            return NearestZeros(grid, scale_search)
-        if isinstance(grid, TableGrid):
-            return NearestInTable(grid, scale_search)
-        return RTN(form.bits, form.group_size or -1, scale_dtype, scale_search)
-
     def grid(self, form: WeightFormat, scale_dtype: torch.dtype, fused_scale: torch.Tensor | None = None) -> Grid:
         """Whole numbers, from a zero point of the group on where the kind has them, or those of a table."""
         size = form.group_size or -1
         if self._zeros(form):
             return ZeroGrid(form.bits, size, digits=min(MOST_DIGITS, DIGITS - form.bits))
-        return TableGrid(IQ4_NL, size) if self._curved(form) else IntegerGrid(form.bits, scale_dtype)
+        return TableGrid(IQ4_NL, size) if self._curved(form) else super().grid(form, scale_dtype)
 
     def decode(self, leaves: Leaves, form: WeightFormat, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """number * scale, and the least value added where there is one, [rows, columns] in `dtype`."""

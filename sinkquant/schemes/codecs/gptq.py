@@ -16,12 +16,11 @@ from sinkquant.artifacts import Plan
 from sinkquant.errors import RequestError
 from sinkquant.models.shards import StoredTensor
 from sinkquant.schemes import WeightFormat, scheme_of
-from sinkquant.schemes.codecs.codec import Codec, Leaves, Nearest, StoredWeight
+from sinkquant.schemes.codecs.codec import Codec, Leaves, StoredWeight
 from sinkquant.schemes.codecs.files import LibraryFiles, kept_linears
 from sinkquant.schemes.codecs.grid import Grid
 from sinkquant.schemes.codecs.packed import PackedWeight
-from sinkquant.schemes.codecs.rtn import RTN
-from sinkquant.schemes.codecs.zeros import NearestZeros, ZeroGrid, ZeroWeight
+from sinkquant.schemes.codecs.zeros import ZeroGrid, ZeroWeight
 from sinkquant.schemes.gptq import BACKEND, GPTQ, LEAST_ZERO, ZEROS
 
 WORD = 32
@@ -49,15 +48,10 @@ class GPTQCodec(Codec):
                 "qzeros": _pack(zeros - 1, weight.bits).T.contiguous(), "scales": scales.T.contiguous(),
                 "g_idx": torch.arange(columns, dtype=torch.int32) // (columns // groups)}
 
-    def nearest(self, form: WeightFormat, scale_dtype: torch.dtype, scale_search: bool,
-                fused_scale: torch.Tensor | None = None) -> Nearest:
-        """To the nearest integer."""
-        if not self.scheme.symmetric:
-            return NearestZeros(ZeroGrid(form.bits, form.group_size or -1, LEAST_ZERO), scale_search)
-        return RTN(form.bits, form.group_size or -1, scale_dtype, scale_search)
-
     def grid(self, form: WeightFormat, scale_dtype: torch.dtype, fused_scale: torch.Tensor | None = None) -> Grid:
-        """Whole numbers, from a zero point of the group on."""
+        """Integers, from a zero point of the group on where they are not symmetric."""
+        if self.scheme.symmetric:
+            return super().grid(form, scale_dtype)
         return ZeroGrid(form.bits, form.group_size or -1, LEAST_ZERO)
 
     def decode(self, leaves: Leaves, form: WeightFormat, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -12,7 +12,11 @@ from sinkquant.schemes.codecs.packed import PackedWeight, group_scales
 
 
 class Grid(Protocol):
-    """Codes times a scale per group. Codes are integers in memory, and scales as they are stored."""
+    """Codes times a scale per group, which is held as it is stored."""
+
+    @property
+    def held(self) -> torch.dtype:
+        """What codes are in memory: int8, or float8_e4m3fn."""
 
     @property
     def free_scales(self) -> bool:
@@ -30,11 +34,11 @@ class Grid(Protocol):
         for what else is stored with a scale."""
 
     def scales(self, weight: torch.Tensor, importance: torch.Tensor | None, search: bool) -> torch.Tensor:
-        """The scales of weights, float32 [rows, columns of a group], as stored [rows, 1]: those that reach the largest,
-        or with `search` those with the least error. importance: [columns], what an error in a column costs."""
+        """The scales of weights, float32 [rows, columns], as stored [rows, groups]: those that reach the largest, or
+        with `search` those with the least error. importance: [columns], what an error in a column costs."""
 
     def weight(self, codes: torch.Tensor, scale: torch.Tensor) -> PackedWeight:
-        """codes: int8 [rows, columns]; scale: as stored, [rows, groups]."""
+        """codes: as they are held, [rows, columns]; scale: as stored, [rows, groups]."""
 
 
 class TunableGrid(Grid, Protocol):
@@ -50,15 +54,13 @@ class TunableGrid(Grid, Protocol):
 
 @dataclass(frozen=True)
 class IntegerGrid:
-    """Integers of so many bits, and 16-bit scales in both signs."""
+    """Integers of so many bits in groups of `size` columns, -1: one group per row; 16-bit scales in both signs."""
 
+    held: ClassVar[torch.dtype] = torch.int8
+    free_scales: ClassVar[bool] = True
     bits: int
     scale_dtype: torch.dtype
-
-    @property
-    def free_scales(self) -> bool:
-        """They are."""
-        return True
+    size: int = -1
 
     def nearest_(self, codes: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
         """Rounded and clamped."""
@@ -81,10 +83,10 @@ class IntegerGrid:
         return storable(spread, self.bits, self.scale_dtype)
 
     def scales(self, weight: torch.Tensor, importance: torch.Tensor | None, search: bool) -> torch.Tensor:
-        """As `searched_scales` or `group_scales` of one group."""
+        """As `searched_scales` or `group_scales`."""
         if search:
-            return searched_scales(weight, self.bits, -1, self.scale_dtype, importance)
-        return group_scales(weight, self.bits, -1, self.scale_dtype)
+            return searched_scales(weight, self.bits, self.size, self.scale_dtype, importance)
+        return group_scales(weight, self.bits, self.size, self.scale_dtype)
 
     def weight(self, codes: torch.Tensor, scale: torch.Tensor) -> PackedWeight:
         """Nothing stands beside the codes."""

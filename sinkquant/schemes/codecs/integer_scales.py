@@ -69,6 +69,16 @@ def least_error(weight: torch.Tensor, importance: torch.Tensor | None, reach: to
     return found
 
 
+def group_costs(weight: torch.Tensor, importance: torch.Tensor | None, size: int) -> torch.Tensor:
+    """What an error in a column costs over the mean of its group, float32 [groups, size]. weight: [rows, columns];
+    importance: [columns], None: all alike."""
+    cost = torch.ones(weight.shape[1], device=weight.device) if importance is None else importance.float()
+    cost = cost.reshape(-1, size)
+    cost = cost / cost.mean(-1, keepdim=True).clamp(min=1e-30)
+    # A group that nothing reads is still to be rounded sensibly.
+    return torch.where(cost.sum(-1, keepdim=True) > 0, cost, torch.ones_like(cost))
+
+
 def storable(scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
     """A scale as it is stored: 16 bits, not zero, and no code times it overflows."""
     info = torch.finfo(dtype)

@@ -10,7 +10,6 @@ from sinkquant.schemes import WeightFormat
 from sinkquant.schemes.codecs.codec import Codec, Leaves, StoredWeight
 from sinkquant.schemes.codecs.outliers import Outliers
 from sinkquant.schemes.codecs.packed import PackedWeight
-from sinkquant.schemes.codecs.rtn import RTN
 from sinkquant.schemes.codecs.words import pack, unpack
 from sinkquant.schemes.integers import bytewise
 
@@ -29,11 +28,6 @@ class IntegerCodec(Codec):
         beside = {} if weight.outliers is None else weight.outliers.tensors()
         return {"weight_packed": pack(weight.codes, weight.bits), "weight_scale": weight.scale,
                 "weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64), **beside} | inputs
-
-    def nearest(self, form: WeightFormat, scale_dtype: torch.dtype, scale_search: bool,
-                fused_scale: torch.Tensor | None = None) -> RTN:
-        """To the nearest integer."""
-        return RTN(form.bits, form.group_size or -1, scale_dtype, scale_search)
 
     def decode(self, leaves: Leaves, form: WeightFormat, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """code * scale, and what stands beside it, [rows, columns] in `dtype`."""

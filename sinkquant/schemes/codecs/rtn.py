@@ -1,4 +1,4 @@
-"""Round to nearest."""
+"""Round to nearest, in any number format."""
 
 from __future__ import annotations
 
@@ -6,31 +6,33 @@ from dataclasses import dataclass
 
 import torch
 
-from sinkquant.schemes.codecs.integer_scales import searched_scales
-from sinkquant.schemes.codecs.packed import PackedWeight, group_scales, row_chunks, to_codes
+from sinkquant.schemes.codecs.grid import Grid, IntegerGrid
+from sinkquant.schemes.codecs.packed import PackedWeight, row_chunks
 
 
 @dataclass(frozen=True)
-class RTN:
-    """Every weight goes to the nearest code of its group's grid; needs no calibration.
+class Nearest:
+    """Every weight goes to the nearest code of its group; needs no calibration.
 
-    With `scale_search` the grid is the one with the least squared error, each column weighted by the mean square of
-    its inputs where calibration gives it.
+    With `scale_search` scales are those with the least squared error, each column weighted by the mean square of its
+    inputs where calibration gives it.
     """
 
-    bits: int
-    group_size: int
-    scale_dtype: torch.dtype = torch.bfloat16
+    grid: Grid
     scale_search: bool = True
 
     def quantize(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> PackedWeight:
         """weight: float [rows, columns]; importance: [columns], the diagonal of the Hessian, or None."""
-        codes, scales = torch.empty(weight.shape, dtype=torch.int8, device=weight.device), []
+        codes, scales = torch.empty(weight.shape, dtype=self.grid.held, device=weight.device), []
         for rows in row_chunks(weight):
-            if self.scale_search:
-                part = searched_scales(weight[rows], self.bits, self.group_size, self.scale_dtype, importance)
-            else:
-                part = group_scales(weight[rows], self.bits, self.group_size, self.scale_dtype)
-            scales.append(part)
-            codes[rows] = to_codes(weight[rows], part, self.bits)
-        return PackedWeight(codes, torch.cat(scales), self.bits)
+            part = weight[rows].float()
+            scale = self.grid.scales(part, importance, self.scale_search)
+            real = part.unflatten(1, (scale.shape[1], -1)) / self.grid.spread(scale)[..., None]
+            codes[rows] = self.grid.nearest_(real, scale[..., None]).flatten(1).to(self.grid.held)
+            scales.append(scale)
+        return self.grid.weight(codes, torch.cat(scales))
+
+
+def rtn(bits: int, group_size: int, scale_dtype: torch.dtype = torch.bfloat16, scale_search: bool = True) -> Nearest:
+    """To integers, in groups of so many columns; -1: one group per row."""
+    return Nearest(IntegerGrid(bits, scale_dtype, group_size), scale_search)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from sinkquant.schemes.codecs.integer_scales import least_error, storable
-from sinkquant.schemes.codecs.packed import PackedWeight, row_chunks
+from sinkquant.schemes.codecs.packed import PackedWeight
 
 IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """The numbers of IQ4_NL, by their codes in the file."""
@@ -26,13 +27,10 @@ REACH = 128
 class TableGrid:
     """Whole numbers between -128 and 127, ascending, in groups of `size` columns, -1: one group per row."""
 
+    held: ClassVar[torch.dtype] = torch.int8
+    free_scales: ClassVar[bool] = True
     numbers: tuple[int, ...]
     size: int
-
-    @property
-    def free_scales(self) -> bool:
-        """They are fine."""
-        return True
 
     def nearest_(self, codes: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
         """Round to the nearest number of the table in place."""
@@ -58,23 +56,6 @@ class TableGrid:
     def weight(self, codes: torch.Tensor, scale: torch.Tensor) -> PackedWeight:
         """codes: numbers of the table, int8 [rows, columns]; scale: float16 [rows, groups]."""
         return PackedWeight(codes, scale, (len(self.numbers) - 1).bit_length())
-
-
-@dataclass(frozen=True)
-class NearestInTable:
-    """Rounding to nearest. `search`: scales with the least error."""
-
-    grid: TableGrid
-    search: bool
-
-    def quantize(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> PackedWeight:
-        """weight: float [rows, columns]; importance: [columns], or None."""
-        codes, scales = torch.empty(weight.shape, dtype=torch.int8, device=weight.device), []
-        for rows in row_chunks(weight):
-            scales.append(self.grid.scales(weight[rows], importance, self.search))
-            grouped = weight[rows].float().unflatten(1, (scales[-1].shape[1], -1)) / scales[-1].float()[..., None]
-            codes[rows] = self.grid.nearest_(grouped).flatten(1).to(torch.int8)
-        return self.grid.weight(codes, torch.cat(scales))
 
 
 @functools.lru_cache(maxsize=4)  # GPTQ asks for every column

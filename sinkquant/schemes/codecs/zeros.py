@@ -9,10 +9,12 @@ which is what a GGUF block stores as its least value, is exact in float16, which
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from sinkquant.schemes.codecs.packed import PackedWeight, row_chunks
+from sinkquant.schemes.codecs.integer_scales import group_costs
+from sinkquant.schemes.codecs.packed import PackedWeight
 
 SHARES = (0.55, 0.65, 0.75, 0.82, 0.88, 0.94, 1.0, 1.06)
 """The grid of the search, as shares of the scale that reaches from the least to the largest weight."""
@@ -28,15 +30,12 @@ class ZeroGrid:
     """Codes of so many bits in groups of `size` columns, -1: one group per row. `least`: the smallest zero point that
     the files can hold. `digits`: significant bits of a scale."""
 
+    held: ClassVar[torch.dtype] = torch.int8
+    free_scales: ClassVar[bool] = True
     bits: int
     size: int
     least: int = 0
     digits: int = 7
-
-    @property
-    def free_scales(self) -> bool:
-        """They are fine."""
-        return True
 
     @property
     def top(self) -> int:
@@ -87,11 +86,7 @@ class ZeroGrid:
         best = self.word(span / self.top, center)
         if not search:
             return best
-        cost = torch.ones(weight.shape[1], device=weight.device) if importance is None else importance.float()
-        cost = cost.reshape(-1, size)
-        cost = cost / cost.mean(-1, keepdim=True).clamp(min=1e-30)
-        # A group that nothing reads is still to be rounded sensibly.
-        cost = torch.where(cost.sum(-1, keepdim=True) > 0, cost, torch.ones_like(cost))
+        cost = group_costs(weight, importance, size)
         codes = torch.empty_like(grouped)
         least = self._error(grouped, best, cost, codes)
         for share in SHARES:
@@ -107,16 +102,6 @@ class ZeroGrid:
     def weight(self, codes: torch.Tensor, scale: torch.Tensor) -> ZeroWeight:
         """codes: int8 [rows, columns], less their zero points; scale: words, [rows, groups]."""
         return ZeroWeight(codes, scale, self.bits)
-
-    def quantize(self, weight: torch.Tensor, importance: torch.Tensor | None = None, search: bool = True) -> ZeroWeight:
-        """Every weight, float [rows, columns], to the nearest code of its group."""
-        codes, words = torch.empty(weight.shape, dtype=torch.int8, device=weight.device), []
-        for rows in row_chunks(weight):
-            part = self.scales(weight[rows], importance, search)
-            grouped = weight[rows].float().unflatten(1, (part.shape[1], -1)) / self.spread(part)[..., None]
-            codes[rows] = self.nearest_(grouped, part[..., None]).flatten(1).to(torch.int8)
-            words.append(part)
-        return self.weight(codes, torch.cat(words))
 
     def _better(self, grouped: torch.Tensor, words: torch.Tensor, cost: torch.Tensor, codes: torch.Tensor,
                 best: torch.Tensor, least: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,15 +134,3 @@ class ZeroWeight(PackedWeight):
         zero = self.grid.zero(self.scale)
         spread = zero.repeat_interleave(self.codes.shape[1] // zero.shape[1], 1)
         return (self.codes.to(torch.int32) + spread).to(torch.uint8), self.spread().to(torch.float16), zero
-
-
-@dataclass(frozen=True)
-class NearestZeros:
-    """Rounding to nearest. `search`: scales with the least error."""
-
-    grid: ZeroGrid
-    search: bool
-
-    def quantize(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> ZeroWeight:
-        """weight: float [rows, columns]; importance: [columns], or None."""
-        return self.grid.quantize(weight, importance, self.search)

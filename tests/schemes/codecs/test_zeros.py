@@ -13,7 +13,7 @@ from sinkquant.policy import make_plan
 from sinkquant.quantize.gptq import GPTQ
 from sinkquant.schemes import WeightFormat, gptq
 from sinkquant.schemes.codecs import codec_of
-from sinkquant.schemes.codecs.rtn import RTN
+from sinkquant.schemes.codecs.rtn import Nearest, rtn
 from sinkquant.schemes.codecs.zeros import ZeroGrid, ZeroWeight
 
 
@@ -47,8 +47,9 @@ def test_searched_scales_leave_less_and_zero_points_pay_where_groups_are_off_cen
             return float(((dense - weight).square() * importance).sum())
 
         grid = ZeroGrid(bits, 32)
-        plain, searched = (error(grid.quantize(weight, importance, search).dequantized()) for search in (False, True))
-        symmetric = error(RTN(bits, 32).quantize(weight, importance).dequantized())
+        plain, searched = (error(Nearest(grid, search).quantize(weight, importance).dequantized())
+                           for search in (False, True))
+        symmetric = error(rtn(bits, 32).quantize(weight, importance).dequantized())
         assert searched < 0.97 * plain
         assert searched < (0.8 if shift else 1.1) * symmetric
 
@@ -76,7 +77,7 @@ def test_gptq_and_descent_keep_to_the_numbers_of_a_group(kept: bool) -> None:
         assert torch.equal(again, packed.dequantized())
         if mask is not None:
             assert not again[~mask].any()
-    assert loss(made[1]) < loss(made[0]) < loss(grid.quantize(target, hessian.diagonal()))
+    assert loss(made[1]) < loss(made[0]) < loss(Nearest(grid).quantize(target, hessian.diagonal()))
 
 
 def test_zero_points_take_no_bytes_in_gptqs_files_and_are_read_as_written() -> None:

@@ -10,8 +10,8 @@ from gguf.quants import dequantize, quantize
 from sinkquant.quantize.gptq import GPTQ
 from sinkquant.schemes import WeightFormat
 from sinkquant.schemes.codecs import codec_of
-from sinkquant.schemes.codecs.rtn import RTN
-from sinkquant.schemes.codecs.table_grid import IQ4_NL, NearestInTable, TableGrid
+from sinkquant.schemes.codecs.rtn import Nearest, rtn
+from sinkquant.schemes.codecs.table_grid import IQ4_NL, TableGrid
 from sinkquant.schemes.gguf import GGUF, Blocks
 
 ROWS, COLUMNS = 24, 128
@@ -50,10 +50,10 @@ def test_closer_numbers_around_zero_leave_less() -> None:
     def error(dense: torch.Tensor) -> float:
         return float(((dense - weight).square() * importance).sum())
 
-    plain, searched = (error(NearestInTable(grid, search).quantize(weight, importance).dequantized())
+    plain, searched = (error(Nearest(grid, search).quantize(weight, importance).dequantized())
                        for search in (False, True))
     assert searched < 0.97 * plain
-    assert searched < 0.9 * error(RTN(4, 32, torch.float16).quantize(weight, importance).dequantized())
+    assert searched < 0.9 * error(rtn(4, 32, torch.float16).quantize(weight, importance).dequantized())
 
 
 def test_gptq_and_descent_keep_to_the_table() -> None:
@@ -68,5 +68,5 @@ def test_gptq_and_descent_keep_to_the_table() -> None:
     for packed in solved:
         assert torch.isin(packed.codes, torch.tensor(IQ4_NL, dtype=torch.int8)).all()
         assert packed.scale.dtype == torch.float16
-    nearest = NearestInTable(grid, True).quantize(weight, hessian.diagonal())
+    nearest = Nearest(grid, True).quantize(weight, hessian.diagonal())
     assert loss(solved[1].dequantized()) < loss(solved[0].dequantized()) < loss(nearest.dequantized())
