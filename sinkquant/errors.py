@@ -14,3 +14,8 @@ class RequestError(SinkquantError):
     """The request itself is wrong: a recipe key, an argument, a model that is not supported."""
 
     exit_code = 2
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says in its first line, as a part of a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -13,7 +13,6 @@ from sinkquant.artifacts import ModelShape
 from sinkquant.artifacts.sizes import own_format
 from sinkquant.cache.read_native import native_or_why
 from sinkquant.detect.table import AttentionTable
-from sinkquant.doctor.processor import instructions
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, Walk, adds_bos, read_text, starts_with_bos, together, token_rows
 from sinkquant.policy.engines import loads_in
@@ -210,3 +209,9 @@ def _worth_of_bos(walks: dict[str, Walk], tokenizer: PreTrainedTokenizerBase, au
                               "set calibration.bos=always and check how it is served.")
     if not torch.isfinite(torch.tensor(worth)):
         audit.warnings.append("the loss is not finite.")
+
+
+def instructions() -> frozenset[str]:
+    """As `Loads.instructions` names them."""
+    has = {"AVX-512": torch.cpu._is_avx512_supported(), "VNNI": torch.cpu._is_vnni_supported()}
+    return frozenset(name for name, there in has.items() if there)

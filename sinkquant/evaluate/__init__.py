@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from sinkquant.evaluate.candidate import BASELINE, Candidate
+from sinkquant.evaluate.candidate import BASELINE, Candidate, TaskResult
 from sinkquant.evaluate.divergence import (
     Divergence,
     TokenFigures,
@@ -14,7 +14,6 @@ from sinkquant.evaluate.divergence import (
 from sinkquant.evaluate.evaluate import Compare, evaluate
 from sinkquant.evaluate.forecasts import forecasts_of_plans, forecasts_of_run
 from sinkquant.evaluate.requests import require_tasks_possible
-from sinkquant.evaluate.results import TaskResult
 from sinkquant.evaluate.statistics import paired_difference
 from sinkquant.evaluate.tasks import LOCAL_TASKS, build_tasks
 from sinkquant.lazy import make_lazy

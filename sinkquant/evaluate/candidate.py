@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
-from sinkquant.artifacts import KVCachePlan
+from sinkquant.artifacts import KVCachePlan, Measure
 from sinkquant.artifacts.report import PositionLoss
-from sinkquant.evaluate.results import TaskResult
+from sinkquant.evaluate.statistics import Samples
 
 BASELINE = "unquantized"
 DECIDED = (("control", "sink_aware"), ("pruned_control", "pruned"), ("weights_control", "weights"),
@@ -40,3 +40,21 @@ class Candidate:
     divergences: list[float] = field(default_factory=list)
     by_position: list[list[float]] = field(default_factory=list)
     continued: list[PositionLoss] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One task of one model.
+
+    Attributes:
+        measures: metric -> value and standard error. Metrics behind a filter of lm-eval are named "metric,filter".
+        samples: metric -> (numerators, denominators) per document, for paired statistics; metrics that are not a
+            function of the ratio of their sums have none.
+        higher_is_better: by metric.
+        documents: how many were scored.
+    """
+
+    measures: dict[str, Measure]
+    samples: dict[str, Samples]
+    higher_is_better: dict[str, bool] = field(default_factory=dict)
+    documents: int = 0

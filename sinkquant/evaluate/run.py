@@ -23,9 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import KVCachePlan, Measure
 from sinkquant.errors import RequestError
-from sinkquant.evaluate.cached import CachedSinkLM
-from sinkquant.evaluate.harness import SinkLM
-from sinkquant.evaluate.results import TaskResult
+from sinkquant.evaluate.candidate import TaskResult
+from sinkquant.evaluate.harness import CachedSinkLM, SinkLM
 from sinkquant.evaluate.statistics import Samples, standard_error, value_of
 from sinkquant.evaluate.task_files import unknown_task
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from sinkquant.artifacts.explanation import MassiveChange
 from sinkquant.models import Decoder
-from sinkquant.models.hooks import hooked
+from sinkquant.models.hooks import computing, hooked
 
 SHOWN = 4
 Stream = list[list[torch.Tensor]]
@@ -63,13 +63,8 @@ def from_block(model: PreTrainedModel, stream: Stream, first: int) -> Iterator[N
     def given(*_: Any, **__: Any) -> torch.Tensor:
         return next(turn)[first - 1]
 
-    try:
-        for block in blocks:
-            block.forward = given if block is blocks[-1] else passed
+    with computing((block, given if block is blocks[-1] else passed) for block in blocks):
         yield
-    finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)
 
 
 def massive_changes(before: Stream, after: Stream, ratio: float) -> list[MassiveChange]:

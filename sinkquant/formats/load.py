@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan, SinkMap
 from sinkquant.cache import Bases, Prefix, install, load_bases, load_prefix
-from sinkquant.errors import RequestError
+from sinkquant.errors import RequestError, first_line
 from sinkquant.formats.opened import InputRounding, check_readable, plain, read_json, require_complete
 from sinkquant.formats.own import METHOD, made_dense
 from sinkquant.formats.packed import load_packed
@@ -110,8 +110,7 @@ def load_dense(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu
                 elif model.hf_quantizer.quantization_config.is_quantization_compressed:
                     model.hf_quantizer.compressor.decompress_model(model)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise RequestError(f"{path} is a {method} checkpoint that cannot be loaded: {reason}.") from error
+        raise RequestError(f"{path} is a {method} checkpoint that cannot be loaded: {first_line(error)}.") from error
     inputs = InputRounding()
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding):

@@ -13,7 +13,7 @@ from accelerate.utils import get_balanced_memory, get_max_memory
 from compressed_tensors.offload.dispatch import remove_dispatch
 from transformers import PreTrainedModel
 
-from sinkquant.errors import RequestError
+from sinkquant.errors import RequestError, first_line
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 DeviceMap = str | Mapping[str, int | str | torch.device]
@@ -71,8 +71,7 @@ class Placement:
             return dispatch_model(model, found, offload_dir=self.offload_folder, offload_buffers=packed,
                                   skip_keys=model._skip_keys_device_placement)
         except (ValueError, KeyError, RuntimeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise RequestError(f"accelerate does not carry out the device map: {reason}.") from error
+            raise RequestError(f"accelerate does not carry out the device map: {first_line(error)}.") from error
 
     def _solved(self, model: PreTrainedModel) -> dict[str, Any]:
         """Module name -> device, as transformers lets accelerate work it out."""

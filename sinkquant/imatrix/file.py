@@ -1,4 +1,5 @@
-"""llama.cpp's GGUF file of an importance matrix, as its `llama-imatrix` writes it and `llama-quantize` reads it."""
+"""llama.cpp's GGUF file of an importance matrix, as its `llama-imatrix` writes it and `llama-quantize` reads it, and
+what it calls the matrices of a block: the same in every architecture that it has."""
 
 from __future__ import annotations
 
@@ -9,7 +10,25 @@ from pathlib import Path
 
 import torch
 
+from sinkquant.errors import RequestError
+from sinkquant.models import Decoder
+from sinkquant.models.decoder import ROUTER
 from sinkquant.schemes.gguf.layout import FileTensor, aligned, head, metadata_bytes
+
+ATTENTION = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "self_attn.qkv_proj": "attn_qkv", "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output", "attention.query_key_value": "attn_qkv", "attention.dense": "attn_output",
+    "self_attn.q_a_proj": "attn_q_a", "self_attn.q_b_proj": "attn_q_b", "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_b_proj": "attn_kv_b"}
+MLP = {
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "mlp.gate_up_proj": "ffn_up",
+    "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down", "mlp.dense_h_to_4h": "ffn_up", "mlp.dense_4h_to_h": "ffn_down"}
+SHARED = {f"mlp.{owner}.{part}_proj": f"ffn_{part}_shexp"
+          for owner in ("shared_expert", "shared_experts") for part in ("gate", "up", "down")}
+TENSORS = ATTENTION | MLP | SHARED
+EXPERTS = {"up": ("ffn_gate_exps", "ffn_up_exps"), "down": ("ffn_down_exps",)}
+"""What an expert's projections read -> the tensors, of all experts of a layer, that read it."""
 
 
 @dataclass(frozen=True)
@@ -51,3 +70,27 @@ def write_importance(path: Path, found: Mapping[str, Importance], texts: Sequenc
         aside.rename(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def tensor_names(decoder: Decoder) -> dict[str, str]:
+    """Linear -> name of its tensor in a GGUF file, for all that llama.cpp quantizes; routers it leaves alone.
+
+    Raises:
+        RequestError: llama.cpp has no name for a linear here, or experts cannot be told apart.
+    """
+    found = {}
+    for name in decoder.linears:
+        if ROUTER.search(name):
+            continue
+        index = decoder.block_of(name)
+        short = TENSORS.get(name.removeprefix(f"{decoder.block_names[index]}."))
+        if short is None:
+            raise RequestError(f"llama.cpp's name for {name} of {type(decoder.model).__name__} is not known here, so "
+                               "that no importance matrix can be written; use llama-imatrix.")
+        found[name] = f"blk.{index}.{short}.weight"
+    return found
+
+
+def expert_names(block: int, role: str) -> list[str]:
+    """The tensors of a block's experts that read the same. role: of `ExpertLinear`."""
+    return [f"blk.{block}.{short}.weight" for short in EXPERTS[role]]

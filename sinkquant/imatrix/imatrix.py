@@ -14,8 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import LinearShape, SinkMap
 from sinkquant.errors import RequestError, SinkquantError
-from sinkquant.imatrix.file import Importance, write_importance
-from sinkquant.imatrix.names import expert_names, tensor_names
+from sinkquant.imatrix.file import Importance, expert_names, tensor_names, write_importance
 from sinkquant.models import ActivationStore, Decoder, Step, Walk, pick_device, read_text, token_rows
 from sinkquant.models.decoder import require_dense, weight_matrix
 from sinkquant.models.experts import fused_parameters

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import torch
 
-from sinkquant.errors import RequestError
+from sinkquant.errors import RequestError, first_line
 from sinkquant.models.dequantized import copy_files, model_key
 from sinkquant.models.folder import ADAPTER, check_folder, read_settings, weight_files
 from sinkquant.models.gguf import SOURCE_FOLDER
@@ -103,8 +103,7 @@ def _merge(folder: Path, base: Path, aside: Path, settings: dict[str, Any], trus
     except RequestError:
         raise
     except Exception as error:  # peft and transformers refuse in many ways
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise RequestError(f"peft cannot merge {folder} into {base}: {reason}.") from error
+        raise RequestError(f"peft cannot merge {folder} into {base}: {first_line(error)}.") from error
     made = (aside / "config.json").read_bytes()
     copy_files(base, aside)
     (aside / "config.json").write_bytes(made)

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from sinkquant.errors import RequestError
+from sinkquant.errors import RequestError, first_line
 from sinkquant.resources import demo_text
 
 DOCUMENT_SEPARATOR = "<|doc|>"
@@ -193,8 +193,7 @@ def _data_set(name: str, split: Split) -> bytes:
             if size >= HUB_CHARACTERS:
                 break
     except Exception as error:  # the hub, the network, builders and readers each raise their own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise RequestError(f"the {split} text {HUB}{name} cannot be read by datasets: {reason}; give a file "
+        raise RequestError(f"the {split} text {HUB}{name} cannot be read by datasets: {first_line(error)}; give a file "
                            "instead.") from error
     return "\n".join(lines).encode()
 
@@ -313,8 +312,7 @@ def _chat(messages: list[Any], what: str, tokenizer: PreTrainedTokenizerBase | N
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # a template is a program, and raises what it wants
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise RequestError(f"{what} cannot be written by the model's chat template: {reason}.") from error
+        raise RequestError(f"{what} cannot be written by the model's chat template: {first_line(error)}.") from error
     while tokenizer.bos_token and text.lstrip().startswith(tokenizer.bos_token):
         text = text.lstrip().removeprefix(tokenizer.bos_token)
     return text

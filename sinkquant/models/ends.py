@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sinkquant.models.decoder import Decoder
+from sinkquant.models.hooks import computing
 from sinkquant.models.placement import compute_in
 
 HEAD_VALUES = 1 << 25
@@ -45,13 +46,12 @@ def token_table(decoder: Decoder, rows: torch.Tensor, device: str, dtype: torch.
     def find(tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return look_up(torch.searchsorted(ids, tokens.contiguous()), *args, **kwargs)
 
-    embedding.forward = find
     try:
-        yield
+        with computing([(embedding, find)]):
+            yield
     finally:
         embedding._parameters["weight"] = weight
         embedding.padding_idx = padding
-        embedding.__dict__.pop("forward", None)
 
 
 def next_token_losses(decoder: Decoder, rows: torch.Tensor, logits: Callable[[torch.Tensor], torch.Tensor],

@@ -8,17 +8,14 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import os
-import shutil
-import uuid
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import psutil
-from huggingface_hub import cached_assets_path
 
-from sinkquant.errors import RequestError, SinkquantError
+from sinkquant.errors import RequestError, first_line
+from sinkquant.models.kept import kept
 
 SUFFIX = ".gguf"
 SOURCE = "gguf_source.json"
@@ -51,33 +48,15 @@ def unpacked(path: Path) -> Path:
         RequestError: the file is cut, is no GGUF file, or is one that transformers cannot read.
         SinkquantError: there is no room for the folder.
     """
-    try:
-        place = Path(cached_assets_path("sinkquant", namespace="gguf")) / _key(path)
-        if (place / SOURCE).is_file():
-            return place
+    def make(aside: Path) -> dict[str, Any]:
         types = _types(path)
         dtype = next((kind for name, kind in PLAIN.items() if set(types) == {name}), "bfloat16")
         if set(types) == {"F32", "F16"}:  # norms are in 32 bits in every file
             dtype = "float16"
-        aside = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise SinkquantError(f"cannot keep what {path} is unpacked to: {error.strerror or error}; set HF_HOME to a "
-                             "folder with room.") from error
-    try:
         _convert(path, aside, dtype)
-        source = {"file": path.name, "types": dict(sorted(types.items())), "dtype": dtype}
-        (aside / SOURCE).write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
-        for file in aside.iterdir():  # the same model has the same files, whenever it is unpacked
-            os.utime(file, ns=(path.stat().st_mtime_ns, path.stat().st_mtime_ns))
-        if not place.exists():
-            aside.rename(place)
-    except OSError as error:
-        raise SinkquantError(f"cannot unpack {path} to {place}: {error.strerror or error}; set HF_HOME to a folder "
-                             "with room.") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return place
+        return {"file": path.name, "types": dict(sorted(types.items())), "dtype": dtype}
+
+    return kept("gguf", _key(path), SOURCE, path.stat().st_mtime_ns, make, f"keep what {path} is unpacked to")
 
 
 def source_notes(folder: Path | None) -> list[str]:
@@ -149,8 +128,7 @@ def _convert(path: Path, folder: Path, dtype: str) -> None:
                 path.parent, dtype=dtype, quantization_config=GgufConfig(dequantize=True), output_loading_info=True,
                 **given)
     except Exception as error:  # architecture, tokenizer and tensors each fail in their own way
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise RequestError(f"transformers cannot read {path}: {reason}.") from error
+        raise RequestError(f"transformers cannot read {path}: {first_line(error)}.") from error
     if info["missing_keys"]:
         raise RequestError(f"transformers cannot read {path}: it finds no {sorted(info['missing_keys'])[0]} there.")
     if getattr(model.config, "quantization_config", None) is not None:

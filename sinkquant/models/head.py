@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from sinkquant.models.decoder import Decoder
 from sinkquant.models.ends import outside_modules, token_table
+from sinkquant.models.hooks import computing
 from sinkquant.models.placement import compute_in
 from sinkquant.models.walk import stubbed
 
@@ -30,11 +31,8 @@ def headless(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
         states.append(hidden)
         return hidden[..., :1]
 
-    head.forward = forward
-    try:
+    with computing([(head, forward)]):
         yield states
-    finally:
-        head.__dict__.pop("forward", None)
 
 
 class OutputHead:

@@ -170,18 +170,6 @@ def one_expert(module: nn.Module, index: int, on_disk: ExpertsOnDisk | None) -> 
         yield one, 0
 
 
-@contextlib.contextmanager
-def replaced(experts: Sequence[ExpertsOnDisk]) -> Iterator[None]:
-    """Let these run in place of their modules' own forward."""
-    try:
-        for one in experts:
-            one.module.forward = one.forward
-        yield
-    finally:
-        for one in experts:
-            one.module.__dict__.pop("forward", None)
-
-
 def _adds_up(module: nn.Module) -> bool:
     """Whether transformers gives it the tokens' experts and shares, and every parameter has a slice per expert."""
     known = hasattr(module, "has_gate") and not getattr(module, "has_post_expert_norm", False)

@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from sinkquant.errors import RequestError, SinkquantError
+from sinkquant.errors import RequestError, SinkquantError, first_line
 from sinkquant.models.activations import ActivationStore
 from sinkquant.models.attention import AttentionObserver, observed_attention
 from sinkquant.models.decoder import Decoder
 from sinkquant.models.ends import next_token_losses, outside_modules, token_table
 from sinkquant.models.handed import RoutedTokens, recorded, unobserved
+from sinkquant.models.hooks import computing
 from sinkquant.models.inputs import switch_of
 from sinkquant.models.memory import give_back, map_large
-from sinkquant.models.on_disk import ExpertsOnDisk, find_on_disk, replaced
+from sinkquant.models.on_disk import ExpertsOnDisk, find_on_disk
 from sinkquant.models.placement import compute_in
 
 FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError)
@@ -149,7 +150,7 @@ class Step:
         except FAILURES as error:
             if not _of_the_model(error):
                 raise
-            raise SinkquantError(f"{self.name} fails in its own forward pass ({_first_line(error)}); a number in "
+            raise SinkquantError(f"{self.name} fails in its own forward pass ({first_line(error)}); a number in "
                                  "config.json does not fit this model.") from error
         first = result[0] if isinstance(result, tuple) else result
         # One sum is not finite where any of its values is not; float32 holds that of a batch.
@@ -241,7 +242,7 @@ class Walk:
                     if not _of_the_model(error):
                         raise
                     raise RequestError(f"{type(self.decoder.model).__name__} is not supported: its blocks hand on more "
-                                       f"than hidden states ({_first_line(error)}).") from error
+                                       f"than hidden states ({first_line(error)}).") from error
             recorded.append(list(arguments))
         if len(recorded[0]) != len(self.decoder.blocks):
             raise RequestError(f"{type(self.decoder.model).__name__} is not supported: its forward pass does not call "
@@ -289,7 +290,7 @@ def together(walks: Sequence[Walk]) -> Generator[tuple[Step, ...], None, None]:
                                                                                  walks[0].store)
                 on_disk = {one.owner: one for one in apart}
                 with (decoder.present([block], [one.module for one in apart]), compute_in([block], device, dtype),
-                      replaced(apart)):
+                      computing((one.module, one.forward) for one in apart)):
                     steps = tuple(Step(index, name, block, walk, on_disk=on_disk) for walk in walks)
                     yield steps
                     for walk, step in zip(walks, steps, strict=True):
@@ -339,36 +340,21 @@ def _recorded(decoder: Decoder) -> Iterator[tuple[list[torch.Tensor], list[dict[
                           if key not in ("past_key_values", "use_cache", "output_attentions")})
         return hidden
 
-    with _replaced_forward(decoder, forward):
+    with computing((block, forward) for block in decoder.blocks):
         yield inputs, arguments
 
 
 @contextlib.contextmanager
 def stubbed(decoder: Decoder, hidden: torch.Tensor) -> Iterator[None]:
     """Make every block return the given hidden states, so that only what follows the blocks is computed."""
-    with _replaced_forward(decoder, lambda *_, **__: hidden):
+    with computing((block, lambda *_, **__: hidden) for block in decoder.blocks):
         yield
-
-
-@contextlib.contextmanager
-def _replaced_forward(decoder: Decoder, forward: Any) -> Iterator[None]:
-    try:
-        for block in decoder.blocks:
-            block.forward = forward
-        yield
-    finally:
-        for block in decoder.blocks:
-            block.__dict__.pop("forward", None)
 
 
 def _of_the_model(error: BaseException) -> bool:
     """Whether an error arose in transformers or below, and not in code of this package, nor for want of memory."""
     frames = traceback.extract_tb(error.__traceback__)
     return not isinstance(error, torch.OutOfMemoryError) and not Path(frames[-1].filename).is_relative_to(PACKAGE)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _holds_nan(value: Any) -> bool:

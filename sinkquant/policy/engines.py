@@ -12,8 +12,7 @@ from sinkquant.artifacts.sizes import own_format
 from sinkquant.errors import RequestError
 from sinkquant.policy.rules import Draft
 from sinkquant.schemes import INTEGERS, Scheme, WeightFormat, scheme_of
-from sinkquant.schemes.kv_cache import reads_kv_scales
-from sinkquant.schemes.loads import EXPERTS_BY_NAME
+from sinkquant.schemes.loads import EXPERTS_BY_NAME, reads_kv_scales
 from sinkquant.schemes.registry import SCHEMES
 
 OWN = "sinkquant"

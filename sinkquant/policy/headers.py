@@ -1,12 +1,16 @@
-"""A plan from shapes and recipe alone: no weight is read, nothing is detected."""
+"""What shapes and recipe alone tell: a plan, or what no sink map could make possible. No weight is read, nothing is
+detected."""
 
 from __future__ import annotations
 
 from sinkquant.artifacts import ModelFacts, ModelShape, Plan, SinkMap, TokenizationFacts
-from sinkquant.policy.activations import spares
+from sinkquant.artifacts.distill import require_tunable
+from sinkquant.policy.activations import spares, with_inputs
+from sinkquant.policy.carried import carried
 from sinkquant.policy.edited import accept_edited
 from sinkquant.policy.kv_cache import make_kv_plan
 from sinkquant.policy.plan import choices_of, make_plan
+from sinkquant.policy.rules import base_choices
 from sinkquant.policy.split import check_split
 from sinkquant.recipe import Budget, Recipe
 
@@ -113,3 +117,13 @@ def nothing_found(shape: ModelShape) -> SinkMap:
                                                                rows_start_with_bos=False, rows=0, length=0),
                    sink_rate={}, sink_rate_repeated_token={}, thresholds={}, tokens=[], heads=[], channels=[],
                    super_weights=[], modules={})
+
+
+def require_distill(shape: ModelShape, recipe: Recipe) -> None:
+    """Raises RequestError where `weights.distill` cannot be done on this model; protection changes nothing in that."""
+    if not recipe.weights.distill:
+        return
+    choices = with_inputs(carried(base_choices(shape, recipe), shape, recipe), shape, recipe)
+    prefix = recipe.kv_cache is not None and recipe.kv_cache.prefix != "none"
+    require_tunable({name: choice.form for name, choice in choices.items() if choice.quantized}, shape,
+                    prefix and recipe.activations.format != "16-bit")

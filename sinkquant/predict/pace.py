@@ -17,7 +17,7 @@ from sinkquant.detect.survey import Surveyor
 from sinkquant.methods import need_hessian
 from sinkquant.models import Decoder, Walk, pick_device, together
 from sinkquant.models.experts import fused_parameters
-from sinkquant.quantize import GPTQ, rtn
+from sinkquant.quantize import GPTQ, to_integers
 from sinkquant.recipe import Recipe
 
 OPERATIONS = 1e10
@@ -135,8 +135,8 @@ def _rounded(recipe: Recipe, nearest: bool) -> tuple[float, float]:
     settings = recipe.weights
     columns = 1024 if settings.group_size == -1 else 8 * settings.group_size
     weight = torch.randn(256, columns, generator=torch.Generator().manual_seed(0))
-    rounding = rtn(settings.bits, settings.group_size, scale_search=settings.scale_search)
-    packed = rtn(settings.bits, settings.group_size, scale_search=False).quantize(weight)
+    rounding = to_integers(settings.bits, settings.group_size, scale_search=settings.scale_search)
+    packed = to_integers(settings.bits, settings.group_size, scale_search=False).quantize(weight)
 
     def keep() -> None:
         new = packed.dequantized(torch.bfloat16).float()

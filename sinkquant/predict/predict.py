@@ -16,8 +16,7 @@ from sinkquant.errors import RequestError
 from sinkquant.evaluate.costs import evaluate_bytes, evaluate_seconds
 from sinkquant.models import Decoder, starts_with_bos
 from sinkquant.predict.pace import measure
-from sinkquant.quantize.costs import quantize_bytes, quantize_seconds
-from sinkquant.quantize.refine.costs import distill_bytes
+from sinkquant.quantize.costs import distill_bytes, quantize_bytes, quantize_seconds
 from sinkquant.recipe import Recipe
 from sinkquant.sensitivity.costs import sensitivity_bytes
 

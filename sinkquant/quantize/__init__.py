@@ -8,4 +8,4 @@ from sinkquant.quantize.gptq import GPTQ
 from sinkquant.quantize.state import UNPACKED, QuantizedState, is_quantized, state_of
 from sinkquant.schemes.codecs.outliers import Outliers
 from sinkquant.schemes.codecs.packed import PackedWeight, row_chunks
-from sinkquant.schemes.codecs.rtn import rtn
+from sinkquant.schemes.codecs.rtn import to_integers

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sinkquant.artifacts import LinearShape
-from sinkquant.costs import SPILL_SHARE, Pace, Sizes, by_input
+from sinkquant.costs import KEPT_BY_ALLOCATOR, SPILL_SHARE, Pace, Sizes, by_input
 from sinkquant.methods import method_named, methods_of
 from sinkquant.models import Decoder
 from sinkquant.models.alone import in_groups
 from sinkquant.models.experts import fused_parameters
 from sinkquant.quantize.layer import WAITING
-from sinkquant.quantize.refine.costs import distill_seconds
+from sinkquant.quantize.refine.distill import LOGITS_BYTES
+from sinkquant.quantize.refine.refine import ROWS
 from sinkquant.quantize.rounded import TOGETHER
 
 RELOADED = 1 << 30
@@ -77,3 +78,24 @@ def _read_at_once(decoder: Decoder) -> int:
         groups = [sum(alone[part].weight.numel() for part in group) for group in in_groups(alone, TOGETHER)]
         most = max(most, sum(p.numel() for p in block.parameters()) - fused, *groups)
     return most
+
+
+def distill_bytes(sizes: Sizes) -> float:
+    """Bytes at the worst moment."""
+    settings, tuned = sizes.recipe.calibration, sum(x.parameters for block in sizes.linears for x in block)
+    rows = max(1, min(ROWS, LOGITS_BYTES // (4 * sizes.vocabulary * settings.length)))
+    tokens = rows * settings.length
+    # Dense weights, and of every tuned one its gradient, how far its code has moved, and what it started from.
+    weights = sizes.total * sizes.item + tuned * (sizes.item + 4 + 3) + 24 * sizes.largest
+    states = settings.rows * settings.length * sizes.hidden * sizes.item
+    blocks = len(sizes.linears) * tokens * (6 * sizes.widest + 12 * sizes.hidden) * sizes.item
+    return KEPT_BY_ALLOCATOR * (weights + states + blocks + 7 * 4.0 * tokens * sizes.vocabulary)
+
+
+def distill_seconds(sizes: Sizes, pace: Pace) -> float:
+    """Seconds of all steps, and of the unquantized model's answers before them."""
+    settings = sizes.recipe.calibration
+    tokens, tuned = settings.rows * settings.length, sizes.recipe.weights.distill * ROWS * settings.length
+    head = 2.0 * sizes.vocabulary * sizes.hidden
+    return ((3 * tuned + 2 * tokens) * len(sizes.linears) * pace.plain
+            + (3 * tuned + 4 * tokens) * head * pace.operation)

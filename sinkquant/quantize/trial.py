@@ -25,7 +25,7 @@ from sinkquant.artifacts import Calibration, ModelShape, ModuleDecision, Plan
 from sinkquant.artifacts.ends import EndDecision
 from sinkquant.artifacts.kv_scheme import KVScheme, kv_scale_tensors
 from sinkquant.artifacts.sizes import module_bytes, own_format
-from sinkquant.errors import RequestError
+from sinkquant.errors import RequestError, first_line
 from sinkquant.models import Decoder, cast_experts
 from sinkquant.models.progress import no_progress_bars
 from sinkquant.models.shrunk import shrunk
@@ -74,7 +74,7 @@ def require_loads(decoder: Decoder, shape: ModelShape, formats: Mapping[str, Wei
         config = shrunk(decoder.model.config, layers, unit)
         text = config.to_json_string(use_diff=False)
     except Exception as error:  # every class of configuration refuses in its own way
-        return f"{NOT_SMALLER}its configuration cannot be cut down ({_first_line(error)})"
+        return f"{NOT_SMALLER}its configuration cannot be cut down ({first_line(error)})"
     forms = tuple(sorted((_place(decoder, layers, name), form) for name, form in packed.items()
                          if decoder.block_of(name) in layers))
     kinds: tuple[Any, Any] = (type(decoder.model), type(config))
@@ -125,7 +125,7 @@ def _outcome(kind: type[PreTrainedModel], config_kind: type[Any], config: str,
                      None if cache is None else KVScheme(strategy=cache))  # type: ignore[arg-type]
         _run(model)
     except Exception as error:
-        return f"{NOT_SMALLER}its configuration cannot be cut down ({_first_line(error)})"
+        return f"{NOT_SMALLER}its configuration cannot be cut down ({first_line(error)})"
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is wrong is said in the end, once
         expected = _written(Path(folder), decoder, plan)
@@ -136,7 +136,7 @@ def _outcome(kind: type[PreTrainedModel], config_kind: type[Any], config: str,
             with no_progress_bars():
                 found = read(Path(folder), dtype)
         except Exception as error:  # whatever transformers and the library's hooks raise
-            return f"transformers does not load such a checkpoint of this family ({_first_line(error)})"
+            return f"transformers does not load such a checkpoint of this family ({first_line(error)})"
     if found is None:
         return f"{NOT_SMALLER}{plan.backend} itself cannot be run here"
     for name, tensor in expected.items():
@@ -222,7 +222,3 @@ def _read(kind: type[PreTrainedModel], folder: Path, dtype: torch.dtype) -> dict
 def _run(model: PreTrainedModel) -> None:
     with torch.no_grad():
         model(torch.zeros(1, 1, dtype=torch.long), use_cache=False)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -12,12 +12,11 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from sinkquant.errors import RequestError
 from sinkquant.methods import need_hessian
-from sinkquant.recipe.assignment import read_assignment
 from sinkquant.recipe.budget import LIMITS, Budget, SensitivitySettings
 from sinkquant.recipe.cache import KVCache, KVCacheScheme
 from sinkquant.recipe.explain import explain, near_miss
 from sinkquant.recipe.measuring import CalibrationText, Compute, Detection, Evaluation, Gate
-from sinkquant.recipe.section import Section, Statistics
+from sinkquant.recipe.section import Section, Statistics, read_assignment
 from sinkquant.recipe.weights import Activations, Protect, Prune, Weights
 from sinkquant.resources import recipe_folder
 from sinkquant.schemes import DEFAULT_BACKEND

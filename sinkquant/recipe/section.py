@@ -1,11 +1,14 @@
-"""What the sections of a recipe have in common."""
+"""What the sections of a recipe have in common, and how `--set` names a value in one."""
 
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
+import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from sinkquant.errors import RequestError
 
 
 class Section(BaseModel):
@@ -31,3 +34,40 @@ GroupSize = Annotated[int, Field(ge=-1), AfterValidator(_fits_a_group)]
 Statistics = Literal["all", "boost", "attention", "cap", "exclude"]
 FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
 """What `--set` takes as it stands, not as YAML; `~` is the home folder."""
+
+
+def read_assignment(assignment: str, recipe: type[BaseModel]) -> tuple[list[str], Any]:
+    """The keys that lead to a value, and the value. `recipe`: the model that says which keys take a path.
+
+    Raises:
+        RequestError: there is no "=", or the value is not YAML.
+    """
+    key, equals, value = assignment.partition("=")
+    if not equals:
+        raise RequestError(f"--set {assignment!r} has no '='; write --set weights.bits=3.")
+    path = key.strip().split(".")
+    kinds = _kinds(recipe, path)
+    several = list[FilePath] in kinds and value.strip().startswith("[") and value.strip().endswith("]")
+    if FilePath in kinds and not several:
+        return path, _file(value)
+    try:
+        return path, yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RequestError(f"--set {key}: the value {value!r} is not YAML.") from error
+
+
+def _file(value: str) -> str | None:
+    """A path as it stands, whatever YAML would make of it; quotes around it are YAML's, and null takes it away."""
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        return value[1:-1]
+    return None if value in ("", "null", "~") else value
+
+
+def _kinds(model: type[BaseModel], path: list[str]) -> tuple[Any, ...]:
+    """What the key may hold: the members of its annotation; empty where there is no such key."""
+    field = model.model_fields.get(path[0])
+    kinds = (get_args(field.annotation) or (field.annotation,)) if field else ()
+    if len(path) == 1:
+        return kinds
+    return next((_kinds(kind, path[1:]) for kind in kinds
+                 if isinstance(kind, type) and issubclass(kind, BaseModel)), ())

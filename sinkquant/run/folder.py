@@ -1,11 +1,13 @@
-"""A run's folder while the run goes on: written aside, resumed where it is the same run, renamed at the end."""
+"""A run's folder while the run goes on: locked, written aside, resumed where it is the same run, renamed at the end."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import logging
+import os
 import resource
 import shutil
 import sys
@@ -19,7 +21,6 @@ from sinkquant.formats import versions
 from sinkquant.formats.output import UNDONE, beside, put_in_place, real_place, require_free
 from sinkquant.models.corpus import text_digest
 from sinkquant.recipe import Recipe
-from sinkquant.run.lock import locked
 
 LOG = logging.getLogger("sinkquant")
 MODEL, CONTROL = "model", "model-control"
@@ -152,3 +153,40 @@ def _log_file(folder: Path) -> Iterator[None]:
         LOG.removeHandler(handler)
         LOG.setLevel(level)
         handler.close()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder where it is not there yet, and keep all other runs out of it. The lock is the folder's own (flock),
+    so that it goes with the process, however that ends, and moves with the folder.
+
+    Raises:
+        RequestError: another run holds it, or the folder cannot be made.
+    """
+    handle = _open(folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # where nothing came of it
+        os.close(handle)
+
+
+def _open(folder: Path) -> int:
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder, os.O_RDONLY)
+        except OSError as error:
+            raise RequestError(f"cannot write into {folder}: {error.strerror}; name another output folder.") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise RequestError(f"another run is writing into {folder}; wait for it or name another output "
+                               "folder.") from error
+        except OSError as error:
+            LOG.warning("%s cannot be locked (%s): start no other run into it", folder, error.strerror)
+        if folder.is_dir() and os.path.samestat(os.fstat(handle), os.stat(folder)):
+            return handle
+        os.close(handle)  # the run that held it has given the folder its place meanwhile

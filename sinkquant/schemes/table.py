@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from sinkquant.schemes import kv_cache
-from sinkquant.schemes.loads import Loads
+from sinkquant.schemes.loads import KV_SCALES, READ_KV_SCALES, Loads
 from sinkquant.schemes.registry import SCHEMES
 
 HEAD = ("| weights | engine | formats | hardware | known | to know |", "|---|---|---|---|---|---|")
@@ -12,7 +11,7 @@ HEAD = ("| weights | engine | formats | hardware | known | to know |", "|---|---
 def engine_table() -> list[str]:
     """Markdown lines: a row for every scheme and engine; schemes that the same engines load share theirs."""
     rows: dict[Loads, list[str]] = {}
-    for said, loads in (*((scheme.words, scheme.loads) for scheme in SCHEMES), (kv_cache.WORDS, kv_cache.LOADS)):
+    for said, loads in (*((scheme.words, scheme.loads) for scheme in SCHEMES), (KV_SCALES, READ_KV_SCALES)):
         for row in loads:
             words = rows.setdefault(row, [])
             words += [said] if said not in words else []

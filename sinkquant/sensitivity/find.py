@@ -9,10 +9,11 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinkquant.artifacts import Sensitivity, SinkMap, SinkToken
+from sinkquant.artifacts import FormatLoss, Ranking, Sensitivity, SinkMap, SinkToken, Terms, UnitSensitivity
 from sinkquant.artifacts.kv import packed_tokens
 from sinkquant.cache import prepare
 from sinkquant.errors import RequestError
@@ -29,7 +30,6 @@ from sinkquant.sensitivity.estimate import estimate
 from sinkquant.sensitivity.inputs import InputUnit, input_losses, input_units
 from sinkquant.sensitivity.kv import exact_places, kv_losses, measured_kv
 from sinkquant.sensitivity.measure import measure
-from sinkquant.sensitivity.ranking import ranking, spearman
 from sinkquant.sinks import SinkSelector
 
 Progress = Callable[[int, int, str], None]
@@ -195,3 +195,32 @@ def sink_places(rows: torch.Tensor, sink_map: SinkMap) -> torch.Tensor:
 
 def _placed(sink_map: SinkMap) -> list[SinkToken]:
     return [token for token in sink_map.tokens if token.kind != "learned"]
+
+
+def ranking(units: Sequence[UnitSensitivity]) -> Ranking:
+    """Spearman's rank correlations over all units and formats that were measured."""
+    pairs = [(loss.predicted, loss.measured) for unit in units for loss in unit.losses if loss.measured is not None]
+    formats: dict[tuple[int, int, str], list[FormatLoss]] = {}
+    for unit in units:
+        for loss in unit.losses:
+            formats.setdefault((loss.bits, loss.group_size, loss.method), []).append(loss)
+    among = [found for losses in formats.values() if (found := _spearman(
+        [(loss.predicted, loss.measured) for loss in losses if loss.measured is not None], "total")) is not None]
+    measured = sum(two.total for _, two in pairs)
+    return Ranking(total=_spearman(pairs, "total"), sinks=_spearman(pairs, "sinks"), others=_spearman(pairs, "others"),
+                   between=float(np.mean(among)) if among else None,
+                   ratio=sum(one.total for one, _ in pairs) / measured if measured > 0 else None, pairs=len(pairs))
+
+
+def _spearman(pairs: Sequence[tuple[Terms, Terms]], term: str) -> float | None:
+    one, two = ([getattr(terms, term) for terms in side] for side in zip(*pairs, strict=True)) if pairs else ([], [])
+    return spearman(one, two)
+
+
+def spearman(one: Sequence[float], two: Sequence[float]) -> float | None:
+    """Spearman's rank correlation; None where one of the two is constant."""
+    if len(set(one)) < 2 or len(set(two)) < 2:
+        return None
+    from scipy.stats import spearmanr  # a second, which only measured sensitivities need
+
+    return float(spearmanr(one, two).statistic)

@@ -11,7 +11,7 @@ from torch import nn
 
 from sinkquant.artifacts import Terms
 from sinkquant.models import Decoder, Step, Walk, pick_device
-from sinkquant.models.hooks import hooked
+from sinkquant.models.hooks import computing, hooked
 from sinkquant.models.placement import compute_in
 from sinkquant.quantize.experts import record
 from sinkquant.quantize.hessian import Hessian, collect
@@ -152,10 +152,5 @@ def _changed(decoder: Decoder, changes: dict[str, torch.Tensor], places: torch.T
 @contextlib.contextmanager
 def _entered(decoder: Decoder, block: int, inputs: torch.Tensor) -> Iterator[None]:
     """Let the model begin at a block, whose inputs are known."""
-    try:
-        for before in decoder.blocks[:block]:
-            before.forward = lambda *_, **__: inputs
+    with computing((before, lambda *_, **__: inputs) for before in decoder.blocks[:block]):
         yield
-    finally:
-        for before in decoder.blocks[:block]:
-            before.__dict__.pop("forward", None)

@@ -21,7 +21,7 @@ from server import asked
 from transformers import AutoModelForCausalLM
 
 from sinkquant.artifacts import Plan
-from sinkquant.doctor.processor import instructions
+from sinkquant.doctor.examine import instructions
 from sinkquant.errors import RequestError
 from sinkquant.formats import load
 from sinkquant.models import resolve

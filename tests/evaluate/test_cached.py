@@ -17,8 +17,7 @@ from sinkquant.artifacts import KVCachePlan, Plan
 from sinkquant.cache import SinkCache, load_prefix, make_prefix, prepare, put_in_front
 from sinkquant.cache.layer import SinkLayer
 from sinkquant.errors import RequestError
-from sinkquant.evaluate.cached import CachedSinkLM
-from sinkquant.evaluate.harness import SinkLM
+from sinkquant.evaluate.harness import CachedSinkLM, SinkLM
 from sinkquant.models import Decoder
 from sinkquant.policy.kv_cache import make_kv_plan
 from sinkquant.recipe import Recipe

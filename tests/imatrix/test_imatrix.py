@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from sinkquant.artifacts import SinkMap
 from sinkquant.errors import RequestError
 from sinkquant.imatrix import imatrix
-from sinkquant.imatrix.names import EXPERTS, tensor_names
+from sinkquant.imatrix.file import EXPERTS, tensor_names
 from sinkquant.models import Decoder, open_model, read_text, token_rows
 from sinkquant.policy import make_plan
 from sinkquant.policy.plan import sink_selectors

@@ -13,7 +13,7 @@ import sinkquant
 from sinkquant.artifacts import LinearShape
 from sinkquant.errors import RequestError
 from sinkquant.methods import BUILT_IN, Problem, method_named, methods_of, need_hessian, need_unquantized_inputs
-from sinkquant.quantize import GPTQ, rtn
+from sinkquant.quantize import GPTQ, to_integers
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import WeightFormat
 from sinkquant.schemes.codecs.fp8 import FP8Grid
@@ -61,7 +61,7 @@ def test_each_solves_as_its_solver_does() -> None:
     integers, settings = WeightFormat(3, 32), Recipe().weights
     given = problem(integers)
     assert given.hessian is not None
-    rounded = rtn(3, 32).quantize(given.weight, given.hessian.diagonal())
+    rounded = to_integers(3, 32).quantize(given.weight, given.hessian.diagonal())
     assert torch.equal(method_named("rtn").solve(given).dequantized(), rounded.dequantized())
     floats = method_named("rtn").solve(problem(WeightFormat(8, -1, "float")))
     nearest = Nearest(FP8Grid()).quantize(given.weight, given.hessian.diagonal())

@@ -22,7 +22,7 @@ from sinkquant.recipe import Recipe
 @pytest.fixture(autouse=True)
 def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where unpacked files are kept in these tests."""
-    monkeypatch.setattr("sinkquant.models.gguf.cached_assets_path", lambda *_, **__: tmp_path / "assets")
+    monkeypatch.setattr("sinkquant.models.kept.cached_assets_path", lambda *_, **__: tmp_path / "assets")
     return tmp_path / "assets"
 
 

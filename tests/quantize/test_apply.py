@@ -16,7 +16,7 @@ from sinkquant.artifacts import Plan
 from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.models import Decoder
 from sinkquant.policy import make_plan
-from sinkquant.quantize import rtn, quantize, state_of
+from sinkquant.quantize import quantize, state_of, to_integers
 from sinkquant.recipe import Recipe
 
 DOWN = "model.layers.1.mlp.down_proj"
@@ -46,7 +46,7 @@ def test_rounding_is_done_as_planned_and_nothing_else_changes(model: PreTrainedM
         if decision is None or decision.bits == 16:
             assert torch.equal(parameter, before[name]), name
         else:
-            assert torch.equal(parameter, rtn(4, 32).quantize(before[name]).dequantized()), name
+            assert torch.equal(parameter, to_integers(4, 32).quantize(before[name]).dequantized()), name
     assert set(state_of(model).weights) == set(plan.modules) - {DOWN}
     assert all(0 < loss < 0.1 for loss in state_of(model).losses.values())
 
@@ -55,7 +55,7 @@ def test_gptq_is_never_rounding_in_disguise(model: PreTrainedModel, tiny: PreTra
     quantize(model, planned(model, small), tiny_tokenizer())
     before = dict(tiny.named_parameters())
     for name, weight in state_of(model).weights.items():
-        rounded = rtn(4, 32).quantize(before[f"{name}.weight"])
+        rounded = to_integers(4, 32).quantize(before[f"{name}.weight"])
         assert (weight.codes != rounded.codes).float().mean() > 0.005, name
 
 
@@ -76,7 +76,7 @@ def test_methods_may_be_mixed_inside_a_fused_group(model: PreTrainedModel, tiny:
     plan = planned(model, [*small, f"weights.overrides=[{{pattern: {name}, bits: 4, method: rtn}}]",
                            "weights.scale_search=false"])
     quantize(model, plan, tiny_tokenizer())
-    rounded = rtn(4, 32, scale_search=False).quantize(dict(tiny.named_parameters())[f"{name}.weight"])
+    rounded = to_integers(4, 32, scale_search=False).quantize(dict(tiny.named_parameters())[f"{name}.weight"])
     assert torch.equal(state_of(model).weights[name].codes, rounded.codes)
     assert plan.modules[name.replace("q_proj", "k_proj")].method == "gptq"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sinkquant.quantize import GPTQ, rtn
+from sinkquant.quantize import GPTQ, to_integers
 from sinkquant.quantize.descent import descend
 
 
@@ -42,7 +42,7 @@ def test_no_row_gets_worse_and_the_whole_gets_better_with_every_pass(bits: int, 
 
 def test_the_end_is_a_place_where_no_single_code_can_be_improved() -> None:
     weight, hessian = problem(0)
-    packed = descend(rtn(3, 32).quantize(weight), weight, hessian, 30)
+    packed = descend(to_integers(3, 32).quantize(weight), weight, hessian, 30)
     least = losses(packed.dequantized(), weight, hessian)
     for step in (-1, 1):
         for column in range(160):
@@ -54,7 +54,7 @@ def test_the_end_is_a_place_where_no_single_code_can_be_improved() -> None:
 
 def test_scales_fit_their_codes() -> None:
     weight, hessian = problem(1)
-    packed = descend(rtn(2, 32).quantize(weight), weight, hessian, 30)
+    packed = descend(to_integers(2, 32).quantize(weight), weight, hessian, 30)
     least = losses(packed.dequantized(), weight, hessian)
     for group in range(5):
         for factor in (0.97, 1.03):
@@ -68,6 +68,6 @@ def test_groups_of_zeros_stay_zero() -> None:
     weight, hessian = problem(2)
     weight[:, 32:64] = 0
     metric = torch.block_diag(hessian[:32, :32], torch.eye(32).double(), hessian[64:, 64:])
-    packed = descend(rtn(4, 32).quantize(weight), weight, metric, 2)
+    packed = descend(to_integers(4, 32).quantize(weight), weight, metric, 2)
     assert not packed.codes[:, 32:64].any()
     assert torch.isfinite(packed.scale).all()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sinkquant.errors import SinkquantError
-from sinkquant.quantize import GPTQ, rtn
+from sinkquant.quantize import GPTQ, to_integers
 from sinkquant.schemes.codecs.packed import group_scales
 
 ROWS, COLUMNS, DAMPING = 24, 48, 0.01
@@ -88,7 +88,8 @@ def test_the_search_and_the_hessian_both_lower_the_loss(bits: int) -> None:
     weight, inputs, _ = problem(3)
     hessian = inputs.T @ inputs
     rounded, searched, plain, best = (loss(weight, packed.dequantized(), inputs) for packed in (
-        rtn(bits, 16, scale_search=False).quantize(weight), rtn(bits, 16).quantize(weight, hessian.diagonal()),
+        to_integers(bits, 16, scale_search=False).quantize(weight),
+        to_integers(bits, 16).quantize(weight, hessian.diagonal()),
         GPTQ(bits, 16, scale_search=False).quantize(weight, hessian), GPTQ(bits, 16).quantize(weight, hessian)))
     assert best < 0.9 * min(searched, plain)
     assert max(searched, plain) < rounded
@@ -106,10 +107,10 @@ def test_the_scale_of_the_hessian_does_not_matter(search: bool) -> None:
 def test_columns_that_are_never_fed_are_rounded_as_if_alone() -> None:
     weight, inputs, _ = problem(5)
     packed = GPTQ(4, 16).quantize(weight, torch.zeros(COLUMNS, COLUMNS))
-    assert torch.equal(packed.dequantized(), rtn(4, 16).quantize(weight).dequantized())
+    assert torch.equal(packed.dequantized(), to_integers(4, 16).quantize(weight).dequantized())
     inputs[:, 32:] = 0
     packed = GPTQ(4, 16).quantize(weight, inputs.T @ inputs)
-    assert torch.equal(packed.dequantized()[:, 32:], rtn(4, 16).quantize(weight[:, 32:]).dequantized())
+    assert torch.equal(packed.dequantized()[:, 32:], to_integers(4, 16).quantize(weight[:, 32:]).dequantized())
 
 
 def test_a_hessian_that_is_not_finite_is_refused() -> None:

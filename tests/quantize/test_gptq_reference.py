@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from references import gptq, loss, visiting_order
 
 from sinkquant.errors import SinkquantError
-from sinkquant.quantize import GPTQ, rtn, PackedWeight
+from sinkquant.quantize import GPTQ, PackedWeight, to_integers
 from sinkquant.quantize.gptq import BLOCK
 
 
@@ -49,7 +49,7 @@ def test_gptq_is_the_textbooks(bits: int, columns: int, group: int, act_order: b
 def test_gptq_beats_rounding_in_the_hessians_metric(bits: int, group: int) -> None:
     weight, hessian = problem(16, 192, 400, bits)
     better = metric(weight, GPTQ(bits, group, scale_search=False, passes=0).quantize(weight, hessian), hessian)
-    assert better < 0.95 * metric(weight, rtn(bits, group, scale_search=False).quantize(weight), hessian)
+    assert better < 0.95 * metric(weight, to_integers(bits, group, scale_search=False).quantize(weight), hessian)
 
 
 @settings(max_examples=25, deadline=None)
@@ -59,7 +59,7 @@ def test_gptq_never_loses_much_to_rounding_whatever_the_rank(seed: int, bits: in
     weight, hessian = problem(4, 48, tokens, seed)
     packed = GPTQ(bits, group, scale_search=False, passes=0).quantize(weight, hessian)
     assert torch.isfinite(packed.scale.float()).all()
-    rounded = rtn(bits, group, scale_search=False).quantize(weight)
+    rounded = to_integers(bits, group, scale_search=False).quantize(weight)
     assert metric(weight, packed, hessian) <= 1.5 * metric(weight, rounded, hessian) + 1e-9
 
 
@@ -67,7 +67,7 @@ def test_a_hessian_of_low_rank_is_used_not_given_up() -> None:
     weight, hessian = problem(8, 96, 10)
     assert torch.linalg.matrix_rank(hessian) == 10
     packed = GPTQ(3, 32, scale_search=False, passes=0).quantize(weight, hessian)
-    rounded = rtn(3, 32, scale_search=False).quantize(weight)
+    rounded = to_integers(3, 32, scale_search=False).quantize(weight)
     assert metric(weight, packed, hessian) < 0.3 * metric(weight, rounded, hessian)
 
 
@@ -92,7 +92,7 @@ def test_uncorrelated_inputs_leave_nothing_to_make_up_for() -> None:
     weight, _ = problem(8, 64, 10)
     hessian = torch.diag(torch.arange(1.0, 65.0, dtype=torch.float64))
     found = GPTQ(4, 16, scale_search=False, passes=0).quantize(weight, hessian)
-    rounded = rtn(4, 16, scale_search=False).quantize(weight)
+    rounded = to_integers(4, 16, scale_search=False).quantize(weight)
     assert torch.equal(found.codes, rounded.codes)
     assert torch.equal(found.scale, rounded.scale)
 
@@ -100,7 +100,7 @@ def test_uncorrelated_inputs_leave_nothing_to_make_up_for() -> None:
 def test_an_input_that_is_always_zero_is_rounded() -> None:
     weight, hessian = problem(8, 64, 10)
     assert torch.equal(GPTQ(4, 16, scale_search=False, passes=0).quantize(weight, torch.zeros_like(hessian)).codes,
-                       rtn(4, 16, scale_search=False).quantize(weight).codes)
+                       to_integers(4, 16, scale_search=False).quantize(weight).codes)
 
 
 @pytest.mark.parametrize("factor", [1e-30, 1e-6, 1e9, 1e30])
@@ -114,7 +114,7 @@ def test_the_scale_of_the_hessian_does_not_matter(factor: float) -> None:
 
 def test_more_damping_means_closer_to_rounding() -> None:
     weight, hessian = problem(16, 96, 200)
-    rounded = rtn(3, 32, scale_search=False).quantize(weight).codes
+    rounded = to_integers(3, 32, scale_search=False).quantize(weight).codes
     found = [GPTQ(3, 32, damping, scale_search=False, passes=0).quantize(weight, hessian).codes
              for damping in (0.001, 0.1, 0.9)]
     changed = [(codes != rounded).float().mean() for codes in found]

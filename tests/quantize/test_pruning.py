@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pruning_references import magnitude, sparsegpt, wanda
 
 from sinkquant.errors import SinkquantError
-from sinkquant.quantize import GPTQ, rtn
+from sinkquant.quantize import GPTQ, to_integers
 from sinkquant.quantize.descent import descend
 from sinkquant.quantize.pruning import Magnitude, SparseGPT, Wanda
 from sinkquant.quantize.pruning.masks import least
@@ -154,7 +154,7 @@ def test_zeros_stay_zero_through_every_quantizer(seed: int, bits: int, group: in
                                                  asymmetric: bool) -> None:
     weight, hessian = problem(5, 48, seed)
     pruned = SparseGPT(0.5, pattern).prune(weight, hessian)
-    assert not rtn(bits, group).quantize(pruned.weight, hessian.diagonal()).codes[~pruned.kept].any()
+    assert not to_integers(bits, group).quantize(pruned.weight, hessian.diagonal()).codes[~pruned.kept].any()
     cross = 0.1 * hessian if asymmetric else None
     packed = GPTQ(bits, group, act_order=act_order).quantize(weight, hessian, cross=cross, kept=pruned.kept)
     assert not packed.codes[~pruned.kept].any()

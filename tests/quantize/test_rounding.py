@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import rtn
 
-from sinkquant.quantize import rtn
+from sinkquant.quantize import to_integers
 from sinkquant.schemes.codecs.packed import group_scales, to_codes
 
 STORES = [torch.bfloat16, torch.float16]
@@ -27,7 +27,7 @@ def random_weight(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_rtn_is_the_textbooks(bits: int, group: int, store: torch.dtype) -> None:
     weight = random_weight(24, 96, bits)
-    packed = rtn(bits, group, store, scale_search=False).quantize(weight)
+    packed = to_integers(bits, group, store, scale_search=False).quantize(weight)
     codes, scales = rtn(weight.double().numpy(), bits, group, store)
     assert np.array_equal(packed.codes.numpy(), codes)
     assert np.array_equal(packed.scale.double().numpy(), scales)
@@ -43,7 +43,7 @@ def test_rtn_is_the_textbooks(bits: int, group: int, store: torch.dtype) -> None
 def test_no_weight_moves_by_more_than_half_a_step_but_the_largest(bits: int, seed: int, exponent: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(4, 32, generator=generator, dtype=torch.float64) * 10.0**exponent
-    packed = rtn(bits, 16, torch.bfloat16, scale_search=False).quantize(weight.float())
+    packed = to_integers(bits, 16, torch.bfloat16, scale_search=False).quantize(weight.float())
     step = packed.scale.double().repeat_interleave(16, dim=1)
     error = (packed.dequantized().double() - weight).abs()
     # The grid is one code short on the positive side, and its scale is rounded to bfloat16 (2^-9).
@@ -58,7 +58,7 @@ def test_rows_of_zeros_and_constant_groups_stay_what_they_are(bits: int, store: 
     weight = torch.zeros(3, 64)
     weight[1] = -0.5
     weight[2, :32] = 0.25
-    packed = rtn(bits, 32, store, scale_search=False).quantize(weight)
+    packed = to_integers(bits, 32, store, scale_search=False).quantize(weight)
     new = packed.dequantized()
     assert (new[0] == 0).all()
     assert (new[2, 32:] == 0).all()
@@ -73,7 +73,7 @@ def test_rows_of_zeros_and_constant_groups_stay_what_they_are(bits: int, store: 
 def test_the_largest_float16_weights_do_not_overflow(bits: int, search: bool) -> None:
     largest = torch.finfo(torch.float16).max
     weight = torch.tensor([[largest, -largest, 1.0, 0.0], [-largest, -largest, largest / 2, largest]]).half()
-    packed = rtn(bits, -1, torch.float16, scale_search=search).quantize(weight)
+    packed = to_integers(bits, -1, torch.float16, scale_search=search).quantize(weight)
     assert torch.isfinite(packed.scale.float()).all()
     assert torch.isfinite(packed.dequantized(torch.float16).float()).all()
     assert (packed.dequantized()[:, 1] < -0.6 * largest).all()
@@ -82,8 +82,8 @@ def test_the_largest_float16_weights_do_not_overflow(bits: int, search: bool) ->
 @pytest.mark.parametrize("bits", [4, 8])
 def test_weights_whose_scales_are_subnormal_in_float16_are_kept(bits: int) -> None:
     weight = random_weight(8, 32, 3).clamp(-1, 1) * 1e-3
-    packed = rtn(bits, 32, torch.float16, scale_search=False).quantize(weight)
-    normal = rtn(bits, 32, torch.bfloat16, scale_search=False).quantize(weight)
+    packed = to_integers(bits, 32, torch.float16, scale_search=False).quantize(weight)
+    normal = to_integers(bits, 32, torch.bfloat16, scale_search=False).quantize(weight)
 
     def error(found: torch.Tensor) -> float:
         return float((found - weight).square().sum() / weight.square().sum())

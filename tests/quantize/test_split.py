@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sinkquant.quantize import GPTQ, rtn, PackedWeight
+from sinkquant.quantize import GPTQ, PackedWeight, to_integers
 from sinkquant.quantize.refine import Offsets, rounding_offsets
 from sinkquant.quantize.split import Split
 
@@ -47,7 +47,7 @@ def test_rounding_leaves_the_columns_as_they_are_and_out_of_every_range() -> Non
         larger = weight.clone()
         larger[:, list(KEPT)] *= size
         split = Split(KEPT, PLACES, torch.bfloat16, compensate=False)
-        packed = split.quantize(larger, None, lambda w, h, _: rtn(4, 32).quantize(w))
+        packed = split.quantize(larger, None, lambda w, h, _: to_integers(4, 32).quantize(w))
         dense = packed.dequantized()
         assert torch.equal(dense[:, list(KEPT)], larger[:, list(KEPT)].bfloat16().float())
         assert [float(dense[place]) for place in PLACES] == [30.0, 30.0]

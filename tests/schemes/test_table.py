@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sinkquant.schemes import Loads, WeightFormat, scheme_of
-from sinkquant.schemes.kv_cache import reads_kv_scales
+from sinkquant.schemes.loads import reads_kv_scales
 from sinkquant.schemes.table import engine_table, instructions_asked, out_of_reach
 
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "engines.md"

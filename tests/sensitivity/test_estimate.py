@@ -17,7 +17,7 @@ from sinkquant.artifacts import Calibration, Sensitivity, UnitSensitivity
 from sinkquant.models import Decoder, Walk, token_rows
 from sinkquant.models.backward import steps_back
 from sinkquant.quantize.statistics import TokenWeights
-from sinkquant.schemes.codecs.rtn import rtn
+from sinkquant.schemes.codecs.rtn import to_integers
 from sinkquant.sensitivity import sink_places
 
 SMALL = ["weights.group_size=32", "weights.method=rtn", "weights.scale_search=false", "sensitivity.rows=6",
@@ -53,7 +53,7 @@ def test_terms_are_those_of_the_whole_models_gradient(model: PreTrainedModel, te
     sink_map = sink_map_of(decoder, tokens=(BOS, STOP))
     found = find_sensitivity(model, tiny_tokenizer(), sink_map, small(text, "sensitivity.bits=[3]"))
     rows = token_rows(tiny_tokenizer(), text.read_text(), 6, 24)
-    error = rtn(3, 32, scale_search=False).quantize(decoder.weight(DOWN)).dequantized() - decoder.weight(DOWN)
+    error = to_integers(3, 32, scale_search=False).quantize(decoder.weight(DOWN)).dequantized() - decoder.weight(DOWN)
     seen: list[torch.Tensor] = []
 
     def keep(_: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:

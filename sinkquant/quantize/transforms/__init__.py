@@ -9,7 +9,6 @@ from sinkquant.quantize.transforms.rotate import Rotate
 from sinkquant.quantize.transforms.scale import scale_block
 
 
-
 def rotation(plan: Plan) -> Rotate | None:
     """The rotation that a plan asks for."""
     asked = plan.rotation

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -103,3 +103,16 @@ class LibraryCodec(Codec):
     def rounded(self, weight: torch.Tensor, form: WeightFormat) -> LibraryWeight:
         """The weight, float [rows, columns], as the library rounds and stores it."""
         return LibraryWeight(self, form, self.encode(weight, form), tuple(weight.shape))
+
+
+def install_modules(model: nn.Module, weights: Mapping[str, StoredWeight]) -> None:
+    """Put a library's own module where it does more than multiply with the weight: LLM.int8() rounds its inputs.
+
+    Args:
+        weights: module name -> what was made of its weight.
+    """
+    for name, weight in weights.items():
+        if isinstance(weight, LibraryWeight) and weight.codec.scheme.own_module:
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            model.set_submodule(name, weight.codec.module(weight.leaves, linear))

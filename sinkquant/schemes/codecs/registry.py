@@ -30,8 +30,6 @@ CODECS: tuple[Codec, ...] = (
     *(GGMLCodec(scheme, GGUFFiles()) for scheme in gguf.GGUF))
 
 
-
-
 def codec_of(form: WeightFormat) -> Codec:
     """The codec of a format.
 

@@ -33,6 +33,7 @@ class Nearest:
         return self.grid.weight(codes, torch.cat(scales))
 
 
-def rtn(bits: int, group_size: int, scale_dtype: torch.dtype = torch.bfloat16, scale_search: bool = True) -> Nearest:
-    """To integers, in groups of so many columns; -1: one group per row."""
+def to_integers(bits: int, group_size: int, scale_dtype: torch.dtype = torch.bfloat16,
+                scale_search: bool = True) -> Nearest:
+    """Rounding to integers in groups of so many columns; -1: one group per row."""
     return Nearest(IntegerGrid(bits, scale_dtype, group_size), scale_search)

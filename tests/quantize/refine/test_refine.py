@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from sinkquant.quantize import rtn, PackedWeight
+from sinkquant.quantize import PackedWeight, to_integers
 from sinkquant.quantize.refine import Offsets, compressed, decompressed, refine, rounding_offsets
 from sinkquant.quantize.refine.offsets import HELD, NEAR, REACH, SCALE_RATE
 from sinkquant.schemes.codecs.block_scales import E2M1, BlockGrid
@@ -20,7 +20,7 @@ def moved(bits: int = 3) -> tuple[PackedWeight, torch.Tensor, torch.Tensor]:
     weight; and what is kept of it."""
     generator = torch.Generator().manual_seed(0)
     original = torch.randn(8, 64, generator=generator)
-    packed = rtn(bits, 32, torch.bfloat16, True).quantize(original)
+    packed = to_integers(bits, 32, torch.bfloat16, True).quantize(original)
     codes = packed.codes + torch.randint(-1, 2, packed.codes.shape, generator=generator)
     kept = torch.rand(8, 64, generator=generator) < 0.8
     return PackedWeight(codes.clamp(-4, 3).to(torch.int8) * kept, packed.scale, bits), original, kept

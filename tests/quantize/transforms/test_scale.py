@@ -23,7 +23,7 @@ from sinkquant.quantize.transforms.search import Reader
 from sinkquant.quantize.transforms.smooth import AWQ, STRENGTHS, ScaleSinks, SearchedSmoothQuant, SmoothQuant
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import WeightFormat
-from sinkquant.schemes.codecs.rtn import rtn
+from sinkquant.schemes.codecs.rtn import to_integers
 
 ROWS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
 CALIBRATION = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(1))
@@ -145,7 +145,7 @@ def test_heads_that_share_values_share_a_scale(seen: tuple[list[Place], list[Inp
 
 
 def error(weight: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor) -> float:
-    rounded = rtn(3, 32, scale_search=False).quantize(weight * scale).dequantized().double() / scale
+    rounded = to_integers(3, 32, scale_search=False).quantize(weight * scale).dequantized().double() / scale
     return float(((rounded - weight) @ hessian @ (rounded - weight).T).trace())
 
 
@@ -173,7 +173,7 @@ def test_the_searched_strength_leaves_the_least_error_of_rounded_inputs_and_weig
     def off(scale: torch.Tensor) -> float:
         given = (tokens / scale).double()
         step = given.abs().amax(1, keepdim=True) / 127.5
-        rounded = rtn(8, -1, scale_search=False).quantize(weight * scale).dequantized().double()
+        rounded = to_integers(8, -1, scale_search=False).quantize(weight * scale).dequantized().double()
         wanted = tokens.double() @ weight.double().T
         left = ((given / step).round().clamp(-128, 127) * step) @ rounded.T - wanted
         return float((left.square().sum(1) / wanted.square().sum(1)).mean())

@@ -13,7 +13,7 @@ from sinkquant.policy import make_plan
 from sinkquant.quantize.gptq import GPTQ
 from sinkquant.schemes import WeightFormat, gptq
 from sinkquant.schemes.codecs import codec_of
-from sinkquant.schemes.codecs.rtn import Nearest, rtn
+from sinkquant.schemes.codecs.rtn import Nearest, to_integers
 from sinkquant.schemes.codecs.zeros import ZeroGrid, ZeroWeight
 
 
@@ -49,7 +49,7 @@ def test_searched_scales_leave_less_and_zero_points_pay_where_groups_are_off_cen
         grid = ZeroGrid(bits, 32)
         plain, searched = (error(Nearest(grid, search).quantize(weight, importance).dequantized())
                            for search in (False, True))
-        symmetric = error(rtn(bits, 32).quantize(weight, importance).dequantized())
+        symmetric = error(to_integers(bits, 32).quantize(weight, importance).dequantized())
         assert searched < 0.97 * plain
         assert searched < (0.8 if shift else 1.1) * symmetric
 

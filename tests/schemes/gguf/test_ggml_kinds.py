@@ -10,7 +10,7 @@ from gguf.quants import dequantize, quantize
 from sinkquant.quantize.gptq import GPTQ
 from sinkquant.schemes import WeightFormat
 from sinkquant.schemes.codecs import codec_of
-from sinkquant.schemes.codecs.rtn import Nearest, rtn
+from sinkquant.schemes.codecs.rtn import Nearest, to_integers
 from sinkquant.schemes.codecs.table_grid import IQ4_NL, TableGrid
 from sinkquant.schemes.gguf import GGUF, Blocks
 
@@ -53,7 +53,7 @@ def test_closer_numbers_around_zero_leave_less() -> None:
     plain, searched = (error(Nearest(grid, search).quantize(weight, importance).dequantized())
                        for search in (False, True))
     assert searched < 0.97 * plain
-    assert searched < 0.9 * error(rtn(4, 32, torch.float16).quantize(weight, importance).dequantized())
+    assert searched < 0.9 * error(to_integers(4, 32, torch.float16).quantize(weight, importance).dequantized())
 
 
 def test_gptq_and_descent_keep_to_the_table() -> None:
