@@ -6,22 +6,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinkquant.errors import RequestError, SinkquantError
-from sinkquant.formats.carried import carry, write_config
+from sinkquant.errors import RequestError
 from sinkquant.formats.output import require_free
-from sinkquant.formats.save import written_aside
-from sinkquant.formats.writer import CheckpointWriter
-from sinkquant.models import Decoder, load_model, pieces
+from sinkquant.formats.reshaped import write_reshaped
+from sinkquant.models import Decoder, pieces
 from sinkquant.models.shorter import NUMBER, old_name, shorter_config, shorter_model
-from sinkquant.models.source import runs_own_code
 from sinkquant.quantize import is_quantized
-
-RELOADED = 1 << 30
-"""A checkpoint of no more bytes is loaded by plain transformers and compared."""
 
 
 def cut_blocks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kept: Sequence[int],
@@ -37,22 +30,8 @@ def cut_blocks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kept:
     """
     require_free(Path(folder))
     decoder = _whole(model, kept)
-    shorter = shorter_model(model, kept)
-    tensors = Decoder.of(shorter).shape("").tensors
-    with written_aside(Path(folder)) as aside:
-        writer = CheckpointWriter(aside, tensors)
-        for name in tensors:
-            for start, rows in pieces(decoder, old_name(decoder, name, kept)):
-                writer.write(name, rows, start)
-        write_config(aside, shorter, model)
-        carry(aside, model, tokenizer)
-        if sum(path.stat().st_size for path in aside.glob("*.safetensors")) <= RELOADED:
-            loaded = load_model(aside, trust_remote_code=runs_own_code(model)).state_dict()
-            for name in tensors:
-                whole = torch.cat([rows for _, rows in pieces(decoder, old_name(decoder, name, kept))])
-                if not torch.equal(loaded[name], whole):
-                    raise SinkquantError(f"{name} of the checkpoint is not what transformers loads; nothing was "
-                                         "written.")
+    write_reshaped(Path(folder), model, shorter_model(model, kept), tokenizer,
+                   lambda name: pieces(decoder, old_name(decoder, name, kept)))
 
 
 def drop_blocks(model: PreTrainedModel, kept: Sequence[int]) -> None:

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import SinkMap
-from sinkquant.errors import RequestError, SinkquantError
-from sinkquant.formats.carried import carry, write_config
+from sinkquant.errors import RequestError
 from sinkquant.formats.output import require_free
-from sinkquant.formats.save import written_aside
-from sinkquant.formats.writer import CheckpointWriter
-from sinkquant.models import Decoder, load_model, pieces
+from sinkquant.formats.reshaped import write_reshaped
+from sinkquant.models import Decoder, pieces
 from sinkquant.models.smaller import HeadCounts, smaller_model, smaller_tensor
 from sinkquant.quantize import is_quantized
 from sinkquant.recipe import Recipe
-
-RELOADED = 1 << 30
-"""A checkpoint of no more bytes is loaded by plain transformers and compared."""
 
 
 def cut_heads(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap,
@@ -53,33 +49,14 @@ def cut_heads(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sink_m
              if (smaller := smaller_model(model, count)) is not None}
     kept = kv_heads_to_keep(sink_map, list(built), (recipe or Recipe()).prune.head_loss)
     smaller = built[len(kept[0])]
-    before, after = whole.tensors, Decoder.of(smaller).shape("").tensors
-    with written_aside(Path(folder)) as aside:
-        writer = CheckpointWriter(aside, after)
-        for name, (_, shape) in after.items():
-            if shape == before[name][1]:
-                for start, rows in pieces(decoder, name):
-                    writer.write(name, rows, start)
-            else:
-                writer.write(name, smaller_tensor(decoder, name, kept, shape))
-        write_config(aside, smaller, model)
-        carry(aside, model, tokenizer)
-        _check(aside, decoder, kept, after)
+    before, after = whole.tensors, smaller.state_dict()
+
+    def read(name: str) -> Iterable[tuple[int, torch.Tensor]]:
+        shape = list(after[name].shape)
+        return pieces(decoder, name) if shape == before[name][1] else [(0, smaller_tensor(decoder, name, kept, shape))]
+
+    write_reshaped(Path(folder), model, smaller, tokenizer, read)
     return kept
-
-
-def _check(folder: Path, decoder: Decoder, kept: list[list[int]], tensors: dict[str, tuple[str, list[int]]]) -> None:
-    """Load the checkpoint as any user would, and compare every tensor."""
-    if sum(path.stat().st_size for path in folder.glob("*.safetensors")) > RELOADED:
-        return
-    loaded = load_model(folder).state_dict()
-    before = decoder.shape("").tensors
-    for name, (_, shape) in tensors.items():
-        whole = shape == before[name][1]
-        expected = (torch.cat([rows for _, rows in pieces(decoder, name)]) if whole
-                    else smaller_tensor(decoder, name, kept, shape))
-        if not torch.equal(loaded[name], expected):
-            raise SinkquantError(f"{name} of the checkpoint is not what transformers loads; nothing was written.")
 
 
 def kv_heads_to_keep(sink_map: SinkMap, possible: list[int], bound: float) -> list[list[int]]:

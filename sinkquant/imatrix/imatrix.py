@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.artifacts import LinearShape, SinkMap
 from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.imatrix.file import Importance, expert_names, tensor_names, write_importance
-from sinkquant.models import ActivationStore, Decoder, Step, Walk, pick_device, read_text, token_rows
+from sinkquant.models import ActivationStore, Decoder, Step, Walk, pick_device
 from sinkquant.models.decoder import require_dense, weight_matrix
 from sinkquant.models.experts import fused_parameters
 from sinkquant.models.hooks import hooked
@@ -23,6 +23,7 @@ from sinkquant.policy.plan import calibration_of, check_same_model
 from sinkquant.quantize import is_quantized
 from sinkquant.quantize.experts import record
 from sinkquant.quantize.hessian import Diagonal, Hessian
+from sinkquant.quantize.rows import text_rows
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.recipe import Recipe
 
@@ -62,8 +63,7 @@ def imatrix(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: st
     if sink_map is not None:
         check_same_model(decoder.shape(sink_map.model.name), sink_map)
     settings = calibration_of(recipe, sink_map)
-    rows = token_rows(tokenizer, read_text(settings.text, "calibration", tokenizer), settings.rows,
-                      min(settings.length, decoder.max_length), settings.bos, decoder.vocabulary)
+    rows = text_rows(decoder, settings, tokenizer)
     weights = TokenWeights(rows, settings)
     walk = Walk(decoder, rows, settings.batch_size, pick_device(recipe.compute.device),
                 getattr(torch, recipe.compute.dtype), store=store)

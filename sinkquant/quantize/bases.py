@@ -9,7 +9,8 @@ from sinkquant.artifacts import Calibration, KVCachePlan
 from sinkquant.cache import Bases, find_bases, needs_bases
 from sinkquant.cache.bases import ROWS
 from sinkquant.errors import RequestError
-from sinkquant.models import ActivationStore, Decoder, Walk, read_text, token_rows
+from sinkquant.models import ActivationStore, Decoder, Walk
+from sinkquant.quantize.rows import text_rows
 
 BATCH_ROWS = 4
 
@@ -30,6 +31,5 @@ def cache_bases(decoder: Decoder, plan: KVCachePlan | None, calibration: Calibra
     if tokenizer is None:
         raise RequestError("kv_cache.rotate 'covariance' needs calibration rows; hand over the tokenizer, or use "
                            "'hadamard'.")
-    rows = token_rows(tokenizer, read_text(calibration.text, "calibration", tokenizer), min(calibration.rows, ROWS),
-                      min(calibration.length, decoder.max_length), calibration.bos, decoder.vocabulary)
+    rows = text_rows(decoder, calibration, tokenizer, ROWS)
     return find_bases(Walk(decoder, rows, BATCH_ROWS, device, dtype, store=store), plan)

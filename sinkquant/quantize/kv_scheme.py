@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.artifacts import Plan
 from sinkquant.artifacts.kv_scheme import LEAVES, KVScheme
 from sinkquant.errors import RequestError
-from sinkquant.models import ActivationStore, AttentionRecord, Decoder, Walk, read_text, token_rows
+from sinkquant.models import ActivationStore, AttentionRecord, Decoder, Walk
+from sinkquant.quantize.rows import text_rows
 from sinkquant.quantize.statistics import TokenWeights
 
 LARGEST = float(torch.finfo(torch.float8_e4m3fn).max)
@@ -39,8 +40,7 @@ def kv_scales(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase |
     if tokenizer is None:
         raise RequestError("kv_cache_scheme takes its scales from calibration rows; hand over the tokenizer.")
     settings = plan.calibration
-    rows = token_rows(tokenizer, read_text(settings.text, "calibration", tokenizer), settings.rows,
-                      min(settings.length, decoder.max_length), settings.bos, decoder.vocabulary)
+    rows = text_rows(decoder, settings, tokenizer)
     excluded = TokenWeights(rows, settings).sinks if scheme.sinks == "exclude" else torch.zeros(
         rows.shape, dtype=torch.bool)
     found: dict[str, torch.Tensor] = {}

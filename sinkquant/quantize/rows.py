@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from sinkquant.artifacts import Plan
+from sinkquant.artifacts import Calibration, Plan
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, read_text, token_rows
 from sinkquant.quantize.inputs import in_front
@@ -20,7 +20,16 @@ def calibration_rows(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenize
     """
     if tokenizer is None:
         raise RequestError("the plan uses a method that needs calibration rows; hand over the tokenizer.")
-    settings = plan.calibration
-    rows = token_rows(tokenizer, read_text(settings.text, "calibration", tokenizer), settings.rows,
+    return my_rows(in_front(text_rows(decoder, plan.calibration, tokenizer), plan, decoder.max_length), plan)
+
+
+def text_rows(decoder: Decoder, settings: Calibration, tokenizer: PreTrainedTokenizerBase,
+              most: int | None = None) -> torch.Tensor:
+    """All rows of the calibration text, int64 [rows, length]. most: no more of them than that.
+
+    Raises:
+        RequestError: too little text.
+    """
+    content = read_text(settings.text, "calibration", tokenizer)
+    return token_rows(tokenizer, content, min(settings.rows, most or settings.rows),
                       min(settings.length, decoder.max_length), settings.bos, decoder.vocabulary)
-    return my_rows(in_front(rows, plan, decoder.max_length), plan)
