@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -59,8 +59,6 @@ class MechanismAdvice(Strict):
 class Advice(Artifact):
     """What protection is worth on a model under a recipe. `sinks`: the tokens that were found, as the sink map names
     them."""
-
-    SCHEMA: ClassVar[str] = "sinkquant/advice@1"
 
     schema_: Literal["sinkquant/advice@1"] = Field(default="sinkquant/advice@1", alias="schema")
     model: str

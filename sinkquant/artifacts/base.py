@@ -7,7 +7,7 @@ import json
 import os
 import uuid
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -21,9 +21,7 @@ class Strict(BaseModel):
 
 
 class Artifact(Strict):
-    """A versioned JSON file. Subclasses name their `SCHEMA` and carry it in the field `schema_`."""
-
-    SCHEMA: ClassVar[str]
+    """A versioned JSON file. Subclasses carry the name of their schema as the default of the field `schema_`."""
 
     def to_json(self) -> str:
         """The artifact as indented JSON, `schema` first, floats at full precision."""
@@ -52,15 +50,15 @@ class Artifact(Strict):
     @classmethod
     def parse(cls, data: object, where: str) -> Self:
         """Validate already decoded JSON; `where` names its origin in the error message."""
-        found = data.get("schema") if isinstance(data, dict) else None
-        if found != cls.SCHEMA:
-            raise RequestError(f"{where} has the schema {found!r} where {cls.SCHEMA!r} is needed.")
+        found, schema = data.get("schema") if isinstance(data, dict) else None, cls.model_fields["schema_"].default
+        if found != schema:
+            raise RequestError(f"{where} has the schema {found!r} where {schema!r} is needed.")
         try:
             return cls.model_validate(data)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
-            raise RequestError(f"{where} is not a valid {cls.SCHEMA}: {place}: {first['msg']}.") from error
+            raise RequestError(f"{where} is not a valid {schema}: {place}: {first['msg']}.") from error
 
 
 def write_atomically(path: Path, text: str) -> Path:

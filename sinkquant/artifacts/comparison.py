@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -62,8 +62,6 @@ class ComparedPair(Strict):
 class Comparison(Artifact):
     """All rows: the baseline, then checkpoints by size, then the noise floor. `pairs`: checkpoints that are neighbours
     by divergence."""
-
-    SCHEMA: ClassVar[str] = "sinkquant/comparison@1"
 
     schema_: Literal["sinkquant/comparison@1"] = Field(default="sinkquant/comparison@1", alias="schema")
     model: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -193,8 +193,6 @@ class Diagnosis(Artifact):
     `against`: the same of a quantized version of it on the same rows, and `fidelity` what quantization did to its
     sinks; null where nothing was compared. `massive_peak` and `massive_ratio`: the largest massive activation.
     """
-
-    SCHEMA: ClassVar[str] = "sinkquant/diagnosis@1"
 
     schema_: Literal["sinkquant/diagnosis@1"] = Field(default="sinkquant/diagnosis@1", alias="schema")
     model: ModelFacts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -41,8 +41,6 @@ class ModuleChange(Strict):
 class PlanDifference(Artifact):
     """Plan a against plan b. `settings`: everything that is not of one linear (transforms, calibration, KV cache, seed)
     by its path, with its value in a and in b; `same`: how many linears they agree on."""
-
-    SCHEMA: ClassVar[str] = "sinkquant/difference@1"
 
     schema_: Literal["sinkquant/difference@1"] = Field(default="sinkquant/difference@1", alias="schema")
     a: PlanSummary

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -92,8 +92,6 @@ class SettingChange(Strict):
 class Explanation(Artifact):
     """What is wrong with a checkpoint. `kl`: of the checkpoint as it is served, from the baseline, nats per token.
     `causes` are ranked by what putting each right removes."""
-
-    SCHEMA: ClassVar[str] = "sinkquant/explanation@1"
 
     schema_: Literal["sinkquant/explanation@1"] = Field(default="sinkquant/explanation@1", alias="schema")
     checkpoint: str

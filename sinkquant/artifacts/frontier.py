@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -24,8 +24,6 @@ class FrontierPoint(Strict):
 
 class Frontier(Artifact):
     """A sweep of budgets. `solved` points are the least predicted loss for their bytes, exactly."""
-
-    SCHEMA: ClassVar[str] = "sinkquant/frontier@1"
 
     schema_: Literal["sinkquant/frontier@1"] = Field(default="sinkquant/frontier@1", alias="schema")
     model: str

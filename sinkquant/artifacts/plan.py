@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PrivateAttr
 
@@ -166,8 +166,6 @@ class Plan(Artifact):
     are. `kv_scheme`: what other engines hold the KV cache in, null for 16 bits. `losses` are the parts of the predicted
     loss, empty where nothing was known of it.
     """
-
-    SCHEMA: ClassVar[str] = "sinkquant/plan@1"
 
     schema_: Literal["sinkquant/plan@1"] = Field(default="sinkquant/plan@1", alias="schema")
     name: str

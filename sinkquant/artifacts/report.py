@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -103,8 +103,6 @@ class Report(Artifact):
     where lower is better it is unquantized / quantized. `plots` maps a plot's name to its alternative text, `notes` say
     where the run could not do what the recipe asked for (a shorter context, less text). `forecasts`: what was predicted
     beside what came of it."""
-
-    SCHEMA: ClassVar[str] = "sinkquant/report@1"
 
     schema_: Literal["sinkquant/report@1"] = Field(default="sinkquant/report@1", alias="schema")
     model: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -150,8 +150,6 @@ class Sensitivity(Artifact):
     `inputs` is empty where the recipe has no `activations.bits`, `ends` where it names no `end_bits`, `kv` where it
     names no `kv_bits`; `kv_ranking`: Spearman's rank correlation of its predicted and measured losses.
     """
-
-    SCHEMA: ClassVar[str] = "sinkquant/sensitivity@1"
 
     schema_: Literal["sinkquant/sensitivity@1"] = Field(default="sinkquant/sensitivity@1", alias="schema")
     key: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -214,8 +214,6 @@ class SinkMap(Artifact):
     `head_ablations` is null where nobody asked what the heads are worth. `shape` is null where the map is of a model
     in memory, or of one whose shape its files alone do not tell.
     """
-
-    SCHEMA: ClassVar[str] = "sinkquant/sinkmap@1"
 
     schema_: Literal["sinkquant/sinkmap@1"] = Field(default="sinkquant/sinkmap@1", alias="schema")
     model: ModelFacts
