@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from sinkquant.artifacts import KVCachePlan, KVLayer
-from sinkquant.models.kv import kv_layers
+from sinkquant.models.blocks import kv_layers
 
 
 def kv_plan(model: PreTrainedModel, bits: int = 2, value_bits: int | None = None, sliding: bool = False,

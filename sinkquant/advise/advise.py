@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from sinkquant.models import (
     resolve,
 )
 from sinkquant.models.corpus import in_words
+from sinkquant.models.steps import Progress
 from sinkquant.policy import check_recipe, check_same_model
 from sinkquant.policy.ends import better_spent
 from sinkquant.policy.headers import nothing_found
@@ -40,7 +41,6 @@ from sinkquant.recipe import DEFAULT_RECIPE, Recipe, near_miss
 from sinkquant.schemes.packages import require_packages
 from sinkquant.sensitivity import find_sensitivity
 
-Progress = Callable[[int, int, str], None]
 SPARE = 16
 """Positions that are left for a prefix in front of rows."""
 

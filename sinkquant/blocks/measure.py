@@ -5,17 +5,17 @@ A trial shares the walk of the whole model up to its first missing block, and th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from sinkquant.models import Decoder, Walk
 from sinkquant.models.head import what_follows
+from sinkquant.models.steps import Progress
 
 PER_WALK = 8
 """Trials that share a walk: each keeps hidden states of its own."""
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from sinkquant.cache.cache import SinkCache
 from sinkquant.cache.layer import SinkLayer
 from sinkquant.cache.ordered import load_ordered, save_ordered
 from sinkquant.errors import RequestError
-from sinkquant.models.kv import kv_layers
+from sinkquant.models.blocks import kv_layers
 
 SCHEMA = "sinkquant/kvcache@1"
 

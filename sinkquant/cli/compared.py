@@ -54,7 +54,7 @@ def compare(checkpoints: Annotated[list[str], typer.Argument(help=CHECKPOINT + "
     if json:
         print(found.to_json(), end="")
         return
-    from sinkquant.cli.tables.comparison import comparison_table
+    from sinkquant.cli.tables.measured import comparison_table
     from sinkquant.report.compared import sentence
 
     table(comparison_table(found))
@@ -81,7 +81,7 @@ def explain(checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT + ".")], b
     recipe = Recipe().replace(assignments or [])
     known = SinkMap.load(sink_map) if sink_map else None
     resolve(baseline)
-    from sinkquant.cli.tables.explanation import explanation_lines, explanation_tables
+    from sinkquant.cli.tables.measured import explanation_lines, explanation_tables
     from sinkquant.explain import explain as find_causes
     from sinkquant.report.explained import KINDS, write_explanation
     from sinkquant.report.kinds import require_kind

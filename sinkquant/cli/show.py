@@ -30,7 +30,7 @@ def show_plan(made: Plan, full: bool = False) -> None:
 
 def show_frontier(found: Frontier, output: Path | None, json: bool) -> None:
     """A sweep of budgets; also as a page and as JSON beside it where `output` is named."""
-    from sinkquant.cli.tables.frontier import frontier_table  # matplotlib
+    from sinkquant.cli.tables.measured import frontier_table  # matplotlib
     from sinkquant.report.frontier import page
 
     if output:

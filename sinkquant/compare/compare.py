@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.artifacts import Measure, SinkMap
 from sinkquant.artifacts.comparison import ComparedRow, Comparison
 from sinkquant.compare.checkpoint import Checkpoint, open_checkpoints
-from sinkquant.compare.figures import BATCH_ROWS, Reference, divergence_figures, exponential, over_rows
-from sinkquant.compare.judge import neighbours, warnings, with_front
+from sinkquant.compare.figures import (
+    BATCH_ROWS,
+    Reference,
+    divergence_figures,
+    exponential,
+    neighbours,
+    over_rows,
+    warnings,
+    with_front,
+)
 from sinkquant.compare.tasks import Scorer, scored_tasks
 from sinkquant.detect import detect
 from sinkquant.diagnose.fidelity import SinkComparison
@@ -21,14 +29,12 @@ from sinkquant.errors import RequestError
 from sinkquant.evaluate import TokenFigures, held_out_rows, require_tasks_possible
 from sinkquant.evaluate.shelf import share_equal
 from sinkquant.evaluate.states import last_states
-from sinkquant.evaluate.steps import Steps
 from sinkquant.formats import versions
 from sinkquant.models import load_model, load_tokenizer, max_length, pick_device, read_text
 from sinkquant.models.corpus import in_words
 from sinkquant.models.loading import read_config
+from sinkquant.models.steps import Progress, Steps
 from sinkquant.recipe import Recipe
-
-Progress = Callable[[int, int, str], None]
 
 
 def compare(checkpoints: Sequence[str], baseline: str, *, text: str | list[str] | None = None,

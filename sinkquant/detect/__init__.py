@@ -1,5 +1,4 @@
 """model + text -> SinkMap: which tokens, heads, channels and weights are the attention sink of a model."""
 
 from sinkquant.detect.detect import detect
-from sinkquant.detect.detector import Detector, Found
-from sinkquant.detect.evidence import Survey
+from sinkquant.detect.detector import Detector, Found, Survey

@@ -19,6 +19,7 @@ from sinkquant.detect.detector import Detector, Found
 from sinkquant.detect.heads import describe_heads
 from sinkquant.detect.table import AttentionTable
 from sinkquant.models import Decoder, Walk, head_columns, read_text, token_rows, weight_matrix
+from sinkquant.models.steps import Progress
 from sinkquant.recipe import Detection
 
 ROWS = 16
@@ -31,7 +32,6 @@ MADE = 0.5
 
 Place = tuple[int, int]
 """Layer and head."""
-Progress = Callable[[int, int, str], None]
 
 
 class NoOpHeads(Detector):

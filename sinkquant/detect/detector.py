@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,13 +17,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sinkquant.artifacts import TokenizationFacts
-from sinkquant.detect.evidence import Survey
 from sinkquant.detect.massive import MassiveChannel, massive_channels
+from sinkquant.detect.residual import ResidualStream
+from sinkquant.detect.table import AttentionTable
 from sinkquant.models import Decoder, Step
+from sinkquant.models.steps import Progress
 from sinkquant.recipe import Recipe
 from sinkquant.sinks import SinkSelector
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass
@@ -101,3 +100,19 @@ class Detector(ABC):
 def text_of(token_id: int | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """A token in letters."""
     return None if token_id is None else str(tokenizer.decode([token_id]))
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What one set of rows showed. Of a `control` only the attention is seen.
+
+    Attributes:
+        rows: int64 [rows, length].
+        recorded: whether the inputs of linears are recorded of this set.
+    """
+
+    rows: torch.Tensor
+    control: bool = False
+    recorded: bool = False
+    table: AttentionTable = field(default_factory=AttentionTable)
+    stream: ResidualStream = field(default_factory=ResidualStream)

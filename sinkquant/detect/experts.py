@@ -18,8 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from sinkquant.artifacts.sinkmap import ExpertStatistics, SuperExpert
-from sinkquant.detect.detector import Detector, Found
-from sinkquant.detect.evidence import Survey
+from sinkquant.detect.detector import Detector, Found, Survey
 from sinkquant.models import Decoder, Step
 from sinkquant.models.experts import (
     fused_parameters,

@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from sinkquant.artifacts import ModuleStatistics
-from sinkquant.detect.detector import Detector, Found
-from sinkquant.detect.evidence import Survey
+from sinkquant.detect.detector import Detector, Found, Survey
 from sinkquant.models import Decoder, Step
 from sinkquant.models.hooks import hooked
 from sinkquant.recipe import Recipe

@@ -18,8 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sinkquant.artifacts import OutlierPrefix
-from sinkquant.detect.detector import Detector, Found
-from sinkquant.detect.evidence import Survey
+from sinkquant.detect.detector import Detector, Found, Survey
 from sinkquant.detect.super_weights import down_projection
 from sinkquant.models import Decoder, Step
 from sinkquant.recipe import Recipe

@@ -16,8 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from sinkquant.artifacts import SinkCriterion, SinkKind, SinkToken
-from sinkquant.detect.detector import Detector, Found, text_of
-from sinkquant.detect.evidence import Survey
+from sinkquant.detect.detector import Detector, Found, Survey, text_of
 from sinkquant.detect.table import AttentionTable
 from sinkquant.detect.tokens import SinkCandidate, find_sinks
 from sinkquant.recipe import Detection

@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 from sinkquant.artifacts import SuperWeight
-from sinkquant.detect.detector import Detector, Found, Progress
-from sinkquant.detect.evidence import Survey
+from sinkquant.detect.detector import Detector, Found, Progress, Survey
 from sinkquant.detect.residual import ResidualStream, sampled
 from sinkquant.models import Decoder, Step, Walk, weight_matrix
 from sinkquant.recipe import Detection, Recipe

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from sinkquant.detect.detector import Detector, Progress
-from sinkquant.detect.evidence import Survey
+from sinkquant.detect.detector import Detector, Progress, Survey
 from sinkquant.detect.middle import Middle, find_middle
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, Step, Walk, answer, pick_device, together, token_rows, weight_matrix

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,6 +27,7 @@ from sinkquant.models import Decoder, check_finite, pick_device, read_text, star
 from sinkquant.models.corpus import in_words
 from sinkquant.models.gguf import source_notes
 from sinkquant.models.source import folder_of
+from sinkquant.models.steps import Progress, Steps
 from sinkquant.recipe import Recipe
 
 ROWS, LENGTH = 32, 128
@@ -40,8 +39,9 @@ second."""
 FEW_ROWS = 8
 ATTACKED_ROWS, ATTACKED_LENGTH = 16, 96
 CACHED_LENGTH = 256
+PARTS = 8
+"""Of the work, which are counted."""
 
-Progress = Callable[[int, int, str], None]
 
 
 def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | list[str] | None = None,
@@ -67,7 +67,7 @@ def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
     decoder = Decoder.of(model)
     check_finite(model)
     job = _Inputs(decoder, tokenizer, read_text(text, "evaluation", tokenizer), recipe)
-    steps = _Steps(progress)
+    steps = Steps(PARTS, progress, "diagnosing:", "diagnosed")
     steps.next("finding sinks")
     if sink_map is None:
         quick = recipe.changed(detect={"super_weights": False}, prune={"heads": "none"})
@@ -113,7 +113,7 @@ def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
                             lambda token: str(tokenizer.decode([token])))
         checks += _past_the_context(job, bos, notes)
         checks += _cache_defences(job, bos, sink_map, original or model, notes)
-    steps.next("")
+    steps.end()
     fidelity, other = None, None
     if against is not None:
         fidelity = sink_fidelity(model, against, tokenizer, sink_map.tokens, recipe, text)
@@ -221,17 +221,3 @@ def _cache_defences(job: _Inputs, bos: int | None, sink_map: SinkMap, original: 
     except RequestError as error:
         notes.append(f"a packed KV cache was not measured: {error}")
         return []
-
-
-class _Steps:
-    """Counts the parts."""
-
-    TOTAL = 8
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.progress, self.begun = progress, 0
-
-    def next(self, label: str) -> None:
-        if self.progress:
-            self.progress(self.begun, self.TOTAL, f"diagnosing: {label}" if label else "diagnosed")
-        self.begun += 1

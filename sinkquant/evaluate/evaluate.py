@@ -20,12 +20,12 @@ from sinkquant.evaluate.pairs import paired_differences, recovered
 from sinkquant.evaluate.positions import named
 from sinkquant.evaluate.shelf import Shelf, room
 from sinkquant.evaluate.statistics import standard_error
-from sinkquant.evaluate.steps import Steps
 from sinkquant.evaluate.task_files import WantedTasks, wanted_tasks
 from sinkquant.evaluate.tasks import ready_tasks
 from sinkquant.evaluate.verdict import judge
 from sinkquant.models import encode, max_length, read_text, starts_with_bos
 from sinkquant.models.corpus import in_words
+from sinkquant.models.steps import Progress, Steps
 from sinkquant.recipe import Recipe
 
 Compare = Callable[[PreTrainedModel, PreTrainedModel], SinkFidelity]
@@ -36,7 +36,7 @@ FILL = 0.85
 
 def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, *, model: str,
              fidelity: Fidelity | None = None, compare: Compare | None = None,
-             progress: Callable[[int, int, str], None] | None = None) -> Report:
+             progress: Progress | None = None) -> Report:
     """Measure the candidates and compare them in pairs.
 
     The candidate named "unquantized", where there is one, is the baseline of divergence and recovery.

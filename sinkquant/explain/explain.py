@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,10 +37,10 @@ from sinkquant.models.corpus import in_words
 from sinkquant.models.decoder import max_length
 from sinkquant.models.inputs import inputs_left_alone, switch_of
 from sinkquant.models.loading import has_tokenizer, read_config
+from sinkquant.models.steps import Progress
 from sinkquant.recipe import Recipe
 from sinkquant.schemes.codecs.reading import dense_of
 
-Progress = Callable[[int, int, str], None]
 ROWS, LENGTH = 8, 128
 TOKENS, HEADS = 12, 8
 SINK_ROWS = 8

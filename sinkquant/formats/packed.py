@@ -40,9 +40,9 @@ from sinkquant.models.progress import no_progress_bars
 from sinkquant.quantize import UNPACKED, PackedWeight
 from sinkquant.schemes import WeightFormat
 from sinkquant.schemes.codecs.gptq import GPTQFiles
+from sinkquant.schemes.codecs.packed import unpack
 from sinkquant.schemes.codecs.packed_linear import PackedLinear
 from sinkquant.schemes.codecs.reading import files_in
-from sinkquant.schemes.codecs.words import unpack
 
 LOG = logging.getLogger("sinkquant")
 LEFT = "left in 16 bits by the checkpoint"

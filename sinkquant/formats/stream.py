@@ -39,6 +39,7 @@ from sinkquant.formats.writer import CheckpointWriter
 from sinkquant.models import ActivationStore, Decoder, source_of
 from sinkquant.models.shards import Stored, dense_tensors, stored_tensors
 from sinkquant.models.source import runs_own_code
+from sinkquant.models.steps import Progress
 from sinkquant.quantize import PackedWeight, QuantizedBlock, check, distilled, quantized_blocks, teacher_targets
 from sinkquant.quantize.bases import cache_bases
 from sinkquant.quantize.ends import end_rows, untie
@@ -49,7 +50,6 @@ from sinkquant.recipe import Recipe
 from sinkquant.schemes.codecs import LibraryFiles, files_of
 from sinkquant.schemes.codecs.reading import dense_view, open_checkpoint
 
-Progress = Callable[[int, int, str], None]
 LOG = logging.getLogger("sinkquant")
 STATE = "blocks.json"
 RELOADED = 1 << 30

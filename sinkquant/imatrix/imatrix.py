@@ -4,7 +4,7 @@ the sinks' weight."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from sinkquant.models import ActivationStore, Decoder, Step, Walk, pick_device
 from sinkquant.models.decoder import require_dense, weight_matrix
 from sinkquant.models.experts import fused_parameters
 from sinkquant.models.hooks import hooked
+from sinkquant.models.steps import Progress
 from sinkquant.policy.plan import calibration_of, check_same_model
 from sinkquant.quantize import is_quantized
 from sinkquant.quantize.experts import record
@@ -27,7 +28,6 @@ from sinkquant.quantize.rows import text_rows
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.recipe import Recipe
 
-Progress = Callable[[int, int, str], None]
 PACKAGED = "packaged prose"
 
 

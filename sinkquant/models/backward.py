@@ -15,8 +15,8 @@ from torch import nn
 
 from sinkquant.models.attention import AttentionObserver, observed_attention
 from sinkquant.models.ends import outside_modules, token_table
+from sinkquant.models.hooks import compute_in
 from sinkquant.models.memory import give_back
-from sinkquant.models.placement import compute_in
 from sinkquant.models.walk import Step, Walk, stubbed
 
 

@@ -1,4 +1,5 @@
-"""Which modules of a model are its decoder blocks, and which of these have an attention matrix.
+"""Which modules of a model are its decoder blocks, which of these have an attention matrix, and what each keeps in a KV
+cache.
 
 Hybrids have blocks of several kinds: attention beside state-space mixers (Mamba), linear attention or convolutions.
 Vision-language models hold towers with lists of blocks of their own.
@@ -8,9 +9,12 @@ from __future__ import annotations
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
 
+from sinkquant.artifacts import KVLayerShape
 from sinkquant.errors import RequestError
 
+FULL, SLIDING = ("full_attention",), ("sliding_attention", "reference_sliding_attention")
 MIXER_REASON = "part of a state-space mixer or a convolution, which has no attention matrix: left alone"
 STATE_SPACE = ("A_log", "dt_bias")
 """Parameters that only state-space mixers and linear attention have."""
@@ -73,3 +77,30 @@ def mixers_of(name: str, block: nn.Module) -> list[str]:
     return [f"{name}.{path}" for path, module in block.named_modules() if path and (
         any(isinstance(child, nn.Conv1d) for child in module.children())
         or any(leaf in STATE_SPACE for leaf, _ in module.named_parameters(recurse=False)))]
+
+
+def kv_layers(config: PreTrainedConfig) -> list[KVLayerShape]:
+    """One entry per layer; `heads` is 0 for layers that keep no plain keys and values (linear attention, shared or
+    compressed caches, chunked attention)."""
+    config = config.get_text_config(decoder=True)
+    kinds, arguments = get_layer_types_and_kwargs(config)
+    found = []
+    for kind, kwargs, layer in zip(kinds, arguments, config.per_layer_config, strict=True):
+        heads, key_dim, value_dim = _heads(layer)
+        if kind not in FULL + SLIDING:
+            heads = 0
+        found.append(KVLayerShape(heads=heads, key_dim=key_dim, value_dim=value_dim,
+                                  sliding_window=kwargs.get("sliding_window")))
+    return found
+
+
+def _heads(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """(kv heads, channels of a key, channels of a value)."""
+    queries = int(config.num_attention_heads)
+    if getattr(config, "kv_lora_rank", None) and getattr(config, "qk_rope_head_dim", None):
+        # Multi-head latent attention is cached as plain heads, keys wider than values.
+        return queries, int(config.qk_nope_head_dim + config.qk_rope_head_dim), int(config.v_head_dim)
+    heads = getattr(config, "num_key_value_heads", None) or (
+        1 if getattr(config, "multi_query", False) else getattr(config, "num_kv_heads", None)) or queries
+    dim = int(getattr(config, "head_dim", None) or config.hidden_size // queries)
+    return int(heads), dim, dim

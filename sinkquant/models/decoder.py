@@ -18,10 +18,17 @@ from sinkquant.artifacts import EndShape, LinearShape, ModelFacts, ModelShape
 from sinkquant.errors import RequestError
 from sinkquant.models.alone import StoredPart
 from sinkquant.models.attention import require_attention_interface
-from sinkquant.models.blocks import MIXER_REASON, attention_of, blocks_of, layer_config, mixers_of, without_attention
+from sinkquant.models.blocks import (
+    MIXER_REASON,
+    attention_of,
+    blocks_of,
+    kv_layers,
+    layer_config,
+    mixers_of,
+    without_attention,
+)
 from sinkquant.models.experts import EXPERTS_REASON, ExpertLinear, expert_linears, fused_parameters, not_loaded_from
 from sinkquant.models.gguf import source_notes
-from sinkquant.models.kv import kv_layers
 from sinkquant.models.source import WeightSource, folder_of, source_of
 from sinkquant.models.structure import Structure, inputs, refusals, structure_of
 from sinkquant.models.unused import unused_of

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from sinkquant.models.decoder import Decoder
-from sinkquant.models.hooks import computing
-from sinkquant.models.placement import compute_in
+from sinkquant.models.hooks import compute_in, computing
 
 HEAD_VALUES = 1 << 25
 """Weights of the output head that are computed with at a time: 128 MB in float32."""

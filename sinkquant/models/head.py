@@ -10,8 +10,7 @@ from transformers import PreTrainedModel
 
 from sinkquant.models.decoder import Decoder
 from sinkquant.models.ends import outside_modules, token_table
-from sinkquant.models.hooks import computing
-from sinkquant.models.placement import compute_in
+from sinkquant.models.hooks import compute_in, computing
 from sinkquant.models.walk import stubbed
 
 PIECE_VALUES = 1 << 23

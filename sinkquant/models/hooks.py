@@ -1,11 +1,13 @@
-"""Hooks, and other forward passes, that are there for a while. A single handle of torch is such a context itself."""
+"""What is done to modules for a while: hooks, other forward passes, another dtype. A single handle of torch is such a
+context itself."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -31,3 +33,32 @@ def computing(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Itera
     finally:
         for module in replaced:
             module.__dict__.pop("forward", None)
+
+
+@contextlib.contextmanager
+def compute_in(modules: Sequence[nn.Module], device: str, dtype: torch.dtype) -> Iterator[None]:
+    """Cast the floating-point parameters and buffers of modules while the context is open; what stays on disk is left
+    there.
+
+    Afterwards a tensor has its own dtype and device again: the very values it had, or, where somebody changed them in
+    the meantime, those.
+    """
+    tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers()) if not t.is_meta}
+    # A cast to fewer bits cannot be undone: the values are kept.
+    before = [(t, t.dtype, t.device, t.data if t.is_floating_point() and _loses(t.dtype, dtype) else None)
+              for t in tensors.values()]
+    try:
+        for tensor, _, _, _ in before:
+            tensor.data = tensor.data.to(device, dtype) if tensor.is_floating_point() else tensor.data.to(device)
+        yield
+    finally:
+        for tensor, old_dtype, old_device, original in before:
+            if original is not None and torch.equal(tensor.data, original.to(device, dtype)):
+                tensor.data = original
+            else:
+                tensor.data = tensor.data.to(old_device, old_dtype)
+
+
+def _loses(old: torch.dtype, new: torch.dtype) -> bool:
+    """Whether a cast may change values: anything but to the same dtype or to float32 from fewer bits."""
+    return old != new and not (new in (torch.float32, torch.float64) and old.itemsize <= new.itemsize)

@@ -15,11 +15,13 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
+from sinkquant.errors import RequestError
 from sinkquant.models.blocks import layer_config
-from sinkquant.models.decoder import Decoder
+from sinkquant.models.decoder import Decoder, weight_matrix
 from sinkquant.models.loading import auto_class
 from sinkquant.models.tensors import pieces
 
+OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 PER_HEAD = ("sinks",)
 """Parameters outside linears that hold one number for every query head."""
 
@@ -127,3 +129,25 @@ def _parts(decoder: Decoder, name: str, counts: HeadCounts, stay: list[int],
 def _fits(parts: list[torch.Tensor | None] | None, shape: tuple[int, ...]) -> bool:
     return parts is not None and all(
         part is None or len(part) == size for part, size in zip(parts, shape, strict=True))
+
+
+def head_columns(decoder: Decoder, layer: int) -> tuple[str, list[slice]]:
+    """The output projection of a layer's attention, and the input columns that every query head fills.
+
+    Raises:
+        RequestError: the attention has no single linear after it that every head fills an equal part of.
+    """
+    found = [name for name in decoder.linears if decoder.block_of(name) == layer and _in_attention(decoder, name)
+             and name.rpartition(".")[2] in OUTPUT_PROJECTIONS]
+    heads = int(layer_config(decoder.model.config.get_text_config(decoder=True), layer).num_attention_heads)
+    columns = weight_matrix(decoder.linears[found[0]]).shape[1] if len(found) == 1 else 1
+    if len(found) != 1 or columns % heads:
+        raise RequestError(f"{type(decoder.model).__name__} has no output projection that reads its heads side by "
+                           "side, so none of them can be taken out; leave prune.heads out.")
+    width = columns // heads
+    return found[0], [slice(head * width, (head + 1) * width) for head in range(heads)]
+
+
+def _in_attention(decoder: Decoder, name: str) -> bool:
+    parent = decoder.model.get_submodule(name.rpartition(".")[0])
+    return "attention" in type(parent).__name__.lower()

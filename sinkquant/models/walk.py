@@ -24,11 +24,10 @@ from sinkquant.models.attention import AttentionObserver, observed_attention
 from sinkquant.models.decoder import Decoder
 from sinkquant.models.ends import next_token_losses, outside_modules, token_table
 from sinkquant.models.handed import RoutedTokens, recorded, unobserved
-from sinkquant.models.hooks import computing
+from sinkquant.models.hooks import compute_in, computing
 from sinkquant.models.inputs import switch_of
 from sinkquant.models.memory import give_back, map_large
 from sinkquant.models.on_disk import ExpertsOnDisk, find_on_disk
-from sinkquant.models.placement import compute_in
 
 FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError)
 """What a model raises in its own forward pass."""

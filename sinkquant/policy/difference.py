@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sinkquant.artifacts import ModuleDecision, Plan, PredictedLoss, Sensitivity
-from sinkquant.artifacts.difference import ModuleChange, PlanDifference, PlanSummary
+from sinkquant.artifacts.frontier import ModuleChange, PlanDifference, PlanSummary
 from sinkquant.errors import RequestError
 from sinkquant.policy.expected import with_expected_loss
 

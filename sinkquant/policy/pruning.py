@@ -7,7 +7,7 @@ from sinkquant.artifacts.pruning import Pruning, pattern_group
 from sinkquant.artifacts.sizes import module_bytes
 from sinkquant.errors import RequestError
 from sinkquant.methods import UNTOUCHED
-from sinkquant.policy.patterns import match
+from sinkquant.policy.rules import match
 from sinkquant.recipe import Prune, Recipe
 from sinkquant.schemes import WeightFormat
 

@@ -130,7 +130,7 @@ def _solved(recipe: Recipe, rows: int) -> float:
 
 def _rounded(recipe: Recipe, nearest: bool) -> tuple[float, float]:
     from sinkquant.quantize.module import relative_error
-    from sinkquant.schemes.codecs.words import pack
+    from sinkquant.schemes.codecs.packed import pack
 
     settings = recipe.weights
     columns = 1024 if settings.group_size == -1 else 8 * settings.group_size

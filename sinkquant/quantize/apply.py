@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan
 from sinkquant.models import ActivationStore, Decoder, check_finite, pick_device
+from sinkquant.models.steps import Progress
 from sinkquant.quantize.bases import cache_bases
 from sinkquant.quantize.block import QuantizedBlock, with_codes
 from sinkquant.quantize.calibrated import calibrated
@@ -21,8 +22,6 @@ from sinkquant.quantize.rounded import rounded
 from sinkquant.quantize.state import ATTRIBUTE, QuantizedState
 from sinkquant.quantize.transforms import rotate
 from sinkquant.schemes.codecs import install_modules
-
-Progress = Callable[[int, int, str], None]
 
 
 def quantize(model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerBase | None = None,

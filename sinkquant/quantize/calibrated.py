@@ -12,11 +12,10 @@ from sinkquant.methods import need_unquantized_inputs
 from sinkquant.models import ActivationStore, Decoder, Walk, weight_matrix
 from sinkquant.models.inputs import inputs_left_alone
 from sinkquant.quantize.block import QuantizedBlock, by_input, inside, with_codes
-from sinkquant.quantize.fused import fused_scales
 from sinkquant.quantize.hessian import collect
 from sinkquant.quantize.inputs import round_block
 from sinkquant.quantize.layer import keep_dense, quantize_experts, record_experts
-from sinkquant.quantize.module import put_packed, quantize_modules
+from sinkquant.quantize.module import fused_scales, put_packed, quantize_modules
 from sinkquant.quantize.pruning import silence
 from sinkquant.quantize.ranks import add_up, exchange, solver, this_rank
 from sinkquant.quantize.refine import Tune, compressed, rounding_offsets

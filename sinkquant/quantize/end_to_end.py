@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan
 from sinkquant.models import ActivationStore, Decoder, Walk
-from sinkquant.models.placement import compute_in
+from sinkquant.models.hooks import compute_in
+from sinkquant.models.steps import Progress
 from sinkquant.quantize.refine import Distill, Offsets, TeacherTargets, decompressed
 from sinkquant.quantize.rows import calibration_rows
 from sinkquant.schemes.codecs.packed import PackedWeight
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

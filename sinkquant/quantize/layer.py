@@ -14,8 +14,7 @@ from sinkquant.models.experts import by_expert
 from sinkquant.models.on_disk import ExpertsOnDisk
 from sinkquant.quantize.block import QuantizedBlock, by_input
 from sinkquant.quantize.experts import Routed, record
-from sinkquant.quantize.fused import fused_scales
-from sinkquant.quantize.module import quantize_modules
+from sinkquant.quantize.module import fused_scales, quantize_modules
 from sinkquant.quantize.ranks import add_up, exchange, solver, this_rank
 from sinkquant.quantize.statistics import TokenWeights
 

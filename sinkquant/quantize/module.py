@@ -16,7 +16,7 @@ from sinkquant.quantize.hessian import Hessian
 from sinkquant.quantize.pruning import Pruned, prune, still_pruned, unheard
 from sinkquant.quantize.split import solve_beside
 from sinkquant.schemes import WeightFormat, scheme_of
-from sinkquant.schemes.codecs import StoredWeight, library_codec, row_chunks
+from sinkquant.schemes.codecs import StoredWeight, codec_of, library_codec, row_chunks
 
 TOGETHER = 1 << 24
 """Weights whose error is taken in one product with the Hessian."""
@@ -127,3 +127,24 @@ def _put_dense(decoder: Decoder, name: str, new: torch.Tensor, made: QuantizedBl
 def _norm(part: torch.Tensor, metric: torch.Tensor | None) -> float:
     """trace(X H X^T) of some rows."""
     return float(((part if metric is None else part @ metric) * part).sum(dtype=torch.float64))
+
+
+def fused_scales(decoder: Decoder, todo: Mapping[str, ModuleDecision]) -> dict[str, torch.Tensor]:
+    """Module name -> the scale of the whole tensor, float32 [1], in formats that have one.
+
+    To be taken before any of the linears is changed. Experts share nothing: engines do not fuse one with another.
+
+    Args:
+        todo: name -> decision of linears of one block, with all that are fused with them.
+    """
+    concerned = [name for name, decision in todo.items() if decision.bits < 16 and scheme_of(decision.form).fused_scale]
+    if not concerned:
+        return {}
+    fused = {name: linear.fused_with for name, linear in decoder.shape("").linears.items()}
+    found: dict[str, torch.Tensor] = {}
+    for name in concerned:
+        if name not in found:
+            members = [name] if name in decoder.experts else fused[name] or [name]
+            scale = codec_of(todo[name].form).fused_scale([decoder.weight(member) for member in members])
+            found |= dict.fromkeys(members, scale)
+    return found

@@ -15,10 +15,9 @@ from sinkquant.models import Decoder
 from sinkquant.models.alone import StoredPart, in_groups, stored_parts
 from sinkquant.models.experts import fused_parameters
 from sinkquant.quantize.block import QuantizedBlock, inside
-from sinkquant.quantize.fused import fused_scales
 from sinkquant.quantize.inputs import put
 from sinkquant.quantize.layer import keep_dense
-from sinkquant.quantize.module import quantize_modules
+from sinkquant.quantize.module import fused_scales, quantize_modules
 from sinkquant.quantize.pruning import silence
 
 TOGETHER = 1 << 25

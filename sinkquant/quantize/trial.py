@@ -31,8 +31,7 @@ from sinkquant.models.progress import no_progress_bars
 from sinkquant.models.shrunk import shrunk
 from sinkquant.quantize.block import QuantizedBlock, inside
 from sinkquant.quantize.ends import end_leaves, quantize_ends
-from sinkquant.quantize.fused import fused_scales
-from sinkquant.quantize.module import quantize_modules
+from sinkquant.quantize.module import fused_scales, quantize_modules
 from sinkquant.schemes import WeightFormat, scheme_of
 from sinkquant.schemes.codecs import LibraryFiles, codec_of, files_of
 from sinkquant.schemes.tensors import scale_dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from sinkquant.artifacts import Paired, Plan, Report, Row, SinkMap
 from sinkquant.artifacts.base import write_atomically
 from sinkquant.artifacts.findings import further
-from sinkquant.report.card import CARD, hub_id
 from sinkquant.report.dots import Dots
 from sinkquant.report.drawing import Plot
 from sinkquant.report.plots import accuracy_dots, all_plots, divergences, row_name
 from sinkquant.report.sample import lines, visible
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+CARD = "README.md"
 HEADLINES = {"pays": "Protection pays", "does not pay": "Protection does not pay",
              "no difference shown": "No difference was shown",
              "not measured": "Whether protection pays was not measured"}
@@ -131,3 +133,8 @@ def _cell(report: Report, row: Row, task: str, metric: str) -> Any:
     text = f"{measure.value:.4g}" + (f" ± {measure.stderr:.2g}" if measure.stderr is not None else "")
     recovery = report.recovery.get(row.name, {}).get(task, {}).get(metric)
     return text if recovery is None else f"{text} ({100 * recovery:.1f} %)"
+
+
+def hub_id(model: str) -> str | None:
+    """The id on a hub that a model was named by, or None: a folder's path means nothing to others."""
+    return model if HUB_ID.fullmatch(model) and not Path(model).exists() else None

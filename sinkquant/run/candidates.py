@@ -32,10 +32,9 @@ from sinkquant.formats import (
 from sinkquant.models import Decoder
 from sinkquant.models.folder import weight_files
 from sinkquant.models.processes import this_process
+from sinkquant.models.steps import Progress
 from sinkquant.quantize.bases import cache_bases
 from sinkquant.recipe import Recipe
-
-Progress = Callable[[int, int, str], None]
 
 
 def weight_bytes(folder: Path) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,12 +10,11 @@ from sinkquant.artifacts import Report, Sensitivity
 from sinkquant.evaluate import BASELINE, Candidate, evaluate, forecasts_of_plans, require_tasks_possible
 from sinkquant.formats import read_checkpoint, versions
 from sinkquant.models import load_model, load_tokenizer, pick_device, resolve
+from sinkquant.models.steps import Progress
 from sinkquant.policy.expected import with_expected_loss
 from sinkquant.recipe import Recipe
 from sinkquant.run.candidates import bits_on_disk, comparison, fidelity, loader, sinks_after, weight_bytes
 from sinkquant.run.folder import CONTROL, MODEL
-
-Progress = Callable[[int, int, str], None]
 
 
 def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from sinkquant.errors import SinkquantError
+from sinkquant.models.steps import Progress
 from sinkquant.run.folder import WorkFolder
 
-Progress = Callable[[int, int, str], None]
 LOG = logging.getLogger("sinkquant")
 
 

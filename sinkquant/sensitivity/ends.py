@@ -13,7 +13,7 @@ from sinkquant.artifacts import EndLoss, ModelShape
 from sinkquant.artifacts.ends import EndDecision
 from sinkquant.models import Decoder, Walk
 from sinkquant.models.ends import outside_modules, token_table
-from sinkquant.models.placement import compute_in
+from sinkquant.models.hooks import compute_in
 from sinkquant.models.walk import stubbed, together
 from sinkquant.policy.ends import bits_of_ends, choose_ends, end_options
 from sinkquant.recipe import Recipe

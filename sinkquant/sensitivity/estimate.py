@@ -10,7 +10,7 @@ has far less variance; what they have in common is a factor of all linears by on
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -19,13 +19,13 @@ from sinkquant.artifacts.ends import EndDecision
 from sinkquant.methods import method_named
 from sinkquant.models import Decoder, Walk
 from sinkquant.models.backward import steps_back
+from sinkquant.models.steps import Progress
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.recipe import Recipe
 from sinkquant.sensitivity.candidates import TrialFormat, Unit, errors
 from sinkquant.sensitivity.ends import embedding_loss, head_loss
 from sinkquant.sensitivity.seen import Seen
 
-Progress = Callable[[int, int, str], None]
 Pair = tuple[float, float]
 ENOUGH = 4
 """Rows from which on it can be told what tokens of a row lose together."""

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from sinkquant.cache import prepare
 from sinkquant.errors import RequestError
 from sinkquant.models import ActivationStore, Decoder, Walk, load_model, pick_device, read_text, token_rows
 from sinkquant.models.source import runs_own_code
+from sinkquant.models.steps import Progress
 from sinkquant.policy.kv_cache import make_kv_plan
 from sinkquant.policy.plan import calibration_of
 from sinkquant.quantize.bases import cache_bases
@@ -32,7 +33,6 @@ from sinkquant.sensitivity.kv import exact_places, kv_losses, measured_kv
 from sinkquant.sensitivity.measure import measure
 from sinkquant.sinks import SinkSelector
 
-Progress = Callable[[int, int, str], None]
 LATER = ("bits", "ignore", "overrides", "descent", "tune", "distill")
 """What a recipe says of weights that no candidate is tried with."""
 SCORED = "rows of their own, and what a row's tokens share"

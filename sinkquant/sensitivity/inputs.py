@@ -6,7 +6,6 @@ for (W^T g) . d: of a linear that engines fuse with others the gradients are add
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from sinkquant.artifacts.sensitivity import InputLoss, InputSensitivity
 from sinkquant.models import Decoder, Walk
 from sinkquant.models.backward import steps_back
 from sinkquant.models.inputs import InputSwitch, RoundedInputs, input_args, static_scale
+from sinkquant.models.steps import Progress
 from sinkquant.policy.input_bits import InputOption, input_options
 from sinkquant.policy.plan import choices_of
 from sinkquant.quantize.statistics import TokenWeights
@@ -24,8 +24,6 @@ from sinkquant.schemes import input_format
 from sinkquant.schemes.tensors import scale_dtype
 from sinkquant.sensitivity.candidates import Unit
 from sinkquant.sensitivity.seen import Seen, SeenBatch
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ output is the change of the log-likelihood, and half its square the KL divergenc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,10 +22,10 @@ from sinkquant.cache.transforms.recoding import LayerBases, Recoding, recodings
 from sinkquant.models import Walk
 from sinkquant.models.attention import AttentionRecord, AttentionRows
 from sinkquant.models.backward import BackStep, steps_back
+from sinkquant.models.steps import Progress
 from sinkquant.recipe import Recipe
 from sinkquant.sensitivity.measure import divergence
 
-Progress = Callable[[int, int, str], None]
 Place = tuple[int, str, int]
 """KV head, "key" or "value", bits."""
 

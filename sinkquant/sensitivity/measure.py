@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,15 +11,13 @@ from torch import nn
 
 from sinkquant.artifacts import Terms
 from sinkquant.models import Decoder, Step, Walk, pick_device
-from sinkquant.models.hooks import computing, hooked
-from sinkquant.models.placement import compute_in
+from sinkquant.models.hooks import compute_in, computing, hooked
+from sinkquant.models.steps import Progress
 from sinkquant.quantize.experts import record
 from sinkquant.quantize.hessian import Hessian, collect
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.recipe import Recipe
 from sinkquant.sensitivity.candidates import Unit, errors
-
-Progress = Callable[[int, int, str], None]
 
 
 def measure(decoder: Decoder, units: list[Unit], rows: torch.Tensor, sinks: torch.Tensor, weights: TokenWeights,

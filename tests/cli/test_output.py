@@ -17,7 +17,7 @@ from sinkquant.artifacts import Channel, Plan, SuperWeight
 from sinkquant.cli import paper
 from sinkquant.cli.show import show_plan, show_sink_map
 from sinkquant.cli.tables.names import in_words
-from sinkquant.cli.tables.reasons import alike, with_ranges
+from sinkquant.cli.tables.plan import alike, with_ranges
 from sinkquant.cli.tables.sinkmap import meaning
 from sinkquant.models import Decoder
 from sinkquant.policy import make_plan

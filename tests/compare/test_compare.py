@@ -17,7 +17,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 import sinkquant as sq
 from sinkquant.artifacts.comparison import ComparedRow, Interval
-from sinkquant.compare.judge import with_front
+from sinkquant.compare.figures import with_front
 from sinkquant.models import read_text, token_rows
 from sinkquant.report.compared import markdown, page
 

@@ -17,7 +17,7 @@ from sinkquant.quantize import GPTQ, to_integers
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import WeightFormat
 from sinkquant.schemes.codecs.fp8 import FP8Grid
-from sinkquant.schemes.codecs.rtn import Nearest
+from sinkquant.schemes.codecs.grid import Nearest
 
 PACKAGE = Path(sinkquant.__file__).parent
 COMPARED = re.compile(r"""methods?\b[^\n"']*(?:==|!=|\bin\b)[^\n"']*["'](?:rtn|gptq|gptaq)["']""")

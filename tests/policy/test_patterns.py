@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sinkquant.errors import RequestError
-from sinkquant.policy.patterns import match
+from sinkquant.policy.rules import match
 
 NAMES = [f"model.layers.{i}.{leaf}" for i in range(12)
          for leaf in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")]

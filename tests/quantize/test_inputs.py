@@ -27,7 +27,7 @@ from sinkquant.quantize.inputs import in_front
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.recipe import Recipe
 from sinkquant.schemes.codecs.fp8 import FP8Grid
-from sinkquant.schemes.codecs.rtn import Nearest
+from sinkquant.schemes.codecs.grid import Nearest
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 STATIC = ["activations.format=int8", "activations.scale=tensor"]

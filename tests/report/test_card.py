@@ -9,7 +9,7 @@ import yaml
 
 from sinkquant import Plan, Report, SinkMap
 from sinkquant.report import write
-from sinkquant.report.card import hub_id
+from sinkquant.report.render import hub_id
 
 
 def head_and_body(folder: Path) -> tuple[dict[str, object], str]:

@@ -17,7 +17,7 @@ from sinkquant.artifacts import Calibration, Sensitivity, UnitSensitivity
 from sinkquant.models import Decoder, Walk, token_rows
 from sinkquant.models.backward import steps_back
 from sinkquant.quantize.statistics import TokenWeights
-from sinkquant.schemes.codecs.rtn import to_integers
+from sinkquant.schemes.codecs.grid import to_integers
 from sinkquant.sensitivity import sink_places
 
 SMALL = ["weights.group_size=32", "weights.method=rtn", "weights.scale_search=false", "sensitivity.rows=6",

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from sinkquant.artifacts import PredictedLoss
 from sinkquant.artifacts.advice import Advice
-from sinkquant.artifacts.difference import ModuleChange, PlanDifference
+from sinkquant.artifacts.frontier import ModuleChange, PlanDifference
 
 LONGEST = 48
 """Characters of a value that a table shows."""

@@ -7,11 +7,9 @@ import torch
 from sinkquant.artifacts.pruning import Pruning
 from sinkquant.errors import RequestError
 from sinkquant.quantize.factor import damped_hessian
-from sinkquant.quantize.pruning.magnitude import Magnitude
-from sinkquant.quantize.pruning.masks import Pruned
+from sinkquant.quantize.pruning.masks import Magnitude, Pruned, Wanda
 from sinkquant.quantize.pruning.refine import refine
 from sinkquant.quantize.pruning.sparsegpt import SparseGPT
-from sinkquant.quantize.pruning.wanda import Wanda
 
 
 def prune(weight: torch.Tensor, decision: Pruning, hessian: torch.Tensor | None, damping: float, passes: int,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 
 from sinkquant.errors import SinkquantError
 from sinkquant.models import Decoder, as_stored, weight_matrix
+from sinkquant.models.steps import Progress
 from sinkquant.models.walk import stubbed
 from sinkquant.quantize.refine.offsets import Offsets
 from sinkquant.quantize.refine.refine import ROWS, refine
@@ -23,7 +24,6 @@ from sinkquant.schemes.codecs.packed import PackedWeight
 LOGITS_BYTES = 1 << 28
 """What the float32 logits of one batch may take; one row is always run."""
 LOG = logging.getLogger("sinkquant")
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

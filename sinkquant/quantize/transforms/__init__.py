@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from sinkquant.artifacts import Plan
 from sinkquant.models import Decoder
-from sinkquant.quantize.transforms.rehearsal import rehearse
-from sinkquant.quantize.transforms.rotate import Rotate
+from sinkquant.quantize.transforms.rotate import Rotate, rehearse
 from sinkquant.quantize.transforms.scale import scale_block
 
 

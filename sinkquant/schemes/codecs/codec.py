@@ -12,9 +12,8 @@ from torch import nn
 
 from sinkquant.schemes import Scheme, WeightFormat
 from sinkquant.schemes.codecs.files import Files
-from sinkquant.schemes.codecs.grid import Grid, IntegerGrid
+from sinkquant.schemes.codecs.grid import Grid, IntegerGrid, Nearest
 from sinkquant.schemes.codecs.packed import PackedWeight
-from sinkquant.schemes.codecs.rtn import Nearest
 
 Leaves = dict[str, torch.Tensor]
 """The tensors of a linear, by what follows the module's name on disk."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from sinkquant.models.shards import StoredTensor
 from sinkquant.schemes import WeightFormat, scheme_of
 from sinkquant.schemes.codecs.codec import Codec, Leaves, StoredWeight
 from sinkquant.schemes.codecs.files import LibraryFiles, kept_linears
-from sinkquant.schemes.codecs.ggml_blocks import from_blocks, to_blocks
 from sinkquant.schemes.codecs.gguf_writer import write_file
 from sinkquant.schemes.codecs.grid import Grid
 from sinkquant.schemes.codecs.packed import PackedWeight
@@ -27,6 +26,7 @@ from sinkquant.schemes.gguf import BACKEND
 from sinkquant.schemes.gguf.names import CODES
 from sinkquant.schemes.gguf.scheme import BLOCK, GGUF, Blocks, holding
 
+HALF = BLOCK // 2
 DIGITS = 11
 """Significant bits of float16, which a scale times a zero point has to fit into."""
 MOST_DIGITS = 7
@@ -125,3 +125,45 @@ class GGUFFiles(LibraryFiles):
         dense = {one.name: torch.from_numpy(dequantize(one.data, one.tensor_type).copy())
                  for one in GGUFReader(folder / FILE).tensors}
         return {name: tensor.to(dtype) for name, tensor in in_models_order(folder, dense).items()}
+
+
+# A block of 32: float16 numbers in front, then the fifth bits of codes that have one, then the codes: a byte each, or two
+# halves to a byte, the first 16 columns in the low ones.
+
+
+def to_blocks(codes: torch.Tensor, bits: int, numbers: Sequence[torch.Tensor]) -> torch.Tensor:
+    """uint8 [rows, bytes of a row].
+
+    Args:
+        codes: uint8 [rows, columns], from 0 on. numbers: float16 [rows, groups], in the order of a block; those of a
+            group of several blocks stand in each of them.
+    """
+    rows, columns = codes.shape
+    octets, blocks = codes.reshape(rows, -1, BLOCK), columns // BLOCK
+    parts = [one.repeat_interleave(blocks // one.shape[1], dim=1).contiguous().view(torch.uint8).reshape(
+        rows, blocks, 2) for one in numbers]
+    if bits == 5:
+        fifth = (octets >> 4).reshape(rows, blocks, 4, 8) << torch.arange(8, dtype=torch.uint8, device=codes.device)
+        parts.append(fifth.sum(-1, dtype=torch.uint8))
+    if bits < 8:
+        octets = octets & 15
+        octets = octets[..., :HALF] | octets[..., HALF:] << 4
+    return torch.cat([*parts, octets], dim=2).reshape(rows, -1)
+
+
+def from_blocks(packed: torch.Tensor, bits: int, numbers: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The codes, uint8 [rows, blocks, 32], and so many float16 numbers, each [rows, blocks, 1].
+
+    Args:
+        packed: uint8 [rows, blocks, bytes of a block].
+    """
+    found = [packed[..., 2 * place:2 * place + 2].contiguous().view(torch.float16) for place in range(numbers)]
+    octets = packed[..., 2 * numbers:]
+    if bits == 8:
+        return octets, found
+    low = octets[..., -HALF:]
+    codes = torch.cat([low & 15, low >> 4], dim=2)
+    if bits == 5:
+        fifth = octets[..., :4, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+        codes = codes | fifth.flatten(2) << 4
+    return codes, found

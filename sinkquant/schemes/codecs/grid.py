@@ -1,4 +1,5 @@
-"""What a method has to know of the numbers that a weight may take: the codes, and the scales that can be stored."""
+"""What a method has to know of the numbers that a weight may take: the codes, and the scales that can be stored.
+Rounding to nearest takes no more."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import ClassVar, Protocol
 import torch
 
 from sinkquant.schemes.codecs.integer_scales import clamped_, searched_scales, storable
-from sinkquant.schemes.codecs.packed import PackedWeight, group_scales
+from sinkquant.schemes.codecs.packed import PackedWeight, group_scales, row_chunks
 
 
 class Grid(Protocol):
@@ -97,3 +98,32 @@ def grid_of(packed: PackedWeight) -> TunableGrid:
     """What the codes of a weight that can be tuned are of: its own grid where it knows one, integers otherwise."""
     own: TunableGrid | None = getattr(packed, "grid", None)
     return own or IntegerGrid(packed.bits, packed.scale.dtype)
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Every weight goes to the nearest code of its group; needs no calibration.
+
+    With `scale_search` scales are those with the least squared error, each column weighted by the mean square of its
+    inputs where calibration gives it.
+    """
+
+    grid: Grid
+    scale_search: bool = True
+
+    def quantize(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> PackedWeight:
+        """weight: float [rows, columns]; importance: [columns], the diagonal of the Hessian, or None."""
+        codes, scales = torch.empty(weight.shape, dtype=self.grid.held, device=weight.device), []
+        for rows in row_chunks(weight):
+            part = weight[rows].float()
+            scale = self.grid.scales(part, importance, self.scale_search)
+            real = part.unflatten(1, (scale.shape[1], -1)) / self.grid.spread(scale)[..., None]
+            codes[rows] = self.grid.nearest_(real, scale[..., None]).flatten(1).to(self.grid.held)
+            scales.append(scale)
+        return self.grid.weight(codes, torch.cat(scales))
+
+
+def to_integers(bits: int, group_size: int, scale_dtype: torch.dtype = torch.bfloat16,
+                scale_search: bool = True) -> Nearest:
+    """Rounding to integers in groups of so many columns; -1: one group per row."""
+    return Nearest(IntegerGrid(bits, scale_dtype, group_size), scale_search)

@@ -9,8 +9,7 @@ import torch
 from sinkquant.schemes import WeightFormat
 from sinkquant.schemes.codecs.codec import Codec, Leaves, StoredWeight
 from sinkquant.schemes.codecs.outliers import Outliers
-from sinkquant.schemes.codecs.packed import PackedWeight
-from sinkquant.schemes.codecs.words import pack, unpack
+from sinkquant.schemes.codecs.packed import PackedWeight, pack, unpack
 from sinkquant.schemes.integers import bytewise
 
 

@@ -12,8 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sinkquant.schemes import WeightFormat
 from sinkquant.schemes.codecs.outliers import Outliers
-from sinkquant.schemes.codecs.packed import dequantize
-from sinkquant.schemes.codecs.words import unpack
+from sinkquant.schemes.codecs.packed import dequantize, unpack
 
 CHUNK = 1 << 22
 """Weights that are made dense at a time."""

@@ -13,8 +13,7 @@ from small_runs import model_folder
 
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, load_model, open_model, pieces
-from sinkquant.quantize.transforms.rehearsal import rehearse
-from sinkquant.quantize.transforms.rotate import Rotate
+from sinkquant.quantize.transforms.rotate import Rotate, rehearse
 
 ROWS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
 SANDWICHED = ("gemma2", "gemma3_text")

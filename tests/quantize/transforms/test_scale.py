@@ -23,7 +23,7 @@ from sinkquant.quantize.transforms.search import Reader
 from sinkquant.quantize.transforms.smooth import AWQ, STRENGTHS, ScaleSinks, SearchedSmoothQuant, SmoothQuant
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import WeightFormat
-from sinkquant.schemes.codecs.rtn import to_integers
+from sinkquant.schemes.codecs.grid import to_integers
 
 ROWS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
 CALIBRATION = torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(1))

@@ -13,7 +13,7 @@ from sinkquant.policy import make_plan
 from sinkquant.quantize.gptq import GPTQ
 from sinkquant.schemes import WeightFormat, gptq
 from sinkquant.schemes.codecs import codec_of
-from sinkquant.schemes.codecs.rtn import Nearest, to_integers
+from sinkquant.schemes.codecs.grid import Nearest, to_integers
 from sinkquant.schemes.codecs.zeros import ZeroGrid, ZeroWeight
 
 

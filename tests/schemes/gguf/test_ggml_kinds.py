@@ -10,7 +10,7 @@ from gguf.quants import dequantize, quantize
 from sinkquant.quantize.gptq import GPTQ
 from sinkquant.schemes import WeightFormat
 from sinkquant.schemes.codecs import codec_of
-from sinkquant.schemes.codecs.rtn import Nearest, to_integers
+from sinkquant.schemes.codecs.grid import Nearest, to_integers
 from sinkquant.schemes.codecs.table_grid import IQ4_NL, TableGrid
 from sinkquant.schemes.gguf import GGUF, Blocks
 

@@ -1,4 +1,4 @@
-"""An explanation on a terminal: causes as sentences, then where the loss is."""
+"""Comparisons, explanations and sweeps of budgets on a terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from rich.markup import escape
 from rich.table import Table
 
+from sinkquant.artifacts import Frontier
+from sinkquant.artifacts.comparison import Comparison
 from sinkquant.artifacts.explanation import Explanation
+from sinkquant.report import compared, frontier
 from sinkquant.report.explained import Cells, options, shown_tables
 
 
@@ -35,6 +38,22 @@ def explanation_tables(found: Explanation, full: bool) -> Iterator[Table]:
     """Where the loss is: parts of the model, positions, tokens, heads, massive channels."""
     for title, cells in shown_tables(found, full).items():
         yield _table(title, cells)
+
+
+def comparison_table(found: Comparison) -> Table:
+    """A line for every model that was measured; columns that say nothing are left out."""
+    names, lines = compared.columns(found), compared.cells(found)
+    kept = [place for place, name in enumerate(names)
+            if any(line[place] for line in lines) and not (name == "KV bits" and all(x[place] == "16" for x in lines))]
+    return _table("Comparison", [[line[place] for place in kept] for line in (names, *lines)])
+
+
+def frontier_table(found: Frontier) -> Table:
+    """A line for every plan."""
+    shown = _table(f"{found.model}: predicted loss against bytes", [frontier.COLUMNS, *frontier.rows(found)])
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    return shown
 
 
 def _table(title: str, cells: Cells) -> Table:

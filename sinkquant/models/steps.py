@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+Progress = Callable[[int, int, str], None]
+"""Called as progress(done, total, label)."""
+
 
 class Steps:
     """Counts steps for a bar: `next` ends the one that runs and begins another.
@@ -12,7 +15,7 @@ class Steps:
         doing, done: what is said in front of a step's label, and at the end.
     """
 
-    def __init__(self, total: int, progress: Callable[[int, int, str], None] | None, doing: str, done: str) -> None:
+    def __init__(self, total: int, progress: Progress | None, doing: str, done: str) -> None:
         self.total, self.progress, self.doing, self.done, self.begun = total, progress, doing, done, 0
 
     def next(self, label: str) -> None:
