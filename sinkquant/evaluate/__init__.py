@@ -13,8 +13,8 @@ from sinkquant.evaluate.divergence import (
 )
 from sinkquant.evaluate.evaluate import Compare, evaluate
 from sinkquant.evaluate.forecasts import forecasts_of_plans, forecasts_of_run
-from sinkquant.evaluate.requests import require_tasks_possible
 from sinkquant.evaluate.statistics import paired_difference
+from sinkquant.evaluate.task_files import require_tasks_possible
 from sinkquant.evaluate.tasks import LOCAL_TASKS, build_tasks
 from sinkquant.lazy import make_lazy
 

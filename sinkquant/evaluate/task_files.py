@@ -1,17 +1,21 @@
-"""A user's folder of lm-eval task files: the names in it, and what is wrong with it, without lm-eval."""
+"""The tasks that a recipe names: those in a user's folder of lm-eval task files, and what is wrong with them, without
+lm-eval; and an evaluation that cannot be carried out is refused before any compute is spent."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 from sinkquant.errors import RequestError
-from sinkquant.evaluate.tasks import LOCAL_TASKS
-from sinkquant.recipe import near_miss
+from sinkquant.evaluate.tasks import LOCAL_TASKS, build_tasks
+from sinkquant.models import documents, read_text
+from sinkquant.recipe import Recipe, near_miss
 from sinkquant.recipe.measuring import Evaluation
 
 FILES = ("json", "csv", "text", "parquet")
@@ -123,3 +127,25 @@ def _data_files(content: dict[str, Any]) -> Iterator[str]:
             waiting += one
         elif isinstance(one, str) and "://" not in one and not any(mark in one for mark in "*?["):
             yield one
+
+
+def require_tasks_possible(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Read the evaluation text and look for the tasks.
+
+    Args:
+        tokenizer: of the model, whose chat template writes records of messages.
+
+    Raises:
+        RequestError: the text cannot be read, is empty, or is too short for the tasks; a task cannot be had.
+    """
+    settings = recipe.evaluate
+    content = read_text(settings.text, "evaluation", tokenizer)
+    wanted = wanted_tasks(settings)
+    if settings.text is not None:
+        with tempfile.TemporaryDirectory() as temporary:
+            build_tasks(documents(content), Path(temporary), recipe.seed, tasks=wanted.names)
+    others = [name for name in wanted.names if name not in LOCAL_TASKS]
+    if others:
+        from sinkquant.evaluate.run import open_tasks  # lm-eval
+
+        open_tasks(others, None, wanted.folder)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -18,11 +18,11 @@ from transformers.pytorch_utils import Conv1D
 
 from sinkquant.artifacts import Plan, SinkMap
 from sinkquant.artifacts.base import write_atomically
+from sinkquant.artifacts.experts import few_tokens, in_short
 from sinkquant.cache import needs_bases, save_bases
 from sinkquant.errors import SinkquantError
 from sinkquant.formats.carried import carry
 from sinkquant.formats.load import KV_BASES, load_dense
-from sinkquant.formats.log import in_words
 from sinkquant.formats.output import require_free
 from sinkquant.formats.save import (
     copy_dense,
@@ -48,6 +48,7 @@ from sinkquant.quantize.ranks import join, leave, tell
 from sinkquant.quantize.transforms import rotate
 from sinkquant.recipe import Recipe
 from sinkquant.schemes.codecs import LibraryFiles, files_of
+from sinkquant.schemes.codecs.compressed import EXPERT
 from sinkquant.schemes.codecs.reading import dense_view, open_checkpoint
 
 LOG = logging.getLogger("sinkquant")
@@ -308,3 +309,24 @@ def _check_reload(partial: Path, decoder: Decoder, plan: Plan) -> None:
         for name, tensor in mine.model.state_dict().items():
             if name in again and not torch.equal(again[name], tensor):
                 raise SinkquantError(f"{name} of the checkpoint is not what transformers loads; nothing was written.")
+
+
+def in_words(block: QuantizedBlock, losses: Mapping[str, float], plan: Plan) -> str:
+    """The relative error of every module, experts together; tokens per expert, and who had too few of them.
+
+    Args:
+        losses: module name -> relative error, of this block and of any others.
+    """
+    start = f"{block.name}."
+    losses = {name.removeprefix(start): loss for name, loss in losses.items() if name.startswith(start)}
+    said = [f"{name} {loss:.3g}" for name, loss in losses.items() if not EXPERT.search(name)]
+    experts = {name: loss for name, loss in losses.items() if EXPERT.search(name)}
+    if experts:
+        worst = max(experts, key=lambda name: experts[name])
+        said.append(f"experts {sum(experts.values()) / len(experts):.3g} on average, {experts[worst]:.3g} at most "
+                    f"({worst})")
+    for owner, counts in block.tokens.items():
+        said.append(f"tokens per expert of {owner.removeprefix(block.name + '.')} {in_short(counts)}")
+        if few := few_tokens({owner: counts}, plan.calibration.min_expert_tokens):
+            said.append(f"quantized as if all tokens went there: {few}")
+    return ", ".join(said)

@@ -27,7 +27,7 @@ def computing(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Itera
     replaced = []
     try:
         for module, forward in forwards:
-            module.forward = forward  # type: ignore[method-assign]
+            module.forward = forward
             replaced.append(module)
         yield
     finally:

@@ -127,8 +127,8 @@ class GGUFFiles(LibraryFiles):
         return {name: tensor.to(dtype) for name, tensor in in_models_order(folder, dense).items()}
 
 
-# A block of 32: float16 numbers in front, then the fifth bits of codes that have one, then the codes: a byte each, or two
-# halves to a byte, the first 16 columns in the low ones.
+# A block of 32: float16 numbers in front, then the fifth bits of codes that have one, then the codes: a byte each, or
+# two halves to a byte, the first 16 columns in the low ones.
 
 
 def to_blocks(codes: torch.Tensor, bits: int, numbers: Sequence[torch.Tensor]) -> torch.Tensor:
