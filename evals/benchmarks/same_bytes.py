@@ -5,8 +5,8 @@
 
 One line `model recipe sha256` for every packaged recipe, and for a few recipes more that take other paths, on the
 bundled model and on tiny models of five families with a planted sink: little calibration, no evaluation. The hash is
-over the checkpoint's safetensors files and what config.json says of quantization. A recipe that does not go with a
-model gives the sentence that refuses it in place of the hash. `--sink-maps` keeps the sink map of every model, and
+over the checkpoint's files of weights and what config.json says of quantization. A recipe that does not go with
+a model gives the sentence that refuses it in place of the hash. `--sink-maps` keeps the sink map of every model, and
 reads it where it is there, so that changes of detection do not count. With `--compare`, lines that differ are listed at
 the end and the exit code is 1.
 """
@@ -134,10 +134,10 @@ def sink_map_of(model: str, folder: str, text: list[str], maps: Path) -> sq.Sink
 
 
 def fingerprint(checkpoint: Path) -> str:
-    """sha256 over the safetensors files of a checkpoint, by name, and over what config.json says of quantization."""
+    """sha256 over the files of weights of a checkpoint, by name, and over what config.json says of quantization."""
     settings = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     made = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for path in sorted(checkpoint.rglob("*.safetensors")):
+    for path in sorted([*checkpoint.rglob("*.safetensors"), *checkpoint.rglob("*.gguf")]):
         made.update(str(path.relative_to(checkpoint)).encode())
         made.update(path.read_bytes())
     return made.hexdigest()
