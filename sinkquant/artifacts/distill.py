@@ -16,9 +16,6 @@ def require_tunable(formats: Mapping[str, WeightFormat], shape: ModelShape, thro
     Args:
         formats: module name -> format of every linear that is packed.
         through: whether the tokens of an exact prefix are let through rounded inputs.
-
-    Raises:
-        RequestError: saying what to change.
     """
     for name, form in formats.items():
         if shape.linears[name].part_of:
@@ -36,11 +33,7 @@ def require_tunable(formats: Mapping[str, WeightFormat], shape: ModelShape, thro
 
 
 def check_distill(plan: Plan, shape: ModelShape) -> None:
-    """Refuse a plan that tunes end to end what cannot be tuned so.
-
-    Raises:
-        RequestError: saying what to change.
-    """
+    """Refuse a plan that tunes end to end what cannot be tuned so."""
     if plan.calibration.distill:
         prefix = plan.kv_cache is not None and bool(plan.kv_cache.prefix)
         require_tunable(plan.formats, shape, prefix and any(one.rounded for one in plan.modules.values()))

@@ -47,9 +47,6 @@ class AttentionTable:
 
     def require_causal(self, rows: int, architecture: str) -> None:
         """Refuse a layer that is open and did not compute causal attention exactly once for every one of `rows` rows.
-
-        Raises:
-            RequestError: naming the architecture.
         """
         if sum(len(batch.received) for batch in self._open) != rows or int(self._open[0].visible[-1]) != 1:
             raise RequestError(f"{architecture} is not supported: its layer {len(self.received)} does not compute "

@@ -85,9 +85,6 @@ def check_imatrix(decoder: Decoder, target: Path) -> dict[str, str]:
 
     Returns:
         linear -> name of its tensor.
-
-    Raises:
-        RequestError: as `imatrix`.
     """
     if is_quantized(decoder.model):
         raise RequestError("this model is quantized; an importance matrix is of the unquantized one.")

@@ -64,11 +64,7 @@ def need_unquantized_inputs(names: Iterable[str]) -> bool:
 
 
 def require_methods(plan: Plan) -> None:
-    """Refuse a plan that asks of a method what it cannot do.
-
-    Raises:
-        RequestError: saying what to change.
-    """
+    """Refuse a plan that asks of a method what it cannot do."""
     for method in methods_of(decision.method for decision in plan.modules.values()):
         if why := method.refuses(plan):
             raise RequestError(why)

@@ -162,11 +162,7 @@ def _contents(path: TextSource, split: Split) -> Iterator[tuple[str, bytes]]:
 
 
 def require_two_texts(calibration: TextSource, evaluation: TextSource) -> None:
-    """Refuse standard input for both: it can be read once, and what was calibrated on proves nothing.
-
-    Raises:
-        RequestError: both are standard input.
-    """
+    """Refuse standard input for both: it can be read once, and what was calibrated on proves nothing."""
     both = [text if isinstance(text, list | tuple) else [text] for text in (calibration, evaluation)]
     if all(STANDARD_INPUT in map(str, texts) for texts in both):
         raise RequestError("calibration.text and evaluate.text are both '-', and standard input can be read once; give "

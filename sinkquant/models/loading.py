@@ -124,11 +124,7 @@ def loading_errors(folder: Path) -> Iterator[None]:
 
 
 def check_finite(model: torch.nn.Module) -> None:
-    """Refuse NaN and Inf among the parameters that are in memory.
-
-    Raises:
-        RequestError: naming the first tensor that holds one.
-    """
+    """Refuse NaN and Inf among the parameters that are in memory."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not parameter.is_meta and not torch.isfinite(parameter).all():
             raise RequestError(f"the weight {name} holds NaN or Inf; the checkpoint is broken, get it again.")

@@ -34,11 +34,7 @@ NUMBER = ("layer_idx", "layer_index", "layer_id")
 
 
 def require_blocks_apart(model: PreTrainedModel) -> None:
-    """Refuse a model whose blocks read each other's keys and values or share weights.
-
-    Raises:
-        RequestError: naming the key of its configuration, or the weight.
-    """
+    """Refuse a model whose blocks read each other's keys and values or share weights."""
     config = model.config.get_text_config(decoder=True)
     for key in SHARED:
         value = getattr(config, key, None)

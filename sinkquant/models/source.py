@@ -319,11 +319,7 @@ class WeightSource:
 
 def require_finite(name: str, weight: torch.Tensor) -> None:
     """Refuse a weight that was just read if it holds NaN or Inf. They show in the minimum and the maximum: no mask of
-    the tensor's size is needed.
-
-    Raises:
-        RequestError: it does.
-    """
+    the tensor's size is needed."""
     if weight.numel() and not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(weight)):
         raise RequestError(f"the weight {name} holds NaN or Inf; the checkpoint is broken, get it again.")
 

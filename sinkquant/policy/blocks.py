@@ -46,9 +46,6 @@ def require_enough(count: int, blocks: int, held: dict[int, str], settings: Prun
 
     Args:
         held: block -> what it does for massive activations ("emerge", "end").
-
-    Raises:
-        RequestError: naming them, and the key that lets them go.
     """
     if count > blocks - len(held):
         named = " and ".join(f"block {block} (massive activations {what} in it)"

@@ -49,11 +49,7 @@ def scheme_for(recipe: Recipe) -> Scheme:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Refuse what the recipe's backend cannot hold.
-
-    Raises:
-        RequestError: naming the key, and what would do.
-    """
+    """Refuse what the recipe's backend cannot hold."""
     scheme, weights, protect, backend = scheme_for(recipe), recipe.weights, recipe.protect, recipe.backend
     check_ends(recipe)
     check_kv_scheme(recipe)

@@ -26,11 +26,7 @@ OWN_FORMAT = ("sinkquant's own format holds the embedding and the head in 16 bit
 
 
 def check_ends(recipe: Recipe) -> None:
-    """Refuse what no model's checkpoint could hold.
-
-    Raises:
-        RequestError: naming the key, and what would do.
-    """
+    """Refuse what no model's checkpoint could hold."""
     weights = recipe.weights
     if (weights.lm_head, weights.embeddings) == (16, 16):
         return
@@ -156,11 +152,7 @@ def asked_of_edited(plan: Plan, recipe: Recipe, shape: ModelShape) -> Recipe:
 
 
 def check_counted(plan: Plan, counted: Plan) -> None:
-    """Refuse an edited plan that stores an end as nothing here does.
-
-    Raises:
-        RequestError: naming it, and what is possible.
-    """
+    """Refuse an edited plan that stores an end as nothing here does."""
     for name, end in plan.ends.items():
         other = counted.ends[name]
         if (end.form, end.shares) != (other.form, other.shares):

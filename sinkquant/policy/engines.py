@@ -67,11 +67,7 @@ def for_engine(choices: dict[str, Draft], engine: str) -> dict[str, Draft]:
 
 
 def require_engine(engine: str, plan: Plan, shape: ModelShape) -> None:
-    """Refuse a plan that the engine that a recipe names does not run.
-
-    Raises:
-        RequestError: with what the engine table says of it.
-    """
+    """Refuse a plan that the engine that a recipe names does not run."""
     if engine == ANY:
         return
     otherwise = "or leave the engine out (engine=any)"

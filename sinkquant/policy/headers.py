@@ -68,11 +68,7 @@ def plan_ready(shape: ModelShape, recipe: Recipe, edited: Plan | None,
 
 
 def require_plannable(shape: ModelShape, recipe: Recipe) -> None:
-    """Refuse what no sink map could make possible, before anything is detected.
-
-    Raises:
-        RequestError: as `make_plan`.
-    """
+    """Refuse what no sink map could make possible, before anything is detected."""
     changes = ["prune.heads=none"]  # detection says which
     if recipe.kv_cache is not None:
         changes += ["kv_cache.exact=none", "kv_cache.prefix=none"]

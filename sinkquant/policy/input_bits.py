@@ -34,11 +34,7 @@ LEFT_ALONE = InputOption(NO_ROUNDING, None)
 
 
 def check_solvable_inputs(recipe: Recipe) -> None:
-    """Refuse a budget of inputs' bits where the inputs that are looked at are not those that will be rounded.
-
-    Raises:
-        RequestError: naming the key.
-    """
+    """Refuse a budget of inputs' bits where the inputs that are looked at are not those that will be rounded."""
     if not recipe.solves_inputs:
         return
     for key, value in (("rotate", recipe.weights.rotate), ("smooth", recipe.weights.smooth)):

@@ -13,11 +13,7 @@ OWN_FORMAT = ("sinkquant's own format carries no kv_cache_scheme; set it to null
 
 
 def check_kv_scheme(recipe: Recipe) -> None:
-    """Refuse what no model's checkpoint could carry.
-
-    Raises:
-        RequestError: naming the key, and what would do.
-    """
+    """Refuse what no model's checkpoint could carry."""
     if recipe.kv_cache_scheme is None:
         return
     if recipe.backend != DEFAULT_BACKEND:

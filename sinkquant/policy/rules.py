@@ -150,11 +150,7 @@ def affected(shape: ModelShape, sink_map: SinkMap) -> list[tuple[str, str]]:
 
 
 def check_group_sizes(choices: dict[str, Draft], shape: ModelShape) -> None:
-    """Refuse groups that do not divide the input columns.
-
-    Raises:
-        RequestError: naming the first such module and the sizes that fit.
-    """
+    """Refuse groups that do not divide the input columns."""
     for name, choice in choices.items():
         columns = shape.linears[name].columns
         if choice.quantized and choice.group_size != -1 and (

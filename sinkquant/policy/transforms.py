@@ -34,11 +34,7 @@ def choose_transforms(choices: dict[str, Draft], shape: ModelShape, recipe: Reci
 
 
 def require_transforms(shape: ModelShape, recipe: Recipe) -> None:
-    """Refuse what a recipe asks for and this model does not allow, before anything is detected.
-
-    Raises:
-        RequestError: with the reason.
-    """
+    """Refuse what a recipe asks for and this model does not allow, before anything is detected."""
     if recipe.weights.smooth != "none":
         _check_scales(f"weights.smooth={recipe.weights.smooth}", shape)
     if recipe.weights.rotate == "none":
@@ -87,11 +83,7 @@ def _obstacle(name: str, shape: ModelShape, recipe: Recipe) -> str | None:
 
 
 def check_transforms(transforms: list[Transform], shape: ModelShape, kv_cache: KVCachePlan | None) -> None:
-    """Refuse what this model, or the cache of its plan, does not allow.
-
-    Raises:
-        RequestError: with the reason.
-    """
+    """Refuse what this model, or the cache of its plan, does not allow."""
     for transform in transforms:
         if transform.name == "rotate":
             _check_rotation(str(transform.scope), shape, kv_cache)

@@ -9,11 +9,7 @@ from sinkquant.schemes.registry import packages_of
 
 
 def require_packages(backend: str) -> None:
-    """Refuse a backend whose library is not installed.
-
-    Raises:
-        RequestError: with the command that installs it.
-    """
+    """Refuse a backend whose library is not installed."""
     for package, module in packages_of(backend).items():
         if not installed(module):
             raise RequestError(f"the backend {backend} needs the package {package}, which is not installed; run "

@@ -159,9 +159,6 @@ class Scheme:
         Args:
             architecture: transformers' class. folder: of the model, None for one that was made in memory. columns:
                 linear that is to be packed -> its input columns.
-
-        Raises:
-            RequestError: saying what is in the way.
         """
 
     def file_size(self, tensors: Mapping[str, Tensor], carried: Mapping[str, Tensor], architecture: str,
