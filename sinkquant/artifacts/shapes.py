@@ -96,6 +96,11 @@ class ModelShape(Strict):
         return sum(math.prod(size) for _, size in self.tensors.values())
 
     @property
+    def weights(self) -> int:
+        """Number of weights in all linears."""
+        return sum(linear.parameters for linear in self.linears.values())
+
+    @property
     def values(self) -> int:
         """Number of values in all tensors of the unquantized checkpoint."""
         return self.parameters + sum(math.prod(size) for _, size in self.carried.values())

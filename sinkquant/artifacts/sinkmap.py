@@ -242,3 +242,8 @@ class SinkMap(Artifact):
     extensions: dict[str, dict[str, Any]] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
     shape: KeptShape | None = None
+
+    @property
+    def placed(self) -> list[SinkToken]:
+        """The sinks that stand in a text: all but those that a model has learned beside it."""
+        return [token for token in self.tokens if token.kind != "learned"]

@@ -30,8 +30,10 @@ from sinkquant.models.blocks import (
 from sinkquant.models.experts import EXPERTS_REASON, ExpertLinear, expert_linears, fused_parameters, not_loaded_from
 from sinkquant.models.gguf import source_notes
 from sinkquant.models.source import WeightSource, folder_of, source_of
+from sinkquant.models.stored import StoredTensor
 from sinkquant.models.structure import Structure, inputs, refusals, structure_of
 from sinkquant.models.unused import unused_of
+from sinkquant.schemes.tensors import scale_dtype
 
 FUSED_BY_ENGINES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")
@@ -113,6 +115,16 @@ class Decoder:
         return structure_of(self.model, self.block_names, self.blocks)
 
     @property
+    def dtype_name(self) -> str:
+        """What checkpoints call the dtype of the model's weights."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """What scales of the model's packed weights are stored in."""
+        return getattr(torch, scale_dtype(self.dtype_name))
+
+    @property
     def hidden_size(self) -> int:
         """Width of the residual stream."""
         return int(self.model.config.get_text_config(decoder=True).hidden_size)
@@ -157,7 +169,7 @@ class Decoder:
             name=name, architecture=type(self.model).__name__, layers=len(self.blocks), heads=heads,
             kv_heads=int(getattr(config, "num_key_value_heads", None) or heads), hidden_size=self.hidden_size,
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
-            dtype=str(self.model.dtype).removeprefix("torch."))
+            dtype=self.dtype_name)
 
     def shape(self, name: str) -> ModelShape:
         """Names and shapes of everything that a checkpoint of this model holds."""
@@ -173,15 +185,15 @@ class Decoder:
         linears |= self._expert_shapes()
         ignored = self.model._keys_to_ignore_on_save or ()
         state = {key: value for key, value in self.model.state_dict().items() if key not in ignored}
-        tensors = {key: (str(value.dtype).removeprefix("torch."), list(value.shape))
+        tensors = {key: _declared(value)
                    for key, value in remove_tied_weights_from_state_dict(state, self.model).items()}
         unused, cannot = unused_of(self.model), refusals(structure)
         if unused.carried:
             cannot.setdefault("full", f"it comes with {next(iter(unused.carried))}, which transformers does not "
                                       "compute with and a rotation would leave behind")
-        carried = {key: (str(one.dtype).removeprefix("torch."), list(one.shape)) for key, one in unused.carried.items()}
+        carried = {key: _declared(one) for key, one in unused.carried.items()}
         return ModelShape(name=name, architecture=type(self.model).__name__, blocks=len(self.blocks),
-                          dtype=str(self.model.dtype).removeprefix("torch."), linears=linears, tensors=tensors,
+                          dtype=self.dtype_name, linears=linears, tensors=tensors,
                           kv_layers=kv_layers(self.model.config), not_rotated=cannot,
                           untied=self._untied(structure), not_loaded_from=not_loaded_from(self.model),
                           carried=carried, ends=self._ends(tensors),
@@ -202,7 +214,7 @@ class Decoder:
         table, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         found, first = {}, names.get(id(table), "")
         if isinstance(table, nn.Embedding) and f"{first}.weight" in tensors:
-            buffers = {leaf: (str(buffer.dtype).removeprefix("torch."), list(buffer.shape))
+            buffers = {leaf: _declared(buffer)
                        for leaf, buffer in table.named_buffers() if f"{first}.{leaf}" not in tensors}
             found[first] = EndShape(kind="embedding", rows=table.weight.shape[0], columns=table.weight.shape[1],
                                     buffers=buffers)
@@ -220,7 +232,7 @@ class Decoder:
         if head is None or head.weight is not embedding.weight or structure.head is None or norm is None or (
                 norm.gain is None):
             return {}
-        return {structure.head.weight: (str(head.weight.dtype).removeprefix("torch."), list(head.weight.shape))}
+        return {structure.head.weight: _declared(head.weight)}
 
     def _expert_shapes(self) -> dict[str, LinearShape]:
         """Every projection of every expert; fused parameters whose experts cannot be told apart as a whole."""
@@ -236,6 +248,10 @@ class Decoder:
             shapes[name] = LinearShape(rows=part.rows, columns=part.weight.shape[1], block=self.block_of(name),
                                        part_of=part.parameter).model_copy(update={"fused_with": together})
         return dict(sorted(shapes.items(), key=lambda item: item[1].block))
+
+
+def _declared(tensor: torch.Tensor | StoredTensor) -> tuple[str, list[int]]:
+    return str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
 
 
 def max_length(model: PreTrainedModel) -> int:

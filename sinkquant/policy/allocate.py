@@ -186,7 +186,7 @@ class Problem:
         return found
 
     def _bits(self, bits: float) -> Solution:
-        weights = sum(linear.parameters for linear in self.shape.linears.values())
+        weights = self.shape.weights
         fixed = sum(module_bytes(self.shape, name, form) for name, form in self.fixed.items())
         found = least_loss(self.table, int(bits * weights / 8) - fixed)
         if found is None:

@@ -37,8 +37,8 @@ def massive_blocks(sink_map: SinkMap) -> tuple[int | None, int | None]:
     if not sink_map.channels:
         return None, None
     largest = max(sink_map.channels, key=lambda channel: channel.peak)
-    emergence = sink_map.emergence.block if sink_map.emergence is not None else _block(largest.born)
-    return emergence, _block(largest.ended)
+    emergence = sink_map.emergence.block if sink_map.emergence is not None else block_at(largest.born)
+    return emergence, block_at(largest.ended)
 
 
 def require_enough(count: int, blocks: int, held: dict[int, str], settings: Prune) -> None:
@@ -55,6 +55,7 @@ def require_enough(count: int, blocks: int, held: dict[int, str], settings: Prun
                            f"{blocks - len(held)}, or set prune.massive=true{also}.")
 
 
-def _block(place: str | None) -> int | None:
+def block_at(place: str | None) -> int | None:
+    """"layers.3.mlp" -> 3; None for the embedding, and for no place."""
     found = None if place is None else PLACE.match(place)
     return None if found is None else int(found[1])

@@ -116,7 +116,7 @@ def better_spent(shape: ModelShape, recipe: Recipe) -> list[str]:
         return []
     whole, smaller = (total_bytes(one.tensors.values())
                       for one in (shape, with_ends(shape, ends)))
-    freed = 8 * (whole - smaller) / sum(linear.parameters for linear in shape.linears.values())
+    freed = 8 * (whole - smaller) / shape.weights
     if freed < WORTH or any(linear.transposed for linear in shape.linears.values()):
         return []
     return [f"the token embedding and the output head in 8 bits (weights.embeddings=8, weights.lm_head=8) would free "

@@ -45,12 +45,11 @@ def make_frontier(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitiv
               ends: Recipe) -> FrontierPoint:
         expected = expect_loss(formats, sensitivity)
         packed = {module: form for module, form in formats.items() if form.packed}
-        weights = sum(linear.parameters for linear in shape.linears.values())
         size = sum(module_bytes(shape, module, form) for module, form in formats.items())
         total = checkpoint_bytes(sized(shape, ends), packed)
         lost = expected_kv_loss(cache, sensitivity) if recipe.budget.context is not None else None
         lost = (lost or 0.0) + (sensitivity.end_loss(bits_of_ends(ends)) or 0.0)
-        return FrontierPoint(name=name, kind=kind, bits_per_weight=8 * size / weights,  # type: ignore[arg-type]
+        return FrontierPoint(name=name, kind=kind, bits_per_weight=8 * size / shape.weights,  # type: ignore[arg-type]
                              bytes=total + kv_bytes_of(shape, recipe.budget, cache),
                              kl=expected.total + lost, kl_sinks=expected.sinks)
 

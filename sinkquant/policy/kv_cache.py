@@ -7,6 +7,7 @@ import math
 from sinkquant.artifacts import KVCachePlan, KVLayer, KVLayerShape, KVSink, MassiveCarriers, ModelShape, SinkMap
 from sinkquant.artifacts.kv import cache_bytes, dense_bytes, packed_tokens, value_group
 from sinkquant.errors import RequestError
+from sinkquant.policy.blocks import block_at
 from sinkquant.policy.kv_bits import least_setting
 from sinkquant.recipe import KVCache, Recipe
 
@@ -203,7 +204,7 @@ def _check_fit(layer: KVLayerShape, index: int, group_size: int, asked: KVCache 
 def _sinks(sink_map: SinkMap) -> list[KVSink]:
     """A sink that is bound to a position is kept there whatever token stands there: the position makes the sink."""
     return [KVSink(token_id=None if token.position is not None else token.token_id, position=token.position)
-            for token in sink_map.tokens if token.kind != "learned"]
+            for token in sink_map.placed]
 
 
 def _prefix(sink_map: SinkMap, settings: KVCache) -> list[int]:
@@ -252,10 +253,7 @@ def _carriers(sink_map: SinkMap) -> MassiveCarriers:
 
 def _block(label: str) -> int | None:
     """"layers.3.mlp" -> 3; the embedding shows after block 0."""
-    if label == "embedding":
-        return 0
-    parts = label.split(".")
-    return int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else None
+    return 0 if label == "embedding" else block_at(label)
 
 
 def _expected_exact(plan: KVCachePlan, sink_map: SinkMap) -> int:
@@ -265,8 +263,7 @@ def _expected_exact(plan: KVCachePlan, sink_map: SinkMap) -> int:
         return first
     if plan.exact == "first-n":
         return max(first, min(plan.first_n, plan.max_exact + first))
-    tokens = [token for token in sink_map.tokens if token.kind != "learned"
-              and (plan.exact == "detected" or token.massive)]
+    tokens = [token for token in sink_map.placed if plan.exact == "detected" or token.massive]
     count = first + sum(math.ceil(token.share * plan.length) if token.position is None else token.position >= first
                         for token in tokens)
     return min(count, plan.max_exact + first, plan.length)
@@ -281,7 +278,7 @@ def _reason(plan: KVCachePlan, sink_map: SinkMap) -> str:
     if plan.exact == "detected":
         named = ", ".join(f"position {token.position}, whatever stands there" if token.text is None else
                           f"{token.text!r}" + (f" at {token.position}" if token.position is not None else "")
-                          for token in sink_map.tokens if token.kind != "learned")
+                          for token in sink_map.placed)
         return f"the sinks of the map stay exact: {named}" if named else "the map holds no sink, so that none is kept"
     if plan.massive is not None:
         return f"tokens that carry a massive activation after block {plan.massive.layer} stay exact"

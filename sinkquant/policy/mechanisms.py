@@ -125,7 +125,7 @@ def _for_weights(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, off: Reci
 
 def _in_prefix(sink_map: SinkMap) -> bool:
     """Whether `<bos>` in front of a row is all sinks that there are."""
-    return all(token.position == 0 for token in sink_map.tokens if token.kind != "learned")
+    return all(token.position == 0 for token in sink_map.placed)
 
 
 def _kept(name: str, settings: list[str], asked: Recipe, shape: ModelShape, sink_map: SinkMap,

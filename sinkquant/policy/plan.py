@@ -217,25 +217,18 @@ def _finish(name: str, choices: dict[str, Draft], shape: ModelShape, recipe: Rec
         raise RequestError(NO_KV_SCHEME)
     total = checkpoint_bytes(with_kv_scales(with_ends(after, ends), kv_scheme), formats)
     unquantized = checkpoint_bytes(shape, {})
-    weights = sum(linear.parameters for linear in shape.linears.values())
     modules = {
         module: ModuleDecision(bits=c.bits, group_size=c.group_size, method=c.method, keep=c.keep,  # type: ignore[arg-type]
                                columns=list(c.columns), scalars=list(c.scalars), storage=c.form.storage,
                                bytes=choice_bytes(shape, module, c), reason=c.reason, **_inputs(c))
         for module, c in choices.items()}
-    settings = recipe.calibration
     if recipe.weights.tune and any(shape.linears[module].part_of for module in formats):
         raise RequestError(TUNE_AND_EXPERTS)
     return Plan(
-        name=name, bits_per_weight=8 * linear_bytes(shape, choices) / weights,
+        name=name, bits_per_weight=8 * linear_bytes(shape, choices) / shape.weights,
         bits_per_parameter=8 * total / shape.values, weight_bytes=total, unquantized_bytes=unquantized,
         modules=modules, transforms=transforms, seed=recipe.seed, recipe=recipe.model_dump(mode="json"),
-        calibration=Calibration(
-            text=settings.text, rows=settings.rows, length=settings.length, bos=settings.bos,
-            batch_size=settings.batch_size, sinks=sinks, damping=recipe.weights.damping,
-            act_order=recipe.weights.act_order, scale_search=recipe.weights.scale_search,
-            descent=recipe.weights.descent, tune=recipe.weights.tune, distill=recipe.weights.distill,
-            statistics=statistics, min_expert_tokens=settings.min_expert_tokens),
+        calibration=_calibration(recipe, sinks, statistics),
         predicted={"weight_bytes": float(total), "size_ratio": total / unquantized},
         loads_in=loads_in(shape, formats | {module: end.form for module, end in ends.items()}, own, kv_scheme),
         ends=ends, kv_scheme=kv_scheme,
@@ -254,9 +247,7 @@ def sink_selectors(sink_map: SinkMap, recipe: Recipe) -> list[WeighedSink]:
     most `protect.sink_weight`. A delimiter in every sentence is read by the few tokens after it; `<bos>` stands in a
     row once and is read by all of it."""
     selectors = []
-    for token in sink_map.tokens:
-        if token.kind == "learned":
-            continue
+    for token in sink_map.placed:
         share = 1 / recipe.calibration.length if token.position is not None else token.share
         weight = min(recipe.protect.sink_weight, max(1.0, token.attention / max(share, 1e-9)))
         selectors.append(WeighedSink(token_id=token.token_id, position=token.position, weight=weight))
@@ -269,17 +260,21 @@ def calibration_of(recipe: Recipe, sink_map: SinkMap | None) -> Calibration:
     Args:
         sink_map: None where no token is a sink.
     """
-    settings = recipe.calibration
     sinks = sink_selectors(sink_map, recipe) if recipe.protect.tokens and sink_map is not None else []
+    return _calibration(recipe, sinks, recipe.statistics)
+
+
+def _calibration(recipe: Recipe, sinks: list[WeighedSink], statistics: Statistics) -> Calibration:
+    settings, weights = recipe.calibration, recipe.weights
     return Calibration(
         text=settings.text, rows=settings.rows, length=settings.length, bos=settings.bos,
-        batch_size=settings.batch_size, sinks=sinks, damping=recipe.weights.damping,
-        act_order=recipe.weights.act_order, statistics=recipe.statistics, min_expert_tokens=settings.min_expert_tokens)
+        batch_size=settings.batch_size, sinks=sinks, damping=weights.damping, act_order=weights.act_order,
+        scale_search=weights.scale_search, descent=weights.descent, tune=weights.tune, distill=weights.distill,
+        statistics=statistics, min_expert_tokens=settings.min_expert_tokens)
 
 
 def _within_budget(base: dict[str, Draft], choices: dict[str, Draft], shape: ModelShape, recipe: Recipe,
                    order: list[str]) -> dict[str, Draft]:
-    weights = sum(linear.parameters for linear in shape.linears.values())
     named = {name: choice for name, choice in choices.items() if choice.keep and choice.pinned}
     floor = share_formats(base | named, shape)
     least = linear_bytes(shape, floor)
@@ -295,10 +290,10 @@ def _within_budget(base: dict[str, Draft], choices: dict[str, Draft], shape: Mod
                                "weights.bits.")
     else:
         bits = float(recipe.budget.bits or 16)
-        allowed, words = int(bits * weights / 8), f"the budget of {recipe.budget.bits} bits"
+        allowed, words = int(bits * shape.weights / 8), f"the budget of {recipe.budget.bits} bits"
         if least > allowed:
             # Rounded up, so that the number in the message is itself feasible.
-            fewest = math.ceil(8000 * least / weights) / 1000
+            fewest = math.ceil(8000 * least / shape.weights) / 1000
             raise RequestError(f"budget.bits {bits} is not feasible: weights.bits and weights.group_size, and what "
                                f"stays in 16 bits, take {fewest:.3f} bits per weight without any protection; raise "
                                "budget.bits to that, or lower weights.bits.")

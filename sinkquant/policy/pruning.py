@@ -65,10 +65,9 @@ def pruning_alone(plan: Plan, shape: ModelShape) -> Plan:
     modules = {name: decision.model_copy(update={
         "bits": 16, "group_size": None, "method": UNTOUCHED, "keep": None, "columns": [],
         "bytes": module_bytes(shape, name, left)}) for name, decision in plan.modules.items()}
-    weights = sum(linear.parameters for linear in shape.linears.values())
     return plan.model_copy(update={
         "modules": modules, "ends": {}, "kv_cache": None, "kv_scheme": None, "weight_bytes": plan.unquantized_bytes,
-        "bits_per_weight": 8 * sum(decision.bytes for decision in modules.values()) / weights,
+        "bits_per_weight": 8 * sum(decision.bytes for decision in modules.values()) / shape.weights,
         "calibration": plan.calibration.model_copy(update={"tune": 0, "distill": 0})})
 
 
@@ -121,9 +120,8 @@ def _require_consistent(pruning: Pruning, what: str) -> None:
 
 def _counted(plan: Plan, shape: ModelShape) -> Plan:
     """The plan with the share of all weights of the linears that it sets to zero among what is predicted."""
-    total = sum(linear.parameters for linear in shape.linears.values())
     zeros = sum(decision.prune.sparsity * shape.linears[name].parameters
                 for name, decision in plan.modules.items() if decision.prune is not None)
     if not zeros:
         return plan
-    return plan.model_copy(update={"predicted": plan.predicted | {"sparsity": zeros / total}})
+    return plan.model_copy(update={"predicted": plan.predicted | {"sparsity": zeros / shape.weights}})

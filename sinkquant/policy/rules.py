@@ -102,8 +102,7 @@ def protect(choices: dict[str, Draft], shape: ModelShape, sink_map: SinkMap, rec
         RequestError: a pattern of `protect.modules` without a match.
     """
     chosen = dict(choices)
-    total = sum(linear.parameters for linear in shape.linears.values())
-    room = recipe.protect.max_share * total
+    room = recipe.protect.max_share * shape.weights
     for pattern in recipe.protect.modules:
         for name in match(pattern, list(shape.linears), "protect.modules"):
             if not shape.linears[name].fixed:

@@ -56,9 +56,8 @@ def split_channels(choices: dict[str, Draft], shape: ModelShape, sink_map: SinkM
     if any(choice.quantized and shape.linears[name].part_of for name, choice in choices.items()):
         raise RequestError(NO_EXPERTS)
     chosen = dict(choices)
-    total = sum(linear.parameters for linear in shape.linears.values())
     named = sum(shape.linears[name].parameters for name, choice in choices.items() if choice.keep)
-    room = recipe.protect.max_share * total - named
+    room = recipe.protect.max_share * shape.weights - named
     for name, why in affected(shape, sink_map):
         members = shape.linears[name].fused_with or [name]
         supers = {(weight.row, weight.column) for weight in sink_map.super_weights if weight.module == name}

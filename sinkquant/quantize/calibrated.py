@@ -22,7 +22,6 @@ from sinkquant.quantize.refine import Tune, compressed, rounding_offsets
 from sinkquant.quantize.rows import calibration_rows
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.quantize.transforms import scale_block
-from sinkquant.schemes.tensors import scale_dtype
 
 
 def calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase | None,
@@ -53,8 +52,7 @@ def calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase 
         scaled = scale_block(decoder, step, plan, weights, shape)
         made = QuantizedBlock(step.index, step.name, {}, {}, silent=silent, ended=not experts,
                               fused_scales=fused_scales(decoder, mine),
-                              input_scales=round_block(step, decoder, plan, getattr(torch, scale_dtype(
-                                  str(decoder.model.dtype).removeprefix("torch.")))))
+                              input_scales=round_block(step, decoder, plan, decoder.scale_dtype))
         # Fused modules read one input: its Hessian is collected once.
         source = {name: shape.linears[name].fused_with[0] for name in mine}
         readers = {source[name]: decoder.linears[source[name]] for name in mine}

@@ -15,7 +15,6 @@ from sinkquant.models import Decoder
 from sinkquant.models.tensors import pieces
 from sinkquant.quantize.transforms.parameters import untie_head
 from sinkquant.schemes.codecs import PackedWeight, codec_of
-from sinkquant.schemes.tensors import scale_dtype
 
 
 def untie(decoder: Decoder, plan: Plan) -> None:
@@ -30,8 +29,7 @@ def end_rows(decoder: Decoder, plan: Plan, name: str) -> Iterator[tuple[int, Pac
     """The embedding or the head as it is stored, as (first row, rows): every row is rounded by itself. A head that
     shares codes is the embedding."""
     end = plan.ends[name]
-    scales = getattr(torch, scale_dtype(str(decoder.model.dtype).removeprefix("torch.")))
-    nearest = codec_of(end.form).nearest(end.form, scales, plan.calibration.scale_search)
+    nearest = codec_of(end.form).nearest(end.form, decoder.scale_dtype, plan.calibration.scale_search)
     for start, rows in pieces(decoder, f"{end.shares or name}.weight"):
         yield start, nearest.quantize(rows)
 

@@ -83,7 +83,7 @@ def _problem(decoder: Decoder, name: str, decision: ModuleDecision, plan: Plan, 
         raise RequestError(f"no calibration token reached {name}; give more text, or set its method to rtn.")
     cross = seen.cross() if seen is not None and method.needs_unquantized_inputs else None
     start = weight if pruned is None or method.needs_hessian else pruned.weight
-    scales = scheme_of(decision.form).scales(str(decoder.model.dtype).removeprefix("torch."), name in decoder.experts)
+    scales = scheme_of(decision.form).scales(decoder.dtype_name, name in decoder.experts)
     return Problem(name, decision.form, start, getattr(torch, scales), plan.calibration, hessian, cross,
                    None if pruned is None else pruned.kept, made.fused_scales.get(name))
 

@@ -18,7 +18,6 @@ from sinkquant.models.walk import stubbed, together
 from sinkquant.policy.ends import bits_of_ends, choose_ends, end_options
 from sinkquant.recipe import Recipe
 from sinkquant.schemes.codecs import codec_of
-from sinkquant.schemes.tensors import scale_dtype
 from sinkquant.sensitivity.measure import divergence
 
 STEP = 1 << 25
@@ -105,5 +104,4 @@ def _weighing(module: nn.Module, weight: torch.Tensor) -> Iterator[None]:
 
 
 def _nearest(decoder: Decoder, end: EndDecision, recipe: Recipe) -> Any:
-    scales = getattr(torch, scale_dtype(str(decoder.model.dtype).removeprefix("torch.")))
-    return codec_of(end.form).nearest(end.form, scales, recipe.weights.scale_search)
+    return codec_of(end.form).nearest(end.form, decoder.scale_dtype, recipe.weights.scale_search)

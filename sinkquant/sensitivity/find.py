@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinkquant.artifacts import FormatLoss, Ranking, Sensitivity, SinkMap, SinkToken, Terms, UnitSensitivity
+from sinkquant.artifacts import FormatLoss, Ranking, Sensitivity, SinkMap, Terms, UnitSensitivity
 from sinkquant.artifacts.kv import packed_tokens
 from sinkquant.cache import prepare
 from sinkquant.errors import RequestError
@@ -81,7 +81,7 @@ def find_sensitivity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
              "were asked for"] if len(rows) < settings.rows else []
     made = Sensitivity(
         key=key, model=sink_map.model.name, rows=len(rows), length=length,
-        sinks=[token.text or f"position {token.position}" for token in _placed(sink_map)],
+        sinks=[token.text or f"position {token.position}" for token in sink_map.placed],
         sink_positions=float(sinks.sum(1).double().mean()), units=found, ends=of_ends, inputs=rounded, notes=notes)
     if settings.measure_rows and units:
         made = _measured(made, decoder, tokenizer, sink_map, weights, recipe, progress)
@@ -114,7 +114,7 @@ def _key(decoder: Decoder, rows: torch.Tensor, sink_map: SinkMap, recipe: Recipe
     parts = [asked, kept, beside, storages, of_inputs, SCORED,
              recipe.weights.model_dump(mode="json", exclude=set(LATER)),
              recipe.protect.model_dump(mode="json", include={"tokens", "statistics", "sink_weight"}),
-             recipe.compute.dtype, recipe.seed, [token.model_dump(mode="json") for token in _placed(sink_map)],
+             recipe.compute.dtype, recipe.seed, [token.model_dump(mode="json") for token in sink_map.placed],
              decoder.shape("").model_dump(mode="json", include={"architecture", "dtype", "linears", "tensors"})]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     digest.update(rows.numpy().tobytes())
@@ -191,10 +191,6 @@ def _in_memory(decoder: Decoder, recipe: Recipe) -> PreTrainedModel:
 def sink_places(rows: torch.Tensor, sink_map: SinkMap) -> torch.Tensor:
     """Where the sinks of a map stand in rows int64 [rows, length]: bool, alike."""
     return SinkSelector.of(sink_map.tokens).mask(rows)
-
-
-def _placed(sink_map: SinkMap) -> list[SinkToken]:
-    return [token for token in sink_map.tokens if token.kind != "learned"]
 
 
 def ranking(units: Sequence[UnitSensitivity]) -> Ranking:

@@ -21,7 +21,6 @@ from sinkquant.policy.plan import choices_of
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import input_format
-from sinkquant.schemes.tensors import scale_dtype
 from sinkquant.sensitivity.candidates import Unit
 from sinkquant.sensitivity.seen import Seen, SeenBatch
 
@@ -87,8 +86,7 @@ def _errors(option: InputOption, parts: list[SeenBatch], decoder: Decoder) -> li
     args, scale = input_args(option.name, option.scale), None
     if input_format(option.name).stored(option.scale):
         low, high = torch.stack([torch.stack(torch.aminmax(part.inputs)) for part in parts]).unbind(1)
-        stored = getattr(torch, scale_dtype(str(decoder.model.dtype).removeprefix("torch.")))
-        scale = static_scale(low.min(), high.max(), args, stored)
+        scale = static_scale(low.min(), high.max(), args, decoder.scale_dtype)
     hook = RoundedInputs(args, InputSwitch(), scale)
     # Without a dimension of rows, "per token" would be per tensor there.
     return [hook.rounded(part.inputs[None])[0].float() - part.inputs.float() for part in parts]
