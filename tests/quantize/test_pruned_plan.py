@@ -20,7 +20,7 @@ from sinkquant.formats import load, quantize_to, save
 from sinkquant.models import Decoder, load_model, open_model
 from sinkquant.policy import accept_edited, make_control, make_plan
 from sinkquant.quantize import quantize, state_of
-from sinkquant.quantize.pruning import Magnitude
+from sinkquant.quantize.pruning import magnitude
 from sinkquant.recipe import Recipe
 
 DOWN = "model.layers.1.mlp.down_proj"
@@ -74,7 +74,7 @@ def test_pruning_alone_leaves_16_bits_and_plain_weights(method: str, small: list
             assert (moved > 0.5) == (method == "sparsegpt")
     if method == "magnitude":
         name = f"{next(iter(plan.modules))}.weight"
-        assert torch.equal(model.get_parameter(name), Magnitude(0.5, (2, 4)).prune(before[name]).weight)
+        assert torch.equal(model.get_parameter(name), magnitude(before[name], 0.5, (2, 4)).weight)
     save(model, tiny_tokenizer(), tmp_path / "out")
     assert weight_bytes(tmp_path / "out") == plan.weight_bytes == plan.unquantized_bytes
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

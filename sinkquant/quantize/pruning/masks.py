@@ -1,4 +1,6 @@
 """Exactly so many of the smallest scores: the masks that all methods share, and the methods that are no more than that.
+
+Of a method, `group` is (n, m) for an n:m pattern, None for an unstructured one of `sparsity`.
 """
 
 from __future__ import annotations
@@ -32,49 +34,32 @@ def least_of_groups(scores: torch.Tensor, group: tuple[int, int]) -> torch.Tenso
     return least(scores.unflatten(1, (-1, size)), size - kept).flatten(1)
 
 
-@dataclass(frozen=True)
-class Magnitude:
+def magnitude(weight: torch.Tensor, sparsity: float, group: tuple[int, int] | None = None) -> Pruned:
     """Zeros where |W| is smallest, over the whole matrix or in every group of m; needs no calibration.
 
-    `group`: (n, m) for an n:m pattern, None for an unstructured one of `sparsity`.
+    Args:
+        weight: float [rows, columns]. int(sparsity * rows * columns) weights go without a pattern.
     """
-
-    sparsity: float
-    group: tuple[int, int] | None = None
-
-    def prune(self, weight: torch.Tensor) -> Pruned:
-        """weight: float [rows, columns]. int(sparsity * rows * columns) weights go without a pattern."""
-        scores = weight.float().abs()
-        if self.group is None:
-            zeros = least(scores.flatten(), int(self.sparsity * weight.numel())).reshape(weight.shape)
-        else:
-            zeros = least_of_groups(scores, self.group)
-        return Pruned(weight.masked_fill(zeros, 0), ~zeros)
+    scores = weight.float().abs()
+    zeros = least(scores.flatten(), int(sparsity * weight.numel())).reshape(weight.shape) if group is None else (
+        least_of_groups(scores, group))
+    return Pruned(weight.masked_fill(zeros, 0), ~zeros)
 
 
-@dataclass(frozen=True)
-class Wanda:
-    """Zeros where |W| * ||X||_2 is smallest in every output row, or in every group of m (section 3).
+def wanda(weight: torch.Tensor, energy: torch.Tensor, sparsity: float,
+          group: tuple[int, int] | None = None) -> Pruned:
+    """Zeros where |W| * ||X||_2 is smallest in every output row, or in every group of m (Sun et al. 2306.11695,
+    section 3). Where no token came (no energy at all) all columns count alike.
 
-    `group`: (n, m) for an n:m pattern, None for an unstructured one of `sparsity`.
+    Args:
+        weight: float [rows, columns]. int(sparsity * columns) weights of every row go without a pattern.
+        energy: [columns], the sum or mean of squares of every input column, tokens weighted by the calibration's
+            policy.
     """
-
-    sparsity: float
-    group: tuple[int, int] | None = None
-
-    def prune(self, weight: torch.Tensor, energy: torch.Tensor) -> Pruned:
-        """weight: float [rows, columns]; energy: [columns], the sum or mean of squares of every input column, tokens
-        weighted by the calibration's policy. int(sparsity * columns) weights of every row go without a pattern.
-
-        Where no token came (no energy at all) all columns count alike.
-        """
-        norms = energy.double().clamp(min=0).sqrt()
-        largest = float(norms.max())
-        # Over the largest, so that no product leaves float32's range.
-        norms = norms / largest if largest > 0 else torch.ones_like(norms)
-        scores = weight.float().abs() * norms.float()
-        if self.group is None:
-            zeros = least(scores, int(self.sparsity * weight.shape[1]))
-        else:
-            zeros = least_of_groups(scores, self.group)
-        return Pruned(weight.masked_fill(zeros, 0), ~zeros)
+    norms = energy.double().clamp(min=0).sqrt()
+    largest = float(norms.max())
+    # Over the largest, so that no product leaves float32's range.
+    norms = norms / largest if largest > 0 else torch.ones_like(norms)
+    scores = weight.float().abs() * norms.float()
+    zeros = least(scores, int(sparsity * weight.shape[1])) if group is None else least_of_groups(scores, group)
+    return Pruned(weight.masked_fill(zeros, 0), ~zeros)

@@ -7,9 +7,9 @@ import torch
 from sinkquant.artifacts.pruning import Pruning
 from sinkquant.errors import RequestError
 from sinkquant.quantize.factor import damped_hessian
-from sinkquant.quantize.pruning.masks import Magnitude, Pruned, Wanda
+from sinkquant.quantize.pruning.masks import Pruned, magnitude, wanda
 from sinkquant.quantize.pruning.refine import refine
-from sinkquant.quantize.pruning.sparsegpt import SparseGPT
+from sinkquant.quantize.pruning.sparsegpt import sparsegpt
 
 
 def prune(weight: torch.Tensor, decision: Pruning, hessian: torch.Tensor | None, damping: float, passes: int,
@@ -25,13 +25,13 @@ def prune(weight: torch.Tensor, decision: Pruning, hessian: torch.Tensor | None,
         SinkquantError: the Hessian cannot be inverted.
     """
     if decision.method == "magnitude":
-        return Magnitude(decision.sparsity, decision.group).prune(weight)
+        return magnitude(weight, decision.sparsity, decision.group)
     if hessian is None:
         raise RequestError(f"no calibration token reached {name}; give more text, name it in prune.ignore, or prune by "
                            "magnitude.")
     if decision.method == "wanda":
-        return Wanda(decision.sparsity, decision.group).prune(weight, hessian.diagonal())
-    pruned = SparseGPT(decision.sparsity, decision.group, damping).prune(weight, hessian, name)
+        return wanda(weight, hessian.diagonal(), decision.sparsity, decision.group)
+    pruned = sparsegpt(weight, hessian, decision.sparsity, decision.group, damping, name)
     return refine(pruned, weight, damped_hessian(hessian, damping, name)[0], passes) if passes else pruned
 
 

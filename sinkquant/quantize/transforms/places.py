@@ -111,10 +111,9 @@ def watch(decoder: Decoder, step: Step, found: list[Place], weights: TokenWeight
             handles.append(decoder.model.get_submodule(place.source.second.module).register_forward_pre_hook(
                 before(index)))
     with hooked(handles):
-        size = step.walk.batch_size
-        for start in range(0, len(step.walk.hidden), size):
-            step.batch = slice(start, min(start + size, len(step.walk.hidden)))
-            step.forward(step.walk.hidden[step.batch])
+        for batch in step.batches(step.walk.hidden):
+            step.batch = batch
+            step.forward(step.walk.hidden[batch])
     return seen
 
 

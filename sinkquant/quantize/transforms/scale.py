@@ -10,7 +10,7 @@ from sinkquant.models import Decoder, Step
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.quantize.transforms.places import InputStatistics, Place, fold, places, watch, weight_of
 from sinkquant.quantize.transforms.search import Reader
-from sinkquant.quantize.transforms.smooth import AWQ, ScaleSinks, SearchedSmoothQuant, SmoothQuant
+from sinkquant.quantize.transforms.smooth import awq, searched_smoothquant, sink_scale, smoothquant
 
 TOLERANCE = 0.03
 """Largest difference of a block's outputs over the largest output; linears that stay in 16 bits are rounded anew."""
@@ -65,10 +65,10 @@ def _scale(decoder: Decoder, plan: Plan, transform: Transform, place: Place,
     if transform.name in ("smoothquant", "searched"):
         weights = [weight_of(decoder, matrix) for matrix in place.readers]
         if transform.name == "searched":
-            return SearchedSmoothQuant(search).scale(place, seen, weights, readers)
-        return SmoothQuant(0.5 if transform.strength is None else transform.strength).scale(place, seen, weights)
+            return searched_smoothquant(place, seen, weights, readers, search)
+        return smoothquant(place, seen, weights, 0.5 if transform.strength is None else transform.strength)
     if transform.name == "awq":
-        return AWQ(search).scale(place, seen, readers)
+        return awq(place, seen, readers, search)
     decisions = [plan.modules[matrix.module] for matrix in mine]
-    columns = frozenset(column for one in decisions if one.keep == "scale" for column in one.columns)
-    return ScaleSinks(columns, search).scale(place, seen, readers) if columns else None
+    columns = {column for one in decisions if one.keep == "scale" for column in one.columns}
+    return sink_scale(place, seen, readers, columns, search) if columns else None

@@ -3,7 +3,6 @@ weights alone or of inputs too."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -33,28 +32,22 @@ class Reader:
         return Reader(self.weight[::step], self.form)
 
 
-def best(candidates: Iterable[torch.Tensor], readers: list[Reader], hessian: torch.Tensor,
-         scale_search: bool) -> torch.Tensor:
-    """The scale of the columns, of several [columns], that leaves the least error, the first of equals.
+def best(candidates: list[torch.Tensor], readers: list[Reader], hessian: torch.Tensor, scale_search: bool) -> int:
+    """Which of several scales of the columns, [columns], leaves the least error, the first of equals.
 
     The error of a reader is trace(dW H dW^T) / trace(W H W^T): the weighted squared error of what it gives.
     """
     metric = hessian.float()
     sampled = [reader.sample() for reader in readers]
     totals = [max(_norm(reader.weight, metric), 1e-30) for reader in sampled]
-    found, least = None, float("inf")
-    for scale in candidates:
-        error = sum(_rounding_error(reader, scale, metric, scale_search) / total
-                    for reader, total in zip(sampled, totals, strict=True))
-        if found is None or error < least:
-            found, least = scale, error
-    assert found is not None
-    return found
+    errors = [sum(_rounding_error(reader, scale, metric, scale_search) / total
+                  for reader, total in zip(sampled, totals, strict=True)) for scale in candidates]
+    return errors.index(min(errors))
 
 
-def best_rounded(candidates: Iterable[torch.Tensor], readers: list[Reader], tokens: torch.Tensor,
-                 largest: torch.Tensor, scale_search: bool) -> torch.Tensor:
-    """The scale of the columns, of several [columns], that leaves the least error where inputs are rounded as well, the
+def best_rounded(candidates: list[torch.Tensor], readers: list[Reader], tokens: torch.Tensor,
+                 largest: torch.Tensor, scale_search: bool) -> int:
+    """Which of several scales of the columns, [columns], leaves the least error where inputs are rounded as well, the
     first of equals: the mean over tokens of the squared error of what a reader gives over the square of that, so that
     no massive activation outweighs all other tokens.
 
@@ -63,18 +56,14 @@ def best_rounded(candidates: Iterable[torch.Tensor], readers: list[Reader], toke
     """
     sampled = [reader.sample() for reader in readers]
     wanted = [tokens @ reader.weight.T for reader in sampled]
-    found, least = None, float("inf")
-    for scale in candidates:
-        error = 0.0
+    errors = [0.0] * len(candidates)
+    for place, scale in enumerate(candidates):
         for reader, right in zip(sampled, wanted, strict=True):
             inputs = _rounded_inputs(tokens / scale, reader.form, largest / scale)
             weight = _rounded_weight(reader.weight * scale, reader.form, tokens / scale, scale_search)
             off = (inputs @ weight.T - right).square().sum(-1) / right.square().sum(-1).clamp(min=1e-30)
-            error += float(off.mean())
-        if found is None or error < least:
-            found, least = scale, error
-    assert found is not None
-    return found
+            errors[place] += float(off.mean())
+    return errors.index(min(errors))
 
 
 def _rounded_inputs(tokens: torch.Tensor, form: WeightFormat, largest: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.quantize.transforms import scale_block
 from sinkquant.quantize.transforms.places import InputStatistics, Place, places, watch
 from sinkquant.quantize.transforms.search import Reader
-from sinkquant.quantize.transforms.smooth import AWQ, STRENGTHS, ScaleSinks, SearchedSmoothQuant, SmoothQuant
+from sinkquant.quantize.transforms.smooth import STRENGTHS, awq, searched_smoothquant, sink_scale, smoothquant
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import WeightFormat
 from sinkquant.schemes.codecs.grid import to_integers
@@ -128,7 +128,7 @@ def test_what_goes_through_a_place_is_what_its_readers_get(tiny: PreTrainedModel
 def test_smoothquant_is_equation_four(strength: float, seen: tuple[list[Place], list[InputStatistics]]) -> None:
     place, inputs = seen[0][1], seen[1][1]
     weights = [torch.randn(40, 64), torch.randn(24, 64)]
-    found = SmoothQuant(strength).scale(place, inputs, weights)
+    found = smoothquant(place, inputs, weights, strength)
     reach = torch.cat(weights).abs().amax(0)
     torch.testing.assert_close(found, inputs.largest**strength / reach ** (1 - strength))
 
@@ -137,7 +137,7 @@ def test_heads_that_share_values_share_a_scale(seen: tuple[list[Place], list[Inp
     place, inputs = seen[0][0], seen[1][0]
     assert place.reads is not None
     weights = [torch.randn(64, 64)]
-    found = SmoothQuant(1.0).scale(place, inputs, weights)
+    found = smoothquant(place, inputs, weights, 1.0)
     assert found.shape == (32,)
     heads = inputs.largest.reshape(2, 2, 16)  # [kv heads, heads of each, head_dim]
     torch.testing.assert_close(found, heads.amax(1).flatten())
@@ -153,7 +153,7 @@ def test_awq_takes_the_power_with_the_least_error(seen: tuple[list[Place], list[
     place, inputs = seen[0][2], seen[1][2]
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(2))
     inputs = outlying(inputs)
-    found = AWQ(scale_search=False).scale(place, inputs, [Reader(weight, WeightFormat(3, 32))])
+    found = awq(place, inputs, [Reader(weight, WeightFormat(3, 32))], scale_search=False)
     errors = []
     for step in range(20):
         scale = inputs.mean ** (step / 20)
@@ -168,7 +168,7 @@ def test_the_searched_strength_leaves_the_least_error_of_rounded_inputs_and_weig
     place, inputs = seen[0][2], outlying(seen[1][2])
     weight, tokens = torch.randn(48, 64, generator=torch.Generator().manual_seed(2)), inputs.tokens()
     form = WeightFormat(8, -1, inputs="int8", input_scale="token")
-    found = SearchedSmoothQuant(scale_search=False).scale(place, inputs, [weight], [Reader(weight, form)])
+    found = searched_smoothquant(place, inputs, [weight], [Reader(weight, form)], scale_search=False)
 
     def off(scale: torch.Tensor) -> float:
         given = (tokens / scale).double()
@@ -178,7 +178,7 @@ def test_the_searched_strength_leaves_the_least_error_of_rounded_inputs_and_weig
         left = ((given / step).round().clamp(-128, 127) * step) @ rounded.T - wanted
         return float((left.square().sum(1) / wanted.square().sum(1)).mean())
 
-    scales = [torch.ones(64), *(SmoothQuant(strength).scale(place, inputs, [weight]) for strength in STRENGTHS)]
+    scales = [torch.ones(64), *(smoothquant(place, inputs, [weight], strength) for strength in STRENGTHS)]
     errors = [off(scale) for scale in scales]
     assert off(found) == pytest.approx(min(errors), rel=0.02)
     assert min(errors) < 0.95 * errors[0]
@@ -197,7 +197,7 @@ def outlying(inputs: InputStatistics) -> InputStatistics:
 def test_sink_columns_alone_are_scaled_and_their_error_falls(seen: tuple[list[Place], list[InputStatistics]]) -> None:
     place, inputs = seen[0][2], outlying(seen[1][2])
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(2))
-    found = ScaleSinks(frozenset({9}), scale_search=False).scale(place, inputs, [Reader(weight, WeightFormat(3, 32))])
+    found = sink_scale(place, inputs, [Reader(weight, WeightFormat(3, 32))], {9}, scale_search=False)
     assert found[9] > 1.5
     assert (torch.cat([found[:9], found[10:]]) == 1).all()
     assert error(weight, found, inputs.hessian.mean()) < 0.9 * error(weight, torch.ones(64), inputs.hessian.mean())
@@ -208,7 +208,7 @@ def test_where_scales_are_searched_the_error_is_that_of_clipped_ranges(
     place, inputs = seen[0][2], outlying(seen[1][2])
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(2)) ** 3
     reader = Reader(weight, WeightFormat(2, 32))
-    plain, searched = (AWQ(search).scale(place, inputs, [reader]) for search in (False, True))
+    plain, searched = (awq(place, inputs, [reader], search) for search in (False, True))
     assert not torch.equal(plain, searched)
 
 
