@@ -17,7 +17,7 @@ from sinkquant.artifacts import Head
 from sinkquant.artifacts.heads import HeadAblation, HeadAblations, SparedHead
 from sinkquant.detect.detector import Detector, Found
 from sinkquant.detect.heads import describe_heads
-from sinkquant.detect.table import AttentionTable
+from sinkquant.detect.table import attention_of
 from sinkquant.models import Decoder, Walk, head_columns, read_text, token_rows, weight_matrix
 from sinkquant.models.steps import Progress
 from sinkquant.recipe import Detection
@@ -148,12 +148,8 @@ class HeadAblator:
         return 0.0 if self.channel is None else float(states[..., self.channel].abs().max())
 
     def _describe(self, rows: torch.Tensor, sinks: torch.Tensor) -> list[list[Head]]:
-        table = AttentionTable()
-        walk = Walk(self.decoder, rows, self.settings.batch_size, self.device, self.dtype, [table])
-        for step in walk.steps():
-            step.run()
-            table.close_layer(rows)
-        return describe_heads(table, sinks, self.settings)
+        walk = Walk(self.decoder, rows, self.settings.batch_size, self.device, self.dtype)
+        return describe_heads(attention_of(walk), sinks, self.settings)
 
     @property
     def _attending(self) -> list[int]:

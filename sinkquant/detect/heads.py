@@ -43,21 +43,21 @@ def describe_heads(table: AttentionTable, sinks: torch.Tensor, settings: Detecti
     length = sinks.shape[1]
     has = marked.any(dim=1)
     queries = (length - marked.float().argmax(dim=1)).float()
-    for received, learned, values, outputs in zip(
-            table.received, table.learned, table.value_norms, table.output_norms, strict=True):
-        if not received.shape[1]:
+    for layer in table.layers:
+        heads = layer.received.shape[1]
+        if not heads:
             described.append([])
             continue
-        mass = (received * marked[:, None]).sum(-1) / queries[:, None]
-        score = (mass[has].mean(0) if has.any() else 0) + learned.mean(0)
-        groups = received.shape[1] // values.shape[1]
-        drain = _value_drain(values, sinks)
-        norm = outputs / outputs.mean().clamp(min=1e-30)
+        mass = (layer.received * marked[:, None]).sum(-1) / queries[:, None]
+        score = (mass[has].mean(0) if has.any() else 0) + layer.learned.mean(0)
+        groups = heads // layer.value_norms.shape[1]
+        drain = _value_drain(layer.value_norms, sinks)
+        norm = layer.output_norms / layer.output_norms.mean().clamp(min=1e-30)
         described.append([
             Head(sink_score=float(score[h]), value_drain=None if drain is None else float(drain[h // groups]),
                  output_norm=float(norm[h]),
                  no_op=bool(score[h] >= settings.no_op_sink_score and norm[h] <= settings.no_op_output_norm))
-            for h in range(received.shape[1])])
+            for h in range(heads)])
     return described
 
 

@@ -88,7 +88,7 @@ def decide(surveys: Sequence[Survey], carriers: Sequence[torch.Tensor], without_
 def _looks(survey: Survey, carriers: torch.Tensor, found: list[Sink], settings: Detection) -> Iterator[list[Sink]]:
     """Sinks of one survey, look by look; each look knows what the caller made of those before it."""
     table, rows = survey.table, survey.rows
-    heads = sum(received.shape[1] for received in table.received)
+    heads = sum(layer.received.shape[1] for layer in table.layers)
 
     def judged(look: list[SinkCandidate], criterion: SinkCriterion, least: float = 0.0) -> list[Sink]:
         sinks = []
@@ -160,7 +160,7 @@ def _learned(table: AttentionTable, threshold: float) -> SinkToken | None:
     """The virtual column of a learned sink (gpt-oss), where it draws attention in at least one head."""
     if not table.has_learned_sink:
         return None
-    places, mass = table.attending, torch.stack(table.of_heads().learned)
+    places, mass = table.attending, torch.stack([layer.learned for layer in table.of_heads().layers])
     if not bool((mass.mean(1) > threshold).any()):
         return None
     return SinkToken(token_id=None, text=None, position=None, kind="learned", attention=float(mass.mean()),

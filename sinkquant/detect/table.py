@@ -5,20 +5,19 @@ Bounded: one number per layer, head and token, never a length x length matrix.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from sinkquant.errors import RequestError
-from sinkquant.models import AttentionRecord
+from sinkquant.models import AttentionRecord, Walk
 
 
-class AttentionTable:
-    """An observer of attention that remembers, for every layer, what each position of each row received.
+@dataclass(frozen=True)
+class LayerAttention:
+    """What one layer's attention gave, all on the CPU; of one batch of rows until the layer is closed.
 
-    A layer without an attention matrix, as hybrids have them, has no heads here.
-
-    Attributes (lists over layers, rows in the order in which they were replayed, all on the CPU):
+    Attributes:
         received: [rows, heads, length] float32, column sums of the softmax.
         learned: [rows, heads] float32, mean mass in the learned sink column.
         visible: [length] number of queries that see a position; uniform: [length], `received` of even attention.
@@ -26,20 +25,33 @@ class AttentionTable:
         output_norms: [heads] float64, sum over tokens of the norm of each head's output.
     """
 
+    received: torch.Tensor
+    learned: torch.Tensor
+    visible: torch.Tensor
+    uniform: torch.Tensor
+    value_norms: torch.Tensor
+    output_norms: torch.Tensor
+
+    @property
+    def mass(self) -> torch.Tensor:
+        """[rows, heads, length], mean attention that a position receives from the queries that see it."""
+        return self.received / self.visible.clamp(min=1)
+
+
+class AttentionTable:
+    """An observer of attention that remembers, for every layer, what each position of each row received. Rows are in
+    the order in which they were replayed. A layer without an attention matrix, as hybrids have them, has no heads here.
+    """
+
     def __init__(self) -> None:
-        self.received: list[torch.Tensor] = []
-        self.learned: list[torch.Tensor] = []
-        self.visible: list[torch.Tensor] = []
-        self.uniform: list[torch.Tensor] = []
-        self.value_norms: list[torch.Tensor] = []
-        self.output_norms: list[torch.Tensor] = []
+        self.layers: list[LayerAttention] = []
         self.has_learned_sink = False
-        self._open: list[_Batch] = []
+        self._open: list[LayerAttention] = []
 
     def attention(self, record: AttentionRecord) -> None:
         """Called by the walk for every batch; the caller closes a layer with `close_layer`."""
         self.has_learned_sink |= record.has_learned_sink
-        self._open.append(_Batch(
+        self._open.append(LayerAttention(
             received=record.received.cpu(), learned=(record.learned / record.query.shape[2]).cpu(),
             visible=record.visible.cpu(), uniform=record.uniform.cpu(),
             value_norms=record.value.float().norm(dim=-1).cpu(),
@@ -49,7 +61,7 @@ class AttentionTable:
         """Refuse a layer that is open and did not compute causal attention exactly once for every one of `rows` rows.
         """
         if sum(len(batch.received) for batch in self._open) != rows or int(self._open[0].visible[-1]) != 1:
-            raise RequestError(f"{architecture} is not supported: its layer {len(self.received)} does not compute "
+            raise RequestError(f"{architecture} is not supported: its layer {len(self.layers)} does not compute "
                                "causal attention exactly once.")
 
     def close_layer(self, rows: torch.Tensor) -> None:
@@ -57,26 +69,25 @@ class AttentionTable:
         batches, self._open = self._open, []
         if not batches:
             nobody = torch.zeros(len(rows), 0, rows.shape[1])
-            batches = [_Batch(nobody, nobody[..., 0], torch.zeros(rows.shape[1], dtype=torch.long),
-                              torch.zeros(rows.shape[1]), nobody, torch.zeros(0, dtype=torch.float64))]
-        self.received.append(torch.cat([batch.received for batch in batches]))
-        self.learned.append(torch.cat([batch.learned for batch in batches]))
-        self.visible.append(batches[0].visible)
-        self.uniform.append(batches[0].uniform)
-        self.value_norms.append(torch.cat([batch.value_norms for batch in batches]))
-        self.output_norms.append(torch.stack([batch.output_norms for batch in batches]).sum(0))
+            batches = [LayerAttention(
+                nobody, nobody[..., 0], torch.zeros(rows.shape[1], dtype=torch.long), torch.zeros(rows.shape[1]),
+                nobody, torch.zeros(0, dtype=torch.float64))]
+        self.layers.append(replace(
+            batches[0], received=torch.cat([batch.received for batch in batches]),
+            learned=torch.cat([batch.learned for batch in batches]),
+            value_norms=torch.cat([batch.value_norms for batch in batches]),
+            output_norms=torch.stack([batch.output_norms for batch in batches]).sum(0)))
 
     def sink_rate(self, threshold: float, position: int = 0) -> float:
         """Sink rate by Gu et al. (2410.10781, section 3): the share of samples, layers and heads in which the
         position's mean received attention, over the queries that see it, is over the threshold."""
-        over = [(self.received[layer][:, :, position] / self.visible[layer][position].clamp(min=1) > threshold)
-                .float().mean() for layer in self.attending]
-        return float(torch.stack(over).mean())
+        return float(torch.stack([(self.layers[index].mass[:, :, position] > threshold).float().mean()
+                                  for index in self.attending]).mean())
 
     @property
     def attending(self) -> list[int]:
         """Indices of the layers with an attention matrix."""
-        return [layer for layer, received in enumerate(self.received) if received.shape[1]]
+        return [index for index, layer in enumerate(self.layers) if layer.received.shape[1]]
 
     def of_heads(self) -> AttentionTable:
         """The same without the layers that have no attention matrix: entry i is layer `attending[i]`.
@@ -86,22 +97,19 @@ class AttentionTable:
         """
         kept = AttentionTable()
         kept.has_learned_sink = self.has_learned_sink
-        for name in ("received", "learned", "visible", "uniform", "value_norms", "output_norms"):
-            setattr(kept, name, [getattr(self, name)[layer] for layer in self.attending])
-        counts = sorted({received.shape[1] for received in kept.received})
+        kept.layers = [self.layers[index] for index in self.attending]
+        counts = sorted({layer.received.shape[1] for layer in kept.layers})
         if len(counts) > 1:
             raise RequestError(f"the model is not supported: its layers have {counts[0]} to {counts[-1]} heads, and "
                                "sinks are looked for among layers of equally many.")
         return kept
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """What is kept of one batch of one layer; names and shapes as in the table."""
-
-    received: torch.Tensor
-    learned: torch.Tensor
-    visible: torch.Tensor
-    uniform: torch.Tensor
-    value_norms: torch.Tensor
-    output_norms: torch.Tensor
+def attention_of(walk: Walk) -> AttentionTable:
+    """What the attention of every layer gives, of the rows of a walk that begins and ends here."""
+    table = AttentionTable()
+    walk.observers.append(table)
+    for step in walk.steps():
+        step.run()
+        table.close_layer(walk.rows)
+    return table

@@ -68,10 +68,9 @@ def find_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detection, k
     """
     places, table = table.attending, table.of_heads()
     if carriers is not None:
-        rules = [_among(carriers, received, uniform, settings)
-                 for received, uniform in zip(table.received, table.uniform, strict=True)]
+        rules = [_among(carriers, layer.received, layer.uniform, settings) for layer in table.layers]
     else:
-        rules = [_beside(known, received, settings) for received in table.received]
+        rules = [_beside(known, layer.received, settings) for layer in table.layers]
     positions = _position_sinks(table, rows, settings, rules, places)
     taken = {candidate.position for candidate in positions if candidate.position is not None}
     found = positions + _token_sinks(table, rows, settings, taken, rules, places)
@@ -155,9 +154,9 @@ def _position_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detecti
     length = rows.shape[1]
     last = max(length - MIN_QUERIES, 1)
     share, score, over = [], [], []
-    for received, visible, uniform, rule in zip(table.received, table.visible, table.uniform, rules, strict=True):
-        mass = received / visible.clamp(min=1)
-        event = rule(mass, uniform / visible.clamp(min=1))
+    for layer, rule in zip(table.layers, rules, strict=True):
+        mass = layer.mass
+        event = rule(mass, layer.uniform / layer.visible.clamp(min=1))
         share.append(event.float().mean(0)[:, :last])
         score.append(mass.mean(dim=(0, 1))[:last])
         over.append((mass > settings.threshold).float().mean(dim=(0, 1))[:last])
@@ -187,8 +186,8 @@ def _token_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detection,
         return []
     counts = torch.bincount(inverse, minlength=len(ids)).float()
     share, score, over = [], [], []
-    for received, visible, uniform, rule in zip(table.received, table.visible, table.uniform, rules, strict=True):
-        mass, even = group_mass(received, visible, uniform, first)
+    for layer, rule in zip(table.layers, rules, strict=True):
+        mass, even = group_mass(layer.received, layer.visible, layer.uniform, first)
         event = rule(mass, even[:, None])
         at_starts = [tensor.transpose(1, 2)[starts].float() for tensor in (event, mass, mass > settings.threshold)]
         means = [torch.zeros(len(ids), values.shape[1]).index_add_(0, inverse, values) / counts[:, None]

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 
 from sinkquant.artifacts.diagnosis import BosVariant
-from sinkquant.detect.table import AttentionTable
+from sinkquant.detect.table import attention_of
 from sinkquant.diagnose.null import measured
 from sinkquant.diagnose.rows import with_bos
 from sinkquant.diagnose.survey import WalkSettings
@@ -28,12 +28,14 @@ def bos_variants(decoder: Decoder, text: torch.Tensor, bos: int, compute: WalkSe
     places: dict[Variant, list[int]] = {"once": [0], "none": [], "moved": [text.shape[1] // 2], "twice": [0, 0]}
     for name in get_args(Variant):
         rows = with_bos(text, bos, places[name])
-        loss, received, visible = _walk(decoder, rows, places[name], compute)
-        mass = torch.cat([r[:, :, 0].double() / visible[0] for r in received], dim=1)
+        walk = compute.walk(decoder, rows)
+        layers = attention_of(walk).of_heads().layers
+        loss, visible = text_losses(walk.losses(), places[name]).double().mean(1), layers[0].visible
+        mass = torch.cat([layer.received[:, :, 0].double() / visible[0] for layer in layers], dim=1)
         first = places[name][0] if places[name] else None
         reference = loss if reference is None else reference
         attention = None if first is None else float(
-            torch.stack([r[:, :, first].double().mean() / visible[first] for r in received]).mean())
+            torch.stack([layer.received[:, :, first].double().mean() / visible[first] for layer in layers]).mean())
         found.append(BosVariant(
             name=name, loss=measured(loss, compute.seed), loss_increase=measured(loss - reference, compute.seed),
             sink_rate=measured((mass > SINK).double().mean(1), compute.seed), bos_attention=attention))
@@ -54,14 +56,3 @@ def text_losses(losses: torch.Tensor, places: list[int]) -> torch.Tensor:
         is_text.insert(place + inserted, False)
     is_text[is_text.index(True)] = False
     return losses[:, torch.tensor(is_text[1:])]
-
-
-def _walk(decoder: Decoder, rows: torch.Tensor, places: list[int],
-          compute: WalkSettings) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    table = AttentionTable()
-    walk = compute.walk(decoder, rows, [table])
-    for step in walk.steps():
-        step.run()
-        table.close_layer(rows)
-    seen = table.of_heads()
-    return text_losses(walk.losses(), places).double().mean(1), seen.received, seen.visible[0]

@@ -29,8 +29,9 @@ EARLY = 4
 
 def token_values(found: RowSurvey, tokenizer: PreTrainedTokenizerBase) -> list[TokenValue]:
     """Value norms by token id, relative to the median of their layer and head: the smallest, the largest, the sinks."""
+    of_layers = [layer.value_norms for layer in found.table.of_heads().layers]
     relative = torch.stack([(norms / norms.transpose(0, 1).flatten(1).median(1).values.clamp(min=1e-30)
-                             [None, :, None]).double().mean(1) for norms in found.table.of_heads().value_norms]).mean(0)
+                             [None, :, None]).double().mean(1) for norms in of_layers]).mean(0)
     # Sinks of few tokens are listed under their ids; one that is a position would be under every id that stands there.
     place = len(found.rows[found.sinks].unique()) > int(found.sinks.sum()) / 2
     rows = found.rows.masked_fill(found.sinks, PLACE) if place else found.rows
@@ -57,7 +58,7 @@ def dormant_heads(found: RowSurvey, tokenizer: PreTrainedTokenizerBase) -> list[
     queries &= ~found.sinks
     heads = []
     for layer, mass in enumerate(found.table.sink_mass):
-        norms, outputs = found.table.value_norms[layer], found.table.head_outputs[layer].mean(0)
+        norms, outputs = found.table.layers[layer].value_norms, found.table.head_outputs[layer].mean(0)
         groups = mass.shape[1] // max(norms.shape[1], 1)
         for head in range(mass.shape[1]):
             on = mass[:, head] < ON

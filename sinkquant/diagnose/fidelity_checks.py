@@ -184,8 +184,8 @@ def _sink_norms(found: RowSurvey, drain: bool) -> torch.Tensor:
     """Mean norm of the sinks' values, over the median of the others' with `drain`: float64 [all KV heads, rows],
     NaN in rows that hold no sink."""
     sinks, layers = found.sinks[:, None], []
-    for values in found.table.value_norms:
-        norms = values.double()
+    for layer in found.table.layers:
+        norms = layer.value_norms.double()
         mean = norms.masked_fill(~sinks, torch.nan).nanmean(-1)
         if drain:
             mean = mean / norms.masked_fill(sinks, torch.nan).nanmedian(-1).values.clamp(min=1e-30)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from sinkquant.artifacts.diagnosis import SinkRates
-from sinkquant.detect.table import AttentionTable
+from sinkquant.detect.table import attention_of
 from sinkquant.diagnose.null import measured
 from sinkquant.diagnose.survey import WalkSettings
 from sinkquant.models import AttentionRecord, AttentionRows, Decoder
@@ -20,13 +20,8 @@ def first_position_mass(decoder: Decoder, rows: torch.Tensor, compute: WalkSetti
                         position: int = 0) -> list[torch.Tensor]:
     """alpha_k of Gu et al. (2410.10781, section 3) for one position k: the mean attention that it receives from the
     queries that see it, by layer, float64 [rows, heads]."""
-    table = AttentionTable()
-    walk = compute.walk(decoder, rows, [table])
-    for step in walk.steps():
-        step.run()
-        table.close_layer(rows)
-    return [received[:, :, position].double() / visible[position].clamp(min=1)
-            for received, visible in zip(table.received, table.visible, strict=True)]
+    return [layer.received[:, :, position].double() / layer.visible[position].clamp(min=1)
+            for layer in attention_of(compute.walk(decoder, rows)).layers]
 
 
 class _FirstColumn:

@@ -63,13 +63,12 @@ def run(decoder: Decoder, rows: torch.Tensor, compute: WalkSettings, change: Cha
         if "not finite" not in str(error):
             raise
         return Outcome(None, None, None)
-    seen = table.of_heads()
-    mass = [received / visible.clamp(min=1) for received, visible in zip(seen.received, seen.visible, strict=True)]
+    layers = table.of_heads().layers
     if found is not None and not torch.isfinite(found).all():
         return Outcome(None, None, None)
-    return Outcome(found, torch.stack([m.mean(1) for m in mass]).mean(0),
-                   float(torch.stack([(m[:, :, 0] > SINK).float().mean() if visible[0] > 1 else torch.zeros(())
-                                      for m, visible in zip(mass, seen.visible, strict=True)]).mean()))
+    return Outcome(found, torch.stack([layer.mass.mean(1) for layer in layers]).mean(0),
+                   float(torch.stack([(layer.mass[:, :, 0] > SINK).float().mean() if layer.visible[0] > 1
+                                      else torch.zeros(()) for layer in layers]).mean()))
 
 
 def robustness(decoder: Decoder, text: torch.Tensor, bos: int | None, sinks: Sequence[SinkToken], compute: WalkSettings,

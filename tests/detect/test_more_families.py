@@ -96,7 +96,7 @@ def test_attention_layers_of_a_hybrid_are_seen_and_the_others_left_alone_by_name
     decoder = Decoder.of(model)
     losses, table, _ = survey(decoder, rows)
     assert torch.allclose(losses, expected, rtol=1e-3, atol=1e-3)
-    assert [received.shape for received in table.received] == [(3, 0, 40), (3, 4, 40)]
+    assert [layer.received.shape for layer in table.layers] == [(3, 0, 40), (3, 4, 40)]
     assert table.attending == [1]
     shape = decoder.shape("")
     fixed = {name: str(linear.fixed) for name, linear in shape.linears.items() if linear.fixed}
@@ -117,7 +117,7 @@ def test_the_walk_equals_a_plain_forward(family: str) -> None:
     expected = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), rows[:, 1:], reduction="none")
     losses, table, stream = survey(Decoder.of(model), rows)
     assert torch.allclose(losses, expected, rtol=1e-3, atol=1e-3)
-    assert [received.shape for received in table.received] == [(3, 4, 40)] * 2
+    assert [layer.received.shape for layer in table.layers] == [(3, 4, 40)] * 2
     assert stream.names == ["embedding", *(f"layers.{i}.{part}" for i in range(2) for part in ("attention", "mlp"))]
     with torch.no_grad():
         assert torch.equal(model(rows, use_cache=False).logits.float(), logits)

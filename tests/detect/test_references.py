@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from sinkquant.detect.heads import describe_heads
 from sinkquant.detect.modules import InputRecorder
-from sinkquant.detect.table import AttentionTable
+from sinkquant.detect.table import AttentionTable, attention_of
 from sinkquant.detect.tokens import first_occurrences, group_mass
 from sinkquant.models import Decoder, Walk
 from sinkquant.recipe import Detection
@@ -30,11 +30,7 @@ def rows() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def table(model: PreTrainedModel, rows: torch.Tensor) -> AttentionTable:
-    found = AttentionTable()
-    for step in Walk(Decoder.of(model), rows, 4, observers=[found]).steps():
-        step.run()
-        found.close_layer(rows)
-    return found
+    return attention_of(Walk(Decoder.of(model), rows, 4))
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +60,8 @@ def test_attention_received_by_a_token_id(table: AttentionTable, attention: list
                                           rows: torch.Tensor) -> None:
     """All copies of an id in a row together, by the queries from its first copy on; positions 0 and 9 are taken."""
     first = first_occurrences(rows, {9})
-    for layer, received in enumerate(table.received):
-        mass, even = group_mass(received, table.visible[layer], table.uniform[layer], first)
+    for layer, seen in enumerate(table.layers):
+        mass, even = group_mass(seen.received, seen.visible, seen.uniform, first)
         for row in range(ROWS):
             for identity in rows[row].unique().tolist():
                 copies = [p for p in range(LENGTH) if rows[row, p] == identity and p not in (0, 9)]
