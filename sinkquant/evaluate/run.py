@@ -22,7 +22,7 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import KVCachePlan, Measure
-from sinkquant.errors import RequestError
+from sinkquant.errors import RequestError, first_line
 from sinkquant.evaluate.candidate import TaskResult
 from sinkquant.evaluate.harness import CachedSinkLM, SinkLM
 from sinkquant.evaluate.statistics import Samples, standard_error, value_of
@@ -128,10 +128,8 @@ def _open(name: str, manager: TaskManager) -> tuple[list[Any], dict[str, int]]:
             task for task in found["tasks"].values() if task not in inside]
         return top, {key: len(task.eval_docs) for key, task in found["tasks"].items()}
     except Exception as error:  # whatever a task's own code, its data set or the network may raise
-        text = str(error).strip()
-        reason = (text.splitlines()[0] if text else type(error).__name__).rstrip(".")
         raise RequestError(f"lm-eval cannot load the task {name!r} here, its data has to be reachable: "
-                           f"{reason}.") from error
+                           f"{first_line(error)}.") from error
 
 
 def _draw(name: str, count: int, sample: int, seed: int) -> list[int]:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sinkquant.errors import RequestError
+from sinkquant.errors import RequestError, first_line
 
 
 def read_object(path: Path, advice: str, unreadable: str | None = None) -> dict[str, Any]:
@@ -22,8 +22,7 @@ def read_object(path: Path, advice: str, unreadable: str | None = None) -> dict[
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RequestError(f"{path} cannot be read ({reason}){unreadable or f'; {advice}'}.") from error
+        raise RequestError(f"{path} cannot be read ({first_line(error)}){unreadable or f'; {advice}'}.") from error
     if not isinstance(content, dict):
         raise RequestError(f"{path} is no JSON object; {advice}.")
     return content
