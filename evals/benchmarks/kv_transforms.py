@@ -98,20 +98,20 @@ def plans(bench: Bench, bits: int, group: int, only: list[str]) -> dict[str, KVC
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown; differences are to the plain cache of the same bits and groups, paired by rows."""
     made = ["| bits | group | cache | bytes | bits per number | KL | of plain | less than plain, 95 % interval "
-            "| loss added |",
-            "|---:|---:|---|---:|---:|---:|---:|---|---:|"]
+            "| loss added, 95 % interval |",
+            "|---:|---:|---|---:|---:|---:|---:|---|---|"]
     plain = {(line["bits"], line["group"]): line for line in lines if line["cache"] == "plain"}
     for line in sorted(lines, key=lambda one: (one["bits"], one["group"])):
         mean = sum(line["kl"]) / len(line["kl"])
         base = plain.get((line["bits"], line["group"]))
-        of, gain = "", ""
+        of, gain, ones = "", "", [1.0] * len(line["kl"])
         if base is not None and base is not line:
-            ones = [1.0] * len(line["kl"])
             difference, low, high = paired_difference("kl", (base["kl"], ones), (line["kl"], ones), 2000, 0)
             of, gain = f"{mean / (sum(base['kl']) / len(ones)):.2f}", f"{difference:.4f}, {low:.4f} to {high:.4f}"
+        added, low, high = paired_difference("kl", (line["added"], ones), ([0.0] * len(ones), ones), 2000, 0)
         made.append(f"| {line['bits']} | {line['group']} | {line['cache']} | {line['bytes']:,} | "
                     f"{line['bits_per_number']:.2f} | {mean:.5f} | {of} | {gain} | "
-                    f"{sum(line['added']) / len(line['added']):.4f} |")
+                    f"{added:.4f}, {low:.4f} to {high:.4f} |")
     return "\n".join(made)
 
 
