@@ -30,6 +30,7 @@ from sinkquant.cache import Bases, SinkCache, attention
 from sinkquant.cache.attention import attend
 from sinkquant.cache.layer import SinkLayer
 from sinkquant.cache.read_torch import TorchReads
+from sinkquant.cache.transforms.descent import Descent
 from sinkquant.cache.transforms.recoding import LayerBases
 from sinkquant.cache.transforms.rotation import Basis
 
@@ -119,7 +120,7 @@ def recipe_plan(bits: int, kv_heads: int, dim: int) -> KVCachePlan:
     """What `kv2-sink` with `kv_cache.bits` near 2.4 packs."""
     return plan_of(bits, kv_heads, dim, True).model_copy(update={
         "group_size": 64, "window": 8, "scale_bits": 8, "rotate": "covariance", "rotate_values": "covariance",
-        "clip": "both"})
+        "clip": "both", "rounding": "descent"})
 
 
 def subjects(arguments: argparse.Namespace) -> list[Subject]:
@@ -138,7 +139,8 @@ def subjects(arguments: argparse.Namespace) -> list[Subject]:
         layer = cache.layers[0]
         assert isinstance(layer, SinkLayer)
         near_one = torch.eye(arguments.dim) + 0.02 * torch.randn(arguments.kv_heads, arguments.dim, arguments.dim)
-        some = LayerBases(Basis.of_matrix(near_one), Basis.of_matrix(near_one))
+        some = LayerBases(Basis.of_matrix(near_one), Basis.of_matrix(near_one),
+                          Descent.of_moment((near_one.mT @ near_one).double()))
         found.append(Subject(f"kv2-sink, {bits} bits", layer, module, cache, Bases({0: some}, "")))
         settings: dict[str, Any] = {"nbits": bits, "q_group_size": GROUP, "residual_length": WINDOW}
         for name, make in (("quanto", QuantoQuantizedLayer), ("hqq", HQQQuantizedLayer)):

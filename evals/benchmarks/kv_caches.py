@@ -1,9 +1,9 @@
 """The KV caches that benchmarks set side by side, by name, with the bits that a number takes in each.
 
-"ours" is as small as it gets: groups of 64, scales of 8 bits, a window of 8 tokens, rotated by covariance, ranges cut;
-"control" has no token exact and a longer window of the same bytes. KIVI and Hadamard are this package's cache with no
-token exact, groups of 32, scales in float16 and a window of 32. quanto and hqq are transformers' own, where installed.
-"bfloat16" rounds keys and values to it.
+"ours" is as small as it gets: groups of 64, scales of 8 bits, a window of 8 tokens, rotated by covariance, ranges cut,
+codes of a key chosen together; "control" has no token exact and a longer window of the same bytes. KIVI and Hadamard
+are this package's cache with no token exact, groups of 32, scales in float16 and a window of 32. quanto and hqq are
+transformers' own, where installed. "bfloat16" rounds keys and values to it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BASE = "bfloat16"
 GROUP, WINDOW = 32, 32
 PUBLISHED = (f"group_size={GROUP}", f"window={WINDOW}", "scale_bits=16")
 SMALLEST = ("group_size=64", "window=8")
-OURS = (*SMALLEST, "rotate=covariance", "clip=both")
+OURS = (*SMALLEST, "rotate=covariance", "clip=both", "rounding=descent")
 LOOKED_FOR = {"quanto": "optimum.quanto", "hqq": "hqq"}
 
 
@@ -52,6 +52,7 @@ class Caches:
         """Name -> what makes a cache, and its bits per number for a row of that length."""
         ours = self._plan(length, *OURS)
         plans = {"ours": ours, "control": make_kv_control(ours), "plain, sinks exact": self._plan(length, *SMALLEST),
+                 "ours, nearest codes": self._plan(length, *OURS[:-1]),
                  "ours, keys one bit more": self._plan(length, *OURS, key_bits=self.bits + 1),
                  "ours, values one bit more": self._plan(length, *OURS, value_bits=self.bits + 1),
                  "KIVI": self._plan(length, *PUBLISHED, "exact=none"),
@@ -78,7 +79,7 @@ class Caches:
         return made
 
     def _packed(self, plan: KVCachePlan) -> SinkCache:
-        key = f"{plan.rotate} {plan.exact}"  # those of the control are others
+        key = f"{plan.rotate} {plan.exact} {plan.rounding}"  # those of the control are others
         if key not in self.bases and needs_bases(plan):
             path = self.folder / f"bases {key}.safetensors"
             if not path.is_file():

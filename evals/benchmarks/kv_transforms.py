@@ -42,6 +42,7 @@ SETTINGS: dict[str, list[str]] = {
     "hadamard, cut": ["rotate=hadamard", "clip=both"],
     "covariance": ["rotate=covariance"],
     "covariance, cut": ["rotate=covariance", "clip=both"],
+    "covariance, cut, together": ["rotate=covariance", "clip=both", "rounding=descent"],
     "covariance, cut, unit length": ["rotate=covariance", "clip=both", "scale_tokens=true"],
     "covariance, cut, symmetric": ["rotate=covariance", "clip=both", "symmetric=true"],
 }
@@ -86,7 +87,7 @@ def plans(bench: Bench, bits: int, group: int, only: list[str]) -> dict[str, KVC
     """Name -> plan of every line; controls and unprotected twins of the first and of the best."""
     found = {name: bench.plan(bits, group, settings) for name, settings in SETTINGS.items()
              if not only or name in only}
-    for name in ("plain", "hadamard", "covariance, cut"):
+    for name in ("plain", "hadamard", "covariance, cut", "covariance, cut, together"):
         if name in found:
             control = make_kv_control(found[name])
             assert control is not None

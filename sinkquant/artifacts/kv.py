@@ -25,6 +25,7 @@ def _named(rotation: object) -> object:
 KVRotation = Annotated[Literal["none", "hadamard", "covariance"], BeforeValidator(_named)]
 """What the channels of a head go through before they are packed; see `sinkquant.cache.transforms`."""
 KVClip = Literal["none", "keys", "values", "both"]
+KVRounding = Literal["nearest", "descent"]
 KVScaleBits = Literal[8, 16]
 """Of the scales and zeros of packed blocks."""
 SCALE_BYTES = 2
@@ -74,7 +75,8 @@ class KVCachePlan(Strict):
     `scale_bits` each. `key_bits` and `value_bits` are those of most layers; `layers` says it per layer and KV head.
     `symmetric` grids store no zero point. `rotate`: codes are of rotated keys, and of rotated values as
     `rotate_values` says (null: alike). `scale_tokens`: codes are of keys of unit length, whose lengths are stored
-    beside them. `clip`: whose ranges are cut to where rounding errs least. `prefix`: rows that begin with these
+    beside them. `clip`: whose ranges are cut to where rounding errs least. `rounding` "descent": all codes of a key are
+    chosen together. `prefix`: rows that begin with these
     token ids take their keys and values from the unquantized model, and keep them exact beside the `max_exact`
     others. `front`: the first tokens of the prefix, where texts do not bring them along: they must be put in front
     of every row. `evict`: at most so many packed tokens are kept between the exact ones and the window, older ones
@@ -97,6 +99,7 @@ class KVCachePlan(Strict):
     rotate_values: KVRotation | None = None
     scale_tokens: bool = False
     clip: KVClip = "none"
+    rounding: KVRounding = "nearest"
     exact: ExactPolicy
     first_n: int = 0
     max_exact: int
@@ -132,6 +135,7 @@ class KVCachePlan(Strict):
         parts += ["keys of unit length"] if self.scale_tokens else []
         parts += [f"ranges of {'keys and values' if self.clip == 'both' else self.clip} cut to the least error"
                   ] if self.clip != "none" else []
+        parts += ["codes of a key chosen together"] if self.rounding == "descent" else []
         parts += [] if self.scale_bits == 16 else [f"scales of {self.scale_bits} bits"]
         return "".join(f"{part}, " for part in parts)
 

@@ -140,7 +140,8 @@ class SinkCache(Cache):
 
     def _take_bases(self, bases: Bases | None) -> None:
         packed = [layer for layer in self.layers if isinstance(layer, SinkLayer)]
-        if bases is None or any(layer.index not in bases.layers for layer in packed if layer.packs):
+        if bases is None or any(layer.index not in bases.layers or bases.layers[layer.index].lacks(self.plan)
+                                for layer in packed if layer.packs):
             raise RequestError("the KV plan rotates by matrices that this model was not given; load the checkpoint "
                                "with sinkquant.load, or hand what find_bases gives to sinkquant.cache.prepare.")
         for layer in packed:

@@ -44,7 +44,7 @@ def quantize(x: torch.Tensor, counted: torch.Tensor | None, bits: int, group: in
 
     def rounded(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         scale, zero = _grid(low, high, levels, symmetric)
-        return _nearest(values, scale.float(), _start(scale.float(), zero, levels), levels), scale, zero
+        return _nearest(values, scale.float(), start_of(scale.float(), zero, levels), levels), scale, zero
 
     if clip:
         low, high, scale, zero = clipped(values, counted, along, low, high, rounded, levels / 2)
@@ -65,8 +65,8 @@ def _grid(low: torch.Tensor, high: torch.Tensor, levels: int,
     return _half((high - zero.float()) / levels), zero
 
 
-def _start(scale: torch.Tensor, zero: torch.Tensor | None, levels: int) -> torch.Tensor:
-    """What code 0 stands for, of a float32 scale."""
+def start_of(scale: torch.Tensor, zero: torch.Tensor | None, levels: int) -> torch.Tensor:
+    """What code 0 stands for, of a float32 scale; zero: None for a symmetric grid."""
     return -0.5 * levels * scale if zero is None else zero.float()
 
 
@@ -79,7 +79,7 @@ def recoded(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bit
             group: int | None) -> torch.Tensor:
     """Codes of [..., G, D] on another grid, whose float32 scales and zeros are given."""
     levels, (values, _) = 2**bits - 1, _grouped(x.float(), group)
-    step, start = scale, _start(scale, zero, levels)
+    step, start = scale, start_of(scale, zero, levels)
     if group is None:
         return _nearest(values, step, start, levels).to(torch.uint8)
     return _nearest(values, step[..., None], start[..., None], levels).flatten(-2).to(torch.uint8)
@@ -93,7 +93,7 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | No
                dtype: torch.dtype) -> torch.Tensor:
     """The values of codes, computed in float32. See `quantize` for the shapes."""
     step, (values, _) = scale.float(), _grouped(codes.to(torch.float32, copy=True), group)
-    start = _start(step, zero, 2**bits - 1)
+    start = start_of(step, zero, 2**bits - 1)
     if group is None:
         return values.mul_(step).add_(start).to(dtype)
     return values.mul_(step[..., None]).add_(start[..., None]).flatten(-2).to(dtype)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sinkquant.cache.grid import dequantize, quantize, recoded
+from sinkquant.cache.grid import dequantize, quantize, recoded, start_of
 from sinkquant.cache.packing import pack, unpack
 from sinkquant.cache.scales import narrowed, wide_scale, wide_zero, widened
 from sinkquant.cache.transforms.recoding import Recoding
@@ -106,6 +106,10 @@ class PackedStates:
         codes, scale, zero = quantize(part, counted, lane.bits, self.group, self.symmetric, recoding.clip)
         if self.scale_bits == 8:
             scale, zero, ends = narrowed(scale, zero)
+        if recoding.descent is not None:
+            step, first = widened(scale, zero, ends)
+            codes = recoding.descent.codes(part, step, start_of(step, first, 2**lane.bits - 1), 2**lane.bits - 1)
+        elif ends is not None:
             codes = recoded(part, *widened(scale, zero, ends), lane.bits, self.group)
         return pack(codes, lane.bits), scale, zero, norm, ends
 

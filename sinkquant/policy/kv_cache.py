@@ -42,6 +42,7 @@ def _made(shape: ModelShape, sink_map: SinkMap, settings: KVCache) -> KVCachePla
         window=settings.window, evict=settings.evict, sliding_sinks=settings.sliding_sinks,
         symmetric=settings.symmetric, scale_bits=settings.scale_bits, rotate=settings.rotate,
         rotate_values=settings.rotate_values, scale_tokens=settings.scale_tokens, clip=settings.clip,
+        rounding=settings.rounding,
         exact=settings.exact, first_n=settings.first_n if settings.exact == "first-n" else 0,
         max_exact=0 if settings.exact == "none" else settings.max_exact,
         prefix=prefix, front=_front(prefix, sink_map, settings), sinks=sinks, massive=massive, layers=layers,
@@ -193,6 +194,9 @@ def _check_fit(layer: KVLayerShape, index: int, group_size: int, asked: KVCache 
         hint = f"use {' or '.join(map(str, fitting))}" if fitting else "no group size fits this model"
         raise RequestError(f"kv_cache.group_size {group_size} does not divide the {layer.value_dim} channels "
                            f"of a head in layer {index}; {hint}.")
+    if asked.rounding == "descent" and asked.rotate != "covariance":
+        raise RequestError("kv_cache.rounding 'descent' weighs errors by the queries of the calibration text, which "
+                           "kv_cache.rotate 'covariance' takes; set that, or kv_cache.rounding to 'nearest'.")
     of_values = asked.rotate if asked.rotate_values is None else asked.rotate_values
     for key, rotation, width in (("rotate", asked.rotate, layer.key_dim),
                                  ("rotate_values", of_values, layer.value_dim)):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from sinkquant.artifacts.kv import KVClip, KVRotation, KVScaleBits
+from sinkquant.artifacts.kv import KVClip, KVRotation, KVRounding, KVScaleBits
 from sinkquant.recipe.section import Section
 
 
@@ -38,7 +38,8 @@ class KVCache(Section):
     (QuaRot 2404.00456) spreads outliers; "covariance" balances each head's keys with its queries, and evens out its
     values, by matrices found on calibration text. `rotate_values`: the same for values; null: as `rotate`.
     `scale_tokens`: keys are packed at unit length, their lengths beside them (OScaR 2605.19660). `clip` "keys",
-    "values" or "both": ranges are cut to where rounding errs least, sinks left out, and shrink nothing.
+    "values" or "both": ranges are cut to where rounding errs least, sinks left out, and shrink nothing. `rounding`
+    "descent": all codes of a key are chosen together for what queries read of it; with `rotate` "covariance" alone.
     """
 
     bits: float | None = Field(default=None, gt=2, le=16)
@@ -54,6 +55,7 @@ class KVCache(Section):
     rotate_values: KVRotation | None = None
     scale_tokens: bool = False
     clip: KVClip = "none"
+    rounding: KVRounding = "nearest"
     exact: Literal["none", "first-n", "detected", "massive"] = "detected"
     first_n: int = Field(default=4, ge=1)
     max_exact: int = Field(default=16, ge=0)

@@ -62,7 +62,8 @@ def test_balanced_keys_and_queries_are_those_of_the_text_without_its_sinks() -> 
                 basis = bases.layers[1].keys
                 assert basis is not None
                 keys, queries = record.key.double()[:, :, 1:], record.query.double()[:, :, 1:]
-                keys = keys - keys.mean(2, keepdim=True)
+                # Of whole blocks of 32 and what is left, the first without its sink.
+                keys = torch.cat([part - part.mean(2, keepdim=True) for part in keys.split([31, 32, 26], dim=2)], 2)
                 queries = queries * _shift(record)[:, :, 1:]
                 for states in (basis.into(keys), basis.query(queries.unflatten(1, (2, -1)).flatten(2, 3))):
                     flattened = states.double().transpose(0, 1).flatten(1, 2)

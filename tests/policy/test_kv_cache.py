@@ -157,6 +157,8 @@ def test_massive_carriers_come_from_the_birth_layer() -> None:
     (["kv_cache.exact=massive"], WIDE, "no massive channel"),
     (["kv_cache.group_size=64"], [KVLayerShape(heads=2, key_dim=80, value_dim=80)], "use 128"),
     (["kv_cache.rotate=true"], [KVLayerShape(heads=2, key_dim=96, value_dim=96)], "power of two"),
+    (["kv_cache.rounding=descent", "kv_cache.rotate=hadamard"], [KVLayerShape(heads=2, key_dim=64, value_dim=64)],
+     "queries of the calibration text"),
     (["kv_cache.overrides=[{layers: [5], key_bits: 8}]"], WIDE, "layer 5"),
     (["kv_cache.overrides=[{layers: [0], heads: [8], key_bits: 8}]"], WIDE, "has 8"),
     ([], [KVLayerShape(heads=0, key_dim=1, value_dim=1)], "no layer"),

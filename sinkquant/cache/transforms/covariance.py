@@ -20,11 +20,12 @@ RIDGE = 1e-4
 """Of the mean variance, added to every channel: directions that the text never used are left finite."""
 
 
-def balancing(states: torch.Tensor, readers: torch.Tensor) -> torch.Tensor:
+def balancing(states: torch.Tensor, readers: torch.Tensor, share: float = 0.5) -> torch.Tensor:
     """The matrix T for which T x and T^-T q have the same covariance, with even diagonals.
 
     Args:
         states, readers: float64 [heads, D, D], second moments of what is packed, and of what it is multiplied with.
+        share: of the spectrum that both have together, what T x keeps of it, as a power; the rest is left to T^-T q.
 
     Returns:
         float64 [heads, D, D].
@@ -33,7 +34,13 @@ def balancing(states: torch.Tensor, readers: torch.Tensor) -> torch.Tensor:
     root = directions * spread.sqrt()[:, None] @ directions.mT
     inverse = directions * spread.rsqrt()[:, None] @ directions.mT
     shared, axes = torch.linalg.eigh(root @ _ridged(readers) @ root)
-    return flat(states.shape[-1]) @ (shared.pow(0.25)[..., None] * axes.mT) @ inverse
+    return flat(states.shape[-1]) @ (shared.clamp(min=0).pow(share / 2)[..., None] * axes.mT) @ inverse
+
+
+def read_by(matrix: torch.Tensor, readers: torch.Tensor) -> torch.Tensor:
+    """Second moment of T^-T q, float64 [heads, D, D]. See `balancing`; matrix: T."""
+    inverse = torch.linalg.inv(matrix)
+    return inverse.mT @ _ridged(readers) @ inverse
 
 
 def spreading(states: torch.Tensor) -> torch.Tensor:

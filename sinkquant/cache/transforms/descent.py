@@ -1,9 +1,9 @@
 """Codes of a key chosen together, so that what its channels err by makes up for each other.
 
 A query meets all channels of a key at once: with second moment Q of the queries, errors e of the channels cost e' Q e,
-which is not the sum of their squares where Q is not even. From the nearest codes on, every channel in turn takes the code
-that costs least beside the errors of the others (coordinate descent, as for weights in QuantEase 2309.01885, section 3);
-no step costs more than the one before. Codes, scales and zeros are stored as without it, and read alike.
+which is not the sum of their squares where Q is not even. From the nearest codes on, every channel in turn takes the
+code that costs least beside the errors of the others (coordinate descent, as for weights in QuantEase 2309.01885,
+section 3); no step costs more than the one before. Codes, scales and zeros are stored as without it, and read alike.
 """
 
 from __future__ import annotations
