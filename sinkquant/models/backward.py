@@ -88,7 +88,7 @@ def steps_back(walk: Walk, seed: int = 0) -> Iterator[BackStep]:
             walk.hidden = inputs.pop()
             with (torch.no_grad(), observed_attention(decoder.model, watching), decoder.present([block]),
                   compute_in([block], walk.device, walk.dtype)):
-                _freeze(block)
+                block.requires_grad_(False)
                 back = BackStep(Step(index, name, block, walk), gradients, ended, watching)
                 before = back.gradients
                 yield back
@@ -110,7 +110,7 @@ def _of_the_head(walk: Walk, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     with decoder.present(outside), compute_in(outside, walk.device, walk.dtype):
         for module in outside:
-            _freeze(module)
+            module.requires_grad_(False)
         for start in range(0, len(ended), walk.batch_size):
             batch = slice(start, start + walk.batch_size)
             rows = walk.rows[batch]
@@ -125,8 +125,3 @@ def _of_the_head(walk: Walk, seed: int) -> torch.Tensor:
             assert hidden.grad is not None
             gradients[batch] = hidden.grad.to(gradients.device)
     return gradients
-
-
-def _freeze(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sinkquant.errors import RequestError
+from sinkquant.schemes import tensors
 
-DTYPES = {"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
-          "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "U8": ("uint8", 1),
-          "BOOL": ("bool", 1), "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1)}
+DTYPES = {name: (dtype, width) for dtype, (name, width) in tensors.DTYPES.items()} | {"F8_E5M2": ("float8_e5m2", 1)}
 """Kinds of numbers that are read here, each with torch's name and its bytes. Others hold packed codes or their scales
 (U32 of MLX, F8_E8M0 of MXFP8)."""
 

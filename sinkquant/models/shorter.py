@@ -34,7 +34,8 @@ NUMBER = ("layer_idx", "layer_index", "layer_id")
 
 
 def require_blocks_apart(model: PreTrainedModel) -> None:
-    """Refuse a model whose blocks read each other's keys and values or share weights."""
+    """Refuse a model whose configuration lets blocks read each other's keys and values or weights; weights that are the
+    same in two blocks `Decoder.of` refuses."""
     config = model.config.get_text_config(decoder=True)
     for key in SHARED:
         value = getattr(config, key, None)
@@ -42,13 +43,6 @@ def require_blocks_apart(model: PreTrainedModel) -> None:
         if value and not (key == "num_hidden_groups" and value == config.num_hidden_layers):
             raise RequestError(f"{type(model).__name__} shares keys and values or weights between blocks ({key} is "
                                f"{value!r}), so that none can be taken out alone; leave prune.blocks out.")
-    decoder = Decoder.of(model)
-    owners: dict[int, str] = {}
-    for name, block in zip(decoder.block_names, decoder.blocks, strict=True):
-        for leaf, parameter in block.named_parameters():
-            if owners.setdefault(id(parameter), name) != name:
-                raise RequestError(f"{name}.{leaf} is also a weight of {owners[id(parameter)]}; blocks that share "
-                                   "weights cannot be taken out: leave prune.blocks out.")
 
 
 def shorter_model(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:

@@ -31,7 +31,6 @@ from transformers.core_model_loading import (
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from sinkquant.errors import RequestError, SinkquantError
@@ -40,6 +39,7 @@ from sinkquant.models.edits import Edit, EditedTensor
 from sinkquant.models.folder import HUB_ID
 from sinkquant.models.inputs import round_inputs
 from sinkquant.models.loading import auto_class, loading_errors, read_config
+from sinkquant.models.progress import no_progress_bars
 from sinkquant.models.shards import ScaledTensor, Stored, StoredTensor, dense_tensors, stored_tensors
 from sinkquant.schemes.scheme import COMPRESSED
 
@@ -306,14 +306,8 @@ class WeightSource:
                 parameter.data = edit(parameter.data)
 
     def _load(self, tensors: dict[str, Any]) -> LoadStateDictInfo:
-        bars = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
-        try:
-            with loading_errors(self.folder):
-                info, _ = convert_and_load_state_dict_in_model(self.model, tensors, self.config)
-        finally:
-            if bars:
-                transformers_logging.enable_progress_bar()
+        with loading_errors(self.folder), no_progress_bars():
+            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, self.config)
         return info
 
 

@@ -16,7 +16,7 @@ from sinkquant.quantize import GPTQ, to_integers
 from sinkquant.quantize.descent import descend
 from sinkquant.quantize.pruning import magnitude, sparsegpt, wanda
 from sinkquant.quantize.pruning.masks import least
-from sinkquant.quantize.pruning.refine import refine
+from sinkquant.quantize.pruning.prune import refine
 
 PATTERNS: list[tuple[float, tuple[int, int] | None]] = [(0.5, None), (0.5, (2, 4)), (0.3, None), (0.75, (1, 4)),
                                                         (0.5, (4, 8))]
