@@ -54,8 +54,8 @@ class ProbedModel:
 def of_blocks(model: ProbedModel, kept: Sequence[int]) -> ProbedModel:
     """What a model shows of some of its blocks, as if the others were not there."""
     table, stream = copy.copy(model.survey.table), copy.copy(model.survey.stream)
-    for key in ("sink_mass", "value_norms"):
-        setattr(table, key, [getattr(table, key)[index] for index in kept])
+    table.sink_mass = [table.sink_mass[index] for index in kept]
+    table.layers = [table.layers[index] for index in kept]
     places = [place for place, name in enumerate(stream.names)
               if name == "embedding" or int(name.split(".")[1]) in kept]
     for key in ("names", "median", "top_values", "top_channels"):
