@@ -86,9 +86,10 @@ def _of_moments(seen: _Moments, plan: KVCachePlan) -> LayerBases:
     keys = descent = None
     if plan.rotate == "covariance":
         together = plan.rounding == "descent"
-        matrix = balancing(seen.keys, seen.queries, KEYS_SHARE if together else 0.5)
+        readers = _even(seen.weighed) + _even(seen.alike)
+        matrix = balancing(seen.keys, readers, KEYS_SHARE if together else 0.5)
         keys = Basis.of_matrix(matrix)
-        descent = Descent.of_moment(read_by(matrix, seen.queries)) if together else None
+        descent = Descent.of_moment(read_by(matrix, readers)) if together else None
     values = Basis.of_matrix(spreading(seen.values)) if plan.value_rotation == "covariance" else None
     return LayerBases(keys, values, descent)
 
@@ -99,14 +100,17 @@ class _Moments:
 
     Keys count without the mean of their block of `block` tokens, which its zeros take.
 
-    A query counts as much as an error of its scores would change what it reads: to first order the sum over tokens of
-    (attention * distance of the value from the output)^2. A head that rests on an exact sink reads nothing, whatever
-    its scores of the other tokens are.
+    Attributes:
+        weighed: of queries, each counting as much as an error of its scores would change what it reads: to first order
+            the sum over tokens of (attention * distance of the value from the output)^2. A head that rests on an exact
+            sink reads nothing, whatever its scores of the other tokens are.
+        alike: of all queries: a few weigh most of the former, and other texts ask otherwise.
     """
 
     block: int
     keys: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    queries: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    weighed: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    alike: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     values: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     kept: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     batch: Callable[[], slice] = field(default=lambda: slice(0, 0))
@@ -114,7 +118,7 @@ class _Moments:
 
     def begin(self, kept: torch.Tensor, batch: Callable[[], slice]) -> None:
         """A new layer. kept: bool [rows, length], tokens that do not count. batch: which rows are at hand."""
-        self.keys = self.queries = self.values = torch.zeros((), dtype=torch.float64)
+        self.keys = self.weighed = self.alike = self.values = torch.zeros((), dtype=torch.float64)
         self.kept, self.batch = kept, batch
 
     def attention_rows(self, rows: AttentionRows) -> None:
@@ -127,11 +131,22 @@ class _Moments:
         groups = record.query.shape[1] // record.key.shape[1]
         squares, self.squares = torch.cat(self.squares, dim=2) * counted.mT, []
         weight = _moved(squares, record.value.float().repeat_interleave(groups, dim=1), record.output.float())
-        # The query heads that read one KV head, end to end.
-        queries = (record.query.float() * counted * weight.sqrt()).unflatten(1, (-1, groups)).flatten(2, 3)
-        self.queries = self.queries + _moment(queries)
+        queries = record.query.float() * counted
+        self.weighed = self.weighed + _moment(_end_to_end(queries * weight.sqrt(), groups))
+        self.alike = self.alike + _moment(_end_to_end(queries, groups))
         self.keys = self.keys + _moment(_deviations(record.key.float(), counted, self.block))
         self.values = self.values + _moment(_deviations(record.value.float(), counted, counted.shape[2]))
+
+
+def _end_to_end(queries: torch.Tensor, groups: int) -> torch.Tensor:
+    """The query heads that read one KV head, one after the other: [batch, kv_heads, groups * tokens, D]."""
+    return queries.unflatten(1, (-1, groups)).flatten(2, 3)
+
+
+def _even(moment: torch.Tensor) -> torch.Tensor:
+    """Of every head with the trace 1; as it is where it is all zeros."""
+    trace = moment.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    return moment / torch.where(trace > 0, trace, torch.ones_like(trace))
 
 
 def _moved(squares: torch.Tensor, values: torch.Tensor, output: torch.Tensor) -> torch.Tensor:

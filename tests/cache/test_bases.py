@@ -51,7 +51,7 @@ def test_decoding_computes_what_it_did(family: str) -> None:
 
 
 def test_balanced_keys_and_queries_are_those_of_the_text_without_its_sinks() -> None:
-    """Queries weighted by what an error of their scores does to their output, found by trying one."""
+    """Queries weighted by what an error of their scores does to their output, found by trying one, and all alike."""
     model = tiny_model("llama")
     bases = _found(model, _plan(model))
     moments: list[torch.Tensor] = []
@@ -64,14 +64,20 @@ def test_balanced_keys_and_queries_are_those_of_the_text_without_its_sinks() -> 
                 keys, queries = record.key.double()[:, :, 1:], record.query.double()[:, :, 1:]
                 # Of whole blocks of 32 and what is left, the first without its sink.
                 keys = torch.cat([part - part.mean(2, keepdim=True) for part in keys.split([31, 32, 26], dim=2)], 2)
-                queries = queries * _shift(record)[:, :, 1:]
-                for states in (basis.into(keys), basis.query(queries.unflatten(1, (2, -1)).flatten(2, 3))):
-                    flattened = states.double().transpose(0, 1).flatten(1, 2)
-                    moments.append(flattened.mT @ flattened)
+                weighed = queries * _shift(record)[:, :, 1:]
+                asked = [some.unflatten(1, (2, -1)).flatten(2, 3) for some in (weighed, queries)]
+                moments.append(_moment(basis.into(keys)))
+                moments.append(sum(_moment(basis.query(some)) / some.square().sum((0, 2, 3))[:, None, None]
+                                   for some in asked))
 
     with torch.no_grad(), observed_attention(model, [Looks()]):
         model(ROWS, use_cache=False)
     assert torch.allclose(*moments, rtol=0.05, atol=0.02 * float(moments[0].abs().max()))
+
+
+def _moment(states: torch.Tensor) -> torch.Tensor:
+    flattened = states.double().transpose(0, 1).flatten(1, 2)
+    return flattened.mT @ flattened
 
 
 def _shift(record: AttentionRecord) -> torch.Tensor:
