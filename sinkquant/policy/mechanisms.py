@@ -149,7 +149,7 @@ def _weighted(name: str, settings: list[str], statistics: str, off: Recipe, base
     one = Mechanism(name, "weights", settings, statistics=statistics, recipe=asked)
     if not base.needs_rows:
         return _takes_none(one, base) or one
-    if statistics != "attention" and not any(token.kind != "learned" for token in sink_map.tokens):
+    if statistics != "attention" and not sink_map.placed:
         return Mechanism(name, "weights", settings, why="no token is a sink whose weight could be changed")
     return _made(one, lambda: (make_plan(shape, sink_map, asked), base))
 
@@ -178,7 +178,7 @@ def _for_cache(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> list[Mec
 
     exact = recipe.kv_cache.exact if recipe.kv_cache.exact != "none" else "detected"
     tokens = Mechanism("exact tokens", "KV cache", [f"kv_cache.exact={exact}"])
-    if exact == "detected" and not any(token.kind != "learned" for token in sink_map.tokens):
+    if exact == "detected" and not sink_map.placed:
         found = [Mechanism(tokens.name, "KV cache", tokens.settings, why="no token of a prompt is a sink")]
     else:
         found = [_made(replace(tokens, recipe=off), plans(tokens.settings))]
