@@ -44,10 +44,10 @@ class ProbedModel:
     curve: list[float]
     nulls: dict[str, float] = field(default_factory=dict)
 
-    def null(self, name: str, seed: int, distance: Callable[[Rows, Rows], float], rows: int | None = None) -> float:
+    def null(self, name: str, seed: int, distance: Callable[[Rows, Rows], float]) -> float:
         """`self_distance` under a name: measured at the first call."""
         if name not in self.nulls:
-            self.nulls[name] = self_distance(self.mass.shape[-1] if rows is None else rows, seed, distance)
+            self.nulls[name] = self_distance(self.mass.shape[-1], seed, distance)
         return self.nulls[name]
 
 

@@ -33,16 +33,13 @@ def measured(values: torch.Tensor, seed: int) -> Measured:
     return Measured(value=float(values.mean()), low=low, high=high)
 
 
-def self_distance(rows: int, seed: int, distance: Callable[[torch.Tensor, torch.Tensor], float],
-                  count: int = HALVES) -> float:
+def self_distance(rows: int, seed: int, distance: Callable[[torch.Tensor, torch.Tensor], float]) -> float:
     """What 95 % of comparisons of a model with itself on other text stay within.
 
     Args:
         distance: of two sets of rows, each int64 indices [rows // 2]; at least 0.
-        count: of halvings, at most `HALVES`.
     """
-    first, second = halves(rows, seed)
-    return level_of([distance(a, b) for a, b in zip(first[:count], second[:count], strict=True)])
+    return level_of([distance(a, b) for a, b in zip(*halves(rows, seed), strict=True)])
 
 
 def level_of(distances: list[float]) -> float:

@@ -16,11 +16,10 @@ EPSILONS = ("0.1", "0.2", "0.3", "0.5", "0.8")
 PUBLISHED = 0.3
 
 
-def first_position_mass(decoder: Decoder, rows: torch.Tensor, compute: WalkSettings,
-                        position: int = 0) -> list[torch.Tensor]:
-    """alpha_k of Gu et al. (2410.10781, section 3) for one position k: the mean attention that it receives from the
+def first_position_mass(decoder: Decoder, rows: torch.Tensor, compute: WalkSettings) -> list[torch.Tensor]:
+    """alpha_1 of Gu et al. (2410.10781, section 3): the mean attention that the first position receives from the
     queries that see it, by layer, float64 [rows, heads]."""
-    return [layer.received[:, :, position].double() / layer.visible[position].clamp(min=1)
+    return [layer.received[:, :, 0].double() / layer.visible[0].clamp(min=1)
             for layer in attention_of(compute.walk(decoder, rows)).layers]
 
 

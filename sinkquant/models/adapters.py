@@ -45,7 +45,7 @@ def base_named(folder: Path) -> str:
     return str(beside) if not Path(name).is_dir() and beside.is_dir() else name
 
 
-def merged(folder: Path, base: Path, trust_remote_code: bool = False) -> Path:
+def merged(folder: Path, base: Path) -> Path:
     """The folder of a base model with an adapter merged into it, in the base's dtype, with the adapter's tokenizer
     where it brings one.
 
@@ -77,7 +77,7 @@ def merged(folder: Path, base: Path, trust_remote_code: bool = False) -> Path:
     stat = (folder / WEIGHTS).stat()
 
     def make(aside: Path) -> dict[str, Any]:
-        _merge(folder, base, aside, settings, trust_remote_code)
+        _merge(folder, base, aside, settings)
         return {"file": base.resolve().name, "adapter": folder.resolve().name, "types": {}}
 
     given = str((folder.resolve(), stat.st_size, stat.st_mtime_ns)).encode() + (folder / ADAPTER).read_bytes()
@@ -85,14 +85,13 @@ def merged(folder: Path, base: Path, trust_remote_code: bool = False) -> Path:
     return kept("merged", key, SOURCE_FOLDER, stat.st_mtime_ns, make, f"keep what {folder} is merged to")
 
 
-def _merge(folder: Path, base: Path, aside: Path, settings: dict[str, Any], trust_remote_code: bool) -> None:
+def _merge(folder: Path, base: Path, aside: Path, settings: dict[str, Any]) -> None:
     import peft
 
     try:
         with (_without_adapter(base) as plain, no_progress_bars(), torch.no_grad(), warnings.catch_warnings()):
             warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
-            model = class_for(plain, trust_remote_code).from_pretrained(
-                plain, dtype="auto", trust_remote_code=trust_remote_code)
+            model = class_for(plain).from_pretrained(plain, dtype="auto")
             wrapped = peft.PeftModel.from_pretrained(model, str(folder))
             merge = getattr(wrapped.base_model, "merge_and_unload", None)
             if merge is None:
