@@ -15,8 +15,9 @@ demo: $(VENV)/ready
 	$(VENV)/bin/quantize-model run --output out/demo
 	@echo "Open out/demo/report.html in a browser."
 
+# Compiled files are kept, whatever the environment says: pytest's take twice as long to make as to read.
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 check: $(VENV)/ready
 	$(VENV)/bin/ruff check sinkquant evals tests

@@ -42,6 +42,8 @@ DESTROYED = 0.5
 """The sinks are destroyed where the heads that sink keep less than this share of the mass they gave them."""
 ROTATED = 0.3
 """Relative difference of the token embeddings, which quantization leaves alone, from which on they are rotated."""
+ROWS_AT_ONCE = 4096
+"""Rows of a token embedding that are compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -180,8 +182,12 @@ def _head_inputs(decoder: Decoder, rows: torch.Tensor, ended: torch.Tensor) -> t
 
 def _rotated(original: PreTrainedModel, quantized: PreTrainedModel) -> bool:
     """Whether the residual stream of the second has other axes: its token embeddings are quite different."""
-    first, second = (model.get_input_embeddings().weight.detach().float().cpu() for model in (original, quantized))
-    return float((first - second).norm()) > ROTATED * float(first.norm())
+    first, second = (model.get_input_embeddings().weight.detach() for model in (original, quantized))
+    moved = whole = 0.0
+    for a, b in zip(first.split(ROWS_AT_ONCE), second.split(ROWS_AT_ONCE), strict=True):
+        moved += float((a.double().cpu() - b.double().cpu()).square().sum())
+        whole += float(a.double().square().sum())
+    return moved > ROTATED**2 * whole
 
 
 def _judge(checks: list[FidelityCheck], before: torch.Tensor, after: torch.Tensor,

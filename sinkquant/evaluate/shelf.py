@@ -8,6 +8,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
+from sinkquant.models.memory import give_back
 from sinkquant.recipe import Recipe
 
 SHARE = 0.5
@@ -54,6 +55,7 @@ class Shelf:
             if self._held:
                 share_equal(next(iter(self._held.values())), model)
             self._held[load] = model
+            give_back()  # what loading took beside the model
         return self._held[load]
 
 
