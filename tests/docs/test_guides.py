@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import call
 from documented import ELSEWHERE, GUIDES, PROGRAM, Reader, furnish
 from families import tiny_model
-from small_runs import SMALL
+from small_runs import SMALL, model_folder
 from tiny_bpe import BPE_VOCABULARY, byte_level
 
 import sinkquant as sq
@@ -17,28 +18,37 @@ import sinkquant as sq
 PAGES = [page for page in GUIDES if page.name != "README.md"]
 
 
+SMALLER: dict[str, Any] = {"num_hidden_layers": 2, "max_position_embeddings": 128}
+"""Most commands read every block, and some take as much text as there are positions."""
+
+
 @pytest.fixture(scope="module")
-def reader(tiny_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Reader:
+def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("small") / "model", **SMALLER)
+
+
+@pytest.fixture(scope="module")
+def reader(small_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Reader:
     """With a tokenizer that GGUF knows for llama.cpp."""
     folder = tmp_path_factory.mktemp("bpe")
-    tiny_model("llama", vocab_size=BPE_VOCABULARY).save_pretrained(folder)
+    tiny_model("llama", vocab_size=BPE_VOCABULARY, **SMALLER).save_pretrained(folder)
     byte_level().save_pretrained(folder)
 
     def run(arguments: list[str]) -> tuple[int, str]:
         outcome = call(*arguments)
         return outcome.code, outcome.err
 
-    return Reader(str(tiny_folder), text_file, run, ["weights.group_size=32"],
+    return Reader(str(small_folder), text_file, run, ["weights.group_size=32"],
                   {"llama-cpp.md": str(folder)})
 
 
 @pytest.fixture(scope="module")
-def made(tiny_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(small_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the default recipe."""
     folder = tmp_path_factory.mktemp("made") / "run"
     recipe = sq.Recipe.load("w4-kv2-sink").replace([
         f"calibration.text={text_file}", f"evaluate.text={text_file}", *SMALL, "evaluate.skip=true"])
-    sq.run(recipe, model=str(tiny_folder), output=str(folder))
+    sq.run(recipe, model=str(small_folder), output=str(folder))
     return folder
 
 
