@@ -5,7 +5,7 @@ from __future__ import annotations
 from sinkquant.artifacts import SinkMap
 from sinkquant.detect.detectors import BUILT_IN
 
-NOT_DETECTED = {"schema_", "model", "tokenization", "thresholds", "notes", "nulls", "extensions"}
+NOT_DETECTED = {"schema_", "model", "tokenization", "thresholds", "notes", "nulls", "extensions", "shape"}
 
 
 def test_every_field_of_the_sink_map_is_one_detectors() -> None:
