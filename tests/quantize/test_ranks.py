@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from families import tiny_mixture
+from forked import start
 from safetensors.torch import load_file
 from sinkmaps import BOS, STOP, sink_map_of
 from small_runs import model_folder, small_recipe
 from tiny_tokenizer import tiny_tokenizer
+from torch.distributed import TCPStore
 
 import sinkquant as sq
 from sinkquant.artifacts import Plan
@@ -23,14 +22,10 @@ from sinkquant.formats import load_dense
 from sinkquant.models import Decoder
 from sinkquant.quantize import ranks
 
-TASK = """
-import os, sys
-import sinkquant as sq
-for place in sys.argv[1:]:
-    known = f"{place}/sinks.json"
-    sq.run(f"{place}/recipe.yaml", f"{place}/model", f"{place}/two",
-           sink_map=sq.SinkMap.load(known) if os.path.exists(known) else None)
-"""
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0",
+            "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+"""What torchrun tells its processes, beside their number and the port of its store."""
 JOBS = {"evaluated": ("weights.method=rtn", "weights.scale_search=false", "evaluate.divergence_rows=5",
                       "evaluate.limit=3", "evaluate.tasks=[sink_perplexity, sink_cloze]"),
         "quantized": ("evaluate.skip=true", "weights.descent=0", "calibration.rows=5", "activations.format=int8",
@@ -39,13 +34,29 @@ JOBS = {"evaluated": ("weights.method=rtn", "weights.scale_search=false", "evalu
                     "protect.statistics=cap", "calibration.min_expert_tokens=35")}
 
 
+def task(places: list[Path]) -> None:
+    """A program: what each of the two processes does."""
+    for place in places:
+        known = place / "sinks.json"
+        sq.run(place / "recipe.yaml", place / "model", place / "two",
+               sink_map=sq.SinkMap.load(known) if known.exists() else None)
+
+
+def together(work: Path, places: list[Path]) -> None:
+    """Two processes as torchrun starts them, with a store that it would keep."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    both = [start(work / str(rank), task, places, environment=TORCHRUN | {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(store.port)}) for rank in range(2)]
+    for process in both:
+        code, _, err = process.communicate()
+        assert code == 0, err
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> dict[str, tuple[Path, sq.Report | None]]:
     """Job -> a folder in which one process has written `one` and two have written `two`, and the report of the one.
     The same two processes do all jobs."""
     places = {name: tmp_path_factory.mktemp(name) for name in JOBS}
-    script = tmp_path_factory.mktemp("ranks") / "task.py"
-    script.write_text(TASK, encoding="utf-8")
     recipes, known = {}, {}
     for name, place in places.items():
         if name == "mixture":
@@ -58,10 +69,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> dict[str,
             model_folder(place / "model")
         recipes[name] = small_recipe(text_file, *JOBS[name])
         (place / "recipe.yaml").write_text(recipes[name].to_yaml(), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script,
-               *places.values()]
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path),
-                                                          "OMP_NUM_THREADS": "1"})
+    together(tmp_path_factory.mktemp("ranks"), list(places.values()))
     return {name: (place, sq.run(recipes[name], place / "model", place / "one", sink_map=known.get(name)))
             for name, place in places.items()}
 
