@@ -60,6 +60,15 @@ def tiny_folder(tiny: PreTrainedModel, tokenizer: PreTrainedTokenizerFast,
 
 
 @pytest.fixture(scope="session")
+def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_folder`, of 2 layers and 128 positions: for whole runs, which take as much text as there are positions.
+    Read it, never change it."""
+    from small_runs import model_folder
+
+    return model_folder(tmp_path_factory.mktemp("small") / "model", num_hidden_layers=2, max_position_embeddings=128)
+
+
+@pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of words that the tiny tokenizer knows, some 90,000 characters."""
     from tiny_tokenizer import random_text

@@ -26,7 +26,7 @@ def snippets(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_the_tour_of_the_command_line(tmp_path, tiny_folder, text_file, monkeypatch):
+def test_the_tour_of_the_command_line(tmp_path, small_folder, text_file, monkeypatch):
     """As it stands, with a tiny model for the demo and few rows of a text that it knows."""
     monkeypatch.chdir(tmp_path)
     (block,) = snippets("sh")
@@ -35,7 +35,7 @@ def test_the_tour_of_the_command_line(tmp_path, tiny_folder, text_file, monkeypa
     for line in lines:
         program, command, *rest = shlex.split(line)
         assert program == "quantize-model"
-        arguments = [str(tiny_folder) if word == "demo" else word for word in rest]
+        arguments = [str(small_folder) if word == "demo" else word for word in rest]
         if command in ("detect", "plan", "run") and "--plan" not in arguments:
             arguments += settings(text_file)
         if command == "doctor":
@@ -49,7 +49,7 @@ def test_the_tour_of_the_command_line(tmp_path, tiny_folder, text_file, monkeypa
     assert {name.rstrip("/") for name in listed} <= {path.name for path in (tmp_path / "out" / "w3").iterdir()}
 
 
-def test_the_tour_of_the_api(tmp_path, tiny_folder, text_file, monkeypatch, capsys):
+def test_the_tour_of_the_api(tmp_path, small_folder, text_file, monkeypatch, capsys):
     """As it stands, with a tiny model for the demo and recipes cut down to it."""
     monkeypatch.chdir(tmp_path)
 
@@ -58,7 +58,7 @@ def test_the_tour_of_the_api(tmp_path, tiny_folder, text_file, monkeypatch, caps
             f"calibration.text={text_file}", f"evaluate.text={beginning(text_file)}", *SMALL])
 
     code = "\n".join(snippets("python"))
-    for old, new in [('"demo"', repr(str(tiny_folder))), ("sq.Recipe.load(", "small("),
+    for old, new in [('"demo"', repr(str(small_folder))), ("sq.Recipe.load(", "small("),
                      ('sq.run("w4a16-sink"', 'sq.run(small("w4a16-sink")'),
                      ("detect(model, tokenizer)", 'detect(model, tokenizer, recipe=small("w4a16-sink"))')]:
         assert old in code

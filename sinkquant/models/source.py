@@ -38,7 +38,7 @@ from sinkquant.lazy import uncollected
 from sinkquant.models.edits import Edit, EditedTensor
 from sinkquant.models.folder import HUB_ID
 from sinkquant.models.inputs import round_inputs
-from sinkquant.models.loading import auto_class, loading_errors, read_config
+from sinkquant.models.loading import all_finite, auto_class, loading_errors, read_config
 from sinkquant.models.progress import no_progress_bars
 from sinkquant.models.shards import ScaledTensor, Stored, StoredTensor, dense_tensors, stored_tensors
 from sinkquant.schemes.scheme import COMPRESSED
@@ -312,9 +312,8 @@ class WeightSource:
 
 
 def require_finite(name: str, weight: torch.Tensor) -> None:
-    """Refuse a weight that was just read if it holds NaN or Inf. They show in the minimum and the maximum: no mask of
-    the tensor's size is needed."""
-    if weight.numel() and not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(weight)):
+    """Refuse a weight that was just read if it holds NaN or Inf."""
+    if not all_finite(weight):
         raise RequestError(f"the weight {name} holds NaN or Inf; the checkpoint is broken, get it again.")
 
 

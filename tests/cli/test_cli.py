@@ -39,14 +39,14 @@ def test_help_version_and_recipes():
     assert "did you mean 'w3a16-sink'" in one_sentence(wrong)
 
 
-def test_step_by_step(tmp_path, tiny_folder, text_file):
+def test_step_by_step(tmp_path, small_folder, text_file):
     """detect, plan, an edited plan, run, eval, report: each command takes what the one before made."""
-    found = call("detect", tiny_folder, "--text", text_file, "--json", "-o", tmp_path / "sinkmap.json",
+    found = call("detect", small_folder, "--text", text_file, "--json", "-o", tmp_path / "sinkmap.json",
                  "--set", "detect.rows=8", "--set", "detect.long_rows=1")
     assert found.code == 0
     assert SinkMap.parse(json.loads(found.out), "stdout") == SinkMap.load(tmp_path / "sinkmap.json")
 
-    planned = call("plan", tiny_folder, "--sink-map", tmp_path / "sinkmap.json", "-r", "w3a16-sink", "--json", "-o",
+    planned = call("plan", small_folder, "--sink-map", tmp_path / "sinkmap.json", "-r", "w3a16-sink", "--json", "-o",
                    tmp_path / "plan.json", *settings(text_file))
     assert planned.code == 0
     plan = Plan.parse(json.loads(planned.out), "stdout")
@@ -57,17 +57,17 @@ def test_step_by_step(tmp_path, tiny_folder, text_file):
     plan.modules[name].bits = 8
     plan.save(tmp_path / "plan.json")
     output = tmp_path / "out"
-    done = call("run", "--plan", tmp_path / "plan.json", "--model", tiny_folder, "--output", output)
+    done = call("run", "--plan", tmp_path / "plan.json", "--model", small_folder, "--output", output)
     assert done.code == 0, done.err
     assert f"Report: {output / 'report.html'}" in " ".join(done.out.split())
     assert Plan.load(output / "plan.json").modules[name].bits == 8
     assert {one.quantity for one in Report.load(output / "report.json").forecasts} >= {
         "weight_bytes", "kl", "seconds to quantize sink_aware", "peak resident bytes"}
-    both = call("run", "w4a16-sink", "--plan", tmp_path / "plan.json", "--model", tiny_folder, "-o", tmp_path / "no")
+    both = call("run", "w4a16-sink", "--plan", tmp_path / "plan.json", "--model", small_folder, "-o", tmp_path / "no")
     assert both.code == 2
     assert "not both" in one_sentence(both)
 
-    again = call("eval", output, "--baseline", tiny_folder, "--json", "--tasks", "sink_perplexity,sink_cloze",
+    again = call("eval", output, "--baseline", small_folder, "--json", "--tasks", "sink_perplexity,sink_cloze",
                  "-o", tmp_path / "again.json")
     assert again.code == 0, again.err
     report = Report.parse(json.loads(again.out), "stdout")
@@ -88,16 +88,16 @@ def test_step_by_step(tmp_path, tiny_folder, text_file):
     assert "2 runs side by side" in (tmp_path / "two.html").read_text(encoding="utf-8")
 
 
-def test_doctor(tiny_folder, text_file):
-    outcome = call("doctor", tiny_folder, "--text", text_file)
+def test_doctor(small_folder, text_file):
+    outcome = call("doctor", small_folder, "--text", text_file)
     assert outcome.code == 0
     assert "Tokenization" in outcome.out
     assert "Support" in outcome.out
 
 
-def test_a_runs_folder_stands_for_its_checkpoint(tmp_path, tiny_folder, text_file):
+def test_a_runs_folder_stands_for_its_checkpoint(tmp_path, small_folder, text_file):
     """To whatever looks at a model; its weights are quantized, which the doctor says."""
-    assert call("run", "--model", tiny_folder, "--output", tmp_path / "run", *settings(
+    assert call("run", "--model", small_folder, "--output", tmp_path / "run", *settings(
         text_file, "weights.method=rtn", "evaluate.skip=true")).code == 0
     outcome = call("doctor", tmp_path / "run", "--text", text_file)
     assert (outcome.code, outcome.err) == (0, "")
@@ -106,23 +106,23 @@ def test_a_runs_folder_stands_for_its_checkpoint(tmp_path, tiny_folder, text_fil
                 "detect.long_rows=0", "--set", "detect.super_weights=false").code == 0
 
 
-def test_plan_only_stops_before_quantizing(tmp_path, tiny_folder, text_file):
-    outcome = call("run", "--model", tiny_folder, "--output", tmp_path / "out", "--plan-only", *settings(text_file))
+def test_plan_only_stops_before_quantizing(tmp_path, small_folder, text_file):
+    outcome = call("run", "--model", small_folder, "--output", tmp_path / "out", "--plan-only", *settings(text_file))
     assert outcome.code == 0
     assert "bits per weight" in outcome.out
     assert not (tmp_path / "out" / "model").exists()
     assert Plan.load(tmp_path / "out" / "plan.json").modules
 
 
-def test_a_result_below_the_gate_is_code_3(tmp_path, tiny_folder, text_file):
-    outcome = call("run", "--model", tiny_folder, "--output", tmp_path / "out",
+def test_a_result_below_the_gate_is_code_3(tmp_path, small_folder, text_file):
+    outcome = call("run", "--model", small_folder, "--output", tmp_path / "out",
                    *settings(text_file, "gate.max_divergence=1.0e-12", "evaluate.control=false",
                              "evaluate.fidelity=false"))
     assert outcome.code == 3
     assert "over gate.max_divergence" in outcome.out
     assert Report.load(tmp_path / "out" / "report.json").verdict.gate == "failed"
     assert "Quality gate failed" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    again = call("eval", tmp_path / "out", "--baseline", tiny_folder)
+    again = call("eval", tmp_path / "out", "--baseline", small_folder)
     assert again.code == 3
 
 
@@ -201,12 +201,12 @@ def test_every_command_refuses_what_is_not_there(arguments, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unexpected_error_is_one_sentence_too(tmp_path, tiny_folder, text_file, monkeypatch):
+def test_an_unexpected_error_is_one_sentence_too(tmp_path, small_folder, text_file, monkeypatch):
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("something\nnobody thought of")
 
     monkeypatch.setattr(job, "quantize_to", broken)
-    outcome = call("run", "--model", tiny_folder, "--output", tmp_path / "out", *settings(text_file))
+    outcome = call("run", "--model", small_folder, "--output", tmp_path / "out", *settings(text_file))
     assert outcome.code == 1
     assert "unexpected RuntimeError: something nobody thought of" in one_sentence(outcome)
     assert not list(tmp_path.glob("out*"))
@@ -243,25 +243,25 @@ def test_ctrl_c_in_the_middle(signal_number, source, tmp_path, text_file):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
-def test_ctrl_c_says_what_is_kept_and_how_to_go_on(tmp_path, tiny_folder, text_file, monkeypatch):
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(tmp_path, small_folder, text_file, monkeypatch):
     def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(job, "quantize_to", stopped)
-    outcome = call("run", "--model", tiny_folder, "--output", tmp_path / "out", "--resume", *settings(text_file))
+    outcome = call("run", "--model", small_folder, "--output", tmp_path / "out", "--resume", *settings(text_file))
     assert outcome.code == 1
     kept = f"{tmp_path / 'out.partial'} keeps what was done (detect, plan); the same command with --resume"
     assert kept in one_sentence(outcome)
     assert (tmp_path / "out.partial" / "plan.json").is_file()
 
 
-def test_text_from_a_folder_whose_name_is_no_yaml(tmp_path, tiny_folder, text_file):
+def test_text_from_a_folder_whose_name_is_no_yaml(tmp_path, small_folder, text_file):
     folder = tmp_path / "set #2: [a]"
     folder.mkdir()
     text = Path(shutil.copy(text_file, folder / "text.txt"))
     fast = ["--set", "detect.rows=8", "--set", "detect.long_rows=1", "--set", "detect.super_weights=false"]
-    assert call("detect", tiny_folder, "--text", text, *fast).code == 0
-    assert call("run", "--model", tiny_folder, "--output", tmp_path / "out", "--plan-only", *settings(text)).code == 0
+    assert call("detect", small_folder, "--text", text, *fast).code == 0
+    assert call("run", "--model", small_folder, "--output", tmp_path / "out", "--plan-only", *settings(text)).code == 0
 
 
 def test_killed_and_resumed(source, tmp_path, text_file):

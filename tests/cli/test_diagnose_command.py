@@ -54,20 +54,15 @@ def test_json_and_a_file_beside_a_quantized_version(folder: Path, text_file: Pat
     assert saved.against.sink_rates == saved.sink_rates
 
 
-def test_a_sink_map_made_before_is_taken(folder: Path, text_file: Path, tmp_path: Path,
-                                        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sink_map_made_before_is_taken_and_folders_of_its_files_are_made(
+        folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
     made = sink_map_of(Decoder.of(AutoModelForCausalLM.from_pretrained(folder)))
     made.save(tmp_path / "map.json")
-    assert run(monkeypatch, str(folder), "--sink-map", str(tmp_path / "map.json"), "--text",
-               str(beginning(text_file)), "--json", *FAST) == 0
-    assert json.loads(capsys.readouterr().out)["sinks"] == [sink.model_dump(mode="json") for sink in made.tokens]
-
-
-def test_folders_of_its_files_are_made(folder: Path, text_file: Path, tmp_path: Path,
-                                       monkeypatch: pytest.MonkeyPatch) -> None:
     found, plot = tmp_path / "a" / "diagnosis.json", tmp_path / "b" / "depth.html"
-    assert run(monkeypatch, str(folder), "-o", str(found), "--depth-plot", str(plot), "--text",
-               str(beginning(text_file)), *FAST) == 0
+    assert run(monkeypatch, str(folder), "--sink-map", str(tmp_path / "map.json"), "-o", str(found), "--depth-plot",
+               str(plot), "--text", str(beginning(text_file)), "--json", *FAST) == 0
+    assert json.loads(capsys.readouterr().out)["sinks"] == [sink.model_dump(mode="json") for sink in made.tokens]
     assert Diagnosis.load(found).depth is not None
     assert "<svg" in plot.read_text(encoding="utf-8")
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from commands import call
 from documented import ELSEWHERE, GUIDES, PROGRAM, Reader, furnish
 from families import tiny_model
-from small_runs import SMALL, model_folder
+from small_runs import SMALL
 from tiny_bpe import BPE_VOCABULARY, byte_level
 
 import sinkquant as sq
@@ -18,20 +17,12 @@ import sinkquant as sq
 PAGES = [page for page in GUIDES if page.name != "README.md"]
 
 
-SMALLER: dict[str, Any] = {"num_hidden_layers": 2, "max_position_embeddings": 128}
-"""Most commands read every block, and some take as much text as there are positions."""
-
-
-@pytest.fixture(scope="module")
-def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("small") / "model", **SMALLER)
-
-
 @pytest.fixture(scope="module")
 def reader(small_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Reader:
     """With a tokenizer that GGUF knows for llama.cpp."""
     folder = tmp_path_factory.mktemp("bpe")
-    tiny_model("llama", vocab_size=BPE_VOCABULARY, **SMALLER).save_pretrained(folder)
+    model = tiny_model("llama", vocab_size=BPE_VOCABULARY, num_hidden_layers=2, max_position_embeddings=128)
+    model.save_pretrained(folder)
     byte_level().save_pretrained(folder)
 
     def run(arguments: list[str]) -> tuple[int, str]:

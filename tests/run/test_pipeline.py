@@ -21,11 +21,12 @@ UNTIMED = {"report.json", "report.md", "report.html", "run.log"}
 
 
 @pytest.mark.parametrize(("family", "dtype", "options"), [
-    pytest.param("qwen3", torch.float32, {"has_bos": False}, id="qwen3, tokenizer without <bos>"),
-    pytest.param("gemma2", torch.float16, {"add_bos": "none"}, id="gemma2, float16, <bos> not added"),
-    pytest.param("opt", torch.bfloat16, {"shard": "60KB"}, id="opt, sharded"),
-    pytest.param("llama", torch.float32, {"max_position_embeddings": 128, "tie_word_embeddings": True},
-                 id="llama, tied, 128 positions"),
+    pytest.param("qwen3", torch.float32, {"has_bos": False, "max_position_embeddings": 128},
+                 id="qwen3, tokenizer without <bos>"),
+    pytest.param("gemma2", torch.float16, {"add_bos": "none", "max_position_embeddings": 128},
+                 id="gemma2, float16, <bos> not added"),
+    pytest.param("opt", torch.bfloat16, {"shard": "60KB", "max_position_embeddings": 128}, id="opt, sharded"),
+    pytest.param("llama", torch.float32, {"tie_word_embeddings": True}, id="llama, tied"),
 ])
 def test_any_model_from_end_to_end(family, dtype, options, tmp_path, text_file, monkeypatch):
     folder = model_folder(tmp_path / "a model", family, dtype, **options)
@@ -69,9 +70,9 @@ def untimed(report: Report) -> Report:
     return report.model_copy(update={"resources": {}, "forecasts": told})
 
 
-def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, tiny_folder, text_file, monkeypatch):
+def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, small_folder, text_file, monkeypatch):
     recipe = small_recipe(text_file)
-    whole = run(recipe, tiny_folder, tmp_path / "whole")
+    whole = run(recipe, small_folder, tmp_path / "whole")
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -79,24 +80,24 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, tiny_folder, tex
     with monkeypatch.context() as patch:
         patch.setattr(job, "make_control", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run(recipe, tiny_folder, tmp_path / "parts", resume=True)
+            run(recipe, small_folder, tmp_path / "parts", resume=True)
     partial = tmp_path / "parts.partial"
     assert (partial / "plan.json").is_file()
     (partial / ".model.killed").mkdir()  # what a kill -9 leaves of a checkpoint
     with monkeypatch.context() as patch:
         patch.setattr(job, "evaluate", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run(recipe, tiny_folder, tmp_path / "parts", resume=True)
+            run(recipe, small_folder, tmp_path / "parts", resume=True)
     assert (partial / "model" / "model.safetensors").is_file()
 
     with pytest.raises(RequestError, match="made with another recipe"):
-        run(recipe.replace(["seed=1"]), tiny_folder, tmp_path / "parts", resume=True)
+        run(recipe.replace(["seed=1"]), small_folder, tmp_path / "parts", resume=True)
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("quantized again")
 
     monkeypatch.setattr(job, "quantize_to", never)
-    parts = run(recipe, tiny_folder, tmp_path / "parts", resume=True)
+    parts = run(recipe, small_folder, tmp_path / "parts", resume=True)
     assert parts is not None
     assert whole is not None
     assert not partial.exists()
@@ -107,34 +108,34 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, tiny_folder, tex
     assert parts.resources["seconds: detect"] > 0  # counted over the attempts
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path, tiny_folder, text_file, monkeypatch):
+def test_an_interrupted_run_leaves_nothing(tmp_path, small_folder, text_file, monkeypatch):
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(job, "evaluate", interrupted)
     (tmp_path / "out").mkdir()  # an empty folder is fine
     with pytest.raises(KeyboardInterrupt):
-        run(small_recipe(text_file, "evaluate.control=false"), tiny_folder, tmp_path / "out")
+        run(small_recipe(text_file, "evaluate.control=false"), small_folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.fixture(scope="module")
-def planned(tmp_path_factory, tiny_folder, text_file):
+def planned(tmp_path_factory, small_folder, text_file):
     """A plan of the tiny model."""
     folder = tmp_path_factory.mktemp("planned") / "out"
-    assert run(small_recipe(text_file), tiny_folder, folder, plan_only=True) is None
+    assert run(small_recipe(text_file), small_folder, folder, plan_only=True) is None
     return folder / "plan.json"
 
 
-def test_an_edited_plan_is_carried_out(tmp_path, tiny_folder, text_file, planned):
+def test_an_edited_plan_is_carried_out(tmp_path, small_folder, text_file, planned):
     recipe = small_recipe(text_file, "evaluate.control=false", "evaluate.fidelity=false")
     made = Plan.load(planned)
     name = "model.layers.1.mlp.down_proj"
     content = json.loads(made.to_json())
     content["modules"][name] |= {"bits": 8, "group_size": -1, "method": "rtn"}
     edited = Plan.parse(content, "edited")
-    report = run(recipe, tiny_folder, tmp_path / "out", edited=edited)
+    report = run(recipe, small_folder, tmp_path / "out", edited=edited)
     assert report is not None
     done = Plan.load(tmp_path / "out" / "plan.json")
     assert done.modules[name].bits == 8
@@ -152,7 +153,7 @@ def test_an_edited_plan_is_carried_out(tmp_path, tiny_folder, text_file, planned
     ("model.layers.9.mlp.down_proj", {}, "did you mean"),
     ("model.layers.1.mlp.down_proj", None, "lacks"),
 ])
-def test_an_edited_plan_that_does_not_fit_is_refused(name, change, message, tmp_path, tiny_folder, text_file, planned):
+def test_an_edited_plan_that_does_not_fit_is_refused(name, change, message, tmp_path, small_folder, text_file, planned):
     recipe = small_recipe(text_file)
     content = json.loads(planned.read_text(encoding="utf-8"))
     if change is None:
@@ -160,18 +161,18 @@ def test_an_edited_plan_that_does_not_fit_is_refused(name, change, message, tmp_
     else:
         content["modules"][name] = content["modules"]["model.layers.1.mlp.down_proj"] | change
     with pytest.raises(RequestError, match=message):
-        run(recipe, tiny_folder, tmp_path / "out", edited=Plan.parse(content, "edited"))
+        run(recipe, small_folder, tmp_path / "out", edited=Plan.parse(content, "edited"))
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_evaluating_a_folder_again(tmp_path, tiny_folder, text_file):
+def test_evaluating_a_folder_again(tmp_path, small_folder, text_file):
     recipe = small_recipe(text_file, "calibration.bos=never", "gate.max_sink_rate_change=0.5",
                           "evaluate.fidelity=false")
-    made = run(recipe, tiny_folder, tmp_path / "out")
+    made = run(recipe, small_folder, tmp_path / "out")
     assert made is not None
     assert recorded_recipe(tmp_path / "out") == recipe
-    again = evaluate_folder(tmp_path / "out", recorded_recipe(tmp_path / "out"), str(tiny_folder))
+    again = evaluate_folder(tmp_path / "out", recorded_recipe(tmp_path / "out"), str(small_folder))
     assert [row.tasks for row in again.rows] == [row.tasks for row in made.rows]
     assert again.paired == made.paired
     assert again.verdict == made.verdict
@@ -185,7 +186,7 @@ def test_evaluating_a_folder_again(tmp_path, tiny_folder, text_file):
     foreign = shutil.copytree(tmp_path / "out" / "model", tmp_path / "foreign")
     (foreign / "sinkquant.json").unlink()
     assert recorded_recipe(foreign).name == "custom"
-    found = evaluate_folder(foreign, recipe.replace(["gate.max_sink_rate_change=null"]), str(tiny_folder))
+    found = evaluate_folder(foreign, recipe.replace(["gate.max_sink_rate_change=null"]), str(small_folder))
     assert [row.name for row in found.rows] == ["unquantized", "quantized"]
     assert {(pair.a, pair.b) for pair in found.paired} == {("quantized", "unquantized")}
 
@@ -198,16 +199,16 @@ def test_bits_on_disk_count_packed_values_and_their_scales(tmp_path, tiny_folder
     assert bits_on_disk(tiny_folder) == 32
 
 
-def test_a_calibration_text_shorter_than_asked_is_noted(tmp_path, tiny_folder, text_file):
+def test_a_calibration_text_shorter_than_asked_is_noted(tmp_path, small_folder, text_file):
     few = tmp_path / "few.txt"
     few.write_text(text_file.read_text(encoding="utf-8")[:1_500], encoding="utf-8")
-    run(small_recipe(few, f"evaluate.text={text_file}", "calibration.rows=50"), tiny_folder, tmp_path / "out",
+    run(small_recipe(few, f"evaluate.text={text_file}", "calibration.rows=50"), small_folder, tmp_path / "out",
         plan_only=True)
     notes = Plan.load(tmp_path / "out" / "plan.json").notes
     assert any("rows of 64 tokens; 50 were asked for" in note for note in notes)
 
 
-def test_what_cannot_be_done_is_refused_before_the_work(tmp_path, tiny_folder, text_file, monkeypatch):
+def test_what_cannot_be_done_is_refused_before_the_work(tmp_path, small_folder, text_file, monkeypatch):
     def never(*_: object, **__: object) -> None:
         raise AssertionError("computed")
 
@@ -219,7 +220,7 @@ def test_what_cannot_be_done_is_refused_before_the_work(tmp_path, tiny_folder, t
                                 (f"evaluate.text={empty}", "is empty"),
                                 ("weights.group_size=48", "does not divide"), ("weights.ignore=[lm_heat]", "lm_heat")]:
         with pytest.raises(RequestError, match=message):
-            run(small_recipe(text_file, assignment), tiny_folder, tmp_path / "out")
+            run(small_recipe(text_file, assignment), small_folder, tmp_path / "out")
         assert not (tmp_path / "out.partial").exists()
 
 
