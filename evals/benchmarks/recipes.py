@@ -2,7 +2,7 @@
 unquantized model.
 
     python evals/benchmarks/recipes.py MODEL --lines FILE.jsonl [--text NAME=FILE ...] [--held-out 12]
-                                       [--only WORDS ...] [--set calibration.rows=16 ...]
+                                       [--only WORDS ...] [--no-controls] [--set calibration.rows=16 ...]
                                        [--tasks NAME ... --task-folder FOLDER --limit 100]
     python evals/benchmarks/recipes.py MODEL --lines FILE.jsonl --table
 
@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--text", nargs="*", default=[], metavar="NAME=FILE", help="held-out texts; default: packaged")
     parser.add_argument("--held-out", type=int, default=12, help="rows of every text")
     parser.add_argument("--only", nargs="*", default=[""], metavar="WORDS")
+    parser.add_argument("--no-controls", action="store_true")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more of every recipe")
     parser.add_argument("--sink-map", type=Path, help="of this model, made before")
     parser.add_argument("--table", action="store_true", help="measure nothing")
@@ -97,7 +98,7 @@ def measure(arguments: argparse.Namespace, lines: Lines) -> None:
         aware = make_plan(shape, sink_map, asked)
         yield "aware", aware
         control = make_control(shape, sink_map, asked, aware)
-        if carried_out(control) != carried_out(aware):
+        if not arguments.no_controls and carried_out(control) != carried_out(aware):
             yield "control", control
 
     for name in ROWS:
