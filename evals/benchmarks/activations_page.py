@@ -45,13 +45,16 @@ def table(lines: Sequence[Line]) -> str:
     """Markdown."""
     rows = [["weights", "inputs", "inputs of 16 bits", "as they are", "with the sink exact", "what the sink costs",
              "share"], ["---", "---", "---:", "---:", "---:", "---", "---:"]]
-    weights = alone(lines)
+    weights, tasks = alone(lines), list(dict.fromkeys(task for line in lines for task in line.scores or ()))
+    rows[0] += tasks
+    rows[1] += ["---"] * len(tasks)
     for (bits, inputs, scale), (line, exact) in pairs(lines).items():
         ones = [1.0] * len(line.kl)
         cost, low, high = paired_difference("kl", (line.kl, ones), (exact.kl, ones), RESAMPLES, 0)
         base = weights.get((bits, inputs))
         rows.append([bits, WORDS[inputs] + SCALES[scale], "" if base is None else f"{kl(base):.3g}", _interval(line),
-                     _interval(exact), f"{cost:.3g}, {low:.3g} to {high:.3g}", f"{cost / kl(line):.0%}"])
+                     _interval(exact), f"{cost:.3g}, {low:.3g} to {high:.3g}", f"{cost / kl(line):.0%}",
+                     *(_task(line, exact, task) for task in tasks)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -59,6 +62,17 @@ def _interval(line: Line) -> str:
     ones, zeros = [1.0] * len(line.kl), [0.0] * len(line.kl)
     mean, low, high = paired_difference("kl", (line.kl, ones), (zeros, ones), RESAMPLES, 0)
     return f"{mean:.3g} ({low:.3g} to {high:.3g})"
+
+
+def _task(line: Line, exact: Line, task: str) -> str:
+    """As it is, with the sink exact, and the interval of the difference, paired by document: percent, or nats."""
+    mine, other = ((one.scores or {}).get(task) for one in (line, exact))
+    if not mine or not other:
+        return ""
+    ones, scale = [1.0] * len(mine), 1 if task.endswith(", nats") else 100
+    means = (scale * sum(one) / len(one) for one in (mine, other))
+    _, low, high = paired_difference("mean", (mine, ones), (other, ones), RESAMPLES, 0)
+    return "{:.3g}, {:.3g} ({:+.2g} to {:+.2g})".format(*means, scale * low, scale * high)
 
 
 def picture(lines: Sequence[Line]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -44,3 +45,16 @@ def test_inputs_in_blocks_have_scales_of_their_own(tmp_path: Path, text_file: Pa
                                             for scale in ("block", "block-exact")]
     divergences = [float(line[3]) for line in lines]
     assert all(found > 0 for found in divergences)
+
+
+def test_the_page_says_what_the_sink_costs_in_tasks(monkeypatch: pytest.MonkeyPatch,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    page, kept = SCRIPT.with_name("activations_page.py"), SCRIPT.parents[1] / "results/lines/demo-fp4-tasks.jsonl"
+    monkeypatch.setattr(sys, "argv", [str(page), str(kept)])
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    runpy.run_path(str(page), run_name="__main__")
+    head, _, stored, *_ = [[cell.strip() for cell in row.split("|")[1:-1]]
+                           for row in capsys.readouterr().out.splitlines()]
+    assert head[-2:] == ["sink_cloze", "sink_recall"]
+    assert stored[:2] == ["16", "int8, stored"]
+    assert re.fullmatch(r"60\.8, 64\.2 \([+-][\d.]+ to [+-][\d.]+\)", stored[-1])
