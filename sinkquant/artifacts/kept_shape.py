@@ -19,8 +19,8 @@ class LayerExperts(Strict):
 class KeptShape(Strict):
     """A model's shape and the files that it is the shape of.
 
-    `files`: a hash of the configuration and of the headers of all weights, and of what reads them. `shape` is without
-    name, folder and experts; `experts` has one entry per layer that has some.
+    `files`: a hash of the configuration and of the headers of all weights, of what reads them, and of the other two.
+    `shape` is without name, folder and experts; `experts` has one entry per layer that has some.
     """
 
     files: str

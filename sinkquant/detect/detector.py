@@ -1,7 +1,7 @@
 """What a detector is: one file, one class, some fields of the sink map, and a null.
 
 A detector may watch the rows while they go through each block. When the walk is over it is asked for its fields, in the
-order of `detectors.DETECTORS`; it may read what detectors before it have found.
+order of `detectors.detectors_of`; it may read what detectors before it have found.
 """
 
 from __future__ import annotations

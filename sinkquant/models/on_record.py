@@ -12,8 +12,8 @@ from sinkquant.models.folder import read_settings, weight_files
 from sinkquant.models.gguf import SOURCE, SOURCE_FOLDER
 from sinkquant.models.gguf_index import is_gguf_checkpoint
 
-READ_BY = ("sinkquant", "transformers")
-"""Packages that decide what modules a configuration becomes."""
+READ_BY = ("sinkquant", "transformers", "compressed-tensors")
+"""Packages that decide what modules a configuration becomes, and which of them have a place for scales of a cache."""
 
 
 def keep_shape(shape: ModelShape, folder: Path) -> KeptShape | None:
@@ -23,17 +23,21 @@ def keep_shape(shape: ModelShape, folder: Path) -> KeptShape | None:
         shape: as `Decoder.shape` gives it for what `open_model` makes of the folder.
     """
     files = files_of(folder)
-    return None if files is None else KeptShape.of(shape, files)
+    kept = None if files is None else KeptShape.of(shape, "")
+    return None if kept is None or files is None else kept.model_copy(update={"files": _sealed(kept, files)})
 
 
 def shape_on_record(sink_map: SinkMap | None, folder: Path, name: str) -> ModelShape | None:
-    """The shape of a folder's model, where the sink map was made from the same files; None where it was not.
+    """The shape of a folder's model, where the sink map was made from the same files and keeps it as it was; else None.
 
     Args:
         name: what the shape calls the model.
     """
     kept = None if sink_map is None else sink_map.shape
-    return kept.restored(name, str(folder)) if kept is not None and kept.files == files_of(folder) else None
+    files = None if kept is None else files_of(folder)
+    if kept is None or files is None or kept.files != _sealed(kept, files):
+        return None
+    return kept.restored(name, str(folder))
 
 
 def files_of(folder: Path) -> str | None:
@@ -50,3 +54,8 @@ def files_of(folder: Path) -> str | None:
             size = file.read(8)
             digest.update(path.name.encode() + size + file.read(int.from_bytes(size, "little")))
     return digest.hexdigest()
+
+
+def _sealed(kept: KeptShape, files: str) -> str:
+    """A hash of files and of the shape that is kept of them: one that was edited is not taken."""
+    return hashlib.sha256((files + kept.model_dump_json(exclude={"files"})).encode()).hexdigest()

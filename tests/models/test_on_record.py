@@ -54,6 +54,13 @@ def test_a_shape_is_kept_for_the_files_that_it_is_of(tmp_path: Path) -> None:
     assert shape_on_record(None, folder, "") is None
 
 
+def test_a_shape_that_was_edited_is_not_taken(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    made = json.loads(kept_of(folder).to_json())
+    next(iter(made["shape"]["shape"]["linears"].values()))["block"] = 99
+    assert shape_on_record(SinkMap.parse(made, "map"), folder, "") is None
+
+
 def test_none_is_kept_where_files_do_not_tell_it(tmp_path: Path) -> None:
     """Whether an output head is the embedding can be a question of values, and code of a folder's own does anything."""
     folder = model_folder(tmp_path / "model", tie_word_embeddings=True)
