@@ -39,7 +39,7 @@ from sinkquant.models.edits import Edit, EditedTensor
 from sinkquant.models.folder import HUB_ID
 from sinkquant.models.inputs import round_inputs
 from sinkquant.models.loading import all_finite, auto_class, loading_errors, read_config
-from sinkquant.models.progress import no_progress_bars
+from sinkquant.models.progress import no_transformers_bars
 from sinkquant.models.shards import ScaledTensor, Stored, StoredTensor, dense_tensors, stored_tensors
 from sinkquant.schemes.scheme import COMPRESSED
 
@@ -306,7 +306,7 @@ class WeightSource:
                 parameter.data = edit(parameter.data)
 
     def _load(self, tensors: dict[str, Any]) -> LoadStateDictInfo:
-        with loading_errors(self.folder), no_progress_bars():
+        with loading_errors(self.folder), no_transformers_bars():
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, self.config)
         return info
 
