@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
-from measure import RESAMPLES, Line, read
+from measure import RESAMPLES, Line, bounds, read, shown
 from race_page import COLOURS, kl
 
 from sinkquant.evaluate import paired_difference
@@ -69,10 +69,9 @@ def _task(line: Line, exact: Line, task: str) -> str:
     mine, other = ((one.scores or {}).get(task) for one in (line, exact))
     if not mine or not other:
         return ""
-    ones, scale = [1.0] * len(mine), 1 if task.endswith(", nats") else 100
-    means = (scale * sum(one) / len(one) for one in (mine, other))
-    _, low, high = paired_difference("mean", (mine, ones), (other, ones), RESAMPLES, 0)
-    return "{:.3g}, {:.3g} ({:+.2g} to {:+.2g})".format(*means, scale * low, scale * high)
+    mine, other = shown(task, mine), shown(task, other)
+    means = (sum(one) / len(one) for one in (mine, other))
+    return "{:.3g}, {:.3g} ({:+.2g} to {:+.2g})".format(*means, *bounds(mine, other))
 
 
 def picture(lines: Sequence[Line]) -> str:

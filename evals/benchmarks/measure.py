@@ -255,8 +255,19 @@ def _score(task: str, values: list[float] | None) -> str:
     """Mean and standard error of a task: in percent, or in nats where its name says so."""
     if not values:
         return ""
-    found = torch.tensor(values, dtype=torch.float64) * (1 if task.endswith(", nats") else 100)
+    found = torch.tensor(shown(task, values), dtype=torch.float64)
     return f"{found.mean():.3g} ± {found.std() / len(values) ** 0.5:.2g}"
+
+
+def shown(task: str, values: Sequence[float]) -> list[float]:
+    """The numbers of a task's documents as tables have them: in percent, or in nats where its name says so."""
+    return list(values) if task.endswith(", nats") else [100 * value for value in values]
+
+
+def bounds(mine: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the difference of two means, paired by row or document."""
+    ones = [1.0] * len(mine)
+    return paired_difference("mean", (list(mine), ones), (list(other), ones), RESAMPLES, 0)[1:]
 
 
 def _cells(line: Line, first: Line, shown: list[str], seed: int) -> list[str]:

@@ -19,11 +19,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from measure import RESAMPLES, Line, Lines, held_out_texts, sink_map_of
+from measure import Line, Lines, bounds, held_out_texts, shown, sink_map_of
 from task_scores import add_options, task_scores
 
 from sinkquant.artifacts import Plan
-from sinkquant.evaluate import compare_rows, paired_difference
+from sinkquant.evaluate import compare_rows
 from sinkquant.models import Decoder, load_model, load_tokenizer, open_model, resolve
 from sinkquant.policy import make_control, make_plan
 from sinkquant.recipe import Recipe
@@ -137,25 +137,17 @@ def table(lines: Sequence[Line]) -> str:
 
 def _divergence(line: Line | None, aware: Line | None) -> str:
     """Mean over rows; beside a recipe's own also the interval of the difference."""
-    if line is None:
-        return ""
-    mean = f"{sum(line.kl) / len(line.kl):.3g}"
-    return mean if aware is None else f"{mean} ({_interval(line.kl, aware.kl, 1)})"
+    return "" if line is None else _beside(line.kl, None if aware is None else aware.kl)
 
 
 def _task(task: str, mine: list[float] | None, other: list[float] | None) -> str:
     """Percent, or nats; and the interval of the difference from the model that this one is compared with."""
-    if not mine:
-        return ""
-    scale = 1 if task.endswith(", nats") else 100
-    mean = f"{scale * sum(mine) / len(mine):.3g}"
-    return mean if not other else f"{mean} ({_interval(mine, other, scale)})"
+    return _beside(shown(task, mine), shown(task, other) if other else None) if mine else ""
 
 
-def _interval(mine: Sequence[float], other: Sequence[float], scale: int) -> str:
-    ones = [1.0] * len(mine)
-    _, low, high = paired_difference("mean", (list(mine), ones), (list(other), ones), RESAMPLES, 0)
-    return f"{scale * low:+.3g} to {scale * high:+.3g}"
+def _beside(mine: Sequence[float], other: Sequence[float] | None) -> str:
+    mean = f"{sum(mine) / len(mine):.3g}"
+    return mean if other is None else "{} ({:+.3g} to {:+.3g})".format(mean, *bounds(mine, other))
 
 
 if __name__ == "__main__":
