@@ -12,11 +12,12 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from task_scores import Scores
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import KVCachePlan, Plan, SinkMap
@@ -181,9 +182,14 @@ class Lines:
         self.lines = read([path]) if path is not None and path.exists() else []
         self.baseline: Baseline | None = None
 
-    def has(self, labels: dict[str, str]) -> bool:
-        """Whether there is such a line."""
-        return any(line.labels == labels for line in self.lines)
+    def has(self, labels: dict[str, str], tasks: Sequence[str] = ()) -> bool:
+        """Whether there is such a line, and a score of it in each of some tasks."""
+        found = self.of(labels)
+        return found is not None and set(tasks) <= set(found.scores or ())
+
+    def of(self, labels: dict[str, str]) -> Line | None:
+        """The line of these labels with all scores that were kept of it."""
+        return next(iter(united(line for line in self.lines if line.labels == labels)), None)
 
     def add(self, line: Line) -> None:
         """Keep a line."""
@@ -195,24 +201,39 @@ class Lines:
                 tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, torch.Tensor], size: int | None = None,
                 keep_weights: bool = False, exact: SinkSelector | None = None,
                 before: Callable[[PreTrainedModel], None] | None = None,
-                tasks: Callable[[PreTrainedModel, KVCachePlan | None], dict[str, list[float]]] | None = None) -> None:
+                tasks: Scores | None = None) -> None:
         """Carry out a plan and keep what comes of it on every text, unless there are such lines.
 
         Args:
             base: the same in all calls.
             rows: name of a text -> its rows (`held_out_texts`).
-            tasks: what scores a model (`task_scores.py`), beside every text.
+            tasks: what scores a model, beside every text. A line that lacks some of them gets another line with those.
         """
         wanted = {name: labels | ({"text": name} if name else {}) for name in rows}
-        if all(self.has(one) for one in wanted.values()):
+        names = tasks.names if tasks else ()
+        if all(self.has(one, names) for one in wanted.values()):
             return
         self.baseline = self.baseline or Baseline(base)
         model, seconds = carry_out(folder, base, plan, tokenizer, keep_weights, exact, before)
-        scores = tasks(model, plan.kv_cache) if tasks else None
+        missing = [name for name in names if not all(self.has(one, [name]) for one in wanted.values())]
+        scores = tasks(model, plan.kv_cache, missing) if tasks and missing else None
         for name, one in wanted.items():
-            if not self.has(one):
+            known = self.of(one)
+            if known is None:
                 found = self.baseline.compare(model, rows[name], plan.kv_cache)
                 self.add(Line.of(one, found, seconds, size, scores=scores))
+            elif not self.has(one, names):
+                self.add(replace(known, scores=scores))
+
+
+def united(lines: Iterable[Line]) -> list[Line]:
+    """Lines of the same labels as one, the first, with the scores of all."""
+    found: dict[tuple[tuple[str, str], ...], Line] = {}
+    for line in lines:
+        first = found.setdefault(tuple(line.labels.items()), line)
+        if line.scores and first is not line:
+            found[tuple(line.labels.items())] = replace(first, scores={**(first.scores or {}), **line.scores})
+    return list(found.values())
 
 
 def held_out_texts(named: Sequence[str], tokenizer: PreTrainedTokenizerBase, count: int,

@@ -2,14 +2,15 @@
 unquantized model.
 
     python evals/benchmarks/recipes.py MODEL --lines FILE.jsonl [--text NAME=FILE ...] [--held-out 12]
-                                       [--only WORDS ...] [--no-controls] [--set calibration.rows=16 ...]
+                                       [--only NAME ...] [--no-controls] [--set calibration.rows=16 ...]
                                        [--tasks NAME ... --task-folder FOLDER --limit 100]
     python evals/benchmarks/recipes.py MODEL --lines FILE.jsonl --table
 
 Every row of `ROWS` is a packaged recipe, or the default one, with some of its keys changed, and is measured twice: as
 it is, and as the sink-unaware control that `quantize-model run` makes, where that is another model. A line that is in
-the file is not measured again. `--only`: rows whose name holds one of the words. `--table` prints what is there: of
-every task the difference from the unquantized model, paired by document, and the control's from the recipe's.
+the file is not measured again, but in tasks that it lacks. `--only`: names of rows, or words that they hold. `--table`
+prints what is there: of every task the difference from the unquantized model, paired by document, and the control's
+from the recipe's.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from measure import Line, Lines, bounds, held_out_texts, shown, sink_map_of
+from measure import Line, Lines, bounds, held_out_texts, shown, sink_map_of, united
 from task_scores import add_options, task_scores
 
 from sinkquant.artifacts import Plan
@@ -43,6 +44,9 @@ ROWS: dict[str, tuple[str | None, list[str]]] = {
     "2 bits, GPTAQ": ("w2a16-sink", ["weights.method=gptaq"]),
     "2 bits, AWQ": ("w4a16-sink-rtn", ["weights.bits=2"]),
     "2 bits, RTN": ("w4a16-sink-rtn", ["weights.bits=2", "weights.smooth=none"]),
+    "4 bits, GPTQ, distilled": ("w4a16-sink", ["weights.distill=24"]),
+    "3 bits, GPTAQ, distilled": ("w3a16-sink", ["weights.distill=24"]),
+    "2 bits, GPTQ, distilled": ("w2-distill-sink", ["weights.distill=24"]),
     "W8A8, a scale per token": ("w8a8-sink", []),
     "W8A8, stored scales": ("w8a8-static-sink", []),
     "W4A8": ("w4a8-sink", []),
@@ -64,7 +68,7 @@ def main() -> None:
     parser.add_argument("--lines", type=Path, required=True, help="one JSON object per line; gone on with")
     parser.add_argument("--text", nargs="*", default=[], metavar="NAME=FILE", help="held-out texts; default: packaged")
     parser.add_argument("--held-out", type=int, default=12, help="rows of every text")
-    parser.add_argument("--only", nargs="*", default=[""], metavar="WORDS")
+    parser.add_argument("--only", nargs="*", default=[""], metavar="NAME")
     parser.add_argument("--no-controls", action="store_true")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more of every recipe")
     parser.add_argument("--sink-map", type=Path, help="of this model, made before")
@@ -87,8 +91,9 @@ def measure(arguments: argparse.Namespace, lines: Lines) -> None:
     recipe = Recipe().replace(["detect.super_weights=false", *arguments.set])
     sink_map = sink_map_of(arguments, base, tokenizer, recipe)
     plain = {name: {"model": PLAIN, "sinks": ""} | ({"text": name} if name else {}) for name in texts}
-    if not all(lines.has(labels) for labels in plain.values()):
-        scores = score(base, None) if score else None
+    missing = [name for name in arguments.tasks if not all(lines.has(labels, [name]) for labels in plain.values())]
+    if missing or not all(lines.has(labels) for labels in plain.values()):
+        scores = score(base, None, missing) if score and missing else None
         for name, labels in plain.items():
             lines.add(Line.of(labels, compare_rows(base, base, texts[name]), scores=scores))
 
@@ -102,7 +107,7 @@ def measure(arguments: argparse.Namespace, lines: Lines) -> None:
             yield "control", control
 
     for name in ROWS:
-        if any(words in name for words in arguments.only):
+        if any(name == words or (words in name and words not in ROWS) for words in arguments.only):
             for sinks, plan in plans(name):
                 lines.measure({"model": name, "sinks": sinks}, folder, base, plan, tokenizer, texts, tasks=score)
                 print(f"{name}, {sinks}", flush=True)
@@ -118,6 +123,7 @@ def carried_out(plan: Plan) -> dict[str, object]:
 
 def table(lines: Sequence[Line]) -> str:
     """Markdown: models in rows; every text's divergence and every task, with paired intervals."""
+    lines = united(lines)
     texts = list(dict.fromkeys(line.labels.get("text", "") for line in lines))
     tasks = list(dict.fromkeys(task for line in lines for task in line.scores or ()))
     found = {(line.labels["model"], line.labels["sinks"], line.labels.get("text", "")): line for line in lines}

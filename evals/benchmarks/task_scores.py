@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -12,10 +14,37 @@ from sinkquant.artifacts import KVCachePlan
 from sinkquant.evaluate.run import open_tasks, score_tasks
 from sinkquant.models.text import starts_with_bos
 
-Scores = Callable[[PreTrainedModel, KVCachePlan | None], dict[str, list[float]]]
-"""A model and how its cache is packed -> task -> a number per document: 1 where it is right, by "acc". Of a task with a
-perplexity also "TASK, nats": minus the log-probability of the right answer, which tells models apart on far fewer
-documents than being right does."""
+
+@dataclass(frozen=True)
+class Scores:
+    """What scores a model in tasks, its documents one by one.
+
+    Attributes:
+        names: of the tasks. opened: what `open_tasks` makes of them. limit: documents of every task, the first ones.
+        bos: whether a document starts with the tokenizer's.
+    """
+
+    names: Sequence[str]
+    opened: Any
+    tokenizer: PreTrainedTokenizerBase
+    limit: int
+    bos: bool
+
+    def __call__(self, model: PreTrainedModel, kv: KVCachePlan | None = None,
+                 names: Sequence[str] | None = None) -> dict[str, list[float]]:
+        """Task -> a number per document: 1 where it is right, by "acc".
+
+        Of a task with a perplexity also "TASK, nats": minus the log-probability of the right answer, which tells models
+        apart on far fewer documents than being right does.
+
+        Args:
+            kv: how the model's cache is packed. names: of the tasks, all where none are given.
+        """
+        found = score_tasks(model, self.tokenizer, self.opened, list(names or self.names), bos=self.bos, batch_size=8,
+                            limit=self.limit, kv=kv)
+        scores = {name: result.samples["acc"][0] for name, result in found.items()}
+        return scores | {f"{name}, nats": [float(f"{-value:.6g}") for value in result.samples["perplexity"][0]]
+                         for name, result in found.items() if "perplexity" in result.samples}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -30,13 +59,4 @@ def task_scores(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBas
     if not arguments.tasks:
         return None
     opened = open_tasks(arguments.tasks, None, arguments.task_folder)
-    bos = starts_with_bos(tokenizer, "auto")
-
-    def score(model: PreTrainedModel, kv: KVCachePlan | None = None) -> dict[str, list[float]]:
-        found = score_tasks(model, tokenizer, opened, arguments.tasks, bos=bos, batch_size=8, limit=arguments.limit,
-                            kv=kv)
-        scores = {name: result.samples["acc"][0] for name, result in found.items()}
-        return scores | {f"{name}, nats": [float(f"{-value:.6g}") for value in result.samples["perplexity"][0]]
-                         for name, result in found.items() if "perplexity" in result.samples}
-
-    return score
+    return Scores(arguments.tasks, opened, tokenizer, arguments.limit, starts_with_bos(tokenizer, "auto"))

@@ -114,3 +114,14 @@ def test_recipes_stand_beside_their_controls_with_tasks(common: list[str], tmp_p
     before = kept.read_text()
     run(monkeypatch, "recipes.py", *common, "weights.group_size=32", "--lines", str(kept), "--table")
     assert kept.read_text() == before
+
+    # A task more: of the lines that lack it that one is measured, and the table has it beside the others.
+    (tmp_path / "again.yaml").write_text((tmp_path / "toy.yaml").read_text().replace("task: toy", "task: again"))
+    run(monkeypatch, "recipes.py", *common, "weights.group_size=32", "--lines", str(kept), "--only", "2 bits, RTN",
+        "--tasks", "toy", "again", "--task-folder", str(tmp_path))
+    more = [json.loads(line) for line in kept.read_text().removeprefix(before).splitlines()]
+    assert [(line["labels"]["model"], set(line["scores"])) for line in more] == [
+        ("unquantized", {"again", "again, nats"}), ("2 bits, RTN", {"again", "again, nats"})]
+    assert more[1]["kl"] == next(line["kl"] for line in lines if line["labels"]["model"] == "2 bits, RTN")
+    *_, rounded, _, _ = [row for row in cells(capsys.readouterr().out) if row]
+    assert (rounded[0], rounded[3:5]) == ("2 bits, RTN", rounded[5:7])
