@@ -21,15 +21,14 @@ from task_scores import Scores
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import KVCachePlan, Plan, SinkMap
-from sinkquant.cache import make_prefix, prepare
 from sinkquant.detect import detect
 from sinkquant.evaluate import Divergence, paired_difference
 from sinkquant.evaluate.divergence import BATCH_ROWS, compare_side_by_side
 from sinkquant.evaluate.states import last_states
-from sinkquant.models import Decoder, load_model, read_text, token_rows
+from sinkquant.models import load_model, read_text, token_rows
 from sinkquant.models.inputs import share_switch
 from sinkquant.quantize import quantize
-from sinkquant.quantize.bases import cache_bases
+from sinkquant.quantize.bases import prepare_cache
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import scheme_of
 from sinkquant.sinks import SinkSelector
@@ -118,11 +117,7 @@ def carry_out(folder: Path, base: PreTrainedModel, plan: Plan, tokenizer: PreTra
     seconds = time.process_time() - start
     if keep_weights:
         model.load_state_dict(kept)
-    cache = plan.kv_cache
-    if cache is not None:
-        bases = cache_bases(Decoder.of(base), cache, plan.calibration, tokenizer, str(base.device), base.dtype)
-        prepare(model, make_prefix(base, cache.prefix) if cache.prefix else None, bases)
-    return model, seconds
+    return prepare_cache(model, base, plan, tokenizer), seconds
 
 
 def leave_exact(model: PreTrainedModel, tokens: SinkSelector) -> None:

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan, Sensitivity, SinkMap
 from sinkquant.artifacts.advice import Advice, MeasuredWorth, MechanismAdvice, PredictedWorth
-from sinkquant.cache import make_prefix, needs_bases, prepare
 from sinkquant.detect import detect
 from sinkquant.errors import RequestError
 from sinkquant.evaluate import held_out_rows, paired_difference, row_divergences
@@ -35,7 +34,7 @@ from sinkquant.policy.mechanisms import OUTLIERS, Mechanism, mechanisms, unprote
 from sinkquant.policy.worth import cache_candidates, formats_of, judged, overall, predicted_cache_worth, predicted_worth
 from sinkquant.predict import SENSITIVITIES, require_memory
 from sinkquant.quantize import quantize
-from sinkquant.quantize.bases import cache_bases
+from sinkquant.quantize.bases import prepare_cache
 from sinkquant.quantize.transforms import rotate
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe, near_miss
 from sinkquant.schemes.packages import require_packages
@@ -218,24 +217,17 @@ class _Bench:
         return self.known[key]
 
     def _carried_out(self, plan: Plan) -> PreTrainedModel:
-        """The model after a plan, in memory, with the exact prefix of its cache."""
+        """The model after a plan, in memory, with what its cache needs."""
         compute = self.recipe.compute
         model = load_model(self.folder, trust_remote_code=self.trust_remote_code)
         if any(decision.bits < 16 for decision in plan.modules.values()) or plan.changed:
             quantize(model, plan, self.tokenizer, compute.device, compute.dtype)
         model = model.to(pick_device(compute.device), getattr(torch, compute.dtype))
-        if plan.kv_cache is not None and plan.kv_cache.prefix:
-            source = self.base
-            if plan.rotation is not None:
-                source = self._load()
-                rotate(Decoder.of(source), plan)
-            prepare(model, make_prefix(source, plan.kv_cache.prefix))
-        if needs_bases(plan.kv_cache):
-            unquantized = self._load()
-            rotate(Decoder.of(unquantized), plan)
-            prepare(model, bases=cache_bases(Decoder.of(unquantized), plan.kv_cache, plan.calibration, self.tokenizer,
-                                             str(unquantized.device), unquantized.dtype))
-        return model
+        source = self.base
+        if plan.kv_cache is not None and plan.rotation is not None:
+            source = self._load()
+            rotate(Decoder.of(source), plan)
+        return prepare_cache(model, source, plan, self.tokenizer)
 
     def _load(self) -> PreTrainedModel:
         compute = self.recipe.compute

@@ -1,12 +1,12 @@
-"""What a plan's KV cache rotates by, from the plan's calibration rows."""
+"""What a plan's KV cache rotates by, from the plan's calibration rows, and a model that is given it."""
 
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinkquant.artifacts import Calibration, KVCachePlan
-from sinkquant.cache import Bases, find_bases, needs_bases
+from sinkquant.artifacts import Calibration, KVCachePlan, Plan
+from sinkquant.cache import Bases, find_bases, make_prefix, needs_bases, prepare
 from sinkquant.cache.bases import ROWS
 from sinkquant.errors import RequestError
 from sinkquant.models import ActivationStore, Decoder, Walk
@@ -33,3 +33,23 @@ def cache_bases(decoder: Decoder, plan: KVCachePlan | None, calibration: Calibra
                            "'hadamard'.")
     rows = text_rows(decoder, calibration, tokenizer, ROWS)
     return find_bases(Walk(decoder, rows, BATCH_ROWS, device, dtype, store=store), plan)
+
+
+def prepare_cache(model: PreTrainedModel, source: PreTrainedModel, plan: Plan,
+                  tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Give a model what its plan's cache needs of the unquantized one, as its checkpoint would have it.
+
+    Args:
+        source: the unquantized model, its weights rotated as the plan says; may be the model itself.
+
+    Returns:
+        the model.
+
+    Raises:
+        RequestError: too little text.
+    """
+    cache = plan.kv_cache
+    if cache is None or not (cache.prefix or needs_bases(cache)):
+        return model
+    bases = cache_bases(Decoder.of(source), cache, plan.calibration, tokenizer, str(source.device), source.dtype)
+    return prepare(model, make_prefix(source, cache.prefix) if cache.prefix else None, bases)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.artifacts import Plan, SinkFidelity, SinkMap
 from sinkquant.artifacts.experts import few_tokens, in_short
 from sinkquant.artifacts.report import Fidelity
-from sinkquant.cache import make_prefix, needs_bases, prepare
+from sinkquant.cache import prepare
 from sinkquant.detect import detect
 from sinkquant.diagnose.fidelity import SinkComparison
 from sinkquant.evaluate import Candidate, Compare
@@ -29,11 +29,10 @@ from sinkquant.formats import (
     read_checkpoint,
     rounds_inputs,
 )
-from sinkquant.models import Decoder
 from sinkquant.models.folder import weight_files
 from sinkquant.models.processes import this_process
 from sinkquant.models.steps import Progress
-from sinkquant.quantize.bases import cache_bases
+from sinkquant.quantize.bases import prepare_cache
 from sinkquant.recipe import Recipe
 
 
@@ -96,12 +95,8 @@ def _with_own_cache(load: Callable[[], PreTrainedModel], one: Plan,
     """The unquantized model; its own keys and values of the prefix, and its own bases, are those that a checkpoint is
     given."""
     def loaded() -> PreTrainedModel:
-        model, cache = load(), one.kv_cache
-        assert cache is not None
-        if not cache.prefix and not needs_bases(cache):
-            return model
-        bases = cache_bases(Decoder.of(model), cache, one.calibration, tokenizer, str(model.device), model.dtype)
-        return prepare(model, make_prefix(model, cache.prefix) if cache.prefix else None, bases)
+        model = load()
+        return prepare_cache(model, model, one, tokenizer)
 
     return loaded
 
