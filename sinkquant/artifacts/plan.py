@@ -124,7 +124,8 @@ class Calibration(Strict):
     `text` is null for the packaged text. `statistics` is the policy that says what a token weighs; without `sinks`
     every token weighs the same, but under "attention". `scale_search`: scales are searched, not taken from the range;
     `descent`: rounds of coordinate descent after GPTQ or SparseGPT; `tune`: iterations of block-wise tuning after all;
-    `distill`: iterations of tuning the whole model after that.
+    `distill`: iterations of tuning the scales of the whole model after that, with `distill_codes` its codes as well
+    (which plans that do not say so did).
     `ranges`: which tokens static ranges of activations are taken from: all, or all but those of the exact prefix.
     `min_expert_tokens`: an expert that fewer tokens went to has the Hessians of all tokens of its layer.
     """
@@ -143,6 +144,7 @@ class Calibration(Strict):
     descent: int = 3
     tune: int = 0
     distill: int = 0
+    distill_codes: bool = True
     min_expert_tokens: int = 256
 
 

@@ -33,8 +33,8 @@ class Scratch:
         for name, offsets in block.offsets.items():
             packed = block.weights[name]
             assert isinstance(packed, PackedWeight)
-            parts = {"codes": packed.codes, "scale": packed.scale, "bits": torch.tensor(packed.bits),
-                     "offsets": offsets}
+            parts = {"codes": packed.codes, "scale": packed.scale, "bits": torch.tensor(packed.bits)}
+            parts |= {} if offsets is None else {"offsets": offsets}
             parts |= {} if packed.outliers is None else packed.outliers.tensors()
             tensors |= {f"{name}:{leaf}": tensor.contiguous() for leaf, tensor in parts.items()}
         save_file(tensors, path)
@@ -50,13 +50,12 @@ class Scratch:
                 name, _, leaf = key.rpartition(":")
                 parts.setdefault(name, {})[leaf] = tensor
             for name in sorted(parts):
-                codes, scale, bits, offsets = (parts[name][leaf] for leaf in ("codes", "scale", "bits", "offsets"))
+                codes, scale, bits = (parts[name][leaf] for leaf in ("codes", "scale", "bits"))
                 assert codes is not None
                 assert scale is not None
                 assert bits is not None
-                assert offsets is not None
                 outliers = Outliers.of(parts[name], len(codes), scale.dtype)
-                found[name] = TuningStart(PackedWeight(codes, scale, int(bits), outliers), offsets)
+                found[name] = TuningStart(PackedWeight(codes, scale, int(bits), outliers), parts[name].get("offsets"))
         return found
 
     def clear(self) -> None:

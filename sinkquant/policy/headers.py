@@ -122,4 +122,4 @@ def require_distill(shape: ModelShape, recipe: Recipe) -> None:
     choices = with_inputs(carried(base_choices(shape, recipe), shape, recipe), shape, recipe)
     prefix = recipe.kv_cache is not None and recipe.kv_cache.prefix != "none"
     require_tunable({name: choice.form for name, choice in choices.items() if choice.quantized}, shape,
-                    prefix and recipe.activations.format != "16-bit")
+                    prefix and recipe.activations.format != "16-bit", recipe.weights.distill_codes)

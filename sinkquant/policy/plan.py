@@ -270,6 +270,7 @@ def _calibration(recipe: Recipe, sinks: list[WeighedSink], statistics: Statistic
         text=settings.text, rows=settings.rows, length=settings.length, bos=settings.bos,
         batch_size=settings.batch_size, sinks=sinks, damping=weights.damping, act_order=weights.act_order,
         scale_search=weights.scale_search, descent=weights.descent, tune=weights.tune, distill=weights.distill,
+        distill_codes=weights.distill_codes,
         statistics=statistics, min_expert_tokens=settings.min_expert_tokens)
 
 

@@ -38,7 +38,7 @@ class QuantizedBlock:
     fused_scales: dict[str, torch.Tensor] = field(default_factory=dict)
     input_scales: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)
-    offsets: dict[str, torch.Tensor] = field(default_factory=dict)
+    offsets: dict[str, torch.Tensor | None] = field(default_factory=dict)
     ended: bool = True
 
 

@@ -82,8 +82,9 @@ def calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase 
                 put_packed(decoder, name, packed, made, originals[name], None if seen is None else seen.mean())
         if settings.distill:
             codes = with_codes(made.weights)
-            made.offsets.update({name: compressed(rounding_offsets(codes[name], originals[name], made.kept.get(name)))
-                                 for name in tuned})
+            made.offsets.update({
+                name: compressed(rounding_offsets(codes[name], originals[name], made.kept.get(name)))
+                if settings.distill_codes else None for name in tuned})
         if experts:
             yield made
             made = QuantizedBlock(step.index, step.name, {}, {})

@@ -85,8 +85,9 @@ def distill_bytes(sizes: Sizes) -> float:
     settings, tuned = sizes.recipe.calibration, sum(x.parameters for block in sizes.linears for x in block)
     rows = max(1, min(ROWS, LOGITS_BYTES // (4 * sizes.vocabulary * settings.length)))
     tokens = rows * settings.length
-    # Dense weights, and of every tuned one its gradient, how far its code has moved, and what it started from.
-    weights = sizes.total * sizes.item + tuned * (sizes.item + 4 + 3) + 24 * sizes.largest
+    # Dense weights, and of every tuned one its gradient, its code, and where codes move how far, from where.
+    codes = 4 + 3 if sizes.recipe.weights.distill_codes else 1
+    weights = sizes.total * sizes.item + tuned * (sizes.item + codes) + 24 * sizes.largest
     states = settings.rows * settings.length * sizes.hidden * sizes.item
     blocks = len(sizes.linears) * tokens * (6 * sizes.widest + 12 * sizes.hidden) * sizes.item
     return KEPT_BY_ALLOCATOR * (weights + states + blocks + 7 * 4.0 * tokens * sizes.vocabulary)

@@ -12,7 +12,7 @@ from sinkquant.artifacts import Plan
 from sinkquant.models import ActivationStore, Decoder, Walk
 from sinkquant.models.hooks import compute_in
 from sinkquant.models.steps import Progress
-from sinkquant.quantize.refine import Distill, Offsets, TeacherTargets, decompressed
+from sinkquant.quantize.refine import Distill, Offsets, Scales, TeacherTargets, Tuned, decompressed
 from sinkquant.quantize.rows import calibration_rows
 from sinkquant.schemes.codecs.packed import PackedWeight
 
@@ -20,10 +20,16 @@ from sinkquant.schemes.codecs.packed import PackedWeight
 @dataclass(frozen=True)
 class TuningStart:
     """Where tuning starts from in one linear: what was packed, and how far its weights lie from their codes, int8
-    [rows, columns] as `compressed` has it."""
+    [rows, columns] as `compressed` has it; None where codes are not tuned."""
 
     packed: PackedWeight
-    offsets: torch.Tensor
+    offsets: torch.Tensor | None
+
+    def on(self, device: str) -> Tuned:
+        """What gradients change."""
+        if self.offsets is None:
+            return Scales.of(self.packed, device)
+        return Offsets.of(self.packed, decompressed(self.offsets, device))
 
 
 def teacher_targets(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase | None, device: str,
@@ -58,8 +64,7 @@ def distilled(decoder: Decoder, plan: Plan, teacher: TeacherTargets, starts: Map
     model.eval()
     try:
         with decoder.present([model]), compute_in([model], device, dtype):
-            tuned = {name: Offsets.of(start.packed, decompressed(start.offsets, device))
-                     for name, start in starts.items()}
+            tuned = {name: start.on(device) for name, start in starts.items()}
             method = Distill(plan.calibration.distill, plan.seed)
             weights = method.run(decoder, tuned, teacher, device, stored, progress)
     finally:

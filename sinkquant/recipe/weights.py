@@ -39,8 +39,8 @@ class Weights(Section):
     `method` "gptaq" is GPTQ that also makes up for what earlier blocks lost. `scale_search`: scales with the least
     loss instead of the whole range; `descent`: rounds of coordinate descent after GPTQ (codes, scales) and SparseGPT;
     `tune`: iterations of sign-gradient tuning of every block's codes and scales at the end; slow, not always better.
-    `distill`: after all blocks, iterations of tuning the codes and scales of the whole model, which is in memory then,
-    towards what the unquantized one predicts.
+    `distill`: after all blocks, iterations of tuning the scales of the whole model, which is in memory then, towards
+    what the unquantized one predicts; with `distill_codes` its codes as well.
     Before all that, changes after which the model computes the same: `rotate` by a Hadamard matrix, "values" of every
     head or "full", the residual stream as well; `smooth` channels, by "smoothquant" with `smooth_strength`, "searched"
     with the strength that leaves the least error at every place, or "awq".
@@ -73,6 +73,7 @@ class Weights(Section):
     descent: int = Field(default=3, ge=0)
     tune: int = Field(default=0, ge=0)
     distill: int = Field(default=0, ge=0)
+    distill_codes: bool = False
     ignore: list[str] = Field(default_factory=list)
     overrides: list[ModuleOverride] = Field(default_factory=list)
 

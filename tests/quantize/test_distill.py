@@ -22,7 +22,7 @@ from sinkquant.evaluate.divergence import row_divergences
 from sinkquant.models import Decoder, read_text, token_rows
 from sinkquant.policy import make_plan, require_distill
 from sinkquant.quantize import PackedWeight, quantize, ranks, state_of
-from sinkquant.quantize.refine import refine
+from sinkquant.quantize.refine import Scales
 from sinkquant.recipe import Recipe
 
 ROWS, LENGTH = 4, 32
@@ -52,7 +52,7 @@ def test_every_family_comes_nearer_and_loads_as_it_was(family: str, text_file: P
                                                        caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model(family, dtype=torch.bfloat16)
     with caplog.at_level("INFO", "sinkquant"):
-        quantize(model, planned(model, text_file, 12), tiny_tokenizer())
+        quantize(model, planned(model, text_file, 12, "weights.distill_codes=true"), tiny_tokenizer())
     first, last = map(float, re.findall(r"\d\.\d+", caplog.messages[-1]))
     assert last < 0.9 * first
     assert divergence(family, model, text_file) == pytest.approx(last, rel=0.03, abs=1e-5)
@@ -75,7 +75,7 @@ def test_every_family_comes_nearer_and_loads_as_it_was(family: str, text_file: P
 def test_it_comes_last_in_whatever_a_recipe_composes(more: list[str], text_file: Path, tmp_path: Path) -> None:
     plain, better = (tiny_model("llama", dtype=torch.bfloat16, num_hidden_layers=2) for _ in range(2))
     for model, iterations in ((plain, 0), (better, 24)):
-        quantize(model, planned(model, text_file, iterations, *more), tiny_tokenizer())
+        quantize(model, planned(model, text_file, iterations, "weights.distill_codes=true", *more), tiny_tokenizer())
     before, after = (divergence("llama", model, text_file, num_hidden_layers=2) for model in (plain, better))
     assert after < before
     sq.save(better, tiny_tokenizer(), tmp_path / "saved")
@@ -88,16 +88,35 @@ def test_it_comes_last_in_whatever_a_recipe_composes(more: list[str], text_file:
             assert (packed.codes.unflatten(1, (-1, 4)) == 0).sum(-1).min() >= 2
 
 
+@pytest.mark.parametrize("more", [["weights.tune=2"], ["weights.bits=4", "protect.channels=split"]])
+def test_scales_alone_are_tuned_and_codes_stay(more: list[str], text_file: Path, tmp_path: Path) -> None:
+    plain, better = (tiny_model("llama", dtype=torch.bfloat16, num_hidden_layers=2) for _ in range(2))
+    for model, iterations in ((plain, 0), (better, 24)):
+        quantize(model, planned(model, text_file, iterations, "weights.method=gptq", *more), tiny_tokenizer())
+    before, after = (divergence("llama", model, text_file, num_hidden_layers=2) for model in (plain, better))
+    assert after < 0.9 * before
+    for name, packed in state_of(better).weights.items():
+        known = state_of(plain).weights[name]
+        assert torch.equal(packed.codes, known.codes)
+        assert not torch.equal(packed.scale, known.scale)
+    folder = sq.save(better, tiny_tokenizer(), tmp_path / "saved")
+    row = torch.arange(8, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(sq.load(folder)[0](row).logits, better(row).logits)
+
+
 def test_four_bit_floats_under_rounded_inputs_come_nearer(text_file: Path, tmp_path: Path,
                                                           caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model("llama", dtype=torch.bfloat16, num_hidden_layers=2)
     with torch.no_grad():
         for linear in Decoder.of(model).linears.values():
             linear.weight[:, ::16] *= 24  # which leaves few numbers to the rest of a block: there is something to gain
+    asked = ["weights.method=gptq", "weights.tune=2", "weights.format=nvfp4", "weights.bits=4", "weights.group_size=16",
+             "activations.format=nvfp4", "activations.scale=group"]
+    with pytest.raises(RequestError, match=r"too coarse to be tuned alone; set weights\.distill_codes=true"):
+        planned(model, text_file, 24, *asked)
     with caplog.at_level("INFO", "sinkquant"):
-        quantize(model, planned(model, text_file, 24, "weights.method=gptq", "weights.tune=2", "weights.format=nvfp4",
-                                "weights.bits=4", "weights.group_size=16", "activations.format=nvfp4",
-                                "activations.scale=group"), tiny_tokenizer())
+        quantize(model, planned(model, text_file, 24, *asked, "weights.distill_codes=true"), tiny_tokenizer())
     first, last = map(float, re.findall(r"\d\.\d+", caplog.messages[-1]))
     assert last < 0.9 * first
     folder = sq.save(model, tiny_tokenizer(), tmp_path / "saved")
@@ -118,7 +137,7 @@ def test_two_runs_give_the_same_codes_and_another_seed_others(text_file: Path) -
 
 
 def test_what_does_not_help_is_not_kept(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[refine.__module__], "RATE", -8.0)  # uphill
+    monkeypatch.setattr(sys.modules[Scales.__module__], "RATE", -0.02)  # uphill
     plain, worse = (tiny_model("llama", num_hidden_layers=1) for _ in range(2))
     for model, iterations in ((plain, 0), (worse, 2)):
         quantize(model, planned(model, text_file, iterations, "weights.method=gptq"), tiny_tokenizer())

@@ -1,4 +1,5 @@
-"""End-to-end tuning of codes and scales: all blocks at once, towards what the unquantized model predicts.
+"""End-to-end tuning of scales, and of codes where asked for: all blocks at once, towards what the unquantized model
+predicts.
 
 The student's loss is distillation's (Hinton et al. 1503.02531).
 """
@@ -17,8 +18,7 @@ from sinkquant.errors import SinkquantError
 from sinkquant.models import Decoder, as_stored, weight_matrix
 from sinkquant.models.steps import Progress
 from sinkquant.models.walk import stubbed
-from sinkquant.quantize.refine.offsets import Offsets
-from sinkquant.quantize.refine.refine import ROWS, refine
+from sinkquant.quantize.refine.refine import ROWS, Tuned, refine
 from sinkquant.schemes.codecs.packed import PackedWeight
 
 LOGITS_BYTES = 1 << 28
@@ -44,13 +44,13 @@ class Distill:
     iterations: int
     seed: int = 0
 
-    def run(self, decoder: Decoder, tuned: Mapping[str, Offsets], teacher: TeacherTargets, device: str,
+    def run(self, decoder: Decoder, tuned: Mapping[str, Tuned], teacher: TeacherTargets, device: str,
             stored: torch.dtype, progress: Progress | None = None) -> dict[str, PackedWeight]:
         """Tune the linears of a model together; afterwards they hold what is returned.
 
         Args:
             decoder: of the quantized model, all its weights in memory, in the dtype and on the `device` to compute in.
-            tuned: module name -> codes and scales to start from.
+            tuned: module name -> what gradients change of it.
             stored: what the checkpoint rounds weights to.
 
         Returns:

@@ -1,4 +1,5 @@
-"""Codes and scales of one linear as real numbers that are rounded on the way, while gradients tune them."""
+"""Codes and scales of one linear as real numbers that are rounded on the way, while the signs of gradients tune them
+(SignRound, Cheng et al. 2309.05516)."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ import torch
 from sinkquant.schemes.codecs.grid import TunableGrid, grid_of
 from sinkquant.schemes.codecs.packed import PackedWeight
 
+RATE = 1.0
+"""Steps of a code go from this over the number of iterations down to nothing."""
 REACH = 1.0
 """How far from where it stood a code may move before it is rounded, in codes: from one number of the grid to the next.
 """
@@ -91,6 +94,11 @@ class Offsets:
         codes = self.grid.at_(self._moved()).to(torch.int8)
         scale = self.grid.storable(self.packed.spread().float() * (1 + self.stretch), self.packed.scale)
         return replace(self.packed, codes=codes, scale=scale)
+
+    @staticmethod
+    def rate(iterations: int) -> float:
+        """Of the first of so many steps."""
+        return RATE / iterations
 
     def step(self, gradient: torch.Tensor, rate: float) -> None:
         """One step against the sign of the gradient.

@@ -1,4 +1,4 @@
-"""Refinement: sign-gradient descent on codes and scales that a method has chosen (SignRound, Cheng et al. 2309.05516).
+"""Refinement: gradient descent on codes and scales that a method has chosen.
 
 What is lowered is an `Objective`: what a block gives, or what the whole model predicts. Everything else is here.
 """
@@ -11,13 +11,27 @@ from typing import Protocol
 
 import torch
 
-from sinkquant.quantize.refine.offsets import Offsets
 from sinkquant.schemes.codecs.packed import PackedWeight
 
 ROWS = 4
 """Calibration rows of an iteration."""
-RATE = 1.0
-"""Steps of a code go from this over the number of iterations down to nothing."""
+
+
+class Tuned(Protocol):
+    """What gradients change of one linear: its codes and scales (`Offsets`), or its scales alone (`Scales`)."""
+
+    packed: PackedWeight
+    """What it starts from."""
+
+    @staticmethod
+    def rate(iterations: int) -> float:
+        """Of the first of so many steps; the last ones go towards nothing."""
+
+    def now(self) -> PackedWeight:
+        """What would be stored of it now."""
+
+    def step(self, gradient: torch.Tensor, rate: float) -> None:
+        """One step down. gradient: of the dense weight that `now` gives, float [rows, columns]."""
 
 
 class Objective(Protocol):
@@ -53,7 +67,7 @@ class Refined:
         return self.after < self.before
 
 
-def refine(tuned: Mapping[str, Offsets], objective: Objective, iterations: int, seed: int,
+def refine(tuned: Mapping[str, Tuned], objective: Objective, iterations: int, seed: int,
            progress: Callable[[int], None] | None = None) -> Refined:
     """Tune the codes and scales of some linears together; the objective holds what is returned.
 
@@ -62,19 +76,19 @@ def refine(tuned: Mapping[str, Offsets], objective: Objective, iterations: int, 
         seed: of the rows that every iteration takes.
         progress: is told after every iteration how many are done.
     """
-    start = {name: offsets.packed for name, offsets in tuned.items()}
+    start = {name: one.packed for name, one in tuned.items()}
     _put_all(objective, start)
     before = objective.loss()
     generator = torch.Generator().manual_seed(seed)
     for iteration in range(iterations):
-        rate = RATE * (1 - iteration / iterations) / iterations
+        left = 1 - iteration / iterations
         chosen = torch.randperm(objective.rows, generator=generator)[:ROWS]
         for name, gradient in objective.gradients(chosen).items():
-            tuned[name].step(gradient, rate)
+            tuned[name].step(gradient, tuned[name].rate(iterations) * left)
             objective.put(name, tuned[name].now())
         if progress:
             progress(iteration + 1)
-    found = {name: offsets.now() for name, offsets in tuned.items()}
+    found = {name: one.now() for name, one in tuned.items()}
     _put_all(objective, found)
     refined = Refined(found, before, objective.loss())
     if refined.better:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from sinkquant.quantize import PackedWeight, to_integers
-from sinkquant.quantize.refine import Offsets, compressed, decompressed, refine, rounding_offsets
+from sinkquant.quantize.refine import Offsets, Scales, compressed, decompressed, refine, rounding_offsets
 from sinkquant.quantize.refine.offsets import HELD, NEAR, REACH, SCALE_RATE
+from sinkquant.quantize.refine.scales import MEAN_DECAY, SQUARE_DECAY
 from sinkquant.schemes.codecs.block_scales import E2M1, BlockGrid
 from sinkquant.schemes.codecs.integer_scales import storable
 
@@ -55,6 +56,29 @@ def test_steps_are_those_of_automatic_differentiation() -> None:
         assert torch.equal(mine.shift.nan_to_num(0.0), shift.detach())
     assert (mine.now().codes[~kept] == 0).all()
     assert (mine.now().codes != packed.codes).any()
+
+
+def test_steps_of_scales_are_those_of_adam() -> None:
+    """The reference passes gradients straight through the rounding of scales to bfloat16."""
+    packed, *_ = moved()
+    generator = torch.Generator().manual_seed(1)
+    stretch = torch.zeros(8, 2, requires_grad=True)
+    adam = torch.optim.Adam([stretch], betas=(MEAN_DECAY, SQUARE_DECAY), eps=1e-30)
+    mine = Scales.of(packed, "cpu")
+    for rate in (0.3, 0.2, 0.1):
+        gradient = torch.randn(8, 64, generator=generator)
+        scale = packed.scale.float() * (1 + stretch)
+        scale = scale + (storable(scale, 3, torch.bfloat16).float() - scale).detach()
+        dense = packed.codes * scale.repeat_interleave(32, dim=1)
+        assert torch.allclose(dense.detach(), mine.now().dequantized(), rtol=0.01)
+        dense.backward(gradient)
+        for group in adam.param_groups:
+            group["lr"] = rate
+        adam.step()
+        adam.zero_grad()
+        mine.step(gradient, rate)
+        assert torch.allclose(mine.stretch, stretch.detach(), atol=1e-6)
+    assert torch.equal(mine.now().codes, packed.codes)
 
 
 def test_offsets_survive_one_byte_each() -> None:
