@@ -35,7 +35,7 @@ PREFIX = "kv_cache={key_bits: 16, value_bits: 16, group_size: 128, window: 512, 
 TRANSFORMS = {"none": [], "values": ["weights.rotate=values"], "rotate": ["weights.rotate=full"],
               "smoothquant": ["weights.smooth=smoothquant"], "awq": ["weights.smooth=awq"],
               "scale": ["protect.channels=scale"], "weighed": [], "tune": ["weights.tune=30"],
-              "distill": ["weights.distill=60"]}
+              "distill": ["weights.distill=60"], "distill codes": ["weights.distill=60", "weights.distill_codes=true"]}
 """What is done before quantizing. "weighed" does nothing, but lets rounding to nearest see the calibration rows, as the
 transforms that need them do: its scale search weighs columns by their inputs then. "tune" and "distill" are done
 afterwards."""

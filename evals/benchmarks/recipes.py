@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from math import exp
 from pathlib import Path
 
 import torch
@@ -122,18 +123,20 @@ def carried_out(plan: Plan) -> dict[str, object]:
 
 
 def table(lines: Sequence[Line]) -> str:
-    """Markdown: models in rows; every text's divergence and every task, with paired intervals."""
+    """Markdown: models in rows; every text's divergence and perplexity, and every task, with paired intervals."""
     lines = united(lines)
     texts = list(dict.fromkeys(line.labels.get("text", "") for line in lines))
     tasks = list(dict.fromkeys(task for line in lines for task in line.scores or ()))
     found = {(line.labels["model"], line.labels["sinks"], line.labels.get("text", "")): line for line in lines}
-    head = ["model", "sinks", *(f"KL, {text or 'nats'}" for text in texts), *tasks]
+    head = ["model", "sinks", *(f"KL, {text or 'nats'}" for text in texts),
+            *(f"perplexity, {text}".rstrip(", ") for text in texts), *tasks]
     rows = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
     for model, sinks in dict.fromkeys((line.labels["model"], line.labels["sinks"]) for line in lines):
         mine = [found.get((model, sinks, text)) for text in texts]
         known = {"control": (model, "aware"), "aware": (PLAIN, ""), "": ("", "")}[sinks]
         cells = [_divergence(one, found.get((*known, text)) if sinks == "control" else None)
                  for one, text in zip(mine, texts, strict=True)]
+        cells += ["" if one is None else f"{exp(sum(one.loss) / len(one.loss)):.3g}" for one in mine]
         scores = next((one.scores for one in mine if one and one.scores), {})
         others = next((line.scores for text in texts if (line := found.get((*known, text))) and line.scores), {})
         cells += [_task(task, scores.get(task), others.get(task)) for task in tasks]

@@ -99,7 +99,7 @@ def test_recipes_stand_beside_their_controls_with_tasks(common: list[str], tmp_p
     run(monkeypatch, "recipes.py", *common, "weights.group_size=32", "--lines", str(kept), "--only", "2 bits, RTN",
         "2 bits, GPTQ", "KV cache, 2", "--tasks", "toy", "--task-folder", str(tmp_path))
     head, _, *rows = [row for row in cells(capsys.readouterr().out) if row]
-    assert head == ["model", "sinks", "KL, nats", "toy", "toy, nats"]
+    assert head == ["model", "sinks", "KL, nats", "perplexity", "toy", "toy, nats"]
     # Rounding to nearest has nothing to protect, so that its control would be the same model.
     assert [row[:2] for row in rows] == [["unquantized", ""], ["2 bits, GPTQ", "aware"], ["2 bits, GPTQ", "control"],
                                          ["2 bits, RTN", "aware"], ["KV cache, 2 bits", "aware"],
@@ -110,7 +110,7 @@ def test_recipes_stand_beside_their_controls_with_tasks(common: list[str], tmp_p
     plain, *others, cached, _ = [line["scores"]["toy, nats"] for line in lines]
     assert all(other != plain for other in others)
     assert cached == pytest.approx(plain, rel=1e-5)  # documents that are no longer than the window
-    assert " to " in rows[1][4]
+    assert " to " in rows[1][5]
     before = kept.read_text()
     run(monkeypatch, "recipes.py", *common, "weights.group_size=32", "--lines", str(kept), "--table")
     assert kept.read_text() == before
@@ -124,4 +124,4 @@ def test_recipes_stand_beside_their_controls_with_tasks(common: list[str], tmp_p
         ("unquantized", {"again", "again, nats"}), ("2 bits, RTN", {"again", "again, nats"})]
     assert more[1]["kl"] == next(line["kl"] for line in lines if line["labels"]["model"] == "2 bits, RTN")
     *_, rounded, _, _ = [row for row in cells(capsys.readouterr().out) if row]
-    assert (rounded[0], rounded[3:5]) == ("2 bits, RTN", rounded[5:7])
+    assert (rounded[0], rounded[4:6]) == ("2 bits, RTN", rounded[6:8])
