@@ -47,7 +47,7 @@ ROWS: dict[str, tuple[str | None, list[str]]] = {
     "2 bits, RTN": ("w4a16-sink-rtn", ["weights.bits=2", "weights.smooth=none"]),
     "4 bits, GPTQ, distilled": ("w4a16-sink", ["weights.distill=24"]),
     "3 bits, GPTAQ, distilled": ("w3a16-sink", ["weights.distill=24"]),
-    "2 bits, GPTQ, distilled": ("w2-distill-sink", ["weights.distill=24"]),
+    "2 bits, GPTQ, distilled": ("w2a16-sink", ["weights.distill=24"]),
     "W8A8, a scale per token": ("w8a8-sink", []),
     "W8A8, stored scales": ("w8a8-static-sink", []),
     "W4A8": ("w4a8-sink", []),
