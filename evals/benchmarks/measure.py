@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -186,6 +186,10 @@ class Lines:
         """The line of these labels with all scores that were kept of it."""
         return next(iter(united(line for line in self.lines if line.labels == labels)), None)
 
+    def missing(self, wanted: Collection[dict[str, str]], tasks: Sequence[str]) -> list[str]:
+        """Those of some tasks in which a line of these labels has no score."""
+        return [name for name in tasks if not all(self.has(labels, [name]) for labels in wanted)]
+
     def add(self, line: Line) -> None:
         """Keep a line."""
         self.lines.append(line)
@@ -210,7 +214,7 @@ class Lines:
             return
         self.baseline = self.baseline or Baseline(base)
         model, seconds = carry_out(folder, base, plan, tokenizer, keep_weights, exact, before)
-        missing = [name for name in names if not all(self.has(one, [name]) for one in wanted.values())]
+        missing = self.missing(wanted.values(), names)
         scores = tasks(model, plan.kv_cache, missing) if tasks and missing else None
         for name, one in wanted.items():
             known = self.of(one)

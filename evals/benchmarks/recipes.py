@@ -92,7 +92,7 @@ def measure(arguments: argparse.Namespace, lines: Lines) -> None:
     recipe = Recipe().replace(["detect.super_weights=false", *arguments.set])
     sink_map = sink_map_of(arguments, base, tokenizer, recipe)
     plain = {name: {"model": PLAIN, "sinks": ""} | ({"text": name} if name else {}) for name in texts}
-    missing = [name for name in arguments.tasks if not all(lines.has(labels, [name]) for labels in plain.values())]
+    missing = lines.missing(plain.values(), arguments.tasks)
     if missing or not all(lines.has(labels) for labels in plain.values()):
         scores = score(base, None, missing) if score and missing else None
         for name, labels in plain.items():
