@@ -244,7 +244,7 @@ def held_out_texts(named: Sequence[str], tokenizer: PreTrainedTokenizerBase, cou
             at all is the packaged text.
     """
     texts = [one.partition("=") if "=" in one else ("", "=", one) for one in named] or [("", "=", "")]
-    return {name: token_rows(tokenizer, read_text(file or None, "evaluation"), count, length)
+    return {name: token_rows(tokenizer, read_text(file or None, "evaluation", tokenizer), count, length)
             for name, _, file in texts}
 
 

@@ -3,6 +3,7 @@
     python evals/benchmarks/race.py --environments PEERS [--only llmcompressor ...]
     python evals/benchmarks/race.py MODEL --sink-map MAP --work DIR --peers PEERS --lines FILE.jsonl
                                     [--text NAME=FILE ...] [--only NAME ...] [--rows 32] [--held-out 12] [--list]
+                                    [--calibration FILE ... --calibration-name NAME]
                                     [--tasks NAME ... --task-folder FOLDER --limit 100]
     python evals/benchmarks/race_page.py FILE.jsonl [...] --plot race.svg
 
@@ -188,7 +189,8 @@ class Race:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.folder, self.work, self.peers = resolve(arguments.model), arguments.work, arguments.peers
         self.sink_map, self.lines = arguments.sink_map, Lines(arguments.lines)
-        self.calibration: str | None = arguments.calibration
+        self.calibration = json.dumps(arguments.calibration or None)
+        self.named = {"calibration": arguments.calibration_name} if arguments.calibration_name else {}
         self.sensitivity = arguments.sensitivity or self.work / "sensitivity.json"
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.folder)
         self.base = load_model(self.folder, torch.float32)
@@ -203,13 +205,14 @@ class Race:
         self.tasks = task_scores(arguments, self.tokenizer)
         self.texts = held_out_texts(arguments.text, self.tokenizer, arguments.held_out, length)
         self.recipe = Recipe().replace([f"calibration.rows={arguments.rows}", f"calibration.length={length}",
-                                        f"calibration.text={self.calibration or 'null'}"])
-        rows = token_rows(self.tokenizer, read_text(self.calibration, "calibration"), arguments.rows, length)
+                                        f"calibration.text={self.calibration}"])
+        rows = token_rows(self.tokenizer, read_text(arguments.calibration or None, "calibration", self.tokenizer),
+                          arguments.rows, length)
         save_file({"calibration": rows}, self.work / "rows.safetensors")
 
     def run(self, one: Candidate) -> None:
         """Make a candidate's checkpoint, measure it and remove it."""
-        wanted = {name: one.labels | ({"text": name} if name else {}) for name in self.texts}
+        wanted = {name: one.labels | self.named | ({"text": name} if name else {}) for name in self.texts}
         if all(self.lines.has(labels) for labels in wanted.values()):
             return
         out = self.work / re.sub(r"\W+", "-", f"{one.name}-{one.bits}")
@@ -251,7 +254,7 @@ class Race:
         if one.tool == "sinkquant":
             of_gguf = "gguf-iq4-sink" in options  # which is tried in other formats
             kept = self.sensitivity.with_stem(f"{self.sensitivity.stem}-gguf") if of_gguf else self.sensitivity
-            options = ["--sink-map", str(self.sink_map), "--text", self.calibration or "null", "--sensitivity",
+            options = ["--sink-map", str(self.sink_map), "--text", self.calibration, "--sensitivity",
                        str(kept), *options]
         if one.tool == "llama.cpp":
             options += ["--file", str(self._file("model.gguf"))]
@@ -289,7 +292,8 @@ def main() -> None:
     parser.add_argument("--text", nargs="*", default=[], metavar="NAME=FILE")
     parser.add_argument("--only", nargs="*", default=[],
                         help="names (or NAME:BITS, or tools) of candidates, in this order; of environments")
-    parser.add_argument("--calibration", metavar="FILE", help="calibration text; default: the packaged one")
+    parser.add_argument("--calibration", nargs="*", metavar="FILE", help="calibration texts; default: the packaged one")
+    parser.add_argument("--calibration-name", metavar="NAME", help="a column of the lines; default: none")
     parser.add_argument("--rows", type=int, default=32, help="calibration rows")
     parser.add_argument("--held-out", type=int, default=12)
     parser.add_argument("--list", action="store_true", help="print who takes part, and stop")

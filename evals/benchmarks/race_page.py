@@ -65,7 +65,7 @@ def beaten(lines: Sequence[Line], by: str) -> str:
     """Markdown: the best of ours at the bytes of every peer's best line, and the ratio of their divergences."""
     ours = [line for line in lines if tool(line) == OURS and "control" not in line.labels["candidate"]]
     peers = sorted((line for line in lines if tool(line) != OURS), key=lambda line: size(line, by))
-    rows = [["peer", "MB", "KL", "ours, of no more bytes", "MB", "KL", "ratio"],
+    rows = [["peer", "MB", "KL", "ours, of at most 1 % more bytes", "MB", "KL", "ratio"],
             ["---", "---:", "---:", "---", "---:", "---:", "---:"]]
     least = float("inf")
     for peer in peers:

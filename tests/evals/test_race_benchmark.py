@@ -44,12 +44,13 @@ def test_ours_and_a_peer_on_the_same_rows(tiny_folder: Path, text_file: Path, pe
     sink_map.save(peers / "map.json")
     arguments = [str(tiny_folder), "--sink-map", str(peers / "map.json"), "--work", str(peers / "work"), "--peers",
                  str(peers), "--lines", str(peers / "lines.jsonl"), "--text", str(text_file), "--calibration",
-                 str(text_file), "--rows", "2", "--held-out", "2", "--only", "bitsandbytes NF4",
+                 str(text_file), "--calibration-name", "plain", "--rows", "2", "--held-out", "2", "--only", "bitsandbytes NF4",
                  "sinkquant GPTQ, control:4", "unquantized"]
     run(monkeypatch, "race.py", *arguments)
     peer, ours, untouched = (json.loads(line) for line in (peers / "lines.jsonl").read_text().splitlines())
-    assert (peer["labels"], ours["labels"]) == ({"candidate": "bitsandbytes NF4", "bits": "4"},
-                                                {"candidate": "sinkquant GPTQ, control", "bits": "4"})
+    assert (peer["labels"], ours["labels"]) == (
+        {"candidate": "bitsandbytes NF4", "bits": "4", "calibration": "plain"},
+        {"candidate": "sinkquant GPTQ, control", "bits": "4", "calibration": "plain"})
     assert peer["unquantized"] == ours["unquantized"]
     assert max(map(abs, untouched["kl"])) < 1e-6
     assert untouched["size"] == sum(p.numel() * p.itemsize for p in load_model(tiny_folder).parameters())

@@ -125,3 +125,14 @@ def test_recipes_stand_beside_their_controls_with_tasks(common: list[str], tmp_p
     assert more[1]["kl"] == next(line["kl"] for line in lines if line["labels"]["model"] == "2 bits, RTN")
     *_, rounded, _, _ = [row for row in cells(capsys.readouterr().out) if row]
     assert (rounded[0], rounded[4:6]) == ("2 bits, RTN", rounded[6:8])
+
+
+def test_a_repair_of_low_rank_stands_beside_other_bytes(common: list[str], monkeypatch: pytest.MonkeyPatch,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "low_rank.py", *common, "weights.bits=3", "weights.group_size=32", "--ranks", "1", "1000",
+        "--beside", "weights.bits=8")
+    plain, one, whole, other = cells(capsys.readouterr().out)[2:]
+    assert [line[0] for line in (one, whole, other)] == ["repair of rank 1", "repair of rank 1000", "weights.bits=8"]
+    lost = [float(line[1]) for line in (plain, one, whole)]
+    assert lost[0] > lost[1] > 100 * lost[2]  # of the whole repair bfloat16's rounding is left
+    assert len({line[-1] for line in (plain, one, whole, other)}) == 4  # bytes
