@@ -44,8 +44,8 @@ def test_ours_and_a_peer_on_the_same_rows(tiny_folder: Path, text_file: Path, pe
     sink_map.save(peers / "map.json")
     arguments = [str(tiny_folder), "--sink-map", str(peers / "map.json"), "--work", str(peers / "work"), "--peers",
                  str(peers), "--lines", str(peers / "lines.jsonl"), "--text", str(text_file), "--calibration",
-                 str(text_file), "--calibration-name", "plain", "--rows", "2", "--held-out", "2", "--only", "bitsandbytes NF4",
-                 "sinkquant GPTQ, control:4", "unquantized"]
+                 str(text_file), "--calibration-name", "plain", "--rows", "2", "--held-out", "2", "--only",
+                 "bitsandbytes NF4", "sinkquant GPTQ, control:4", "unquantized"]
     run(monkeypatch, "race.py", *arguments)
     peer, ours, untouched = (json.loads(line) for line in (peers / "lines.jsonl").read_text().splitlines())
     assert (peer["labels"], ours["labels"]) == (
