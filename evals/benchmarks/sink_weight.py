@@ -17,7 +17,7 @@ import argparse
 import torch
 from measure import sink_map_of
 
-from sinkquant.evaluate.divergence import row_divergences
+from sinkquant.evaluate.divergence import compare_rows
 from sinkquant.evaluate.statistics import paired_difference
 from sinkquant.models import Decoder, load_model, load_tokenizer, read_text, resolve, token_rows
 from sinkquant.policy import make_plan
@@ -73,7 +73,7 @@ def main() -> None:
             plan = make_plan(decoder.shape(sink_map.model.name), sink_map, recipe.replace(
                 [f"weights.bits={bits}", f"protect.sink_weight={cap}"]))
             quantize(model, plan, tokenizer)
-            found = row_divergences(base, model, torch.cat([select, held_out]))
+            found = compare_rows(base, model, torch.cat([select, held_out])).kl
             chosen[weight] = sum(found[:len(select)]) / len(select)
             measured[weight] = found[len(select):]
             gain, low, high = _less(measured, arguments.weights[0], weight, arguments.seed)

@@ -14,7 +14,7 @@ from sinkquant.artifacts import Plan, Sensitivity, SinkMap
 from sinkquant.artifacts.advice import Advice, MeasuredWorth, MechanismAdvice, PredictedWorth
 from sinkquant.detect import detect
 from sinkquant.errors import RequestError
-from sinkquant.evaluate import held_out_rows, paired_difference, row_divergences
+from sinkquant.evaluate import compare_rows, held_out_rows, paired_difference
 from sinkquant.models import (
     Decoder,
     load_model,
@@ -213,7 +213,7 @@ class _Bench:
         key = plan.model_dump_json(include={"modules", "transforms", "silenced_heads", "kv_cache", "calibration"},
                                    exclude={"modules": {"__all__": {"reason"}}})
         if key not in self.known:
-            self.known[key] = row_divergences(self.base, self._carried_out(plan), self.rows, kv=plan.kv_cache)
+            self.known[key] = compare_rows(self.base, self._carried_out(plan), self.rows, kv=plan.kv_cache).kl
         return self.known[key]
 
     def _carried_out(self, plan: Plan) -> PreTrainedModel:

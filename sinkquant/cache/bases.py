@@ -55,7 +55,7 @@ def needs_bases(plan: KVCachePlan | None) -> bool:
     return plan is not None and "covariance" in (plan.rotate, plan.value_rotation)
 
 
-def find_bases(walk: Walk, plan: KVCachePlan, progress: Callable[[int, int, str], None] | None = None) -> Bases:
+def find_bases(walk: Walk, plan: KVCachePlan) -> Bases:
     """Let calibration rows go through the unquantized model and take the moments of every packed layer.
 
     Args:
@@ -77,8 +77,6 @@ def find_bases(walk: Walk, plan: KVCachePlan, progress: Callable[[int, int, str]
             layers[step.index] = _of_moments(seen, plan)
         if isinstance(policy, Massive) and policy.carriers.layer == step.index:
             kept = policy.verdict(outputs).cpu()
-        if progress:
-            progress(step.index + 1, len(plan.layers), "moments of keys and values")
     with walk.decoder.present([model.get_input_embeddings()]):
         return Bases(layers, fingerprint(model, KNOWN_BY))
 

@@ -62,12 +62,11 @@ class Spike:
     """The largest output of a linear, over the median of its outputs.
 
     Attributes:
-        size: |output|. row: its channel.
+        row: its channel.
         columns: the inputs that make most of it, the largest part first. shares: what part each makes.
     """
 
     ratio: float
-    size: float
     row: int
     columns: tuple[int, ...]
     shares: tuple[float, ...]
@@ -93,14 +92,13 @@ class SpikeWatcher:
         def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
             outputs = output.flatten(0, -2)
             sizes = outputs.abs()
-            size, place = sizes.max(), int(sizes.argmax())
-            ratio = float(size.float() / sampled(sizes).float().median().clamp(min=1e-30))
+            place = int(sizes.argmax())
+            ratio = float(sizes.max().float() / sampled(sizes).float().median().clamp(min=1e-30))
             if ratio > max(self.ratio, self.spikes[name].ratio if name in self.spikes else 0):
                 token, row = divmod(place, sizes.shape[1])
                 parts = args[0].flatten(0, -2)[token].float() * weight_matrix(module)[row].float()
                 shares = (parts / outputs[token, row].float()).topk(min(PER_MODULE, len(parts)))
-                self.spikes[name] = Spike(ratio, float(size), row, tuple(shares.indices.tolist()),
-                                          tuple(shares.values.tolist()))
+                self.spikes[name] = Spike(ratio, row, tuple(shares.indices.tolist()), tuple(shares.values.tolist()))
 
         with self.decoder.linears[name].register_forward_hook(hook):
             yield

@@ -106,7 +106,7 @@ class SinkComparison:
         if kept is not None:
             before = replace(before, side=of_blocks(before.side, kept), attention=before.attention[list(kept)])
         a, b, seed = before.side, after.side, self.compute.seed
-        kl = _divergence(self.original, before.states, quantized, after.states)
+        kl = position_divergence(self.original, before.states, quantized, after.states)
         curves = [SpreadCurve(with_bos=self.with_bos, position=a.position, before=a.curve, after=b.curve)]
         if before.bare is not None and after.bare is not None:
             curves.append(SpreadCurve(with_bos=False, position=a.position - 1, before=before.bare, after=after.bare))
@@ -123,7 +123,7 @@ class SinkComparison:
             sample=attention_sample(before.attention, after.attention, self.rows[0], self.tokenizer))
 
     def _look(self, decoder: Decoder) -> Looked:
-        found = survey(decoder, self.rows, self.marked, self.compute, ranks=False, losses=False)
+        found = survey(decoder, self.rows, self.marked, self.compute, ranks=False)
         position = self.rows.shape[1] // 4
         moved = changes(decoder, self.rows, position, self.compute)[-1]
         layers = found.head_mass()
@@ -147,19 +147,10 @@ def sink_fidelity(original: PreTrainedModel, quantized: PreTrainedModel, tokeniz
     return SinkComparison(original, tokenizer, sinks, recipe, text).compare(quantized)
 
 
-def position_divergence(original: PreTrainedModel, quantized: PreTrainedModel, rows: torch.Tensor) -> torch.Tensor:
-    """KL(original || quantized) of the next token at every position, float64 [rows, length], in nats."""
-    states = []
-    for model in (original, quantized):
-        with torch.no_grad(), headless(model) as seen:
-            model(rows.to(model.device), use_cache=False)
-        states.append(seen[0])
-    return _divergence(original, states[0], quantized, states[1])
-
-
-def _divergence(original: PreTrainedModel, before: torch.Tensor, quantized: PreTrainedModel,
-                after: torch.Tensor) -> torch.Tensor:
-    """KL at every position, float64 [rows, length], from what the heads are given, [rows, length, hidden_size]."""
+def position_divergence(original: PreTrainedModel, before: torch.Tensor, quantized: PreTrainedModel,
+                        after: torch.Tensor) -> torch.Tensor:
+    """KL(original || quantized) of the next token at every position, float64 [rows, length], in nats, from what the
+    heads are given, [rows, length, hidden_size]."""
     first, second = OutputHead(original), OutputHead(quantized)
     one, two = before.flatten(0, 1), after.flatten(0, 1)
     found = torch.empty(len(one), dtype=torch.float64)

@@ -89,7 +89,7 @@ class RowSurvey:
 
     Attributes:
         rows, sinks: int64 and bool [rows, length].
-        losses: [rows, length - 1] nats. ended: what the last block gave, [rows, length, hidden_size].
+        ended: what the last block gave, [rows, length, hidden_size].
     """
 
     rows: torch.Tensor
@@ -101,7 +101,6 @@ class RowSurvey:
     mu_ratio_without_sinks: list[torch.Tensor] = field(default_factory=list)
     effective_rank: list[torch.Tensor] = field(default_factory=list)
     effective_rank_without_sinks: list[torch.Tensor] = field(default_factory=list)
-    losses: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     ended: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     def head_mass(self) -> list[torch.Tensor]:
@@ -113,14 +112,13 @@ class RowSurvey:
         return [((mass.double() * after).sum(-1) / after.sum(-1).clamp(min=1)).T for mass in self.table.sink_mass]
 
 
-def survey(decoder: Decoder, rows: torch.Tensor, sinks: torch.Tensor, compute: WalkSettings, ranks: bool = True,
-           losses: bool = True) -> RowSurvey:
+def survey(decoder: Decoder, rows: torch.Tensor, sinks: torch.Tensor, compute: WalkSettings,
+           ranks: bool = True) -> RowSurvey:
     """Walk over rows.
 
     Args:
         rows: int64 [rows, length]; sinks: bool [rows, length].
         ranks: also rank collapse and effective rank, which take a singular value decomposition per row and layer.
-        losses: also the losses, which take all logits.
     """
     table = QueryTable(sinks)
     found = RowSurvey(rows, sinks, table, ResidualStream())
@@ -133,8 +131,6 @@ def survey(decoder: Decoder, rows: torch.Tensor, sinks: torch.Tensor, compute: W
             assert step.outputs is not None
             _ranks(found, step.outputs)
     found.ended = walk.hidden
-    if losses:
-        found.losses = walk.losses()
     return found
 
 

@@ -3,14 +3,7 @@
 from typing import TYPE_CHECKING
 
 from sinkquant.evaluate.candidate import BASELINE, Candidate, TaskResult
-from sinkquant.evaluate.divergence import (
-    Divergence,
-    TokenFigures,
-    compare_rows,
-    held_out_rows,
-    row_divergences,
-    token_figures,
-)
+from sinkquant.evaluate.divergence import Divergence, TokenFigures, compare_rows, held_out_rows, token_figures
 from sinkquant.evaluate.evaluate import Compare, evaluate
 from sinkquant.evaluate.forecasts import forecasts_of_plans, forecasts_of_run
 from sinkquant.evaluate.statistics import paired_difference
@@ -20,6 +13,5 @@ from sinkquant.lazy import make_lazy
 
 if TYPE_CHECKING:  # lm-eval comes with them: 130 MB that nothing but evaluation needs
     from sinkquant.evaluate.harness import SinkLM
-    from sinkquant.evaluate.run import run_tasks
 
 make_lazy(__name__)

@@ -104,12 +104,6 @@ def held_out_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
                       recipe.calibration.bos, int(model.get_input_embeddings().weight.shape[0]), "evaluation text")
 
 
-def row_divergences(baseline: PreTrainedModel, other: PreTrainedModel, rows: torch.Tensor,
-                    batch_size: int = BATCH_ROWS, kv: KVCachePlan | None = None) -> list[float]:
-    """KL(baseline || other) in nats per token, averaged over the positions of every row; see `compare_rows`."""
-    return compare_rows(baseline, other, rows, batch_size, kv).kl
-
-
 def token_figures(heads: Sequence[OutputHead], states: Sequence[torch.Tensor],
                   rows: torch.Tensor) -> list[TokenFigures]:
     """Of every model but the first, beside the first.

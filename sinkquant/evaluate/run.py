@@ -43,15 +43,6 @@ class OpenTasks:
     documents: dict[str, int]
 
 
-def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], folder: Path | None,
-              *, bos: bool, batch_size: int, limit: int | None = None, seed: int = 0,
-              quiet: bool = True, kv: KVCachePlan | None = None) -> dict[str, TaskResult]:
-    """`score_tasks` of tasks that are opened for this one model; see `open_tasks`."""
-    opened = open_tasks(tasks, folder, quiet=quiet)
-    return score_tasks(model, tokenizer, opened, tasks, bos=bos, batch_size=batch_size, limit=limit, seed=seed,
-                       quiet=quiet, kv=kv)
-
-
 def score_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, opened: OpenTasks, tasks: Sequence[str],
                 *, bos: bool, batch_size: int, limit: int | None = None, sample: int | None = None, seed: int = 0,
                 window: int | None = None, quiet: bool = True, kv: KVCachePlan | None = None) -> dict[str, TaskResult]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -12,8 +11,6 @@ from transformers import PreTrainedModel
 
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
-
-PLACE = re.compile(r"(?:^|\.)(\d+)\.(.*)$")
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,12 @@ class CheckpointWriter:
 
     Args:
         tensors: every tensor of the checkpoint, name -> (dtype, shape).
-        limit: bytes of tensors after which a new file begins; None for the default.
     """
 
-    def __init__(self, folder: Path, tensors: dict[str, Tensor], limit: int | None = None) -> None:
+    def __init__(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
         self.places: dict[str, tuple[Path, int]] = {}
-        files = checkpoint_files(tensors, limit) if limit else checkpoint_files(tensors)
+        files = checkpoint_files(tensors)
         names = ["model.safetensors"] if len(files) == 1 else [
             f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
         self.paths = [folder / name for name in names]

@@ -31,12 +31,6 @@ class Kernel:
         """In words."""
         return f"{self.name}{' x 2' if self.planes == 2 else ''}"
 
-    def bits(self, columns: int) -> float:
-        """Bits per weight in memory, of a weight with so many columns; rows that fill up a block are not counted."""
-        if self.name == "int8":
-            return 8 + 16 / columns
-        return self.planes * (4 + 32 / self.group)
-
 
 def kernel_for(form: WeightFormat, columns: int) -> Kernel | str:
     """The kernel for a linear of so many input columns, or in words why there is none."""

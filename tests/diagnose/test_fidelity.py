@@ -20,6 +20,7 @@ from sinkquant.diagnose.fidelity import SinkComparison, position_divergence
 from sinkquant.diagnose.fidelity_checks import bernoulli_divergence, massive_entries, overlap_and_ratio
 from sinkquant.diagnose.survey import WalkSettings, survey
 from sinkquant.errors import RequestError
+from sinkquant.evaluate.states import last_states
 from sinkquant.evaluate.verdict import gate_failures
 from sinkquant.models import Decoder
 from sinkquant.recipe import Gate
@@ -105,8 +106,8 @@ def test_position_divergence_against_float64(original: PreTrainedModel) -> None:
     other = rounded(original, 3)
     with torch.no_grad():
         p, q = (torch.log_softmax(model(rows, use_cache=False).logits.double(), -1) for model in (original, other))
-    torch.testing.assert_close(position_divergence(original, other, rows), (p.exp() * (p - q)).sum(-1),
-                               rtol=1e-3, atol=1e-6)
+    found = position_divergence(original, last_states(original, rows), other, last_states(other, rows))
+    torch.testing.assert_close(found, (p.exp() * (p - q)).sum(-1), rtol=1e-3, atol=1e-6)
 
 
 def test_the_original_is_looked_at_once(original: PreTrainedModel, text_file: Path) -> None:

@@ -10,7 +10,7 @@ from families import tiny_model
 from kv_plans import kv_plan
 from transformers import PreTrainedModel
 
-from sinkquant.evaluate import compare_rows, row_divergences
+from sinkquant.evaluate import compare_rows
 from sinkquant.evaluate.divergence import compare_side_by_side
 from sinkquant.evaluate.states import last_states
 from sinkquant.models import head
@@ -42,7 +42,7 @@ def test_against_float64(pair: tuple[PreTrainedModel, PreTrainedModel], rows: to
 
 def test_a_model_does_not_diverge_from_itself(pair: tuple[PreTrainedModel, PreTrainedModel],
                                               rows: torch.Tensor) -> None:
-    assert row_divergences(pair[0], pair[0], rows) == [0.0] * 5
+    assert compare_rows(pair[0], pair[0], rows).kl == [0.0] * 5
 
 
 @pytest.mark.parametrize("length", [2, 128, 129])
@@ -58,12 +58,12 @@ def test_lengths_around_the_chunk(pair: tuple[PreTrainedModel, PreTrainedModel],
 def test_a_large_vocabulary_takes_a_few_positions_at_a_time(pair: tuple[PreTrainedModel, PreTrainedModel],
                                                             rows: torch.Tensor,
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = row_divergences(*pair, rows)
+    expected = compare_rows(*pair, rows).kl
     sizes: list[int] = []
     monkeypatch.setattr(head, "PIECE_VALUES", 7 * 128)
     handle = pair[0].get_output_embeddings().register_forward_hook(
         lambda _module, _args, logits: sizes.append(logits.numel()))
-    assert row_divergences(*pair, rows) == pytest.approx(expected, rel=1e-5)
+    assert compare_rows(*pair, rows).kl == pytest.approx(expected, rel=1e-5)
     handle.remove()
     passes = [size for size in sizes if size in (4 * 150, 150)]  # the blocks' passes, which end before the head
     assert len(passes) == 2

@@ -23,9 +23,9 @@ from tiny_tokenizer import random_text, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from sinkquant.errors import RequestError
-from sinkquant.evaluate import LOCAL_TASKS, SinkLM, run_tasks
+from sinkquant.evaluate import LOCAL_TASKS, SinkLM
 from sinkquant.evaluate import run as lm_eval_run
-from sinkquant.evaluate.run import open_tasks
+from sinkquant.evaluate.run import open_tasks, score_tasks
 from sinkquant.evaluate.tasks import ready_tasks
 from sinkquant.models import encode
 
@@ -45,7 +45,8 @@ def folder() -> Iterator[Path]:
 
 def run(model: PreTrainedModel, folder: Path | None, tasks: Any = LOCAL_TASKS, **kwargs: Any) -> dict[str, Any]:
     settings = {"bos": True, "batch_size": 4, "limit": 6} | kwargs
-    return run_tasks(model, tiny_tokenizer(), tasks, folder, **settings)
+    opened = open_tasks(tasks, folder, quiet=settings.get("quiet", True))
+    return score_tasks(model, tiny_tokenizer(), opened, tasks, **settings)
 
 
 def test_values_are_those_of_the_samples_and_of_a_direct_run(long_model: PreTrainedModel, folder: Path) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import sinkquant as sq
 from sinkquant.artifacts import Plan
 from sinkquant.errors import RequestError
-from sinkquant.evaluate.divergence import row_divergences
+from sinkquant.evaluate.divergence import compare_rows
 from sinkquant.models import Decoder, read_text, token_rows
 from sinkquant.policy import make_plan, require_distill
 from sinkquant.quantize import PackedWeight, quantize, ranks, state_of
@@ -42,8 +42,8 @@ def planned(model: PreTrainedModel, text: Path, iterations: int, *more: str) -> 
 def divergence(family: str, model: PreTrainedModel, text: Path, **overrides: Any) -> float:
     """From the unquantized bfloat16 model, on the calibration rows, computed in float32."""
     rows = token_rows(tiny_tokenizer(), read_text(str(text), "calibration"), ROWS, LENGTH)
-    found = row_divergences(tiny_model(family, dtype=torch.bfloat16, **overrides).float(),
-                            copy.deepcopy(model).float(), rows)
+    found = compare_rows(tiny_model(family, dtype=torch.bfloat16, **overrides).float(),
+                         copy.deepcopy(model).float(), rows).kl
     return sum(found) / len(found)
 
 

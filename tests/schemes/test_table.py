@@ -7,10 +7,23 @@ from pathlib import Path
 import pytest
 
 from sinkquant.schemes import Loads, WeightFormat, scheme_of
-from sinkquant.schemes.loads import reads_kv_scales
-from sinkquant.schemes.table import engine_table, instructions_asked, out_of_reach
+from sinkquant.schemes.loads import KV_SCALES, READ_KV_SCALES, reads_kv_scales
+from sinkquant.schemes.registry import SCHEMES
+from sinkquant.schemes.table import instructions_asked, out_of_reach
 
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "engines.md"
+HEAD = ("| weights | engine | formats | hardware | known | to know |", "|---|---|---|---|---|---|")
+
+
+def engine_table() -> list[str]:
+    """Markdown lines: a row for every scheme and engine; schemes that the same engines load share theirs."""
+    rows: dict[Loads, list[str]] = {}
+    for said, loads in (*((scheme.words, scheme.loads) for scheme in SCHEMES), (KV_SCALES, READ_KV_SCALES)):
+        for row in loads:
+            words = rows.setdefault(row, [])
+            words += [said] if said not in words else []
+    return [*HEAD, *(f"| {', '.join(words)} | {f'{row.engine} {row.since}'.strip()} | {row.conditions() or 'all'} | "
+                     f"{row.hardware} | {row.known}: {row.place} | {row.caveat} |" for row, words in rows.items())]
 
 
 def test_the_page_shows_the_rows() -> None:
