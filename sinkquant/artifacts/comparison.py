@@ -50,6 +50,12 @@ class ComparedRow(Strict):
     pareto: bool = False
     loss_shown: bool | None = None
 
+    @property
+    def mean_kl(self) -> float:
+        """Nats per token from the baseline, of a row that has them."""
+        assert self.kl is not None
+        return self.kl.value
+
 
 class ComparedPair(Strict):
     """The divergence of `a` minus that of `b`, paired over rows, nats per token; 95 % interval."""

@@ -16,6 +16,7 @@ from sinkquant.cli.parts import (
     SinkMapOption,
     TextOption,
     TrustOption,
+    printed,
     shown_progress,
 )
 from sinkquant.models import resolve
@@ -51,8 +52,7 @@ def compare(checkpoints: Annotated[list[str], typer.Argument(help=CHECKPOINT + "
                         trust_remote_code=trust_remote_code, progress=progress)
     if output:
         write_comparison(output, found)
-    if json:
-        print(found.to_json(), end="")
+    if printed(found, json):
         return
     from sinkquant.cli.tables.measured import comparison_table
     from sinkquant.report.compared import sentence
@@ -93,8 +93,7 @@ def explain(checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT + ".")], b
                             sinks=sinks, verify=verify, trust_remote_code=trust_remote_code, progress=progress)
     if output:
         write_explanation(output, found)
-    if json:
-        print(found.to_json(), end="")
+    if printed(found, json):
         return
     for depth, line in explanation_lines(found):
         paragraph(line, depth)

@@ -23,6 +23,7 @@ from sinkquant.cli.parts import (
     TextOption,
     TrustOption,
     find_sinks,
+    printed,
     shown_progress,
 )
 from sinkquant.cli.show import show_sink_map
@@ -38,11 +39,7 @@ def detect(model: ModelArgument, text: TextOption = None, assignments: SetOption
            trust_remote_code: TrustOption = False) -> None:
     """Find sink tokens, heads, channels and super weights."""
     sink_map = find_sinks(inside_run(model), text, Recipe().replace(assignments or []), trust_remote_code)
-    if output:
-        sink_map.save(output)
-    if json:
-        print(sink_map.to_json(), end="")
-    else:
+    if not printed(sink_map, json, output):
         show_sink_map(sink_map, full)
 
 

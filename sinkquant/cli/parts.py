@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from sinkquant.artifacts import Sensitivity, SinkMap
+from sinkquant.artifacts import Artifact, Sensitivity, SinkMap
 from sinkquant.cli.paper import err
 from sinkquant.models import resolve
 from sinkquant.recipe import Recipe
@@ -39,6 +39,15 @@ TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code
 def for_engine(recipe: Recipe, engine: str | None) -> Recipe:
     """The recipe for an engine, where one was named."""
     return recipe.changed(engine=engine) if engine else recipe
+
+
+def printed(found: Artifact, json: bool, output: Path | None = None) -> bool:
+    """Write an artifact to what -o names, print it where --json asks for that, and tell whether it was printed."""
+    if output:
+        found.save(output)
+    if json:
+        print(found.to_json(), end="")
+    return json
 
 
 def find_sinks(model: str, text: str | list[str] | None, recipe: Recipe, trust_remote_code: bool) -> SinkMap:

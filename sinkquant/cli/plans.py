@@ -24,6 +24,7 @@ from sinkquant.cli.parts import (
     find_costs,
     find_sinks,
     for_engine,
+    printed,
     shown_progress,
 )
 from sinkquant.cli.show import show_frontier, show_plan
@@ -122,11 +123,7 @@ def _of_shorter(recipe: Recipe, model: str, sink_map: Path | None, sensitivity: 
 
 
 def _show(made: Plan, output: Path | None, json: bool, full: bool) -> None:
-    if output:
-        made.save(output)
-    if json:
-        print(made.to_json(), end="")
-    else:
+    if not printed(made, json, output):
         show_plan(made, full)
 
 
@@ -143,8 +140,7 @@ def sensitivity(model: ModelArgument,
 
     found = SinkMap.load(sink_map) if sink_map else find_sinks(model, text, chosen, trust_remote_code)
     made = find_costs(model, text, found, chosen, output, trust_remote_code)
-    if json:
-        print(made.to_json(), end="")
+    if printed(made, json):
         return
     if made.units or not (made.kv or made.inputs):
         table(linear_table(made))
@@ -166,8 +162,7 @@ def diff(a: PlanArgument, b: PlanArgument,
 
     costs = Sensitivity.load(sensitivity) if sensitivity else None
     found = compare_plans(_plan_at(a), _plan_at(b), (str(a), str(b)), costs)
-    if json:
-        print(found.to_json(), end="")
+    if printed(found, json):
         return
     table(totals(found))
     if found.modules:
@@ -201,10 +196,7 @@ def advise(model: ModelArgument,
     with shown_progress() as progress:
         found = look(model, chosen, known, measure=measure, only=only or [], trust_remote_code=trust_remote_code,
                      progress=progress)
-    if output:
-        found.save(output)
-    if json:
-        print(found.to_json(), end="")
+    if printed(found, json, output):
         return
     table(advice_table(found))
     for one in found.mechanisms:

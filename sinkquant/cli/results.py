@@ -10,7 +10,15 @@ import typer
 from sinkquant.artifacts import Plan, Report, Sensitivity, SinkMap
 from sinkquant.artifacts.base import write_atomically
 from sinkquant.cli.paper import paragraph
-from sinkquant.cli.parts import JsonOption, SetOption, TaskFolderOption, TextOption, TrustOption, shown_progress
+from sinkquant.cli.parts import (
+    JsonOption,
+    SetOption,
+    TaskFolderOption,
+    TextOption,
+    TrustOption,
+    printed,
+    shown_progress,
+)
 from sinkquant.cli.show import show_report
 from sinkquant.errors import RequestError
 
@@ -38,11 +46,7 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A run's folder or a ch
         made = evaluate_folder(folder, recipe, baseline, progress, costs, trust_remote_code)
     if this_process()[0] > 0:
         return
-    if output:
-        made.save(output)
-    if json:
-        print(made.to_json(), end="")
-    else:
+    if not printed(made, json, output):
         show_report(made)
     if made.verdict.gate == "failed":
         raise typer.Exit(3)

@@ -7,6 +7,7 @@ from pathlib import Path
 from sinkquant.artifacts import Frontier, Plan, Report, SinkMap
 from sinkquant.artifacts.base import write_atomically
 from sinkquant.cli.paper import paragraph, table
+from sinkquant.cli.parts import printed
 from sinkquant.cli.tables import sinkmap
 from sinkquant.cli.tables.plan import plan_lines
 from sinkquant.cli.tables.report import result_table, sentences
@@ -36,8 +37,7 @@ def show_frontier(found: Frontier, output: Path | None, json: bool) -> None:
     if output:
         found.save(output.with_suffix(".json"))
         write_atomically(output.with_suffix(".html"), page(found))
-    if json:
-        print(found.to_json(), end="")
+    if printed(found, json):
         return
     table(frontier_table(found))
     for note in found.notes:

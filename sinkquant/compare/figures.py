@@ -98,11 +98,11 @@ def exponential(one: Interval) -> Interval:
 def with_front(rows: Sequence[ComparedRow]) -> list[ComparedRow]:
     """By size, those marked that no other is as small as and as close: the Pareto front of bytes and mean KL."""
     def beaten(row: ComparedRow) -> bool:
-        return any(other is not row and other.bytes <= row.bytes and _kl(other) <= _kl(row)
-                   and (other.bytes, _kl(other)) != (row.bytes, _kl(row)) for other in rows)
+        return any(other is not row and other.bytes <= row.bytes and other.mean_kl <= row.mean_kl
+                   and (other.bytes, other.mean_kl) != (row.bytes, row.mean_kl) for other in rows)
 
     return sorted((row.model_copy(update={"pareto": not beaten(row)}) for row in rows),
-                  key=lambda row: (row.bytes, _kl(row), row.name))
+                  key=lambda row: (row.bytes, row.mean_kl, row.name))
 
 
 def neighbours(kl: Mapping[str, torch.Tensor]) -> list[ComparedPair]:
@@ -116,8 +116,8 @@ def warnings(checkpoints: Sequence[ComparedRow], floor: Sequence[ComparedRow],
              pairs: Sequence[ComparedPair]) -> list[str]:
     """Where differences are below what these figures can tell."""
     found = []
-    noise = max((_kl(row) for row in floor), default=0.0)
-    lost = [row.name for row in checkpoints if _kl(row) <= noise]
+    noise = max((row.mean_kl for row in floor), default=0.0)
+    lost = [row.name for row in checkpoints if row.mean_kl <= noise]
     if lost:
         found.append(f"{', '.join(lost)}: no farther from the baseline than the baseline is from itself computed in "
                      f"another way (KL {noise:.2g})")
@@ -129,8 +129,3 @@ def warnings(checkpoints: Sequence[ComparedRow], floor: Sequence[ComparedRow],
         found.append(f"{', '.join(silent)}: no loss of perplexity is shown for any of them, so do not rank them by KL: "
                      f"{SILENT}; measure the tasks that matter to you (--tasks)")
     return found
-
-
-def _kl(row: ComparedRow) -> float:
-    assert row.kl is not None
-    return row.kl.value

@@ -11,7 +11,7 @@ from sinkquant.report.dots import Dot, Dots
 from sinkquant.report.drawing import Plot
 from sinkquant.report.kinds import require_kind
 from sinkquant.report.plots import KL, by_position, megabytes
-from sinkquant.report.render import environment
+from sinkquant.report.render import environment, metrics_of
 
 KINDS = (".html", ".md", ".json")
 LINES = 6
@@ -28,7 +28,7 @@ def write_comparison(path: Path, found: Comparison) -> Path:
 
 def columns(found: Comparison) -> list[str]:
     """Names of the table's columns."""
-    tasks = [f"{task} {metric}" for task, metric in _metrics(found)]
+    tasks = [f"{task} {metric}" for task, metric in metrics_of(found)]
     return ["model", "format", "MB", "bits per weight", "KV bits", "KL mean", "KL median", "KL 99 %", "KL 99.9 %",
             "same top-1", "perplexity", "perplexity, ratio", "sinks", *tasks, "Pareto"]
 
@@ -38,19 +38,19 @@ def cells(found: Comparison) -> list[list[str]]:
     return [[row.name, row.format, f"{row.bytes / 1e6:,.2f}", f"{row.bits_per_weight:.2f}", f"{row.kv_bits:.3g}",
              _interval(row.kl), _number(row.kl_median), _number(row.kl_99), _number(row.kl_99_9),
              _percent(row.same_top), _interval(row.perplexity), _interval(row.perplexity_ratio, digits=4),
-             row.sinks or "", *(_measure(row, task, metric) for task, metric in _metrics(found)),
+             row.sinks or "", *(_measure(row, task, metric) for task, metric in metrics_of(found)),
              "yes" if row.pareto else ""] for row in found.rows]
 
 
 def sentence(found: Comparison) -> str:
     """What came closest, and what came out smallest."""
     models = [row for row in found.rows if row.kind == "checkpoint" and row.kl]
-    best = min(models, key=_kl)
+    best = min(models, key=lambda row: row.mean_kl)
     small = min(models, key=lambda row: row.bytes)
-    said = f"{best.name} comes closest: KL {_kl(best):.2g} nats at {best.bytes / 1e6:,.3g} MB"
+    said = f"{best.name} comes closest: KL {best.mean_kl:.2g} nats at {best.bytes / 1e6:,.3g} MB"
     if small is best:
         return f"{said}."
-    return f"{said}; {small.name} is smallest: {_kl(small):.2g} at {small.bytes / 1e6:,.3g} MB."
+    return f"{said}; {small.name} is smallest: {small.mean_kl:.2g} at {small.bytes / 1e6:,.3g} MB."
 
 
 def markdown(found: Comparison) -> str:
@@ -94,16 +94,6 @@ def _said_of(found: Comparison) -> str:
     facts = found.facts
     return (f"{facts['rows']} rows of {facts['length']} tokens, {facts['text']}; KL in nats per token; bits per "
             "weight: bytes of the checkpoint over all parameters; intervals 95 %, over rows.")
-
-
-def _metrics(found: Comparison) -> list[tuple[str, str]]:
-    return list(dict.fromkeys((task, metric) for row in found.rows for task, metrics in row.tasks.items()
-                              for metric in metrics))
-
-
-def _kl(row: ComparedRow) -> float:
-    assert row.kl is not None
-    return row.kl.value
 
 
 def _number(value: float | None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from sinkquant.artifacts import Paired, Plan, Report, Row, SinkMap
+from sinkquant.artifacts import Comparison, Paired, Plan, Report, Row, SinkMap
 from sinkquant.artifacts.base import write_atomically
 from sinkquant.artifacts.findings import further
 from sinkquant.report.dots import Dots
@@ -59,7 +59,7 @@ def render(template: str, report: Report, sink_map: SinkMap, plan: Plan, plots: 
     sample = compared["sink_aware"].sample if "sink_aware" in compared else None
     unquantized = next((row.weight_bytes for row in report.rows if row.name == "unquantized"), plan.unquantized_bytes)
     return environment().get_template(template).render(
-        report=report, sink_map=sink_map, plan=plan, plots=plots, metrics=_metrics(report), words=in_words,
+        report=report, sink_map=sink_map, plan=plan, plots=plots, metrics=metrics_of(report), words=in_words,
         cell=lambda row, task, metric: _cell(report, row, task, metric), tokenization=tokenization,
         headline=HEADLINES[report.verdict.answer], unquantized_bytes=unquantized,
         base_model=hub_id(report.model), title=Path(report.model).name or report.model,
@@ -74,7 +74,7 @@ def comparison(runs: list[tuple[str, Report]]) -> str:
     asked = [{key: report.evaluation.get(key) for key in ("text", "rows", "length")} for _, report in runs]
     return environment().get_template("comparison.html.j2").render(
         runs=runs, plot=divergences(dots) if any(dot.value is not None for dot in dots) else None, cell=_cell,
-        metrics=_metrics, alike=all(one == asked[0] for one in asked))
+        metrics=metrics_of, alike=all(one == asked[0] for one in asked))
 
 
 def _facts(report: Report) -> dict[str, str]:
@@ -118,12 +118,10 @@ def environment() -> Environment:
     return made
 
 
-def _metrics(report: Report) -> list[tuple[str, str]]:
-    seen: dict[tuple[str, str], None] = {}
-    for row in report.rows:
-        for task, metrics in row.tasks.items():
-            seen.update(dict.fromkeys((task, metric) for metric in metrics))
-    return list(seen)
+def metrics_of(found: Report | Comparison) -> list[tuple[str, str]]:
+    """(task, metric) of all rows, in the order in which they come."""
+    return list(dict.fromkeys((task, metric) for row in found.rows for task, metrics in row.tasks.items()
+                              for metric in metrics))
 
 
 def _cell(report: Report, row: Row, task: str, metric: str) -> Any:
