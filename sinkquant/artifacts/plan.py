@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PrivateAttr
@@ -57,10 +56,8 @@ class ModuleDecision(Strict):
     @property
     def form(self) -> WeightFormat:
         """How the weights are stored."""
-        stored = stored_form(self.bits, self.group_size, self.kind, self.activations, self.activation_scale,
-                             self.storage)
-        beside = self.columns if self.keep == "split" else []
-        return replace(stored, columns=len(beside), scalars=len(self.scalars))
+        return stored_form(self.bits, self.group_size, self.kind, self.activations, self.activation_scale, self.storage,
+                           len(self.columns) if self.keep == "split" else 0, len(self.scalars))
 
     def shares_format(self, other: ModuleDecision) -> bool:
         """Whether an engine can fuse the two: the same codes and inputs, and the same columns beside the codes."""

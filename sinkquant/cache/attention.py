@@ -146,7 +146,7 @@ def _packed_scores(packed: PackedStates, q: torch.Tensor) -> torch.Tensor:
         if lane.norm is not None:
             scores *= lane.norm.float().flatten(2)[:, :, None]
         by_lane.append(scores)
-    return _in_order(packed, by_lane)
+    return packed.in_order(by_lane)
 
 
 def _packed_output(packed: PackedStates, weights: torch.Tensor) -> torch.Tensor:
@@ -157,16 +157,8 @@ def _packed_output(packed: PackedStates, weights: torch.Tensor) -> torch.Tensor:
         out = _reads(lane, weights.device).sums(lane, packed.block, mine)
         rotation = packed.recoding.of(lane.heads).rotation if lane.bits < 16 else None
         by_lane.append(out if rotation is None else rotation.back(out))
-    return _in_order(packed, by_lane)
+    return packed.in_order(by_lane)
 
 
 def _reads(lane: Lane, device: torch.device) -> LaneReads:
     return TorchReads() if lane.bits == 16 else reads_on(device)
-
-
-def _in_order(packed: PackedStates, by_lane: list[torch.Tensor]) -> torch.Tensor:
-    """Heads in the model's order again."""
-    if len(by_lane) == 1:
-        return by_lane[0]
-    order = torch.tensor([head for lane in packed.lanes for head in lane.heads], device=by_lane[0].device)
-    return torch.cat(by_lane, dim=1).index_select(1, order.argsort())

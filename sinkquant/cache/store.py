@@ -115,11 +115,14 @@ class PackedStates:
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """[batch, heads, blocks * G, D] in `dtype`. There must be at least one block."""
-        parts = [self._dense_lane(lane, dtype).flatten(2, 3) for lane in self.lanes]
-        if len(parts) == 1:
-            return parts[0]
-        order = torch.tensor([head for lane in self.lanes for head in lane.heads], device=parts[0].device)
-        return torch.cat(parts, dim=1).index_select(1, order.argsort())
+        return self.in_order([self._dense_lane(lane, dtype).flatten(2, 3) for lane in self.lanes])
+
+    def in_order(self, by_lane: list[torch.Tensor]) -> torch.Tensor:
+        """What the lanes give, [batch, heads, ...] each, with heads in the model's order again."""
+        if len(by_lane) == 1:
+            return by_lane[0]
+        order = torch.tensor([head for lane in self.lanes for head in lane.heads], device=by_lane[0].device)
+        return torch.cat(by_lane, dim=1).index_select(1, order.argsort())
 
     def _dense_lane(self, lane: Lane, dtype: torch.dtype) -> torch.Tensor:
         assert lane.data is not None

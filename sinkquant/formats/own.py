@@ -80,8 +80,8 @@ class SinkquantQuantizer(HfQuantizer):
         formats = settings.formats(linears)
         for name, form in formats.items():
             transposed, (rows, columns) = isinstance(linears[name], Conv1D), weight_matrix(linears[name]).shape
-            packed = PackedLinear(rows, columns, form, getattr(torch, settings.scale_dtype), dtype,
-                                  linears[name].bias is not None, transposed, device="meta")
+            packed = PackedLinear(rows, columns, form, settings.scale_dtype, dtype, linears[name].bias is not None,
+                                  transposed, device="meta")
             model.set_submodule(name, packed)
         # The file's guard, which keeps others from loading it, is no weight.
         guards = [f"^{re.escape(name)}\\.weight$" for name in formats]

@@ -56,8 +56,7 @@ def check_recipe(recipe: Recipe) -> None:
     if not scheme.foreign:
         _check_own(recipe, scheme)
         return
-    methods = {weights.method, *(override.method for override in weights.overrides if override.method)}
-    for method in sorted(methods - set(methods if scheme.methods is None else scheme.methods)):
+    for method in sorted(recipe.methods - set(recipe.methods if scheme.methods is None else scheme.methods)):
         raise RequestError(f"{backend} rounds weights to nearest by itself, so that {method} cannot choose its codes; "
                            "set weights.method=rtn.")
     if (weights.tune or weights.distill) and scheme.rounds_itself:
@@ -88,8 +87,7 @@ def _check_own(recipe: Recipe, scheme: Scheme) -> None:
                            "goes with the inputs.")
     if scheme.integers:
         return
-    methods = {weights.method, *(override.method for override in weights.overrides if override.method)}
-    for method in sorted(methods - set(methods if scheme.methods is None else scheme.methods)):
+    for method in sorted(recipe.methods - set(recipe.methods if scheme.methods is None else scheme.methods)):
         raise RequestError(f"{method} does not choose the codes of {words}; set weights.method="
                            f"{' or '.join(scheme.methods or ())}.")
     raised = protect.bits if protect.modules or protect.channels == "module" else 16

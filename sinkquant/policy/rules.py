@@ -50,10 +50,8 @@ class Draft:
     @property
     def form(self) -> WeightFormat:
         """How the weights will be stored."""
-        stored = stored_form(self.bits, self.group_size, self.kind, self.activations, self.activation_scale,
-                             self.storage)
-        beside = len(self.columns) if self.keep == "split" else 0
-        return replace(stored, columns=beside, scalars=len(self.scalars))
+        return stored_form(self.bits, self.group_size, self.kind, self.activations, self.activation_scale, self.storage,
+                           len(self.columns) if self.keep == "split" else 0, len(self.scalars))
 
 
 def base_choices(shape: ModelShape, recipe: Recipe) -> dict[str, Draft]:

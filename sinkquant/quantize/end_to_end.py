@@ -73,4 +73,4 @@ def distilled(decoder: Decoder, plan: Plan, teacher: TeacherTargets, starts: Map
         for name, packed in weights.items():
             old = decoder.weight(name)
             decoder.put(name, packed.dequantized(stored).to(old.device))
-    return {name: packed.cpu() for name, packed in weights.items()}
+    return {name: packed.to("cpu") for name, packed in weights.items()}

@@ -45,7 +45,7 @@ def quantize_ends(decoder: Decoder, plan: Plan) -> dict[str, PackedWeight]:
     found: dict[str, PackedWeight] = {}
     for name, end in plan.ends.items():
         ((_, packed),) = end_rows(decoder, plan, name) if end.shares is None else ((0, found[end.shares]),)
-        found[name] = packed.cpu()
+        found[name] = packed.to("cpu")
         weight = decoder.model.get_submodule(name).weight
         assert isinstance(weight, torch.Tensor)
         weight.data = packed.dequantized(decoder.model.dtype).to(weight.dtype)

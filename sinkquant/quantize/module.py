@@ -95,7 +95,7 @@ def put_packed(decoder: Decoder, name: str, packed: StoredWeight, made: Quantize
     new = packed.dequantized(decoder.model.dtype).to(weight.dtype)
     made.losses[name] = relative_error(weight, new, hessian)
     decoder.put(name, new)
-    made.weights[name] = packed.cpu()
+    made.weights[name] = packed.to("cpu")
 
 
 def relative_error(weight: torch.Tensor, new: torch.Tensor, hessian: torch.Tensor | None) -> float:
@@ -105,8 +105,8 @@ def relative_error(weight: torch.Tensor, new: torch.Tensor, hessian: torch.Tenso
     # Few rows would read the whole Hessian for little work.
     for rows in row_chunks(weight) if metric is None else row_chunks(weight, TOGETHER):
         before = weight[rows].float()
-        error += _norm(new[rows].float() - before, metric)
-        total += _norm(before, metric)
+        error += square_norm(new[rows].float() - before, metric)
+        total += square_norm(before, metric)
     return error / max(total, 1e-30)
 
 
@@ -124,7 +124,7 @@ def _put_dense(decoder: Decoder, name: str, new: torch.Tensor, made: QuantizedBl
     made.dense[f"{name}.weight"] = parameter.data.to("cpu", decoder.model.dtype)
 
 
-def _norm(part: torch.Tensor, metric: torch.Tensor | None) -> float:
+def square_norm(part: torch.Tensor, metric: torch.Tensor | None) -> float:
     """trace(X H X^T) of some rows."""
     return float(((part if metric is None else part @ metric) * part).sum(dtype=torch.float64))
 

@@ -68,8 +68,8 @@ class WeightFormat:
 
 
 def stored_form(bits: int, group_size: int | None, kind: Kind, activations: str, scale: str | None,
-                storage: str = PLAIN) -> WeightFormat:
+                storage: str = PLAIN, columns: int = 0, scalars: int = 0) -> WeightFormat:
     """How a linear is stored; inputs that are only simulated leave no trace in a checkpoint."""
     if bits == 16 or not deployed(activations):
-        return WeightFormat(bits, group_size, kind, storage=PLAIN if bits == 16 else storage)
-    return WeightFormat(bits, group_size, kind, activations, scale, storage)
+        activations, scale = "16-bit", None
+    return WeightFormat(bits, group_size, kind, activations, scale, PLAIN if bits == 16 else storage, columns, scalars)

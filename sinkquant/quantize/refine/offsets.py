@@ -80,9 +80,7 @@ class Offsets:
     def of(cls, packed: PackedWeight, shift: torch.Tensor) -> Offsets:
         """From where `rounding_offsets` says that its weights lie, on the device of these."""
         device = shift.device
-        here = replace(packed, codes=packed.codes.to(device), scale=packed.scale.to(device),
-                       outliers=None if packed.outliers is None else packed.outliers.to(device))
-        return cls(here, shift, torch.zeros(here.scale.shape, device=device))
+        return cls(packed.to(device), shift, torch.zeros(packed.scale.shape, device=device))
 
     @property
     def grid(self) -> TunableGrid:

@@ -31,10 +31,8 @@ class Scales:
     @classmethod
     def of(cls, packed: PackedWeight, device: str) -> Scales:
         """From what was packed."""
-        here = replace(packed, codes=packed.codes.to(device), scale=packed.scale.to(device),
-                       outliers=None if packed.outliers is None else packed.outliers.to(device))
-        zeros = torch.zeros(here.scale.shape, device=device)
-        return cls(here, zeros, zeros.clone(), zeros.clone())
+        zeros = torch.zeros(packed.scale.shape, device=device)
+        return cls(packed.to(device), zeros, zeros.clone(), zeros.clone())
 
     @staticmethod
     def rate(_: int) -> float:

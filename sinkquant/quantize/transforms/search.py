@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from sinkquant.models.inputs import InputSwitch, RoundedInputs, input_args, static_scale
+from sinkquant.quantize.module import square_norm
 from sinkquant.schemes import WeightFormat, input_format, scheme_of
 from sinkquant.schemes.codecs import codec_of, library_codec
 from sinkquant.schemes.codecs.packed import dequantize, group_scales, to_codes
@@ -39,7 +40,7 @@ def best(candidates: list[torch.Tensor], readers: list[Reader], hessian: torch.T
     """
     metric = hessian.float()
     sampled = [reader.sample() for reader in readers]
-    totals = [max(_norm(reader.weight, metric), 1e-30) for reader in sampled]
+    totals = [max(square_norm(reader.weight, metric), 1e-30) for reader in sampled]
     errors = [sum(_rounding_error(reader, scale, metric, scale_search) / total
                   for reader, total in zip(sampled, totals, strict=True)) for scale in candidates]
     return errors.index(min(errors))
@@ -97,9 +98,4 @@ def _rounding_error(reader: Reader, scale: torch.Tensor, metric: torch.Tensor, s
         error = ((part - grouped).square() * cost).sum(-1)
         rounded = torch.where((error < least)[..., None], part, rounded)
         least = torch.minimum(least, error)
-    return _norm(rounded.reshape(weight.shape) / scale - reader.weight, metric)
-
-
-def _norm(rows: torch.Tensor, metric: torch.Tensor) -> float:
-    """trace(X H X^T) of some rows."""
-    return float(((rows @ metric) * rows).sum(dtype=torch.float64))
+    return square_norm(rounded.reshape(weight.shape) / scale - reader.weight, metric)

@@ -148,6 +148,6 @@ class BlockWeight(PackedWeight):
         """What codes are multiplied with, float32 [rows, blocks]."""
         return self.grid.spread(self.scale)
 
-    def cpu(self) -> Self:
-        """The same in main memory."""
-        return replace(super().cpu(), whole=None if self.whole is None else self.whole.cpu())
+    def to(self, device: torch.device | str) -> Self:
+        """The same on a device."""
+        return replace(super().to(device), whole=None if self.whole is None else self.whole.to(device))

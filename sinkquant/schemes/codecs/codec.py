@@ -32,9 +32,9 @@ class LibraryWeight:
         """What it stands for, [rows, columns]."""
         return self.codec.decode(self.leaves, self.form, self.shape, dtype)
 
-    def cpu(self) -> Self:
-        """The same in main memory."""
-        leaves = {name: leaf.cpu() for name, leaf in self.leaves.items()}
+    def to(self, device: torch.device | str) -> Self:
+        """The same on a device."""
+        leaves = {name: leaf.to(device) for name, leaf in self.leaves.items()}
         return type(self)(self.codec, self.form, leaves, self.shape)
 
 

@@ -48,10 +48,10 @@ class PackedWeight:
         return [replace(self, codes=codes, scale=scale) for codes, scale in zip(
             self.codes.split(list(rows)), self.scale.split(list(rows)), strict=True)]
 
-    def cpu(self) -> Self:
-        """The same in main memory."""
-        return replace(self, codes=self.codes.cpu(), scale=self.scale.cpu(),
-                       outliers=None if self.outliers is None else self.outliers.to("cpu"))
+    def to(self, device: torch.device | str) -> Self:
+        """The same on a device."""
+        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device),
+                       outliers=None if self.outliers is None else self.outliers.to(device))
 
 
 def group_scales(weight: torch.Tensor, bits: int, group_size: int, dtype: torch.dtype) -> torch.Tensor:

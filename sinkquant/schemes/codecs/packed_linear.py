@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from sinkquant.schemes import WeightFormat
+from sinkquant.schemes import WeightFormat, scheme_of
 from sinkquant.schemes.codecs.outliers import Outliers
 from sinkquant.schemes.codecs.packed import dequantize, unpack
 
@@ -24,32 +23,20 @@ class PackedLinear(nn.Module):
 
     Args:
         out_features, in_features: rows and columns of the weight.
-        form: how it is stored. scale_dtype: bfloat16 or float16. dtype: the model's, which the bias has.
+        form: how it is stored. scale_dtype: "bfloat16" or "float16". dtype: the model's, which the bias has.
         transposed: it stands in for a `Conv1D`.
     """
 
     keeps_packed: ClassVar[bool] = True
 
-    def __init__(self, out_features: int, in_features: int, form: WeightFormat, scale_dtype: torch.dtype,
+    def __init__(self, out_features: int, in_features: int, form: WeightFormat, scale_dtype: str,
                  dtype: torch.dtype, bias: bool, transposed: bool = False,
                  device: torch.device | str | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features, self.form, self.transposed = out_features, in_features, form, transposed
         self.dtype = dtype
-        groups = 1 if form.group_size in (None, -1) else in_features // int(form.group_size or 1)
-
-        def buffer(name: str, dtype: torch.dtype, *shape: int) -> None:
-            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
-
-        buffer("weight_packed", torch.int32, out_features, math.ceil(in_features * form.bits / 32))
-        buffer("weight_scale", scale_dtype, out_features, groups)
-        buffer("weight_shape", torch.int64, 2)
-        if form.columns:
-            buffer("weight_columns", torch.int32, form.columns)
-            buffer("weight_exact", scale_dtype, out_features, form.columns)
-        if form.scalars:
-            buffer("weight_places", torch.int32, form.scalars, 2)
-            buffer("weight_values", scale_dtype, form.scalars)
+        for name, (kind, shape) in scheme_of(form).tensors(out_features, in_features, form, scale_dtype, False).items():
+            self.register_buffer(name, torch.empty(shape, dtype=getattr(torch, kind), device=device))
         empty = torch.empty(out_features, dtype=dtype, device=device)
         self.bias = nn.Parameter(empty, requires_grad=False) if bias else None
 
