@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -139,8 +139,3 @@ def _write_generation(folder: Path, model: PreTrainedModel, source: Path | None)
         # Not save_pretrained, which refuses what from_pretrained reads.
         model.generation_config.to_json_file(folder / GENERATION)
     return True
-
-
-def files_below(folder: Path) -> Iterable[Path]:
-    """Every file of a checkpoint."""
-    return (path for path in folder.rglob("*") if path.is_file())

@@ -14,9 +14,7 @@ from sinkquant.formats.save import written_aside
 from sinkquant.formats.writer import CheckpointWriter
 from sinkquant.models import Decoder, load_model
 from sinkquant.models.source import runs_own_code
-
-RELOADED = 1 << 30
-"""Bytes of a checkpoint up to which it is loaded again as a whole and compared."""
+from sinkquant.quantize.costs import RELOADED
 
 
 def write_reshaped(folder: Path, model: PreTrainedModel, made: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,

@@ -23,7 +23,7 @@ from sinkquant.artifacts.kv_scheme import kv_scale_tensors, with_kv_scales
 from sinkquant.artifacts.sizes import GUARD, checkpoint_tensors, own_format, packed_tensors
 from sinkquant.cache import save_bases
 from sinkquant.errors import SinkquantError
-from sinkquant.formats.carried import carry, files_below, write_config
+from sinkquant.formats.carried import carry, write_config
 from sinkquant.formats.load import KV_BASES, load_dense
 from sinkquant.formats.output import beside, put_in_place, real_place, require_free
 from sinkquant.formats.own import own_config
@@ -69,7 +69,9 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
         for name, rows in state.ends.items():
             write_end(writer, Decoder.of(model), state.plan, name, rows)
         for name, weight in state.weights.items():
-            write_packed(writer, name, weight, state.plan.modules[name].form, state.input_scales.get(name))
+            form = state.plan.modules[name].form
+            for key, tensor in linear_tensors(name, weight, form, state.input_scales.get(name)).items():
+                writer.write(key, tensor)
         save_simulated(temporary, state.plan, state.input_scales)
         if state.bases is not None:
             save_bases(state.bases, temporary / KV_BASES)
@@ -112,13 +114,6 @@ def write_end(writer: CheckpointWriter, decoder: Decoder, plan: Plan, name: str,
         by_rows = tensor.dim() == 2
         if by_rows or start == 0:
             writer.write(key, tensor, start if by_rows else 0)
-
-
-def write_packed(writer: CheckpointWriter, name: str, weight: StoredWeight, form: WeightFormat,
-                 input_scale: torch.Tensor | None = None) -> None:
-    """Write the tensors of a quantized linear."""
-    for key, tensor in linear_tensors(name, weight, form, input_scale).items():
-        writer.write(key, tensor)
 
 
 def linear_tensors(name: str, weight: StoredWeight, form: WeightFormat,
@@ -195,7 +190,7 @@ def write_files(folder: Path, model: PreTrainedModel, plan: Plan, sink_map: Sink
         content["expert_tokens"] = tokens
     ours = folder / "sinkquant.json"
     ours.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for path in files_below(folder):  # safetensors makes files that only their owner may read.
+    for path in filter(Path.is_file, folder.rglob("*")):  # safetensors makes files that only their owner may read.
         path.chmod(ours.stat().st_mode)
 
 

@@ -24,15 +24,7 @@ from sinkquant.errors import SinkquantError
 from sinkquant.formats.carried import carry
 from sinkquant.formats.load import KV_BASES, load_dense
 from sinkquant.formats.output import require_free
-from sinkquant.formats.save import (
-    copy_dense,
-    disk_errors,
-    linear_tensors,
-    open_writer,
-    write_end,
-    write_files,
-    write_packed,
-)
+from sinkquant.formats.save import copy_dense, disk_errors, linear_tensors, open_writer, write_end, write_files
 from sinkquant.formats.scratch import Scratch
 from sinkquant.formats.simulated import save_simulated
 from sinkquant.formats.writer import CheckpointWriter
@@ -42,6 +34,7 @@ from sinkquant.models.source import runs_own_code
 from sinkquant.models.steps import Progress
 from sinkquant.quantize import PackedWeight, QuantizedBlock, check, distilled, quantized_blocks, teacher_targets
 from sinkquant.quantize.bases import cache_bases
+from sinkquant.quantize.costs import RELOADED
 from sinkquant.quantize.ends import end_rows, untie
 from sinkquant.quantize.kv_scheme import kv_scales
 from sinkquant.quantize.ranks import join, leave, tell
@@ -53,8 +46,6 @@ from sinkquant.schemes.codecs.reading import dense_view, open_checkpoint
 
 LOG = logging.getLogger("sinkquant")
 STATE = "blocks.json"
-RELOADED = 1 << 30
-"""A checkpoint whose dense weights take no more bytes is also loaded by plain transformers, and compared."""
 
 
 def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerBase,
@@ -142,8 +133,7 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
     return losses
 
 
-def follow(open_source: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase | None,
-           store: ActivationStore | None = None) -> None:
+def follow(open_source: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase | None) -> None:
     """What every rank but the first does: share the work of each `quantize_to` of the first one until it is
     dismissed."""
     join()
@@ -157,8 +147,8 @@ def follow(open_source: Callable[[], PreTrainedModel], tokenizer: PreTrainedToke
         if job["done"]:
             _read_from(model, partial, decoder, plan, job["done"])
         if plan.needs_rows:  # rounding is over before it could be shared out
-            for _ in quantized_blocks(decoder, plan, tokenizer, job["device"], job["dtype"], None, store, job["done"],
-                                      job["scales"]):
+            for _ in quantized_blocks(decoder, plan, tokenizer, job["device"], job["dtype"], done=job["done"],
+                                      input_scales=job["scales"]):
                 pass
         leave()
         join()
@@ -266,19 +256,14 @@ def _read_ends(partial: Path, decoder: Decoder, plan: Plan) -> None:
 
 def _write_block(writer: CheckpointWriter, block: QuantizedBlock, plan: Plan) -> None:
     """Write what a block has that is new, and compare what the disk gives back."""
-    stored = {name: (weight, plan.modules[name].form, block.input_scales.get(name))
-              for name, weight in block.weights.items()}
-    for name, parts in stored.items():
-        write_packed(writer, name, *parts)
-    for name, tensor in block.dense.items():
+    tensors = dict(block.dense)
+    for name, weight in block.weights.items():
+        tensors |= linear_tensors(name, weight, plan.modules[name].form, block.input_scales.get(name))
+    for name, tensor in tensors.items():
         writer.write(name, tensor)
     writer.sync()
-    for name, parts in stored.items():
-        for key, expected in linear_tensors(name, *parts).items():
-            if not _same_bytes(writer.read(key), expected):
-                raise SinkquantError(f"{key} reads back differently from what was written; check the disk.")
-    for name, tensor in block.dense.items():
-        if not torch.equal(writer.read(name), tensor):
+    for name, tensor in tensors.items():
+        if not _same_bytes(writer.read(name), tensor):
             raise SinkquantError(f"{name} reads back differently from what was written; check the disk.")
 
 
