@@ -79,10 +79,10 @@ def sink_rates(mass: list[torch.Tensor], kind: Literal["natural", "random", "rep
                      layers=[float((layer > PUBLISHED).double().mean()) if layer.numel() else 0.0 for layer in mass])
 
 
-def context_lengths(longest: int) -> list[int]:
-    """64, 128, 256, ... up to the longest, which is always one of them."""
+def context_lengths(longest: int, first: int = 64) -> list[int]:
+    """`first`, twice as many, and so on up to the longest, which is always one of them."""
     lengths = []
-    length = 64
+    length = first
     while length < longest:
         lengths.append(length)
         length *= 2

@@ -6,11 +6,13 @@ The exact products and Jacobians need length x length matrices: they are for row
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch
 
 from sinkquant.artifacts.diagnosis import Collapse, OverSquashing
 from sinkquant.diagnose.null import measured
+from sinkquant.diagnose.rates import context_lengths
 from sinkquant.diagnose.survey import WalkSettings
 from sinkquant.errors import RequestError
 from sinkquant.models import AttentionRecord, AttentionRows, Decoder
@@ -55,10 +57,7 @@ class MixingProduct:
 
     def product(self) -> torch.Tensor:
         """[rows, length, length], the last layer leftmost."""
-        result = self.layers[0]
-        for layer in self.layers[1:]:
-            result = layer @ result
-        return result
+        return functools.reduce(lambda before, layer: layer @ before, self.layers)
 
 
 def mixing_product(decoder: Decoder, rows: torch.Tensor, compute: WalkSettings) -> torch.Tensor:
@@ -136,13 +135,8 @@ def representational_collapse(decoder: Decoder, rows: torch.Tensor, compute: Wal
     Args:
         rows: int64 [rows, length]; prefixes of 8, 16, 32, ... tokens are taken, and the whole but one.
     """
-    lengths = []
-    length = 8
-    while length < rows.shape[1] - 1:
-        lengths.append(length)
-        length *= 2
     found = []
-    for length in [*lengths, rows.shape[1] - 1]:
+    for length in context_lengths(rows.shape[1] - 1, first=8):
         once = rows[:, :length]
         ends = []
         for row in (once, torch.cat([once, once[:, -1:]], dim=1)):

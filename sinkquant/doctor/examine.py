@@ -15,6 +15,7 @@ from sinkquant.cache.read_native import native_or_why
 from sinkquant.detect.table import AttentionTable
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, Walk, adds_bos, read_text, starts_with_bos, together, token_rows
+from sinkquant.models.text import leading
 from sinkquant.policy.engines import loads_in
 from sinkquant.policy.plan import formats_asked
 from sinkquant.quantize.trial import require_loads
@@ -127,12 +128,12 @@ def _tokenization(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, au
         return
     try:
         rendered = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
-        direct = _leading(_ids(tokenizer.apply_chat_template(MESSAGES, tokenize=True)), bos)
+        direct = leading(_ids(tokenizer.apply_chat_template(MESSAGES, tokenize=True)), bos)
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         found["chat template"] = f"does not render one user message ({str(error).splitlines()[0]})"
         audit.warnings.append("the chat template does not render a single user message; check how chats are served.")
         return
-    again = _leading(list(tokenizer(rendered)["input_ids"]), bos)
+    again = leading(list(tokenizer(rendered)["input_ids"]), bos)
     found["chat template"] = f"<bos> in front: {direct}; rendered to text and tokenized again: {again}"
     if direct > 1:
         audit.warnings.append("the chat template itself puts two <bos> in front of a chat; mend the template.")
@@ -143,13 +144,6 @@ def _tokenization(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, au
 
 def _ids(encoded: Any) -> list[int]:
     return list(encoded["input_ids"] if hasattr(encoded, "keys") else encoded)
-
-
-def _leading(ids: list[int], bos: int | None) -> int:
-    count = 0
-    while bos is not None and count < len(ids) and ids[count] == bos:
-        count += 1
-    return count
 
 
 def _support(decoder: Decoder, audit: Audit) -> None:

@@ -22,6 +22,7 @@ from sinkquant.evaluate.states import last_states
 from sinkquant.models import encode, max_length
 from sinkquant.models.head import OutputHead
 from sinkquant.models.processes import shared
+from sinkquant.models.text import leading
 
 
 class SinkLM(HFLM):
@@ -60,10 +61,7 @@ class SinkLM(HFLM):
     def tok_encode(self, string: str, *_: Any, **__: Any) -> list[int]:
         """Token ids without any that the tokenizer adds, and without a `<bos>` that the text itself begins with."""
         tokens = encode(self.tokenizer, string)
-        start = 0
-        while self._bos is not None and start < len(tokens) and tokens[start] == self._bos:
-            start += 1
-        return tokens[start:]
+        return tokens[leading(tokens, self._bos):]
 
     def tok_batch_encode(self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None,
                          truncation: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

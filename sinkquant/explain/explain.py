@@ -37,11 +37,13 @@ from sinkquant.models.corpus import in_words
 from sinkquant.models.decoder import max_length
 from sinkquant.models.inputs import inputs_left_alone, switch_of
 from sinkquant.models.loading import has_tokenizer, read_config
-from sinkquant.models.steps import Progress
+from sinkquant.models.steps import Progress, Steps
 from sinkquant.recipe import Recipe
 from sinkquant.schemes.codecs.reading import dense_of
 
 ROWS, LENGTH = 8, 128
+STEPS = 40
+"""About so many: how many there are is not known before the weights were looked at."""
 TOKENS, HEADS = 12, 8
 SINK_ROWS = 8
 """Of 128 tokens, that the sinks of both are compared on."""
@@ -84,7 +86,8 @@ def explain(checkpoint: str, baseline: str, *, text: str | list[str] | None = No
         notes.append("the checkpoint has no tokenizer; the baseline's was used")
     content = read_text(recipe.evaluate.text, "evaluation", tokenizer)
     device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
-    step = _Steps(progress)
+    steps = Steps(STEPS, progress, "explaining:", "explained")
+    step = steps.next
     step("loading")
     original = load_model(base.folder, dtype, device, trust_remote_code)
     model = _load(opened, dtype, device, trust_remote_code, notes)
@@ -141,7 +144,7 @@ def explain(checkpoint: str, baseline: str, *, text: str | list[str] | None = No
             step(f"verifying the change for {cause.where}")
             causes[place] = verified(cause, asked, lambda: load_model(base.folder, "auto", device, trust_remote_code),
                                      tokenizer, known, probe, measuring.loss)
-    step.end()
+    steps.end()
     facts: dict[str, str | int | float | bool | None] = {
         "text": in_words(recipe.evaluate.text) or "packaged evaluation text", "rows": len(read),
         "length": read.shape[1], "dtype": recipe.compute.dtype, "parameters that differ": len(parts),
@@ -232,20 +235,3 @@ def _sentence(loss: float, causes: list[Cause]) -> str:
     if not causes:
         return f"KL {loss:.2g} nats per token from the baseline; no cause was found."
     return f"KL {loss:.2g} nats per token from the baseline. {causes[0].sentence}"
-
-
-class _Steps:
-    """Tells what is being done. How many steps there are is not known before the weights were looked at."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.progress, self.done = progress, 0
-
-    def __call__(self, label: str) -> None:
-        self.done += 1
-        if self.progress:
-            self.progress(self.done, max(40, self.done + 1), f"explaining: {label}")
-
-    def end(self) -> None:
-        if self.progress:
-            self.progress(self.done, self.done, "explained")
-

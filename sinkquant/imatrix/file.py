@@ -3,7 +3,6 @@ what it calls the matrices of a block: the same in every architecture that it ha
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
 from sinkquant.models.decoder import ROUTER
-from sinkquant.schemes.gguf.layout import FileTensor, aligned, head, metadata_bytes
+from sinkquant.schemes.gguf.layout import FileTensor, write_tensors
 
 ATTENTION = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -60,13 +59,7 @@ def write_importance(path: Path, found: Mapping[str, Importance], texts: Sequenc
     tensors = {name: FileTensor("F32", tuple(one.shape)) for name, one in values.items()}
     aside = path.with_name(f"{path.name}.partial")
     try:
-        with aside.open("wb") as file:
-            file.write(head(metadata_bytes(metadata), len(metadata), tensors))
-            for name, value in values.items():
-                file.write(value.contiguous().numpy().tobytes())
-                file.write(bytes(aligned(tensors[name].bytes) - tensors[name].bytes))
-            file.flush()
-            os.fsync(file.fileno())
+        write_tensors(aside, metadata, tensors, lambda name: [values[name].contiguous().numpy().data])
         aside.rename(path)
     finally:
         aside.unlink(missing_ok=True)

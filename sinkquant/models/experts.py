@@ -83,7 +83,7 @@ def expert_linears(model: PreTrainedModel, blocks: tuple[str, ...] = ()) -> dict
     owners = fused_by_owner(model, blocks)
     if not owners:
         return {}
-    names = _Names(model)
+    names = LoadedNames(model)
     found: dict[str, ExpertLinear] = {}
     for owner, fused in owners.items():
         module = model.get_submodule(owner)
@@ -170,8 +170,8 @@ def _walks_plainly(module: nn.Module) -> bool:
             and not getattr(module, "has_bias", True) and not getattr(module, "is_transposed", True))
 
 
-class _Names:
-    """How transformers names the tensors that a fused parameter is stacked from."""
+class LoadedNames:
+    """How transformers' loader renames what it reads, and the tensors that a fused parameter is stacked from."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         mapping = get_model_conversion_mapping(model)
@@ -187,12 +187,12 @@ class _Names:
             target = _literal(converter._original_target_patterns[0])
             if made_by(converter, name) and _stacks(converter) and all(s.endswith(".weight") for s in sources):
                 parts = [name.removesuffix(target) + source.removesuffix(".weight") for source in sources]
-                if all(self._becomes(part) == name for part in parts):
+                if all(self.becomes(f"{part.replace('*', '0')}.weight") == name for part in parts):
                     return parts
         return []
 
-    def _becomes(self, part: str) -> str:
-        key = f"{part.replace('*', '0')}.weight"
+    def becomes(self, key: str) -> str:
+        """What a tensor on disk is loaded into, if the model has it."""
         return rename_source_key(key, self.renamings, self.converters, self.prefix, self.state)[0]
 
 

@@ -12,6 +12,7 @@ class Steps:
     """Counts steps for a bar: `next` ends the one that runs and begins another.
 
     Args:
+        total: as many as are expected; more may come.
         doing, done: what is said in front of a step's label, and at the end.
     """
 
@@ -20,7 +21,7 @@ class Steps:
 
     def next(self, label: str) -> None:
         if self.progress:
-            self.progress(self.begun, self.total, f"{self.doing} {label}")
+            self.progress(self.begun, max(self.total, self.begun + 1), f"{self.doing} {label}")
         self.begun += 1
 
     def end(self) -> None:

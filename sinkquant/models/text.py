@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from array import array
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -18,14 +19,13 @@ BosPolicy = Literal["auto", "always", "never"]
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> Literal["none", "once", "twice"]:
     """How often the tokenizer itself puts `<bos>` in front of a plain text."""
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        return "none"
-    ids = tokenizer("a")["input_ids"]
-    count = 0
-    while count < len(ids) and ids[count] == bos:
-        count += 1
+    count = leading(tokenizer("a")["input_ids"], tokenizer.bos_token_id)
     return "none" if count == 0 else "once" if count == 1 else "twice"
+
+
+def leading(ids: Sequence[int], bos: int | None) -> int:
+    """How many `<bos>` stand in front of tokens; 0 where there is no such token."""
+    return next((place for place, token in enumerate(ids) if bos is None or token != bos), len(ids))
 
 
 def starts_with_bos(tokenizer: PreTrainedTokenizerBase, bos: BosPolicy) -> bool:

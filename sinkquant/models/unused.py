@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from sinkquant.models.experts import LoadedNames
 from sinkquant.models.folder import read_settings
 from sinkquant.models.shards import StoredTensor, stored_tensors
 from sinkquant.models.source import folder_of, source_of
@@ -65,23 +64,14 @@ def unused_of(model: PreTrainedModel) -> Unused:
     if folder is None or read_settings(folder).get("quantization_config") is not None:
         return Unused()
     stored = stored_tensors(folder)
-    source = source_of(model)
-    names = [name for name in _not_in(model, stored) if source is None or name in source.tensors]
+    source, loaded = source_of(model), LoadedNames(model)
+    names = [name for name in stored if loaded.becomes(name) not in loaded.state
+             and (source is None or name in source.tensors)]
     modules = {name for name, _ in model.named_modules()}
     prefix = f"{model.base_model_prefix}."
     left = [name for name in names if name.rpartition(".")[2] in COMPUTED
             or not modules.isdisjoint({name.rpartition(".")[0], prefix + name.rpartition(".")[0]})]
     return Unused({name: stored[name] for name in names if name not in left}, tuple(left))
-
-
-def _not_in(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
-    """The names that transformers' loader finds no place for."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    state = model.state_dict()
-    return [name for name in names
-            if rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0] not in state]
 
 
 def _listed(names: Iterable[str]) -> str:

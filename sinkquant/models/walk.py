@@ -344,9 +344,10 @@ def _recorded(decoder: Decoder) -> Iterator[tuple[list[torch.Tensor], list[dict[
 
 
 @contextlib.contextmanager
-def stubbed(decoder: Decoder, hidden: torch.Tensor) -> Iterator[None]:
-    """Make every block return the given hidden states, so that only what follows the blocks is computed."""
-    with computing((block, lambda *_, **__: hidden) for block in decoder.blocks):
+def stubbed(decoder: Decoder, hidden: torch.Tensor, count: int | None = None) -> Iterator[None]:
+    """Make every block, or the first `count` of them, return the given hidden states, so that only what follows is
+    computed."""
+    with computing((block, lambda *_, **__: hidden) for block in decoder.blocks[:count]):
         yield
 
 

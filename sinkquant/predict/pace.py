@@ -58,12 +58,11 @@ def _rows(decoder: Decoder, length: int) -> torch.Tensor:
 
 
 def _watched(decoder: Decoder, recipe: Recipe, length: int, recorded: bool, operation: float) -> Rate:
-    return _rate(decoder, _rows(decoder, length), operation,
-                 lambda rows, tries: min(_surveyor(decoder, recipe).pace(rows, recorded) for _ in range(tries)))
+    def seconds(rows: torch.Tensor, tries: int) -> float:
+        return min(Surveyor(decoder, recipe, None, detectors_of(decoder, recipe)).pace(rows, recorded)
+                   for _ in range(tries))
 
-
-def _surveyor(decoder: Decoder, recipe: Recipe) -> Surveyor:
-    return Surveyor(decoder, recipe, None, detectors_of(decoder, recipe))
+    return _rate(decoder, _rows(decoder, length), operation, seconds)
 
 
 def _rate(decoder: Decoder, rows: torch.Tensor, operation: float,

@@ -67,7 +67,8 @@ class Job:
         self.recipe, self.name, self.whole, self.tokenizer, self.work = recipe, name, folder, tokenizer, work
         self.trust_remote_code, self.progress, self.known = trust_remote_code, progress, known
         self.shorter, self.folder = shorter, work / SHORTER if shorter else folder
-        self.predicted, self.base, self.sensitivities = predicted, _resident(), sensitivities
+        self.predicted, self.sensitivities = predicted, sensitivities
+        self.base = float(psutil.Process().memory_info().rss)  # bytes that are in memory before any stage
         self.plan_files = {MODEL: "plan.json"}
         if recipe.evaluate.control and not recipe.evaluate.skip:
             self.plan_files[CONTROL] = "plan-control.json"
@@ -280,8 +281,3 @@ class Job:
         return seconds | processor | predicted | peaks | memory | {
             "peak resident bytes": peak_resident(), "predicted peak resident bytes": self.base + self.predicted.peak,
             "bytes predicted": float(aware.weight_bytes)}
-
-
-def _resident() -> float:
-    """Bytes that this process has in memory now."""
-    return float(psutil.Process().memory_info().rss)

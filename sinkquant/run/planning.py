@@ -5,7 +5,8 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan
-from sinkquant.models import Decoder, read_text, token_rows
+from sinkquant.models import Decoder
+from sinkquant.quantize.rows import text_rows
 
 
 def with_calibration_notes(plan: Plan, decoder: Decoder, tokenizer: PreTrainedTokenizerBase | None) -> Plan:
@@ -24,8 +25,7 @@ def _notes(plan: Plan, decoder: Decoder, tokenizer: PreTrainedTokenizerBase | No
         return ["the model folder has no tokenizer; carrying this plan out takes one"]
     settings = plan.calibration
     length = min(settings.length, decoder.max_length)
-    rows = token_rows(tokenizer, read_text(settings.text, "calibration", tokenizer), settings.rows, length,
-                      settings.bos, decoder.vocabulary)
+    rows = text_rows(decoder, settings, tokenizer)
     notes = []
     if length < settings.length:
         notes.append(f"calibration rows have {length} tokens instead of {settings.length}: that is the model's context")

@@ -11,8 +11,9 @@ from torch import nn
 
 from sinkquant.artifacts import Terms
 from sinkquant.models import Decoder, Step, Walk, pick_device
-from sinkquant.models.hooks import compute_in, computing, hooked
+from sinkquant.models.hooks import compute_in, hooked
 from sinkquant.models.steps import Progress
+from sinkquant.models.walk import stubbed
 from sinkquant.quantize.experts import record
 from sinkquant.quantize.hessian import Hessian, collect
 from sinkquant.quantize.statistics import TokenWeights
@@ -93,7 +94,7 @@ def _divergence(decoder: Decoder, block: int, inputs: torch.Tensor, rows: torch.
     for before in base:
         batch, device = slice(start, start + len(before)), before.device
         with (_changed(decoder, changes, places[batch].to(device)),
-              _entered(decoder, block, inputs[batch].to(device)), torch.no_grad()):
+              stubbed(decoder, inputs[batch].to(device), block), torch.no_grad()):
             after = torch.log_softmax(decoder.model(rows[batch].to(device), use_cache=False).logits.float(), -1)
         total += sum(divergence(one, other) for one, other in zip(before, after, strict=True))
         start += len(before)
@@ -144,11 +145,4 @@ def _changed(decoder: Decoder, changes: dict[str, torch.Tensor], places: torch.T
     handles += [decoder.model.get_submodule(owner).register_forward_hook(hook_of_experts(names), with_kwargs=True)
                 for owner, names in experts.items()]
     with hooked(handles):
-        yield
-
-
-@contextlib.contextmanager
-def _entered(decoder: Decoder, block: int, inputs: torch.Tensor) -> Iterator[None]:
-    """Let the model begin at a block, whose inputs are known."""
-    with computing((before, lambda *_, **__: inputs) for before in decoder.blocks[:block]):
         yield

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy
 import torch
@@ -15,7 +14,7 @@ from sinkquant.models.folder import weight_files
 from sinkquant.models.gguf_index import FILE
 from sinkquant.models.gguf_tensors import row_order
 from sinkquant.models.shards import StoredTensor, stored_tensors
-from sinkquant.schemes.gguf.layout import FileTensor, aligned, head, metadata_bytes
+from sinkquant.schemes.gguf.layout import FileTensor, write_tensors
 from sinkquant.schemes.gguf.metadata import family_of, model_metadata, read_json, rope_factors
 from sinkquant.schemes.gguf.names import CODES, Family, file_name, is_gain
 from sinkquant.schemes.gguf.scheme import ROPE, Blocks
@@ -41,24 +40,18 @@ def write_file(folder: Path, scheme: Blocks, architecture: str) -> None:
     most = Counter(tensor.kind for tensor in tensors.values() if len(tensor.shape) > 1).most_common(1)[0][0]
     metadata = model_metadata(folder, architecture, most)
     aside = folder / f".{FILE}"
-    with aside.open("wb") as file:
-        file.write(head(metadata_bytes(metadata), len(metadata), tensors))
-        for name, tensor in tensors.items():
-            if name == ROPE:
-                file.write(numpy.asarray(rope_factors(folder), dtype=numpy.float32).tobytes())
-            else:
-                for piece in _converted(stored[tensor.source], tensor, name, family, config):
-                    file.write(piece.numpy().data)
-            _fill(file, tensor.bytes)
-        file.flush()
-        os.fsync(file.fileno())
+
+    def data(name: str) -> Iterator[memoryview]:
+        if name == ROPE:
+            yield numpy.asarray(rope_factors(folder), dtype=numpy.float32).data
+        else:
+            for piece in _converted(stored[tensors[name].source], tensors[name], name, family, config):
+                yield piece.numpy().data
+
+    write_tensors(aside, metadata, tensors, data)
     for path in replaced:
         path.unlink()
     aside.rename(folder / FILE)
-
-
-def _fill(file: BinaryIO, size: int) -> None:
-    file.write(bytes(aligned(size) - size))
 
 
 def _converted(stored: StoredTensor, tensor: FileTensor, name: str, family: Family,

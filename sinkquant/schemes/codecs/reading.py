@@ -107,7 +107,7 @@ def dense_view(stored: Mapping[str, StoredTensor], forms: Mapping[str, WeightFor
     leaves: dict[str, dict[str, StoredTensor]] = {name: {} for name in forms}
     dense: dict[str, Stored] = {}
     for key, tensor in stored.items():
-        owner = next((key[:end] for end in _dots(key) if key[:end] in forms), None)
+        owner = next((key[:end] for end, letter in enumerate(key) if letter == "." and key[:end] in forms), None)
         if owner is None or key == f"{owner}.bias":
             dense[key] = tensor
         else:
@@ -115,10 +115,6 @@ def dense_view(stored: Mapping[str, StoredTensor], forms: Mapping[str, WeightFor
     for name, form in forms.items():
         dense[f"{name}.weight"] = DecodedTensor(leaves[name], form, tuple(shapes[f"{name}.weight"]), dtype)
     return dense
-
-
-def _dots(key: str) -> list[int]:
-    return [place for place, character in enumerate(key) if character == "."]
 
 
 def _settings(folder: Path) -> dict[str, Any]:

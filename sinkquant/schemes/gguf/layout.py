@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 ALIGNMENT = 32
@@ -65,6 +67,19 @@ def file_bytes(metadata: int, tensors: Mapping[str, FileTensor]) -> int:
     return aligned(24 + metadata + index) + sum(aligned(tensor.bytes) for tensor in tensors.values())
 
 
+def write_tensors(path: Path, metadata: Metadata, tensors: Mapping[str, FileTensor],
+                  data: Callable[[str], Iterable[bytes | memoryview]]) -> None:
+    """Write a file, and wait until it is on the disk. data: name of a tensor -> its bytes, piece by piece."""
+    with path.open("wb") as file:
+        file.write(head(metadata_bytes(metadata), len(metadata), tensors))
+        for name, tensor in tensors.items():
+            for piece in data(name):
+                file.write(piece)
+            file.write(bytes(aligned(tensor.bytes) - tensor.bytes))
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _string(text: str) -> bytes:
     raw = text.encode()
     return struct.pack("<Q", len(raw)) + raw
@@ -72,13 +87,10 @@ def _string(text: str) -> bytes:
 
 def _value(kind: str, value: Any) -> bytes:
     if not kind.startswith("["):
-        return struct.pack("<I", VALUE_TYPES[kind]) + _plain(kind, value)
+        plain = _string(value) if kind == "str" else struct.pack(_STRUCTS[kind], value)
+        return struct.pack("<I", VALUE_TYPES[kind]) + plain
     inner = kind[1:-1]
     head = struct.pack("<IIQ", VALUE_TYPES["array"], VALUE_TYPES[inner], len(value))
     if inner == "str":
         return head + b"".join(map(_string, value))
     return head + struct.pack(f"<{len(value)}{_STRUCTS[inner].removeprefix('<')}", *value)
-
-
-def _plain(kind: str, value: Any) -> bytes:
-    return _string(value) if kind == "str" else struct.pack(_STRUCTS[kind], value)
