@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,12 @@ class WantedTasks:
     """The tasks that a recipe asks for.
 
     Attributes:
-        names: in order. folder: of the user's task files, if there is one.
+        names: in order. outside: those of them that are neither sinkquant's own nor in the folder: lm-eval's.
+        folder: of the user's task files, if there is one.
     """
 
     names: list[str]
+    outside: list[str] = field(default_factory=list)
     folder: Path | None = None
 
 
@@ -51,13 +53,13 @@ def wanted_tasks(settings: Evaluation) -> WantedTasks:
     if not settings.tasks and settings.task_folder is None:
         raise RequestError("evaluate.tasks is empty; name at least one task.")
     if settings.task_folder is None:
-        return WantedTasks(settings.tasks)
+        return WantedTasks(settings.tasks, [name for name in settings.tasks if name not in LOCAL_TASKS])
     folder = Path(settings.task_folder).expanduser()
     inside = tasks_in(folder)
     names = list(dict.fromkeys(settings.tasks))
     if not set(names) & set(inside):
         names += inside
-    return WantedTasks(names, folder)
+    return WantedTasks(names, [name for name in names if name not in (*LOCAL_TASKS, *inside)], folder)
 
 
 def tasks_in(folder: Path) -> list[str]:

@@ -69,9 +69,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
         for name, rows in state.ends.items():
             write_end(writer, Decoder.of(model), state.plan, name, rows)
         for name, weight in state.weights.items():
-            form = state.plan.modules[name].form
-            for key, tensor in linear_tensors(name, weight, form, state.input_scales.get(name)).items():
-                writer.write(key, tensor)
+            write_packed(writer, name, weight, state.plan.modules[name].form, state.input_scales.get(name))
         save_simulated(temporary, state.plan, state.input_scales)
         if state.bases is not None:
             save_bases(state.bases, temporary / KV_BASES)
@@ -116,10 +114,13 @@ def write_end(writer: CheckpointWriter, decoder: Decoder, plan: Plan, name: str,
             writer.write(key, tensor, start if by_rows else 0)
 
 
-def linear_tensors(name: str, weight: StoredWeight, form: WeightFormat,
-                   input_scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """The tensors that a quantized linear becomes, by their names."""
-    return {f"{name}.{leaf}": tensor for leaf, tensor in codec_of(form).leaves(weight, form, input_scale).items()}
+def write_packed(writer: CheckpointWriter, name: str, weight: StoredWeight, form: WeightFormat,
+                 input_scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """Write the tensors that a quantized linear becomes, and return them by their names."""
+    found = {f"{name}.{leaf}": tensor for leaf, tensor in codec_of(form).leaves(weight, form, input_scale).items()}
+    for key, tensor in found.items():
+        writer.write(key, tensor)
+    return found
 
 
 @contextlib.contextmanager

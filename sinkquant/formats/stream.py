@@ -24,7 +24,7 @@ from sinkquant.errors import SinkquantError
 from sinkquant.formats.carried import carry
 from sinkquant.formats.load import KV_BASES, load_dense
 from sinkquant.formats.output import require_free
-from sinkquant.formats.save import copy_dense, disk_errors, linear_tensors, open_writer, write_end, write_files
+from sinkquant.formats.save import copy_dense, disk_errors, open_writer, write_end, write_files, write_packed
 from sinkquant.formats.scratch import Scratch
 from sinkquant.formats.simulated import save_simulated
 from sinkquant.formats.writer import CheckpointWriter
@@ -256,13 +256,13 @@ def _read_ends(partial: Path, decoder: Decoder, plan: Plan) -> None:
 
 def _write_block(writer: CheckpointWriter, block: QuantizedBlock, plan: Plan) -> None:
     """Write what a block has that is new, and compare what the disk gives back."""
-    tensors = dict(block.dense)
+    written: dict[str, torch.Tensor] = {}
     for name, weight in block.weights.items():
-        tensors |= linear_tensors(name, weight, plan.modules[name].form, block.input_scales.get(name))
-    for name, tensor in tensors.items():
+        written |= write_packed(writer, name, weight, plan.modules[name].form, block.input_scales.get(name))
+    for name, tensor in block.dense.items():
         writer.write(name, tensor)
     writer.sync()
-    for name, tensor in tensors.items():
+    for name, tensor in (written | block.dense).items():
         if not _same_bytes(writer.read(name), tensor):
             raise SinkquantError(f"{name} reads back differently from what was written; check the disk.")
 
