@@ -116,11 +116,17 @@ def write_end(writer: CheckpointWriter, decoder: Decoder, plan: Plan, name: str,
 
 def write_packed(writer: CheckpointWriter, name: str, weight: StoredWeight, form: WeightFormat,
                  input_scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """Write the tensors that a quantized linear becomes, and return them by their names."""
-    found = {f"{name}.{leaf}": tensor for leaf, tensor in codec_of(form).leaves(weight, form, input_scale).items()}
+    """Write the tensors of a quantized linear, and return them."""
+    found = linear_tensors(name, weight, form, input_scale)
     for key, tensor in found.items():
         writer.write(key, tensor)
     return found
+
+
+def linear_tensors(name: str, weight: StoredWeight, form: WeightFormat,
+                   input_scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """The tensors that a quantized linear becomes, by their names."""
+    return {f"{name}.{leaf}": tensor for leaf, tensor in codec_of(form).leaves(weight, form, input_scale).items()}
 
 
 @contextlib.contextmanager
