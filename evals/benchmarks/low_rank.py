@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,8 +23,12 @@ from transformers import PreTrainedModel
 
 from sinkquant.artifacts import Plan
 from sinkquant.artifacts.sizes import checkpoint_bytes
-from sinkquant.models import Decoder, load_model, load_tokenizer, open_model, read_text, resolve, token_rows
+from sinkquant.models import Decoder, load_model, load_tokenizer, open_model, resolve
+from sinkquant.models.hooks import hooked
 from sinkquant.policy import make_plan
+from sinkquant.quantize.factor import damped_hessian
+from sinkquant.quantize.hessian import Hessian
+from sinkquant.quantize.rows import text_rows
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.recipe import Recipe
 
@@ -52,72 +57,62 @@ def main() -> None:
     shape = Decoder.of(open_model(folder)).shape(arguments.model)
     lines, baseline = Lines(arguments.lines), Baseline(base)
 
-    def keep(model: PreTrainedModel, name: str, size: int) -> None:
-        for text, rows in texts.items():
-            lines.add(Line.of({"weights": name} | ({"text": text} if text else {}), baseline.compare(model, rows),
-                              size=size))
+    def keep(name: str, size: int, made: Callable[[], PreTrainedModel]) -> None:
+        wanted = {text: {"weights": name} | ({"text": text} if text else {}) for text in texts}
+        if all(map(lines.has, wanted.values())):
+            return
+        model = made()
+        for text, labels in wanted.items():
+            if not lines.has(labels):
+                lines.add(Line.of(labels, baseline.compare(model, texts[text]), size=size))
 
     plan = make_plan(shape, sink_map, recipe)
     model, _ = carry_out(folder, base, plan, tokenizer)
     size = checkpoint_bytes(shape, plan.formats)
-    keep(model, "plain", size)
-    asked = plan.calibration
-    rows = token_rows(tokenizer, read_text(asked.text, "calibration", tokenizer), asked.rows, asked.length, asked.bos)
-    errors = {name: base.get_submodule(name).weight - model.get_submodule(name).weight for name in plan.modules}
-    factors = _factors(errors, _moments(base, plan, rows))
+    keep("plain", size, lambda: model)
+    plain = {name: model.get_submodule(name).weight.data for name in plan.modules}
+    factors = _factors(base, plan, plain, text_rows(Decoder.of(base), plan.calibration, tokenizer))
+
+    def repaired(rank: int) -> PreTrainedModel:
+        for name, (left, right) in factors.items():
+            repair = left[:, :rank].bfloat16().float() @ right[:rank].bfloat16().float()
+            model.get_submodule(name).weight.data = plain[name] + repair
+        return model
+
     for rank in arguments.ranks:
-        more = 0
-        for name, error in errors.items():
-            left, right = (part.bfloat16().float() for part in factors[name](rank))
-            module = model.get_submodule(name)
-            module.weight.data = base.get_submodule(name).weight.data - error + left @ right
-            more += 2 * (left.numel() + right.numel())
-        keep(model, f"repair of rank {rank}", size + more)
+        more = sum(2 * (left[:, :rank].numel() + right[:rank].numel()) for left, right in factors.values())
+        keep(f"repair of rank {rank}", size + more, partial(repaired, rank))
     if arguments.beside:
         other = make_plan(shape, sink_map, recipe.replace(arguments.beside))
-        keep(carry_out(folder, base, other, tokenizer)[0], ", ".join(arguments.beside),
-             checkpoint_bytes(shape, other.formats))
+        keep(", ".join(arguments.beside), checkpoint_bytes(shape, other.formats),
+             lambda: carry_out(folder, base, other, tokenizer)[0])
     print(table(lines.lines, ["text"], recipe.seed))
 
 
 @torch.no_grad()
-def _moments(model: PreTrainedModel, plan: Plan, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The second moment of what every linear reads, float32 [columns, columns]."""
-    weights, found = TokenWeights(rows, plan.calibration).weights, dict[str, torch.Tensor]()
-    root = torch.empty(0)
+def _factors(base: PreTrainedModel, plan: Plan, plain: Mapping[str, torch.Tensor],
+             rows: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Linear -> A and B of full rank, float32: of a lower one, their first columns and rows.
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(_: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
-            scaled = args[0].flatten(0, -2) * root
-            found[name] = found.get(name, 0) + scaled.T @ scaled
+    Args:
+        plain: the quantized weights. rows: int64 [rows, length].
+    """
+    seen = {name: Hessian(weight.shape[1], weight.device) for name, weight in plain.items()}
 
-        return hook
+    def watch(name: str, weights: torch.Tensor, _: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
+        seen[name].add(args[0].flatten(0, -2), weights)
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in plan.modules]
-    for row, weight in zip(rows, weights, strict=True):
-        root = weight.sqrt()[:, None]
-        model(row[None])
-    for handle in handles:
-        handle.remove()
-    return found
-
-
-@torch.no_grad()
-def _factors(errors: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor]
-             ) -> dict[str, Callable[[int], tuple[torch.Tensor, torch.Tensor]]]:
-    """Linear -> rank -> A and B."""
-    def of(error: torch.Tensor, moment: torch.Tensor) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]]:
-        damped = moment.double() + DAMPING * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
-        root = torch.linalg.cholesky(damped)
+    for row, weights in zip(rows, TokenWeights(rows, plan.calibration).weights, strict=True):
+        with hooked([base.get_submodule(name).register_forward_pre_hook(partial(watch, name, weights))
+                     for name in plain]):
+            base(row[None])
+    found = {}
+    for name, weight in plain.items():
+        root = torch.linalg.cholesky(damped_hessian(seen[name].mean(), DAMPING, name)[0])
+        error = base.get_submodule(name).weight.data - weight
         left, values, right = torch.linalg.svd(error.double() @ root, full_matrices=False)
-
-        def cut(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-            inputs = torch.linalg.solve_triangular(root.T, right[:rank].T, upper=True).T
-            return (left[:, :rank] * values[:rank]).float(), inputs.float()
-
-        return cut
-
-    return {name: of(errors[name], moments[name]) for name in errors}
+        found[name] = (left * values).float(), torch.linalg.solve_triangular(root.T, right.T, upper=True).T.float()
+    return found
 
 
 if __name__ == "__main__":
