@@ -213,3 +213,20 @@ def test_values_change_by_section() -> None:
     assert recipe.changed(kv_cache=None).kv_cache is None
     with pytest.raises(RequestError, match="did you mean 'bits'"):
         recipe.changed(weights={"bitz": 3})
+
+
+def test_another_engine_is_that_of_the_budget_too() -> None:
+    recipe = Recipe.parse({"engine": "vllm-cuda", "budget": {"bits": 4.5}})
+    assert recipe.budget.engine == "vllm-cuda"
+    assert recipe.replace(["engine=any"]).budget.engine == "any"
+    assert recipe.changed(engine="transformers").budget.engine == "transformers"
+    assert recipe.replace(["weights.bits=3"]).budget.engine == "vllm-cuda"
+    assert recipe.replace(["budget.solver=even"]).budget.solver == "even"
+    own = Recipe.parse({"engine": "vllm-cuda", "budget": {"bits": 4.5, "engine": "vllm"}})
+    assert own.replace(["engine=any"]).budget.engine == "vllm"
+
+
+def test_two_keys_that_leave_inputs_alone_are_refused() -> None:
+    """A linear that sinks would take out of a budget of inputs' bits costs more of it than was solved for."""
+    with pytest.raises(RequestError, match="set sinks to 'dynamic'"):
+        Recipe().replace(["activations.format=int8", "activations.bits=10", "activations.sinks=16-bit"])

@@ -89,9 +89,9 @@ class KVCachePlan(Strict):
 
     key_bits: int
     value_bits: int
-    group_size: int
-    window: int
-    evict: int | None = None
+    group_size: int = Field(ge=1)
+    window: int = Field(ge=0)
+    evict: int | None = Field(default=None, ge=0)
     sliding_sinks: bool = False
     symmetric: bool
     scale_bits: KVScaleBits = 16
@@ -101,8 +101,8 @@ class KVCachePlan(Strict):
     clip: KVClip = "none"
     rounding: KVRounding = "nearest"
     exact: ExactPolicy
-    first_n: int = 0
-    max_exact: int
+    first_n: int = Field(default=0, ge=0)
+    max_exact: int = Field(ge=0)
     prefix: list[int] = Field(default_factory=list)
     front: list[int] = Field(default_factory=list)
     sinks: list[KVSink] = Field(default_factory=list)

@@ -128,21 +128,21 @@ class Calibration(Strict):
     """
 
     text: str | list[str] | None
-    rows: int
-    length: int
+    rows: int = Field(ge=1)
+    length: int = Field(ge=2)
     bos: Literal["auto", "always", "never"]
-    batch_size: int
+    batch_size: int = Field(ge=1)
     sinks: list[WeighedSink]
-    damping: float
+    damping: float = Field(gt=0, lt=1)
     act_order: bool
     statistics: Statistics = "boost"
     ranges: Literal["all", "exclude"] = "all"
     scale_search: bool = True
-    descent: int = 3
-    tune: int = 0
-    distill: int = 0
+    descent: int = Field(default=3, ge=0)
+    tune: int = Field(default=0, ge=0)
+    distill: int = Field(default=0, ge=0)
     distill_codes: bool = True
-    min_expert_tokens: int = 256
+    min_expert_tokens: int = Field(default=256, ge=0)
 
 
 class PredictedLoss(Strict):

@@ -17,19 +17,38 @@ from sinkquant.cache.layer import SinkLayer
 from sinkquant.cache.read_native import reads_on
 from sinkquant.cache.read_torch import LaneReads, TorchReads
 from sinkquant.cache.store import Lane, PackedStates
+from sinkquant.errors import RequestError
 
 KERNEL_WIDTH, KERNEL_HEADS = 256, 16
 """The widest head, and the most query heads of a KV head, whose tiles fit into the shared memory of small GPUs."""
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-@dataclass(frozen=True)
+@dataclass
 class PackedRead:
-    """What stands in for keys and values on their way to the attention function: the layer, and what packs its window
-    once it has been read."""
+    """How a layer is read by `attend`, and what packs its window once it has been read.
+
+    Attributes:
+        copies: of all keys and values, where the model does something else with them than attend.
+    """
 
     layer: SinkLayer
     settle: Callable[[], None]
+    copies: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The copies, which read the layer.
+
+        Raises:
+            RequestError: the layer shows sinks beyond its sliding window, for which there is no place among them.
+        """
+        if self.layer.sees_sinks:
+            raise RequestError("this model changes keys or values after they are cached, so that it cannot be shown "
+                               "the sinks; leave kv_cache.sliding_sinks out.")
+        if self.copies is None:
+            self.copies = self.layer.dense()
+            self.settle()
+        return self.copies
 
 
 def attend(layer: SinkLayer, query: torch.Tensor, mask: torch.Tensor | None, scale: float,

@@ -12,12 +12,12 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types
 from sinkquant.artifacts.kv import KVCachePlan
 from sinkquant.cache.attention import PackedRead
 from sinkquant.cache.bases import Bases, needs_bases
-from sinkquant.cache.dispatch import stand_in
 from sinkquant.cache.exact import Massive, NewTokens, exact_tokens
 from sinkquant.cache.hadamard import is_power_of_two
 from sinkquant.cache.layer import SinkLayer
 from sinkquant.cache.prefix import Prefix, PrefixMatch
 from sinkquant.cache.rotary import Rotary
+from sinkquant.cache.stand_in import stand_ins
 from sinkquant.errors import RequestError
 
 
@@ -192,8 +192,7 @@ class SinkCache(Cache):
                 # A prompt longer than the window sees its own sinks, so that they must have their slots by now.
                 layer.peel(self._flags)
             read = PackedRead(layer, functools.partial(self._was_read, layer_idx))
-            columns = layer.get_seq_length()
-            return stand_in(read, key_states, columns), stand_in(read, value_states, columns)
+            return stand_ins(read, key_states, value_states, layer.get_seq_length())
         states = layer.update(key_states, value_states)
         self._was_read(layer_idx)
         return states

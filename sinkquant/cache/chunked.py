@@ -18,6 +18,10 @@ def chunk_length(plan: KVCachePlan) -> int:
     return max(1, min(plan.group_size, plan.window))
 
 
+class ReadInChunks(Exception):
+    """A model does something else with keys or values than attend, so that its rows have to come in chunks."""
+
+
 @dataclass(frozen=True)
 class ChunkedRead:
     """What stands in for keys and values on their way to the attention function.
@@ -35,6 +39,14 @@ class ChunkedRead:
     values: torch.Tensor
     packed_keys: torch.Tensor
     packed_values: torch.Tensor
+
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """There are none that all chunks see.
+
+        Raises:
+            ReadInChunks: always.
+        """
+        raise ReadInChunks
 
     def attend(self, own: Callable[..., tuple[torch.Tensor, torch.Tensor | None]], module: nn.Module,
                query: torch.Tensor, mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, None]:

@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from sinkquant.cache.attention import PackedRead, attend, with_slots
 from sinkquant.cache.chunked import ChunkedRead
+from sinkquant.cache.stand_in import read_of
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
 
@@ -39,22 +40,9 @@ def dispatch_packed(model: PreTrainedModel) -> None:
     model.set_attn_implementation(name)
 
 
-def stand_in(read: PackedRead | ChunkedRead, new: torch.Tensor, length: int) -> torch.Tensor:
-    """A tensor without memory of its own in the shape of all keys or values, NaN wherever it is read by mistake, that
-    carries what is read instead to the attention function.
-
-    Args:
-        new: [batch, kv_heads, new, head_dim]. length: columns of the stand-in.
-    """
-    batch, heads, _, width = new.shape
-    tensor = new.new_full((1, 1, 1, 1), float("nan")).expand(batch, heads, length, width)
-    tensor.packed_read = read  # type: ignore[attr-defined]
-    return tensor
-
-
 def _over_sdpa(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                attention_mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    read = getattr(key, "packed_read", None)
+    read = read_of(key, value)
     if read is None:
         return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **kwargs)
     return _read(read, AttentionInterface()["sdpa"], module, query, attention_mask, **kwargs)
@@ -62,7 +50,7 @@ def _over_sdpa(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value:
 
 def _over_eager(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                 attention_mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    read = getattr(key, "packed_read", None)
+    read = read_of(key, value)
     # Every architecture brings an eager attention of its own in its module.
     own = sys.modules[type(module).__module__].eager_attention_forward
     if read is None:

@@ -17,8 +17,9 @@ from sinkquant.errors import RequestError
 def save_ordered(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str], facts: Mapping[str, str]) -> None:
     """Write what `safetensors.torch.save_file` writes, with the facts in the order of their names: safetensors keeps
     them in a hash table whose order changes from one call to the next."""
-    save_file(dict(tensors), path, dict(facts))
-    with open(path, "r+b") as file:
+    aside = Path(path).with_name(f".{Path(path).name}.partial")  # a half-written one is never taken for the file
+    save_file(dict(tensors), aside, dict(facts))
+    with aside.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -26,6 +27,7 @@ def save_ordered(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[st
         assert len(text) <= length, "another order is no longer"
         file.seek(8)
         file.write(text.ljust(length))
+    aside.replace(path)
 
 
 def load_ordered(path: str | os.PathLike[str], schema: str, what: str, remedy: str, missing: str = "there is no",

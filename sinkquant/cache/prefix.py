@@ -20,6 +20,8 @@ from sinkquant.cache.ordered import load_ordered, save_ordered
 from sinkquant.errors import RequestError
 
 SCHEMA = "sinkquant/kvprefix@1"
+SMALLEST = 2.0 ** -14
+"""Of float16's normal numbers: below it numbers of bfloat16 change when a model is loaded in float16."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,10 @@ def fingerprint(model: PreTrainedModel, ids: list[int]) -> str:
     """A hash of the architecture and of the embeddings of these tokens, which quantization leaves alone."""
     config = model.config.get_text_config(decoder=True)
     facts = [type(model).__name__, config.num_hidden_layers, config.hidden_size, config.num_attention_heads,
-             str(getattr(config, "rope_parameters", None))]
+             getattr(config, "rope_parameters", None)]
     rows = model.get_input_embeddings().weight[torch.tensor(ids)].detach().to("cpu", torch.bfloat16)
-    digest = hashlib.sha256(json.dumps(facts).encode())
+    rows[rows.abs() < SMALLEST] = 0
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())  # config.json is written sorted
     digest.update(rows.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

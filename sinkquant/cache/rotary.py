@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
 
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
+from sinkquant.models.hooks import hooked
 
 
 @dataclass(frozen=True)
@@ -60,4 +63,28 @@ def rotary_of(model: PreTrainedModel) -> Rotary:
     seven = torch.tensor([[7]], device=model.device)
     if turned[0].shape != key.shape or not torch.allclose(rotary.move(turned[0], seven), turned[1], atol=1e-4):
         raise refusal
+    if not _all_rotate(model, rotary):
+        raise RequestError(f"kv_cache.evict moves sinks by rotary positions, and some layers of {type(model).__name__} "
+                           "have none; leave kv_cache.evict out.")
     return rotary
+
+
+def _all_rotate(model: PreTrainedModel, rotary: Rotary) -> bool:
+    """Whether the keys of every layer are rotated: those of one token at two places, in rows of that token alone with
+    nothing attended to, differ by nothing else."""
+    def silent(_module: nn.Module, _given: Any, output: Any) -> Any:
+        return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
+
+    decoder = Decoder.of(model)
+    attentions = [module for block in decoder.blocks for module in block.modules()
+                  if "attention" in type(module).__name__.lower()]
+    cache = DynamicCache()  # without a configuration it keeps all of it
+    row = torch.full((1, 11), decoder.vocabulary // 2, device=model.device)
+    with torch.no_grad(), hooked([module.register_forward_hook(silent) for module in attentions]):
+        model(row, past_key_values=cache, use_cache=True)
+    seven = torch.tensor([[7]], device=model.device)
+    for keys in (layer.keys for layer in cache.layers if layer.is_initialized):
+        moved, there = rotary.move(keys[:, :, 3:4], seven).float(), keys[:, :, 10:11].float()
+        if (moved - there).abs().max() > 0.02 * there.abs().max():
+            return False
+    return True

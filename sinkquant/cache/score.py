@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from transformers import PreTrainedModel
 
 from sinkquant.artifacts.kv import KVCachePlan
 from sinkquant.cache.cache import SinkCache
-from sinkquant.cache.chunked import chunk_length
+from sinkquant.cache.chunked import ReadInChunks, chunk_length
 from sinkquant.cache.prefix import put_in_front
 from sinkquant.cache.prepare import prepare
 from sinkquant.cache.whole import WholeRows, reads_whole
@@ -21,10 +23,14 @@ def cached_logits(model: PreTrainedModel, ids: torch.Tensor, plan: KVCachePlan) 
     and values and measure nothing. Where `reads_whole` says that it gives the same scores, that takes one pass.
     """
     prepare(model)
-    whole = reads_whole(model, plan)
-    cache = (WholeRows if whole else SinkCache)(model.config, plan)
     ids, _ = put_in_front(ids, None, plan.front)
+    if reads_whole(model, plan):
+        with contextlib.suppress(ReadInChunks):
+            return _logits(model, ids, WholeRows(model.config, plan), ids.shape[1])[:, len(plan.front):]
+    return _logits(model, ids, SinkCache(model.config, plan), chunk_length(plan))[:, len(plan.front):]
+
+
+def _logits(model: PreTrainedModel, ids: torch.Tensor, cache: SinkCache, length: int) -> torch.Tensor:
     with torch.no_grad():
         return torch.cat([model(chunk, past_key_values=cache, use_cache=True).logits
-                          for chunk in ids.split(ids.shape[1] if whole else chunk_length(plan), dim=1)],
-                         dim=1)[:, len(plan.front):]
+                          for chunk in ids.split(length, dim=1)], dim=1)

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from sinkquant.artifacts.kv import KVCachePlan
 from sinkquant.cache.cache import SinkCache
 from sinkquant.cache.chunked import ChunkedRead
-from sinkquant.cache.dispatch import reads_packed, stand_in
+from sinkquant.cache.dispatch import reads_packed
 from sinkquant.cache.layer import SinkLayer
+from sinkquant.cache.stand_in import stand_ins
 
 
 def reads_whole(model: PreTrainedModel, plan: KVCachePlan) -> bool:
@@ -45,4 +46,4 @@ class WholeRows(SinkCache):
         layer.settle(self.row_starts)
         read = ChunkedRead(self.plan, key_states, value_states, *layer.dense())
         layer.reset()
-        return stand_in(read, key_states, key_states.shape[2]), stand_in(read, value_states, key_states.shape[2])
+        return stand_ins(read, key_states, value_states, key_states.shape[2])

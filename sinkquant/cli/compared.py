@@ -18,6 +18,7 @@ from sinkquant.cli.parts import (
     TrustOption,
     printed,
     shown_progress,
+    to_file,
 )
 from sinkquant.models import resolve
 from sinkquant.recipe import Recipe
@@ -33,8 +34,7 @@ def compare(checkpoints: Annotated[list[str], typer.Argument(help=CHECKPOINT + "
             assignments: SetOption = None, sink_map: SinkMapOption = None,
             sinks: Annotated[bool, typer.Option(help="Whether to measure sink fidelity.")] = True,
             json: JsonOption = False,
-            output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the report here; .html, .md or "
-                                                                               ".json.")] = None,
+            output: Annotated[Path | None, to_file("Write the report here; .html, .md or .json.")] = None,
             trust_remote_code: TrustOption = False) -> None:
     """Any number of checkpoints beside their unquantized model: sizes, divergence, perplexity, sinks, by size."""
     recipe = Recipe().replace(assignments or [])
@@ -74,8 +74,7 @@ def explain(checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT + ".")], b
             verify: Annotated[bool, typer.Option("--verify", help="Quantize the baseline anew with each recipe change "
                                                                   "that is named, and measure it.")] = False,
             full: FullOption = False, json: JsonOption = False,
-            output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the explanation here; .md or "
-                                                                               ".json.")] = None,
+            output: Annotated[Path | None, to_file("Write the explanation here; .md or .json.")] = None,
             trust_remote_code: TrustOption = False) -> None:
     """Where the loss of a checkpoint comes from: ranked causes, each with what putting it right removes."""
     recipe = Recipe().replace(assignments or [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import inspect
+import io
 import signal
 import sys
 from collections.abc import Callable
@@ -37,6 +38,8 @@ def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong request, 3 below the quality gate."""
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell ignores Ctrl-C for its background jobs
         signal.signal(number, signal.default_int_handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # tokens that the terminal's encoding lacks
     try:
         code = app(standalone_mode=False)
     except typer.Exit as stop:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import typer
+import yaml
 
 from sinkquant.artifacts.base import write_atomically
 from sinkquant.cli.paper import paragraph
@@ -36,8 +38,8 @@ def init(output: Annotated[Path, typer.Argument(help="The recipe file to write; 
         raise RequestError(f"no engine {engine!r}; choose from {', '.join(get_args(Engine))}.")
     content = recipe_text(output.stem, engine, size or typer.prompt("Bits per weight (4, 3.5) or size (80MB, 1.5GB)",
                                                                     default="4"))
+    Recipe.parse(yaml.safe_load(content), "the answers")
     write_atomically(output, content)
-    Recipe.load(output)
     paragraph(f"Recipe: {output}")
     paragraph(f"Next: quantize-model plan {model} -r {output}, then quantize-model run {output} --model {model}")
 
@@ -64,7 +66,7 @@ def recipe_text(name: str, engine: str, size: str) -> str:
         raise RequestError(f"{size} bits per weight cannot be had; ask for 2 to 8, or a size such as 80MB.")
     lines = [
         "# Written by quantize-model init. Every other key has its default (quantize-model recipes show w4a16-sink).",
-        f"name: {name}",
+        f"name: {json.dumps(name)}",
         "calibration:",
         "  text: null  # your own text fits your use better than the packaged prose",
         "  rows: 64  # of 512 tokens",

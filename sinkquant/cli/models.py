@@ -25,6 +25,7 @@ from sinkquant.cli.parts import (
     find_sinks,
     printed,
     shown_progress,
+    to_file,
 )
 from sinkquant.cli.show import show_sink_map
 from sinkquant.errors import RequestError
@@ -35,7 +36,7 @@ from sinkquant.recipe import DEFAULT_RECIPE, Recipe
 
 def detect(model: ModelArgument, text: TextOption = None, assignments: SetOption = None, json: JsonOption = False,
            full: FullOption = False,
-           output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the sink map here.")] = None,
+           output: Annotated[Path | None, to_file("Write the sink map here.")] = None,
            trust_remote_code: TrustOption = False) -> None:
     """Find sink tokens, heads, channels and super weights."""
     sink_map = find_sinks(inside_run(model), text, Recipe().replace(assignments or []), trust_remote_code)
@@ -48,7 +49,7 @@ def diagnose(models: Annotated[list[str], typer.Argument(help="A model folder, a
              against: Annotated[str | None, typer.Option(help="A quantized version, to be compared with it.")] = None,
              text: TextOption = None, assignments: SetOption = None, json: JsonOption = False,
              sink_map: SinkMapOption = None,
-             output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the diagnosis here.")] = None,
+             output: Annotated[Path | None, to_file("Write the diagnosis here.")] = None,
              depth_plot: Annotated[Path | None, typer.Option(help="Write a page here that draws the depth at which "
                                                                   "tokens settle.")] = None,
              trust_remote_code: TrustOption = False) -> None:
@@ -112,7 +113,7 @@ def cut(model: ModelArgument,
 
 
 def imatrix(model: ModelArgument,
-            output: Annotated[Path, typer.Option("-o", "--output", help="The file to write, as imatrix.gguf.")],
+            output: Annotated[Path, to_file("The file to write, as imatrix.gguf.")],
             recipe: RecipeOption = DEFAULT_RECIPE, assignments: SetOption = None, text: TextOption = None,
             sink_map: SinkMapOption = None, trust_remote_code: TrustOption = False) -> None:
     """Write an importance matrix with the sinks' weight, for llama.cpp's llama-quantize --imatrix."""

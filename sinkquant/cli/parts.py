@@ -7,13 +7,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from sinkquant.artifacts import Artifact, Sensitivity, SinkMap
-from sinkquant.cli.paper import err
+from sinkquant.cli.paper import err, out
 from sinkquant.models import resolve
 from sinkquant.recipe import Recipe
 
@@ -34,6 +34,11 @@ EngineOption = Annotated[str | None, typer.Option("--engine", help="What is to r
                                                   "vllm-cpu, llama.cpp, transformers; as --set engine=.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the artifact as JSON.")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model folder carries.")]
+
+
+def to_file(text: str) -> Any:
+    """The option -o of a command that writes one file."""
+    return typer.Option("-o", "--output", dir_okay=False, help=text)
 
 
 def for_engine(recipe: Recipe, engine: str | None) -> Recipe:
@@ -105,5 +110,5 @@ def shown_progress() -> Iterator[Bars]:
     for library in ("compressed_tensors", "bitsandbytes"):
         logging.getLogger(library).setLevel(logging.ERROR)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, disable=not err.is_terminal or err.quiet) as progress:
+    with Progress(*columns, console=err, disable=not err.is_terminal or out.quiet) as progress:
         yield Bars(progress)

@@ -26,6 +26,7 @@ from sinkquant.cli.parts import (
     for_engine,
     printed,
     shown_progress,
+    to_file,
 )
 from sinkquant.cli.show import show_frontier, show_plan
 from sinkquant.errors import RequestError
@@ -45,14 +46,19 @@ def plan(model: ModelArgument,
          engine: EngineOption = None,
          frontier: Annotated[bool, typer.Option("--frontier", help="Solve a sweep of budgets: predicted loss against "
                                                 "bytes, with uniform plans and the control.")] = False,
-         output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan here; with --frontier a "
-                                                     "page, and its figures as JSON beside it.")] = None,
+         output: Annotated[Path | None, to_file("Write the plan here; with --frontier a "
+                                                "page, and its figures as JSON beside it.")] = None,
          types: Annotated[Path | None, typer.Option("--tensor-types", help="Write the type of every tensor here, as "
                                                     "llama-quantize reads them with --tensor-type-file; for recipes "
                                                     "with backend=gguf.")] = None,
          trust_remote_code: TrustOption = False) -> None:
     """Decide bits per module, with reasons and exact bytes; quantizes nothing."""
     chosen, folder = for_engine(Recipe.load(recipe).replace(assignments or []), engine), resolve(model)
+    if text:
+        from sinkquant.models.corpus import text_digest
+
+        text_digest(text, "calibration")  # refuses what cannot be read
+        chosen = chosen.changed(calibration={"text": text})
     if types:
         from sinkquant.policy import check_tensor_types
 
@@ -64,8 +70,7 @@ def plan(model: ModelArgument,
         if frontier:
             raise RequestError("--frontier sweeps budgets of one model, and prune.blocks makes another; drop the "
                                "blocks in a run of its own first.")
-        asked = chosen.changed(calibration={"text": text}) if text else chosen
-        _show(_of_shorter(asked, model, sink_map, sensitivity, trust_remote_code), output, json, full)
+        _show(_of_shorter(chosen, model, sink_map, sensitivity, trust_remote_code), output, json, full)
         return
     from sinkquant.policy import check_solvable, make_frontier, make_plan
     from sinkquant.policy.headers import plan_ready
@@ -131,8 +136,8 @@ def sensitivity(model: ModelArgument,
                 recipe: RecipeOption = DEFAULT_RECIPE,
                 assignments: SetOption = None, text: TextOption = None, json: JsonOption = False,
                 sink_map: SinkMapOption = None,
-                output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the sensitivities here, "
-                                                            "or take them from there.")] = None,
+                output: Annotated[Path | None, to_file("Write the sensitivities here, "
+                                                       "or take them from there.")] = None,
                 trust_remote_code: TrustOption = False) -> None:
     """What every format of every linear would lose, through the sinks and through all other tokens."""
     chosen = Recipe.load(recipe).replace(assignments or [])
@@ -183,7 +188,7 @@ def advise(model: ModelArgument,
            only: Annotated[list[str] | None, typer.Option("--only", metavar="NAME", help="Look at this protection; "
                                                           "may be given again. Default: all.")] = None,
            json: JsonOption = False,
-           output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the advice here.")] = None,
+           output: Annotated[Path | None, to_file("Write the advice here.")] = None,
            trust_remote_code: TrustOption = False) -> None:
     """What each kind of protection is worth on a model at a recipe's formats: predicted, and measured if asked."""
     chosen = for_engine(Recipe.load(recipe).replace(assignments or []), engine)

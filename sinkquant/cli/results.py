@@ -18,6 +18,7 @@ from sinkquant.cli.parts import (
     TrustOption,
     printed,
     shown_progress,
+    to_file,
 )
 from sinkquant.cli.show import show_report
 from sinkquant.errors import RequestError
@@ -29,7 +30,7 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A run's folder or a ch
              task_folder: TaskFolderOption = None, assignments: SetOption = None, json: JsonOption = False,
              sensitivity: Annotated[Path | None, typer.Option(help="Predict the losses from this file; default: what "
                                                                    "the plans say.")] = None,
-             output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the report here.")] = None,
+             output: Annotated[Path | None, to_file("Write the report here.")] = None,
              trust_remote_code: TrustOption = False) -> None:
     """Measure a checkpoint with lm-eval, beside its baseline and its control: all documents, all rows."""
     asked: dict[str, Any] = {"sample": None, "precision": None} | ({"text": text} if text else {})

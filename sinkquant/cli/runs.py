@@ -15,6 +15,9 @@ from sinkquant.errors import RequestError
 from sinkquant.models import resolve
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe
 
+BESIDE_A_PLAN = {"name", "description", "compute", "detect", "evaluate", "gate"}
+"""Sections of a recipe of which a plan says nothing."""
+
 
 def run(recipe: Annotated[str | None, typer.Argument(help="A recipe file or the name of a packaged one; "
                                                           "default: " + DEFAULT_RECIPE + ".")] = None,
@@ -34,7 +37,8 @@ def run(recipe: Annotated[str | None, typer.Argument(help="A recipe file or the 
     """Detect, plan, quantize, save, evaluate, report."""
     edited = Plan.load(plan_file) if plan_file else None
     known = SinkMap.load(sink_map) if sink_map else None
-    chosen = _recipe_of_run(recipe, edited, assignments or [])
+    output = output.expanduser()
+    chosen = _recipe_of_run(recipe, edited, assignments or [], sensitivity is not None)
     if task_folder:
         chosen = chosen.changed(evaluate={"task_folder": str(task_folder)})
     resolve(model)
@@ -57,12 +61,13 @@ def run(recipe: Annotated[str | None, typer.Argument(help="A recipe file or the 
         raise typer.Exit(3)
 
 
-def _recipe_of_run(recipe: str | None, edited: Plan | None, assignments: list[str]) -> Recipe:
+def _recipe_of_run(recipe: str | None, edited: Plan | None, assignments: list[str], predicts: bool) -> Recipe:
     if edited is None:
         return Recipe.load(recipe or DEFAULT_RECIPE).replace(assignments)
     if recipe is not None:
         raise RequestError("a plan brings the recipe that it was made with; give --plan or a recipe, not both.")
+    free = BESIDE_A_PLAN | ({"sensitivity"} if predicts else set())
     for assignment in assignments:
-        if assignment.partition(".")[0] in ("weights", "prune", "protect", "budget", "calibration"):
+        if assignment.partition("=")[0].strip().partition(".")[0] not in free:
             raise RequestError(f"--set {assignment} would change nothing beside --plan; edit the plan instead.")
     return Recipe.parse(edited.recipe, "the recipe in the plan").replace(assignments)

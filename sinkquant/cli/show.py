@@ -34,16 +34,17 @@ def show_frontier(found: Frontier, output: Path | None, json: bool) -> None:
     from sinkquant.cli.tables.measured import frontier_table  # matplotlib
     from sinkquant.report.frontier import page
 
-    if output:
-        found.save(output.with_suffix(".json"))
-        write_atomically(output.with_suffix(".html"), page(found))
+    whole = output if output is None or output.suffix not in (".html", ".json") else output.with_suffix("")
+    if whole:
+        found.save(whole.with_name(f"{whole.name}.json"))
+        write_atomically(whole.with_name(f"{whole.name}.html"), page(found))
     if printed(found, json):
         return
     table(frontier_table(found))
     for note in found.notes:
         paragraph(f"Note: {note}")
-    if output:
-        paragraph(f"Frontier: {output.with_suffix('.html')}")
+    if whole:
+        paragraph(f"Frontier: {whole.with_name(f'{whole.name}.html')}")
 
 
 def show_report(made: Report) -> None:

@@ -54,8 +54,8 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
         # Gu et al.'s negative control repeats the token from the first position on; a <bos> would be its sink.
         rows, long_rows = ids[counts.argmax()].expand(len(rows), rows.shape[1]).clone(), None
         notes.append("the text repeats one token: its rows are the published negative control, without <bos>")
-    if long_rows is None:
-        notes.append(f"the text holds no row of {settings.long_length} tokens: sinks were looked for in rows of "
+    elif long_rows is None and settings.long_rows and surveyor.long_length > rows.shape[1]:
+        notes.append(f"the text holds no row of {surveyor.long_length} tokens: sinks were looked for in rows of "
                      f"{rows.shape[1]} tokens only")
     facts = tokenization_facts(tokenizer, rows)
     bare = None

@@ -43,12 +43,8 @@ def find_middle(step: Step) -> Middle | None:
         seen.append((module, as_probe(given), as_probe(output[0] if isinstance(output, tuple) else output)))
 
     handles = [child.register_forward_hook(hook, with_kwargs=True) for child in step.block.children()]
-    observers, step.walk.observers[:] = list(step.walk.observers), []
-    try:
-        with hooked(handles):
-            result = step.probe(probe)
-    finally:
-        step.walk.observers[:] = observers
+    with hooked(handles):
+        result = step.probe(probe)
     for i, (module, given, _) in enumerate(seen):
         if given is None or torch.equal(given, probe):
             continue

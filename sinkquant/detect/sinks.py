@@ -19,6 +19,7 @@ from sinkquant.artifacts import SinkCriterion, SinkKind, SinkToken
 from sinkquant.detect.detector import Detector, Found, Survey, text_of
 from sinkquant.detect.table import AttentionTable
 from sinkquant.detect.tokens import SinkCandidate, find_sinks
+from sinkquant.models.text import is_delimiter
 from sinkquant.recipe import Detection
 from sinkquant.sinks import SinkSelector
 
@@ -149,7 +150,7 @@ def _named(sink: Sink, tokenizer: PreTrainedTokenizerBase) -> SinkToken:
         kind = "bos"
     elif candidate.position == 0:
         kind = "first_position"
-    elif text is not None and not any(character.isalnum() for character in text):
+    elif text is not None and is_delimiter(text):
         kind = "delimiter"
     return SinkToken(token_id=candidate.token_id, text=text, position=candidate.position, kind=kind,
                      attention=candidate.attention, heads=candidate.heads, share=candidate.share, massive=sink.massive,

@@ -34,15 +34,19 @@ class Surveyor:
                                "tokens only; set it lower.")
         return token_rows(tokenizer, content, count, length, self.recipe.calibration.bos, self.decoder.vocabulary)
 
+    @property
+    def long_length(self) -> int:
+        """Tokens of the longer rows, as long as the model allows."""
+        return min(self.recipe.detect.long_length, self.decoder.max_length)
+
     def long_rows(self, tokenizer: PreTrainedTokenizerBase, content: str) -> torch.Tensor | None:
         """Rows for sinks further back, as long as the model and the text allow; None where they allow no more than
         the short ones have."""
         settings = self.recipe.detect
-        length = min(settings.long_length, self.decoder.max_length)
-        if settings.long_rows == 0 or length <= settings.length:
+        if settings.long_rows == 0 or self.long_length <= settings.length:
             return None
         try:
-            return self.rows(tokenizer, content, settings.long_rows, length)
+            return self.rows(tokenizer, content, settings.long_rows, self.long_length)
         except RequestError:
             return None
 

@@ -17,6 +17,7 @@ from sinkquant.diagnose.null import measured
 from sinkquant.diagnose.survey import WalkSettings
 from sinkquant.models import Decoder
 from sinkquant.models.head import runs_of_positions, what_follows
+from sinkquant.models.text import is_delimiter
 
 BOUND = 0.1
 """Nats per token: about what 4-bit weights cost a small model."""
@@ -80,7 +81,7 @@ def drawn(rows: torch.Tensor, sinks: torch.Tensor, decode: Callable[[int], str],
     """Kind -> flat places of tokens of it, ascending: "sinks", "delimiters" (no letter or digit), "others". The last
     token of a row counts as any other."""
     ids, inverse = rows.unique(return_inverse=True)
-    marks = torch.tensor([not any(character.isalnum() for character in decode(int(token))) for token in ids.tolist()])
+    marks = torch.tensor([is_delimiter(decode(int(token))) for token in ids.tolist()])
     delimiters = marks[inverse] & ~sinks
     generator = torch.Generator().manual_seed(seed)
     kinds: tuple[tuple[Kind, torch.Tensor, int], ...] = (

@@ -104,7 +104,9 @@ class SinkComparison:
         self._known = self._known or self._look(first)
         before, after = self._known, self._look(second)
         if kept is not None:
-            before = replace(before, side=of_blocks(before.side, kept), attention=before.attention[list(kept)])
+            attending = [block for block in range(len(first.blocks)) if block not in first.quiet]
+            before = replace(before, side=of_blocks(before.side, kept), attention=before.attention[
+                [place for place, block in enumerate(attending) if block in kept]])
         a, b, seed = before.side, after.side, self.compute.seed
         kl = position_divergence(self.original, before.states, quantized, after.states)
         curves = [SpreadCurve(with_bos=self.with_bos, position=a.position, before=a.curve, after=b.curve)]

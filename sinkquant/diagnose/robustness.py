@@ -199,6 +199,8 @@ def _replaced(rows: torch.Tensor, start: int, tokens: Sequence[int]) -> torch.Te
 def hide_first(step: Step) -> None:
     """Take the first position out of the mask of every later query of a block: what a sliding window does that keeps no
     sink (StreamingLLM, 2309.17453)."""
+    if step.index in step.walk.decoder.quiet:
+        return
     given = step.walk.arguments[step.index]
     mask, length = given.get("attention_mask"), step.walk.rows.shape[1]
     if mask is None:

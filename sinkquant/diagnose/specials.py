@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
+
+from sinkquant.errors import first_line
 
 BEFORE, AFTER = "one ", " two"
 PATHS = ("plain text", "plain text, split_special_tokens=True", "chat template")
@@ -24,7 +27,11 @@ def special_token_paths(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         if path == "chat template" and tokenizer.chat_template is None:
             found[path] = "there is none"
             continue
-        real = [text for text, token in specials.items() if _count(tokenizer, path, text, token) > 0]
+        try:
+            real = [text for text, token in specials.items() if _count(tokenizer, path, text, token) > 0]
+        except (jinja2.TemplateError, TypeError, ValueError) as error:  # a template is a program
+            found[path] = f"does not render one user message ({first_line(error)})"
+            continue
         found[path] = (f"become real special tokens: {', '.join(real)}; strip them from user text" if real
                        else "stay text")
     return found

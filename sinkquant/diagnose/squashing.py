@@ -6,7 +6,6 @@ The exact products and Jacobians need length x length matrices: they are for row
 from __future__ import annotations
 
 import copy
-import functools
 
 import torch
 
@@ -34,7 +33,7 @@ class MixingProduct:
     """
 
     def __init__(self) -> None:
-        self.layers: list[torch.Tensor] = []
+        self.product: torch.Tensor | None = None
         self._chunks: list[torch.Tensor] = []
         self._batches: list[torch.Tensor] = []
 
@@ -50,14 +49,11 @@ class MixingProduct:
         self._batches.append((mixed / mixed.sum(-1, keepdim=True)).cpu())
 
     def close_layer(self) -> None:
-        """All batches of a layer were seen."""
+        """All batches of a layer were seen: the last layer stands leftmost."""
         if self._batches:
-            self.layers.append(torch.cat(self._batches))
+            layer = torch.cat(self._batches)
+            self.product = layer if self.product is None else layer @ self.product
         self._batches = []
-
-    def product(self) -> torch.Tensor:
-        """[rows, length, length], the last layer leftmost."""
-        return functools.reduce(lambda before, layer: layer @ before, self.layers)
 
 
 def mixing_product(decoder: Decoder, rows: torch.Tensor, compute: WalkSettings) -> torch.Tensor:
@@ -77,7 +73,8 @@ def mixing_product(decoder: Decoder, rows: torch.Tensor, compute: WalkSettings) 
     for step in walk.steps():
         step.run()
         observer.close_layer()
-    return observer.product()
+    assert observer.product is not None, "the first block attends"
+    return observer.product
 
 
 def jacobian_norms(decoder: Decoder, row: torch.Tensor) -> torch.Tensor:

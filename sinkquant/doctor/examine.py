@@ -13,7 +13,7 @@ from sinkquant.artifacts import ModelShape
 from sinkquant.artifacts.sizes import own_format
 from sinkquant.cache.read_native import native_or_why
 from sinkquant.detect.table import AttentionTable
-from sinkquant.errors import RequestError
+from sinkquant.errors import RequestError, first_line
 from sinkquant.models import Decoder, Walk, adds_bos, read_text, starts_with_bos, together, token_rows
 from sinkquant.models.text import leading
 from sinkquant.policy.engines import loads_in
@@ -130,7 +130,7 @@ def _tokenization(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, au
         rendered = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
         direct = leading(_ids(tokenizer.apply_chat_template(MESSAGES, tokenize=True)), bos)
     except (jinja2.TemplateError, TypeError, ValueError) as error:
-        found["chat template"] = f"does not render one user message ({str(error).splitlines()[0]})"
+        found["chat template"] = f"does not render one user message ({first_line(error)})"
         audit.warnings.append("the chat template does not render a single user message; check how chats are served.")
         return
     again = leading(list(tokenizer(rendered)["input_ids"]), bos)

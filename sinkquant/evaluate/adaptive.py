@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 
+from sinkquant.errors import SinkquantError
 from sinkquant.evaluate.candidate import BASELINE, DECIDED, Candidate
 from sinkquant.evaluate.divergence import BATCH_ROWS, Reader, compare_side_by_side
 from sinkquant.evaluate.looks import Look, known, looks, settled
@@ -37,6 +39,9 @@ def measure_divergences(candidates: Sequence[Candidate], shelf: Shelf, rows: tor
         here = rows[seen:look.rows]
         figures = shared(range(len(here)), functools.partial(_one_look, base, others, shelf, here))
         for place, candidate in enumerate(others):
+            if not all(math.isfinite(row[place][0]) for row in figures):
+                raise SinkquantError(f"what {candidate.name} ({candidate.path}) predicts is not finite: its weights, "
+                                     "or what they make of this text, overflow.")
             candidate.divergences += [row[place][0] for row in figures]
             candidate.by_position += [row[place][1:] for row in figures]
         seen = look.rows

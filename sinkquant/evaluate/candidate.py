@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -40,6 +41,10 @@ class Candidate:
     divergences: list[float] = field(default_factory=list)
     by_position: list[list[float]] = field(default_factory=list)
     continued: list[PositionLoss] = field(default_factory=list)
+
+    def unmeasured(self, **changes: Any) -> Candidate:
+        """The same with other fields and nothing measured yet."""
+        return replace(self, tasks={}, divergences=[], by_position=[], continued=[], **changes)
 
 
 @dataclass(frozen=True)

@@ -114,10 +114,16 @@ def _open(name: str, manager: TaskManager) -> tuple[list[Any], dict[str, int]]:
     """What lm-eval makes of a name, and how many documents every task of it has."""
     try:
         found = manager.load([name])
+        unsafe = [key for key, task in found["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]
         inside = {task for group in found["groups"].values() for task in group.get_all_tasks()}
+        if unsafe:
+            raise RequestError(f"the task {unsafe[0]!r} runs code that a model writes, which is not done here; leave "
+                               "it out, or run it with lm-eval itself.")
         top = [group for key, group in found["groups"].items() if key == name] or [
             task for task in found["tasks"].values() if task not in inside]
         return top, {key: len(task.eval_docs) for key, task in found["tasks"].items()}
+    except RequestError:
+        raise
     except Exception as error:  # whatever a task's own code, its data set or the network may raise
         raise RequestError(f"lm-eval cannot load the task {name!r} here, its data has to be reachable: "
                            f"{first_line(error)}.") from error
@@ -144,7 +150,7 @@ def _result(samples: list[dict[str, Any]], aggregate: dict[str, Any], directions
             kept[name] = found
         error = standard_error(metric, kept[name]) if name in kept else None
         measures[name] = Measure(value=float(value), stderr=error)
-        higher[name] = bool(directions.get(metric, True))
+        higher[name] = directions.get(metric) is not False  # lm-eval says nothing of metrics of a task's own
     return TaskResult(measures, kept, higher, len({sample["doc_id"] for sample in samples}))
 
 
@@ -153,7 +159,8 @@ def _per_document(samples: list[dict[str, Any]], metric: str) -> Samples | None:
     values = [sample.get(metric) for sample in samples]
     if values and all(isinstance(value, int | float) for value in values):
         return [float(value) for value in values], [1.0] * len(values)  # type: ignore[arg-type]
-    if values and all(isinstance(value, tuple | list) and len(value) == 2 for value in values):
+    if values and all(isinstance(value, tuple | list) and len(value) == 2
+                      and all(isinstance(one, int | float) for one in value) for value in values):
         return [float(value[0]) for value in values], [float(value[1]) for value in values]  # type: ignore[index]
     return None
 

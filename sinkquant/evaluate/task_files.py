@@ -55,15 +55,15 @@ def wanted_tasks(settings: Evaluation) -> WantedTasks:
     if settings.task_folder is None:
         return WantedTasks(settings.tasks, [name for name in settings.tasks if name not in LOCAL_TASKS])
     folder = Path(settings.task_folder).expanduser()
-    inside = tasks_in(folder)
+    inside, together = tasks_in(folder)
     names = list(dict.fromkeys(settings.tasks))
-    if not set(names) & set(inside):
-        names += inside
-    return WantedTasks(names, [name for name in names if name not in (*LOCAL_TASKS, *inside)], folder)
+    if not set(names) & {*inside, *together}:
+        names += inside or together
+    return WantedTasks(names, [name for name in names if name not in (*LOCAL_TASKS, *inside, *together)], folder)
 
 
-def tasks_in(folder: Path) -> list[str]:
-    """Names of the tasks and groups in a folder's YAML files, sorted.
+def tasks_in(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the tasks in a folder's YAML files, and of the groups and tags that stand for several; both sorted.
 
     Raises:
         RequestError: as `wanted_tasks`.
@@ -71,11 +71,15 @@ def tasks_in(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise RequestError(f"evaluate.task_folder {folder} is no folder; name one that holds lm-eval task files.")
     names: dict[str, Path] = {}
-    for path in sorted([*folder.rglob("*.yaml"), *folder.rglob("*.yml")]):
+    together: set[str] = set()
+    for path in sorted(folder.rglob("*.yaml")):
         content = _read(path)
-        name = content.get("task", content.get("group"))
+        tags = content.get("tag") or []
+        together |= {one for one in [content.get("group"), *(tags if isinstance(tags, list) else [tags])]
+                     if isinstance(one, str)}
+        name = content.get("task")
         if not isinstance(name, str):
-            continue  # a file that others include, or a group by tasks of its own
+            continue  # a file that others include, or a group
         if name in LOCAL_TASKS:
             raise RequestError(f"{path} defines {name}, which is a task of sinkquant's own; give it another name.")
         if name in names:
@@ -85,9 +89,9 @@ def tasks_in(folder: Path) -> list[str]:
             if not Path(data).expanduser().exists():
                 raise RequestError(f"the task {name!r} in {path} reads {data}, and there is no such file; a path that "
                                    "is not absolute starts at the working directory.")
-    if not names:
+    if not names and not together:
         raise RequestError(f"evaluate.task_folder {folder} holds no lm-eval task file (*.yaml with a key 'task').")
-    return sorted(names)
+    return sorted(names), sorted(together)
 
 
 def unknown_task(name: str, folder: Path | None, inside: Sequence[str]) -> str:

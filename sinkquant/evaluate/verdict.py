@@ -5,10 +5,27 @@ from __future__ import annotations
 from typing import Literal
 
 from sinkquant.artifacts.report import Fidelity, Paired, Row, Verdict
-from sinkquant.recipe import Gate
+from sinkquant.errors import RequestError
+from sinkquant.recipe import Gate, Recipe
 
 Answer = Literal["pays", "does not pay", "no difference shown", "not measured"]
 Recovery = dict[str, dict[str, dict[str, float]]]
+
+
+def require_gate(recipe: Recipe) -> None:
+    """Refuse bounds that nothing will be measured for.
+
+    Raises:
+        RequestError: the recipe leaves out what one of them is of.
+    """
+    bounds = [name for name, bound in recipe.gate.model_dump().items() if bound is not None]
+    if bounds and recipe.evaluate.skip:
+        raise RequestError(f"gate.{bounds[0]} is a bound on the evaluation, which evaluate.skip leaves out; leave out "
+                           "one of the two.")
+    of_sinks = [name for name in bounds if name not in ("max_divergence", "min_recovery")]
+    if of_sinks and not recipe.evaluate.fidelity:
+        raise RequestError(f"gate.{of_sinks[0]} is a bound on sink fidelity, which evaluate.fidelity=false leaves out; "
+                           "leave out one of the two.")
 
 
 def judge(rows: list[Row], paired: list[Paired], recovery: Recovery, fidelity: Fidelity | None,
@@ -89,6 +106,10 @@ def gate_failures(rows: list[Row], recovery: Recovery, fidelity: Fidelity | None
         elif (found := tasks["divergence"]["kl"].value) > gate.max_divergence:
             failures.append(f"KL divergence {found:.4g} nats is over gate.max_divergence {gate.max_divergence:g}")
     if gate.min_recovery is not None:
+        base, aware = ({row.name: row for row in rows}.get(name) for name in ("unquantized", "sink_aware"))
+        failures += [f"{task} {metric} of the result is not finite, so that gate.min_recovery is not kept"
+                     for task, metrics in (base.tasks if base and aware else {}).items()
+                     for metric in metrics if aware and task in aware.tasks and metric not in aware.tasks[task]]
         if not recovery.get("sink_aware"):
             failures.append("gate.min_recovery was not measured: it needs the unquantized model beside the result")
         for task, metrics in recovery.get("sink_aware", {}).items():

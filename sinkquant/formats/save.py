@@ -74,7 +74,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
         if state.bases is not None:
             save_bases(state.bases, temporary / KV_BASES)
         write_files(temporary, model, state.plan, sink_map or state.plan.sink_map, recipe, state.tokens)
-        files_of(state.plan.backend).finish(temporary, state.plan, type(model).__name__)
+        files_of(state.plan.backend).finish(temporary, state.plan, type(model).__name__, lambda: None)
         check_reload(model, temporary, state.plan)
     return target
 
@@ -175,7 +175,7 @@ def write_files(folder: Path, model: PreTrainedModel, plan: Plan, sink_map: Sink
     Args:
         tokens: module name of a layer's experts -> calibration tokens that went to each of them.
     """
-    packed = any(decision.bits < 16 for decision in plan.modules.values())
+    packed = bool(plan.stored)
     if packed:
         asked = files_of(plan.backend).settings(model, plan)
         if "ignore" in asked:
@@ -208,7 +208,10 @@ def check_reload(model: PreTrainedModel, folder: Path, plan: Plan) -> None:
     Raises:
         SinkquantError: they differ.
     """
-    again = load_dense(folder, dtype=model.dtype, trust_remote_code=runs_own_code(model))
+    again = load_dense(folder, model.dtype, str(model.device), runs_own_code(model))
+    attention = model.config.get_text_config(decoder=True)._attn_implementation
+    if attention and again.config.get_text_config(decoder=True)._attn_implementation != attention:
+        again.set_attn_implementation(attention)  # others round differently
     if any(scheme_of(form).ends != NO_ROUNDING for form in plan.formats.values()):
         for mine, theirs in ((again.get_input_embeddings(), model.get_input_embeddings()),
                              (again.get_output_embeddings(), model.get_output_embeddings())):
@@ -218,7 +221,7 @@ def check_reload(model: PreTrainedModel, folder: Path, plan: Plan) -> None:
     row = torch.randint(vocabulary, (1, 16), generator=generator)
     with torch.no_grad():
         expected = model(row.to(model.device), use_cache=False).logits.cpu()
-        found = again(row, use_cache=False).logits
+        found = again(row.to(again.device), use_cache=False).logits.cpu()
     if not torch.equal(expected, found):
         worst = float((expected.float() - found.float()).abs().max())
         raise SinkquantError(f"the checkpoint does not give the model's logits when loaded back (off by {worst:.3g}); "

@@ -126,8 +126,7 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
         scratch.clear()
         save_simulated(partial, plan, scales)
         write_files(partial, model, plan, sink_map, recipe, tokens)
-        (partial / STATE).unlink()
-        files_of(plan.backend).finish(partial, plan, type(model).__name__)
+        files_of(plan.backend).finish(partial, plan, type(model).__name__, (partial / STATE).unlink)
         _check_reload(partial, decoder, plan)
         partial.rename(folder)
     return losses

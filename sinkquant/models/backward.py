@@ -28,7 +28,6 @@ class BackStep:
         step: the block, its walk standing at this block's inputs; `step.batch` are the rows at hand.
         gradients: [rows, length, hidden_size], of the block's outputs; after `pull`, of its inputs.
         ended: [rows, length, hidden_size], the outputs of the last block.
-        logits: float32 [rows, length, vocabulary] of the batch at hand are never kept.
     """
 
     step: Step

@@ -87,7 +87,7 @@ def kv_layers(config: PreTrainedConfig) -> list[KVLayerShape]:
     found = []
     for kind, kwargs, layer in zip(kinds, arguments, config.per_layer_config, strict=True):
         heads, key_dim, value_dim = _heads(layer)
-        if kind not in FULL + SLIDING:
+        if kind not in FULL + SLIDING or getattr(layer, "kv_lora_rank", None):
             heads = 0
         found.append(KVLayerShape(heads=heads, key_dim=key_dim, value_dim=value_dim,
                                   sliding_window=kwargs.get("sliding_window")))

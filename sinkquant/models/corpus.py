@@ -32,6 +32,8 @@ Split = Literal["calibration", "evaluation"]
 TextSource = str | os.PathLike[str] | Sequence[str] | None
 PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstandard", b"BZh": "bzip2",
           b"\xfd7zXZ": "xz"}
+LONGEST_NAME = 255
+"""Characters of a file's name."""
 WEIGHTED = re.compile(r"(.+)@(\d+(?:\.\d+)?)")
 """A text with its weight among several."""
 MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
@@ -147,6 +149,9 @@ def _contents(path: TextSource, split: Split) -> Iterator[tuple[str, bytes]]:
         return
     else:
         whole = Path(path).expanduser()
+        if len(whole.name) > LONGEST_NAME:
+            raise RequestError(f"the {split} text {str(path)[:40]!r}... is longer than names of files are; give a file "
+                               "that holds the text.")
         matching = [] if whole.exists() else sorted(glob.glob(str(whole), recursive=True))
         paths = [Path(one) for one in matching if Path(one).is_file()] or [whole]
     for one in paths:
@@ -219,7 +224,10 @@ def _is_data(name: str, content: bytes) -> bool:
     start = content.removeprefix(b"\xef\xbb\xbf").lstrip()
     if content.startswith(b"PAR1") or name.lower().endswith((".parquet", ".json", ".jsonl", ".ndjson", ".csv", ".tsv")):
         return True
-    return start[:1] in (b"{", b"[") and (_parses(start.splitlines()[0]) or _parses(start))
+    if start[:1] not in (b"{", b"["):
+        return False
+    first = [line for line in start.split(b"\n", 64) if line.strip()][:2]
+    return all(map(_parses, first)) or _parses(start)
 
 
 def _parses(text: bytes) -> bool:
@@ -236,10 +244,13 @@ def _records(name: str, content: bytes, what: str) -> Sequence[Any]:
     text = _decoded(content, what)
     if name.lower().endswith((".csv", ".tsv")):
         delimiter = "\t" if name.lower().endswith(".tsv") else ","
+        limit = csv.field_size_limit(max(len(text), 1))  # a document is longer than csv's 131,072 characters
         try:
             return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
         except csv.Error as error:
             raise RequestError(f"{what} is no table that can be read: {error}.") from error
+        finally:
+            csv.field_size_limit(limit)
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError):
@@ -273,7 +284,7 @@ def _parquet(content: bytes, what: str) -> Sequence[Any]:
         table = file.read(columns=names[:1] or None)
         return list(table.to_pylist())
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise RequestError(f"{what} is a parquet file that cannot be read: {str(error).splitlines()[0]}.") from error
+        raise RequestError(f"{what} is a parquet file that cannot be read: {first_line(error)}.") from error
 
 
 def _joined(records: Sequence[Any], what: str, tokenizer: PreTrainedTokenizerBase | None) -> str:

@@ -35,8 +35,9 @@ from sinkquant.models.structure import Structure, inputs, refusals, structure_of
 from sinkquant.models.unused import unused_of
 from sinkquant.schemes.tensors import scale_dtype
 
-FUSED_BY_ENGINES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")
+FUSED_BY_ENGINES = (("q_proj", "k_proj", "v_proj"), ("q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj"),
+                    ("w1", "w3"))
+ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.(proj|layer|wg|classifier))?$")
 ROUTER_REASON = "router: its few weights decide which expert is read"
 
 
@@ -261,10 +262,14 @@ def max_length(model: PreTrainedModel) -> int:
 
 
 def require_dense(model: PreTrainedModel) -> None:
-    """Raises RequestError if a linear keeps its weights packed, which cannot be observed."""
+    """Raises RequestError if a linear keeps its weights packed, or a parameter is FP8, which cannot be observed."""
     for name, module in model.named_modules():
         if getattr(type(module), "keeps_packed", False):
             raise RequestError(f"{name} keeps its weights packed; load the checkpoint without packed=True.")
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.itemsize == 1:
+            raise RequestError(f"the weight {name} is in {str(parameter.dtype).removeprefix('torch.')}; give the "
+                               "model's folder, from which it is dequantized.")
 
 
 def weight_matrix(module: nn.Module) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from sinkquant.errors import RequestError
+from sinkquant.errors import RequestError, first_line
 from sinkquant.models.gguf import SUFFIX, gguf_in, unpacked
 from sinkquant.models.gguf_index import FILE, is_gguf_checkpoint, read_index
 from sinkquant.models.headers import read_header
@@ -54,8 +54,8 @@ def resolve(model: str) -> Path:
         try:
             folder = Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise RequestError(f"{model!r} is no local folder, and the hub did not give it: {reason}") from error
+            raise RequestError(f"{model!r} is no local folder, and the hub did not give it: "
+                               f"{first_line(error)}.") from error
     if (folder / ADAPTER).is_file():
         from sinkquant.models.adapters import base_named, merged  # brings torch along
 

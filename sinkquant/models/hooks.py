@@ -27,29 +27,33 @@ def computing(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Itera
     replaced = []
     try:
         for module, forward in forwards:
+            replaced.append((module, module.__dict__.get("forward")))
             module.forward = forward
-            replaced.append(module)
         yield
     finally:
-        for module in replaced:
+        for module, before in reversed(replaced):
             module.__dict__.pop("forward", None)
+            if before is not None:  # another library's, such as accelerate's
+                module.forward = before
 
 
 @contextlib.contextmanager
 def compute_in(modules: Sequence[nn.Module], device: str, dtype: torch.dtype) -> Iterator[None]:
     """Cast the floating-point parameters and buffers of modules while the context is open; what stays on disk is left
-    there.
+    there, and the frequencies of rotary embeddings in the dtype that they have, as transformers loads them.
 
     Afterwards a tensor has its own dtype and device again: the very values it had, or, where somebody changed them in
     the meantime, those.
     """
     tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers()) if not t.is_meta}
+    angles = {id(t) for module in modules for name, t in module.named_buffers() if name.endswith("inv_freq")}
     # A cast to fewer bits cannot be undone: the values are kept.
     before = [(t, t.dtype, t.device, t.data if t.is_floating_point() and _loses(t.dtype, dtype) else None)
               for t in tensors.values()]
     try:
         for tensor, _, _, _ in before:
-            tensor.data = tensor.data.to(device, dtype) if tensor.is_floating_point() else tensor.data.to(device)
+            cast = tensor.is_floating_point() and id(tensor) not in angles
+            tensor.data = tensor.data.to(device, dtype) if cast else tensor.data.to(device)
         yield
     finally:
         for tensor, old_dtype, old_device, original in before:

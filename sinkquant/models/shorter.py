@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from sinkquant.errors import RequestError
+from sinkquant.errors import RequestError, first_line
 from sinkquant.models.decoder import Decoder
+from sinkquant.models.loading import auto_class
 
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type", "indexer_types",
              "sliding_windows", "num_attention_heads_per_layer", "num_key_value_heads_per_layer", "layers_num_experts",
@@ -58,11 +59,10 @@ def shorter_model(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedMode
     try:
         config = shorter_config(model.config, kept)
         with init_empty_weights(include_buffers=False):
-            shorter = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+            shorter = auto_class(model.config).from_config(config, dtype=model.dtype)
     except Exception as error:  # every architecture has its own way to say so
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RequestError(f"transformers cannot build {type(model).__name__} with {len(kept)} blocks ({said}); leave "
-                           "prune.blocks out.") from error
+        raise RequestError(f"transformers cannot build {type(model).__name__} with {len(kept)} blocks "
+                           f"({first_line(error)}); leave prune.blocks out.") from error
     shorter.tie_weights()
     _require_same(model, shorter, kept)
     return shorter.eval()

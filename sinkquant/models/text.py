@@ -28,6 +28,11 @@ def leading(ids: Sequence[int], bos: int | None) -> int:
     return next((place for place, token in enumerate(ids) if bos is None or token != bos), len(ids))
 
 
+def is_delimiter(text: str) -> bool:
+    """Whether a token holds no letter and no digit, nor a part of one, which decodes to the replacement character."""
+    return not any(character.isalnum() or character == "\ufffd" for character in text)
+
+
 def starts_with_bos(tokenizer: PreTrainedTokenizerBase, bos: BosPolicy) -> bool:
     """Whether rows start with `<bos>`: "auto" follows the tokenizer, and never puts it there twice.
 

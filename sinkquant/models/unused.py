@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from sinkquant.models.experts import LoadedNames
 from sinkquant.models.folder import read_settings
+from sinkquant.models.gguf_index import is_gguf_checkpoint
 from sinkquant.models.shards import StoredTensor, stored_tensors
 from sinkquant.models.source import folder_of, source_of
 
@@ -63,8 +64,10 @@ def unused_of(model: PreTrainedModel) -> Unused:
     folder = folder_of(model)
     if folder is None or read_settings(folder).get("quantization_config") is not None:
         return Unused()
-    stored = stored_tensors(folder)
-    source, loaded = source_of(model), LoadedNames(model)
+    source = source_of(model)
+    if source is None and not (is_gguf_checkpoint(folder) or any(folder.glob("*.safetensors"))):
+        return Unused()  # a model in memory, from a folder of pickled weights
+    stored, loaded = stored_tensors(folder), LoadedNames(model)
     names = [name for name in stored if loaded.becomes(name) not in loaded.state
              and (source is None or name in source.tensors)]
     modules = {name for name, _ in model.named_modules()}

@@ -9,7 +9,7 @@ from sinkquant.policy.activations import spares, with_inputs
 from sinkquant.policy.carried import carried
 from sinkquant.policy.edited import accept_edited
 from sinkquant.policy.kv_cache import make_kv_plan
-from sinkquant.policy.plan import choices_of, make_plan
+from sinkquant.policy.plan import check_budget, choices_of, make_plan
 from sinkquant.policy.rules import base_choices
 from sinkquant.policy.split import check_split
 from sinkquant.recipe import Budget, Recipe
@@ -75,6 +75,7 @@ def require_plannable(shape: ModelShape, recipe: Recipe) -> None:
         if recipe.kv_cache.prefix != "none":  # detection says whether rows begin with it
             changes += ["activations.sinks=all"] if recipe.activations.sinks == "exclude" else []
             changes += ["protect.statistics=all"] if recipe.protect.statistics == "exclude" else []
+    check_budget(shape, nothing_found(shape), recipe)
     # What is solved for may become another plan than the one without a budget, which its engine need not run.
     engine = "any" if recipe.budget.solved else recipe.engine
     recipe = recipe.model_copy(update={"budget": Budget(), "engine": engine})
@@ -83,6 +84,9 @@ def require_plannable(shape: ModelShape, recipe: Recipe) -> None:
     if recipe.solves_cache:  # its bits take sensitivities; whether the fewest are few enough takes none
         make_kv_plan(shape, nothing_found(shape), recipe)
         recipe = recipe.changed(kv_cache={"bits": None})
+    if recipe.solves_inputs:  # likewise
+        choices_of(shape, nothing_found(shape), recipe)
+        recipe = recipe.changed(activations={"bits": None})
     make_plan(shape, nothing_found(shape), recipe)
 
 

@@ -50,14 +50,10 @@ def kv_units(plan: KVCachePlan | None, sensitivity: Sensitivity, recipe: Recipe)
     `kv_cache.overrides` fixes.
 
     Raises:
-        RequestError: bits of the cache are to be chosen and the budget does not count its bytes, or the sensitivities
-            do not have its losses.
+        RequestError: bits of the cache are to be chosen and the sensitivities do not have its losses.
     """
     if not recipe.sensitivity.kv_bits or plan is None:
         return []
-    if recipe.budget.context is None:
-        raise RequestError("sensitivity.kv_bits lets a budget choose the bits of the KV cache, and this one does not "
-                           "count its bytes; name budget.bytes and budget.context, or leave kv_bits out.")
     if not sensitivity.kv:
         raise RequestError("the sensitivities hold no losses of the KV cache; make them anew with sensitivity.kv_bits.")
     return _units(plan, sensitivity, recipe)
@@ -68,14 +64,11 @@ def spent_by_loss(shape: ModelShape, plan: KVCachePlan, sensitivity: Sensitivity
     """A cache of the fewest bits, with what `kv_cache.bits` leaves spent where heads were measured to lose most.
 
     Raises:
-        RequestError: there are no sensitivities of the cache, or a budget of the whole model chooses its bits too.
+        RequestError: there are no sensitivities of the cache.
     """
     settings = recipe.kv_cache
     assert settings is not None
     assert settings.bits is not None
-    if recipe.budget.solved and recipe.sensitivity.kv_bits:
-        raise RequestError("kv_cache.bits and a budget with sensitivity.kv_bits both choose the bits of the KV cache; "
-                           "leave one of them out.")
     if sensitivity is None or not sensitivity.kv:
         raise RequestError("kv_cache.bits is met by sensitivities of the KV cache; make them with "
                            "sinkquant.find_sensitivity, or run quantize-model plan, which makes them itself.")

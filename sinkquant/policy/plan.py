@@ -25,7 +25,7 @@ from sinkquant.artifacts.sizes import checkpoint_bytes, own_format
 from sinkquant.errors import RequestError
 from sinkquant.methods import require_methods
 from sinkquant.policy.activations import EXCLUDED, check_exclusion, simulated_notes, spare_sinks, with_inputs
-from sinkquant.policy.allocate import Allocation, solve
+from sinkquant.policy.allocate import ROUNDS, Allocation, solve
 from sinkquant.policy.budget import choice_bytes, close_gap, evenly_spread, fill, linear_bytes
 from sinkquant.policy.carried import carried, check_recipe, notes
 from sinkquant.policy.ends import OWN_FORMAT, asked_of_edited, choose_ends, end_notes, sized
@@ -72,9 +72,7 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
         solved = solve(choices, shape, sink_map, recipe, sensitivity, kv_cache)
         choices, kv_cache, recipe = solved.choices, solved.kv_cache, solved.recipe
     elif recipe.budget.limited:
-        order = [name for name, _ in affected(shape, sink_map)]
-        order += [name for name in evenly_spread(list(shape.linears)) if name not in order]
-        choices = _within_budget(base, choices, shape, recipe, order)
+        choices = _within_budget(base, choices, shape, sink_map, recipe)
     if kv_cache is not None and recipe.solves_cache:
         kv_cache = spent_by_loss(shape, kv_cache, sensitivity, recipe)
     choices = with_input_bits(choices, shape, recipe, sensitivity)
@@ -174,7 +172,10 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
     if gap > 0.01:
         plan.notes.append(f"the control's size differs by {gap:.1%}: no raise fits the bytes that are left")
     plan = with_small_heads(with_pruning(plan, shape, sink_map, recipe), aware, sink_map)
-    plan = plan.model_copy(update={"kv_cache": make_kv_control(aware.kv_cache)})
+    # Edited or not: what decides between the two is the sinks alone.
+    settings = aware.calibration.model_copy(update={"sinks": [], "statistics": "all", "ranges": "all"})
+    plan = plan.model_copy(update={"kv_cache": make_kv_control(aware.kv_cache), "calibration": settings,
+                                   "seed": aware.seed})
     if sensitivity is not None and sensitivity.units:
         plan = with_expected_loss(plan, sensitivity)
     return plan.made_from(sink_map)
@@ -215,6 +216,9 @@ def _finish(name: str, choices: dict[str, Draft], shape: ModelShape, recipe: Rec
     kv_scheme = make_kv_scheme(shape, recipe)
     if own and kv_scheme is not None:
         raise RequestError(NO_KV_SCHEME)
+    if kv_scheme is not None and not (formats or ends):
+        raise RequestError("kv_cache_scheme stands in the configuration of packed weights, and nothing is packed; "
+                           "quantize some linears, or leave it out.")
     total = checkpoint_bytes(with_kv_scales(with_ends(after, ends), kv_scheme), formats)
     unquantized = checkpoint_bytes(shape, {})
     modules = {
@@ -274,8 +278,20 @@ def _calibration(recipe: Recipe, sinks: list[WeighedSink], statistics: Statistic
         statistics=statistics, min_expert_tokens=settings.min_expert_tokens)
 
 
-def _within_budget(base: dict[str, Draft], choices: dict[str, Draft], shape: ModelShape, recipe: Recipe,
-                   order: list[str]) -> dict[str, Draft]:
+def check_budget(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> None:
+    """Refuse a budget that is spent evenly where the fewest bytes are over it, whatever is detected.
+
+    Raises:
+        RequestError: as `make_plan`.
+    """
+    if recipe.budget.limited and not recipe.budget.solved:
+        _within_budget(*choices_of(shape, sink_map, recipe), shape, sink_map, recipe)
+
+
+def _within_budget(base: dict[str, Draft], choices: dict[str, Draft], shape: ModelShape, sink_map: SinkMap,
+                   recipe: Recipe) -> dict[str, Draft]:
+    order = [name for name, _ in affected(shape, sink_map)]
+    order += [name for name in evenly_spread(list(shape.linears)) if name not in order]
     named = {name: choice for name, choice in choices.items() if choice.keep and choice.pinned}
     floor = share_formats(base | named, shape)
     least = linear_bytes(shape, floor)
@@ -307,13 +323,15 @@ def _within_budget(base: dict[str, Draft], choices: dict[str, Draft], shape: Mod
                 member: replace(floor[member], reason=f"{floor[member].bits} bits: {words} does not pay for its "
                                                       f"protection ({choices[member].why})")
                 for member in shape.linears[name].fused_with or [name]}
-    filled = fill(choices, shape, allowed - linear_bytes(shape, choices), order, f"{words} allows it")
-    if whole is not None:
+    spent = linear_bytes(shape, choices)
+    filled = fill(choices, shape, allowed - spent, order, f"{words} allows it")
+    for _ in range(ROUNDS if whole is not None else 0):
         packed = {n: c.form for n, c in filled.items() if c.quantized}
-        over = checkpoint_bytes(sized(shape, recipe), packed) - whole
-        if over > 0:  # the header of the files is longer for longer numbers
-            spare = allowed - over - linear_bytes(shape, choices)
-            filled = fill(choices, shape, max(0, spare), order, f"{words} allows it")
+        over = checkpoint_bytes(sized(shape, recipe), packed) - (whole or 0)
+        if over <= 0:
+            break
+        # The header of the files is longer for longer numbers.
+        filled = fill(choices, shape, max(0, linear_bytes(shape, filled) - over - spent), order, f"{words} allows it")
     return filled
 
 

@@ -14,7 +14,8 @@ def check_solvable(recipe: Recipe) -> None:
     """Refuse a budget that is solved for where sensitivities say nothing about what the recipe does.
 
     Raises:
-        RequestError: weights that are changed before they are quantized, FP8, or a backend whose linears cannot differ.
+        RequestError: weights that are changed before they are quantized, FP8, a backend whose linears cannot differ, or
+            bits of a KV cache that there is not, that is not counted or that has a budget of its own.
     """
     weights = recipe.weights
     for key, value in (("rotate", weights.rotate), ("smooth", weights.smooth)):
@@ -25,6 +26,8 @@ def check_solvable(recipe: Recipe) -> None:
         raise RequestError("budget.bits counts the blocks' linears alone, so that it cannot choose bits of the head "
                            "and the embedding; name budget.bytes, megabytes or bits_per_parameter, or leave "
                            "sensitivity.end_bits out.")
+    if recipe.sensitivity.kv_bits:
+        _check_cache(recipe)
     scheme = scheme_for(recipe)
     if recipe.sensitivity.end_bits and scheme.foreign:
         held = any(one.ends != NO_ROUNDING for one in of_backend(recipe.backend))
@@ -38,6 +41,19 @@ def check_solvable(recipe: Recipe) -> None:
     if not multiplied.solvable:
         raise RequestError(f"{multiplied.words} have one format, so that there is nothing to solve for; leave the "
                            "budget out.")
+
+
+def _check_cache(recipe: Recipe) -> None:
+    """Refuse bits of the KV cache that the budget cannot choose."""
+    if recipe.kv_cache is None:
+        raise RequestError("sensitivity.kv_bits asks for losses of a packed KV cache, and the recipe has no section "
+                           "kv_cache; add one, or leave kv_bits out.")
+    if recipe.solves_cache:
+        raise RequestError("kv_cache.bits and a budget with sensitivity.kv_bits both choose the bits of the KV cache; "
+                           "leave one of them out.")
+    if recipe.budget.context is None:
+        raise RequestError("sensitivity.kv_bits lets a budget choose the bits of the KV cache, and this one does not "
+                           "count its bytes; name budget.bytes and budget.context, or leave kv_bits out.")
 
 
 def bits_tried(recipe: Recipe) -> list[int]:

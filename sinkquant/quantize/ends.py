@@ -48,7 +48,7 @@ def quantize_ends(decoder: Decoder, plan: Plan) -> dict[str, PackedWeight]:
         found[name] = packed.to("cpu")
         weight = decoder.model.get_submodule(name).weight
         assert isinstance(weight, torch.Tensor)
-        weight.data = packed.dequantized(decoder.model.dtype).to(weight.dtype)
+        weight.data = packed.dequantized(decoder.model.dtype).to(weight.device, weight.dtype)
     return found
 
 

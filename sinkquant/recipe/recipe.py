@@ -142,6 +142,13 @@ class Recipe(Section):
         # Not allow_unicode: PyYAML then writes a next-line character as one that it reads back as a space.
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
+    def _as_asked(self) -> dict[str, Any]:
+        """All keys, without the engine that the budget took from the recipe, which may get another."""
+        data = self.model_dump(mode="json")
+        if self.budget.engine == self.engine:
+            data["budget"]["engine"] = "any"
+        return data
+
     def changed(self, **sections: Any) -> Self:
         """A copy with other values: `changed(weights={"bits": 3}, seed=1)`. A section keeps what is not named; one that
         is off, as `kv_cache` may be, starts from its defaults.
@@ -149,7 +156,7 @@ class Recipe(Section):
         Raises:
             RequestError: an unknown key, a value out of range.
         """
-        return type(self).parse(_merged(self.model_dump(mode="json"), sections))
+        return type(self).parse(_merged(self._as_asked(), sections))
 
     def replace(self, assignments: Iterable[str]) -> Self:
         """A copy with `key.path=value` assignments applied, as `--set` takes them. A limit of the budget takes the
@@ -158,7 +165,7 @@ class Recipe(Section):
         Raises:
             RequestError: an assignment without "=", an unknown key, a value out of range.
         """
-        data = self.model_dump(mode="json")
+        data = self._as_asked()
         read = [read_assignment(assignment, type(self)) for assignment in assignments]
         if any(path[:-1] == ["budget"] and path[-1] in LIMITS and value is not None for path, value in read):
             data["budget"] |= dict.fromkeys(LIMITS)

@@ -144,6 +144,9 @@ class Activations(Section):
     def _something_to_choose(self) -> Self:
         if self.bits is not None and self.format == NO_ROUNDING:
             raise ValueError("activations.bits is for inputs that are rounded; name activations.format")
+        if self.bits is not None and self.sinks == "16-bit":
+            raise ValueError("activations.bits says where inputs stay in 16 bits, and activations.sinks '16-bit' says "
+                             "it too; set sinks to 'dynamic' or 'all'")
         return self
 
     @property

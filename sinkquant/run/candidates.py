@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -83,10 +82,9 @@ def mechanisms(candidates: list[Candidate], plans: list[Plan],
     base, *quantized = candidates
     rows = []
     for candidate, one, name in zip(quantized, plans, ("", "_control"), strict=False):
-        rows.append(replace(candidate, name=f"weights{name}", kv=None, tasks_too=False, tasks={}, divergences=[]))
+        rows.append(candidate.unmeasured(name=f"weights{name}", kv=None, tasks_too=False))
         load = _with_own_cache(base.load, one, tokenizer) if one.kv_cache is not None else base.load
-        rows.append(replace(base, name=f"cache{name}", load=load, kv=one.kv_cache, tasks_too=False, tasks={},
-                            divergences=[]))
+        rows.append(base.unmeasured(name=f"cache{name}", load=load, kv=one.kv_cache, tasks_too=False))
     return rows
 
 

@@ -15,12 +15,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from sinkquant.artifacts import Plan, SinkMap
 from sinkquant.artifacts.base import write_atomically
 from sinkquant.errors import RequestError
 from sinkquant.formats import versions
 from sinkquant.formats.output import UNDONE, beside, put_in_place, real_place, require_free
 from sinkquant.models.corpus import text_digest
 from sinkquant.recipe import Recipe
+from sinkquant.schemes import DEFAULT_BACKEND
 
 LOG = logging.getLogger("sinkquant")
 MODEL, CONTROL = "model", "model-control"
@@ -99,8 +101,8 @@ def work_folder(target: Path, key: str, resume: bool) -> Iterator[WorkFolder]:
         try:
             with _log_file(work.path):
                 yield work
-            (work / MANIFEST).unlink()
             put_in_place(work.path, place)
+            (place / MANIFEST).unlink()
         except BaseException as error:
             if not resume:
                 shutil.rmtree(work.path, ignore_errors=True)
@@ -125,14 +127,17 @@ def _begin(work: WorkFolder, resume: bool) -> None:
     work.write_manifest()
 
 
-def run_key(recipe: Recipe, folder: Path, plan: str | None = None, sink_map: str | None = None) -> str:
+def run_key(recipe: Recipe, folder: Path, plan: Plan | None = None, sink_map: SinkMap | None = None,
+            backend: str = DEFAULT_BACKEND) -> str:
     """A hash of all that decides a run's result: recipe, edited plan and sink map that were given, model files, texts,
-    package versions."""
-    given = [recipe.model_dump(mode="json"), plan, sink_map, versions()]
+    versions of the packages, those of a backend among them."""
+    given = [recipe.model_dump(mode="json"), plan and plan.to_json(), sink_map and sink_map.to_json(),
+             versions(backend)]
     digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode())
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         digest.update(f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns};".encode())
-    digest.update(text_digest(recipe.calibration.text, "calibration"))
+    for text in (recipe.calibration.text, *([plan.calibration.text] if plan else [])):
+        digest.update(text_digest(text, "calibration"))
     digest.update(text_digest(recipe.evaluate.text, "evaluation"))
     return digest.hexdigest()
 

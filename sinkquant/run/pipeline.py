@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from sinkquant.artifacts import Plan, Report, Sensitivity, SinkMap
 from sinkquant.evaluate import require_tasks_possible
+from sinkquant.evaluate.verdict import require_gate
 from sinkquant.formats import dismiss, follow, require_free, versions
 from sinkquant.models import Decoder, load_tokenizer, open_model, pick_device, read_text, resolve
 from sinkquant.models.corpus import require_two_texts
@@ -36,6 +37,7 @@ from sinkquant.run.job import Job, save_plan
 from sinkquant.run.planning import with_calibration_notes
 from sinkquant.run.shorter import shape_after
 from sinkquant.run.stages import Progress
+from sinkquant.schemes import DEFAULT_BACKEND
 from sinkquant.schemes.packages import require_packages
 
 LOG = logging.getLogger("sinkquant")
@@ -86,8 +88,10 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
         check_recipe(recipe)
         if recipe.budget.solved:
             check_solvable(recipe)
+    backend = edited.backend if edited else recipe.backend
     if not plan_only:
-        require_packages(edited.backend if edited else recipe.backend)
+        require_packages(backend)
+        require_gate(recipe)
     require_two_texts(recipe.calibration.text, recipe.evaluate.text)
     folder = resolve(str(model))
     if not plan_only and not has_tokenizer(folder):
@@ -114,7 +118,8 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
         form = require_loads(decoder, shape, {name: asked[name] for name in asked if name in shape.linears}, {
             name: end for name, end in ends.items() if name in shape.ends}, kv_scheme)
     pick_device(recipe.compute.device)
-    read_text(recipe.calibration.text, "calibration", tokenizer)
+    for text in (recipe.calibration.text, *([edited.calibration.text] if edited else [])):
+        read_text(text, "calibration", tokenizer)
     read_text(recipe.evaluate.text, "evaluation", tokenizer)
     if not plan_only and not recipe.evaluate.skip:
         require_tasks_possible(recipe, tokenizer)
@@ -129,7 +134,7 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
         sensitivity is not None or (recipe.needs_sensitivities and edited is None))
     predicted = require_memory(decoder, recipe, None if not plan_only else () if ready else ("detect", SENSITIVITIES),
                                costs_due)
-    key = run_key(recipe, folder, edited.to_json() if edited else None, sink_map.to_json() if sink_map else None)
+    key = run_key(recipe, folder, edited, sink_map, DEFAULT_BACKEND if plan_only else backend)
     with work_folder(target, key, resume) as work:
         LOG.info("recipe %s, model %s, %s", recipe.name, folder, versions())
         LOG.info("predicted: %.2f GB of memory above what is loaded (%s)", predicted.peak / 1e9, ", ".join(

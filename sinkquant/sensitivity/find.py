@@ -105,8 +105,9 @@ def _key(decoder: Decoder, rows: torch.Tensor, sink_map: SinkMap, recipe: Recipe
     sinks, and the recipe's part in it."""
     asked = recipe.sensitivity.model_dump(mode="json", exclude={"score"})
     cache = recipe.kv_cache if recipe.kv_tried else None
-    kept = None if cache is None else cache.model_dump(mode="json", exclude={"key_bits", "value_bits", "overrides",
-                                                                             "length"})
+    # With bits of its own, the cache's length decides window and groups.
+    free = {"key_bits", "value_bits", "overrides"} | ({"length"} if not recipe.solves_cache else set())
+    kept = None if cache is None else cache.model_dump(mode="json", exclude=free)
     beside = [[unit.modules, one.columns, one.scalars] for unit in units
               for one in unit.candidates if one.columns or one.scalars]
     storages = sorted({one.storage for unit in units for one in unit.candidates})

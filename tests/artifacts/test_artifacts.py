@@ -128,3 +128,17 @@ def test_a_file_follows_the_umask(tmp_path: Path) -> None:
     ordinary.write_text("")
     path = write_atomically(tmp_path / "a.json", "text")
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(ordinary.stat().st_mode)
+
+
+@pytest.mark.parametrize(("section", "key", "value"), [
+    ("calibration", "rows", 0), ("calibration", "batch_size", 0), ("calibration", "damping", -1.0),
+    ("calibration", "descent", -1), ("kv_cache", "group_size", 0), ("kv_cache", "window", -5),
+    ("kv_cache", "evict", -1), ("kv_cache", "max_exact", -1)])
+def test_numbers_of_an_edited_plan_that_make_no_sense_are_refused(section: str, key: str, value: float) -> None:
+    decoder = Decoder.of(tiny_model("llama"))
+    plan = make_plan(decoder.shape("tiny"), sink_map_of(decoder), Recipe.load("w4-kv2-sink").replace(
+        ["weights.group_size=32"]))
+    data = json.loads(plan.to_json())
+    data[section][key] = value
+    with pytest.raises(RequestError, match=rf"the plan is not a valid .*: {section}.{key}"):
+        Plan.parse(data, "the plan")

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_model
+from families import FAMILIES, tiny_mixture, tiny_model
 from kv_plans import kv_plan
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from sinkquant.cache import SinkCache, load_cache, prepare, save_cache
+from sinkquant.cache import SinkCache, cached_logits, load_cache, prepare, save_cache
 from sinkquant.errors import RequestError
+from sinkquant.models.blocks import kv_layers
 
 IDS = torch.randint(8, 128, (2, 70), generator=torch.Generator().manual_seed(0))
 
@@ -62,3 +63,32 @@ def test_a_cache_of_another_model_or_plan_is_refused(tmp_path: Path) -> None:
         load_cache(model.config, tmp_path / "cache.safetensors", plan=kv_plan(model, 4))
     again = load_cache(model.config, tmp_path / "cache.safetensors", plan=plan)
     assert again.get_seq_length() == 70
+
+
+CHANGES_STATES = {
+    "diffllama": FAMILIES["llama"] | {"num_key_value_heads": 4},
+    "jetmoe": FAMILIES["llama"] | {"kv_channels": 16, "num_experts_per_tok": 2, "num_local_experts": 4,
+                                   "num_key_value_heads": 2}}
+"""Families that do something else with keys or values before they attend: double them, repeat them."""
+
+
+@pytest.mark.parametrize("family", CHANGES_STATES)
+@pytest.mark.parametrize("bits", [8, 16])
+def test_what_a_model_does_to_cached_states_is_done_to_a_dense_copy(family: str, bits: int) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **CHANGES_STATES[family])).eval()
+    ids = torch.randint(8, 128, (2, 100), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        plain = model(ids, use_cache=False).logits
+        prepare(model)
+        cache = SinkCache(model.config, kv_plan(model, bits))
+        found = [model(part, past_key_values=cache).logits for part in (ids[:, :90], *ids[:, 90:].split(1, dim=1))]
+    near = 1e-4 if bits == 16 else 0.02 * plain.abs().max()
+    torch.testing.assert_close(torch.cat(found, dim=1), plain, rtol=0, atol=float(near))
+    torch.testing.assert_close(cached_logits(model, ids, kv_plan(model, bits)), plain, rtol=0, atol=float(near))
+
+
+def test_latents_are_no_keys_and_values() -> None:
+    """Multi-head latent attention caches what keys and values are made of; a plan of heads would not fit it."""
+    assert [layer.heads for layer in kv_layers(tiny_mixture("deepseek_v3").config)] == [0] * 2

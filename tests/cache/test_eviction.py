@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_model
+from families import FAMILIES, tiny_model
 from kv_plans import kv_plan
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sinkquant.artifacts.kv import cache_bytes
 from sinkquant.cache import SinkCache, load_cache, prepare, save_cache
@@ -100,3 +100,11 @@ def test_what_cannot_stream_is_refused() -> None:
     with pytest.raises(RequestError, match="prepare"):
         _stream(plain, SinkCache(plain.config, kv_plan(plain, 2, evict=32)), _row(8))
     assert len(rotary_of(tiny_model("gpt_neox")).frequencies) == 2
+
+
+def test_layers_without_positions_are_refused() -> None:
+    """SmolLM3 rotates three layers of four: moving a sink of the fourth would turn what was never turned."""
+    config = AutoConfig.for_model("smollm3", **FAMILIES["llama"] | {"no_rope_layers": [1, 0, 1]})
+    model = prepare(AutoModelForCausalLM.from_config(config).eval())
+    with pytest.raises(RequestError, match="some layers of SmolLM3ForCausalLM have none"):
+        rotary_of(model)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import tiny_model
 from kv_plans import kv_plan
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from sinkquant.cache import (
     SinkCache,
@@ -20,6 +20,7 @@ from sinkquant.cache import (
     put_in_front,
     save_prefix,
 )
+from sinkquant.cache.prefix import fingerprint
 from sinkquant.errors import RequestError
 
 IDS = [1, 9, 10]
@@ -154,3 +155,33 @@ def test_generate_wants_the_tokens_in_front() -> None:
         model.generate(input_ids=rows, max_new_tokens=2)  # without its mask the padded row seems to begin with padding
     settings = {"attention_mask": seen, "max_new_tokens": 8, "do_sample": False}
     assert torch.equal(model.generate(rows, **settings), original.generate(rows, **settings))
+
+
+@pytest.mark.parametrize(("family", "rope"), [
+    ("llama", {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 64}),
+    ("phi3", {"partial_rotary_factor": 0.5, "rope_theta": 1e4, "rope_type": "default"}),
+    ("gemma3_text", {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}})])
+def test_a_model_is_known_again_after_its_configuration_was_written(family: str, rope: dict[str, object],
+                                                                    tmp_path: Path) -> None:
+    """config.json is written with sorted keys, and what the hub has is in another order."""
+    model = tiny_model(family)
+    model.config.rope_parameters = dict(sorted(rope.items(), reverse=True))
+    before = fingerprint(model, IDS)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert list(again.config.rope_parameters) != list(model.config.rope_parameters)
+    assert fingerprint(again, IDS) == before
+    again.config.rope_parameters = {**rope, "rope_theta": 7.0}
+    assert fingerprint(again, IDS) != before
+
+
+def test_a_model_is_known_again_in_float16() -> None:
+    """Numbers of bfloat16 that float16 has no room for change on the way, and say nothing."""
+    model = tiny_model("llama", dtype=torch.bfloat16, hidden_size=1024)
+    model.get_input_embeddings().weight.data[:4, ::7] *= 1e-4
+    before = fingerprint(model, IDS)
+    assert fingerprint(model.to(torch.float16), IDS) == before
+    model.get_input_embeddings().weight.data[1, 0] += 0.1
+    assert fingerprint(model, IDS) != before

@@ -295,3 +295,34 @@ def test_another_kind_of_model_from_the_shell(tmp_path, text_file):
     found = SinkMap.parse(json.loads(done.stdout), "stdout")
     assert found.tokenization.adds_bos == "none"
     assert done.stderr == ""
+
+
+def test_what_would_change_nothing_beside_a_plan_is_refused(tmp_path, small_folder, text_file):
+    planned = call("plan", small_folder, "-r", "w4a16-sink", "-o", tmp_path / "plan.json", *settings(
+        text_file, "protect.tokens=false", "weights.method=rtn"))
+    assert planned.code == 0, planned.err
+    for key in ("weights={bits: 3}", " weights.bits=3", "kv_cache.window=64", "activations.format=int8",
+                "backend=gptq", "engine=vllm-cuda", "seed=7", "sensitivity.rows=4"):
+        outcome = call("run", "--plan", tmp_path / "plan.json", "--model", small_folder, "-o", tmp_path / "out",
+                       "--set", key)
+        assert outcome.code == 2, key
+        assert "edit the plan instead" in one_sentence(outcome)
+    assert call("run", "--plan", tmp_path / "plan.json", "--model", small_folder, "-o", tmp_path / "out",
+                "--plan-only", "--set", "evaluate.batch_size=2").code == 0
+
+
+def test_a_plan_names_the_text_that_it_was_asked_for(tmp_path, small_folder, text_file):
+    asked = ("plan", small_folder, "-r", "w4a16-sink", "-o", tmp_path / "plan.json", *settings(
+        text_file, "protect.tokens=false", "weights.method=rtn"))
+    assert call(*asked, "--text", text_file).code == 0
+    assert Plan.load(tmp_path / "plan.json").calibration.text == [str(text_file)]
+    missing = call(*asked, "--text", tmp_path / "nowhere.txt")
+    assert missing.code == 2
+    assert "nowhere.txt" in one_sentence(missing)
+
+
+def test_a_folder_where_a_file_goes_is_refused_before_the_work(tmp_path, small_folder):
+    for command in (("detect",), ("plan",), ("sensitivity",), ("advise",), ("diagnose",)):
+        outcome = call(*command, small_folder, "-o", tmp_path)
+        assert outcome.code == 2
+        assert "is a directory" in " ".join(outcome.err.split())

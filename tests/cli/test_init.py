@@ -25,7 +25,8 @@ def test_a_recipe_is_written(tmp_path: Path, tiny_folder: Path, size: str, bits:
 
 
 @pytest.mark.parametrize(("options", "says"), [
-    (["--size", "many"], "no size"), (["--size", "1.2.3MB"], "no size"), (["--size", "9"], "2 to 8"),
+    (["--size", "0MB"], "budget.bytes"), (["--size", "many"], "no size"),
+    (["--size", "1.2.3MB"], "no size"), (["--size", "9"], "2 to 8"),
     (["--size", "1.5"], "more than 2"), (["--engine", "onnx"], "no engine 'onnx'"),
     (["--model", "nowhere"], "nowhere")])
 def test_wrong_answers_write_nothing(tmp_path: Path, tiny_folder: Path, options: list[str], says: str) -> None:
@@ -35,6 +36,13 @@ def test_wrong_answers_write_nothing(tmp_path: Path, tiny_folder: Path, options:
     assert outcome.code == 2
     assert says in outcome.err
     assert not list(tmp_path.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", ["4", "my: own", "null"])
+def test_any_name_of_a_file_is_a_name_of_a_recipe(tmp_path: Path, tiny_folder: Path, name: str) -> None:
+    assert call("init", str(tmp_path / f"{name}.yaml"), "--model", str(tiny_folder), "--engine", "transformers",
+                "--size", "4").code == 0
+    assert Recipe.load(tmp_path / f"{name}.yaml").name == name
 
 
 def test_a_file_that_is_there_stays(tmp_path: Path) -> None:

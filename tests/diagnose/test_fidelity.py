@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_model
+from families import FAMILIES, tiny_model
 from planter import Plant, plant
 from tiny_tokenizer import tiny_tokenizer
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sinkquant.artifacts import SinkFidelity, SinkToken
 from sinkquant.artifacts.report import Fidelity
@@ -164,3 +164,22 @@ def test_the_gate_reads_the_comparison(pairs: dict[str, SinkFidelity], gate: Gat
     assert words in failure
     (missing,) = gate_failures([], {}, None, gate)
     assert "was not measured" in missing
+
+
+def hybrid(*kinds: str) -> PreTrainedModel:
+    config = AutoConfig.for_model("lfm2", **FAMILIES["qwen3"] | {"num_hidden_layers": len(kinds),
+                                                                 "layer_types": list(kinds)})
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_a_hybrid_is_compared_where_it_attends(text_file: Path) -> None:
+    """Blocks without attention have no place among the attentions, so that those that stay are counted apart."""
+    model, shorter = hybrid("conv", "full_attention", "conv", "full_attention"), hybrid("conv", "full_attention",
+                                                                                       "full_attention")
+    whole = model.state_dict()
+    for name in shorter.state_dict():
+        source = name.replace("layers.2.", "layers.3.")
+        shorter.get_parameter(name).data.copy_(whole[source])
+    comparison = SinkComparison(model, tiny_tokenizer(), [SINK], text=str(text_file), rows=2)
+    found = comparison.compare(shorter, kept=[0, 1, 3])
+    assert found.check("head_divergence").value is not None

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_model
+from families import FAMILIES, tiny_model
 from planter import MARKER, Plant, plant
 from tiny_tokenizer import tiny_tokenizer
 from tokenizers import AddedToken
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sinkquant.artifacts import SinkToken
 from sinkquant.artifacts.diagnosis import Check
@@ -186,3 +186,20 @@ def test_special_tokens_in_user_text() -> None:
     assert special_token_paths(tokenizer)["chat template"] == "stay text"
     tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|end|>", special=True)]})
     assert "<|end|>" in special_token_paths(tokenizer)["chat template"]
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers names kernels that are not installed
+def test_blocks_without_attention_are_left_alone(text: torch.Tensor) -> None:
+    """A convolution takes a mask of padding, not one of attention."""
+    config = AutoConfig.for_model("lfm2", **FAMILIES["qwen3"] | {"layer_types": ["conv", "full_attention", "conv"]})
+    found = robustness(Decoder.of(AutoModelForCausalLM.from_config(config).eval()), text, 1, [sink(1)], COMPUTE, str)
+    assert all(check.finite for check in found)
+    assert found
+
+
+def test_a_template_that_refuses_a_lone_message_is_said() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('') if messages | length < 2 else '' }}"
+    said = special_token_paths(tokenizer)
+    assert said["chat template"].startswith("does not render one user message")
+    assert "special tokens" in said["plain text"] or said["plain text"] == "stay text"

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from sinkquant.cli import app
 from sinkquant.errors import RequestError
 from sinkquant.evaluate import Candidate, evaluate, require_tasks_possible
-from sinkquant.evaluate.run import open_tasks, score_tasks
+from sinkquant.evaluate.run import _result, open_tasks, score_tasks
 from sinkquant.evaluate.task_files import tasks_in, wanted_tasks
 from sinkquant.recipe import Recipe
 
@@ -45,7 +45,7 @@ def test_names_in_the_folder_are_chosen_or_all_of_them(tmp_path: Path) -> None:
     folder = task_folder(tmp_path / "tasks", "mine", "other")
     (folder / "template.yaml").write_text("output_type: multiple_choice\n", encoding="utf-8")
     (folder / "functions.yaml").write_text("task: third\ndoc_to_target: !function helper.target\n", encoding="utf-8")
-    assert tasks_in(folder) == ["mine", "other", "third"]
+    assert tasks_in(folder) == (["mine", "other", "third"], [])
     some = wanted_tasks(asking(folder, "evaluate.tasks=[sink_cloze, other]").evaluate)
     assert (some.names, some.outside, some.folder) == (["sink_cloze", "other"], [], folder)
     every = wanted_tasks(asking(folder, "evaluate.tasks=[sink_cloze, piqa]").evaluate)
@@ -125,3 +125,32 @@ def test_the_command_line_refuses_in_one_sentence(tmp_path: Path, text_file: Pat
     assert "holds no lm-eval task file" in str(result.exception)
     assert result.exception.exit_code == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_groups_and_tags_of_the_folder_are_known_by_name(tmp_path: Path) -> None:
+    folder = task_folder(tmp_path / "tasks", "mine", "other")
+    (folder / "group.yaml").write_text("group: both\ntask: [mine, other]\n", encoding="utf-8")
+    other = yaml.safe_load((folder / "other.yaml").read_text(encoding="utf-8")) | {"tag": ["some"]}
+    (folder / "other.yaml").write_text(yaml.safe_dump(other), encoding="utf-8")
+    assert tasks_in(folder) == (["mine", "other"], ["both", "some"])
+    for name in ("both", "some"):
+        wanted = wanted_tasks(asking(folder, f"evaluate.tasks=[{name}]").evaluate)
+        assert (wanted.names, wanted.outside) == ([name], [])
+        require_tasks_possible(asking(folder, f"evaluate.tasks=[{name}]"))
+    assert wanted_tasks(asking(folder, "evaluate.tasks=[]").evaluate).names == ["mine", "other"]
+
+
+def test_a_task_that_runs_code_is_refused(tmp_path: Path) -> None:
+    folder = task_folder(tmp_path / "tasks", "mine")
+    content = yaml.safe_load((folder / "mine.yaml").read_text(encoding="utf-8")) | {"unsafe_code": True}
+    (folder / "mine.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    with pytest.raises(RequestError, match="'mine' runs code that a model writes"):
+        require_tasks_possible(asking(folder, "evaluate.tasks=[mine]"))
+
+
+def test_a_metric_of_pairs_that_are_no_numbers_is_kept_as_it_is() -> None:
+    samples = [{"doc_id": 0, "bleu": ("w1", "w2"), "mine": 0.5}, {"doc_id": 1, "bleu": ("w3", "w4"), "mine": 0.7}]
+    found = _result(samples, {"bleu,none": 12.0, "mine,none": 0.6}, {"bleu": True, "mine": None})
+    assert {name: one.value for name, one in found.measures.items()} == {"bleu": 12.0, "mine": 0.6}
+    assert set(found.samples) == {"mine"}
+    assert found.higher_is_better == {"bleu": True, "mine": True}

@@ -8,8 +8,9 @@ import pytest
 
 from sinkquant.artifacts import Measure, Paired, Row
 from sinkquant.artifacts.report import Fidelity, Verdict
-from sinkquant.evaluate.verdict import judge
-from sinkquant.recipe import Gate
+from sinkquant.errors import RequestError
+from sinkquant.evaluate.verdict import gate_failures, judge, require_gate
+from sinkquant.recipe import Gate, Recipe
 
 
 def row(name: str, kl: float | None, weight_bytes: int = 1000) -> Row:
@@ -69,3 +70,28 @@ def test_a_bound_that_was_not_measured_is_not_kept() -> None:
     assert found.gate == "failed"
     assert len(found.failures) == 3
     assert all("was not measured" in failure for failure in found.failures)
+
+
+@pytest.mark.parametrize(("assignments", "message"), [
+    (["gate.max_divergence=1", "evaluate.skip=true"], "evaluate.skip"),
+    (["gate.sinks=kept", "evaluate.fidelity=false"], "evaluate.fidelity=false"),
+    (["gate.max_sink_rate_change=0.1", "evaluate.fidelity=false"], "evaluate.fidelity=false")])
+def test_a_bound_that_will_not_be_measured_is_refused_before(assignments: list[str], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        require_gate(Recipe().replace(assignments))
+
+
+def test_bounds_that_will_be_measured_are_taken() -> None:
+    require_gate(Recipe().replace(["evaluate.skip=true"]))
+    require_gate(Recipe().replace(["gate.max_divergence=1", "evaluate.fidelity=false"]))
+    require_gate(Recipe().replace(["gate.sinks=kept"]))
+
+
+def test_a_metric_that_is_not_finite_is_not_kept() -> None:
+    """It is left out of the row, and nothing passes unseen."""
+    scores = {"mine": {"acc": Measure(value=0.5), "perplexity": Measure(value=9.0)}}
+    rows = [row("unquantized", None), row("sink_aware", 0.01)]
+    rows[0].tasks |= scores
+    rows[1].tasks |= {"mine": {"acc": Measure(value=0.5)}}
+    found = gate_failures(rows, {"sink_aware": {"mine": {"acc": 1.0}}}, None, Gate(min_recovery=0.9))
+    assert found == ["mine perplexity of the result is not finite, so that gate.min_recovery is not kept"]

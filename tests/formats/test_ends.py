@@ -165,3 +165,15 @@ def test_an_edited_plan_may_change_their_bits_and_nothing_else() -> None:
     assert accept_edited(plan.model_copy(update={"ends": {}}), shape).weight_bytes > plan.weight_bytes
     with pytest.raises(RequestError, match="edit the bits alone, here pack-quantized in groups of 32"):
         accept_edited(plan.model_copy(update={"ends": {"lm_head": less.model_copy(update={"group_size": 16})}}), shape)
+
+
+def test_a_head_alone_is_packed(text_file: Path, tmp_path: Path) -> None:
+    """Blocks in 16 bits below a head of 8: transformers is told of it, and loads it."""
+    model, plan, _ = quantized(text_file, more=("weights.ignore=['*']", "weights.lm_head=8", "kv_cache={exact: none}"),
+                               dtype=torch.bfloat16)
+    assert not plan.formats
+    folder = save(model, tiny_tokenizer(), tmp_path / "head")
+    rows = torch.arange(3, 19)[None]
+    with torch.no_grad():
+        expected = model(rows, use_cache=False).logits
+    assert torch.equal(plain_logits(rows, [folder], tmp_path)[0], expected)

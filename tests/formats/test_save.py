@@ -166,3 +166,10 @@ def test_a_place_that_cannot_be_written_is_said(model: PreTrainedModel, tmp_path
     (tmp_path / "file").write_text("")
     with pytest.raises(SinkquantError, match="cannot write beside"):
         save_package(model, tiny_tokenizer(), tmp_path / "file" / "out")
+
+
+def test_a_model_with_another_attention_is_saved(text_file: Path, tmp_path: Path) -> None:
+    """Logits are compared with the attention that the model has: another one rounds differently."""
+    model = quantized(text_file, attn_implementation="eager")[0]
+    assert model.config._attn_implementation == "eager"
+    assert save(model, tiny_tokenizer(), tmp_path / "eager").is_dir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import json
@@ -134,7 +135,7 @@ def test_standard_input_is_read_once_for_every_stage(monkeypatch: pytest.MonkeyP
     ("a.json", "prose after all", "line 1 does not parse"), ("a.json", "[3]", "record 1, is a int"),
     ("a.json", "[]", "is empty"), ("a.jsonl", "", "is empty"), ("a.txt", "[" * 100_000, None),
     ("a.csv", "prompt,answer\nx,y\n", "its fields are answer, prompt"),
-    ("a.txt", "w8".encode("utf-16"), "is not UTF-8 .it begins as UTF-16 does"),
+    ("a.txt", "[1]\nw8 w9", None), ("a.txt", "w8".encode("utf-16"), "is not UTF-8 .it begins as UTF-16 does"),
     ("a.txt", "naïve".encode("latin-1"), "is not UTF-8"), ("a.txt", b"w8 \0 w9", "it holds zero bytes"),
     ("a.txt.gz", gzip.compress(b"w8 w9", mtime=0), "packed by gzip")])
 def test_what_holds_no_text_is_said(tmp_path: Path, name: str, content: str | bytes, said: str | None) -> None:
@@ -184,3 +185,16 @@ def test_a_data_set_is_read_by_its_name_or_folder(tmp_path: Path) -> None:
 def test_standard_input_is_not_read_for_both_texts(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="both '-', and standard input can be read once"):
         run(Recipe().replace(["calibration.text=-", "evaluate.text=-"]), "demo", tmp_path / "out")
+
+
+def test_a_long_document_in_a_table_is_read(tmp_path: Path) -> None:
+    before = csv.field_size_limit()
+    path = written(tmp_path / "a.csv", "text\n" + "w8 " * 50_000 + "\nw9\n")
+    assert [len(one) for one in documents(read_text(path, "calibration"))] == [3 * 50_000 - 1, 2]
+    assert csv.field_size_limit() == before
+
+
+def test_a_text_in_place_of_a_file_is_said_in_short() -> None:
+    with pytest.raises(RequestError, match="is longer than names of files are; give a file") as caught:
+        read_text("w8 " * 1000, "calibration")
+    assert len(str(caught.value)) < 200

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sinkquant.errors import RequestError
-from sinkquant.models import Decoder, as_stored, weight_matrix
+from sinkquant.models import Decoder, as_stored, require_dense, weight_matrix
+from sinkquant.models.decoder import ROUTER
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -78,3 +79,31 @@ def test_layers_that_share_weights_are_refused_by_name() -> None:
 def test_an_unknown_block_is_a_key_error(tiny: AutoModelForCausalLM) -> None:
     with pytest.raises(KeyError):
         Decoder.of(tiny).block_of("lm_head")
+
+
+@pytest.mark.parametrize("name", ["mlp.gate", "block_sparse_moe.router", "mlp.shared_expert_gate", "router.proj",
+                                  "mlp.gate.wg", "router.layer", "mlp.router.classifier"])
+def test_routers_of_all_mixtures_are_known_by_their_names(name: str) -> None:
+    assert ROUTER.search(name)
+
+
+@pytest.mark.parametrize("name", ["mlp.gate_proj", "self_attn.o_proj", "mlp.gate.up_proj", "mixer.in_proj"])
+def test_other_gates_are_no_routers(name: str) -> None:
+    assert not ROUTER.search(name)
+
+
+def test_a_model_in_memory_from_pickled_weights_is_taken(tmp_path: Path) -> None:
+    """transformers reads `pytorch_model.bin`; once the model is in memory nothing more is read from there."""
+    model = tiny_model("llama")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert Decoder.of(loaded).shape("").linears == Decoder.of(model).shape("").linears
+
+
+def test_a_model_in_fp8_is_refused_by_name() -> None:
+    model = tiny_model("llama")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.data = weight.data.to(torch.float8_e4m3fn)
+    with pytest.raises(RequestError, match=r"layers.0.mlp.up_proj.weight is in float8_e4m3fn"):
+        require_dense(model)

@@ -24,6 +24,7 @@ from sinkquant.models import (
     token_rows,
     tokenization_facts,
 )
+from sinkquant.models.text import is_delimiter
 
 TEXT = random_text(600)
 
@@ -141,3 +142,9 @@ def test_rows_are_deterministic_integers() -> None:
     first, second = (token_rows(tiny_tokenizer(), TEXT, 7, 16) for _ in range(2))
     assert first.dtype == torch.int64
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("token", "is_one"), [(".", True), (" \n", True), ("", True), ("a", False), (" 7", False),
+                                               ("\u4e2d", False), ("\ufffd", False), ("\ufffd\ufffd", False)])
+def test_a_part_of_a_character_is_no_delimiter(token: str, is_one: bool) -> None:
+    assert is_delimiter(token) == is_one

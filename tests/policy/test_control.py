@@ -105,3 +105,16 @@ def test_an_even_order_favours_no_depth() -> None:
     assert sorted(order) == sorted(names)
     for start in range(0, 16, 4):
         assert len({int(name) // 4 for name in order[start:start + 4]}) == 4
+
+
+def test_the_control_of_an_edited_plan_is_calibrated_as_the_plan_is() -> None:
+    """What a person changed in the plan stands on both sides, so that sinks are all that tells them apart."""
+    decoder = Decoder.of(tiny_model("llama"))
+    shape, sink_map, recipe = decoder.shape("tiny"), sink_map_of(decoder), Recipe().replace(["weights.group_size=32"])
+    plan = make_plan(shape, sink_map, recipe)
+    changes = {"rows": 7, "text": "mine.txt", "descent": 0, "damping": 0.1}
+    edited = plan.model_copy(update={"calibration": plan.calibration.model_copy(update=changes), "seed": 5})
+    control = make_control(shape, sink_map, recipe, edited)
+    assert edited.calibration.sinks
+    assert control.seed == 5
+    assert control.calibration == edited.calibration.model_copy(update={"sinks": [], "statistics": "all"})

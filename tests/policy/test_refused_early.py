@@ -40,6 +40,7 @@ def refuse(family: str, *assignments: str) -> None:
     ("llama", ("activations.format=int8", "activations.scale=tensor", "activations.sinks=exclude"), "kv_cache.prefix"),
     ("llama", ("protect.statistics=exclude",), "kv_cache.prefix=bos"),
     ("llama", ("weights.group_size=48",), "does not divide"),
+    ("llama", ("budget.bits=2.5",), "take 4.525 bits per weight"), ("llama", ("budget.bytes=1000",), "not feasible"),
     ("llama", ("weights.ignore=['*.qq_proj']",), "weights.ignore")])
 def test_combinations_that_cannot_be_are_refused_in_one_sentence(family: str, assignments: tuple[str, ...],
                                                                  message: str) -> None:
@@ -53,7 +54,7 @@ def test_combinations_that_cannot_be_are_refused_in_one_sentence(family: str, as
     ("llama", ("protect.statistics=exclude", "kv_cache={prefix: bos}")),
     ("llama", ("kv_cache={exact: massive}", "weights.ignore=['*']")),
     ("llama", ("prune.heads=no-op", "prune.method=wanda", "weights.rotate=full")),
-    ("llama", ("budget.bits=5", "budget.solver=sensitivity")),
+    ("llama", ("budget.bits=5", "budget.solver=sensitivity")), ("llama", ("budget.bits=5",)),
     ("mixtral", (SPLIT, "weights.ignore=['*.experts.*']")), ("gpt2", (SPLIT,))])
 def test_what_may_be_possible_is_left_to_detection(family: str, assignments: tuple[str, ...]) -> None:
     refuse(family, *assignments)
@@ -77,3 +78,12 @@ def test_a_run_refuses_before_it_detects(tmp_path: Path, tiny_folder: Path, text
     with pytest.raises(RequestError, match="leave the section activations out"):
         sq.run(small_recipe(text_file, SPLIT, "activations.format=int8"), tiny_folder, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_budget_of_inputs_bits_is_left_to_sensitivities() -> None:
+    """What it will choose takes them; that something is to be chosen at all does not."""
+    shape = Decoder.of(tiny_model("llama", dtype=torch.bfloat16, hidden_size=128)).shape("tiny")
+    recipe = Recipe.load("mxfp4-sink").replace(["activations.bits=7"])
+    require_plannable(shape, recipe.replace(["weights.smooth=none"]))
+    with pytest.raises(RequestError, match="smooth"):
+        require_plannable(shape, recipe)

@@ -29,6 +29,11 @@ def test_the_report_tells_the_steps_apart(tmp_path: Path, text_file: Path) -> No
     assert rows["weights"].weight_bytes == rows["control"].weight_bytes == plan.weight_bytes
     loss = {name: row.tasks["divergence"]["kl"].value for name, row in rows.items() if name != "unquantized"}
     assert 0 < loss["pruned"] < loss["weights"]
+    assert not rows["unquantized"].kl_by_position
+    for name in loss:  # every row's own bins add up to its own divergence
+        sizes = [one.last - one.first + 1 for one in rows[name].kl_by_position]
+        total = sum(size * one.kl for size, one in zip(sizes, rows[name].kl_by_position, strict=True))
+        assert total / sum(sizes) == pytest.approx(loss[name], rel=1e-5)
     assert ("pruned_control", "pruned") in {(pair.a, pair.b) for pair in report.paired}
     assert any(line.startswith("For the pruning alone it") for line in report.verdict.details)
     model, _ = sq.load(tmp_path / "out" / "model")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,12 +33,14 @@ class Files(ABC):
     def write_more(self, folder: Path, plan: Plan) -> None:  # noqa: B027
         """Files that the library wants beside config.json and the weights: none."""
 
-    def finish(self, folder: Path, plan: Plan, architecture: str) -> None:  # noqa: B027
+    def finish(self, folder: Path, plan: Plan, architecture: str, written: Callable[[], None]) -> None:
         """Make of a folder that is all written what the library reads, where that is no safetensors file.
 
         Args:
             architecture: transformers' class of the model.
+            written: called once nothing can fail for want of room, and before the safetensors files change.
         """
+        written()
 
 
 class LibraryFiles(Files):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,11 +102,11 @@ class GGUFFiles(LibraryFiles):
         return {"quant_method": BACKEND, "file": FILE, "storage": storage,
                 "modules_to_not_convert": kept_linears(model, plan)}
 
-    def finish(self, folder: Path, plan: Plan, architecture: str) -> None:
+    def finish(self, folder: Path, plan: Plan, architecture: str, written: Callable[[], None]) -> None:
         """Make the one file of the safetensors files, which go."""
         scheme = scheme_of(next(iter(plan.formats.values())))
         assert isinstance(scheme, Blocks)
-        write_file(folder, scheme, architecture)
+        write_file(folder, scheme, architecture, written)
 
     def forms(self, folder: Path, settings: dict[str, Any], stored: Mapping[str, StoredTensor]) -> dict[
             str, WeightFormat]:

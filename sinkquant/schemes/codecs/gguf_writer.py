@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,11 @@ PIECE = 1 << 24
 """Values that are converted at a time."""
 
 
-def write_file(folder: Path, scheme: Blocks, architecture: str) -> None:
+def write_file(folder: Path, scheme: Blocks, architecture: str, written: Callable[[], None]) -> None:
     """Write the file of a folder's safetensors, and remove these.
 
     Args:
-        architecture: transformers' class.
+        architecture: transformers' class. written: called before the safetensors files are removed.
 
     Raises:
         RequestError: llama.cpp has no name for something of the model.
@@ -48,7 +48,12 @@ def write_file(folder: Path, scheme: Blocks, architecture: str) -> None:
             for piece in _converted(stored[tensors[name].source], tensors[name], name, family, config):
                 yield piece.numpy().data
 
-    write_tensors(aside, metadata, tensors, data)
+    try:
+        write_tensors(aside, metadata, tensors, data)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    written()
     for path in replaced:
         path.unlink()
     aside.rename(folder / FILE)

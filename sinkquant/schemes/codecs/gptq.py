@@ -24,6 +24,8 @@ from sinkquant.schemes.codecs.zeros import ZeroGrid, ZeroWeight
 from sinkquant.schemes.gptq import BACKEND, GPTQ, LEAST_ZERO, ZEROS
 
 WORD = 32
+PIECE = 1 << 22
+"""Codes that are packed at a time."""
 QWEIGHT = ".qweight"
 
 
@@ -113,6 +115,8 @@ def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """int32 [values, others] in 0 .. 2^bits - 1, 32 divides values -> int32 [values * bits / 32, others], low bits
     first; a code may cross from one word into the next."""
     values, others = codes.shape
+    if codes.numel() > PIECE and others > 1:  # it takes dozens of bytes per code meanwhile
+        return torch.cat([_pack(part, bits) for part in codes.split(max(1, PIECE // values), dim=1)], dim=1)
     spread = (codes[:, None] >> torch.arange(bits, dtype=torch.int32)[:, None]) & 1
     lines = spread.reshape(values * bits // WORD, WORD, others).to(torch.int64)
     words = (lines << torch.arange(WORD, dtype=torch.int64)[:, None]).sum(1)
@@ -122,6 +126,8 @@ def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def _unpack(words: torch.Tensor, bits: int, values: int) -> torch.Tensor:
     """What `_pack` was given, int32 [values, others]."""
     others = words.shape[1]
+    if values * others > PIECE and others > 1:
+        return torch.cat([_unpack(part, bits, values) for part in words.split(max(1, PIECE // values), dim=1)], dim=1)
     lines = (words[:, None].to(torch.int64) >> torch.arange(WORD, dtype=torch.int64)[:, None]) & 1
     spread = lines.reshape(values, bits, others)
     return (spread << torch.arange(bits, dtype=torch.int64)[:, None]).sum(1).to(torch.int32)

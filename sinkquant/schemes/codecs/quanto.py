@@ -46,6 +46,8 @@ class QuantoCodec(LibraryCodec):
         group = None if form.group_size in (None, -1) else form.group_size
         if form.bits == 8:
             scale, shift = AbsmaxOptimizer()(weight, qtype=kind, axis=0), None
+            if self.scheme.floating:  # integers of a row of zeros are zeros, floats would be 0 / 0
+                scale = scale.masked_fill(scale == 0, 1.0)
         else:
             scale, shift = MaxOptimizer()(weight, qtype=kind, axis=0, group_size=group)
         made = quantize_weight(weight, kind, 0, scale, shift, group, optimized=False)

@@ -35,6 +35,11 @@ def model_metadata(folder: Path, architecture: str, kind: str = "Q4_0") -> Metad
         RequestError: llama.cpp cannot be told what the configuration or the tokenizer says.
     """
     family, config = family_of(architecture), read_json(folder / "config.json")
+    try:
+        shape = {f"{family.architecture}.{key}": value for key, value in _shape(family, config, folder).items()}
+    except KeyError as error:
+        raise RequestError(f"{folder / 'config.json'} does not say {error.args[0]}, and a GGUF file has to; add "
+                           "it.") from error
     tokenizer = tokenizer_metadata(folder, int(config["vocab_size"]))
     # llama.cpp looks for this token in the vocabulary of every model whose name says Phi-3, and ends without it.
     named = family.architecture != "phi3" or "<|endoftext|>" in tokenizer["tokenizer.ggml.tokens"][1]
@@ -42,7 +47,6 @@ def model_metadata(folder: Path, architecture: str, kind: str = "Q4_0") -> Metad
         "general.architecture": ("str", family.architecture), "general.type": ("str", "model"),
         "general.name": ("str", family.title if named else "Phi"), "general.quantized_by": ("str", "sinkquant"),
         "general.quantization_version": ("u32", QUANTIZATION_VERSION), "general.file_type": ("u32", FILE_TYPES[kind])}
-    shape = {f"{family.architecture}.{key}": value for key, value in _shape(family, config, folder).items()}
     return general | shape | tokenizer
 
 

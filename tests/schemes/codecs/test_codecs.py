@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sinkquant.schemes import SCHEMES, Scheme, WeightFormat, input_format
-from sinkquant.schemes.codecs import CODECS, LibraryCodec, StoredWeight, codec_of
+from sinkquant.schemes.codecs import CODECS, LibraryCodec, StoredWeight, codec_of, gptq
 from sinkquant.schemes.tensors import tensor_bytes
 
 CASES = [(scheme, bits) for scheme in SCHEMES for bits in scheme.bits]
@@ -48,3 +48,25 @@ def test_a_weight_comes_back_from_the_tensors_that_were_announced(scheme: Scheme
         assert torch.equal(again, made.dequantized())
         error = (again - weight).square().mean() / weight.square().mean()
         assert error < max(8 * 0.25 ** bits, 2e-3)  # it halves with every bit; FP8 has a mantissa of 3
+
+
+@pytest.mark.parametrize(("scheme", "bits"), CASES, ids=[f"{s.storage}-{s.kind}-{bits}" for s, bits in CASES])
+def test_a_row_of_zeros_stays_finite(scheme: Scheme, bits: int) -> None:
+    """Models are padded with such rows for engines that split them."""
+    weight = torch.randn(32, 256, generator=torch.Generator().manual_seed(bits))
+    weight[[3, 31]] = 0
+    form = form_of(scheme, bits, 256)
+    made, codec = stored(form, weight), codec_of(form)
+    leaves = codec.leaves(made, form, torch.ones(1) if form.static_inputs else None)
+    again = codec.decode(leaves, form, (32, 256), torch.float32)
+    assert again.isfinite().all()
+    assert again[[3, 31]].abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptq_words_are_the_same_in_pieces(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = torch.randint(0, 2 ** bits, (64, 37), dtype=torch.int32, generator=torch.Generator().manual_seed(bits))
+    words = gptq._pack(codes, bits)
+    monkeypatch.setattr(gptq, "PIECE", 200)
+    assert torch.equal(gptq._pack(codes, bits), words)
+    assert torch.equal(gptq._unpack(words, bits, 64), codes)
