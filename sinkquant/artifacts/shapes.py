@@ -52,12 +52,14 @@ class EndShape(Strict):
 
 class KVLayerShape(Strict):
     """The keys and values of one layer: `heads` 0 where it keeps none of its own. `sliding_window` is in tokens, null
-    where the layer sees the whole row."""
+    where the layer sees the whole row. `latent`: numbers that a token takes where they are cached in place of keys and
+    values."""
 
     heads: int
     key_dim: int
     value_dim: int
     sliding_window: int | None = None
+    latent: int = 0
 
 
 class ModelShape(Strict):

@@ -29,12 +29,20 @@ class PackedRead:
     """How a layer is read by `attend`, and what packs its window once it has been read.
 
     Attributes:
+        pack: called once, however often the layer is read: some models hand it on to others.
         copies: of all keys and values, where the model does something else with them than attend.
     """
 
     layer: SinkLayer
-    settle: Callable[[], None]
+    pack: Callable[[], None]
     copies: tuple[torch.Tensor, torch.Tensor] | None = None
+    settled: bool = False
+
+    def settle(self) -> None:
+        """The layer has been read."""
+        if not self.settled:
+            self.settled = True
+            self.pack()
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The copies, which read the layer.

@@ -65,6 +65,8 @@ def _read(read: PackedRead | ChunkedRead, own: Callable[..., tuple[torch.Tensor,
     sliding window hides in front. Rows that are read in chunks see to it themselves."""
     if isinstance(read, ChunkedRead):
         return read.attend(own, module, query, mask, **kwargs)
+    if read.copies is not None:  # what was looked at before is read again
+        return own(module, query, *read.copies, mask, **kwargs)
     layer, new = read.layer, query.shape[2]
     seen = layer.seen_in_slots(new) if layer.sees_sinks else None
     slots = seen is not None and bool(seen.any())

@@ -18,16 +18,19 @@ def save_ordered(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[st
     """Write what `safetensors.torch.save_file` writes, with the facts in the order of their names: safetensors keeps
     them in a hash table whose order changes from one call to the next."""
     aside = Path(path).with_name(f".{Path(path).name}.partial")  # a half-written one is never taken for the file
-    save_file(dict(tensors), aside, dict(facts))
-    with aside.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= length, "another order is no longer"
-        file.seek(8)
-        file.write(text.ljust(length))
-    aside.replace(path)
+    try:
+        save_file(dict(tensors), aside, dict(facts))
+        with aside.open("r+b") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            assert len(text) <= length, "another order is no longer"
+            file.seek(8)
+            file.write(text.ljust(length))
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def load_ordered(path: str | os.PathLike[str], schema: str, what: str, remedy: str, missing: str = "there is no",

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
-from sinkquant.models.hooks import hooked
 
 
 @dataclass(frozen=True)
@@ -70,21 +67,16 @@ def rotary_of(model: PreTrainedModel) -> Rotary:
 
 
 def _all_rotate(model: PreTrainedModel, rotary: Rotary) -> bool:
-    """Whether the keys of every layer are rotated: those of one token at two places, in rows of that token alone with
-    nothing attended to, differ by nothing else."""
-    def silent(_module: nn.Module, _given: Any, output: Any) -> Any:
-        return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
-
-    decoder = Decoder.of(model)
-    attentions = [module for block in decoder.blocks for module in block.modules()
-                  if "attention" in type(module).__name__.lower()]
-    cache = DynamicCache()  # without a configuration it keeps all of it
-    row = torch.full((1, 11), decoder.vocabulary // 2, device=model.device)
-    with torch.no_grad(), hooked([module.register_forward_hook(silent) for module in attentions]):
-        model(row, past_key_values=cache, use_cache=True)
+    """Whether the keys of every layer are rotated: those of a row of one token differ by nothing else between two
+    positions."""
+    token = torch.tensor([[Decoder.of(model).vocabulary // 2]], device=model.device)
     seven = torch.tensor([[7]], device=model.device)
-    for keys in (layer.keys for layer in cache.layers if layer.is_initialized):
-        moved, there = rotary.move(keys[:, :, 3:4], seven).float(), keys[:, :, 10:11].float()
-        if (moved - there).abs().max() > 0.02 * there.abs().max():
-            return False
-    return True
+
+    def keys_at(position: int) -> list[torch.Tensor]:
+        cache = DynamicCache(config=model.config)
+        model(token, position_ids=torch.full_like(token, position), past_key_values=cache, use_cache=True)
+        return [keys.float() for layer in cache.layers if (keys := getattr(layer, "keys", None)) is not None]
+
+    with torch.no_grad():
+        pairs = list(zip(keys_at(3), keys_at(10), strict=True))
+    return all((rotary.move(one, seven) - other).abs().max() <= 0.02 * other.abs().max() for one, other in pairs)

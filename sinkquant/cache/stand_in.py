@@ -9,9 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch.utils._pytree import tree_map
 
-SHAPE = frozenset({"__get__", "__hash__", "__len__", "__repr__", "dim", "element_size", "get_device",
-                   "is_floating_point", "numel", "size", "stride"})
-"""What tells no number of a tensor."""
+SHAPE = frozenset({"__hash__", "__len__", "device", "dim", "dtype", "element_size", "get_device", "is_cpu", "is_cuda",
+                   "is_floating_point", "is_leaf", "is_meta", "itemsize", "layout", "names", "ndim", "numel",
+                   "requires_grad", "shape", "size", "stride"})
+"""Methods and attributes that tell no number of a tensor."""
 
 
 class Read(Protocol):
@@ -38,7 +39,8 @@ class StandIn(torch.Tensor):
                            kwargs: dict[str, Any] | None = None) -> Any:
         """The operation on dense copies, unless it asks for no number."""
         kwargs = kwargs or {}
-        if func.__name__ in SHAPE:
+        attribute = func.__name__ == "__get__"
+        if (func.__self__.__name__ if attribute else func.__name__) in SHAPE:  # type: ignore[attr-defined]
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
 

@@ -66,7 +66,7 @@ def recipe_text(name: str, engine: str, size: str) -> str:
         raise RequestError(f"{size} bits per weight cannot be had; ask for 2 to 8, or a size such as 80MB.")
     lines = [
         "# Written by quantize-model init. Every other key has its default (quantize-model recipes show w4a16-sink).",
-        f"name: {json.dumps(name)}",
+        f"name: {json.dumps(name, ensure_ascii=False)}",
         "calibration:",
         "  text: null  # your own text fits your use better than the packaged prose",
         "  rows: 64  # of 512 tokens",

@@ -15,8 +15,8 @@ from sinkquant.errors import RequestError
 from sinkquant.models import resolve
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe
 
-BESIDE_A_PLAN = {"name", "description", "compute", "detect", "evaluate", "gate"}
-"""Sections of a recipe of which a plan says nothing."""
+BESIDE_A_PLAN = {"name", "description", "seed", "compute", "detect", "evaluate", "gate"}
+"""Sections of a recipe that decide something beside a plan: the seed, which rows and documents are drawn."""
 
 
 def run(recipe: Annotated[str | None, typer.Argument(help="A recipe file or the name of a packaged one; "

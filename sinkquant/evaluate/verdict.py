@@ -22,7 +22,7 @@ def require_gate(recipe: Recipe) -> None:
     if bounds and recipe.evaluate.skip:
         raise RequestError(f"gate.{bounds[0]} is a bound on the evaluation, which evaluate.skip leaves out; leave out "
                            "one of the two.")
-    of_sinks = [name for name in bounds if name not in ("max_divergence", "min_recovery")]
+    of_sinks = [name for name in bounds if name in ("max_head_divergence", "min_massive_overlap", "sinks")]
     if of_sinks and not recipe.evaluate.fidelity:
         raise RequestError(f"gate.{of_sinks[0]} is a bound on sink fidelity, which evaluate.fidelity=false leaves out; "
                            "leave out one of the two.")

@@ -87,9 +87,11 @@ def kv_layers(config: PreTrainedConfig) -> list[KVLayerShape]:
     found = []
     for kind, kwargs, layer in zip(kinds, arguments, config.per_layer_config, strict=True):
         heads, key_dim, value_dim = _heads(layer)
-        if kind not in FULL + SLIDING or getattr(layer, "kv_lora_rank", None):
+        # Multi-head latent attention caches what keys and values are made of.
+        latent = int(layer.kv_lora_rank + layer.qk_rope_head_dim) if getattr(layer, "kv_lora_rank", None) else 0
+        if kind not in FULL + SLIDING or latent:
             heads = 0
-        found.append(KVLayerShape(heads=heads, key_dim=key_dim, value_dim=value_dim,
+        found.append(KVLayerShape(heads=heads, key_dim=key_dim, value_dim=value_dim, latent=latent,
                                   sliding_window=kwargs.get("sliding_window")))
     return found
 
@@ -98,7 +100,6 @@ def _heads(config: PreTrainedConfig) -> tuple[int, int, int]:
     """(kv heads, channels of a key, channels of a value)."""
     queries = int(config.num_attention_heads)
     if getattr(config, "kv_lora_rank", None) and getattr(config, "qk_rope_head_dim", None):
-        # Multi-head latent attention is cached as plain heads, keys wider than values.
         return queries, int(config.qk_nope_head_dim + config.qk_rope_head_dim), int(config.v_head_dim)
     heads = getattr(config, "num_key_value_heads", None) or (
         1 if getattr(config, "multi_query", False) else getattr(config, "num_kv_heads", None)) or queries

@@ -32,8 +32,6 @@ Split = Literal["calibration", "evaluation"]
 TextSource = str | os.PathLike[str] | Sequence[str] | None
 PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstandard", b"BZh": "bzip2",
           b"\xfd7zXZ": "xz"}
-LONGEST_NAME = 255
-"""Characters of a file's name."""
 WEIGHTED = re.compile(r"(.+)@(\d+(?:\.\d+)?)")
 """A text with its weight among several."""
 MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
@@ -149,10 +147,12 @@ def _contents(path: TextSource, split: Split) -> Iterator[tuple[str, bytes]]:
         return
     else:
         whole = Path(path).expanduser()
-        if len(whole.name) > LONGEST_NAME:
-            raise RequestError(f"the {split} text {str(path)[:40]!r}... is longer than names of files are; give a file "
-                               "that holds the text.")
-        matching = [] if whole.exists() else sorted(glob.glob(str(whole), recursive=True))
+        try:
+            there = whole.exists()
+        except OSError as error:  # a text in place of a file's name
+            raise RequestError(f"cannot read the {split} text {str(path)[:40]!r}...: {error.strerror}; give a file "
+                               "that holds it.") from error
+        matching = [] if there else sorted(glob.glob(str(whole), recursive=True))
         paths = [Path(one) for one in matching if Path(one).is_file()] or [whole]
     for one in paths:
         try:
@@ -226,7 +226,7 @@ def _is_data(name: str, content: bytes) -> bool:
         return True
     if start[:1] not in (b"{", b"["):
         return False
-    first = [line for line in start.split(b"\n", 64) if line.strip()][:2]
+    first = [line for line in start.split(b"\n", 64) if line.strip()][:1 if start[:1] == b"{" else 2]
     return all(map(_parses, first)) or _parses(start)
 
 

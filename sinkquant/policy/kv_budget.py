@@ -42,7 +42,8 @@ def kv_bytes_of(shape: ModelShape, budget: Budget, plan: KVCachePlan | None) -> 
         packed, left = 0, shape.kv_layers
 
     return packed + 2 * budget.batch * sum(
-        held_tokens(budget.context, one.sliding_window) * one.heads * (one.key_dim + one.value_dim) for one in left)
+        held_tokens(budget.context, one.sliding_window) * (one.heads * (one.key_dim + one.value_dim) + one.latent)
+        for one in left)
 
 
 def kv_units(plan: KVCachePlan | None, sensitivity: Sensitivity, recipe: Recipe) -> list[KVUnit]:

@@ -10,7 +10,9 @@ from families import FAMILIES, tiny_mixture, tiny_model
 from kv_plans import kv_plan
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from sinkquant.artifacts.kv import KVSink
 from sinkquant.cache import SinkCache, cached_logits, load_cache, prepare, save_cache
+from sinkquant.cache.layer import SinkLayer
 from sinkquant.errors import RequestError
 from sinkquant.models.blocks import kv_layers
 
@@ -92,3 +94,27 @@ def test_what_a_model_does_to_cached_states_is_done_to_a_dense_copy(family: str,
 def test_latents_are_no_keys_and_values() -> None:
     """Multi-head latent attention caches what keys and values are made of; a plan of heads would not fit it."""
     assert [layer.heads for layer in kv_layers(tiny_mixture("deepseek_v3").config)] == [0] * 2
+
+
+@pytest.mark.parametrize("family", ["doge", "gemma3n_text"])
+def test_a_layer_that_is_read_twice_packs_once(family: str) -> None:
+    """Doge makes its mask of the values first; Gemma 3n hands keys and values on to later layers. A sink that is found
+    while decoding keeps one slot."""
+    settings = FAMILIES["llama"] | {"num_hidden_layers": 4}
+    if family == "gemma3n_text":
+        settings |= {"head_dim": 16, "num_kv_shared_layers": 2, "layer_types": ["full_attention"] * 4,
+                     "laurel_rank": 8, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 128,
+                     "intermediate_size": [128] * 4, "activation_sparsity_pattern": [0.0] * 4, "altup_num_inputs": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = prepare(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).eval())
+    ids = torch.randint(8, 128, (1, 150), generator=torch.Generator().manual_seed(1))
+    ids[0, 95] = 5
+    plan = kv_plan(model, 8, exact="detected", sinks=[KVSink(token_id=5, position=None)])
+    cache = SinkCache(model.config, plan)
+    with torch.no_grad():
+        for part in (ids[:, :90], *ids[:, 90:].split(1, dim=1)):
+            model(part, past_key_values=cache)
+    layers = [layer for layer in cache.layers if isinstance(layer, SinkLayer) and layer.lengths]
+    assert layers
+    assert all(layer.exact_columns.tolist() == [[95]] for layer in layers)

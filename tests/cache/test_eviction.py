@@ -102,6 +102,13 @@ def test_what_cannot_stream_is_refused() -> None:
     assert len(rotary_of(tiny_model("gpt_neox")).frequencies) == 2
 
 
+@pytest.mark.filterwarnings("ignore")  # transformers names kernels that are not installed
+def test_a_hybrid_rotates_where_it_attends() -> None:
+    """Convolutions and linear attention keep no keys to be moved."""
+    config = AutoConfig.for_model("lfm2", **FAMILIES["qwen3"] | {"layer_types": ["conv", "full_attention", "conv"]})
+    rotary_of(AutoModelForCausalLM.from_config(config).eval())
+
+
 def test_layers_without_positions_are_refused() -> None:
     """SmolLM3 rotates three layers of four: moving a sink of the fourth would turn what was never turned."""
     config = AutoConfig.for_model("smollm3", **FAMILIES["llama"] | {"no_rope_layers": [1, 0, 1]})

@@ -38,7 +38,7 @@ def test_wrong_answers_write_nothing(tmp_path: Path, tiny_folder: Path, options:
     assert not list(tmp_path.glob("*.yaml"))
 
 
-@pytest.mark.parametrize("name", ["4", "my: own", "null"])
+@pytest.mark.parametrize("name", ["4", "my: own", "null", "\U0001f389 ja"])
 def test_any_name_of_a_file_is_a_name_of_a_recipe(tmp_path: Path, tiny_folder: Path, name: str) -> None:
     assert call("init", str(tmp_path / f"{name}.yaml"), "--model", str(tiny_folder), "--engine", "transformers",
                 "--size", "4").code == 0

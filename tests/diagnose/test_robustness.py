@@ -202,4 +202,3 @@ def test_a_template_that_refuses_a_lone_message_is_said() -> None:
     tokenizer.chat_template = "{{ raise_exception('') if messages | length < 2 else '' }}"
     said = special_token_paths(tokenizer)
     assert said["chat template"].startswith("does not render one user message")
-    assert "special tokens" in said["plain text"] or said["plain text"] == "stay text"

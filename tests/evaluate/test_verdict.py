@@ -75,7 +75,7 @@ def test_a_bound_that_was_not_measured_is_not_kept() -> None:
 @pytest.mark.parametrize(("assignments", "message"), [
     (["gate.max_divergence=1", "evaluate.skip=true"], "evaluate.skip"),
     (["gate.sinks=kept", "evaluate.fidelity=false"], "evaluate.fidelity=false"),
-    (["gate.max_sink_rate_change=0.1", "evaluate.fidelity=false"], "evaluate.fidelity=false")])
+    (["gate.min_massive_overlap=0.5", "evaluate.fidelity=false"], "evaluate.fidelity=false")])
 def test_a_bound_that_will_not_be_measured_is_refused_before(assignments: list[str], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         require_gate(Recipe().replace(assignments))
@@ -83,7 +83,8 @@ def test_a_bound_that_will_not_be_measured_is_refused_before(assignments: list[s
 
 def test_bounds_that_will_be_measured_are_taken() -> None:
     require_gate(Recipe().replace(["evaluate.skip=true"]))
-    require_gate(Recipe().replace(["gate.max_divergence=1", "evaluate.fidelity=false"]))
+    require_gate(Recipe().replace(["gate.max_divergence=1", "gate.max_sink_rate_change=0.1",
+                                   "evaluate.fidelity=false"]))
     require_gate(Recipe().replace(["gate.sinks=kept"]))
 
 

@@ -131,6 +131,7 @@ def test_standard_input_is_read_once_for_every_stage(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(("name", "content", "said"), [
     ("a.jsonl", lines([{"prompt": "x", "answer": "y"}]), "record 1, has no text .* its fields are answer, prompt"),
     ("a.txt", lines([{"text": "w8"}, {"text": 3}]), "record 2, has no text"),
+    ("a.txt", lines([{"text": "w8"}]) + "{broken\n", "neither JSON nor JSON lines: line 2 does not parse"),
     ("a.jsonl", lines([{"text": "w8"}]) + "{broken\n", "neither JSON nor JSON lines: line 2 does not parse"),
     ("a.json", "prose after all", "line 1 does not parse"), ("a.json", "[3]", "record 1, is a int"),
     ("a.json", "[]", "is empty"), ("a.jsonl", "", "is empty"), ("a.txt", "[" * 100_000, None),
@@ -194,7 +195,8 @@ def test_a_long_document_in_a_table_is_read(tmp_path: Path) -> None:
     assert csv.field_size_limit() == before
 
 
-def test_a_text_in_place_of_a_file_is_said_in_short() -> None:
-    with pytest.raises(RequestError, match="is longer than names of files are; give a file") as caught:
-        read_text("w8 " * 1000, "calibration")
+@pytest.mark.parametrize("text", ["w8 " * 1000, "w8 " * 200 + "and/or w9", "\u4e2d" * 200])
+def test_a_text_in_place_of_a_file_is_said_in_short(text: str) -> None:
+    with pytest.raises(RequestError, match="File name too long; give a file that holds it") as caught:
+        read_text(text, "calibration")
     assert len(str(caught.value)) < 200
