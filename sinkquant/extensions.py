@@ -7,7 +7,7 @@ from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
-from sinkquant.errors import RequestError
+from sinkquant.errors import RequestError, first_line
 
 Kind = TypeVar("Kind")
 
@@ -23,7 +23,7 @@ def loaded_class(group: str, name: str, kind: type[Kind]) -> type[Kind]:
     Raises:
         RequestError: it is something else.
     """
-    found = brought(group)[name].load()
+    found = _imported(brought(group)[name])
     if not (isinstance(found, type) and issubclass(found, kind)):
         raise RequestError(_wrong(group, name, f"subclass of {kind.__module__}.{kind.__name__}"))
     return found
@@ -35,11 +35,20 @@ def loaded(group: str, name: str, kind: type[Kind]) -> Kind:
     Raises:
         RequestError: it is something else.
     """
-    found = brought(group)[name].load()
+    found = _imported(brought(group)[name])
     made = found() if isinstance(found, type) else found
     if not isinstance(made, kind):
         raise RequestError(_wrong(group, name, f"{kind.__module__}.{kind.__name__}"))
     return made
+
+
+def _imported(point: EntryPoint) -> object:
+    try:
+        return point.load()
+    except Exception as error:  # whatever a package does when it is imported
+        package = "the package that brings it" if point.dist is None else point.dist.name
+        raise RequestError(f"the entry point {point.name!r} of {point.group} cannot be imported "
+                           f"({first_line(error)}); mend or remove {package}.") from error
 
 
 def _wrong(group: str, name: str, expected: str) -> str:

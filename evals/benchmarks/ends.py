@@ -57,7 +57,8 @@ def main() -> None:
         quantize_ends(Decoder.of(model), plan)
         for text, rows in texts.items():
             labels = {"lm_head": head, "embeddings": embeddings} | ({"text": text} if text else {})
-            lines.add(Line.of(labels, compare_rows(base, model, rows), size=plan.weight_bytes))
+            if not lines.has(labels):
+                lines.add(Line.of(labels, compare_rows(base, model, rows), size=plan.weight_bytes))
     print(table(lines.lines, ["text"], recipe.seed))
 
 

@@ -50,7 +50,8 @@ def main() -> None:
             round_cache(rounded, plan.kv_scheme, scales)
             for text, rows in texts.items():
                 labels = {"scale": strategy, "sinks": sinks} | ({"text": text} if text else {})
-                lines.add(Line.of(labels, compare_rows(base, rounded, rows)))
+                if not lines.has(labels):
+                    lines.add(Line.of(labels, compare_rows(base, rounded, rows)))
     print(table(lines.lines, ["text"], recipe.seed))
 
 

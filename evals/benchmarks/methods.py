@@ -73,9 +73,9 @@ def main() -> None:
         label, _, folder = checkpoint.partition("=")
         name, _, bits = label.rpartition(":")
         for text, rows in texts.items():
-            found = compare_rows(base, load_dense(Path(folder), torch.float32), rows)
             labels = {"method": name, "bits": bits, "tokens": "all"} | ({"text": text} if text else {})
-            lines.add(Line.of(labels, found))
+            if not lines.has(labels):
+                lines.add(Line.of(labels, compare_rows(base, load_dense(Path(folder), torch.float32), rows)))
     for labels, plan in plans(arguments, base, tokenizer, recipe):
         lines.measure(labels, resolve(arguments.model), base, plan, tokenizer, texts)
     print(table(lines.lines, ["bits", "text"], recipe.seed))

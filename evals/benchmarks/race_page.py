@@ -64,7 +64,7 @@ def raced(lines: Sequence[Line]) -> str:
 def beaten(lines: Sequence[Line], by: str) -> str:
     """Markdown: the best of ours at the bytes of every peer's best line, and the ratio of their divergences."""
     ours = [line for line in lines if tool(line) == OURS and "control" not in line.labels["candidate"]]
-    peers = sorted((line for line in lines if tool(line) != OURS), key=lambda line: size(line, by))
+    peers = sorted((line for line in lines if tool(line) != OURS and kl(line) > 0), key=lambda line: size(line, by))
     rows = [["peer", "MB", "KL", "ours, of at most 1 % more bytes", "MB", "KL", "ratio"],
             ["---", "---:", "---:", "---", "---:", "---:", "---:"]]
     least = float("inf")
@@ -84,7 +84,8 @@ def _cells(line: Line, by: str) -> list[str]:
 
 
 def picture(lines: Sequence[Line], by: str, frontier: Frontier | None = None) -> str:
-    """Divergence against bytes, every candidate a point, what was predicted a line: SVG."""
+    """Divergence against bytes, every quantized candidate a point, what was predicted a line: SVG."""
+    lines = [line for line in lines if kl(line) > 0]
     with mpl.rc_context(STYLE):
         figure, (axis,) = drawn(1, 4.2)
         for i, name in enumerate(sorted({tool(line) for line in lines}, key=lambda name: (name != OURS, name))):

@@ -23,13 +23,13 @@ class Strict(BaseModel):
 class Artifact(Strict):
     """A versioned JSON file. Subclasses carry the name of their schema as the default of the field `schema_`."""
 
-    def to_json(self) -> str:
+    def to_json(self, ascii_only: bool = False) -> str:
         """The artifact as indented JSON, `schema` first, floats at full precision."""
-        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=ascii_only) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the artifact to `path`, through a temporary file so that no half-written one is ever seen."""
-        return write_atomically(Path(path), self.to_json())
+        return write_atomically(Path(path).expanduser(), self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

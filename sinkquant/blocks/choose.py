@@ -73,7 +73,7 @@ def choose_blocks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, si
     require_enough(count, len(decoder.blocks), dict(held), settings)
     content = read_text(recipe.calibration.text, "calibration", tokenizer)
     rows = token_rows(tokenizer, content, min(ROWS, recipe.detect.rows), recipe.detect.length, recipe.calibration.bos,
-                      decoder.vocabulary)
+                      decoder.vocabulary, key="detect.length")
     marked = SinkSelector.of(sink_map.tokens).mask(rows)
     marked[:, 0] = True
     trials = BlockTrials(decoder, rows, marked, recipe.detect.batch_size, pick_device(recipe.compute.device),

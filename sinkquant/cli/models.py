@@ -23,6 +23,7 @@ from sinkquant.cli.parts import (
     TextOption,
     TrustOption,
     find_sinks,
+    not_unicode,
     printed,
     shown_progress,
     to_file,
@@ -82,7 +83,8 @@ def diagnose(models: Annotated[list[str], typer.Argument(help="A model folder, a
 
         write_atomically(depth_plot, page(found[0].depth, models[0]))
     if json:
-        print(found[0].to_json() if len(found) == 1 else f"[{','.join(one.to_json() for one in found)}]")
+        texts = [one.to_json(not_unicode()) for one in found]
+        print(texts[0] if len(texts) == 1 else f"[{','.join(texts)}]")
         return
     for one in found:
         for shown in tables(one):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,12 +47,17 @@ def for_engine(recipe: Recipe, engine: str | None) -> Recipe:
     return recipe.changed(engine=engine) if engine else recipe
 
 
+def not_unicode() -> bool:
+    """Whether what is printed has to be ASCII to be read back."""
+    return (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+
+
 def printed(found: Artifact, json: bool, output: Path | None = None) -> bool:
     """Write an artifact to what -o names, print it where --json asks for that, and tell whether it was printed."""
     if output:
         found.save(output)
     if json:
-        print(found.to_json(), end="")
+        print(found.to_json(not_unicode()), end="")
     return json
 
 

@@ -36,6 +36,9 @@ from sinkquant.models.loading import read_config
 from sinkquant.models.steps import Progress, Steps
 from sinkquant.recipe import Recipe
 
+MEASURED = Recipe().changed(evaluate={"tasks": [], "sample": None})
+"""No tasks, and all documents of those that are added."""
+
 
 def compare(checkpoints: Sequence[str], baseline: str, *, text: str | list[str] | None = None,
             tasks: Sequence[str] = (),
@@ -49,8 +52,8 @@ def compare(checkpoints: Sequence[str], baseline: str, *, text: str | list[str] 
         checkpoints: run folders, checkpoints of any format that `sinkquant.load` reads, or GGUF files.
         baseline: the unquantized model.
         text: a file of evaluation text; None: the recipe's, or the packaged one.
-        tasks: lm-eval tasks to score all models on; none unless named.
-        recipe: how to measure (`evaluate`, `compute`, `calibration.bos`); None: the defaults.
+        tasks: lm-eval tasks to score all models on; none named: the recipe's.
+        recipe: how to measure (`evaluate`, `compute`, `calibration.bos`); None: `MEASURED`.
         sink_map: of the baseline; None: one that a checkpoint carries, or detected now. sinks: whether sink fidelity
             is measured at all.
 
@@ -60,11 +63,11 @@ def compare(checkpoints: Sequence[str], baseline: str, *, text: str | list[str] 
     """
     if not checkpoints:
         raise RequestError("there is nothing to compare; name one checkpoint or more.")
-    asked: dict[str, Any] = {"tasks": list(tasks), "sample": None} | ({} if text is None else {"text": text})
-    recipe = (recipe or Recipe()).changed(evaluate=asked)
+    asked: dict[str, Any] = {"tasks": list(tasks)} if tasks else {}
+    recipe = (recipe or MEASURED).changed(evaluate=asked | ({} if text is None else {"text": text}))
     opened, (base,) = open_checkpoints(checkpoints), open_checkpoints([baseline])
     tokenizer = load_tokenizer(base.folder, trust_remote_code)
-    if tasks:
+    if recipe.evaluate.tasks:
         require_tasks_possible(recipe, tokenizer)
     content = read_text(recipe.evaluate.text, "evaluation", tokenizer)
     steps = Steps(len(opened) + 3, progress, "comparing", "compared")

@@ -37,7 +37,7 @@ def scored_tasks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, content: st
 
     bos = starts_with_bos(tokenizer, recipe.calibration.bos)
     with ready_tasks(settings.text, content, wanted.names, recipe.seed,
-                     fitting_characters(tokenizer, content, room)) as folder:
+                     fitting_characters(tokenizer, content, min(room, settings.window))) as folder:
         opened = open_tasks(wanted.names, folder, wanted.folder)
 
         def score(model: PreTrainedModel, kv: KVCachePlan | None) -> dict[str, dict[str, Measure]]:

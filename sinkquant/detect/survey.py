@@ -32,7 +32,8 @@ class Surveyor:
         if length > self.decoder.max_length:
             raise RequestError(f"detect.length is {length}, but the model has positions for {self.decoder.max_length} "
                                "tokens only; set it lower.")
-        return token_rows(tokenizer, content, count, length, self.recipe.calibration.bos, self.decoder.vocabulary)
+        return token_rows(tokenizer, content, count, length, self.recipe.calibration.bos, self.decoder.vocabulary,
+                          key="detect.length")
 
     @property
     def long_length(self) -> int:

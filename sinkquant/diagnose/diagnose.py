@@ -23,7 +23,7 @@ from sinkquant.diagnose.spread import spread
 from sinkquant.diagnose.squashing import over_squashing, representational_collapse
 from sinkquant.diagnose.survey import RowSurvey, WalkSettings, survey
 from sinkquant.errors import RequestError
-from sinkquant.models import Decoder, check_finite, pick_device, read_text, starts_with_bos, token_rows
+from sinkquant.models import Decoder, check_finite, pick_device, read_text, require_dense, starts_with_bos, token_rows
 from sinkquant.models.corpus import in_words
 from sinkquant.models.gguf import source_notes
 from sinkquant.models.source import folder_of
@@ -65,8 +65,10 @@ def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
     """
     recipe = recipe or Recipe()
     decoder = Decoder.of(model)
+    require_dense(model)
     check_finite(model)
-    job = _Inputs(decoder, tokenizer, read_text(text, "evaluation", tokenizer), recipe)
+    content = read_text(text or recipe.evaluate.text, "evaluation", tokenizer)
+    job = _Inputs(decoder, tokenizer, content, recipe)
     steps = Steps(PARTS, progress, "diagnosing:", "diagnosed")
     steps.next("finding sinks")
     if sink_map is None:

@@ -101,7 +101,8 @@ def held_out_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
     """
     settings = recipe.evaluate
     return token_rows(tokenizer, content, settings.divergence_rows, min(settings.divergence_length, limit),
-                      recipe.calibration.bos, int(model.get_input_embeddings().weight.shape[0]), "evaluation text")
+                      recipe.calibration.bos, int(model.get_input_embeddings().weight.shape[0]), "evaluation text",
+                      "evaluate.divergence_length")
 
 
 def token_figures(heads: Sequence[OutputHead], states: Sequence[torch.Tensor],

@@ -72,7 +72,7 @@ def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, re
     steps = Steps(sum(len(wanted.names) for candidate in candidates if candidate.tasks_too) + len(plan) + len(written),
                   progress, "evaluating", "evaluated")
     with ready_tasks(settings.text, content, wanted.names, recipe.seed,
-                     fitting_characters(tokenizer, content, limit)) as folder:
+                     fitting_characters(tokenizer, content, min(limit, settings.window))) as folder:
         comparisons, available = _run_tasks(ordered, shelf, tokenizer, recipe, wanted, folder, bos,
                                               compare, steps)
     look = Look(len(rows), ERROR)

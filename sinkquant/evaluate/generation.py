@@ -92,7 +92,8 @@ def measure_generation(candidates: Sequence[Candidate], shelf: Shelf, tokenizer:
     baseline = shelf.get(base.load)
     rows = token_rows(tokenizer, content, settings.generation_rows,
                       settings.generation_prompt + settings.generation_tokens, recipe.calibration.bos,
-                      int(baseline.get_input_embeddings().weight.shape[0]), "evaluation text")
+                      int(baseline.get_input_embeddings().weight.shape[0]), "evaluation text",
+                      "evaluate.generation_tokens")
     for candidate in generating(candidates):
         next_step(f"{candidate.name}: generation")
         candidate.continued = by_position(continuation_kl(baseline, shelf.get(candidate.load), rows,

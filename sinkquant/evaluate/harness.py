@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import KVCachePlan
@@ -98,7 +99,7 @@ class SinkLM(HFLM):
             prefix = self.prefix_token_id
             front, target = ([prefix], target) if prefix is not None else (target[:1], target[1:])
         room = self.max_length + 1 - len(front) - len(target)
-        if not target or room < 0:
+        if not 0 < len(target) <= self.max_length:
             raise RequestError(f"a task asks for the likelihood of {len(target)} tokens at once, and this model can "
                                f"score 1 to {self.max_length}; leave the task out of evaluate.tasks.")
         return front + before[max(0, len(before) - room):], target
@@ -121,19 +122,20 @@ class SinkLM(HFLM):
         return scores
 
     def windows(self, tokens: list[int]) -> list[tuple[list[int], list[int]]]:
-        """A document in windows: (context of one token, scored tokens), as many as the model has positions for.
+        """A document in windows: (context, scored tokens), as many as the model has positions for.
 
-        With `<bos>` it is the context of every window. Without it, as lm-eval does it, the first window has the
-        end-of-text token for context, or its own first token, and each further one the token before it.
+        With `<bos>` it is the context of every window. Without it they are lm-eval's: the first window has the
+        end-of-text token for context, or its own first token, each further one the token before it, and the last one
+        as many as there is room for.
         """
-        found = []
+        if self._bos is not None:
+            return [([self._bos], tokens[begin:begin + self.max_length])
+                    for begin in range(0, len(tokens), self.max_length)]
         prefix = self.prefix_token_id
-        start = 0 if prefix is not None else 1
-        for begin in range(start, len(tokens), self.max_length):
-            context = prefix if self._bos is not None or begin == 0 else tokens[begin - 1]
-            assert context is not None
-            found.append(([context], tokens[begin:begin + self.max_length]))
-        return found
+        if prefix is None:
+            prefix, tokens = tokens[0] if tokens else 0, tokens[1:]
+        return [make_disjoint_window(window) for window in
+                get_rolling_token_windows(tokens, prefix, self.max_length, 1)]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Generated texts; see `tok_batch_encode` for the prompts."""
@@ -164,7 +166,7 @@ class CachedSinkLM(SinkLM):
     """SinkLM whose every score is read through a SinkCache; see `SinkLM` for the other arguments.
 
     Rows are padded on the right, where no scored token sees the padding. What the plan puts in front of every row is
-    neither scored nor part of what is generated; windows are shorter by as many tokens.
+    neither scored nor part of what is generated; the model has positions for as many tokens less.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bos: bool, batch_size: int,
@@ -175,8 +177,8 @@ class CachedSinkLM(SinkLM):
 
     @property
     def max_length(self) -> int:
-        """Tokens of a row that the model has positions for, beside those in front."""
-        return int(super().max_length) - len(self._plan.front)
+        """Tokens of a row, as many as the model has positions for beside those in front."""
+        return int(min(super().max_length, max_length(self.model) - len(self._plan.front)))
 
     def _states(self, ids: torch.Tensor) -> torch.Tensor:
         return last_states(self.model, ids, self._plan)

@@ -10,12 +10,17 @@ Samples = tuple[list[float], list[float]]
 """Per document: numerators, denominators. The metric is a function of the ratio of their sums."""
 
 
+def named(metric: str) -> str:
+    """A metric by its name alone: lm-eval puts a filter's behind a comma."""
+    return metric.partition(",")[0]
+
+
 def value_of(metric: str, top: np.ndarray | float, bottom: np.ndarray | float) -> np.ndarray:
     """A metric from sums over documents, as lm-eval aggregates it: exp(-x) for perplexities, x for means."""
     ratio = np.asarray(top, dtype=np.float64) / np.asarray(bottom, dtype=np.float64)
-    if metric.endswith("perplexity"):
+    if named(metric).endswith("perplexity"):
         return np.asarray(np.exp(-ratio))
-    if metric == "bits_per_byte":
+    if named(metric) == "bits_per_byte":
         return np.asarray(-ratio / math.log(2.0))
     return ratio
 
@@ -30,9 +35,9 @@ def standard_error(metric: str, samples: Samples) -> float | None:
         return None
     ratio = top.sum() / bottom.sum()
     error = float((top - ratio * bottom).std(ddof=1) * len(top) ** 0.5 / bottom.sum())
-    if metric.endswith("perplexity"):
+    if named(metric).endswith("perplexity"):
         return error * math.exp(-ratio)
-    return error / math.log(2.0) if metric == "bits_per_byte" else error
+    return error / math.log(2.0) if named(metric) == "bits_per_byte" else error
 
 
 def paired_difference(metric: str, a: Samples, b: Samples, resamples: int, seed: int) -> tuple[float, float, float]:
@@ -71,4 +76,4 @@ def paired_difference(metric: str, a: Samples, b: Samples, resamples: int, seed:
 def recovery(value: float, reference: float, higher_is_better: bool) -> float | None:
     """How much of the unquantized model's value is left, 1.0 is lossless; None where it is not defined."""
     top, bottom = (value, reference) if higher_is_better else (reference, value)
-    return top / bottom if bottom else None
+    return top / bottom if top >= 0 and bottom > 0 else None

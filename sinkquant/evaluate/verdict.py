@@ -8,6 +8,8 @@ from sinkquant.artifacts.report import Fidelity, Paired, Row, Verdict
 from sinkquant.errors import RequestError
 from sinkquant.recipe import Gate, Recipe
 
+RESULTS = ("sink_aware", "quantized")
+"""What the row that a gate is of may be called: ours, or a checkpoint that sinkquant did not write."""
 Answer = Literal["pays", "does not pay", "no difference shown", "not measured"]
 Recovery = dict[str, dict[str, dict[str, float]]]
 
@@ -100,19 +102,20 @@ def gate_failures(rows: list[Row], recovery: Recovery, fidelity: Fidelity | None
     """
     failures = []
     if gate.max_divergence is not None:
-        tasks = next((row.tasks for row in rows if row.name == "sink_aware"), {})
+        tasks = next((row.tasks for row in rows if row.name in RESULTS), {})
         if "divergence" not in tasks:
             failures.append("gate.max_divergence was not measured: it needs the unquantized model beside the result")
         elif (found := tasks["divergence"]["kl"].value) > gate.max_divergence:
             failures.append(f"KL divergence {found:.4g} nats is over gate.max_divergence {gate.max_divergence:g}")
     if gate.min_recovery is not None:
-        base, aware = ({row.name: row for row in rows}.get(name) for name in ("unquantized", "sink_aware"))
+        base, aware = (next((row for row in rows if row.name in names), None) for names in (("unquantized",), RESULTS))
         failures += [f"{task} {metric} of the result is not finite, so that gate.min_recovery is not kept"
                      for task, metrics in (base.tasks if base and aware else {}).items()
                      for metric in metrics if aware and task in aware.tasks and metric not in aware.tasks[task]]
-        if not recovery.get("sink_aware"):
+        kept = next((recovery[name] for name in RESULTS if recovery.get(name)), {})
+        if not kept:
             failures.append("gate.min_recovery was not measured: it needs the unquantized model beside the result")
-        for task, metrics in recovery.get("sink_aware", {}).items():
+        for task, metrics in kept.items():
             failures += [f"recovery {value:.4f} of {task} {metric} is under gate.min_recovery {gate.min_recovery:g}"
                          for metric, value in metrics.items() if value < gate.min_recovery]
     failures += _sink_failures(fidelity, gate)

@@ -96,7 +96,7 @@ def explain(checkpoint: str, baseline: str, *, text: str | list[str] | None = No
     room = min(max_length(original), max_length(model)) - max(len(front), len(served), len(opened.kv.front)
                                                               if opened.kv else 0)
     read = token_rows(tokenizer, content, rows, min(length, room), "never",
-                      int(original.get_input_embeddings().weight.shape[0]), "evaluation text")
+                      int(original.get_input_embeddings().weight.shape[0]), "evaluation text", "length")
     probe = Probe.of(original, read, front, served, opened.kv)
     settings = [*changes(original.config, model.config), *text_changes(tokenizer, mine, documents(content))]
     made: dict[str, Any] = {"checkpoint": checkpoint, "model": baseline, "settings": settings, "notes": notes,

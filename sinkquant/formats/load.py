@@ -18,7 +18,7 @@ from sinkquant.formats.own import METHOD, made_dense
 from sinkquant.formats.packed import load_packed
 from sinkquant.formats.placed import DeviceMap, Placement
 from sinkquant.formats.simulated import simulate
-from sinkquant.models import cast_experts, check_finite, load_model, load_tokenizer, open_model, resolve
+from sinkquant.models import cast_experts, check_finite, load_model, load_tokenizer, open_model, pick_device, resolve
 from sinkquant.models.inputs import let_through, round_inputs
 from sinkquant.models.loading import class_for, loading_errors
 from sinkquant.models.progress import no_progress_bars
@@ -52,13 +52,15 @@ def load(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto", devi
     if head_bits != 16 and not packed:
         raise RequestError("head_bits rounds a model that is loaded with packed=True; give that too.")
     placement = Placement.asked(device_map, max_memory, offload_folder, device)
-    path = resolve(str(folder))
+    path = resolve(str(folder)).resolve()  # the model remembers it, wherever the process goes
     tokenizer = load_tokenizer(path, trust_remote_code)
+    device = pick_device(device)
     if placement is not None and not packed and "quantization_config" not in read_json(path / "config.json"):
-        return load_model(path, dtype, trust_remote_code=trust_remote_code,
-                          placement=placement.arguments()), tokenizer
-    model = (load_packed(path, dtype, device, head_bits, trust_remote_code) if packed else
-             load_dense(path, dtype, device, trust_remote_code))
+        model = load_model(path, dtype, trust_remote_code=trust_remote_code, placement=placement.arguments())
+        placement = None
+    else:
+        model = (load_packed(path, dtype, device, head_bits, trust_remote_code) if packed else
+                 load_dense(path, dtype, device, trust_remote_code))
     content = read_checkpoint(path)
     if content and packed:
         simulate(model, content["plan"], path)

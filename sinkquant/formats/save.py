@@ -21,10 +21,10 @@ from sinkquant.artifacts import Plan, SinkMap
 from sinkquant.artifacts.ends import end_tensors, with_ends
 from sinkquant.artifacts.kv_scheme import kv_scale_tensors, with_kv_scales
 from sinkquant.artifacts.sizes import GUARD, checkpoint_tensors, own_format, packed_tensors
-from sinkquant.cache import save_bases
+from sinkquant.cache import save_bases, save_prefix
 from sinkquant.errors import SinkquantError
 from sinkquant.formats.carried import carry, write_config
-from sinkquant.formats.load import KV_BASES, load_dense
+from sinkquant.formats.load import KV_BASES, KV_PREFIX, load_dense
 from sinkquant.formats.output import beside, put_in_place, real_place, require_free
 from sinkquant.formats.own import own_config
 from sinkquant.formats.simulated import save_simulated
@@ -73,6 +73,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
         save_simulated(temporary, state.plan, state.input_scales)
         if state.bases is not None:
             save_bases(state.bases, temporary / KV_BASES)
+        if state.prefix is not None:
+            save_prefix(state.prefix, temporary / KV_PREFIX)
         write_files(temporary, model, state.plan, sink_map or state.plan.sink_map, recipe, state.tokens)
         files_of(state.plan.backend).finish(temporary, state.plan, type(model).__name__, lambda: None)
         check_reload(model, temporary, state.plan)
@@ -219,9 +221,11 @@ def check_reload(model: PreTrainedModel, folder: Path, plan: Plan) -> None:
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     row = torch.randint(vocabulary, (1, 16), generator=generator)
+    training = model.training
     with torch.no_grad():
-        expected = model(row.to(model.device), use_cache=False).logits.cpu()
+        expected = model.eval()(row.to(model.device), use_cache=False).logits.cpu()
         found = again(row.to(again.device), use_cache=False).logits.cpu()
+    model.train(training)
     if not torch.equal(expected, found):
         worst = float((expected.float() - found.float()).abs().max())
         raise SinkquantError(f"the checkpoint does not give the model's logits when loaded back (off by {worst:.3g}); "

@@ -262,11 +262,15 @@ def max_length(model: PreTrainedModel) -> int:
 
 
 def require_dense(model: PreTrainedModel) -> None:
-    """Raises RequestError if a linear keeps its weights packed, or a parameter is FP8, which cannot be observed."""
+    """Raises RequestError if a linear keeps its weights packed, or a parameter is FP8 or offloaded, which cannot be
+    observed."""
     for name, module in model.named_modules():
         if getattr(type(module), "keeps_packed", False):
             raise RequestError(f"{name} keeps its weights packed; load the checkpoint without packed=True.")
     for name, parameter in model.named_parameters():
+        if parameter.is_meta and source_of(model) is None:
+            raise RequestError(f"the weight {name} is not in memory (offloaded, or on the meta device); load the model "
+                               "whole, or name its folder to a command.")
         if parameter.is_floating_point() and parameter.itemsize == 1:
             raise RequestError(f"the weight {name} is in {str(parameter.dtype).removeprefix('torch.')}; give the "
                                "model's folder, from which it is dequantized.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ RUN_MODEL = "model"
 """The checkpoint's folder inside a run's folder."""
 
 
-def inside_run(name: str) -> str:
+def inside_run(name: str | os.PathLike[str]) -> str:
     """The checkpoint inside a run's folder, or what was named."""
+    name = os.fspath(name)
     path = Path(name)
     one = path / RUN_MODEL / "config.json"
     return str(one.parent) if one.is_file() and not (path / "config.json").is_file() else name.rstrip("/") or name

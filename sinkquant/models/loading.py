@@ -142,8 +142,10 @@ def pick_device(device: str) -> str:
         RequestError: "cuda" was asked for and there is none.
     """
     available = torch.cuda.is_available()
-    if device == "cuda" and not available:
-        raise RequestError("compute.device is 'cuda', but torch sees no CUDA device; use 'auto' or 'cpu'.")
+    if device.partition(":")[0] not in ("auto", "cpu", "cuda", "mps", "xpu", "meta"):
+        raise RequestError(f"there is no device {device!r}; use 'auto', 'cpu' or 'cuda'.")
+    if device.startswith("cuda") and not available:
+        raise RequestError("the device asked for is 'cuda', but torch sees no CUDA device; use 'auto' or 'cpu'.")
     return ("cuda" if available else "cpu") if device == "auto" else device
 
 

@@ -243,7 +243,8 @@ def _block(config: PreTrainedConfig, name: str, block: nn.Module, known: Known) 
             matrix = matrices[path] = _matrix(full, module)
             (writes if leaf in writers else attends if inside else feeds).append(matrix)
         elif leaf == "experts" and {"gate_up_proj", "down_proj"} <= set(own):
-            turned = bool(getattr(module, "is_transposed", False))
+            up, down, width = own["gate_up_proj"].shape, own["down_proj"].shape, int(config.hidden_size)
+            turned = bool(getattr(module, "is_transposed", up[1] == width == down[2]))  # Llama 4's do not say
             feeds.append(Matrix(f"{full}.gate_up_proj", _if_there(own, full, "gate_up_proj_bias"), turned))
             writes.append(Matrix(f"{full}.down_proj", _if_there(own, full, "down_proj_bias"), turned))
             own = {key: own[key] for key in own if not key.startswith(("gate_up_proj", "down_proj"))}
@@ -290,9 +291,12 @@ def _values(config: PreTrainedConfig, block: nn.Module, path: str, matrices: dic
     names = {child for child, _ in module.named_children()}
     if second is None or any("norm" in child and child[0] not in "qk" for child in names):
         return None
+    others = {child for child, one in module.named_children() if isinstance(one, nn.Linear | Conv1D)}
+    if others - ATTENTION_READERS - ATTENTION_WRITERS - ATTENTION_INNER:  # it may read the values too, as Doge's does
+        return None
     heads = int(config.num_attention_heads)
     columns = _size(block, second, columns=True)
-    head_dim = int(getattr(module, "head_dim", None) or columns // heads)
+    head_dim = int(getattr(module, "v_head_dim", None) or getattr(module, "head_dim", None) or columns // heads)
     source = next((leaf for leaf in ("v_proj", "qkv_proj", "query_key_value", "c_attn")
                    if f"{prefix}{leaf}" in matrices), None)
     if source is None or columns % head_dim:

@@ -54,7 +54,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def token_rows(tokenizer: PreTrainedTokenizerBase, text: str, rows: int, length: int, bos: BosPolicy = "auto",
-               vocabulary: int | None = None, what: str = "calibration text") -> torch.Tensor:
+               vocabulary: int | None = None, what: str = "calibration text",
+               key: str = "calibration.length") -> torch.Tensor:
     """Cut a text into rows of `length` tokens, `<bos>` counted, and take `rows` of them spread evenly over it.
 
     Rows do not cross documents. Only where that gives too few rows, documents that are shorter than one are packed: one
@@ -63,6 +64,7 @@ def token_rows(tokenizer: PreTrainedTokenizerBase, text: str, rows: int, length:
 
     Args:
         vocabulary: number of rows of the model's embedding; ids beyond it are refused.
+        what, key: the text, and what the user sets the length by, in words of an error.
 
     Returns:
         int64 [at most rows, length].
@@ -78,7 +80,7 @@ def token_rows(tokenizer: PreTrainedTokenizerBase, text: str, rows: int, length:
         windows += _packed([ids for ids in encoded if len(ids) < room], room, _between(tokenizer))
     if not windows:
         raise RequestError(f"the {what} is shorter than one row: it has {sum(map(len, encoded))} tokens and a row "
-                           f"needs {room}; give more text or a smaller calibration.length.")
+                           f"needs {room}; give more text or a smaller {key}.")
     if len(windows) > rows:
         windows = [windows[i * len(windows) // rows] for i in range(rows)]
     table = torch.tensor([[*front, *window] for window in windows], dtype=torch.long)

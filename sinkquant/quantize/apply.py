@@ -8,9 +8,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan
-from sinkquant.models import ActivationStore, Decoder, check_finite, pick_device
+from sinkquant.cache import make_prefix
+from sinkquant.cache.bases import needs_bases
+from sinkquant.errors import RequestError
+from sinkquant.models import ActivationStore, Decoder, check_finite, pick_device, require_dense
 from sinkquant.models.steps import Progress
-from sinkquant.quantize.bases import cache_bases
+from sinkquant.quantize.bases import NO_TOKENIZER_FOR_BASES, cache_bases
 from sinkquant.quantize.block import QuantizedBlock, with_codes
 from sinkquant.quantize.calibrated import calibrated
 from sinkquant.quantize.check import check
@@ -19,6 +22,7 @@ from sinkquant.quantize.ends import quantize_ends
 from sinkquant.quantize.inputs import get_ready
 from sinkquant.quantize.kv_scheme import kv_scales, round_cache
 from sinkquant.quantize.rounded import rounded
+from sinkquant.quantize.rows import NO_TOKENIZER
 from sinkquant.quantize.state import ATTRIBUTE, QuantizedState
 from sinkquant.quantize.transforms import rotate
 from sinkquant.schemes.codecs import install_modules
@@ -40,11 +44,18 @@ def quantize(model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerB
         SinkquantError: a Hessian cannot be inverted.
     """
     decoder = Decoder.of(model)
+    require_dense(model)
     check(decoder, plan)
     check_finite(model)
+    place, kind = pick_device(device), getattr(torch, dtype)
+    if plan.needs_rows and tokenizer is None:
+        raise RequestError(NO_TOKENIZER)
+    if tokenizer is None and plan.kv_cache is not None and needs_bases(plan.kv_cache):
+        raise RequestError(NO_TOKENIZER_FOR_BASES)
     rotate(decoder, plan)
     state = QuantizedState(plan)
-    place, kind = pick_device(device), getattr(torch, dtype)
+    if plan.kv_cache is not None and plan.kv_cache.prefix:
+        state.prefix = make_prefix(model, plan.kv_cache.prefix)
     state.kv_scales = kv_scales(decoder, plan, tokenizer, place, kind)
     teacher = teacher_targets(decoder, plan, tokenizer, place, kind)
     state.ends = quantize_ends(decoder, plan)

@@ -14,6 +14,9 @@ from sinkquant.quantize.rows import text_rows
 
 BATCH_ROWS = 4
 
+NO_TOKENIZER_FOR_BASES = ("kv_cache.rotate 'covariance' needs calibration rows; hand over the tokenizer, or use "
+                          "'hadamard'.")
+
 
 def cache_bases(decoder: Decoder, plan: KVCachePlan | None, calibration: Calibration,
                 tokenizer: PreTrainedTokenizerBase | None, device: str, dtype: torch.dtype,
@@ -29,8 +32,7 @@ def cache_bases(decoder: Decoder, plan: KVCachePlan | None, calibration: Calibra
     if plan is None or not needs_bases(plan):
         return None
     if tokenizer is None:
-        raise RequestError("kv_cache.rotate 'covariance' needs calibration rows; hand over the tokenizer, or use "
-                           "'hadamard'.")
+        raise RequestError(NO_TOKENIZER_FOR_BASES)
     rows = text_rows(decoder, calibration, tokenizer, ROWS)
     return find_bases(Walk(decoder, rows, BATCH_ROWS, device, dtype, store=store), plan)
 

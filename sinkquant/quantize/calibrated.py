@@ -13,7 +13,7 @@ from sinkquant.models import ActivationStore, Decoder, Walk, weight_matrix
 from sinkquant.models.inputs import inputs_left_alone
 from sinkquant.quantize.block import QuantizedBlock, by_input, inside, with_codes
 from sinkquant.quantize.hessian import collect
-from sinkquant.quantize.inputs import round_block
+from sinkquant.quantize.inputs import front_of, round_block
 from sinkquant.quantize.layer import keep_dense, quantize_experts, record_experts
 from sinkquant.quantize.module import fused_scales, put_packed, quantize_modules
 from sinkquant.quantize.pruning import silence
@@ -34,7 +34,7 @@ def calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase 
     """
     settings = plan.calibration
     rows = calibration_rows(decoder, plan, tokenizer)
-    weights = TokenWeights(rows, settings)
+    weights = TokenWeights(rows, settings, len(front_of(plan)))
     rank, ranks = this_rank()
     shape = decoder.shape("")
     walk = Walk(decoder, rows, settings.batch_size, device, dtype, store=store,

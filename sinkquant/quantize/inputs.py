@@ -73,15 +73,21 @@ def round_block(step: Step, decoder: Decoder, plan: Plan, dtype: torch.dtype) ->
     return scales
 
 
+def front_of(plan: Plan) -> list[int]:
+    """The tokens in front of every calibration row: those that the plan puts there, where inputs are rounded. The tokens
+    after them then carry no outliers."""
+    rounded = any(decision.rounded for decision in plan.modules.values())
+    return plan.kv_cache.front if plan.kv_cache is not None and rounded else []
+
+
 def in_front(rows: torch.Tensor, plan: Plan, limit: int) -> torch.Tensor:
-    """Calibration rows with the tokens that the plan puts in front of every row, where inputs are rounded: the tokens
-    after them then carry no outliers.
+    """Calibration rows with the tokens in front of them.
 
     Args:
         rows: int64 [rows, length]. limit: longest row that the model has positions for.
     """
-    front = plan.kv_cache.front if plan.kv_cache else []
-    if not front or not any(decision.rounded for decision in plan.modules.values()):
+    front = front_of(plan)
+    if not front:
         return rows
     if len(front) >= limit:
         raise RequestError(f"the {len(front)} tokens in front of every row leave no room in a context of {limit}.")

@@ -11,6 +11,8 @@ from sinkquant.models import Decoder, read_text, token_rows
 from sinkquant.quantize.inputs import in_front
 from sinkquant.quantize.ranks import my_rows
 
+NO_TOKENIZER = "the plan uses a method that needs calibration rows; hand over the tokenizer."
+
 
 def calibration_rows(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase | None) -> torch.Tensor:
     """This rank's share of the rows, int64 [rows, length].
@@ -19,7 +21,7 @@ def calibration_rows(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenize
         RequestError: no tokenizer, too little text, or rows that cannot be shared.
     """
     if tokenizer is None:
-        raise RequestError("the plan uses a method that needs calibration rows; hand over the tokenizer.")
+        raise RequestError(NO_TOKENIZER)
     return my_rows(in_front(text_rows(decoder, plan.calibration, tokenizer), plan, decoder.max_length), plan)
 
 

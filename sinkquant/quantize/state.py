@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sinkquant.artifacts import Plan
-from sinkquant.cache import Bases
+from sinkquant.cache import Bases, Prefix
 from sinkquant.errors import RequestError
 from sinkquant.schemes.codecs import PackedWeight, StoredWeight
 
@@ -22,7 +22,8 @@ class QuantizedState:
     """The plan that was carried out, the packed weights (those of the token embedding and the output head in `ends`),
     the relative error that every module was left with (before the whole model was tuned, where it was), and the stored
     scales, [1], of inputs that have one; and the calibration tokens that went to every one of a layer's experts; and
-    what the KV cache rotates by, where it has to be found; and the scales of a KV cache in FP8, by tensor name.
+    what the KV cache rotates by, where it has to be found, and the keys and values of its prefix; and the scales of a
+    KV cache in FP8, by tensor name.
     """
 
     plan: Plan
@@ -32,6 +33,7 @@ class QuantizedState:
     input_scales: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)
     bases: Bases | None = None
+    prefix: Prefix | None = None
     kv_scales: dict[str, torch.Tensor] = field(default_factory=dict)
 
 

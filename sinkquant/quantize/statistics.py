@@ -23,19 +23,22 @@ class TokenWeights:
     is as large. "exclude": sinks weigh nothing. "attention": a token weighs the attention that it receives in the layer
     at hand, the row's least and most taken to 0.005 and 1 (RSQ, Sung et al. 2503.01820).
 
-    rows: int64 [rows, length], the calibration rows.
+    rows: int64 [rows, length], the calibration rows. front: how many tokens stand before what places of sinks are
+    counted from; "exclude" leaves them out too.
     """
 
     rows: torch.Tensor
     calibration: Calibration
+    front: int = 0
     sinks: torch.Tensor = field(init=False)
     weights: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.sinks = torch.zeros(self.rows.shape, dtype=torch.bool)
         boosted = torch.ones(self.rows.shape, dtype=torch.float32)
+        places = (torch.arange(self.rows.shape[1]) - self.front).expand(self.rows.shape)
         for sink in self.calibration.sinks:
-            here = SinkSelector.of([sink]).mask(self.rows)
+            here = SinkSelector.of([sink]).mask(self.rows, places)
             # A token that several selectors name takes the largest weight.
             boosted = torch.where(here, torch.maximum(boosted, torch.tensor(sink.weight)), boosted)
             self.sinks |= here
@@ -45,6 +48,7 @@ class TokenWeights:
             self.weights = boosted
         elif policy == "exclude":
             self.weights[self.sinks] = 0
+            self.weights[:, :self.front] = 0
 
     @property
     def capped(self) -> bool:

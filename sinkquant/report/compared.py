@@ -9,7 +9,7 @@ from sinkquant.artifacts.base import write_atomically
 from sinkquant.artifacts.comparison import ComparedRow, Comparison, Interval
 from sinkquant.report.dots import Dot, Dots
 from sinkquant.report.drawing import Plot
-from sinkquant.report.kinds import require_kind
+from sinkquant.report.kinds import require_kind, table_row
 from sinkquant.report.plots import KL, by_position, megabytes
 from sinkquant.report.render import environment, metrics_of
 
@@ -56,9 +56,9 @@ def sentence(found: Comparison) -> str:
 def markdown(found: Comparison) -> str:
     """The table and the warnings."""
     names = columns(found)
-    lines = [f"# {found.model}, quantized in several ways", "", sentence(found), "", f"| {' | '.join(names)} |",
+    lines = [f"# {found.model}, quantized in several ways", "", sentence(found), "", table_row(names),
              f"|---|---|{'---:|' * (len(names) - 2)}",
-             *(f"| {' | '.join(line)} |" for line in cells(found)), "", *(f"- {one}." for one in found.warnings),
+             *map(table_row, cells(found)), "", *(f"- {one}." for one in found.warnings),
              *([""] if found.warnings else []), f"{_said_of(found)}"]
     return "\n".join(lines) + "\n"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sinkquant.artifacts.base import write_atomically
 from sinkquant.artifacts.explanation import Explanation, PartLoss
-from sinkquant.report.kinds import require_kind
+from sinkquant.report.kinds import require_kind, table_row
 
 Cells = list[list[str]]
 """The first line names the columns."""
@@ -33,8 +33,7 @@ def markdown(found: Explanation) -> str:
     lines += ["", *(f"- {one.name}: {one.before} -> {one.after}" for one in found.settings),
               *([found.sinks_sentence] if found.sinks_sentence else []), *(f"- {note}." for note in found.notes)]
     for title, cells in shown_tables(found, True).items():
-        lines += ["", f"## {title}", "", *(f"| {' | '.join(line)} |" for line in cells[:1]),
-                  "|---" * len(cells[0]) + "|", *(f"| {' | '.join(line)} |" for line in cells[1:])]
+        lines += ["", f"## {title}", "", table_row(cells[0]), "|---" * len(cells[0]) + "|", *map(table_row, cells[1:])]
     return "\n".join(lines) + "\n"
 
 

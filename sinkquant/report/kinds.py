@@ -1,4 +1,4 @@
-"""Which files a result can be written as."""
+"""Which files a result can be written as, and how a table of one is written."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sinkquant.errors import RequestError
+
+
+def table_row(cells: Sequence[str]) -> str:
+    """A row of a Markdown table; bars inside its cells are text."""
+    escaped = [cell.replace("|", r"\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
 
 
 def require_kind(path: Path, kinds: Sequence[str]) -> None:

@@ -91,7 +91,7 @@ def divergences(dots: list[Dot]) -> Dots:
 def differences(paired: Sequence[Paired]) -> Dots | None:
     """The control's divergence minus the sink-aware one's, for everything and for each mechanism alone."""
     dots = [Dot(MECHANISMS[pair.b], [], pair.difference, pair.low, pair.high,
-                f"{pair.difference:.2g} ± {(pair.high - pair.low) / 2:.2g}", "ours" if pair.b == "sink_aware" else "",
+                f"{pair.difference:.2g} ({pair.low:.2g} to {pair.high:.2g})", "ours" if pair.b == "sink_aware" else "",
                 hollow=pair.b != "sink_aware")
             for pair in paired if pair.metric == "kl" and pair.b in MECHANISMS and "control" in pair.a]
     if not dots:
@@ -108,7 +108,7 @@ def by_position(lines: dict[str, list[PositionLoss]]) -> Plot:
         for i, (name, found) in enumerate(lines.items()):
             axis.plot([place(one) for one in found], [max(one.kl, 1e-12) for one in found], linewidth=1.2, markersize=4,
                       marker=MARKERS[i % len(MARKERS)], color=SERIES[i % len(SERIES)],
-                      linestyle="-" if i < len(SERIES) else "--", label=name)
+                      linestyle="-" if i < len(SERIES) else "--", label=label(name))
         logarithmic(axis)
         axis.set(xlabel="position in the row", ylabel="KL, nats per token")
         axis.tick_params(axis="x", labelsize=8)
@@ -120,6 +120,12 @@ def by_position(lines: dict[str, list[PositionLoss]]) -> Plot:
                 " ".join(f"{name}: " + ", ".join(f"{one.kl:.2g} at {place(one)}" for one in found) + "."
                          for name, found in lines.items()),
                 "The first token stands by itself: nothing comes before it.", table)
+
+
+def label(name: str) -> str:
+    """A name in a legend as it is: matplotlib leaves out those that begin with "_", and reads "$" as mathematics."""
+    shown = name.replace("$", r"\$")
+    return "\u200b" + shown if shown.startswith("_") else shown
 
 
 def place(one: PositionLoss) -> str:

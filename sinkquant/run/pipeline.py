@@ -57,7 +57,7 @@ def plan(model: PreTrainedModel, sink_map: SinkMap, recipe: Recipe | None = None
                      sensitivity)
 
 
-def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | os.PathLike[str] = "demo",
+def run(recipe: Recipe | str | os.PathLike[str] | None = None, model: str | os.PathLike[str] = "demo",
         output: str | os.PathLike[str] = "out", *, edited: Plan | None = None, sink_map: SinkMap | None = None,
         sensitivity: str | os.PathLike[str] | None = None, plan_only: bool = False, resume: bool = False,
         trust_remote_code: bool = False, progress: Progress | None = None) -> Report | None:
@@ -67,6 +67,7 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
     the run fails, and a run with the same recipe and model continues after the last finished artifact.
 
     Args:
+        recipe: or the name or file of one; None: the plan's own where one is given, else the default.
         edited: a plan to carry out instead of the one that the recipe would give; its sizes are counted anew.
         sink_map: of this model, made before; without it the sinks are detected.
         sensitivity: a file to take sensitivities from, or to write them to; a plan that is solved for needs them, and
@@ -81,7 +82,9 @@ def run(recipe: Recipe | str | os.PathLike[str] = DEFAULT_RECIPE, model: str | o
         RequestError: the request is wrong; found before any compute is spent where that is possible.
         SinkquantError: the work failed.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    if recipe is None and edited is not None:
+        recipe = Recipe.parse(edited.recipe, "the recipe in the plan")
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe or DEFAULT_RECIPE)
     target = Path(output)
     require_free(target)
     if edited is None:

@@ -96,7 +96,8 @@ def _rows(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, 
           length: int) -> torch.Tensor:
     """Rows of the calibration text, int64 [rows, length]."""
     text = read_text(recipe.calibration.text, "calibration", tokenizer)
-    return token_rows(tokenizer, text, count, length, recipe.calibration.bos, decoder.vocabulary)
+    return token_rows(tokenizer, text, count, length, recipe.calibration.bos, decoder.vocabulary,
+                      key="sensitivity.length or kv_length")
 
 
 def _key(decoder: Decoder, rows: torch.Tensor, sink_map: SinkMap, recipe: Recipe, units: list[Unit],

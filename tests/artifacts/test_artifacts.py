@@ -142,3 +142,15 @@ def test_numbers_of_an_edited_plan_that_make_no_sense_are_refused(section: str, 
     data[section][key] = value
     with pytest.raises(RequestError, match=rf"the plan is not a valid .*: {section}.{key}"):
         Plan.parse(data, "the plan")
+
+
+def test_what_is_printed_may_be_ascii(artifacts: dict[str, Artifact]) -> None:
+    text = artifacts["report"].to_json(ascii_only=True)
+    assert text.isascii()
+    assert not artifacts["report"].to_json().isascii()
+    assert json.loads(text) == json.loads(artifacts["report"].to_json())
+
+
+def test_a_home_is_a_home(artifacts: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert artifacts["plan"].save("~/plan.json") == tmp_path / "plan.json"

@@ -60,6 +60,7 @@ def test_it_is_asked_after_those_built_in(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(("points", "message"), [
     ("broken = develop.toy_detector:torch", r"'broken' of sinkquant\.detectors is no subclass of .*Detector; mend the"),
+    ("gone = gone_module:Detector", r"'gone' of sinkquant\.detectors cannot be imported \(No module named"),
     ("tensors = develop.test_toy_detector:Tensors", "the detector 'tensors' found cannot be written as JSON .* mend")])
 def test_a_package_that_brings_something_else_is_named(points: str, message: str, tmp_path: Path, text_file: Path,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,3 +94,15 @@ def test_recovery_is_one_where_nothing_is_lost() -> None:
     assert recovery(0.0, 0.8, True) == 0.0
     assert recovery(20.0, 10.0, False) == pytest.approx(0.5)
     assert recovery(0.5, 0.0, True) is None
+
+
+def test_a_filter_does_not_change_what_a_metric_is() -> None:
+    samples = ([-1.0, -2.0, -1.5], [1.0, 1.0, 1.0])
+    for metric in ("perplexity", "bits_per_byte", "acc"):
+        assert value_of(f"{metric},mine", -4.5, 3.0) == value_of(metric, -4.5, 3.0)
+        assert standard_error(f"{metric},mine", samples) == standard_error(metric, samples)
+
+
+@pytest.mark.parametrize(("value", "reference"), [(-0.06, -0.02), (0.05, -0.02), (-0.01, 0.5), (0.3, 0.0)])
+def test_there_is_no_recovery_of_what_is_not_positive(value: float, reference: float) -> None:
+    assert recovery(value, reference, True) is None

@@ -96,3 +96,10 @@ def test_a_metric_that_is_not_finite_is_not_kept() -> None:
     rows[1].tasks |= {"mine": {"acc": Measure(value=0.5)}}
     found = gate_failures(rows, {"sink_aware": {"mine": {"acc": 1.0}}}, None, Gate(min_recovery=0.9))
     assert found == ["mine perplexity of the result is not finite, so that gate.min_recovery is not kept"]
+
+
+def test_a_checkpoint_of_others_is_held_to_the_gate_too() -> None:
+    rows = [row("unquantized", None), row("quantized", 0.01)]
+    assert gate_failures(rows, {}, None, Gate(max_divergence=0.1)) == []
+    assert len(gate_failures(rows, {}, None, Gate(max_divergence=0.001))) == 1
+    assert gate_failures(rows, {"quantized": {"mine": {"acc": 0.99}}}, None, Gate(min_recovery=0.9)) == []

@@ -18,9 +18,11 @@ from sinkmaps import sink_map_of
 from tiny_tokenizer import tiny_tokenizer
 from transformers import PreTrainedModel
 
+from sinkquant.cache import load_prefix, make_prefix
 from sinkquant.errors import RequestError, SinkquantError
-from sinkquant.formats import read_checkpoint, save, versions
+from sinkquant.formats import load, read_checkpoint, save, versions
 from sinkquant.formats import save as save_package
+from sinkquant.formats.load import KV_PREFIX
 from sinkquant.models import Decoder, load_model
 from sinkquant.policy import make_plan
 from sinkquant.quantize import quantize
@@ -173,3 +175,20 @@ def test_a_model_with_another_attention_is_saved(text_file: Path, tmp_path: Path
     model = quantized(text_file, attn_implementation="eager")[0]
     assert model.config._attn_implementation == "eager"
     assert save(model, tiny_tokenizer(), tmp_path / "eager").is_dir()
+
+
+def test_a_model_in_training_mode_is_saved_and_goes_on_training(text_file: Path, tmp_path: Path) -> None:
+    model = quantized(text_file, attention_dropout=0.5)[0].train()
+    assert save(model, tiny_tokenizer(), tmp_path / "out").is_dir()
+    assert model.training
+
+
+def test_a_prefix_goes_with_its_checkpoint(text_file: Path, tmp_path: Path) -> None:
+    """Its keys and values are of the unquantized model, which is gone once the model is quantized."""
+    model = quantized(text_file, more=("kv_cache={prefix: bos, exact: none, window: 32}",))[0]
+    loaded, _ = load(save(model, tiny_tokenizer(), tmp_path / "out"))
+    expected = make_prefix(tiny_model("llama"), [1])
+    found = load_prefix(tmp_path / "out" / KV_PREFIX)
+    assert all(torch.equal(found.keys[layer], keys) for layer, keys in expected.keys.items())
+    ids = torch.tensor([[1, *range(8, 60)]])
+    assert loaded.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 56)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, open_model, resolve
-from sinkquant.models.folder import weight_files
+from sinkquant.models.folder import inside_run, weight_files
 from sinkquant.models.headers import read_header
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -110,3 +110,7 @@ def test_headers_that_contradict_themselves(folder: Path, entry: object) -> None
     with_entry(folder / "model.safetensors", entry)
     with pytest.raises(RequestError, match=r"model\.safetensors is not a safetensors file"):
         read_header(folder / "model.safetensors")
+
+
+def test_a_path_is_a_name(folder: Path) -> None:
+    assert inside_run(folder) == inside_run(str(folder)) == str(folder)

@@ -150,3 +150,22 @@ def test_float16_models_with_large_weights_stay_finite(small: list[str]) -> None
     model.get_parameter(f"{DOWN}.weight").data[0, :8] = torch.tensor([65504.0, -65504.0] * 4).half()
     quantize(model, planned(model, ["weights.method=rtn", "weights.group_size=32"]))
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("assignments", "asked"), [
+    (["weights.rotate=full", "weights.method=rtn"], {"device": "gpu"}),
+    (["weights.rotate=full"], {}), (["weights.lm_head=8", "weights.embeddings=8"], {}),
+    (["weights.method=rtn", "weights.rotate=full", "kv_cache={rotate: covariance, exact: none}"], {})])
+def test_what_is_refused_leaves_the_model_as_it_was(model: PreTrainedModel, small: list[str], assignments: list[str],
+                                                    asked: dict[str, str]) -> None:
+    """No tokenizer where rows are needed, or no such device: nothing is rotated or rounded before that is found."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(RequestError, match=r"tokenizer|no device 'gpu'"):
+        quantize(model, planned(model, [*small, *assignments]), **asked)  # type: ignore[arg-type]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_that_is_not_in_memory_is_refused(model: PreTrainedModel, small: list[str]) -> None:
+    plan = planned(model, [*small, "weights.method=rtn"])
+    with pytest.raises(RequestError, match="is not in memory"):
+        quantize(model.to("meta"), plan)

@@ -117,3 +117,11 @@ def test_the_cross_moment_compares_with_the_unquantized_inputs(tiny: PreTrainedM
     cross = found.cross()
     assert cross is not None
     torch.testing.assert_close(cross, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_places_of_sinks_are_counted_from_behind_what_stands_in_front() -> None:
+    rows = torch.tensor([[5, 9, 1, 10, 11], [5, 9, 1, 12, 1]])
+    first = WeighedSink(token_id=1, position=0, weight=16)
+    assert TokenWeights(rows, settings("boost", first), 2).weights.tolist() == [[1, 1, 16, 1, 1]] * 2
+    assert TokenWeights(rows, settings("exclude", first), 2).weights.tolist() == [[0, 0, 0, 1, 1]] * 2
+    assert TokenWeights(rows, settings("exclude", first)).weights.tolist() == [[1, 1, 1, 1, 1]] * 2

@@ -6,7 +6,8 @@ import pytest
 
 from sinkquant.artifacts.report import PositionLoss
 from sinkquant.report.dots import Axis, Dot, Dots
-from sinkquant.report.plots import accuracy_dots, all_plots, bits_per_module, differences
+from sinkquant.report.kinds import table_row
+from sinkquant.report.plots import accuracy_dots, all_plots, bits_per_module, differences, label
 from sinkquant.report.sink_plots import massive_along_depth, sink_heatmap
 
 
@@ -14,7 +15,7 @@ def test_every_plot_says_what_it_shows(report, sink_map, plan):
     plots = all_plots(report, sink_map, plan, None)
     assert list(plots) == ["accuracy", "worth", "sinks", "bits", "massive"]
     assert "sink-aware 0.250 ± 0.02; control 0.500 ± 0.02" in plots["accuracy"].alt
-    assert "everything 0.25 ± 0.15" in plots["worth"].alt
+    assert "everything 0.25 (0.1 to 0.4)" in plots["worth"].alt
     assert "mean 0.55, largest 0.90. 2 no-op heads (crosses)." in plots["sinks"].alt
     assert "Channel 5 reaches 700, 90 times the median; it is born in layers.0.mlp and lasts to the end" in (
         plots["massive"].alt)
@@ -102,3 +103,13 @@ def test_linears_with_the_same_bits_share_a_line(plan):
     modules = {f"layers.{i}.{kind}": one for i in range(2) for kind in ("self_attn.q_proj", "mlp.up_proj")}
     table = bits_per_module(plan.model_copy(update={"modules": modules})).table
     assert table == [["linear", "block 0", "block 1"], ["self_attn.q_proj", "4", "4"], ["mlp.up_proj", "4", "4"]]
+
+
+def test_names_of_folders_are_shown_as_they_are() -> None:
+    assert label("w4") == "w4"
+    assert label("_w4") == "\u200b_w4"
+    assert label("cost $x_{ $") == r"cost \$x_{ \$"
+
+
+def test_a_bar_in_a_cell_is_no_new_cell() -> None:
+    assert table_row(["a|b", "c"]) == r"| a\|b | c |"

@@ -132,3 +132,12 @@ def test_a_plan_of_a_model_that_would_not_fit_is_made(tmp_path: Path, tiny_folde
     sq.run(tight, tiny_folder, tmp_path / "out", plan_only=True)
     with pytest.raises(RequestError, match="GB of memory to detect"):
         sq.run(tight.replace(["protect.tokens=true"]), tiny_folder, tmp_path / "detected", plan_only=True)
+
+
+def test_a_plan_brings_its_recipe(tmp_path: Path, tiny_folder: Path) -> None:
+    """In Python as on the command line: the control and the evaluation are those of the recipe in the plan."""
+    recipe = sq.Recipe.load("w3a16-sink").replace(["protect.tokens=false", "weights.group_size=32", "name=mine"])
+    assert sq.run(recipe, tiny_folder, tmp_path / "first", plan_only=True) is None
+    plan = sq.Plan.load(tmp_path / "first" / "plan.json")
+    assert sq.run(edited=plan, model=tiny_folder, output=tmp_path / "second", plan_only=True) is None
+    assert "recipe mine" in (tmp_path / "second" / "run.log").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ import torch
 from exact_norms import exact_norms, jolt
 from families import FAMILIES, tiny_mixture, tiny_model
 from sinkmaps import sink_map_of
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sinkquant.artifacts import Plan
 from sinkquant.errors import RequestError, SinkquantError
@@ -212,8 +212,11 @@ def test_where_scales_are_searched_the_error_is_that_of_clipped_ranges(
     assert not torch.equal(plain, searched)
 
 
-def test_a_block_that_computes_something_else_than_its_names_say_is_noticed() -> None:
+@pytest.mark.parametrize("massive", [0, 30, 300])
+def test_a_block_that_computes_something_else_than_its_names_say_is_noticed(massive: float) -> None:
+    """Beside a massive activation too, which the error of every other token is small against."""
     model = jolt(tiny_model("llama"))
+    model.get_input_embeddings().weight.data[CALIBRATION[0, 0], 7] += massive
     mlp = model.model.layers[0].mlp
     mlp.forward = lambda x: mlp.down_proj((mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)).sign())
     with pytest.raises(SinkquantError, match=r"model.layers.0 does not compute the same"):
@@ -240,3 +243,19 @@ def test_scales_are_refused_under_several_processes(monkeypatch: pytest.MonkeyPa
     ranks.my_rows(CALIBRATION, planned(decoder, "weights.rotate=full"))
     with pytest.raises(RequestError, match=r"weights\.smooth and protect\.channels=scale"):
         ranks.my_rows(CALIBRATION, planned(decoder, "weights.smooth=awq"))
+
+
+def test_values_that_something_else_reads_are_left_alone() -> None:
+    """Doge makes a mask of its values."""
+    config = AutoConfig.for_model("doge", **FAMILIES["llama"])
+    blocks = Decoder.of(AutoModelForCausalLM.from_config(config)).structure.blocks
+    assert all(block.values is None for block in blocks)
+
+
+def test_experts_of_llama_4_are_read_the_way_they_are_stored() -> None:
+    settings = FAMILIES["mixtral"] | {"head_dim": 16, "intermediate_size_mlp": 128, "interleave_moe_layer_step": 1}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama4_text", **settings))
+    experts = [matrix for block in Decoder.of(model).structure.blocks for matrix in block.writes
+               if ".experts." in matrix.weight]
+    assert experts
+    assert all(matrix.transposed for matrix in experts)
