@@ -74,8 +74,8 @@ def round_block(step: Step, decoder: Decoder, plan: Plan, dtype: torch.dtype) ->
 
 
 def front_of(plan: Plan) -> list[int]:
-    """The tokens in front of every calibration row: those that the plan puts there, where inputs are rounded. The tokens
-    after them then carry no outliers."""
+    """The tokens in front of every calibration row: those that the plan puts there, where inputs are rounded. The
+    tokens after them then carry no outliers."""
     rounded = any(decision.rounded for decision in plan.modules.values())
     return plan.kv_cache.front if plan.kv_cache is not None and rounded else []
 

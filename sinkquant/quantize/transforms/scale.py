@@ -13,7 +13,7 @@ from sinkquant.quantize.transforms.search import Reader
 from sinkquant.quantize.transforms.smooth import awq, searched_smoothquant, sink_scale, smoothquant
 
 TOLERANCE = 0.03
-"""Of what a block adds to a token, by how much its outputs may differ; linears that stay in 16 bits are rounded anew."""
+"""Share of what a block adds to a token by which its outputs may differ; linears left in 16 bits are rounded anew."""
 
 
 def scale_block(decoder: Decoder, step: Step, plan: Plan, weights: TokenWeights,
