@@ -46,11 +46,18 @@ class Blocks(Scheme):
         """transformers unpacks experts with a scale per group or channel alone."""
         return "" if own_parameter else f"transformers unpacks no experts in {self.words}"
 
+ROUNDED_TOO = "; newer GPUs round the inputs too, unsaid"
+"""vLLM 0.32 takes any MXFP4 or MXFP8 weights for those with rounded inputs, and has kernels for these on SM100."""
 
-def _loads(inputs: str, native: str) -> tuple[Loads, ...]:
+
+def _loads(inputs: str, native: str, weights_alone: str = "SM75", more: str = "") -> tuple[Loads, ...]:
+    """Args:
+        inputs, native: the format's own inputs, and what rounds to them. weights_alone: what runs it with inputs of 16
+            bits. more: what to know of that.
+    """
     both, alone = frozenset({"16-bit"}), frozenset({inputs})
     return (Loads("transformers", "any", "5.0", "tried", "tests/formats", caveat="models in bfloat16"),
-            Loads("vllm", "CUDA, SM75", "", "read", PLACE, inputs=both, caveat="Marlin kernels"),
+            Loads("vllm", f"CUDA, {weights_alone}", "", "read", PLACE, inputs=both, caveat=f"Marlin kernels{more}"),
             Loads("vllm", f"CUDA, {native}", "", "read", PLACE, inputs=alone,
                   caveat="older GPUs run the weights alone, with inputs of 16 bits"))
 
@@ -64,10 +71,10 @@ MXFP4 = Blocks(
     storage="mxfp4-pack-quantized", backend=DEFAULT_BACKEND, words="MXFP4 weights", kind="float", format="mxfp4",
     bits=(4,), group_size=32, mixed=True, grid=True, steps=True, inputs=("16-bit", "mxfp4", "fp8"),
     input_scales=("group", "token"), dtypes=("bfloat16",), layouts=("mxfp4-pack-quantized",),
-    loads=(*_loads("mxfp4", "SM100"), Loads(
-        "vllm", "CUDA, SM75", "0.32.0", "read", PLACE, inputs=frozenset({"fp8"}),
+    loads=(*_loads("mxfp4", "SM100", "SM80 to SM90", ROUNDED_TOO), Loads(
+        "vllm", "CUDA, SM80", "0.32.0", "read", PLACE, inputs=frozenset({"fp8"}),
         caveat="Humming kernels; without them inputs become mxfp4, with a warning")))
 MXFP8 = Blocks(
     storage="mxfp8-quantized", backend=DEFAULT_BACKEND, words="MXFP8 weights", kind="float", format="mxfp8", bits=(8,),
     group_size=32, mixed=True, methods=("rtn",), inputs=("16-bit", "mxfp8"), dtypes=("bfloat16",),
-    layouts=("mxfp8-quantized",), loads=_loads("mxfp8", "SM100"))
+    layouts=("mxfp8-quantized",), loads=_loads("mxfp8", "SM100", "SM75 to SM90", ROUNDED_TOO))

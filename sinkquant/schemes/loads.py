@@ -21,7 +21,7 @@ class Loads:
         engine: as `plan.json` names it. hardware, since: where it runs; the oldest version that is known to do so,
             empty where none was named.
         known: "tried" by the tests or by hand, or "read" in `place`.
-        bits, group_sizes, inputs: what weights and inputs may be. caveat: what to know of it.
+        bits, group_sizes, inputs, input_scales: what weights and inputs may be. caveat: what to know of it.
         instructions: of the processor, that its kernels need: "AVX-512" or "VNNI".
         instead_of: an engine that makes this row superfluous in a plan where it loads all, too.
     """
@@ -37,6 +37,7 @@ class Loads:
     caveat: str = ""
     instead_of: str = ""
     instructions: str = ""
+    input_scales: frozenset[str | None] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -49,7 +50,8 @@ class Loads:
         """Whether a format meets the conditions on weights and inputs."""
         return (self.bits is None or form.bits in self.bits) and (
             self.group_sizes is None or form.group_size in self.group_sizes) and (
-            self.inputs is None or form.inputs in self.inputs)
+            self.inputs is None or form.inputs in self.inputs) and (
+            self.input_scales is None or form.input_scale in self.input_scales)
 
     def conditions(self) -> str:
         """What weights and inputs may be, in words; empty where any will do."""

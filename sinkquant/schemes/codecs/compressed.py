@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sinkquant.artifacts import Plan
+from sinkquant.models.decoder import ROUTER
 from sinkquant.schemes import DEFAULT_BACKEND, WeightFormat, input_format, scheme_of
 from sinkquant.schemes.codecs.files import Files
 
@@ -35,8 +36,9 @@ class CompressedTensorsFiles(Files):
                                         "input_activations": _inputs(form), "output_activations": None,
                                         "format": scheme.layout(form)}
         packed = {name for names in formats.values() for name in names}
-        ignore = [name for name, module in model.named_modules()
-                  if isinstance(module, torch.nn.Linear) and name not in packed]
+        # Routers are no linears in transformers, and linears in vLLM.
+        ignore = [name for name, module in model.named_modules() if name not in packed and (
+            isinstance(module, torch.nn.Linear) or (ROUTER.search(name) and hasattr(module, "weight")))]
         layouts = sorted({scheme_of(form).layout(form) for form in formats})
         return {"quant_method": "compressed-tensors", "format": layouts[0] if len(layouts) == 1 else "mixed-precision",
                 "quantization_status": "compressed", "config_groups": groups, "ignore": ignore,

@@ -43,7 +43,8 @@ def tokenizer_metadata(folder: Path, rows: int) -> dict[str, tuple[str, Any]]:
                            "alone; use another backend.")
     ids: dict[str, int] = dict(model["vocab"])
     added = {int(one["id"]): one for one in content.get("added_tokens") or []}
-    ids |= {one["content"]: number for number, one in added.items()}
+    # What is added behind the last row cannot be looked up: the image token of Gemma 3, say, in its text models.
+    ids |= {one["content"]: number for number, one in added.items() if number < rows}
     if max(ids.values()) >= rows:
         raise RequestError(f"the tokenizer of {folder} gives the id {max(ids.values())}, and the model has {rows} "
                            "embeddings; they do not belong together.")
@@ -57,7 +58,7 @@ def tokenizer_metadata(folder: Path, rows: int) -> dict[str, tuple[str, Any]]:
     merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
     if model.get("byte_fallback"):
         found |= {"tokenizer.ggml.model": ("str", "llama"), "tokenizer.ggml.pre": ("str", "default"),
-                  "tokenizer.ggml.tokens": ("[str]", tokens),
+                  "tokenizer.ggml.tokens": ("[str]", _as_written(tokens, types)),
                   "tokenizer.ggml.scores": ("[f32]", _scores(tokens, types, model["merges"])),
                   "tokenizer.ggml.token_type": ("[i32]", types),
                   "tokenizer.ggml.add_space_prefix": ("bool", _adds_space(content))}
@@ -67,6 +68,11 @@ def tokenizer_metadata(folder: Path, rows: int) -> dict[str, tuple[str, Any]]:
                   "tokenizer.ggml.tokens": ("[str]", tokens), "tokenizer.ggml.token_type": ("[i32]", types),
                   "tokenizer.ggml.merges": ("[str]", merges)}
     return found | _specials(folder, content, settings, ids)
+
+
+def _as_written(tokens: list[str], types: list[int]) -> list[str]:
+    """Tokens as llama.cpp reads them: it makes spaces of the mark of sentencepiece in normal ones alone."""
+    return [token.replace("\u2581", " ") if kind == USER else token for token, kind in zip(tokens, types, strict=True)]
 
 
 def split_of(content: dict[str, Any], ignore_merges: bool, folder: Path) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_bpe import BPE_VOCABULARY, byte_fallback, byte_level
 from tiny_tokenizer import tiny_tokenizer
+from tokenizers import AddedToken
 
 from sinkquant.errors import RequestError
 from sinkquant.schemes.gguf.tokenizer import SPLITS, tokenizer_metadata
@@ -65,3 +66,19 @@ def test_what_no_file_can_say(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"\(known: gpt-2, smollm, llama-bpe, qwen2, tekken\)"):
         metadata(tmp_path / "other", byte_level(r"\s+"))
     assert metadata(tmp_path / "none", byte_level(bos=False))["add_bos_token"] is False
+
+
+def test_added_runs_of_spaces_are_spaces_and_what_has_no_row_is_left_out(tmp_path: Path) -> None:
+    """Gemma's added tokens for indented text: llama.cpp would print the marks of sentencepiece. Its image token stands
+    behind the last row of models that read text alone."""
+    tokenizer = byte_fallback()
+    tokenizer.add_tokens([AddedToken(count * "\u2581", normalized=False) for count in (2, 3)])
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    rows = len(tokenizer) - 1
+    found = metadata(tmp_path, tokenizer, rows)
+    tokens, types = found["tokens"], found["token_type"]
+    assert isinstance(tokens, list)
+    assert isinstance(types, list)
+    assert len(tokens) == rows
+    assert list(zip(tokens[-2:], types[-2:], strict=True)) == [("  ", 4), ("   ", 4)]
+    assert any(token.startswith("\u2581") for token, kind in zip(tokens, types, strict=True) if kind == 1)
