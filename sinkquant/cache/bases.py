@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from sinkquant.artifacts.kv import KVCachePlan
 from sinkquant.cache.exact import Massive, NewTokens, exact_tokens
 from sinkquant.cache.ordered import load_ordered, save_ordered
-from sinkquant.cache.prefix import fingerprint
+from sinkquant.cache.prefix import fingerprint, require_embedding
 from sinkquant.cache.transforms.covariance import balancing, read_by, spreading
 from sinkquant.cache.transforms.descent import Descent
 from sinkquant.cache.transforms.recoding import LayerBases
@@ -203,7 +203,8 @@ def load_bases(path: str | os.PathLike[str]) -> Bases:
 
 
 def require_bases_of(bases: Bases, model: PreTrainedModel) -> None:
-    """Raises RequestError where they were found with another model."""
+    """Raises RequestError where they were found with another model, or its embedding is offloaded."""
+    require_embedding(model)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if vocabulary <= max(KNOWN_BY) or fingerprint(model, KNOWN_BY) != bases.model:
         raise RequestError("the KV bases were found with another model; find them again with find_bases.")

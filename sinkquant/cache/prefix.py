@@ -67,6 +67,13 @@ def fingerprint(model: PreTrainedModel, ids: list[int]) -> str:
     return digest.hexdigest()
 
 
+def require_embedding(model: PreTrainedModel) -> None:
+    """Raises RequestError where nothing of the token embedding is in memory, by which a model is known."""
+    if model.get_input_embeddings().weight.is_meta:
+        raise RequestError("the token embedding is offloaded, by which the model of a KV cache is known; keep it in "
+                           "memory (device_map), or load the model without the cache by transformers.")
+
+
 def save_prefix(prefix: Prefix, path: str | os.PathLike[str]) -> None:
     """Write a prefix as one safetensors file."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +97,8 @@ def load_prefix(path: str | os.PathLike[str]) -> Prefix:
 
 
 def require_same_model(prefix: Prefix, model: PreTrainedModel) -> None:
-    """Raises RequestError where the prefix was made by another model."""
+    """Raises RequestError where the prefix was made by another model, or its embedding is offloaded."""
+    require_embedding(model)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if max(prefix.ids) >= vocabulary or fingerprint(model, list(prefix.ids)) != prefix.model:
         raise RequestError("the KV prefix was made by another model; make it again with make_prefix.")

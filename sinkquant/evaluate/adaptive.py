@@ -14,6 +14,7 @@ from sinkquant.evaluate.divergence import BATCH_ROWS, Reader, compare_side_by_si
 from sinkquant.evaluate.looks import Look, known, looks, settled
 from sinkquant.evaluate.shelf import Shelf
 from sinkquant.evaluate.states import last_states
+from sinkquant.evaluate.verdict import RESULTS
 from sinkquant.models.processes import shared
 from sinkquant.recipe import Recipe
 
@@ -88,9 +89,8 @@ def _decided(others: Sequence[Candidate], look: Look, recipe: Recipe) -> bool:
     by_name = {candidate.name: candidate.divergences for candidate in others}
     pairs = [(a, b) for a, b in DECIDED if a in by_name and b in by_name]
     alone = set(by_name) - {name for pair in pairs for name in pair}
-    bound = recipe.gate.max_divergence
+    bound, result = recipe.gate.max_divergence, next((name for name in RESULTS if name in by_name), None)
     return (all(settled(by_name[a], by_name[b], look.level, precision) for a, b in pairs)
             and all(known(by_name[name], look.level, precision) for name in alone)
-            and (bound is None or "sink_aware" not in by_name
-                 or known(by_name["sink_aware"], look.level, precision, bound)))
+            and (bound is None or result is None or known(by_name[result], look.level, precision, bound)))
 

@@ -76,4 +76,4 @@ def paired_difference(metric: str, a: Samples, b: Samples, resamples: int, seed:
 def recovery(value: float, reference: float, higher_is_better: bool) -> float | None:
     """How much of the unquantized model's value is left, 1.0 is lossless; None where it is not defined."""
     top, bottom = (value, reference) if higher_is_better else (reference, value)
-    return top / bottom if top >= 0 and bottom > 0 else None
+    return max(top, 0.0) / bottom if bottom > 0 else None

@@ -139,11 +139,13 @@ def pick_device(device: str) -> str:
     """ "auto" -> "cuda" where there is one, else "cpu".
 
     Raises:
-        RequestError: "cuda" was asked for and there is none.
+        RequestError: there is no such device.
     """
-    available = torch.cuda.is_available()
-    if device.partition(":")[0] not in ("auto", "cpu", "cuda", "mps", "xpu", "meta"):
-        raise RequestError(f"there is no device {device!r}; use 'auto', 'cpu' or 'cuda'.")
+    available, device = torch.cuda.is_available(), str(device)
+    try:
+        torch.device(device if device != "auto" else "cpu")
+    except RuntimeError as error:
+        raise RequestError(f"there is no device {device!r}; use 'auto', 'cpu' or 'cuda'.") from error
     if device.startswith("cuda") and not available:
         raise RequestError("the device asked for is 'cuda', but torch sees no CUDA device; use 'auto' or 'cpu'.")
     return ("cuda" if available else "cpu") if device == "auto" else device

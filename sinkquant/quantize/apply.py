@@ -48,13 +48,13 @@ def quantize(model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerB
     check(decoder, plan)
     check_finite(model)
     place, kind = pick_device(device), getattr(torch, dtype)
-    if plan.needs_rows and tokenizer is None:
+    if tokenizer is None and (plan.needs_rows or plan.kv_scheme is not None):
         raise RequestError(NO_TOKENIZER)
     if tokenizer is None and plan.kv_cache is not None and needs_bases(plan.kv_cache):
         raise RequestError(NO_TOKENIZER_FOR_BASES)
     rotate(decoder, plan)
     state = QuantizedState(plan)
-    if plan.kv_cache is not None and plan.kv_cache.prefix:
+    if plan.kv_cache is not None and plan.kv_cache.prefix:  # whose ids `check` knows
         state.prefix = make_prefix(model, plan.kv_cache.prefix)
     state.kv_scales = kv_scales(decoder, plan, tokenizer, place, kind)
     teacher = teacher_targets(decoder, plan, tokenizer, place, kind)

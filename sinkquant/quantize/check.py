@@ -36,6 +36,8 @@ def check(decoder: Decoder, plan: Plan) -> None:
     missing = [name for name in shape.linears if name not in plan.modules]
     if missing:
         raise RequestError(f"the plan is of another model: it says nothing of {missing[0]}; make one for this model.")
+    if plan.kv_cache is not None and not all(0 <= token < decoder.vocabulary for token in plan.kv_cache.prefix):
+        raise RequestError("the plan's prefix names tokens that the model does not have; make a plan for this model.")
     check_heads(decoder, plan)
     for name, decision in plan.modules.items():
         linear = shape.linears.get(name)

@@ -24,7 +24,7 @@ class TokenWeights:
     at hand, the row's least and most taken to 0.005 and 1 (RSQ, Sung et al. 2503.01820).
 
     rows: int64 [rows, length], the calibration rows. front: how many tokens stand before what places of sinks are
-    counted from; "exclude" leaves them out too.
+    counted from: "cap" and "exclude" treat them as sinks too.
     """
 
     rows: torch.Tensor
@@ -42,13 +42,13 @@ class TokenWeights:
             # A token that several selectors name takes the largest weight.
             boosted = torch.where(here, torch.maximum(boosted, torch.tensor(sink.weight)), boosted)
             self.sinks |= here
+        self.sinks[:, :self.front] = True
         policy = self.calibration.statistics
         self.weights = torch.ones_like(boosted)
         if policy == "boost":
             self.weights = boosted
         elif policy == "exclude":
             self.weights[self.sinks] = 0
-            self.weights[:, :self.front] = 0
 
     @property
     def capped(self) -> bool:

@@ -103,6 +103,10 @@ def test_a_filter_does_not_change_what_a_metric_is() -> None:
         assert standard_error(f"{metric},mine", samples) == standard_error(metric, samples)
 
 
-@pytest.mark.parametrize(("value", "reference"), [(-0.06, -0.02), (0.05, -0.02), (-0.01, 0.5), (0.3, 0.0)])
+@pytest.mark.parametrize(("value", "reference"), [(-0.06, -0.02), (0.05, -0.02), (0.3, 0.0)])
 def test_there_is_no_recovery_of_what_is_not_positive(value: float, reference: float) -> None:
     assert recovery(value, reference, True) is None
+
+
+def test_nothing_is_left_of_a_correlation_that_turned() -> None:
+    assert recovery(-0.3, 0.5, True) == 0.0

@@ -124,4 +124,5 @@ def test_places_of_sinks_are_counted_from_behind_what_stands_in_front() -> None:
     first = WeighedSink(token_id=1, position=0, weight=16)
     assert TokenWeights(rows, settings("boost", first), 2).weights.tolist() == [[1, 1, 16, 1, 1]] * 2
     assert TokenWeights(rows, settings("exclude", first), 2).weights.tolist() == [[0, 0, 0, 1, 1]] * 2
+    assert TokenWeights(rows, settings("cap", first), 2).sinks.tolist() == [[True, True, True, False, False]] * 2
     assert TokenWeights(rows, settings("exclude", first)).weights.tolist() == [[1, 1, 1, 1, 1]] * 2

@@ -43,8 +43,10 @@ def tokenizer_metadata(folder: Path, rows: int) -> dict[str, tuple[str, Any]]:
                            "alone; use another backend.")
     ids: dict[str, int] = dict(model["vocab"])
     added = {int(one["id"]): one for one in content.get("added_tokens") or []}
-    # What is added behind the last row cannot be looked up: the image token of Gemma 3, say, in its text models.
-    ids |= {one["content"]: number for number, one in added.items() if number < rows}
+    ids |= {one["content"]: number for number, one in added.items()}
+    needed = {*model["vocab"], *(_text(settings.get(f"{kind}_token")) for kind in ("bos", "eos")), _front(content)}
+    # What else is added behind the last row cannot be looked up: the image token of Gemma 3, say, in its text models.
+    ids = {text: number for text, number in ids.items() if number < rows or text in needed}
     if max(ids.values()) >= rows:
         raise RequestError(f"the tokenizer of {folder} gives the id {max(ids.values())}, and the model has {rows} "
                            "embeddings; they do not belong together.")

@@ -82,3 +82,10 @@ def test_added_runs_of_spaces_are_spaces_and_what_has_no_row_is_left_out(tmp_pat
     assert len(tokens) == rows
     assert list(zip(tokens[-2:], types[-2:], strict=True)) == [("  ", 4), ("   ", 4)]
     assert any(token.startswith("\u2581") for token, kind in zip(tokens, types, strict=True) if kind == 1)
+
+
+def test_an_end_of_text_without_a_row_is_refused(tmp_path: Path) -> None:
+    tokenizer = byte_fallback()
+    tokenizer.add_special_tokens({"eos_token": "<|end|>"})
+    with pytest.raises(RequestError, match="they do not belong together"):
+        metadata(tmp_path, tokenizer, len(tokenizer) - 1)
