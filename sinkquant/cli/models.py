@@ -115,7 +115,7 @@ def cut(model: ModelArgument,
 
 
 def imatrix(model: ModelArgument,
-            output: Annotated[Path, to_file("The file to write, as imatrix.gguf.")],
+            output: Annotated[Path, typer.Option("-o", "--output", help="The file to write, as imatrix.gguf.")],
             recipe: RecipeOption = DEFAULT_RECIPE, assignments: SetOption = None, text: TextOption = None,
             sink_map: SinkMapOption = None, trust_remote_code: TrustOption = False) -> None:
     """Write an importance matrix with the sinks' weight, for llama.cpp's llama-quantize --imatrix."""
