@@ -97,7 +97,10 @@ def _llmcompressor(arguments: argparse.Namespace, rows: torch.Tensor) -> dict[st
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
 
+    if not torch.cuda.is_available():  # AWQ pins memory, which torch refuses without an accelerator
+        IntermediatesCache.pin_memory = lambda *_: None
     model = _opened(arguments)
     if arguments.scheme:
         wanted: dict[str, Any] = {"targets": ["Linear"], "scheme": arguments.scheme}

@@ -112,7 +112,9 @@ def candidates() -> list[Candidate]:
             Candidate("sinkquant GPTAQ", bits, "sinkquant", ["--set", *ours, "weights.method=gptaq"]),
             Candidate("AutoRound, 20 iterations", bits, "auto-round", [*size, "--iterations", "20"]),
             Candidate("AutoRound, 50 iterations", bits, "auto-round", [*size, "--iterations", "50"]),
-            Candidate("AutoRound, 200 iterations", bits, "auto-round", [*size, "--iterations", "200"])]
+            Candidate("AutoRound, 200 iterations", bits, "auto-round", [*size, "--iterations", "200"]),
+            Candidate("AutoRound, 200 iterations of 4 rows", bits, "auto-round",
+                      [*size, "--iterations", "200", "--batch-size", "4"])]
     for bits in (8, 6, 5, 4, 3):
         found.append(Candidate("sinkquant GPTQ, ends in 8 bits", bits, "sinkquant",
                                ["--set", f"weights.bits={bits}", "weights.lm_head=8", "weights.embeddings=8"]))
