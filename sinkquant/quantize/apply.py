@@ -11,7 +11,7 @@ from sinkquant.artifacts import Plan
 from sinkquant.cache import make_prefix
 from sinkquant.cache.bases import needs_bases
 from sinkquant.errors import RequestError
-from sinkquant.models import ActivationStore, Decoder, check_finite, pick_device, require_dense
+from sinkquant.models import ActivationStore, Decoder, check_finite, pick_device
 from sinkquant.models.steps import Progress
 from sinkquant.quantize.bases import NO_TOKENIZER_FOR_BASES, cache_bases
 from sinkquant.quantize.block import QuantizedBlock, with_codes
@@ -44,7 +44,6 @@ def quantize(model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerB
         SinkquantError: a Hessian cannot be inverted.
     """
     decoder = Decoder.of(model)
-    require_dense(model)
     check(decoder, plan)
     check_finite(model)
     place, kind = pick_device(device), getattr(torch, dtype)

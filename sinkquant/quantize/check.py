@@ -9,7 +9,7 @@ from sinkquant.artifacts.experts import TUNE_AND_EXPERTS, mixed_experts, require
 from sinkquant.artifacts.sizes import module_bytes, own_format
 from sinkquant.errors import RequestError
 from sinkquant.methods import require_methods
-from sinkquant.models import Decoder
+from sinkquant.models import Decoder, require_dense
 from sinkquant.quantize.pruning import check_heads, check_pruning
 from sinkquant.quantize.ranks import this_rank
 from sinkquant.quantize.state import is_quantized
@@ -29,6 +29,7 @@ def check(decoder: Decoder, plan: Plan) -> None:
     """
     if is_quantized(decoder.model):
         raise RequestError("this model is quantized already; start from the unquantized one.")
+    require_dense(decoder.model)
     require_packages(plan.backend)
     if plan.needs_rows and this_rank()[1] > 1 and any(scheme_of(form).rounds_itself for form in plan.formats.values()):
         raise RequestError(f"weights that {plan.backend} rounds are not shared among processes; run it in one.")

@@ -84,5 +84,7 @@ def test_a_cache_that_was_not_given_the_prefix_is_refused(text_file: Path, tmp_p
     recipe = sq.Recipe().replace([f"calibration.text={text_file}", *SETTINGS, *EXCLUDE])
     plan = make_plan(decoder.shape("tiny"), sink_map_of(decoder), recipe)
     folder = sq.save(sq.quantize(model, plan, tiny_tokenizer()), tiny_tokenizer(), tmp_path / "out")
+    sq.load(folder)[0].generate(torch.tensor([[1, 9, 10]]), max_new_tokens=2)
+    (folder / KV_PREFIX).unlink()
     with pytest.raises(RequestError, match="starts rows from a prefix"):
         sq.load(folder)[0].generate(torch.tensor([[1, 9, 10]]), max_new_tokens=2)
