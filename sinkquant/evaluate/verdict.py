@@ -101,17 +101,18 @@ def gate_failures(rows: list[Row], recovery: Recovery, fidelity: Fidelity | None
     A bound that was not measured is not kept: nothing passes a gate unseen.
     """
     failures = []
+    result = next((row for row in rows if row.name in RESULTS), None)
     if gate.max_divergence is not None:
-        tasks = next((row.tasks for row in rows if row.name in RESULTS), {})
+        tasks = result.tasks if result else {}
         if "divergence" not in tasks:
             failures.append("gate.max_divergence was not measured: it needs the unquantized model beside the result")
         elif (found := tasks["divergence"]["kl"].value) > gate.max_divergence:
             failures.append(f"KL divergence {found:.4g} nats is over gate.max_divergence {gate.max_divergence:g}")
     if gate.min_recovery is not None:
-        base, aware = (next((row for row in rows if row.name in names), None) for names in (("unquantized",), RESULTS))
+        base = next((row.tasks for row in rows if row.name == "unquantized"), {})
         failures += [f"{task} {metric} of the result is not finite, so that gate.min_recovery is not kept"
-                     for task, metrics in (base.tasks if base and aware else {}).items()
-                     for metric in metrics if aware and task in aware.tasks and metric not in aware.tasks[task]]
+                     for task, found in (result.tasks if result else {}).items()
+                     for metric in base.get(task, {}) if metric not in found]
         kept = next((recovery[name] for name in RESULTS if recovery.get(name)), {})
         if not kept:
             failures.append("gate.min_recovery was not measured: it needs the unquantized model beside the result")

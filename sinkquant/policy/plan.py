@@ -285,13 +285,16 @@ def check_budget(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> None:
         RequestError: as `make_plan`.
     """
     if recipe.budget.limited and not recipe.budget.solved:
-        _within_budget(*choices_of(shape, sink_map, recipe), shape, sink_map, recipe)
+        _room(*choices_of(shape, sink_map, recipe), shape, recipe)
 
 
-def _within_budget(base: dict[str, Draft], choices: dict[str, Draft], shape: ModelShape, sink_map: SinkMap,
-                   recipe: Recipe) -> dict[str, Draft]:
-    order = [name for name, _ in affected(shape, sink_map)]
-    order += [name for name in evenly_spread(list(shape.linears)) if name not in order]
+def _room(base: dict[str, Draft], choices: dict[str, Draft], shape: ModelShape,
+          recipe: Recipe) -> tuple[dict[str, Draft], int, str]:
+    """The formats that take the fewest bytes, the bytes that the budget leaves to the linears, and its name.
+
+    Raises:
+        RequestError: these formats take more.
+    """
     named = {name: choice for name, choice in choices.items() if choice.keep and choice.pinned}
     floor = share_formats(base | named, shape)
     least = linear_bytes(shape, floor)
@@ -314,6 +317,14 @@ def _within_budget(base: dict[str, Draft], choices: dict[str, Draft], shape: Mod
             raise RequestError(f"budget.bits {bits} is not feasible: weights.bits and weights.group_size, and what "
                                f"stays in 16 bits, take {fewest:.3f} bits per weight without any protection; raise "
                                "budget.bits to that, or lower weights.bits.")
+    return floor, allowed, words
+
+
+def _within_budget(base: dict[str, Draft], choices: dict[str, Draft], shape: ModelShape, sink_map: SinkMap,
+                   recipe: Recipe) -> dict[str, Draft]:
+    floor, allowed, words = _room(base, choices, shape, recipe)
+    order = [name for name, _ in affected(shape, sink_map)]
+    order += [name for name in evenly_spread(list(shape.linears)) if name not in order]
     # Protections that the budget cannot pay are given up from the least affected on.
     for name in reversed(order):
         if linear_bytes(shape, choices) <= allowed:
@@ -323,7 +334,7 @@ def _within_budget(base: dict[str, Draft], choices: dict[str, Draft], shape: Mod
                 member: replace(floor[member], reason=f"{floor[member].bits} bits: {words} does not pay for its "
                                                       f"protection ({choices[member].why})")
                 for member in shape.linears[name].fused_with or [name]}
-    spent = linear_bytes(shape, choices)
+    whole, spent = recipe.budget.whole(shape.values), linear_bytes(shape, choices)
     filled = fill(choices, shape, allowed - spent, order, f"{words} allows it")
     for _ in range(ROUNDS if whole is not None else 0):
         packed = {n: c.form for n, c in filled.items() if c.quantized}
