@@ -37,7 +37,7 @@ def compare(checkpoints: Annotated[list[str], typer.Argument(help=CHECKPOINT + "
             output: Annotated[Path | None, to_file("Write the report here; .html, .md or .json.")] = None,
             trust_remote_code: TrustOption = False) -> None:
     """Any number of checkpoints beside their unquantized model: sizes, divergence, perplexity, sinks, by size."""
-    recipe = Recipe().changed(evaluate={"tasks": [], "sample": None}).replace(assignments or [])
+    recipe = Recipe.for_comparison().replace(assignments or [])
     known = SinkMap.load(sink_map) if sink_map else None
     resolve(baseline)
     from sinkquant.compare import compare as measure

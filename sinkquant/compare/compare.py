@@ -36,9 +36,6 @@ from sinkquant.models.loading import read_config
 from sinkquant.models.steps import Progress, Steps
 from sinkquant.recipe import Recipe
 
-MEASURED = Recipe().changed(evaluate={"tasks": [], "sample": None})
-"""No tasks, and all documents of those that are added."""
-
 
 def compare(checkpoints: Sequence[str], baseline: str, *, text: str | list[str] | None = None,
             tasks: Sequence[str] = (),
@@ -53,7 +50,7 @@ def compare(checkpoints: Sequence[str], baseline: str, *, text: str | list[str] 
         baseline: the unquantized model.
         text: a file of evaluation text; None: the recipe's, or the packaged one.
         tasks: lm-eval tasks to score all models on; none named: the recipe's.
-        recipe: how to measure (`evaluate`, `compute`, `calibration.bos`); None: `MEASURED`.
+        recipe: how to measure (`evaluate`, `compute`, `calibration.bos`); None: `Recipe.for_comparison()`.
         sink_map: of the baseline; None: one that a checkpoint carries, or detected now. sinks: whether sink fidelity
             is measured at all.
 
@@ -64,7 +61,7 @@ def compare(checkpoints: Sequence[str], baseline: str, *, text: str | list[str] 
     if not checkpoints:
         raise RequestError("there is nothing to compare; name one checkpoint or more.")
     asked: dict[str, Any] = {"tasks": list(tasks)} if tasks else {}
-    recipe = (recipe or MEASURED).changed(evaluate=asked | ({} if text is None else {"text": text}))
+    recipe = (recipe or Recipe.for_comparison()).changed(evaluate=asked | ({} if text is None else {"text": text}))
     opened, (base,) = open_checkpoints(checkpoints), open_checkpoints([baseline])
     tokenizer = load_tokenizer(base.folder, trust_remote_code)
     if recipe.evaluate.tasks:

@@ -117,6 +117,11 @@ class Recipe(Section):
         except ValidationError as error:
             raise RequestError(f"{where}: {explain(cls, error)}.") from error
 
+    @classmethod
+    def for_comparison(cls) -> Self:
+        """How checkpoints are compared where nothing else is asked: no tasks, and all documents of those that are."""
+        return cls().changed(evaluate={"tasks": [], "sample": None})
+
     @property
     def needs_sensitivities(self) -> bool:
         """Whether its plan is made from what formats were measured to lose."""
