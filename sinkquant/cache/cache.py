@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,6 +66,11 @@ class SinkCache(Cache):
         self._waiting: list[int] = []
         self._packed_reads = False
         self._match: PrefixMatch | None = None
+        self.matched: torch.Tensor | None = None
+        """int64 [batch] how many tokens of the prefix every row has begun with; None before any was shown."""
+        # Later layers read what earlier ones hold: nothing may be packed or dropped before the last of them.
+        self._shares = bool(getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", 0))
+        self._unpacked: list[int] = []
 
     def see(self, ids: torch.Tensor | None, mask: torch.Tensor | None, size: tuple[int, int], device: torch.device,
             packed_reads: bool, prefix: Prefix | None = None, rotary: Rotary | None = None,
@@ -84,6 +90,7 @@ class SinkCache(Cache):
             RequestError: another batch size than before, the prefix or the matrices of the plan are missing, or the
                 attention cannot be given sinks beyond a sliding window.
         """
+        self.passed()
         batch, new = size
         if self.plan.sliding_sinks and not packed_reads:
             raise RequestError("kv_cache.sliding_sinks shows attention what a sliding window hides; call "
@@ -106,6 +113,7 @@ class SinkCache(Cache):
             self.row_starts = (seen.cumsum(1) == 0).sum(1).to(torch.int32)
             positions = (seen.cumsum(1) - 1).masked_fill(seen == 0, -1)[:, before:]
         self._match = self._match_prefix(prefix, positions, ids) if self.plan.prefix else None
+        self.matched = None if self._match is None else self._match.matched
         self._real, self._flagged_from = positions >= 0, before
         self._flags = self._judge(NewTokens(positions, ids))
         self._packed_reads = packed_reads
@@ -134,8 +142,8 @@ class SinkCache(Cache):
             raise RequestError("the KV plan starts rows from a prefix, but the cache was not shown the tokens; pass "
                                "input_ids.")
         before = torch.zeros_like(positions[:, 0])
-        if self._match is not None and len(self._match.matched) == len(before):
-            before = self._match.matched
+        if self.matched is not None and len(self.matched) == len(before):
+            before = self.matched.to(before.device)
         return PrefixMatch(prefix, before, ids, positions)
 
     def _take_bases(self, bases: Bases | None) -> None:
@@ -191,11 +199,18 @@ class SinkCache(Cache):
             if layer.sees_sinks and self._flags is not None:
                 # A prompt longer than the window sees its own sinks, so that they must have their slots by now.
                 layer.peel(self._flags)
-            read = PackedRead(layer, functools.partial(self._was_read, layer_idx))
+            read = PackedRead(layer, functools.partial(
+                self._unpacked.append if self._shares else self._was_read, layer_idx))
             return stand_ins(read, key_states, value_states, layer.get_seq_length())
         states = layer.update(key_states, value_states)
         self._was_read(layer_idx)
         return states
+
+    def passed(self) -> None:
+        """The forward pass is over; called by the hook that `prepare` sets."""
+        waiting, self._unpacked = self._unpacked, []
+        for index in waiting:
+            self._settle(index)
 
     def _was_read(self, index: int) -> None:
         """Pack what has left the window, now or once the verdict on exact tokens is there."""
@@ -237,27 +252,31 @@ class SinkCache(Cache):
         """Forget everything, the batch size too."""
         super().reset()
         self.row_starts, self._flags, self._flagged_from, self._waiting = None, None, -1, []
-        self._match = None
+        self._match, self.matched, self._unpacked = None, None, []
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last columns; see `transformers.Cache.crop`."""
         super().crop(tokens_to_remove)
         self._flags, self._flagged_from, self._match = None, -1, None
+        if self.matched is not None and self.row_starts is not None:
+            left = next((layer.get_seq_length() for layer in self.layers if isinstance(layer, SinkLayer)), 0)
+            self.matched = torch.minimum(self.matched, (left - self.row_starts).clamp_min(0))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Rows in another order, for beam search."""
         super().reorder_cache(beam_idx)
-        if self.row_starts is not None:
-            self.row_starts = self.row_starts.index_select(0, beam_idx.to(self.row_starts.device))
+        self._on_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times."""
         super().batch_repeat_interleave(repeats)
-        if self.row_starts is not None:
-            self.row_starts = self.row_starts.repeat_interleave(repeats)
+        self._on_rows(lambda rows: rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Only the rows `indices`."""
         super().batch_select_indices(indices)
-        if self.row_starts is not None:
-            self.row_starts = self.row_starts[indices.to(self.row_starts.device)]
+        self._on_rows(lambda rows: rows[indices.to(rows.device)])
+
+    def _on_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.row_starts = None if self.row_starts is None else function(self.row_starts)
+        self.matched = None if self.matched is None else function(self.matched)

@@ -15,6 +15,7 @@ from sinkquant.cache.chunked import ChunkedRead
 from sinkquant.cache.stand_in import read_of
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
+from sinkquant.models.attention import keys_picked
 
 PREFIX = "sinkquant_packed_"
 OVER = ("sdpa", "eager")
@@ -27,9 +28,11 @@ def reads_packed(model: PreTrainedModel) -> bool:
 
 
 def dispatch_packed(model: PreTrainedModel) -> None:
-    """Put the packed attention in front of a model's own. Models with other attention than sdpa or eager are left as
-    they are, and read dense copies."""
+    """Put the packed attention in front of a model's own. Left as they are, and read dense copies: models with other
+    attention than sdpa or eager, and those whose queries pick their keys, which they mask under these names alone."""
     before = model.config.get_text_config(decoder=True)._attn_implementation
+    if any(keys_picked(module) is not None for module in model.modules()):
+        return
     own_eager = all(hasattr(sys.modules[type(block).__module__], "eager_attention_forward")
                     for block in Decoder.of(model).blocks)
     if before not in OVER or (before == "eager" and not own_eager):
@@ -44,8 +47,17 @@ def _over_sdpa(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value:
                attention_mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     read = read_of(key, value)
     if read is None:
-        return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **kwargs)
-    return _read(read, AttentionInterface()["sdpa"], module, query, attention_mask, **kwargs)
+        return _sdpa(module, query, key, value, attention_mask, **kwargs)
+    return _read(read, _sdpa, module, query, attention_mask, **kwargs)
+
+
+def _sdpa(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+          mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    new, columns = query.shape[2], key.shape[2]
+    if mask is None and 1 < new < columns:
+        # Gemma 4's last layers are given the last queries alone of a causal pass, which torch would take for the first.
+        mask = torch.ones(new, columns, dtype=torch.bool, device=query.device).tril(columns - new)
+    return AttentionInterface()["sdpa"](module, query, key, value, mask, **kwargs)
 
 
 def _over_eager(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,

@@ -7,7 +7,7 @@ import os
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from sinkquant.artifacts.kv import KVCachePlan
 from sinkquant.cache.cache import SinkCache
@@ -17,6 +17,8 @@ from sinkquant.errors import RequestError
 from sinkquant.models.blocks import kv_layers
 
 SCHEMA = "sinkquant/kvcache@1"
+ROWS = "row_starts", "matched"
+"""What a cache knows of its rows."""
 
 
 def save_cache(cache: SinkCache, path: str | os.PathLike[str]) -> None:
@@ -29,6 +31,8 @@ def save_cache(cache: SinkCache, path: str | os.PathLike[str]) -> None:
     lengths: dict[str, list[int]] = {}
     dropped: dict[str, int] = {}
     for index, layer in enumerate(cache.layers):
+        if isinstance(layer, DummyLayer):  # reads what an earlier layer holds
+            continue
         if isinstance(layer, SinkLayer):
             held = layer.tensors()
             lengths[str(index)], dropped[str(index)] = layer.lengths, layer.dropped
@@ -39,8 +43,9 @@ def save_cache(cache: SinkCache, path: str | os.PathLike[str]) -> None:
             raise RequestError(f"layer {index} keeps a {type(layer).__name__}, which is not saved; only keys and "
                                "values are.")
         tensors |= {f"{index}.{name}": tensor.contiguous().clone() for name, tensor in held.items()}
-    if cache.row_starts is not None:
-        tensors["row_starts"] = cache.row_starts.clone()
+    for name in ROWS:
+        if getattr(cache, name) is not None:
+            tensors[name] = getattr(cache, name).clone()
     save_ordered(tensors, path, {"schema": SCHEMA, "plan": cache.plan.model_dump_json(), "lengths": json.dumps(lengths),
                                  "dropped": json.dumps(dropped)})
 
@@ -67,7 +72,8 @@ def load_cache(config: PreTrainedConfig, path: str | os.PathLike[str], device: s
             raise RequestError(f"{path} holds the KV cache of another model: layer {index} has {len(layer.key_bits)} "
                                f"KV heads of {layer.key_dim} channels in it, and this model {real.heads} KV heads of "
                                f"{real.key_dim}; fill a new one.")
-    cache.row_starts = tensors.pop("row_starts", None)
+    for name in ROWS:
+        setattr(cache, name, tensors.pop(name, None))
     dropped = json.loads(facts["dropped"])
     for index, lengths in json.loads(facts["lengths"]).items():
         held = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{index}.")}

@@ -52,7 +52,9 @@ def _generate(model: PreTrainedModel, plan: KVCachePlan, named: str | None, *arg
         if plan.front:
             _require_front(plan.front, args[0] if args else kwargs.get("input_ids", kwargs.get("inputs")),
                            kwargs.get("attention_mask"))
-        kwargs["past_key_values"] = SinkCache(model.config, plan)
+        cache = kwargs["past_key_values"] = SinkCache(model.config, plan)
+        if settings.is_assistant:  # transformers asks only a cache that it makes itself
+            cache.activate_past_recording()
     return type(model).generate(model, *args, **kwargs)
 
 

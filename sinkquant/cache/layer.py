@@ -286,7 +286,8 @@ class SinkLayer(CacheLayerMixin):
 
         Raises:
             ValueError: a positive number.
-            RequestError: the tokens that would be the last ones have been dropped.
+            RequestError: the tokens that would be the last ones, or those that a sliding window sees again, have been
+                dropped.
         """
         if tokens_to_remove > 0:
             raise ValueError("crop takes the negative number of tokens to remove from the end.")
@@ -298,6 +299,10 @@ class SinkLayer(CacheLayerMixin):
         remaining = max(0, self.get_seq_length() + tokens_to_remove) - self.dropped
         if remaining < 0:
             raise RequestError("crop reaches into tokens that the KV cache has dropped; start a new cache.")
+        window = self.format.sliding_window
+        if window is not None and remaining and self.dropped > max(0, self.dropped + remaining - window + 1):
+            raise RequestError("crop brings tokens back into a sliding window that the KV cache has dropped; call "
+                               "activate_past_recording() on a new cache before it is filled.")
         inside = max(0, remaining - self.packed_length)
         self.keys, self.values = self.keys[:, :, :inside].clone(), self.values[:, :, :inside].clone()
         lengths: list[int] = []

@@ -52,6 +52,7 @@ def prepare(model: PreTrainedModel, prefix: Prefix | None = None, bases: Bases |
     model.register_forward_pre_hook(_BeforeForward(prefix, bases), with_kwargs=True)
     for index, block in enumerate(decoder.blocks):
         block.register_forward_hook(functools.partial(_after_block, index), with_kwargs=True)
+    model.register_forward_hook(_after_forward, with_kwargs=True)
     dispatch_packed(model)
     return model
 
@@ -85,6 +86,12 @@ def _after_block(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: di
     cache = _find(args, kwargs)
     if cache is not None:
         cache.hidden_states(index, output[0] if isinstance(output, tuple) else output)
+
+
+def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    cache = _find(args, kwargs)
+    if cache is not None:
+        cache.passed()
 
 
 def _find(args: tuple[Any, ...], kwargs: dict[str, Any]) -> SinkCache | None:

@@ -109,6 +109,16 @@ def observed_attention(model: PreTrainedModel, observers: Sequence[AttentionObse
         AttentionMaskInterface._global_mapping.pop(name)
 
 
+def keys_picked(module: nn.Module) -> int | None:
+    """How many keys every query of an attention module sees at most, where an indexer picks them (DeepSeek 3.2's sparse
+    attention, MiniMax M3's blocks); None where a query sees all."""
+    indexer = getattr(module, "indexer", None)
+    if hasattr(indexer, "topk_blocks"):
+        return int(indexer.topk_blocks * indexer.block_size)
+    picked = getattr(indexer, "index_topk", None)
+    return None if picked is None else int(picked)
+
+
 def require_attention_interface(model: PreTrainedModel) -> None:
     """Refuse models whose attention cannot be observed, by name.
 
@@ -133,6 +143,10 @@ def _attend(observers: Sequence[AttentionObserver], module: nn.Module, query: to
     if key.shape[2] != query.shape[2]:
         raise RequestError("attention is observed on whole rows only, without a KV cache.")
     batch, heads, length, _dim = query.shape
+    picked = keys_picked(module)
+    if picked is not None and length > picked:
+        raise RequestError(f"{type(module).__name__} picks {picked} keys for every query of a longer row, which is not "
+                           f"observed; use rows of at most {picked} tokens (detect.long_length, calibration.length).")
     groups = heads // key.shape[1]
     keys = key.repeat_interleave(groups, dim=1) if groups > 1 else key
     values = value.repeat_interleave(groups, dim=1) if groups > 1 else value

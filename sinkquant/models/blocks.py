@@ -104,4 +104,4 @@ def _heads(config: PreTrainedConfig) -> tuple[int, int, int]:
     heads = getattr(config, "num_key_value_heads", None) or (
         1 if getattr(config, "multi_query", False) else getattr(config, "num_kv_heads", None)) or queries
     dim = int(getattr(config, "head_dim", None) or config.hidden_size // queries)
-    return int(heads), dim, dim
+    return int(heads), dim, int(getattr(config, "v_head_dim", None) or dim)

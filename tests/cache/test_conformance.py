@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, tiny_mixture, tiny_model
+from families import FAMILIES, MIXTURES, tiny_mixture, tiny_model
 from kv_plans import kv_plan
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
@@ -14,6 +15,7 @@ from sinkquant.artifacts.kv import KVSink
 from sinkquant.cache import SinkCache, cached_logits, load_cache, prepare, save_cache
 from sinkquant.cache.layer import SinkLayer
 from sinkquant.errors import RequestError
+from sinkquant.models.attention import observed_attention
 from sinkquant.models.blocks import kv_layers
 
 IDS = torch.randint(8, 128, (2, 70), generator=torch.Generator().manual_seed(0))
@@ -118,3 +120,87 @@ def test_a_layer_that_is_read_twice_packs_once(family: str) -> None:
     layers = [layer for layer in cache.layers if isinstance(layer, SinkLayer) and layer.lengths]
     assert layers
     assert all(layer.exact_columns.tolist() == [[95]] for layer in layers)
+
+
+def _sharing(kind: str = "gemma3n_text") -> Any:
+    """A tiny model whose last two layers read the keys and values of earlier ones, every other layer sliding."""
+    settings = FAMILIES["llama"] | {
+        "num_hidden_layers": 6 if kind == "gemma4_text" else 4, "head_dim": 16, "num_kv_shared_layers": 2,
+        "sliding_window": 100, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 128,
+        "max_position_embeddings": 512}
+    layers = settings["num_hidden_layers"]
+    settings |= {"layer_types": ["sliding_attention", "full_attention"] * (layers // 2)}
+    settings |= {"global_head_dim": 16} if kind == "gemma4_text" else {
+        "laurel_rank": 8, "intermediate_size": [128] * layers, "activation_sparsity_pattern": [0.0] * layers,
+        "altup_num_inputs": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).eval()
+
+
+@pytest.mark.parametrize("step", [1, 8])
+def test_layers_that_share_a_sliding_layer_read_it_before_it_drops_anything(step: int) -> None:
+    model = _sharing()
+    ids = torch.randint(8, 128, (1, 230), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        plain = model(ids, use_cache=False).logits
+        prepare(model)
+        cache = SinkCache(model.config, kv_plan(model, 8, sliding=True))
+        found = [model(part, past_key_values=cache).logits for part in (ids[:, :90], *ids[:, 90:].split(step, dim=1))]
+    assert cache.layers[0].dropped > 0
+    torch.testing.assert_close(torch.cat(found, dim=1), plain, rtol=0, atol=0.04)
+
+
+def test_a_prompt_that_sees_sinks_in_a_shared_sliding_layer_stays_causal() -> None:
+    model = prepare(_sharing())
+    ids = torch.randint(8, 128, (1, 260), generator=torch.Generator().manual_seed(1))
+    found = []
+    with torch.no_grad():
+        for last in (3, 99):
+            ids[0, -1] = last
+            plan = kv_plan(model, 16, sliding=True, exact="first-n", first_n=2, window=8, sliding_sinks=True)
+            found.append(model(ids, past_key_values=SinkCache(model.config, plan)).logits[:, :-1])
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
+
+
+def test_a_cache_of_shared_layers_is_saved_and_read_back(tmp_path: Path) -> None:
+    model = prepare(_sharing())
+    ids = torch.randint(8, 128, (1, 170), generator=torch.Generator().manual_seed(1))
+    cache = SinkCache(model.config, kv_plan(model, 8, sliding=True))
+    with torch.no_grad():
+        model(ids[:, :160], past_key_values=cache)
+        save_cache(cache, tmp_path / "cache")
+        again = load_cache(model.config, tmp_path / "cache")
+        assert torch.equal(model(ids[:, 160:], past_key_values=again).logits,
+                           model(ids[:, 160:], past_key_values=cache).logits)
+
+
+def test_the_last_logits_of_gemma_4_stay_causal() -> None:
+    """Its shared layers are given the last queries alone, without a mask, where attention has a name of its own."""
+    model = _sharing("gemma4_text")
+    ids = torch.randint(8, 128, (1, 60), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        plain = model(ids, logits_to_keep=4).logits
+        torch.testing.assert_close(prepare(model)(ids, logits_to_keep=4).logits, plain, rtol=0, atol=1e-5)
+
+
+def test_queries_that_pick_their_keys_are_read_as_the_model_reads_them() -> None:
+    """DeepSeek 3.2 masks what its indexer leaves out under the names sdpa and eager alone."""
+    settings = MIXTURES["deepseek_v3"] | {"index_topk": 8, "index_n_heads": 4, "index_head_dim": 16}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v32", **settings)).eval()
+    ids = torch.randint(8, 128, (1, 60), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        plain = model(ids).logits
+        assert torch.equal(prepare(model)(ids).logits, plain)
+        with observed_attention(model), pytest.raises(RequestError, match="picks 8 keys for every query"):
+            model(ids)
+        with observed_attention(model):  # as many keys as there are: nothing is left out
+            torch.testing.assert_close(model(ids[:, :8]).logits, plain[:, :8], rtol=0, atol=1e-4)
+
+
+def test_keys_and_values_of_other_widths_are_planned_as_they_are() -> None:
+    config = AutoConfig.for_model("mimo_v2_flash", head_dim=24, v_head_dim=16, num_attention_heads=4,
+                                  num_key_value_heads=2, num_hidden_layers=2, hidden_size=64)
+    assert [(layer.key_dim, layer.value_dim) for layer in kv_layers(config)] == [(24, 16)] * 2

@@ -79,3 +79,14 @@ def test_compiled_and_wrapped_models_are_packed_too(monkeypatch: pytest.MonkeyPa
 def test_pages_of_their_own_are_refused() -> None:
     with pytest.raises(RequestError, match="continuous batching keeps keys and values in pages of its own"):
         installed().generate_batch([IDS[0].tolist()])
+
+
+@pytest.mark.parametrize("sliding", [True, False])
+def test_an_assistant_takes_back_what_was_rejected_beyond_its_window(sliding: bool) -> None:
+    helper, model = tiny_model("gemma3_text"), tiny_model("gemma3_text", seed=1)
+    install(helper, kv_plan(helper, 8, sliding=sliding))
+    for one in (helper, model):
+        one.generation_config.eos_token_id, one.generation_config.pad_token_id = None, 0
+    ids = torch.cat([IDS, IDS.flip(1)], dim=1)[:, :100]
+    plain = model.generate(ids, max_new_tokens=12, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False, assistant_model=helper), plain)

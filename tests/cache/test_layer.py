@@ -141,6 +141,23 @@ def test_crop_equals_never_having_seen_the_rest(remove: int) -> None:
     assert torch.equal(again[:, :, -16:], more[0][:, :, -16:])
 
 
+def test_crop_brings_nothing_back_that_a_sliding_window_has_dropped() -> None:
+    plan = _plan([16] * 3, [16] * 3, window=0)
+    plan.layers[0] = plan.layers[0].model_copy(update={"sliding_window": 48})
+    layer, keys, _ = _filled(plan, 150)
+    assert layer.dropped == 96  # of 102 that the next token does not see
+    with pytest.raises(RequestError, match="activate_past_recording"):
+        layer.crop(-40)
+    layer.crop(-3)
+    assert layer.get_seq_length() == 147
+    recorded = SinkLayer(plan, 0)
+    recorded.activate_past_recording()
+    recorded.append(*_states(150))
+    recorded.settle()
+    recorded.crop(-40)
+    assert torch.equal(recorded.dense()[0][:, :, -47:], keys[:, :, 63:110])
+
+
 def test_rows_can_be_reordered_repeated_and_selected() -> None:
     plan = _plan([2, 4, 2], [2] * 3)
     layer, _, _ = _filled(plan, flagged=((0, 0), (1, 40)))

@@ -14,10 +14,12 @@ from sinkquant.cache import (
     SinkCache,
     cached_logits,
     install,
+    load_cache,
     load_prefix,
     make_prefix,
     prepare,
     put_in_front,
+    save_cache,
     save_prefix,
 )
 from sinkquant.cache.prefix import fingerprint
@@ -71,6 +73,26 @@ def test_rows_that_begin_with_it_hold_it_exactly(family: str, chunk: int, tmp_pa
             assert torch.equal(values[row, :, first:first + 3], prefix.values[index])
         assert layer.packed_length > 43
         assert layer.exact_columns.tolist() == [[0, 1, 2], [40, 41, 42], [0, 1, -1]]
+
+
+def test_a_row_that_was_cut_inside_the_prefix_goes_on_with_it(tmp_path: Path) -> None:
+    model = prepare(_damaged("llama"), make_prefix(tiny_model("llama"), IDS))
+    ids, mask = _rows()
+    with torch.no_grad():
+        for cut in ("crop", "saved"):
+            cache = SinkCache(model.config, kv_plan(model, 2, window=16, max_exact=0, prefix=IDS))
+            model(ids[:, :42], attention_mask=mask[:, :42], past_key_values=cache)
+            if cut == "crop":
+                cache.crop(-40)
+            else:
+                cache = SinkCache(model.config, cache.plan)
+                model(ids[:, :2], attention_mask=mask[:, :2], past_key_values=cache)
+                save_cache(cache, tmp_path / "cut")
+                cache = load_cache(model.config, tmp_path / "cut")
+            cache.reorder_cache(torch.tensor([2, 1, 0]))
+            order = ids[[2, 1, 0]]
+            model(order[:, 2:], attention_mask=mask[[2, 1, 0]], past_key_values=cache)
+            assert cache.layers[0].exact_columns.tolist() == [[0, 1, -1], [40, 41, 42], [0, 1, 2]]
 
 
 def test_it_keeps_what_quantization_would_have_lost() -> None:
