@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from sinkquant.quantize import Outliers, PackedWeight, QuantizedBlock, TuningStart
+from sinkquant.schemes import WeightFormat
+from sinkquant.schemes.codecs.registry import codec_of
 
 FOLDER = "distill"
 
@@ -33,29 +35,33 @@ class Scratch:
         for name, offsets in block.offsets.items():
             packed = block.weights[name]
             assert isinstance(packed, PackedWeight)
-            parts = {"codes": packed.codes, "scale": packed.scale, "bits": torch.tensor(packed.bits)}
-            parts |= {} if offsets is None else {"offsets": offsets}
+            parts = {"codes": packed.codes, "scale": packed.scale}
+            whole = getattr(packed, "whole", None)  # of formats with a scale of the whole tensor, which linears share
+            parts |= {leaf: one for leaf, one in (("offsets", offsets), ("whole", whole)) if one is not None}
             parts |= {} if packed.outliers is None else packed.outliers.tensors()
-            tensors |= {f"{name}:{leaf}": tensor.contiguous() for leaf, tensor in parts.items()}
+            tensors |= {f"{name}:{leaf}": tensor.contiguous().clone() if leaf == "whole" else tensor.contiguous()
+                        for leaf, tensor in parts.items()}
         save_file(tensors, path)
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
-    def starts(self, blocks: int) -> dict[str, TuningStart]:
-        """Module name -> where it starts from, over all blocks."""
+    def starts(self, blocks: int, formats: dict[str, WeightFormat]) -> dict[str, TuningStart]:
+        """Module name -> where it starts from, over all blocks.
+
+        Args:
+            formats: of every linear, as planned.
+        """
         found = {}
         for index in range(blocks):
-            parts: dict[str, dict[str, torch.Tensor | None]] = {}
+            parts: dict[str, dict[str, torch.Tensor]] = {}
             for key, tensor in load_file(self.partial / FOLDER / f"{index}.safetensors").items():
                 name, _, leaf = key.rpartition(":")
                 parts.setdefault(name, {})[leaf] = tensor
-            for name in sorted(parts):
-                codes, scale, bits = (parts[name][leaf] for leaf in ("codes", "scale", "bits"))
-                assert codes is not None
-                assert scale is not None
-                assert bits is not None
-                outliers = Outliers.of(parts[name], len(codes), scale.dtype)
-                found[name] = TuningStart(PackedWeight(codes, scale, int(bits), outliers), parts[name].get("offsets"))
+            for name, part in sorted(parts.items()):
+                scale, form = part["scale"], formats[name]
+                packed = codec_of(form).grid(form, scale.dtype, part.get("whole")).weight(part["codes"], scale)
+                packed = replace(packed, outliers=Outliers.of(part, len(packed.codes), scale.dtype))
+                found[name] = TuningStart(packed, part.get("offsets"))
         return found
 
     def clear(self) -> None:

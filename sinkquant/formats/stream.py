@@ -119,7 +119,8 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
         leave()
         if learns is not None:
             _read_from(model, partial, decoder, plan, len(decoder.blocks))
-            found = distilled(decoder, plan, learns, scratch.starts(len(decoder.blocks)), device, dtype, progress)
+            starts = scratch.starts(len(decoder.blocks), plan.formats)
+            found = distilled(decoder, plan, learns, starts, device, dtype, progress)
             for block in _by_block(decoder, found, scales):
                 _write_block(writer, block, plan)
             _remember(partial, len(decoder.blocks), losses, scales, tokens, distilled=True)

@@ -9,6 +9,7 @@ import torch
 
 from sinkquant.formats.scratch import Scratch
 from sinkquant.quantize import PackedWeight, QuantizedBlock
+from sinkquant.schemes import WeightFormat
 
 
 def test_a_later_part_of_a_block_leaves_what_was_kept_of_it(tmp_path: Path) -> None:
@@ -17,7 +18,8 @@ def test_a_later_part_of_a_block_leaves_what_was_kept_of_it(tmp_path: Path) -> N
     scratch.keep(QuantizedBlock(0, "a", {"a.x": packed}, {}, offsets={"a.x": torch.zeros(2, 8)}, ended=False))
     scratch.keep(QuantizedBlock(0, "a", {}, {}))
     scratch.keep(QuantizedBlock(1, "b", {}, {}))
-    assert list(scratch.starts(2)) == ["a.x"]
-    assert torch.equal(scratch.starts(2)["a.x"].packed.codes, codes)
+    formats = {"a.x": WeightFormat(4, -1)}
+    assert list(scratch.starts(2, formats)) == ["a.x"]
+    assert torch.equal(scratch.starts(2, formats)["a.x"].packed.codes, codes)
     with pytest.raises(FileNotFoundError):
-        scratch.starts(3)
+        scratch.starts(3, formats)

@@ -155,6 +155,20 @@ def test_tuned_end_to_end_and_killed_anywhere(source: Path, tokenizer: PreTraine
         assert contents(folder) == contents(tmp_path / "memory")
 
 
+@pytest.mark.parametrize("more", [
+    ["weights.format=nvfp4", "weights.group_size=16", "weights.distill_codes=true"],
+    ["weights.format=mxfp4", "weights.group_size=32", "weights.distill_codes=true"]], ids=str)
+def test_every_grid_is_tuned_on_disk_as_in_memory(source: Path, tokenizer: PreTrainedTokenizerFast, recipe: sq.Recipe,
+                                                  sink_map: sq.SinkMap, more: list[str], tmp_path: Path) -> None:
+    chosen = recipe.replace(["weights.distill=2", "weights.method=rtn", "calibration.length=32", "calibration.rows=4",
+                             "weights.bits=4", *more])
+    model = load_model(source)
+    plan = sq.plan(model, sink_map, chosen)
+    sq.save(sq.quantize(model, plan, tokenizer), tokenizer, tmp_path / "memory", sink_map, chosen)
+    quantize_to(tmp_path / "disk", open_model(source), plan, tokenizer, sink_map, chosen)
+    assert contents(tmp_path / "disk") == contents(tmp_path / "memory")
+
+
 def test_a_disk_that_gives_back_something_else_is_noticed(
         source: Path, tokenizer: PreTrainedTokenizerFast, recipe: sq.Recipe, sink_map: sq.SinkMap, tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch) -> None:
