@@ -3,7 +3,6 @@ loads them."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +95,7 @@ class BitsAndBytesFiles(LibraryFiles):
     def settings(self, model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
         """Every linear that is not packed is skipped by name; a list of one's own replaces the default, `lm_head`."""
         (scheme,) = {scheme_of(form) for form in plan.formats.values()}
-        skipped = [re.escape(name) for name in kept_linears(model, plan)]
+        skipped = list(kept_linears(model, plan))  # as they are: vLLM compares names, transformers takes patterns too
         if not isinstance(scheme, FourBit):
             return dict(BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped).to_dict())
         return dict(BitsAndBytesConfig(

@@ -23,6 +23,10 @@ BLOCKS_OF_27B = {"gemma2": 46, "gemma3": 62}
 WINDOW_EVERY = {"gemma2": 2, "gemma3": 6}
 """Every so many layers the last one sees the whole row; llama.cpp takes that from the architecture."""
 
+YARN = {"beta_fast": 32, "beta_slow": 1, "attention_factor": None, "mscale": None, "mscale_all_dim": None,
+        "truncate": True}
+"""What llama.cpp takes for granted of this scaling of the rotary embedding."""
+
 
 def model_metadata(folder: Path, architecture: str, kind: str = "Q4_0") -> Metadata:
     """All keys of a file.
@@ -113,7 +117,40 @@ def read_json(path: Path) -> dict[str, Any]:
     return read_object(path, "copy the model folder again", ", and a GGUF file holds what it says")
 
 
+def _require_runs_alike(family: Family, config: dict[str, Any], folder: Path) -> None:
+    """Refuse what llama.cpp takes for granted of a family, or leaves out of its graph, where this model has it
+    otherwise: it would load the file and run another model.
+
+    Raises:
+        RequestError: one of these.
+    """
+    gemma, rope = family.architecture in WINDOW_EVERY, _rope(config)
+    activation = config.get("hidden_activation") or config.get("hidden_act")
+    if activation not in ((None, "gelu_pytorch_tanh") if gemma else (None, "silu", "swish")):
+        raise RequestError(f"{folder} has the activation {activation!r}, which llama.cpp does not compute in a "
+                           f"{family.title}; use another backend.")
+    missing = [key for key in ("attn_logit_softcapping", "final_logit_softcapping")
+               if family.architecture == "gemma2" and key in config and not config[key]]
+    if missing:
+        raise RequestError(f"{folder} has no {missing[0]}, and llama.cpp caps in every Gemma 2; use another backend.")
+    if config.get("attention_bias") and (gemma or family.architecture == "qwen3"):
+        raise RequestError(f"{folder} has biases in its attention, which llama.cpp does not read in a {family.title}; "
+                           "use another backend.")
+    if family.architecture.startswith("qwen") and "sliding_attention" in (config.get("layer_types") or (
+            ["sliding_attention"] if config.get("use_sliding_window") else [])):
+        raise RequestError(f"{folder} reads some layers through a sliding window, which llama.cpp does not do in a "
+                           f"{family.title}; use another backend.")
+    if rope["rope_type"] == "llama3" and family.architecture != "llama":
+        raise RequestError(f"{folder} scales its rotary embedding by 'llama3', which llama.cpp reads in a Llama alone; "
+                           "use another backend.")
+    own = [key for key, usual in YARN.items() if rope.get(key, usual) not in (usual, None)]
+    if own and rope["rope_type"] == "yarn":
+        raise RequestError(f"{folder} scales its rotary embedding by yarn with a {own[0]} of {rope[own[0]]}, which no "
+                           "GGUF file has here; use another backend.")
+
+
 def _shape(family: Family, config: dict[str, Any], folder: Path) -> dict[str, tuple[str, Any]]:
+    _require_runs_alike(family, config, folder)
     width, rope = head_width(config), _rope(config)
     heads = int(config["num_attention_heads"])
     found: dict[str, tuple[str, Any]] = {
