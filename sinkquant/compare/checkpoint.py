@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from sinkquant.errors import RequestError
 from sinkquant.formats import read_checkpoint
 from sinkquant.models import resolve
 from sinkquant.models.folder import RUN_MODEL, inside_run, read_settings
-from sinkquant.models.gguf import PLAIN, SUFFIX, gguf_in
+from sinkquant.models.gguf import contents, gguf_at
 from sinkquant.run.candidates import loader, weight_bytes
 
 
@@ -73,9 +72,9 @@ def _short_names(places: Sequence[str]) -> list[str]:
 
 def _opened(named: str, place: str, name: str) -> Checkpoint:
     folder = resolve(place)
-    packed = Path(place) if place.endswith(SUFFIX) else gguf_in(Path(place)) if Path(place).is_dir() else None
+    packed = gguf_at(place)
     if packed is not None:
-        size, form = _of_gguf(packed)
+        size, _, form = contents(packed)
     else:
         settings = read_settings(folder).get("quantization_config") or {}
         size, form = weight_bytes(folder), str(settings.get("quant_method") or "unquantized")
@@ -85,14 +84,3 @@ def _opened(named: str, place: str, name: str) -> Checkpoint:
     plan = content["plan"]
     return Checkpoint(name, named, folder, size, form, plan.kv_cache, content["sink_map"] or None,
                       content.get("recipe"), bool(plan.transforms), plan.blocks.kept if plan.blocks else None)
-
-
-def _of_gguf(path: Path) -> tuple[int, str]:
-    """Bytes of the tensors of a file, and its format in two words: the type that most of them have."""
-    from gguf import GGUFReader
-
-    tensors = GGUFReader(path).tensors
-    types = Counter(tensor.tensor_type.name for tensor in tensors)
-    packed = {name: count for name, count in types.items() if name not in PLAIN} or types
-    return sum(int(tensor.n_bytes) for tensor in tensors), (
-        f"GGUF {max(packed, key=lambda name: (packed[name], name))}")

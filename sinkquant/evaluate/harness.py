@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -138,7 +139,16 @@ class SinkLM(HFLM):
                 get_rolling_token_windows(tokens, prefix, self.max_length, 1)]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Generated texts; see `tok_batch_encode` for the prompts."""
+        """Generated texts; see `tok_batch_encode` for the prompts.
+
+        Raises:
+            RequestError: no room is left for a prompt beside what is to be generated.
+        """
+        for request in requests:
+            made = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
+            if made >= self.max_length:
+                raise RequestError(f"the task {request.task_name!r} generates up to {made} tokens, and this model "
+                                   f"reads {self.max_length}, the prompt among them; leave it out of evaluate.tasks.")
         quiet, generate = disable_tqdm or self._quiet, super().generate_until
         return shared(requests, lambda mine: list(generate(mine, disable_tqdm=quiet)))
 

@@ -40,6 +40,24 @@ def gguf_in(folder: Path) -> Path | None:
     return files[0]
 
 
+def gguf_at(place: str) -> Path | None:
+    """The GGUF file that a name means: itself one, or the folder of one; None where it is something else."""
+    if place.endswith(SUFFIX):
+        return Path(place)
+    return gguf_in(Path(place)) if Path(place).is_dir() else None
+
+
+def contents(path: Path) -> tuple[int, int, str]:
+    """Bytes of the tensors of a file, how many values they have, and its format in two words: the type of most."""
+    from gguf import GGUFReader
+
+    tensors = GGUFReader(path).tensors
+    types = Counter(tensor.tensor_type.name for tensor in tensors)
+    packed = {name: count for name, count in types.items() if name not in PLAIN} or types
+    return (sum(int(tensor.n_bytes) for tensor in tensors), sum(int(tensor.n_elements) for tensor in tensors),
+            f"GGUF {max(packed, key=lambda name: (packed[name], name))}")
+
+
 def unpacked(path: Path) -> Path:
     """The folder of safetensors that a GGUF file stands for, made now unless it was made before. Weights are in the
     file's own dtype where they were never quantized, and in bfloat16 otherwise.

@@ -29,6 +29,8 @@ from sinkquant.formats import (
     rounds_inputs,
 )
 from sinkquant.models.folder import weight_files
+from sinkquant.models.gguf import contents, gguf_at
+from sinkquant.models.gguf_index import is_gguf_checkpoint
 from sinkquant.models.processes import this_process
 from sinkquant.models.steps import Progress
 from sinkquant.quantize.bases import prepare_cache
@@ -57,6 +59,20 @@ def bits_on_disk(folder: Path) -> float:
                 elif name.endswith(".weight") or name.rpartition(".")[2] not in STORED:
                     values += math.prod(tensors.get_slice(name).get_shape())
     return 8 * size / max(values, 1)
+
+
+def stored_size(named: str, folder: Path) -> tuple[int, float]:
+    """Bytes of a model's weights and bits per value: of a GGUF file its own, not those of the folder that it was
+    unpacked to.
+
+    Args:
+        named: as the user names it. folder: what is loaded.
+    """
+    packed = None if is_gguf_checkpoint(folder) else gguf_at(named)
+    if packed is None:
+        return weight_bytes(folder), bits_on_disk(folder)
+    size, values, _ = contents(packed)
+    return size, 8 * size / values
 
 
 def loader(path: Path, dtype: torch.dtype, device: str,

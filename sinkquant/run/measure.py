@@ -13,7 +13,7 @@ from sinkquant.models import load_model, load_tokenizer, pick_device, resolve
 from sinkquant.models.steps import Progress
 from sinkquant.policy.expected import with_expected_loss
 from sinkquant.recipe import Recipe
-from sinkquant.run.candidates import bits_on_disk, comparison, fidelity, loader, sinks_after, weight_bytes
+from sinkquant.run.candidates import comparison, fidelity, loader, sinks_after, stored_size
 from sinkquant.run.folder import CONTROL, MODEL
 
 
@@ -45,7 +45,7 @@ def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
     if baseline is not None:
         source = resolve(baseline)
         candidates.append(Candidate(BASELINE, baseline, lambda: load_model(source, dtype, device, trust_remote_code),
-                                    weight_bytes(source), bits_on_disk(source)))
+                                    *stored_size(baseline, source)))
     for name, path in places.items():
         content = read_checkpoint(resolve(str(path)))
         original = original or (content["sink_map"] if content else None) or None
@@ -56,9 +56,10 @@ def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
             plan = content["plan"] if sensitivity is None else with_expected_loss(content["plan"], sensitivity)
             kept = plan.blocks.kept if plan.blocks else kept
             plans.append(plan.model_copy(update={"name": name}))
-        bits = content["plan"].bits_per_weight if content else bits_on_disk(path)
+        size, bits = stored_size(named[name], path)
+        bits = content["plan"].bits_per_weight if content else bits
         candidates.append(Candidate(name, named[name], loader(path, dtype, device, trust_remote_code),
-                                    weight_bytes(path), bits,
+                                    size, bits,
                                     content["plan"].kv_cache if content else None,
                                     content["plan"].inputs_in_words() if content else "16-bit"))
     report = evaluate(candidates, tokenizer, recipe, model=baseline or str(folder),

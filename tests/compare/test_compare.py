@@ -20,6 +20,7 @@ from sinkquant.artifacts.comparison import ComparedRow, Interval
 from sinkquant.compare.figures import with_front
 from sinkquant.models import read_text, token_rows
 from sinkquant.report.compared import markdown, page
+from sinkquant.run.measure import evaluate_folder
 
 SMALL = ["evaluate.divergence_rows=6", "evaluate.divergence_length=48", "detect.rows=8", "detect.long_rows=1"]
 
@@ -123,3 +124,14 @@ def test_what_is_no_checkpoint_is_refused(wrong, places, tiny_folder):
 def test_a_report_of_no_known_kind_is_refused(places, tiny_folder):
     done = call("compare", places[0], "--baseline", tiny_folder, "-o", "table.xlsx")
     assert (done.code, done.err.count("\n")) == (2, 1)
+
+
+def test_eval_of_a_gguf_file_counts_its_own_bytes(made, places, tiny_folder, text_file):
+    recipe = sq.Recipe().replace([*SMALL, "evaluate.tasks=[sink_perplexity]", "evaluate.limit=2",
+                                   f"evaluate.text={text_file}"])
+    unquantized, row = evaluate_folder(places[-2], recipe, str(tiny_folder)).rows
+    assert evaluate_folder(tiny_folder, recipe, str(places[-2])).rows[0].weight_bytes == row.weight_bytes
+    assert unquantized.weight_bytes == weight_bytes(tiny_folder)
+    compared = next(one for one in made.rows if one.name == "tiny.gguf")
+    assert row.weight_bytes == compared.bytes
+    assert row.bits_per_weight == pytest.approx(compared.bits_per_weight, rel=0.01)

@@ -138,6 +138,13 @@ def test_generation_starts_with_bos(model: PreTrainedModel, inputs: list[torch.T
     assert inputs[0].tolist() == [[BOS, 30, 31, 32], [0, BOS, 20, 21]]
 
 
+def test_a_generation_that_leaves_no_room_for_a_prompt_is_refused(model: PreTrainedModel) -> None:
+    lm = SinkLM(model, tiny_tokenizer(), bos=True, batch_size=1)
+    for asked in ({"max_gen_toks": lm.max_length}, {"max_new_tokens": lm.max_length + 5}):
+        with pytest.raises(RequestError, match=f"reads {lm.max_length}, the prompt among them; leave it out"):
+            lm.generate_until(requests("generate_until", ("w20 w21", {"until": ["</s>"], **asked})))
+
+
 def test_the_callers_tokenizer_is_left_alone(model: PreTrainedModel) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None
