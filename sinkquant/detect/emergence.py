@@ -38,6 +38,8 @@ def emergence(stream: ResidualStream, massive: torch.Tensor) -> Emergence | None
     norms = torch.stack(stream.norms)
     norms = norms / norms.flatten(1).median(dim=1).values.clamp(min=1e-30)[:, None, None]
     rises = torch.diff(norms, dim=0)[:len(stream.read) - 1]
+    if not len(rises):  # one block alone reads the stream, before anything could rise
+        return None
     mean = rises[:, massive].mean(1)
     place = int(mean.argmax())
     null = float(rises[:, ~massive].max()) if not massive.all() else 0.0

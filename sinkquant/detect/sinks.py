@@ -67,13 +67,14 @@ def decide(surveys: Sequence[Survey], carriers: Sequence[torch.Tensor], without_
     Args:
         carriers: of every survey bool [rows, length], the tokens with massive activations.
         without_bos: the first survey's text without `<bos>`, where its rows start with it. A first position that draws
-            half as many heads there needs no `<bos>`.
+            half as many heads there needs no `<bos>`. Where rows start with none, no first position needs its token:
+            that all rows begin alike is the text's.
     """
     found: list[Sink] = []
     strongest = 0.0
     for survey, massive in zip(surveys, carriers, strict=True):
         for look in _looks(survey, massive, found, settings):
-            for sink in look:
+            for sink in look if without_bos is not None else map(_of_any_token, look):
                 if not _covered(sink.candidate, survey.rows, found):
                     found.append(sink)
                     strongest = max(strongest, sink.candidate.sink_heads)
@@ -133,12 +134,19 @@ def _share(candidate: SinkCandidate, rows: torch.Tensor, carriers: torch.Tensor)
     return float(carriers[SinkSelector.of([candidate]).mask(rows)].float().mean())
 
 
+def _of_any_token(sink: Sink) -> Sink:
+    """The sink without its token id, where it is the first position."""
+    if sink.candidate.position != 0:
+        return sink
+    return replace(sink, candidate=replace(sink.candidate, token_id=None))
+
+
 def _unbound(sink: Sink, bare: SinkCandidate | None) -> Sink:
     """The sink without its token id, where its position draws at least half as many heads without `<bos>`."""
     candidate = sink.candidate
     if candidate.position != 0 or bare is None or bare.sink_heads < candidate.sink_heads / 2:
         return sink
-    return replace(sink, candidate=replace(candidate, token_id=None))
+    return _of_any_token(sink)
 
 
 def _named(sink: Sink, tokenizer: PreTrainedTokenizerBase) -> SinkToken:

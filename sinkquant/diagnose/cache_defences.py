@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedModel
 
-from sinkquant.artifacts import SinkMap
+from sinkquant.artifacts import KVCachePlan, SinkMap
 from sinkquant.artifacts.diagnosis import Check
 from sinkquant.cache import cached_logits, make_prefix, prepare
 from sinkquant.diagnose.rows import with_bos
@@ -48,7 +50,7 @@ def cache_defences(model: PreTrainedModel, text: torch.Tensor, bos: int, sink_ma
     for what, places in inputs.items():
         rows = with_bos(text, bos, places)
         with torch.no_grad():
-            reference = _loss(model(rows.to(model.device), use_cache=False).logits, rows, half)
+            reference = _loss(lambda row: model(row.to(model.device), use_cache=False).logits, rows, half)
         if reference is None:
             raise SinkquantError("the untouched text already gives outputs that are not finite.")
         for defence, setting in DEFENCES:
@@ -56,18 +58,27 @@ def cache_defences(model: PreTrainedModel, text: torch.Tensor, bos: int, sink_ma
             plan = make_kv_plan(shape, sink_map, recipe)
             assert plan is not None
             twin = prepare(copy.deepcopy(model), prefix if plan.prefix else None)
-            loss = _loss(cached_logits(twin, rows.to(model.device), plan), rows, half)
+            loss = _loss(functools.partial(_through_cache, twin, plan), rows, half)
             found.append(Check(name="2-bit KV cache", what=what, defence=defence, loss=loss,
                                reference_loss=reference, sink_rate=None, reference_sink_rate=None,
                                finite=loss is not None))
     return found
 
 
-def _loss(logits: torch.Tensor, rows: torch.Tensor, half: int) -> float | None:
-    """Mean over the second half of the text, which ends every row; None where an output is not finite."""
-    if not torch.isfinite(logits).all():
-        return None
-    scored = rows.shape[1] - half
-    losses = torch.nn.functional.cross_entropy(
-        logits[:, -scored - 1:-1].double().transpose(1, 2).cpu(), rows[:, -scored:], reduction="none")
-    return float(losses.mean())
+def _through_cache(model: PreTrainedModel, plan: KVCachePlan, row: torch.Tensor) -> torch.Tensor:
+    return cached_logits(model, row.to(model.device), plan)
+
+
+def _loss(logits_of: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, half: int) -> float | None:
+    """Mean over the second half of the text, which ends every row; None where an output is not finite.
+
+    Args:
+        logits_of: [1, length] ids -> [1, length, vocabulary]; row by row, since a vocabulary may be large.
+    """
+    scored, losses = rows.shape[1] - half, []
+    for row in rows:
+        logits = logits_of(row[None])[0]
+        if not torch.isfinite(logits).all():
+            return None
+        losses.append(torch.nn.functional.cross_entropy(logits[-scored - 1:-1].float().cpu(), row[-scored:]).double())
+    return float(torch.stack(losses).mean())

@@ -22,7 +22,7 @@ from sinkquant.diagnose.specials import special_token_paths
 from sinkquant.diagnose.spread import spread
 from sinkquant.diagnose.squashing import over_squashing, representational_collapse
 from sinkquant.diagnose.survey import RowSurvey, WalkSettings, survey
-from sinkquant.errors import RequestError
+from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.models import Decoder, check_finite, pick_device, read_text, require_dense, starts_with_bos, token_rows
 from sinkquant.models.corpus import in_words
 from sinkquant.models.gguf import source_notes
@@ -220,6 +220,6 @@ def _cache_defences(job: _Inputs, bos: int | None, sink_map: SinkMap, original: 
     try:
         text = job.rows(FEW_ROWS, min(CACHED_LENGTH, job.decoder.max_length) - REPEATS, "never")
         return cache_defences(job.decoder.model, text, bos, sink_map, original)
-    except RequestError as error:
+    except SinkquantError as error:
         notes.append(f"a packed KV cache was not measured: {error}")
         return []

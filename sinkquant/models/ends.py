@@ -14,6 +14,8 @@ from sinkquant.models.hooks import compute_in, computing
 
 HEAD_VALUES = 1 << 25
 """Weights of the output head that are computed with at a time: 128 MB in float32."""
+LOGITS = 1 << 28
+"""Logits that are held at a time: 1 GB in float32."""
 
 
 def outside_modules(decoder: Decoder) -> list[nn.Module]:
@@ -65,11 +67,12 @@ def next_token_losses(decoder: Decoder, rows: torch.Tensor, logits: Callable[[to
     targets = rows[:, 1:]
     with torch.no_grad(), decoder.present(outside), compute_in(outside, device, dtype):
         total, wanted = None, torch.zeros(targets.shape, device=device)
-        for start, stop in _head_pieces(decoder, device, dtype):
+        for start, stop in _head_pieces(decoder, rows.numel(), device, dtype):
             with token_table(decoder, rows, device, dtype):  # opened last: a tied head is filled through it
                 piece = logits(rows).float()[:, :-1]
             if stop is None:
-                return nn.functional.cross_entropy(piece.transpose(1, 2), targets, reduction="none").cpu()
+                return nn.functional.cross_entropy(piece.flatten(0, 1), targets.flatten(),
+                                                   reduction="none").view(targets.shape).cpu()
             part = piece.logsumexp(-1)
             total = part if total is None else torch.logaddexp(total, part)
             here = (targets >= start) & (targets < stop)
@@ -78,17 +81,18 @@ def next_token_losses(decoder: Decoder, rows: torch.Tensor, logits: Callable[[to
         return (total - wanted).cpu()
 
 
-def _head_pieces(decoder: Decoder, device: str, dtype: torch.dtype) -> Iterator[tuple[int, int | None]]:
-    """Put one piece of the output head after the other into its place: the rows start..stop; stop is None where the
-    head is small enough to be one piece, or is no linear."""
+def _head_pieces(decoder: Decoder, tokens: int, device: str, dtype: torch.dtype) -> Iterator[tuple[int, int | None]]:
+    """Put one piece of the output head after the other into its place: the rows start..stop; stop is None where head
+    and logits are small enough to be one piece, or the head is no linear."""
     head = decoder.model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.weight.numel() <= HEAD_VALUES:
+    if not isinstance(head, nn.Linear) or (
+            head.weight.numel() <= HEAD_VALUES and tokens * len(head.weight) <= LOGITS):
         heads = [] if head is None else [head]
         with decoder.present(heads), compute_in(heads, device, dtype):
             yield 0, None
         return
     before = dict(head._parameters)
-    count, piece = len(head.weight), max(1, HEAD_VALUES // head.weight.shape[1])
+    count, piece = len(head.weight), max(1, min(HEAD_VALUES // head.weight.shape[1], LOGITS // tokens))
     try:
         for start in range(0, count, piece):
             stop = min(start + piece, count)

@@ -302,7 +302,9 @@ def _values(config: PreTrainedConfig, block: nn.Module, path: str, matrices: dic
     if source is None or columns % head_dim:
         return None
     total = _size(block, f"{prefix}{source}", columns=False)
-    if source == "query_key_value":  # a head's query, key and value stand side by side
+    by_head = source == "query_key_value" or (
+        config.model_type == "gpt_bigcode" and source == "c_attn" and not config.multi_query)
+    if by_head:  # a head's query, key and value stand side by side
         if total != 3 * columns:
             return None
         rows = torch.arange(total).reshape(-1, 3, head_dim)[:, 2].flatten()

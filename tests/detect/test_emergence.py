@@ -56,3 +56,12 @@ def test_there_is_none_where_other_tokens_rise_as_much_or_no_attention_reads_it(
     last = emergence(stream([1, 1, 1, 1], [2, 1, 1, 1], [2, 1, 1, 1], [90, 1, 1, 1]), massive)
     assert last is not None
     assert last.block == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_nothing_rises_before_the_only_block(tmp_path: Path, family: str) -> None:
+    model = tiny_model(family, num_hidden_layers=1)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[4, 7] = 50.0
+    found = detect(model, tiny_tokenizer(), write_text(tmp_path), small_recipe("detect.super_weights=false"))
+    assert found.emergence is None

@@ -10,7 +10,7 @@ import torch
 from detect_helpers import sinking_heads, small_recipe, tokens, write_text
 from families import FAMILIES, tiny_model
 from planter import Plant, plant
-from tiny_tokenizer import tiny_tokenizer
+from tiny_tokenizer import random_text, tiny_tokenizer
 
 from sinkquant.artifacts import SinkMap
 from sinkquant.detect import detect
@@ -68,6 +68,18 @@ def test_a_position_whatever_stands_there(tmp_path: Path, family: str, position:
     found = look(tmp_path, plants, family, bos=bos)
     check(found, plants, {(None, position, kind, True)})
     assert found.channels[0].tokens == [f"position {position}"]
+
+
+@pytest.mark.parametrize("text", ["one row", "rows that begin alike"])
+def test_a_first_position_is_not_tied_to_what_the_text_puts_there(tmp_path: Path, text: str) -> None:
+    model = plant(tiny_model("gpt2"), Plant(None, 0, frozenset({0, 1, 2}), 20, 0))
+    words = random_text(4000).split()
+    content = " ".join(words[:100]) if text == "one row" else "\n<|doc|>\n".join(
+        " ".join(["w9", *words[start:start + 80]]) for start in range(0, 960, 80))
+    place = tmp_path / "text.txt"
+    place.write_text(content, encoding="utf-8")
+    found = detect(model, tiny_tokenizer("none", has_bos=False), place, small_recipe("detect.long_length=192"))
+    assert [(token.token_id, token.position, token.kind) for token in found.tokens] == [(None, 0, "first_position")]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "gemma3_text"])

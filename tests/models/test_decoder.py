@@ -107,3 +107,27 @@ def test_a_model_in_fp8_is_refused_by_name() -> None:
     weight.data = weight.data.to(torch.float8_e4m3fn)
     with pytest.raises(RequestError, match=r"layers.0.mlp.up_proj.weight is in float8_e4m3fn"):
         require_dense(model)
+
+
+@pytest.mark.parametrize(("family", "more"), [
+    ("llama", {}), ("gpt2", {}), ("gpt_neox", {}), ("phi3", {}), ("gpt_bigcode", {"multi_query": True}),
+    ("gpt_bigcode", {"multi_query": False})])
+def test_values_and_what_reads_them(family: str, more: dict[str, bool]) -> None:
+    """Each channel of the values times two, and the columns that read it by a half: the same model."""
+    model = tiny_model(family, **more) if family in FAMILIES else AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        family, n_embd=64, n_layer=2, n_head=4, vocab_size=128, n_positions=64, **more)).eval()
+    ids = torch.randint(8, 128, (2, 30), generator=torch.Generator().manual_seed(0))
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        plain = model(ids).logits
+        pairs = [block.values for block in Decoder.of(model).structure.blocks]
+        for pair in pairs:
+            assert pair is not None
+            scale = 2.0 ** torch.arange(len(pair.rows)).remainder(5)
+            first, second = parameters[pair.first.weight], parameters[pair.second.weight]
+            (first.T if pair.first.transposed else first)[pair.rows] *= scale[:, None]
+            if pair.first.bias is not None:
+                parameters[pair.first.bias][pair.rows] *= scale
+            columns = (second.T if pair.second.transposed else second)
+            columns /= scale[pair.reads]
+        torch.testing.assert_close(model(ids).logits, plain, rtol=1e-4, atol=1e-5)

@@ -76,6 +76,9 @@ def test_losses_with_a_head_in_pieces(tiny: PreTrainedModel, monkeypatch: pytest
     whole = walk.losses()
     monkeypatch.setattr("sinkquant.models.ends.HEAD_VALUES", 50 * 64)
     torch.testing.assert_close(walk.losses(), whole, rtol=1e-6, atol=1e-6)
+    monkeypatch.undo()
+    monkeypatch.setattr("sinkquant.models.ends.LOGITS", 2 * ROWS.shape[1] * 30)  # of two rows, 30 at a time
+    torch.testing.assert_close(walk.losses(), whole, rtol=1e-6, atol=1e-6)
     with torch.no_grad():
         logits = tiny(ROWS).logits.double()
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ROWS[:, 1:], reduction="none")
