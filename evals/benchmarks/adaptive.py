@@ -26,7 +26,7 @@ from sinkquant.evaluate.candidate import BASELINE, DECIDED, Candidate
 from sinkquant.evaluate.divergence import BATCH_ROWS, compare_side_by_side, held_out_rows
 from sinkquant.evaluate.looks import ERROR, interval, looks, settled
 from sinkquant.evaluate.states import last_states
-from sinkquant.models import load_model, load_tokenizer, max_length, read_text, resolve
+from sinkquant.models import load_model, load_tokenizer, max_length, read_text, resolve, vocabulary_of
 from sinkquant.recipe import Recipe
 from sinkquant.run.candidates import loader, mechanisms
 
@@ -68,8 +68,8 @@ def divergences(run: Path, model: str, count: int) -> dict[str, list[list[float]
         candidates += mechanisms(candidates, plans, load_tokenizer(folder))
     loaded = {one.load: one.load() for one in candidates}
     base = loaded[candidates[0].load]
-    rows = held_out_rows(base, load_tokenizer(folder), read_text(recipe.evaluate.text, "evaluation"), recipe,
-                         max_length(base))
+    rows = held_out_rows(vocabulary_of(base), load_tokenizer(folder), read_text(recipe.evaluate.text, "evaluation"),
+                         recipe, max_length(base))
     batches = rows.split(BATCH_ROWS)
     states = [last_states(base, batch) for batch in batches]
     found = compare_side_by_side(base, states, [(loaded[one.load], one.kv) for one in candidates[1:]], batches)

@@ -24,6 +24,7 @@ from sinkquant.models import (
     pick_device,
     read_text,
     resolve,
+    vocabulary_of,
 )
 from sinkquant.models.corpus import in_words
 from sinkquant.models.steps import Progress
@@ -123,7 +124,8 @@ def _with_losses(recipe: Recipe) -> Recipe:
 def _held_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> torch.Tensor:
     """Rows of the evaluation text, int64 [rows, length]."""
     settings = recipe.evaluate
-    rows = held_out_rows(model, tokenizer, read_text(settings.text, "evaluation", tokenizer), recipe, max_length(model))
+    rows = held_out_rows(vocabulary_of(model), tokenizer, read_text(settings.text, "evaluation", tokenizer), recipe,
+                         max_length(model))
     if len(rows) < 2:
         raise RequestError("the evaluation text holds but one row, whose spread nobody knows; give a longer one "
                            "(evaluate.text) or shorter rows (evaluate.divergence_length).")

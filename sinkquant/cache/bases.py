@@ -23,7 +23,7 @@ from sinkquant.cache.transforms.descent import Descent
 from sinkquant.cache.transforms.recoding import LayerBases
 from sinkquant.cache.transforms.rotation import Basis
 from sinkquant.errors import RequestError
-from sinkquant.models import Walk
+from sinkquant.models import Walk, vocabulary_of
 from sinkquant.models.attention import AttentionRecord, AttentionRows
 
 SCHEMA = "sinkquant/kvbases@1"
@@ -205,6 +205,6 @@ def load_bases(path: str | os.PathLike[str]) -> Bases:
 def require_bases_of(bases: Bases, model: PreTrainedModel) -> None:
     """Raises RequestError where they were found with another model, or its embedding is offloaded."""
     require_embedding(model)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = vocabulary_of(model)
     if vocabulary <= max(KNOWN_BY) or fingerprint(model, KNOWN_BY) != bases.model:
         raise RequestError("the KV bases were found with another model; find them again with find_bases.")

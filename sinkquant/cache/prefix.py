@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sinkquant.cache.ordered import load_ordered, save_ordered
 from sinkquant.errors import RequestError
+from sinkquant.models import vocabulary_of
 
 SCHEMA = "sinkquant/kvprefix@1"
 SMALLEST = 2.0 ** -14
@@ -44,7 +45,7 @@ def make_prefix(model: PreTrainedModel, ids: list[int]) -> Prefix:
     Raises:
         RequestError: there are no tokens, or some that the model does not know.
     """
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = vocabulary_of(model)
     if not ids or not all(0 <= token < vocabulary for token in ids):
         raise RequestError(f"a prefix needs token ids from 0 to {vocabulary - 1}, and at least one of them.")
     cache = DynamicCache()  # without a configuration it keeps all of it, of sliding layers too
@@ -99,7 +100,7 @@ def load_prefix(path: str | os.PathLike[str]) -> Prefix:
 def require_same_model(prefix: Prefix, model: PreTrainedModel) -> None:
     """Raises RequestError where the prefix was made by another model, or its embedding is offloaded."""
     require_embedding(model)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = vocabulary_of(model)
     if max(prefix.ids) >= vocabulary or fingerprint(model, list(prefix.ids)) != prefix.model:
         raise RequestError("the KV prefix was made by another model; make it again with make_prefix.")
 

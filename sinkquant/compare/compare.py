@@ -25,12 +25,12 @@ from sinkquant.compare.figures import (
 from sinkquant.compare.tasks import Scorer, scored_tasks
 from sinkquant.detect import detect
 from sinkquant.diagnose.fidelity import SinkComparison
-from sinkquant.errors import RequestError
+from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.evaluate import TokenFigures, held_out_rows, require_tasks_possible
 from sinkquant.evaluate.shelf import share_equal
 from sinkquant.evaluate.states import last_states
 from sinkquant.formats import versions
-from sinkquant.models import load_model, load_tokenizer, max_length, pick_device, read_text
+from sinkquant.models import load_model, load_tokenizer, max_length, pick_device, read_text, vocabulary_of
 from sinkquant.models.corpus import in_words
 from sinkquant.models.loading import read_config
 from sinkquant.models.steps import Progress, Steps
@@ -72,7 +72,7 @@ def compare(checkpoints: Sequence[str], baseline: str, *, text: str | list[str] 
     steps.next("the unquantized model")
     original = load_model(base.folder, dtype, device, trust_remote_code)
     room = max_length(original) - max(len(one.kv.front) if one.kv else 0 for one in opened)
-    rows = held_out_rows(original, tokenizer, content, recipe, room)
+    rows = held_out_rows(vocabulary_of(original), tokenizer, content, recipe, room)
     if len(rows) < 2:
         raise RequestError("the evaluation text holds but one row, and intervals need two; give more text or a smaller "
                            "evaluate.divergence_length.")
@@ -86,7 +86,7 @@ def compare(checkpoints: Sequence[str], baseline: str, *, text: str | list[str] 
             steps.next(one.name)
             found.append(_checkpoint_row(measured, one, score, fidelity, recipe, trust_remote_code))
     steps.next("the noise floor")
-    floor = _noise_floor(measured, base, rows, recipe, trust_remote_code)
+    floor, unknown = _noise_floor(measured, base, rows, recipe, trust_remote_code)
     steps.end()
     pairs = neighbours(measured.kl)
     front = front.model_copy(update={"perplexity": measured.baseline_perplexity()})
@@ -95,7 +95,7 @@ def compare(checkpoints: Sequence[str], baseline: str, *, text: str | list[str] 
         "rows": len(rows), "length": rows.shape[1],
         "tokens": rows.numel(), "dtype": recipe.compute.dtype, "seed": recipe.seed}
     return Comparison(model=baseline, rows=[front, *with_front(found), *floor], pairs=pairs,
-                      warnings=warnings(found, floor, pairs), facts=facts, versions=versions())
+                      warnings=[*unknown, *warnings(found, floor, pairs)], facts=facts, versions=versions())
 
 
 class _Measured:
@@ -148,8 +148,9 @@ def _checkpoint_row(measured: _Measured, one: Checkpoint, score: Scorer | None, 
 
 
 def _noise_floor(measured: _Measured, base: Checkpoint, rows: torch.Tensor, recipe: Recipe,
-                 trust_remote_code: bool) -> list[ComparedRow]:
-    """The unquantized model beside itself: with rows in other batches, and in another dtype."""
+                 trust_remote_code: bool) -> tuple[list[ComparedRow], list[str]]:
+    """The unquantized model beside itself: with rows in other batches, and in another dtype. And what could not be
+    measured, in words."""
     original = measured.reference.model
     one_by_one = [last_states(original, row) for row in rows.split(1)]
     regrouped = [torch.cat(one_by_one[start:start + BATCH_ROWS]) for start in range(0, len(rows), BATCH_ROWS)]
@@ -157,8 +158,12 @@ def _noise_floor(measured: _Measured, base: Checkpoint, rows: torch.Tensor, reci
                           measured.reference.against(original, given=regrouped))]
     other = _other_dtype(base.folder, recipe, trust_remote_code)
     model = load_model(base.folder, other, str(original.device), trust_remote_code)
-    tokens = measured.reference.against(model)
-    return [*found, measured.row(base, f"unquantized in {str(other).removeprefix('torch.')}", "floor", tokens)]
+    name = f"unquantized in {str(other).removeprefix('torch.')}"
+    try:
+        tokens = measured.reference.against(model)
+    except SinkquantError:  # float16 overflows where float32 does not
+        return found, [f"{name} what the model predicts is not finite, so that it tells nothing of the noise"]
+    return [*found, measured.row(base, name, "floor", tokens)], []
 
 
 def _other_dtype(folder: Path, recipe: Recipe, trust_remote_code: bool) -> torch.dtype:

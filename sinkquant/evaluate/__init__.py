@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from sinkquant.evaluate.candidate import BASELINE, Candidate, TaskResult
 from sinkquant.evaluate.divergence import Divergence, TokenFigures, compare_rows, held_out_rows, token_figures
-from sinkquant.evaluate.evaluate import Compare, evaluate
+from sinkquant.evaluate.evaluate import Compare, evaluate, require_rows
 from sinkquant.evaluate.forecasts import forecasts_of_plans, forecasts_of_run
 from sinkquant.evaluate.statistics import paired_difference
 from sinkquant.evaluate.task_files import require_tasks_possible

@@ -92,17 +92,19 @@ def compare_side_by_side(baseline: PreTrainedModel, states: Sequence[torch.Tenso
     return found
 
 
-def held_out_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, content: str, recipe: Recipe,
+def held_out_rows(vocabulary: int, tokenizer: PreTrainedTokenizerBase, content: str, recipe: Recipe,
                   limit: int) -> torch.Tensor:
     """The rows of the evaluation text `content` that models are compared on, int64 [rows, length].
 
     Args:
-        limit: tokens that a row may have at most.
+        vocabulary: ids that the model has. limit: tokens that a row may have at most.
+
+    Raises:
+        RequestError: the text is too short for one, or the tokenizer is of a larger vocabulary.
     """
     settings = recipe.evaluate
     return token_rows(tokenizer, content, settings.divergence_rows, min(settings.divergence_length, limit),
-                      recipe.calibration.bos, int(model.get_input_embeddings().weight.shape[0]), "evaluation text",
-                      "evaluate.divergence_length")
+                      recipe.calibration.bos, vocabulary, "evaluation text", "evaluate.divergence_length")
 
 
 def token_figures(heads: Sequence[OutputHead], states: Sequence[torch.Tensor],

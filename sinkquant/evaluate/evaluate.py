@@ -23,7 +23,7 @@ from sinkquant.evaluate.statistics import standard_error
 from sinkquant.evaluate.task_files import WantedTasks, wanted_tasks
 from sinkquant.evaluate.tasks import ready_tasks
 from sinkquant.evaluate.verdict import judge
-from sinkquant.models import encode, max_length, read_text, starts_with_bos
+from sinkquant.models import encode, max_length, read_text, starts_with_bos, vocabulary_of
 from sinkquant.models.corpus import in_words
 from sinkquant.models.steps import Progress, Steps
 from sinkquant.recipe import Recipe
@@ -64,7 +64,7 @@ def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, re
     first = shelf.get(ordered[0].load)
     limit = max_length(first) - max(len(c.kv.front) if c.kv else 0 for c in candidates)
     require_room(recipe, limit)
-    rows = held_out_rows(first, tokenizer, content, recipe, limit)
+    rows = held_out_rows(vocabulary_of(first), tokenizer, content, recipe, limit)
     del first
     diverging = ordered[0].name == BASELINE and len(ordered) > 1
     plan = looks(len(rows), settings.precision) if diverging else []
@@ -131,6 +131,24 @@ def _notes(look: Look, total: int, plan: Sequence[Look], precision: float | None
             f"{precision:.0%} of the divergence" if look.rows < total else "some difference was neither certain nor "
             f"known to {precision:.0%} of the divergence before")
     return [f"divergence was measured on {look.rows} of {total} rows: {ends}; intervals hold for all looks together"]
+
+
+def require_rows(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, limit: int, vocabulary: int) -> None:
+    """Refuse an evaluation for which the model has too few positions, or the text too few tokens.
+
+    Args:
+        limit: positions of the model. vocabulary: its ids.
+
+    Raises:
+        RequestError: one of these.
+    """
+    settings = recipe.evaluate
+    require_room(recipe, limit)
+    content = read_text(settings.text, "evaluation", tokenizer)
+    held_out_rows(vocabulary, tokenizer, content, recipe, limit)
+    with ready_tasks(settings.text, content, wanted_tasks(settings).names, recipe.seed,
+                     fitting_characters(tokenizer, content, min(limit, settings.window))):
+        pass
 
 
 def fitting_characters(tokenizer: PreTrainedTokenizerBase, content: str, limit: int) -> int:

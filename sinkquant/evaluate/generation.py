@@ -21,7 +21,7 @@ from sinkquant.evaluate.divergence import token_figures
 from sinkquant.evaluate.positions import by_position
 from sinkquant.evaluate.shelf import Shelf
 from sinkquant.evaluate.states import last_states
-from sinkquant.models import token_rows
+from sinkquant.models import token_rows, vocabulary_of
 from sinkquant.models.head import OutputHead, headless
 from sinkquant.recipe import Recipe
 
@@ -92,7 +92,7 @@ def measure_generation(candidates: Sequence[Candidate], shelf: Shelf, tokenizer:
     baseline = shelf.get(base.load)
     rows = token_rows(tokenizer, content, settings.generation_rows,
                       settings.generation_prompt + settings.generation_tokens, recipe.calibration.bos,
-                      int(baseline.get_input_embeddings().weight.shape[0]), "evaluation text",
+                      vocabulary_of(baseline), "evaluation text",
                       "evaluate.generation_tokens")
     for candidate in generating(candidates):
         next_step(f"{candidate.name}: generation")

@@ -142,8 +142,11 @@ class SinkLM(HFLM):
         """Generated texts; see `tok_batch_encode` for the prompts.
 
         Raises:
-            RequestError: no room is left for a prompt beside what is to be generated.
+            RequestError: no room is left for a prompt beside what is to be generated, or nothing ends a text.
         """
+        if self.tokenizer.eos_token_id is None:
+            raise RequestError(f"the task {requests[0].task_name!r} generates texts, and the tokenizer has no token "
+                               "that ends one; leave it out of evaluate.tasks.")
         for request in requests:
             made = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
             if made >= self.max_length:

@@ -139,8 +139,11 @@ def recall_items(documents: list[str], generator: random.Random,
     fillers = [(place, piece[:size].rpartition(" ")[0] or piece[:size])
                for place, document in enumerate(flat) for piece in pieces(document, size) if len(piece) >= size]
     items = []
-    for sentence in _sample(known, generator, "sink_recall"):
+    distinct = list(dict.fromkeys(s.text for s in known))
+    for sentence in _sample(known, generator, "sink_recall") if len(distinct) >= CHOICES else []:
         others = generator.sample([s.text for s in known if s.text != sentence.text], CHOICES - 1)
+        if len(set(others)) < len(others):
+            others = generator.sample([text for text in distinct if text != sentence.text], CHOICES - 1)
         openings = [sentence.text, *others]
         generator.shuffle(openings)
         apart = [text for place, text in fillers if place != sentence.document] or [text for _, text in fillers]
@@ -151,8 +154,10 @@ def recall_items(documents: list[str], generator: random.Random,
         items.append({"openings": openings, "middle": f"\n{generator.choice(apart)}\n{' '.join(words[:CUE])}",
                       "end": f" {' '.join(words[CUE:])}", "answer": openings.index(sentence.text)})
     if len(items) < 2:
-        raise RequestError(f"the evaluation text is too short for sink_recall: it has no {size} characters of other "
-                           "prose to put between; give more text or leave the task out of evaluate.tasks.")
+        lacks = f"no {size} characters of other prose to put between" if len(distinct) >= CHOICES else (
+            f"fewer than {CHOICES} different sentences that fit")
+        raise RequestError(f"the evaluation text is too short for sink_recall: it has {lacks}; give more text or leave "
+                           "the task out of evaluate.tasks.")
     return items
 
 

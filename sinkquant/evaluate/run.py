@@ -6,7 +6,9 @@ import contextlib
 import functools
 import logging
 import math
+import numbers
 import random
+import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import datasets
 import lm_eval
+import lm_eval.api.metrics
 import lm_eval.api.task
 import lm_eval.evaluator
 import numpy as np
@@ -27,6 +30,17 @@ from sinkquant.evaluate.candidate import TaskResult
 from sinkquant.evaluate.harness import CachedSinkLM, SinkLM
 from sinkquant.evaluate.statistics import Samples, standard_error, value_of
 from sinkquant.evaluate.task_files import unknown_task
+
+
+def _exp(power: float) -> float:
+    try:
+        return math.exp(power)
+    except OverflowError:
+        return math.inf
+
+
+UNBOUNDED = types.SimpleNamespace(**vars(math) | {"exp": _exp})
+"""Python's math, of which `exp` ends in infinity."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +154,7 @@ def _result(samples: list[dict[str, Any]], aggregate: dict[str, Any], directions
     higher: dict[str, bool] = {}
     for key, value in aggregate.items():
         metric, _, filtered = key.partition(",")
-        if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float) or not math.isfinite(value):
+        if not filtered or metric.endswith("_stderr") or not _number(value) or not math.isfinite(value):
             continue
         name = metric if filtered == "none" else key
         found = _per_document([s for s in samples if s.get("filter", "none") == filtered], metric)
@@ -157,25 +171,32 @@ def _result(samples: list[dict[str, Any]], aggregate: dict[str, Any], directions
 def _per_document(samples: list[dict[str, Any]], metric: str) -> Samples | None:
     """Numerators and denominators; None where a document has no number, or something else than one or two."""
     values = [sample.get(metric) for sample in samples]
-    if values and all(isinstance(value, int | float) for value in values):
+    if values and all(_number(value) for value in values):
         return [float(value) for value in values], [1.0] * len(values)  # type: ignore[arg-type]
     if values and all(isinstance(value, tuple | list) and len(value) == 2
-                      and all(isinstance(one, int | float) for one in value) for value in values):
+                      and all(_number(one) for one in value) for value in values):
         return [float(value[0]) for value in values], [float(value[1]) for value in values]  # type: ignore[index]
     return None
+
+
+def _number(value: Any) -> bool:
+    """Python's or numpy's, truth values among them."""
+    return isinstance(value, numbers.Real | np.bool_)
 
 
 @contextlib.contextmanager
 def _undisturbed(quiet: bool) -> Iterator[None]:
     """Keep lm-eval from leaving its marks: the global random states it seeds, log levels, progress bars. The list of
     every package installed, which it has pip collect for each task, takes longer than a small task and is not read;
-    nor is the commit of the working directory, for which it lets git complain where there is none."""
+    nor is the commit of the working directory, for which it lets git complain where there is none. A perplexity that no
+    float holds, of a text without spaces counted by words, is infinite instead of an error."""
     states = random.getstate(), np.random.get_state()
     loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     environment, commit = lm_eval.evaluator.add_env_info, lm_eval.evaluator.get_git_commit_hash
     lm_eval.evaluator.add_env_info = lambda _results: None
     lm_eval.evaluator.get_git_commit_hash = lambda: None
+    lm_eval.api.metrics.math = UNBOUNDED
     bar, bars_off = lm_eval.api.task.tqdm, datasets.are_progress_bars_disabled()
     if quiet:
         for logger in loggers:
@@ -190,7 +211,7 @@ def _undisturbed(quiet: bool) -> Iterator[None]:
         np.random.set_state(states[1])
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        lm_eval.api.task.tqdm = bar
+        lm_eval.api.task.tqdm, lm_eval.api.metrics.math = bar, math
         lm_eval.evaluator.add_env_info, lm_eval.evaluator.get_git_commit_hash = environment, commit
         if quiet and not bars_off:
             datasets.enable_progress_bars()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from os.path import expanduser  # pathlib's fails for a name that begins with ~ and is no user
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def wanted_tasks(settings: Evaluation) -> WantedTasks:
         raise RequestError("evaluate.tasks is empty; name at least one task.")
     if settings.task_folder is None:
         return WantedTasks(settings.tasks, [name for name in settings.tasks if name not in LOCAL_TASKS])
-    folder = Path(settings.task_folder).expanduser()
+    folder = Path(expanduser(settings.task_folder))
     inside, together = tasks_in(folder)
     names = list(dict.fromkeys(settings.tasks))
     if not set(names) & {*inside, *together}:
@@ -86,7 +87,7 @@ def tasks_in(folder: Path) -> tuple[list[str], list[str]]:
             raise RequestError(f"{path} and {names[name]} both define the task {name!r}; rename one.")
         names[name] = path
         for data in _data_files(content):
-            if not Path(data).expanduser().exists():
+            if not Path(expanduser(data)).exists():
                 raise RequestError(f"the task {name!r} in {path} reads {data}, and there is no such file; a path that "
                                    "is not absolute starts at the working directory.")
     if not names and not together:

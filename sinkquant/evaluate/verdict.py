@@ -114,8 +114,12 @@ def gate_failures(rows: list[Row], recovery: Recovery, fidelity: Fidelity | None
                      for task, found in (result.tasks if result else {}).items()
                      for metric in base.get(task, {}) if metric not in found]
         kept = next((recovery[name] for name in RESULTS if recovery.get(name)), {})
-        if not kept:
+        undefined = [f"recovery of {task} {metric} is not defined, since its unquantized value is not above zero: "
+                     "gate.min_recovery is not kept" for task, found in (result.tasks if result else {}).items()
+                     for metric in base.get(task, {}) if metric in found and metric not in kept.get(task, {})]
+        if not kept and not undefined:
             failures.append("gate.min_recovery was not measured: it needs the unquantized model beside the result")
+        failures += undefined
         for task, metrics in kept.items():
             failures += [f"recovery {value:.4f} of {task} {metric} is under gate.min_recovery {gate.min_recovery:g}"
                          for metric, value in metrics.items() if value < gate.min_recovery]

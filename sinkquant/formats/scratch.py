@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -53,7 +54,7 @@ class Scratch:
         """
         found = {}
         for index in range(blocks):
-            parts: dict[str, dict[str, torch.Tensor]] = {}
+            parts: dict[str, dict[str, Any]] = {}
             for key, tensor in load_file(self.partial / FOLDER / f"{index}.safetensors").items():
                 name, _, leaf = key.rpartition(":")
                 parts.setdefault(name, {})[leaf] = tensor

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from sinkquant.models.activations import ActivationStore
     from sinkquant.models.attention import AttentionObserver, AttentionRecord, AttentionRows, observed_attention
     from sinkquant.models.corpus import documents, read_text
-    from sinkquant.models.decoder import Decoder, as_stored, max_length, require_dense, weight_matrix
+    from sinkquant.models.decoder import Decoder, as_stored, max_length, require_dense, vocabulary_of, weight_matrix
     from sinkquant.models.experts import cast_experts
     from sinkquant.models.folder import resolve
     from sinkquant.models.loading import check_finite, load_model, load_tokenizer, pick_device

@@ -112,7 +112,7 @@ def observed_attention(model: PreTrainedModel, observers: Sequence[AttentionObse
 def keys_picked(module: nn.Module) -> int | None:
     """How many keys every query of an attention module sees at most, where an indexer picks them (DeepSeek 3.2's sparse
     attention, MiniMax M3's blocks); None where a query sees all."""
-    indexer = getattr(module, "indexer", None)
+    indexer: Any = getattr(module, "indexer", None)
     if hasattr(indexer, "topk_blocks"):
         return int(indexer.topk_blocks * indexer.block_size)
     picked = getattr(indexer, "index_topk", None)

@@ -16,6 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from os.path import expanduser  # pathlib's fails for a name that begins with ~ and is no user
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstan
           b"\xfd7zXZ": "xz"}
 WEIGHTED = re.compile(r"(.+)@(\d+(?:\.\d+)?)")
 """A text with its weight among several."""
+HALVES = re.compile("[\ud800-\udfff]")
 MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 """How files begin that are no text in UTF-8."""
 
@@ -98,7 +100,7 @@ def _weighted(source: Any) -> tuple[Any, float | None]:
         RequestError: the weight is zero.
     """
     match = WEIGHTED.fullmatch(source) if isinstance(source, str) else None
-    if match is None or Path(source).expanduser().exists():
+    if match is None or Path(expanduser(source)).exists():
         return source, None
     if not float(match[2]):
         raise RequestError(f"the text {source} has the weight 0; leave it out.")
@@ -146,7 +148,7 @@ def _contents(path: TextSource, split: Split) -> Iterator[tuple[str, bytes]]:
         yield "on standard input", _standard_input()
         return
     else:
-        whole = Path(path).expanduser()
+        whole = Path(expanduser(path))
         try:
             there = whole.exists()
         except OSError as error:  # a text in place of a file's name
@@ -281,14 +283,19 @@ def _parquet(content: bytes, what: str) -> Sequence[Any]:
     try:
         file = pyarrow.parquet.ParquetFile(io.BytesIO(content))
         names = [name for name in ("text", "messages") if name in file.schema_arrow.names]
-        table = file.read(columns=names[:1] or None)
+        table = file.read(columns=names or None)
         return list(table.to_pylist())
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise RequestError(f"{what} is a parquet file that cannot be read: {first_line(error)}.") from error
 
 
 def _joined(records: Sequence[Any], what: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """The texts of the records. Half of a surrogate pair, which JSON can write and no tokenizer reads, becomes U+FFFD,
+    as in other readers."""
     texts = [_text_of(record, f"{what}, record {number},", tokenizer) for number, record in enumerate(records, start=1)]
+    texts = [HALVES.sub("\ufffd", text) for text in texts]
+    if any("\0" in text for text in texts):
+        raise RequestError(f"{what} is not text: it holds zero bytes; give a file with some prose.")
     return f"\n{DOCUMENT_SEPARATOR}\n".join(text for text in texts if text.strip())
 
 

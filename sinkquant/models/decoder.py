@@ -138,7 +138,7 @@ class Decoder:
     @property
     def vocabulary(self) -> int:
         """Number of rows of the input embedding."""
-        return int(self.model.get_input_embeddings().weight.shape[0])
+        return vocabulary_of(self.model)
 
     def weight(self, name: str) -> torch.Tensor:
         """The weight of a linear, or of a part of a fused parameter, [out_features, in_features]; no copy."""
@@ -259,6 +259,11 @@ def max_length(model: PreTrainedModel) -> int:
     """Longest row that a model has positions for."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return int(limit) if limit else 1 << 20
+
+
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Number of rows of a model's input embedding."""
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def require_dense(model: PreTrainedModel) -> None:

@@ -17,6 +17,7 @@ from sinkquant.artifacts import Plan, Report, Sensitivity, SinkMap
 from sinkquant.cache import make_prefix, save_prefix
 from sinkquant.detect import detect
 from sinkquant.detect.kept_shape import with_shape
+from sinkquant.errors import RequestError
 from sinkquant.evaluate import BASELINE, Candidate, evaluate, forecasts_of_plans, forecasts_of_run
 from sinkquant.formats import KV_PREFIX, dismiss, quantize_to, versions
 from sinkquant.models import ActivationStore, Decoder, load_model, open_model, pick_device
@@ -45,6 +46,8 @@ from sinkquant.run.stages import Progress, Stage, carry_out
 from sinkquant.sensitivity import find_sensitivity
 
 NAMES = {MODEL: "sink_aware", CONTROL: "control"}
+UNPREDICTED = ("sensitivities", "choose blocks")
+"""Stages that may take long, by names that nothing predicts; all others without a prediction are short."""
 """What the plans of a run's checkpoints are called."""
 LOG = logging.getLogger("sinkquant")
 
@@ -74,6 +77,7 @@ class Job:
             self.plan_files[CONTROL] = "plan-control.json"
 
     def run(self, edited: Plan | None, plan_only: bool) -> Report | None:
+        self._require_same_sensitivities()
         carry_out(self.stages(edited, plan_only), self.work, self.progress)
         if plan_only:
             return None
@@ -116,7 +120,16 @@ class Job:
         return found
 
     def stage(self, name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], run: Callable[[], object]) -> Stage:
-        return Stage(name, inputs, outputs, run, self.predicted.seconds.get(name))
+        return Stage(name, inputs, outputs, run, self.predicted.seconds.get(name, None if name in UNPREDICTED else 0.0))
+
+    def _require_same_sensitivities(self) -> None:
+        """Raises RequestError where an attempt that is resumed has planned with others than those of the file."""
+        if self.sensitivities is None or not (self.work / "plan.json").is_file():
+            return
+        given, used = Path(self.sensitivities), self.work / "sensitivity.json"
+        if not used.is_file() or (given.is_file() and Sensitivity.load(given) != Sensitivity.load(used)):
+            raise RequestError(f"{self.work.path} was planned with other sensitivities than those of {given}; remove "
+                               "it or run without --resume.")
 
     def evaluate_along(self) -> None:
         """Share the evaluation of the first process, once its checkpoints are there; it may have been done before."""
@@ -159,6 +172,7 @@ class Job:
         recipe = self.recipe.changed(prune={"blocks": None})
         aware = (accept_edited(edited, shape).made_from(sink_map) if edited else
                  make_plan(shape, sink_map, recipe, costs))
+        aware = aware.model_copy(update={"name": NAMES[MODEL]})  # an edited one may be what was a control
         if edited and costs is not None and costs.units:
             aware = with_expected_loss(aware, costs)
         aware = with_calibration_notes(aware, decoder, self.tokenizer)

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from sinkquant.artifacts import Plan, Report, Sensitivity, SinkMap
-from sinkquant.evaluate import require_tasks_possible
+from sinkquant.evaluate import require_rows, require_tasks_possible
 from sinkquant.evaluate.verdict import require_gate
 from sinkquant.formats import dismiss, follow, require_free, versions
 from sinkquant.models import Decoder, load_tokenizer, open_model, pick_device, read_text, resolve
@@ -126,6 +126,8 @@ def run(recipe: Recipe | str | os.PathLike[str] | None = None, model: str | os.P
     read_text(recipe.evaluate.text, "evaluation", tokenizer)
     if not plan_only and not recipe.evaluate.skip:
         require_tasks_possible(recipe, tokenizer)
+        assert tokenizer is not None
+        require_rows(tokenizer, recipe, decoder.max_length, decoder.vocabulary)
     if this_process()[0] > 0:
         follow(lambda: open_model(folder, trust_remote_code), tokenizer)
         if tokenizer is not None and not (recipe.evaluate.skip or plan_only):

@@ -21,14 +21,14 @@ class Stage:
         name: what it is timed and predicted as.
         inputs, outputs: names in the run's folder that it reads and makes. Where all outputs are there, an interrupted
             run has done it; without outputs it is always due.
-        run: does it. cost: seconds that were predicted; None where nobody did.
+        run: does it. cost: seconds that were predicted, 0 of a short one; None where nobody did.
     """
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     run: Callable[[], object]
-    cost: float | None = None
+    cost: float | None = 0.0
 
     def done(self, work: WorkFolder) -> bool:
         """Whether an earlier attempt has left what it makes."""
@@ -37,15 +37,21 @@ class Stage:
 
 @dataclass
 class TimeLeft:
-    """What the stages to come will take: as predicted, times what those of this attempt took over their predictions."""
+    """What the stages to come will take: as predicted, times what those of this attempt took over their predictions.
+
+    Attributes:
+        due: seconds that were predicted of every stage to come; None of a long one that nobody has predicted.
+    """
 
     measured: float = 0.0
     predicted: float = 0.0
-    due: list[float] = field(default_factory=list)
+    due: list[float | None] = field(default_factory=list)
 
     def seconds(self) -> float:
-        """Seconds of all stages that are due."""
-        return sum(self.due) * (self.measured / self.predicted if self.predicted > 0 else 1.0)
+        """Seconds of all stages that are due; 0 where nobody knows."""
+        if None in self.due:
+            return 0.0
+        return sum(one or 0.0 for one in self.due) * (self.measured / self.predicted if self.predicted > 0 else 1.0)
 
     def ended(self, cost: float | None, took: float) -> None:
         """The first stage that is due has ended."""
@@ -61,7 +67,7 @@ def carry_out(stages: Sequence[Stage], work: WorkFolder, progress: Progress | No
         SinkquantError: what a stage reads is not there.
     """
     due = [stage for stage in stages if not stage.done(work)]
-    left = TimeLeft(due=[stage.cost or 0.0 for stage in due])
+    left = TimeLeft(due=[stage.cost for stage in due])
     for number, stage in enumerate(due, 1):
         for name in stage.inputs:
             if not (work / name).exists():

@@ -124,3 +124,11 @@ def test_a_short_text_is_refused_by_name(tmp_path: Path, task: str, text: str) -
 def test_a_short_context_is_refused_by_name(tmp_path: Path, prose: list[str], task: str) -> None:
     with pytest.raises(RequestError, match=f"context is too short for {task}"):
         build_tasks(prose, tmp_path, tasks=[task], max_characters=90)
+
+
+@pytest.mark.parametrize("text", ["one sentence", "three"])
+def test_a_text_that_repeats_itself_is_refused(text: str) -> None:
+    one = "The quick brown fox number {} jumps over the lazy old dog beside the river and runs far away home. "
+    content = "".join(one.format(place) for place in range(1 if text == "one sentence" else 3)) * 400
+    with pytest.raises(RequestError, match="fewer than 4 different sentences that fit"):
+        recall_items([content], random.Random(0))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from families import tiny_model
@@ -154,3 +157,31 @@ def test_a_metric_of_pairs_that_are_no_numbers_is_kept_as_it_is() -> None:
     assert {name: one.value for name, one in found.measures.items()} == {"bleu": 12.0, "mine": 0.6}
     assert set(found.samples) == {"mine"}
     assert found.higher_is_better == {"bleu": True, "mine": True}
+
+
+def test_a_perplexity_that_no_float_holds_takes_nothing_else_with_it(tmp_path: Path) -> None:
+    """A text without spaces is one word, whose likelihood is next to nothing."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "items.jsonl").write_text(json.dumps({"text": "w8 " * 400}) + "\n", encoding="utf-8")
+    content = {"task": "mine", "dataset_path": "json", "test_split": "test", "output_type": "loglikelihood_rolling",
+               "dataset_kwargs": {"data_files": {"test": str(folder / "items.jsonl")},
+                                  "cache_dir": str(folder / "cache")},
+               "doc_to_text": "", "doc_to_target": "{{text}}", "metric_list": [
+                   {"metric": "word_perplexity"}, {"metric": "bits_per_byte"}]}
+    (folder / "mine.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    opened = open_tasks(["mine"], folder)
+    (task,) = opened.tasks["mine"]
+    task.process_results = lambda _, results: {"word_perplexity": (results[0], 1), "bits_per_byte": (results[0], 1200)}
+    found = score_tasks(tiny_model("llama"), tiny_tokenizer(), opened, ["mine"], bos=True, batch_size=1)["mine"]
+    assert set(found.measures) == {"bits_per_byte"}
+    assert math.exp(1) == pytest.approx(math.e)
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.bool_, np.int64, float, bool], ids=str)
+def test_metrics_of_any_kind_of_number_count(number: Any) -> None:
+    samples = [{"doc_id": place, "acc": number(place % 2), "filter": "none"} for place in range(10)]
+    found = _result(samples, {"acc,none": np.float32(0.5), "acc_stderr,none": 0.1}, {"acc": True})
+    assert found.measures["acc"].value == 0.5
+    assert found.measures["acc"].stderr == pytest.approx(0.16, abs=0.01)
+    assert found.samples["acc"] == ([0.0, 1.0] * 5, [1.0] * 10)

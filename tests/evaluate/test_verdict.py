@@ -98,6 +98,19 @@ def test_a_metric_that_is_not_finite_is_not_kept() -> None:
     assert found == ["mine perplexity of the result is not finite, so that gate.min_recovery is not kept"]
 
 
+def test_a_recovery_that_is_not_defined_is_not_kept() -> None:
+    """A mean log-likelihood, or an exact match that the unquantized model never gets."""
+    rows = [row("unquantized", None), row("sink_aware", 0.01)]
+    rows[0].tasks |= {"mine": {"acc": Measure(value=0.5), "score": Measure(value=-2.3)}}
+    rows[1].tasks |= {"mine": {"acc": Measure(value=0.5), "score": Measure(value=-1000.0)}}
+    said = ["recovery of mine score is not defined, since its unquantized value is not above zero: gate.min_recovery "
+            "is not kept"]
+    assert gate_failures(rows, {"sink_aware": {"mine": {"acc": 1.0}}}, None, Gate(min_recovery=0.9)) == said
+    for one in rows:
+        del one.tasks["mine"]["acc"]
+    assert gate_failures(rows, {}, None, Gate(min_recovery=0.9)) == said
+
+
 def test_a_checkpoint_of_others_is_held_to_the_gate_too() -> None:
     rows = [row("unquantized", None), row("quantized", 0.01)]
     assert gate_failures(rows, {}, None, Gate(max_divergence=0.1)) == []

@@ -20,7 +20,9 @@ from sinkquant.errors import RequestError
 from sinkquant.explain.parts import different_parts, first_block, put_back
 from sinkquant.explain.probe import Probe
 from sinkquant.explain.stream import from_block, recorded
+from sinkquant.explain.verify import appended
 from sinkquant.models import read_text, token_rows
+from sinkquant.recipe import Recipe
 from sinkquant.report.explained import markdown
 
 SMALL = ["detect.rows=8", "detect.long_rows=1"]
@@ -62,6 +64,15 @@ def test_loss_that_is_spread_is_told_by_role_and_the_change_is_verified(rounded,
     assert 0 < role.verified.removes < 1
     assert role.verified.kl == pytest.approx(found.kl * (1 - role.verified.removes))
     assert found.sinks in ("kept", "changed", "destroyed", "no sinks")
+
+
+def test_the_recipe_s_own_lists_stay_in_a_change() -> None:
+    recipe = Recipe().replace(["weights.overrides=[{pattern: '*.o_proj', bits: 8}]", "weights.ignore=['*.q_proj']"])
+    changed = recipe.replace(appended(["weights.overrides=[{pattern: '*.down_proj', bits: 8}]",
+                                       "weights.ignore=['*.k_proj', '*.v_proj']", "weights.bits=5"], recipe))
+    assert [one.pattern for one in changed.weights.overrides] == ["*.o_proj", "*.down_proj"]
+    assert changed.weights.ignore == ["*.q_proj", "*.k_proj", "*.v_proj"]
+    assert changed.weights.bits == 5
 
 
 def test_a_value_of_the_configuration_is_named(tiny_folder, text_file, tmp_path):

@@ -200,3 +200,31 @@ def test_a_text_in_place_of_a_file_is_said_in_short(text: str) -> None:
     with pytest.raises(RequestError, match="File name too long; give a file that holds it") as caught:
         read_text(text, "calibration")
     assert len(str(caught.value)) < 200
+
+
+def test_a_table_with_texts_and_messages_is_read_as_its_records_are(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    records = [{"text": "w8 w9", "messages": None},
+               {"text": None, "messages": [{"role": "user", "content": "w10 w11"}]}]
+    lines = written(tmp_path / "a.jsonl", "\n".join(map(json.dumps, records)))
+    table = parquet(tmp_path / "a.parquet", records)
+    for place in (lines, table):
+        assert documents(read_text(place, "calibration", tokenizer)) == ["w8 w9", "w10 w11"]
+
+
+def test_what_json_writes_and_no_tokenizer_reads(tmp_path: Path) -> None:
+    half = written(tmp_path / "a.jsonl", '{"text": "w8 \\ud83d w9"}')
+    assert documents(read_text(half, "calibration")) == ["w8 \ufffd w9"]
+    whole = written(tmp_path / "b.jsonl", '{"text": "w8 \\ud83d\\ude00 w9"}')
+    assert documents(read_text(whole, "calibration")) == ["w8 \U0001f600 w9"]
+    with pytest.raises(RequestError, match="it holds zero bytes"):
+        read_text(written(tmp_path / "c.jsonl", '{"text": "w8 \\u0000 w9"}'), "calibration")
+
+
+def test_a_name_that_begins_like_a_home_folder_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "~notes.txt", "w8 w9")
+    assert documents(read_text("~notes.txt", "calibration")) == ["w8 w9"]
+    with pytest.raises(RequestError, match="No such file"):
+        read_text("~nobody/notes.txt", "calibration")

@@ -11,7 +11,7 @@ import torch
 from small_runs import fingerprint, model_folder, small_recipe
 from transformers import AutoModelForCausalLM
 
-from sinkquant import Plan, Report, RequestError, SinkquantError, run
+from sinkquant import Plan, Report, RequestError, Sensitivity, SinkquantError, run
 from sinkquant.run import job
 from sinkquant.run.candidates import bits_on_disk
 from sinkquant.run.measure import evaluate_folder, recorded_recipe
@@ -234,3 +234,40 @@ def test_a_result_that_is_not_finite_stops_the_run(tmp_path, text_file):
     with pytest.raises(SinkquantError, match=r"layers\.1 are not finite"):
         run(small_recipe(text_file), folder, tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_control_s_plan_is_carried_out_like_any_other(tmp_path, small_folder, text_file):
+    recipe = small_recipe(text_file)
+    run(recipe, small_folder, tmp_path / "one")
+    control = Plan.load(tmp_path / "one" / "plan-control.json")
+    report = run(recipe, small_folder, tmp_path / "two", edited=control)
+    assert [row.name for row in report.rows][:3] == ["unquantized", "sink_aware", "control"]
+    made, before = tmp_path / "two" / "model", tmp_path / "one" / "model-control"
+    assert (made / "model.safetensors").read_bytes() == (before / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    (["evaluate.tasks=[sink_recall]", "evaluate.window=64"], "the model's context is too short for sink_recall"),
+    (["evaluate.generation_rows=1"], "are 512 tokens together, and the model has positions for")], ids=str)
+def test_an_evaluation_without_room_is_refused_before_detection(tmp_path, small_folder, text_file, settings, said,
+                                                                monkeypatch):
+    monkeypatch.setattr(job, "detect", lambda *_, **__: pytest.fail("detected"))
+    with pytest.raises(RequestError, match=said):
+        run(small_recipe(text_file).replace(settings), small_folder, tmp_path / "out")
+
+
+def test_a_run_resumed_with_other_sensitivities_is_refused(tmp_path, small_folder, text_file, monkeypatch):
+    recipe = small_recipe(text_file).replace(["sensitivity.rows=8", "sensitivity.length=32"])
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "quantize_to", interrupted)
+    costs = tmp_path / "costs.json"
+    for _ in range(2):  # the file that the first attempt writes is what the second one finds
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, small_folder, tmp_path / "out", sensitivity=costs, resume=True)
+    found = Sensitivity.load(costs)
+    found.model_copy(update={"notes": ["another"]}).save(costs)
+    with pytest.raises(RequestError, match="planned with other sensitivities than those of"):
+        run(recipe, small_folder, tmp_path / "out", sensitivity=costs, resume=True)

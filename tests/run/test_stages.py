@@ -53,8 +53,13 @@ def test_the_time_left_follows_what_this_run_took() -> None:
     assert left.seconds() == 70
     left.ended(10.0, 30.0)  # three times slower than predicted
     assert left.seconds() == 180
-    left.ended(None, 50.0)  # nobody predicted it, so it says nothing of the pace
+    left.ended(0.0, 50.0)  # a short one says nothing of the pace
     assert left.seconds() == 180
     left.ended(20.0, 30.0)
     assert left.seconds() == 80
+    left = TimeLeft(due=[10.0, None, 20.0])
+    assert left.seconds() == 0  # a long stage that nobody predicted is to come
+    left.ended(10.0, 30.0)
+    left.ended(None, 500.0)
+    assert left.seconds() == 60
     assert [in_words(seconds) for seconds in (40.2, 720, 12600)] == ["40 s", "12 min", "3.5 h"]
