@@ -1,11 +1,13 @@
 """The race's table, its picture, and who wins at equal bytes.
 
     python evals/benchmarks/race_page.py LINES.jsonl [...] [--text wikitext2] [--by size] [--plot race.svg]
-                                         [--frontier frontier.json]
+                                         [--frontier frontier.json] [--beside CANDIDATE]
 
 Equal bytes: of all candidates that take at most 1 % more, the one with the least divergence. `--by blocks` counts the
 blocks alone, so that who leaves the token embedding in 16 bits does not pay for it. `--frontier`, of `quantize-model
-plan --frontier -o`, is drawn as a line: what solved budgets are predicted to lose on their calibration text.
+plan --frontier -o`, is drawn as a line: what solved budgets are predicted to lose on their calibration text. Tasks of
+the lines stand as means; with `--beside` the 95 % interval of the difference from that candidate follows, paired by
+document.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
-from measure import RESAMPLES, Line, read
+from measure import RESAMPLES, Line, bounds, read, shown
 
 from sinkquant.artifacts import Frontier
 from sinkquant.evaluate import paired_difference
@@ -46,10 +48,12 @@ def size(line: Line, by: str) -> int:
     return found
 
 
-def raced(lines: Sequence[Line]) -> str:
-    """Markdown: every candidate, the interval of its divergence by bootstrap over rows."""
-    rows = [["candidate", "bits", "MB", "of the blocks", "KL, nats", "95 % interval", "perplexity", "CPU s", "peak MB"],
-            ["---", *["---:"] * 4, "---", *["---:"] * 3]]
+def raced(lines: Sequence[Line], beside: str | None = None) -> str:
+    """Markdown: every candidate, the interval of its divergence by bootstrap over rows, and its tasks."""
+    tasks = list(dict.fromkeys(task for line in lines for task in line.scores or ()))
+    other = next((line for line in lines if line.labels["candidate"] == beside), None)
+    rows = [["candidate", "bits", "MB", "of the blocks", "KL, nats", "95 % interval", "perplexity", "CPU s", "peak MB",
+             *tasks], ["---", *["---:"] * 4, "---", *["---:"] * 3, *["---"] * len(tasks)]]
     for line in lines:
         ones, zeros = [1.0] * len(line.kl), [0.0] * len(line.kl)
         mean, low, high = paired_difference("kl", (line.kl, ones), (zeros, ones), RESAMPLES, 0)
@@ -57,8 +61,19 @@ def raced(lines: Sequence[Line]) -> str:
         rows.append([line.labels["candidate"], line.labels["bits"], f"{size(line, 'size') / 1e6:.1f}",
                      f"{size(line, 'blocks') / 1e6:.1f}", f"{mean:.4f}", f"{low:.4f} to {high:.4f}",
                      f"{perplexity:.2f}",
-                     *("" if value is None else f"{value:,.0f}" for value in (line.seconds, line.memory))])
+                     *("" if value is None else f"{value:,.0f}" for value in (line.seconds, line.memory)),
+                     *(_task(line, other, task) for task in tasks)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _task(line: Line, other: Line | None, task: str) -> str:
+    mine, theirs = ((one.scores or {}).get(task) if one else None for one in (line, other))
+    if not mine:
+        return ""
+    mine = shown(task, mine)
+    mean = f"{sum(mine) / len(mine):.3g}"
+    return mean if not theirs or line is other else "{} ({:+.2g} to {:+.2g})".format(
+        mean, *bounds(mine, shown(task, theirs)))
 
 
 def beaten(lines: Sequence[Line], by: str) -> str:
@@ -118,11 +133,12 @@ def main() -> None:
     parser.add_argument("--text", help="lines of this text only")
     parser.add_argument("--by", choices=["size", "blocks"], default="size")
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--beside", help="a candidate whose tasks the others are compared with")
     parser.add_argument("--frontier", type=Path, help="drawn as a line; with --by size")
     arguments = parser.parse_args()
     lines = [line for line in read(arguments.files) if arguments.text in (None, line.labels.get("text"))]
     lines.sort(key=lambda line: size(line, arguments.by))
-    print(raced(lines))
+    print(raced(lines, arguments.beside))
     print("\n" + beaten(lines, arguments.by))
     if arguments.plot:
         solved = Frontier.load(arguments.frontier) if arguments.frontier else None

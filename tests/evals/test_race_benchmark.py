@@ -83,6 +83,20 @@ def test_a_peer_is_compared_with_the_best_of_ours_that_is_no_larger(tmp_path: Pa
     assert "stroke-dasharray" in (tmp_path / "a.svg").read_text()
 
 
+def test_tasks_stand_beside_one_candidate_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    scores = {"a": {"acc": [1.0, 0.0] * 8, "word, nats": [2.0] * 16}, "b": {"acc": [1.0] * 16, "word, nats": [1.5] * 16}}
+    (tmp_path / "lines.jsonl").write_text("".join(
+        json.dumps({"labels": {"candidate": name, "bits": "4", "text": "wiki"}, "kl": [0.1, 0.2], "loss": [1.0, 1.0],
+                    "unquantized": [1.0, 1.0], "size": 10**6, "blocks": 1, "scores": found}) + "\n"
+        for name, found in scores.items()))
+    run(monkeypatch, "race_page.py", str(tmp_path / "lines.jsonl"), "--beside", "b")
+    one, other = (row.strip("| ").split(" | ")[-2:] for row in capsys.readouterr().out.splitlines()[2:4])
+    assert one[0].startswith("50 (-")
+    assert one[1] == "2 (+0.5 to +0.5)"
+    assert other == ["100", "1.5"]
+
+
 def test_budgets_predicted_and_measured(tiny_folder: Path, text_file: Path, tmp_path: Path,
                                         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     nothing_found(Decoder.of(load_model(tiny_folder, torch.float32)).shape("tiny")).save(tmp_path / "map.json")
