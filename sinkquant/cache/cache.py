@@ -255,7 +255,10 @@ class SinkCache(Cache):
         self._match, self.matched, self._unpacked = None, None, []
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last columns; see `transformers.Cache.crop`."""
+        """Forget the last columns; see `transformers.Cache.crop`. A crop that a layer refuses changes none."""
+        for layer in self.layers:
+            if isinstance(layer, SinkLayer):
+                layer.left_by_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
         self._flags, self._flagged_from, self._match = None, -1, None
         if self.matched is not None and self.row_starts is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
 
 from sinkquant.cache.attention import PackedRead, attend, with_slots
 from sinkquant.cache.chunked import ChunkedRead
@@ -37,27 +38,26 @@ def dispatch_packed(model: PreTrainedModel) -> None:
                     for block in Decoder.of(model).blocks)
     if before not in OVER or (before == "eager" and not own_eager):
         return
-    name = PREFIX + before
+    name, mask = PREFIX + before, AttentionMaskInterface()[before]
+    if before == "sdpa" and getattr(model.config.get_text_config(decoder=True), "num_kv_shared_layers", 0):
+        name, mask = f"{name}_shared", _always_masked
     AttentionInterface.register(name, _over_sdpa if before == "sdpa" else _over_eager)
-    AttentionMaskInterface.register(name, AttentionMaskInterface()[before])
+    AttentionMaskInterface.register(name, mask)
     model.set_attn_implementation(name)
+
+
+def _always_masked(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """A mask of causal passes too, for which sdpa needs none: Gemma 4 gives layers that share keys and values the last
+    queries alone, and looks for a missing mask under the name sdpa alone."""
+    return sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
 
 
 def _over_sdpa(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                attention_mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     read = read_of(key, value)
     if read is None:
-        return _sdpa(module, query, key, value, attention_mask, **kwargs)
-    return _read(read, _sdpa, module, query, attention_mask, **kwargs)
-
-
-def _sdpa(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-          mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    new, columns = query.shape[2], key.shape[2]
-    if mask is None and 1 < new < columns:
-        # Gemma 4's last layers are given the last queries alone of a causal pass, which torch would take for the first.
-        mask = torch.ones(new, columns, dtype=torch.bool, device=query.device).tril(columns - new)
-    return AttentionInterface()["sdpa"](module, query, key, value, mask, **kwargs)
+        return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **kwargs)
+    return _read(read, AttentionInterface()["sdpa"], module, query, attention_mask, **kwargs)
 
 
 def _over_eager(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,

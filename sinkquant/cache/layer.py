@@ -289,20 +289,12 @@ class SinkLayer(CacheLayerMixin):
             RequestError: the tokens that would be the last ones, or those that a sliding window sees again, have been
                 dropped.
         """
-        if tokens_to_remove > 0:
-            raise ValueError("crop takes the negative number of tokens to remove from the end.")
+        remaining = self.left_by_crop(tokens_to_remove)
         if not self.is_initialized:
             return
         if tokens_to_remove == 0:
             self._evict_recorded()
             return
-        remaining = max(0, self.get_seq_length() + tokens_to_remove) - self.dropped
-        if remaining < 0:
-            raise RequestError("crop reaches into tokens that the KV cache has dropped; start a new cache.")
-        window = self.format.sliding_window
-        if window is not None and remaining and self.dropped > max(0, self.dropped + remaining - window + 1):
-            raise RequestError("crop brings tokens back into a sliding window that the KV cache has dropped; call "
-                               "activate_past_recording() on a new cache before it is filled.")
         inside = max(0, remaining - self.packed_length)
         self.keys, self.values = self.keys[:, :, :inside].clone(), self.values[:, :, :inside].clone()
         lengths: list[int] = []
@@ -320,6 +312,19 @@ class SinkLayer(CacheLayerMixin):
         self.exact_keys = self.exact_keys[:, :, :slots].clone()
         self.exact_values = self.exact_values[:, :, :slots].clone()
         self._evict_recorded()
+
+    def left_by_crop(self, tokens_to_remove: int) -> int:
+        """Columns that `crop` would leave of those that are held. Raises as it does, and changes nothing."""
+        if tokens_to_remove > 0:
+            raise ValueError("crop takes the negative number of tokens to remove from the end.")
+        remaining = max(0, self.get_seq_length() + tokens_to_remove) - self.dropped
+        if remaining < 0:
+            raise RequestError("crop reaches into tokens that the KV cache has dropped; start a new cache.")
+        window = self.format.sliding_window
+        if tokens_to_remove and window is not None and self.dropped > max(0, self.dropped + remaining - window + 1):
+            raise RequestError("crop brings tokens back into a sliding window that the KV cache has dropped; call "
+                               "activate_past_recording() on a new cache before it is filled.")
+        return remaining
 
     def activate_past_recording(self) -> None:
         """From now on a sliding window keeps what it has left behind until the next `crop`."""

@@ -161,8 +161,8 @@ def _noise_floor(measured: _Measured, base: Checkpoint, rows: torch.Tensor, reci
     name = f"unquantized in {str(other).removeprefix('torch.')}"
     try:
         tokens = measured.reference.against(model)
-    except SinkquantError:  # float16 overflows where float32 does not
-        return found, [f"{name} what the model predicts is not finite, so that it tells nothing of the noise"]
+    except SinkquantError as error:  # float16 overflows where float32 does not
+        return found, [f"{name}: not a row of this table, since {str(error).rstrip('.')}"]
     return [*found, measured.row(base, name, "floor", tokens)], []
 
 

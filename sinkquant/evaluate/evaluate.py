@@ -14,7 +14,7 @@ from sinkquant.errors import RequestError
 from sinkquant.evaluate.adaptive import measure_divergences
 from sinkquant.evaluate.candidate import BASELINE, Candidate
 from sinkquant.evaluate.divergence import held_out_rows
-from sinkquant.evaluate.generation import generating, measure_generation, require_room
+from sinkquant.evaluate.generation import continued_rows, generating, measure_generation, require_room
 from sinkquant.evaluate.looks import ERROR, Look, looks
 from sinkquant.evaluate.pairs import paired_differences, recovered
 from sinkquant.evaluate.positions import named
@@ -63,16 +63,14 @@ def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, re
     shelf = Shelf(room(recipe))
     first = shelf.get(ordered[0].load)
     limit = max_length(first) - max(len(c.kv.front) if c.kv else 0 for c in candidates)
-    require_room(recipe, limit)
-    rows = held_out_rows(vocabulary_of(first), tokenizer, content, recipe, limit)
+    rows, fitting = _rows(tokenizer, content, recipe, limit, vocabulary_of(first))
     del first
     diverging = ordered[0].name == BASELINE and len(ordered) > 1
     plan = looks(len(rows), settings.precision) if diverging else []
     written = generating(ordered) if settings.generation_rows else []
     steps = Steps(sum(len(wanted.names) for candidate in candidates if candidate.tasks_too) + len(plan) + len(written),
                   progress, "evaluating", "evaluated")
-    with ready_tasks(settings.text, content, wanted.names, recipe.seed,
-                     fitting_characters(tokenizer, content, min(limit, settings.window))) as folder:
+    with ready_tasks(settings.text, content, wanted.names, recipe.seed, fitting) as folder:
         comparisons, available = _run_tasks(ordered, shelf, tokenizer, recipe, wanted, folder, bos,
                                               compare, steps)
     look = Look(len(rows), ERROR)
@@ -143,12 +141,20 @@ def require_rows(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, limit: int,
         RequestError: one of these.
     """
     settings = recipe.evaluate
-    require_room(recipe, limit)
     content = read_text(settings.text, "evaluation", tokenizer)
-    held_out_rows(vocabulary, tokenizer, content, recipe, limit)
-    with ready_tasks(settings.text, content, wanted_tasks(settings).names, recipe.seed,
-                     fitting_characters(tokenizer, content, min(limit, settings.window))):
+    _, fitting = _rows(tokenizer, content, recipe, limit, vocabulary)
+    if settings.generation_rows and recipe.kv_cache is not None:
+        continued_rows(vocabulary, tokenizer, content, recipe)
+    with ready_tasks(settings.text, content, wanted_tasks(settings).names, recipe.seed, fitting):
         pass
+
+
+def _rows(tokenizer: PreTrainedTokenizerBase, content: str, recipe: Recipe, limit: int,
+          vocabulary: int) -> tuple[torch.Tensor, int]:
+    """The rows that models are compared on, int64 [rows, length], and how many characters a task's item may have."""
+    require_room(recipe, limit)
+    return (held_out_rows(vocabulary, tokenizer, content, recipe, limit),
+            fitting_characters(tokenizer, content, min(limit, recipe.evaluate.window)))
 
 
 def fitting_characters(tokenizer: PreTrainedTokenizerBase, content: str, limit: int) -> int:

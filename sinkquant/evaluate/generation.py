@@ -79,6 +79,18 @@ def require_room(recipe: Recipe, limit: int) -> None:
                            f"model has positions for {limit}; ask for fewer.")
 
 
+def continued_rows(vocabulary: int, tokenizer: PreTrainedTokenizerBase, content: str, recipe: Recipe) -> torch.Tensor:
+    """Prompts with what continues them, int64 [rows, length].
+
+    Raises:
+        RequestError: the text is too short for one, or the tokenizer is of a larger vocabulary.
+    """
+    settings = recipe.evaluate
+    return token_rows(tokenizer, content, settings.generation_rows,
+                      settings.generation_prompt + settings.generation_tokens, recipe.calibration.bos, vocabulary,
+                      "evaluation text", "evaluate.generation_tokens")
+
+
 def measure_generation(candidates: Sequence[Candidate], shelf: Shelf, tokenizer: PreTrainedTokenizerBase, content: str,
                        recipe: Recipe, next_step: Callable[[str], None]) -> None:
     """Fill `continued` of the unquantized model, whose cache is in bfloat16, and of all candidates with a packed cache.
@@ -90,10 +102,7 @@ def measure_generation(candidates: Sequence[Candidate], shelf: Shelf, tokenizer:
     settings = recipe.evaluate
     base = next(candidate for candidate in candidates if candidate.name == BASELINE)
     baseline = shelf.get(base.load)
-    rows = token_rows(tokenizer, content, settings.generation_rows,
-                      settings.generation_prompt + settings.generation_tokens, recipe.calibration.bos,
-                      vocabulary_of(baseline), "evaluation text",
-                      "evaluate.generation_tokens")
+    rows = continued_rows(vocabulary_of(baseline), tokenizer, content, recipe)
     for candidate in generating(candidates):
         next_step(f"{candidate.name}: generation")
         candidate.continued = by_position(continuation_kl(baseline, shelf.get(candidate.load), rows,

@@ -74,6 +74,9 @@ def paired_difference(metric: str, a: Samples, b: Samples, resamples: int, seed:
 
 
 def recovery(value: float, reference: float, higher_is_better: bool) -> float | None:
-    """How much of the unquantized model's value is left, 1.0 is lossless; None where it is not defined."""
+    """How much of the unquantized model's value is left, 1.0 is lossless; None where it is not defined. Errors that are
+    gone, or that neither makes, are no loss."""
+    if not higher_is_better and value == 0 <= reference:
+        return 1.0
     top, bottom = (value, reference) if higher_is_better else (reference, value)
     return max(top, 0.0) / bottom if bottom > 0 else None

@@ -114,8 +114,9 @@ def gate_failures(rows: list[Row], recovery: Recovery, fidelity: Fidelity | None
                      for task, found in (result.tasks if result else {}).items()
                      for metric in base.get(task, {}) if metric not in found]
         kept = next((recovery[name] for name in RESULTS if recovery.get(name)), {})
-        undefined = [f"recovery of {task} {metric} is not defined, since its unquantized value is not above zero: "
-                     "gate.min_recovery is not kept" for task, found in (result.tasks if result else {}).items()
+        undefined = [f"recovery of {task} {metric} is not defined for {base[task][metric].value:.4g} unquantized and "
+                     f"{found[metric].value:.4g}: gate.min_recovery is not kept"
+                     for task, found in (result.tasks if result else {}).items()
                      for metric in base.get(task, {}) if metric in found and metric not in kept.get(task, {})]
         if not kept and not undefined:
             failures.append("gate.min_recovery was not measured: it needs the unquantized model beside the result")

@@ -35,7 +35,7 @@ PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstan
           b"\xfd7zXZ": "xz"}
 WEIGHTED = re.compile(r"(.+)@(\d+(?:\.\d+)?)")
 """A text with its weight among several."""
-HALVES = re.compile("[\ud800-\udfff]")
+UNREADABLE = re.compile("[\0\ud800-\udfff]")
 MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 """How files begin that are no text in UTF-8."""
 
@@ -290,12 +290,10 @@ def _parquet(content: bytes, what: str) -> Sequence[Any]:
 
 
 def _joined(records: Sequence[Any], what: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """The texts of the records. Half of a surrogate pair, which JSON can write and no tokenizer reads, becomes U+FFFD,
-    as in other readers."""
+    """The texts of the records. Zeros and halves of surrogate pairs, which JSON can write and no tokenizer reads,
+    become U+FFFD, as in other readers."""
     texts = [_text_of(record, f"{what}, record {number},", tokenizer) for number, record in enumerate(records, start=1)]
-    texts = [HALVES.sub("\ufffd", text) for text in texts]
-    if any("\0" in text for text in texts):
-        raise RequestError(f"{what} is not text: it holds zero bytes; give a file with some prose.")
+    texts = [UNREADABLE.sub("\ufffd", text) for text in texts]
     return f"\n{DOCUMENT_SEPARATOR}\n".join(text for text in texts if text.strip())
 
 

@@ -46,9 +46,9 @@ from sinkquant.run.stages import Progress, Stage, carry_out
 from sinkquant.sensitivity import find_sensitivity
 
 NAMES = {MODEL: "sink_aware", CONTROL: "control"}
-UNPREDICTED = ("sensitivities", "choose blocks")
-"""Stages that may take long, by names that nothing predicts; all others without a prediction are short."""
 """What the plans of a run's checkpoints are called."""
+UNPREDICTED = ("sensitivities", "choose blocks")
+"""Stages that may take long and that nothing predicts; all others without a prediction are short."""
 LOG = logging.getLogger("sinkquant")
 
 
@@ -56,7 +56,7 @@ def save_plan(plan: Plan, sink_map: SinkMap | None, work: WorkFolder) -> None:
     """Write the plan, and the sink map where it is not there yet."""
     if sink_map is not None:
         sink_map.save(work / "sinkmap.json")
-    plan.save(work / "plan.json")
+    plan.model_copy(update={"name": NAMES[MODEL]}).save(work / "plan.json")  # an edited one may have been a control's
     LOG.info("plan: %.3f bits per weight, %d bytes", plan.bits_per_weight, plan.weight_bytes)
 
 
@@ -124,10 +124,11 @@ class Job:
 
     def _require_same_sensitivities(self) -> None:
         """Raises RequestError where an attempt that is resumed has planned with others than those of the file."""
-        if self.sensitivities is None or not (self.work / "plan.json").is_file():
+        if self.sensitivities is None:
             return
         given, used = Path(self.sensitivities), self.work / "sensitivity.json"
-        if not used.is_file() or (given.is_file() and Sensitivity.load(given) != Sensitivity.load(used)):
+        another = given.is_file() and used.is_file() and Sensitivity.load(given) != Sensitivity.load(used)
+        if another or ((self.work / "plan.json").is_file() and not used.is_file()):
             raise RequestError(f"{self.work.path} was planned with other sensitivities than those of {given}; remove "
                                "it or run without --resume.")
 
@@ -172,7 +173,6 @@ class Job:
         recipe = self.recipe.changed(prune={"blocks": None})
         aware = (accept_edited(edited, shape).made_from(sink_map) if edited else
                  make_plan(shape, sink_map, recipe, costs))
-        aware = aware.model_copy(update={"name": NAMES[MODEL]})  # an edited one may be what was a control
         if edited and costs is not None and costs.units:
             aware = with_expected_loss(aware, costs)
         aware = with_calibration_notes(aware, decoder, self.tokenizer)

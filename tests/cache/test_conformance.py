@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import FAMILIES, MIXTURES, tiny_mixture, tiny_model
 from kv_plans import kv_plan
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
 from sinkquant.artifacts.kv import KVSink
 from sinkquant.cache import SinkCache, cached_logits, load_cache, prepare, save_cache
@@ -182,6 +182,18 @@ def test_the_last_logits_of_gemma_4_stay_causal() -> None:
     with torch.no_grad():
         plain = model(ids, logits_to_keep=4).logits
         torch.testing.assert_close(prepare(model)(ids, logits_to_keep=4).logits, plain, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma4_text"])
+def test_a_prepared_model_reads_a_static_cache_as_before(family: str) -> None:
+    """sdpa takes no mask for its empty columns, which stand behind the prompt."""
+    ids = torch.randint(8, 128, (1, 20), generator=torch.Generator().manual_seed(1))
+    model = _sharing(family) if family == "gemma4_text" else tiny_model(family)
+    with torch.no_grad():
+        plain = model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=48)).logits
+        prepare(model)
+        found = model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=48)).logits
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-5)
 
 
 def test_queries_that_pick_their_keys_are_read_as_the_model_reads_them() -> None:

@@ -85,7 +85,8 @@ def test_a_peer_is_compared_with_the_best_of_ours_that_is_no_larger(tmp_path: Pa
 
 def test_tasks_stand_beside_one_candidate_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                            capsys: pytest.CaptureFixture[str]) -> None:
-    scores = {"a": {"acc": [1.0, 0.0] * 8, "word, nats": [2.0] * 16}, "b": {"acc": [1.0] * 16, "word, nats": [1.5] * 16}}
+    scores = {"a": {"acc": [1.0, 0.0] * 8, "word, nats": [2.0] * 16},
+              "b": {"acc": [1.0] * 16, "word, nats": [1.5] * 16}}
     (tmp_path / "lines.jsonl").write_text("".join(
         json.dumps({"labels": {"candidate": name, "bits": "4", "text": "wiki"}, "kl": [0.1, 0.2], "loss": [1.0, 1.0],
                     "unquantized": [1.0, 1.0], "size": 10**6, "blocks": 1, "scores": found}) + "\n"

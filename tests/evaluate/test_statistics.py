@@ -94,6 +94,8 @@ def test_recovery_is_one_where_nothing_is_lost() -> None:
     assert recovery(0.0, 0.8, True) == 0.0
     assert recovery(20.0, 10.0, False) == pytest.approx(0.5)
     assert recovery(0.5, 0.0, True) is None
+    assert recovery(0.0, 0.02, False) == recovery(0.0, 0.0, False) == 1.0
+    assert recovery(0.0, -1.0, False) is None
 
 
 def test_a_filter_does_not_change_what_a_metric_is() -> None:

@@ -103,8 +103,7 @@ def test_a_recovery_that_is_not_defined_is_not_kept() -> None:
     rows = [row("unquantized", None), row("sink_aware", 0.01)]
     rows[0].tasks |= {"mine": {"acc": Measure(value=0.5), "score": Measure(value=-2.3)}}
     rows[1].tasks |= {"mine": {"acc": Measure(value=0.5), "score": Measure(value=-1000.0)}}
-    said = ["recovery of mine score is not defined, since its unquantized value is not above zero: gate.min_recovery "
-            "is not kept"]
+    said = ["recovery of mine score is not defined for -2.3 unquantized and -1000: gate.min_recovery is not kept"]
     assert gate_failures(rows, {"sink_aware": {"mine": {"acc": 1.0}}}, None, Gate(min_recovery=0.9)) == said
     for one in rows:
         del one.tasks["mine"]["acc"]

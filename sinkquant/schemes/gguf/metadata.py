@@ -23,8 +23,7 @@ BLOCKS_OF_27B = {"gemma2": 46, "gemma3": 62}
 WINDOW_EVERY = {"gemma2": 2, "gemma3": 6}
 """Every so many layers the last one sees the whole row; llama.cpp takes that from the architecture."""
 
-YARN = {"beta_fast": 32, "beta_slow": 1, "attention_factor": None, "mscale": None, "mscale_all_dim": None,
-        "truncate": True}
+YARN = {"beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None, "truncate": True}
 """What llama.cpp takes for granted of this scaling of the rotary embedding."""
 
 
@@ -125,7 +124,7 @@ def _require_runs_alike(family: Family, config: dict[str, Any], folder: Path) ->
         RequestError: one of these.
     """
     gemma, rope = family.architecture in WINDOW_EVERY, _rope(config)
-    activation = config.get("hidden_activation") or config.get("hidden_act")
+    activation = config.get("hidden_activation" if gemma else "hidden_act")
     if activation not in ((None, "gelu_pytorch_tanh") if gemma else (None, "silu", "swish")):
         raise RequestError(f"{folder} has the activation {activation!r}, which llama.cpp does not compute in a "
                            f"{family.title}; use another backend.")
@@ -136,17 +135,27 @@ def _require_runs_alike(family: Family, config: dict[str, Any], folder: Path) ->
     if config.get("attention_bias") and (gemma or family.architecture == "qwen3"):
         raise RequestError(f"{folder} has biases in its attention, which llama.cpp does not read in a {family.title}; "
                            "use another backend.")
-    if family.architecture.startswith("qwen") and "sliding_attention" in (config.get("layer_types") or (
-            ["sliding_attention"] if config.get("use_sliding_window") else [])):
+    if family.architecture.startswith("qwen") and _slides(config):
         raise RequestError(f"{folder} reads some layers through a sliding window, which llama.cpp does not do in a "
                            f"{family.title}; use another backend.")
     if rope["rope_type"] == "llama3" and family.architecture != "llama":
         raise RequestError(f"{folder} scales its rotary embedding by 'llama3', which llama.cpp reads in a Llama alone; "
                            "use another backend.")
-    own = [key for key, usual in YARN.items() if rope.get(key, usual) not in (usual, None)]
+    usual = YARN | {"attention_factor": 0.1 * math.log(float(rope.get("factor") or 1)) + 1}
+    own = [key for key, value in usual.items() if rope.get(key) is not None and (
+        value is None or not math.isclose(rope[key], value, rel_tol=1e-6))]
     if own and rope["rope_type"] == "yarn":
         raise RequestError(f"{folder} scales its rotary embedding by yarn with a {own[0]} of {rope[own[0]]}, which no "
                            "GGUF file has here; use another backend.")
+
+
+def _slides(config: dict[str, Any]) -> bool:
+    """Whether some layer of a Qwen has a window, as transformers reads its configuration."""
+    kinds = config.get("layer_types")
+    if kinds:
+        return "sliding_attention" in kinds
+    return bool(config.get("use_sliding_window")) and config.get("sliding_window", 4096) is not None and int(
+        config.get("max_window_layers", 28)) < int(config["num_hidden_layers"])
 
 
 def _shape(family: Family, config: dict[str, Any], folder: Path) -> dict[str, tuple[str, Any]]:

@@ -218,6 +218,22 @@ def test_refused_before_anything_is_computed(family: str, settings: dict[str, An
         plan_of(place, text_file, *more)
 
 
+@pytest.mark.parametrize(("family", "settings"), [
+    ("qwen2", {"use_sliding_window": True, "max_window_layers": 3}), ("qwen2", {"use_sliding_window": False}),
+    ("qwen2", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "beta_fast": 32.0,
+                                   "attention_factor": 1.138629436, "original_max_position_embeddings": 128}}),
+    ("gemma2", {"hidden_act": "gelu"})])
+def test_what_llama_cpp_runs_alike_is_written(family: str, settings: dict[str, Any], text_file: Path,
+                                              tmp_path: Path) -> None:
+    place = tmp_path / "model"
+    tiny_model(family, vocab_size=BPE_VOCABULARY, **SIZES.get(family, {})).save_pretrained(place)
+    byte_level().save_pretrained(place)
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "layer_types"}
+                                                  | settings))
+    assert plan_of(place, text_file).loads_in[0] == "llama.cpp"
+
+
 def test_refused_without_the_folder_that_a_file_takes_its_tokenizer_from(text_file: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="was made in memory; save it and load it from there"):
         plan_of(tmp_path, text_file, model=tiny_model("llama"))
