@@ -36,7 +36,8 @@ class AttentionRecord:
         visible: [length] number of queries that may see each position.
         uniform: [length] float32, what `received` would be if every query spread its attention evenly: the null.
         output: [batch, heads, length, head_dim], attention-weighted values before the output projection.
-        scale: what query . key is multiplied by.
+        scale: what query . key is multiplied by. softcap: scores become softcap * tanh(score / softcap); None: they do
+            not.
     """
 
     layer: int
@@ -50,6 +51,7 @@ class AttentionRecord:
     output: torch.Tensor
     has_learned_sink: bool
     scale: float
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ def _attend(observers: Sequence[AttentionObserver], module: nn.Module, query: to
         observer.attention(AttentionRecord(
             layer=layer, query=query, key=key, value=value, received=received,
             learned=learned, visible=visible, uniform=uniform, output=output, has_learned_sink=s_aux is not None,
-            scale=float(scale)))
+            scale=float(scale), softcap=softcap))
     return output.transpose(1, 2).contiguous()
 
 

@@ -112,11 +112,11 @@ class _HeadErrors:
         batch = self.back.step.batch
         states = (record.query.detach(), record.key.detach(), record.value.detach())
         record.output.register_hook(
-            lambda gradient: self._add(probabilities, *states, record.scale, gradient.detach(), batch))
+            lambda gradient: self._add(probabilities, *states, record.scale, record.softcap, gradient.detach(), batch))
 
     @torch.no_grad()
     def _add(self, probabilities: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-             scale: float, gradient: torch.Tensor, batch: slice) -> None:
+             scale: float, softcap: float | None, gradient: torch.Tensor, batch: slice) -> None:
         """probabilities [batch, heads, length, length]; query and gradient [batch, heads, length, D]."""
         length, kv_heads = key.shape[2], key.shape[1]
         groups = query.shape[1] // kv_heads
@@ -127,10 +127,15 @@ class _HeadErrors:
             return
         values = value.float().repeat_interleave(groups, dim=1)
         learned = (1 - probabilities.sum(-1, keepdim=True)).clamp(min=0)
+        query = scale * query.float()
+        scores = None if softcap is None else query @ key.float().repeat_interleave(groups, dim=1).mT
         of_keys, of_values = recodings(self.plan, self.bases)
         for bits in self.bits:
             wrong = self._error(key, bits, None, of_keys, batch).repeat_interleave(groups, dim=1)
-            change = (scale * query.float() @ wrong.mT).masked_fill(~packed, 0.0)
+            change = query @ wrong.mT
+            if softcap is not None and scores is not None:
+                change = softcap * (torch.tanh((scores + change) / softcap) - torch.tanh(scores / softcap))
+            change = change.masked_fill(~packed, 0.0)
             other = probabilities * change.exp()
             other = other / (other.sum(-1, keepdim=True) + learned)
             self._squares((other - probabilities) @ values, gradient, kv_heads, "key", bits)

@@ -22,10 +22,10 @@ KEYS = ["weights.group_size=32", "weights.method=rtn", "weights.scale_search=fal
         "sensitivity.kv_bits=[2,4]", "sensitivity.kv_rows=6", "sensitivity.kv_length=96"]
 
 
-def found(tmp_path: Path, family: str, *more: str) -> Sensitivity:
+def found(tmp_path: Path, family: str, *more: str, **overrides: float) -> Sensitivity:
     text = tmp_path / "words.txt"
     text.write_text(random_text(700))
-    model = tiny_model(family, **({"num_hidden_layers": 2} if family == "llama" else {}))
+    model = tiny_model(family, **({"num_hidden_layers": 2} if family == "llama" else {}), **overrides)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(8)
     recipe = Recipe().replace([f"calibration.text={text}", *KEYS, *more])
@@ -53,6 +53,14 @@ def test_other_attentions_have_losses_too(family: str, tmp_path: Path) -> None:
     assert made.kv
     coarse, fine = ([one.predicted for one in made.kv if one.bits == bits] for bits in (2, 4))
     assert all(a > b > 0 for a, b in zip(coarse, fine, strict=True))
+
+
+def test_a_score_that_is_capped_changes_less(tmp_path: Path) -> None:
+    made = found(tmp_path, "gemma2", "sensitivity.measure_rows=2", "sensitivity.kv_bits=[2]",
+                 attn_logit_softcapping=0.02)
+    keys = [one for one in made.kv if one.kind == "key"]
+    ratio = sum(one.predicted for one in keys) / sum(one.measured for one in keys if one.measured is not None)
+    assert 0.4 < ratio < 2.5  # 3.6 where the cap is left out
 
 
 def test_exact_tokens_are_those_of_the_cache() -> None:
