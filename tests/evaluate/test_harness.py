@@ -158,3 +158,11 @@ def test_the_callers_tokenizer_is_left_alone(model: PreTrainedModel) -> None:
 
 def test_the_hub_is_not_asked_about_the_model(model: PreTrainedModel) -> None:
     assert SinkLM(model, tiny_tokenizer(), bos=True, batch_size=1).get_model_info() == {}
+
+
+def test_a_tokenizer_that_ends_no_text_generates_none(model: PreTrainedModel) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    lm = SinkLM(model, tokenizer, bos=True, batch_size=1)
+    with pytest.raises(RequestError, match="has no token that ends one"):
+        lm.generate_until(requests("generate_until", ("w20 w21", {"until": ["w9"], "max_gen_toks": 3})))
