@@ -145,8 +145,8 @@ class SinkLM(HFLM):
             RequestError: no room is left for a prompt beside what is to be generated, or nothing ends a text.
         """
         if self.tokenizer.eos_token_id is None:
-            raise RequestError("a task generates texts, and the tokenizer has no token that ends one; leave the task out "
-                               "of evaluate.tasks.")
+            raise RequestError("a task generates texts, and the tokenizer has no token that ends one; leave the task "
+                               "out of evaluate.tasks.")
         for request in requests:
             made = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
             if made >= self.max_length:
