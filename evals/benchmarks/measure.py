@@ -290,6 +290,17 @@ def bounds(mine: Sequence[float], other: Sequence[float]) -> tuple[float, float]
     return paired_difference("mean", (list(mine), ones), (list(other), ones), RESAMPLES, 0)[1:]
 
 
+def task_cell(task: str, mine: Sequence[float] | None, other: Sequence[float] | None) -> str:
+    """Percent, or nats; and the interval of the difference from the model that this one is compared with."""
+    return beside(shown(task, mine), shown(task, other) if other else None) if mine else ""
+
+
+def beside(mine: Sequence[float], other: Sequence[float] | None) -> str:
+    """The mean; and the interval of its difference from another's, paired by row or document."""
+    mean = f"{sum(mine) / len(mine):.3g}"
+    return mean if other is None else "{} ({:+.3g} to {:+.3g})".format(mean, *bounds(mine, other))
+
+
 def _cells(line: Line, first: Line, shown: list[str], seed: int) -> list[str]:
     ones, zeros = [1.0] * len(line.kl), [0.0] * len(line.kl)
     kl, low, high = paired_difference("kl", (line.kl, ones), (zeros, ones), RESAMPLES, seed)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
-from measure import RESAMPLES, Line, bounds, read, shown
+from measure import RESAMPLES, Line, read, task_cell
 
 from sinkquant.artifacts import Frontier
 from sinkquant.evaluate import paired_difference
@@ -55,6 +55,7 @@ def raced(lines: Sequence[Line], beside: str | None = None) -> str:
     rows = [["candidate", "bits", "MB", "of the blocks", "KL, nats", "95 % interval", "perplexity", "CPU s", "peak MB",
              *tasks], ["---", *["---:"] * 4, "---", *["---:"] * 3, *["---"] * len(tasks)]]
     for line in lines:
+        others = (other.scores if other and line is not other else None) or {}
         ones, zeros = [1.0] * len(line.kl), [0.0] * len(line.kl)
         mean, low, high = paired_difference("kl", (line.kl, ones), (zeros, ones), RESAMPLES, 0)
         perplexity = math.exp(sum(line.loss) / len(line.loss))
@@ -62,18 +63,8 @@ def raced(lines: Sequence[Line], beside: str | None = None) -> str:
                      f"{size(line, 'blocks') / 1e6:.1f}", f"{mean:.4f}", f"{low:.4f} to {high:.4f}",
                      f"{perplexity:.2f}",
                      *("" if value is None else f"{value:,.0f}" for value in (line.seconds, line.memory)),
-                     *(_task(line, other, task) for task in tasks)])
+                     *(task_cell(task, (line.scores or {}).get(task), others.get(task)) for task in tasks)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _task(line: Line, other: Line | None, task: str) -> str:
-    mine, theirs = ((one.scores or {}).get(task) if one else None for one in (line, other))
-    if not mine:
-        return ""
-    mine = shown(task, mine)
-    mean = f"{sum(mine) / len(mine):.3g}"
-    return mean if not theirs or line is other else "{} ({:+.2g} to {:+.2g})".format(
-        mean, *bounds(mine, shown(task, theirs)))
 
 
 def beaten(lines: Sequence[Line], by: str) -> str:

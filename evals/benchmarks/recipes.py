@@ -21,7 +21,7 @@ from math import exp
 from pathlib import Path
 
 import torch
-from measure import Line, Lines, bounds, held_out_texts, shown, sink_map_of, united
+from measure import Line, Lines, beside, held_out_texts, sink_map_of, task_cell, united
 from task_scores import add_options, task_scores
 
 from sinkquant.artifacts import Plan
@@ -139,24 +139,14 @@ def table(lines: Sequence[Line]) -> str:
         cells += ["" if one is None else f"{exp(sum(one.loss) / len(one.loss)):.3g}" for one in mine]
         scores = next((one.scores for one in mine if one and one.scores), {})
         others = next((line.scores for text in texts if (line := found.get((*known, text))) and line.scores), {})
-        cells += [_task(task, scores.get(task), others.get(task)) for task in tasks]
+        cells += [task_cell(task, scores.get(task), others.get(task)) for task in tasks]
         rows.append([model, sinks, *cells])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def _divergence(line: Line | None, aware: Line | None) -> str:
     """Mean over rows; beside a recipe's own also the interval of the difference."""
-    return "" if line is None else _beside(line.kl, None if aware is None else aware.kl)
-
-
-def _task(task: str, mine: list[float] | None, other: list[float] | None) -> str:
-    """Percent, or nats; and the interval of the difference from the model that this one is compared with."""
-    return _beside(shown(task, mine), shown(task, other) if other else None) if mine else ""
-
-
-def _beside(mine: Sequence[float], other: Sequence[float] | None) -> str:
-    mean = f"{sum(mine) / len(mine):.3g}"
-    return mean if other is None else "{} ({:+.3g} to {:+.3g})".format(mean, *bounds(mine, other))
+    return "" if line is None else beside(line.kl, None if aware is None else aware.kl)
 
 
 if __name__ == "__main__":

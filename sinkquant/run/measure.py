@@ -13,7 +13,7 @@ from sinkquant.models import load_model, load_tokenizer, pick_device, resolve
 from sinkquant.models.steps import Progress
 from sinkquant.policy.expected import with_expected_loss
 from sinkquant.recipe import Recipe
-from sinkquant.run.candidates import comparison, fidelity, loader, sinks_after, stored_size
+from sinkquant.run.candidates import comparison, fidelity, loader, sinks_after, stored_size, weight_bytes
 from sinkquant.run.folder import CONTROL, MODEL
 
 
@@ -56,10 +56,10 @@ def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
             plan = content["plan"] if sensitivity is None else with_expected_loss(content["plan"], sensitivity)
             kept = plan.blocks.kept if plan.blocks else kept
             plans.append(plan.model_copy(update={"name": name}))
-        size, bits = stored_size(named[name], path)
-        bits = content["plan"].bits_per_weight if content else bits
-        candidates.append(Candidate(name, named[name], loader(path, dtype, device, trust_remote_code),
-                                    size, bits,
+        # A plan knows its bits: counting them on disk may take a library's model.
+        size, bits = ((weight_bytes(path), content["plan"].bits_per_weight) if content else
+                      stored_size(named[name], path))
+        candidates.append(Candidate(name, named[name], loader(path, dtype, device, trust_remote_code), size, bits,
                                     content["plan"].kv_cache if content else None,
                                     content["plan"].inputs_in_words() if content else "16-bit"))
     report = evaluate(candidates, tokenizer, recipe, model=baseline or str(folder),
