@@ -102,13 +102,13 @@ def task_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[tupl
             if path.stem in settings.tasks:
                 items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
                 count = min(len(items), settings.limit or settings.sample or len(items))
-                lengths = [_characters(path.stem, item) for item in items]
+                lengths = [_characters(path.stem, item, tokenizer) for item in items]
                 read, scored = (per_character * count * sum(one) / len(items) for one in zip(*lengths, strict=True))
                 found.append((read, scored))
     return found
 
 
-def _characters(task: str, item: dict[str, object]) -> tuple[int, int]:
+def _characters(task: str, item: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """Characters that a model is given for one item, over all of its answers, and that are scored."""
     if task == "sink_perplexity":
         return len(str(item["text"])), len(str(item["text"]))
@@ -116,7 +116,9 @@ def _characters(task: str, item: dict[str, object]) -> tuple[int, int]:
         answers = item["choices"]
         assert isinstance(answers, list)
         scored = sum(map(len, answers))
-        return len(answers) * len(str(item["context"])) + scored, scored
+        # Answers of one token are read off the same row.
+        rows = max(1, sum(len(encode(tokenizer, answer)) > 1 for answer in answers))
+        return rows * len(str(item["context"])) + scored, scored
     openings = item["openings"]
     assert isinstance(openings, list)
     scored = len(openings) * len(str(item["end"]))

@@ -79,7 +79,7 @@ class Evaluation(Section):
     tasks: list[str] = Field(default_factory=lambda: ["sink_perplexity", "sink_cloze", "sink_recall"])
     task_folder: str | None = None
     limit: int | None = Field(default=None, ge=1)
-    sample: int | None = Field(default=24, ge=2)
+    sample: int | None = Field(default=16, ge=2)
     window: int = Field(default=2048, ge=16)
     control: bool = True
     fidelity: bool = True

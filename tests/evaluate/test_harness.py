@@ -99,6 +99,7 @@ def test_choices_equal_a_direct_computation(model: PreTrainedModel, inputs: list
     pairs = [(SHORT, " w20 w21"), (SHORT, " w30"), (f"<s> {SHORT} ", "w30"), ("", "w40 w41")]
     found = [score for score, _ in lm.loglikelihood(requests("loglikelihood", *pairs))]
     assert all(row[0] == BOS and row.count(BOS) == 1 for row in rows_of(inputs))
+    assert len(rows_of(inputs)) == 2  # the second and third are read in the first
     before = [BOS, *encode(tokenizer, SHORT)]
     expected = [direct(model, before, [20, 21]), direct(model, before, [30]), direct(model, before, [30]),
                 direct(model, [BOS], [40, 41])]
