@@ -56,6 +56,7 @@ CASES = {
     "4 and 8 bits, groups of 64": Case(group=64, key_bits=4, value_bits=8, key_dim=64, value_dim=128, columns=300),
     "8 and 3 bits, groups of 128, symmetric": Case(group=128, key_bits=8, value_bits=3, value_dim=256, symmetric=True,
                                                    columns=420),
+    "1 and 2 bits": Case(key_bits=1, value_bits=2),
     "scales of 8 bits": Case(scale_bits=8, group=64, key_dim=64, value_dim=128),
     "symmetric scales of 8 bits": Case(scale_bits=8, symmetric=True),
     "symmetric, rotated": Case(symmetric=True, rotate=True, key_dim=64, value_dim=16),

@@ -25,16 +25,16 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192])
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--caches", nargs="*", default=[], metavar="NAME")
+    parser.add_argument("--folder", type=Path, default=Path(), help="where sensitivities and rotations are kept")
     arguments = parser.parse_args()
     folder = resolve(arguments.model)
     caches = Caches(load_model(folder), load_tokenizer(folder), SinkMap.load(arguments.sink_map), arguments.bits,
-                    Path())
-    found = [caches.named(length) for length in arguments.lengths]
+                    arguments.folder)
+    found = [caches.named(length, arguments.caches) for length in arguments.lengths]
     print("| cache | " + " | ".join(f"{length:,}" for length in arguments.lengths) + " |")
     print("|---|" + "---:|" * len(arguments.lengths))
     for name in found[0]:
-        if not arguments.caches or name in arguments.caches:
-            print(f"| {name} | " + " | ".join(f"{named[name][1]:.2f}" for named in found) + " |")
+        print(f"| {name} | " + " | ".join(f"{named[name][1]:.2f}" for named in found) + " |")
 
 
 if __name__ == "__main__":

@@ -72,9 +72,8 @@ def main() -> None:
     states = last_states(model, rows)
     for bits in arguments.bits:
         caches = Caches(model, tokenizer, sink_map, bits, arguments.lines.parent)
-        for name, (make, per_number) in caches.named(length).items():
-            if (bits, name) in {(line["bits"], line["cache"]) for line in lines} or (
-                    arguments.caches and name not in arguments.caches):
+        for name, (make, per_number) in caches.named(length, arguments.caches).items():
+            if (bits, name) in {(line["bits"], line["cache"]) for line in lines}:
                 continue
             found = continued_states(model, rows, arguments.prompt, make())
             head = OutputHead(model)

@@ -67,7 +67,7 @@ def main() -> None:
             continue
         (row,) = token_rows(tokenizer, read_text(arguments.text, "evaluation"), 1, length + arguments.tokens).split(1)
         makers = {BASE: lambda: DynamicCache(config=model.config)} | {
-            name: make for name, (make, _) in caches.named(length).items() if name in arguments.caches}
+            name: make for name, (make, _) in caches.named(length, arguments.caches).items()}
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in makers}
         for _ in range(arguments.rounds):
             for name, make in makers.items():

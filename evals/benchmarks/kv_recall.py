@@ -139,9 +139,9 @@ def main() -> None:
     content = read_text(arguments.text, "evaluation")
     by_bits = {bits: Caches(model, tokenizer, sink_map, bits, arguments.lines.parent) for bits in arguments.bits}
     for length in arguments.lengths:
-        named = [(bits, name, *one) for bits, caches in by_bits.items() for name, one in caches.named(length).items()
-                 if (not arguments.caches or name in arguments.caches)
-                 and (name != BASE or bits == arguments.bits[0])]
+        named = [(bits, name, *one) for bits, caches in by_bits.items()
+                 for name, one in caches.named(length, arguments.caches).items()
+                 if name != BASE or bits == arguments.bits[0]]
         for index in range(arguments.contexts):
             missing = [one for one in named if (length, one[0], index, one[1]) not in known]
             if not missing:

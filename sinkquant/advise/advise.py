@@ -118,7 +118,8 @@ def _with_losses(recipe: Recipe) -> Recipe:
     quick = recipe.changed(sensitivity={"measure_rows": 0})
     if recipe.kv_cache is None:
         return quick
-    return quick.changed(sensitivity={"kv_bits": [2], "kv_length": recipe.evaluate.divergence_length})
+    return quick.changed(sensitivity={"kv_bits": [2], "kv_length": recipe.evaluate.divergence_length,
+                                      "kv_repeated": False})
 
 
 def _held_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> torch.Tensor:

@@ -85,8 +85,9 @@ class UnitSensitivity(Strict):
 
 class KVLoss(Strict):
     """What it costs to pack the keys, or the values, of one KV head of one layer in so many bits, nats per token of
-    rows of `kv_length` tokens; the exact tokens and the window of the cache stay as they are. `no_op` and `sink_score`:
-    of the query heads that read it, whether all are no-ops, and the largest share of attention on sinks."""
+    rows of `kv_length` tokens; the exact tokens and the window of the cache stay as they are. `repeated`: the same,
+    predicted on rows whose second half repeats the first; null where nobody asked. `no_op` and `sink_score`: of the
+    query heads that read it, whether all are no-ops, and the largest share of attention on sinks."""
 
     layer: int
     head: int
@@ -94,6 +95,7 @@ class KVLoss(Strict):
     bits: int
     predicted: float
     measured: float | None = None
+    repeated: float | None = None
     no_op: bool = False
     sink_score: float = 0.0
 
@@ -101,6 +103,11 @@ class KVLoss(Strict):
     def loss(self) -> float:
         """What was measured, or else predicted."""
         return self.predicted if self.measured is None else self.measured
+
+    @property
+    def weighed(self) -> float:
+        """What bits are chosen by: the loss on text, and on repeated text where that is known."""
+        return self.loss + (self.repeated or 0.0)
 
 
 class InputLoss(Strict):

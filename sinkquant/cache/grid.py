@@ -21,7 +21,7 @@ def quantize(x: torch.Tensor, counted: torch.Tensor | None, bits: int, group: in
     Args:
         x: [..., G, D].
         counted: bool [..., G, 1], the tokens whose values set the ranges; the others get an arbitrary code. None: all.
-        bits: 2, 3, 4 or 8.
+        bits: 1, 2, 3, 4 or 8.
         group: None for one range per channel over the block's G tokens; else one per token and `group` channels.
         clip: cut every range, and fit its scale, so that rounding errs least without shrinking; see `clipped`.
 

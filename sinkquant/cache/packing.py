@@ -1,4 +1,4 @@
-"""Codes of 2, 3, 4 or 8 bits <-> dense bytes: no bit is left unused, so bytes held are bits / 8 to the byte.
+"""Codes of 1, 2, 3, 4 or 8 bits <-> dense bytes: no bit is left unused, so bytes held are bits / 8 to the byte.
 
 A block of G tokens is packed along time: byte j of a plane holds the tokens j, j + G/per, j + 2G/per, ..., so that
 unpacking writes contiguous runs. Three bits are a plane of two and a plane of one.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+PLANES: dict[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 """Bits per code -> width in bits of each plane, lowest bits first."""
 
 

@@ -54,7 +54,7 @@ class PackedStates:
     """Blocks of G tokens, each quantized once when it is appended and never again.
 
     Args:
-        bits: one number per head, 2, 3, 4, 8 or 16.
+        bits: one number per head, 1, 2, 3, 4, 8 or 16.
         block: G.
         group: None for scales per channel over a block (keys), else channels per scale of a token (values).
         scale_bits: 16, or 8 for scales and zeros of 8 bits.

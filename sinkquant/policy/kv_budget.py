@@ -80,7 +80,8 @@ def spent_by_loss(shape: ModelShape, plan: KVCachePlan, sensitivity: Sensitivity
     for _ in range(ROUNDS):
         found = least_loss(table, room)
         if found is None:
-            break
+            raise RequestError(f"kv_cache.bits {settings.bits:g} cannot be met with the bits that were tried, "
+                               f"{', '.join(map(str, units[0].bits[:-1]))}; add smaller ones to sensitivity.kv_bits.")
         made = solved_cache(shape, plan, {unit: unit.bits[option] for unit, option in
                                           zip(units, found.chosen, strict=True)})
         if made.bytes <= limit:
@@ -110,7 +111,7 @@ def kv_options(units: list[KVUnit], plan: KVCachePlan, budget: Budget) -> list[l
         return layer_bytes(with_bits(smallest, {unit: bits}), unit.layer, context, 0, budget.batch)
 
     return [[Option(weight(unit, bits) - weight(unit, unit.bits[0]), loss)
-             for bits, loss in zip(unit.bits, [*(one.loss for one in unit.losses), 0.0], strict=True)]
+             for bits, loss in zip(unit.bits, [*(one.weighed for one in unit.losses), 0.0], strict=True)]
             for unit in units]
 
 

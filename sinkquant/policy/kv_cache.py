@@ -27,7 +27,8 @@ def make_kv_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> KVCach
     if settings is None:
         return None
     if settings.bits is not None:
-        return least_setting(settings, _fitting_groups(shape), lambda tried: _made(shape, sink_map, tried))
+        return least_setting(settings, min(recipe.kv_tried), _fitting_groups(shape),
+                             lambda tried: _made(shape, sink_map, tried))
     return _made(shape, sink_map, settings)
 
 
@@ -92,9 +93,9 @@ def accept_kv(plan: KVCachePlan | None, shape: ModelShape) -> KVCachePlan | None
         if (len(layer.key_bits), len(layer.value_bits)) != (real.heads, real.heads):
             raise RequestError(f"the plan's kv_cache gives layer {index} bits for {len(layer.key_bits)} heads, and it "
                                f"has {real.heads}.")
-        wrong = [bits for bits in layer.key_bits + layer.value_bits if bits not in (2, 3, 4, 8, 16)]
+        wrong = [bits for bits in layer.key_bits + layer.value_bits if bits not in (1, 2, 3, 4, 8, 16)]
         if wrong:
-            raise RequestError(f"the plan's kv_cache gives layer {index} {wrong[0]} bits; give it 2, 3, 4, 8 or 16.")
+            raise RequestError(f"the plan's kv_cache gives layer {index} {wrong[0]} bits; give it 1, 2, 3, 4, 8 or 16.")
         if layer.packed:
             _check_fit(real, index, plan.group_size, plan)
     _check_sliding_sinks(plan, shape)

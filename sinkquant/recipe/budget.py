@@ -108,6 +108,8 @@ class SensitivitySettings(Section):
     `weights.lm_head` and `weights.embeddings` say. A budget of the whole checkpoint, or of its loss, then chooses.
     `kv_bits`: numbers of bits that the keys and the values of every KV head are tried in, on `kv_rows` x `kv_length`
     tokens; empty: the KV cache stays as the section `kv_cache` says. A budget of bytes with a `context` then chooses.
+    `kv_repeated`: bits are chosen as much by what they lose where the second half of those rows repeats the first: a
+    few heads look far back for what stood there (RazorAttention 2407.15891), and prose seldom asks them.
     """
 
     rows: int = Field(default=64, ge=1)
@@ -120,6 +122,7 @@ class SensitivitySettings(Section):
     measure_length: int = Field(default=64, ge=2)
     score: Literal["second-order", "diagonal"] = "second-order"
     end_bits: list[Annotated[int, Field(ge=2, le=8)]] = Field(default_factory=list)
-    kv_bits: list[Literal[2, 3, 4, 8]] = Field(default_factory=list)
+    kv_bits: list[Literal[1, 2, 3, 4, 8]] = Field(default_factory=list)
     kv_rows: int = Field(default=8, ge=1)
     kv_length: int = Field(default=512, ge=16)
+    kv_repeated: bool = True

@@ -15,16 +15,16 @@ class KVOverride(Section):
 
     layers: list[int] = Field(min_length=1)
     heads: list[int] | None = None
-    key_bits: Literal[2, 3, 4, 8, 16] | None = None
-    value_bits: Literal[2, 3, 4, 8, 16] | None = None
+    key_bits: Literal[1, 2, 3, 4, 8, 16] | None = None
+    value_bits: Literal[1, 2, 3, 4, 8, 16] | None = None
 
 
 class KVCache(Section):
     """How the KV cache is packed, and which tokens of a prompt stay exact in it.
 
     `bits`: so many per number at most for a row of `length` tokens, scales, window and exact tokens counted; group and
-    window are chosen for it, and every head's bits by what they were measured to lose (`sensitivity.kv_bits`; 2, 3, 4
-    and 8 where it is empty). `key_bits` and `value_bits` do not count then.
+    window are chosen for it, and every head's bits by what they were measured to lose (`sensitivity.kv_bits`; 1, 2,
+    3, 4 and 8 where it is empty). `key_bits` and `value_bits` do not count then.
     Groups of `group_size`: tokens for keys, channels of a head for values; null: the smallest of 32, 64 and 128 that
     fits. `scale_bits`: of scales and zeros. The last `window` tokens are never packed.
     `exact`: the sinks that detection found; "first-n": the first `first_n` tokens; "massive": those that carry a
@@ -42,9 +42,9 @@ class KVCache(Section):
     "descent": all codes of a key are chosen together for what queries read of it; with `rotate` "covariance" alone.
     """
 
-    bits: float | None = Field(default=None, gt=2, le=16)
-    key_bits: Literal[2, 3, 4, 8, 16] = 2
-    value_bits: Literal[2, 3, 4, 8, 16] = 2
+    bits: float | None = Field(default=None, gt=1, le=16)
+    key_bits: Literal[1, 2, 3, 4, 8, 16] = 2
+    value_bits: Literal[1, 2, 3, 4, 8, 16] = 2
     group_size: Literal[32, 64, 128] | None = None
     window: int = Field(default=128, ge=0)
     evict: int | None = Field(default=None, ge=0)

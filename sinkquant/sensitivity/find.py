@@ -13,11 +13,20 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinkquant.artifacts import FormatLoss, Ranking, Sensitivity, SinkMap, Terms, UnitSensitivity
+from sinkquant.artifacts import FormatLoss, KVLoss, Ranking, Sensitivity, SinkMap, Terms, UnitSensitivity
 from sinkquant.artifacts.kv import packed_tokens
 from sinkquant.cache import prepare
 from sinkquant.errors import RequestError
-from sinkquant.models import ActivationStore, Decoder, Walk, load_model, pick_device, read_text, token_rows
+from sinkquant.models import (
+    ActivationStore,
+    Decoder,
+    Walk,
+    load_model,
+    pick_device,
+    read_text,
+    starts_with_bos,
+    token_rows,
+)
 from sinkquant.models.source import runs_own_code
 from sinkquant.models.steps import Progress
 from sinkquant.policy.kv_cache import make_kv_plan
@@ -170,16 +179,29 @@ def _with_cache(made: Sensitivity, decoder: Decoder, tokenizer: PreTrainedTokeni
                            f"groups of {plan.group_size}; raise sensitivity.kv_length or lower the window.")
     rows = _rows(decoder, tokenizer, recipe, settings.kv_rows, length)
     device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
-    walk = Walk(decoder, rows, settings.batch_size, device, dtype, store=store)
     bases = cache_bases(decoder, plan, calibration_of(recipe, sink_map), tokenizer, device, dtype, store)
-    found = kv_losses(walk, plan, exact_places(rows, plan, sink_places(rows, sink_map)), sink_map, recipe, bases,
-                      progress)
-    ranked = None
+
+    def lost(rows: torch.Tensor) -> list[KVLoss]:
+        walk = Walk(decoder, rows, settings.batch_size, device, dtype, store=store)
+        return kv_losses(walk, plan, exact_places(rows, plan, sink_places(rows, sink_map)), sink_map, recipe, bases,
+                         progress)
+
+    found, ranked = lost(rows), None
+    if settings.kv_repeated:
+        again = lost(repeated(rows, starts_with_bos(tokenizer, recipe.calibration.bos)))
+        found = [loss.model_copy(update={"repeated": other.predicted})
+                 for loss, other in zip(found, again, strict=True)]
     if settings.measure_rows:
         model = prepare(_in_memory(decoder, recipe), bases=bases)
         found = measured_kv(model, plan, rows[:settings.measure_rows], found, progress)
         ranked = spearman([one.predicted for one in found], [float(one.measured or 0) for one in found])
     return made.model_copy(update={"kv": found, "kv_length": length, "kv_ranking": ranked})
+
+
+def repeated(rows: torch.Tensor, bos: bool) -> torch.Tensor:
+    """Rows of about the same length whose second half repeats the first, behind the same `<bos>`."""
+    half = rows[:, bos:bos + (rows.shape[1] - bos) // 2]
+    return torch.cat([rows[:, :bos], half, half], dim=1)
 
 
 def _in_memory(decoder: Decoder, recipe: Recipe) -> PreTrainedModel:

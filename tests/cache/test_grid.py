@@ -16,7 +16,7 @@ def _states(seed: int = 0, scale: float = 1.0) -> torch.Tensor:
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("group", [None, 32, 64])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_error_is_half_a_step(bits: int, group: int | None, symmetric: bool) -> None:
     x = _states()
     codes, scale, zero = quantize(x, None, bits, group, symmetric)

@@ -51,7 +51,7 @@ def _bytes(layer: SinkLayer) -> int:
 @pytest.mark.parametrize("settings", [
     {}, {"symmetric": True}, {"scale_tokens": True, "clip": "both"}, {"scale_bits": 8},
     {"scale_bits": 8, "symmetric": True}], ids=str)
-@pytest.mark.parametrize("bits", [2, 3, 4, 8, 16])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8, 16])
 @pytest.mark.parametrize("tokens", [1, 47, 48, 100])
 def test_bytes_are_as_accounted(tokens: int, bits: int, settings: dict[str, object]) -> None:
     plan = _plan([bits] * 3, [bits] * 3, **settings)

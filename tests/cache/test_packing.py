@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sinkquant.cache.packing import pack, unpack
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 @given(eighths=st.integers(1, 16), width=st.integers(1, 17), seed=st.integers(0, 1000))
 @settings(max_examples=25, deadline=None)
 def test_codes_survive_and_take_their_bits(bits: int, eighths: int, width: int, seed: int) -> None:

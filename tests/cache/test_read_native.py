@@ -24,14 +24,14 @@ def _a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 
 def _lanes(width: int) -> list[tuple[PackedStates, PackedStates]]:
-    """Keys and values of three heads in 2, 3 and 8 bits, in all ways to hold a scale."""
+    """Keys and values of four heads in 1, 2, 3 and 8 bits, in all ways to hold a scale."""
     generator = torch.Generator().manual_seed(width)
     found = []
     for block, symmetric, scale_bits in ((32, False, 8), (64, True, 16), (64, True, 8), (128, False, 16)):
-        pair = (PackedStates([2, 3, 8], block, None, symmetric, scale_bits=scale_bits),
-                PackedStates([2, 3, 8], block, min(block, width), symmetric, scale_bits=scale_bits))
+        pair = (PackedStates([1, 2, 3, 8], block, None, symmetric, scale_bits=scale_bits),
+                PackedStates([1, 2, 3, 8], block, min(block, width), symmetric, scale_bits=scale_bits))
         for states in pair:
-            states.append(torch.randn(2, 3, 18 * block, width, generator=generator) + 0.5, None)
+            states.append(torch.randn(2, 4, 18 * block, width, generator=generator) + 0.5, None)
         found.append(pair)
     return found
 

@@ -15,6 +15,7 @@ from sinkquant.artifacts import Sensitivity
 from sinkquant.cli.tables.sensitivity import cache_table, ranking_in_words
 from sinkquant.models import Decoder
 from sinkquant.policy.kv_cache import make_kv_plan
+from sinkquant.sensitivity.find import repeated
 from sinkquant.sensitivity.kv import exact_places
 
 KEYS = ["weights.group_size=32", "weights.method=rtn", "weights.scale_search=false", "sensitivity.rows=1",
@@ -45,6 +46,26 @@ def test_predicted_losses_rank_like_measured_ones(tmp_path: Path) -> None:
     assert all(one.sink_score == 0.5 and not one.no_op for one in made.kv)
     assert "of the KV cache over 16 formats" in ranking_in_words(made)[-1]
     assert cache_table(made).row_count == 8
+
+
+def test_repeated_rows_have_losses_of_their_own(tmp_path: Path) -> None:
+    made = found(tmp_path, "llama")
+    assert all(one.repeated is not None and one.repeated > 0 for one in made.kv)
+    assert [one.repeated for one in made.kv] != [one.predicted for one in made.kv]
+    alone = found(tmp_path, "llama", "sensitivity.kv_repeated=false")
+    assert [one.predicted for one in alone.kv] == [one.predicted for one in made.kv]
+    assert all(one.repeated is None and one.weighed == one.predicted for one in alone.kv)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_the_second_half_repeats_the_first_behind_one_bos(bos: bool) -> None:
+    rows = torch.arange(20).view(2, 10)
+    again = repeated(rows, bos)
+    assert again.shape[1] in (9, 10)
+    assert torch.equal(again[:, :bos], rows[:, :bos])
+    one, two = again[:, bos:].chunk(2, dim=1)
+    assert torch.equal(one, two)
+    assert torch.equal(one, rows[:, bos:bos + one.shape[1]])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "gpt_oss"])
