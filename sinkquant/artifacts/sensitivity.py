@@ -106,8 +106,8 @@ class KVLoss(Strict):
 
     @property
     def weighed(self) -> float:
-        """What bits are chosen by: the loss on text, and on repeated text where that is known."""
-        return self.loss + (self.repeated or 0.0)
+        """What bits are chosen by: the loss on text, or the mean of it and that on repeated text."""
+        return self.loss if self.repeated is None else (self.loss + self.repeated) / 2
 
 
 class InputLoss(Strict):
