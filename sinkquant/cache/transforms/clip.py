@@ -38,8 +38,11 @@ def clipped(values: torch.Tensor, counted: torch.Tensor | None, along: int, low:
     Returns:
         low, high, float16 scale and zero of every group; no zero where `rounded` gives none.
     """
+    def alone(x: torch.Tensor) -> torch.Tensor:
+        return x if counted is None else x.masked_fill(~counted, 0.0)
+
     def total(x: torch.Tensor) -> torch.Tensor:
-        return (x if counted is None else x.masked_fill(~counted, 0.0)).sum(along, keepdim=True)
+        return x.sum(along, keepdim=True)
 
     count = (values.new_full((), values.shape[along]) if counted is None else
              counted.expand(values.shape).sum(along, keepdim=True).clamp(min=1))
@@ -52,9 +55,10 @@ def clipped(values: torch.Tensor, counted: torch.Tensor | None, along: int, low:
         codes, scale, zero = rounded(*ends)
         if zero is None:
             codes = codes.sub_(middle_code)
+        codes = alone(codes)
         if not best:
-            mean = None if zero is None else total(values) / count
-            away = values if mean is None else values - mean
+            mean = None if zero is None else total(alone(values)) / count
+            away = alone(values if mean is None else values - mean)
             own = total(away * away)
         shared, squares = total(away * codes), total(codes * codes)
         if mean is None:

@@ -56,17 +56,17 @@ class Descent:
         x, own = x.sub_(start).div_(step), moment.diagonal(dim1=-2, dim2=-1)
         codes = x.round().clamp_(0, levels)
         pull = moment @ ((x - codes) * step)
+        worth = (step * own[..., None]).reciprocal_()  # of a pull, in codes
         for _ in range(SWEEPS):
             for first in range(0, shape[-1], STRIP):
                 strip = slice(first, first + STRIP)
                 here, changes = pull[:, strip].clone(), torch.empty_like(pull[:, strip])
                 for place, channel in enumerate(range(*strip.indices(shape[-1]))):
-                    steps = step[:, channel]
-                    better = here[:, place] / steps / own[:, channel, None] + codes[:, channel]
-                    better.round_().clamp_(0, levels)
-                    changes[:, place] = (codes[:, channel] - better) * steps
-                    codes[:, channel] = better
-                    here.addcmul_(moment[:, strip, channel, None], changes[:, place:place + 1])
+                    code, later = codes[:, channel], slice(channel + 1, strip.stop)
+                    better = torch.addcmul(code, here[:, place], worth[:, channel]).round_().clamp_(0, levels)
+                    torch.sub(code, better, out=changes[:, place]).mul_(step[:, channel])
+                    code.copy_(better)
+                    here[:, place + 1:].addcmul_(moment[:, later, channel, None], changes[:, place:place + 1])
                 pull.baddbmm_(moment[:, :, strip], changes)
         heads, width, (batch, _, blocks, size, _) = *codes.shape[:2], shape
         return codes.view(heads, width, batch, blocks, size).permute(2, 0, 3, 4, 1).to(torch.uint8)
