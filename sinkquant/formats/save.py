@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinkquant.artifacts import Plan, SinkMap
+from sinkquant.artifacts import EndShape, Plan, SinkMap
 from sinkquant.artifacts.ends import end_tensors, with_ends
 from sinkquant.artifacts.kv_scheme import kv_scale_tensors, with_kv_scales
 from sinkquant.artifacts.sizes import GUARD, checkpoint_tensors, own_format, packed_tensors
@@ -63,11 +63,13 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
     with written_aside(target) as temporary:
         carry(temporary, model, tokenizer)
         writer = open_writer(temporary, model, state.plan)
-        copy_dense(writer, Decoder.of(model), state.plan)
+        decoder = Decoder.of(model)
+        copy_dense(writer, decoder, state.plan)
         for name, scale in state.kv_scales.items():
             writer.write(name, scale)
+        shape = decoder.shape("").ends if state.ends else {}
         for name, rows in state.ends.items():
-            write_end(writer, Decoder.of(model), state.plan, name, rows)
+            write_end(writer, decoder, state.plan, name, shape[name], rows)
         for name, weight in state.weights.items():
             write_packed(writer, name, weight, state.plan.modules[name].form, state.input_scales.get(name))
         save_simulated(temporary, state.plan, state.input_scales)
@@ -104,13 +106,12 @@ def copy_dense(writer: CheckpointWriter, decoder: Decoder, plan: Plan) -> None:
                 writer.write(name, rows, start)
 
 
-def write_end(writer: CheckpointWriter, decoder: Decoder, plan: Plan, name: str, packed: PackedWeight,
-              start: int = 0) -> None:
+def write_end(writer: CheckpointWriter, decoder: Decoder, plan: Plan, name: str, shape: EndShape,
+              packed: PackedWeight, start: int = 0) -> None:
     """Write the token embedding or the output head, or some of their rows from row `start` on."""
-    end = decoder.shape("").ends[name]
-    for key, tensor in end_leaves(decoder, plan, name, packed).items():
+    for key, tensor in end_leaves(decoder, plan, name, shape, packed).items():
         if key.endswith(SHAPE):
-            tensor = torch.tensor([end.rows, end.columns], dtype=tensor.dtype)
+            tensor = torch.tensor([shape.rows, shape.columns], dtype=tensor.dtype)
         by_rows = tensor.dim() == 2
         if by_rows or start == 0:
             writer.write(key, tensor, start if by_rows else 0)

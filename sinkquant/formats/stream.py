@@ -236,9 +236,10 @@ def _read_from(model: PreTrainedModel, partial: Path, decoder: Decoder, plan: Pl
 
 def _write_ends(writer: CheckpointWriter, decoder: Decoder, plan: Plan) -> None:
     """Write the token embedding and the output head as the plan stores them, before any block is worked on."""
+    shape = decoder.shape("").ends if plan.ends else {}
     for name in plan.ends:
         for start, packed in end_rows(decoder, plan, name):
-            write_end(writer, decoder, plan, name, packed, start)
+            write_end(writer, decoder, plan, name, shape[name], packed, start)
     writer.sync()
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -45,10 +46,10 @@ def cut_heads(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sink_m
     if whole.carried:
         raise RequestError(f"this model comes with {next(iter(whole.carried))}, which transformers does not compute "
                            "with: it would not fit the smaller heads.")
-    built = {count: smaller for count in range(1, counts.kv_heads)
-             if (smaller := smaller_model(model, count)) is not None}
-    kept = kv_heads_to_keep(sink_map, list(built), (recipe or Recipe()).prune.head_loss)
-    smaller = built[len(kept[0])]
+    built = functools.cache(functools.partial(smaller_model, model))
+    kept = kv_heads_to_keep(sink_map, built, (recipe or Recipe()).prune.head_loss)
+    smaller = built(len(kept[0]))
+    assert smaller is not None
     before, after = whole.tensors, smaller.state_dict()
 
     def read(name: str) -> Iterable[tuple[int, torch.Tensor]]:
@@ -59,14 +60,15 @@ def cut_heads(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sink_m
     return kept
 
 
-def kv_heads_to_keep(sink_map: SinkMap, possible: list[int], bound: float) -> list[list[int]]:
-    """For every layer the key-value heads that stay, ascending: as few as `possible` allows and the no-op heads give.
+def kv_heads_to_keep(sink_map: SinkMap, built: Callable[[int], PreTrainedModel | None],
+                     bound: float) -> list[list[int]]:
+    """For every layer the key-value heads that stay, ascending: as few as can be `built` and the no-op heads give.
 
     A key-value head goes where all queries that read it are no-ops, and where the loss of a token changes by no more
     than `bound` nats without them, each alone and with all that change less. Every layer loses as many.
 
     Args:
-        possible: numbers of key-value heads that the architecture can be built with.
+        built: the model with so many key-value heads, None where the architecture cannot be built with them.
 
     Raises:
         RequestError: the sink map does not say what heads are worth, or no layer's heads can go.
@@ -86,9 +88,9 @@ def kv_heads_to_keep(sink_map: SinkMap, possible: list[int], bound: float) -> li
         (layer, kv * shared + query) in going for query in range(shared))] for layer in range(facts.layers)}
     fewest = min(range(facts.layers), key=lambda layer: len(free[layer]))
     removable = min(len(free[fewest]), facts.kv_heads - 1)
-    count = min((count for count in possible if count >= facts.kv_heads - removable), default=facts.kv_heads)
-    if count >= facts.kv_heads:
-        smaller = ", ".join(map(str, possible)) or "none"
+    count = next((count for count in range(facts.kv_heads - removable, facts.kv_heads) if built(count)), None)
+    if count is None:
+        smaller = ", ".join(str(count) for count in range(1, facts.kv_heads) if built(count)) or "none"
         raise RequestError(
             f"no heads can be cut off: layer {fewest} has {len(free[fewest])} of {facts.kv_heads} key-value heads "
             f"whose queries are all no-ops, every layer has to lose as many, and transformers builds "

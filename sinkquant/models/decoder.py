@@ -204,10 +204,11 @@ class Decoder:
     def _attentions(self) -> dict[str, int]:
         """Attentions whose keys and values compressed-tensors rounds, with their KV heads."""
         config = self.model.config.get_text_config(decoder=True)
-        heads = int(getattr(config, "num_key_value_heads", None) or 0)
         inside = tuple(f"{name}." for name in self.block_names)
-        return {name: heads for name, module in self.model.named_modules()
-                if heads and name.startswith(inside) and is_cached_attention_module(module)}
+        heads = {name: int(getattr(layer_config(config, self.block_of(name)), "num_key_value_heads", None) or 0)
+                 for name, module in self.model.named_modules()
+                 if name.startswith(inside) and is_cached_attention_module(module)}
+        return {name: count for name, count in heads.items() if count}
 
     def _ends(self, tensors: Mapping[str, object]) -> dict[str, EndShape]:
         """The token embedding and the output head. tensors: of the unquantized checkpoint, by name."""

@@ -64,11 +64,13 @@ def check_recipe(recipe: Recipe) -> None:
                            "weights.distill=0.")
     if (weights.tune or weights.distill) and not scheme.tunable:
         raise RequestError(f"{scheme.words} are not tuned; set weights.tune=0 and weights.distill=0.")
-    fewest = min(weights.bits, *(override.bits for override in weights.overrides), scheme.zero_from)
+    tried = set(recipe.sensitivity.bits) & set(scheme.bits) if recipe.budget.solved else ()
+    fewest = min(weights.bits, *(override.bits for override in weights.overrides), *tried, scheme.zero_from)
     if recipe.prune.zeros and fewest < scheme.zero_from:
         without = " and ".join(str(bits) for bits in scheme.bits if bits < scheme.zero_from)
+        also = " (in sensitivity.bits too)" if tried else ""
         raise RequestError(f"{scheme.words} of {without} bits have no code for zero, so that pruned weights would come "
-                           f"back; use {scheme.zero_from} bits, or the backend {DEFAULT_BACKEND}.")
+                           f"back; use {scheme.zero_from} bits{also}, or the backend {DEFAULT_BACKEND}.")
     if recipe.activations.format not in scheme.inputs:
         raise RequestError(f"{backend} checkpoints cannot ask for inputs in {recipe.activations.format}; set "
                            f"activations.format=16-bit, or use the backend {DEFAULT_BACKEND}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sinkquant.artifacts import LinearShape, ModelShape, ModuleDecision, Plan
+from sinkquant.artifacts.conflicts import check_conflicts
 from sinkquant.artifacts.distill import check_distill
 from sinkquant.artifacts.experts import mixed_experts
 from sinkquant.errors import RequestError
@@ -63,6 +64,7 @@ def accept_edited(plan: Plan, shape: ModelShape) -> Plan:
                                          "blocks": plan.blocks,
                                          "notes": list(dict.fromkeys([*plan.notes, *counted.notes]))})
     require_engine(Recipe.parse(plan.recipe).engine, counted, shape)
+    check_conflicts(counted)
     check_distill(counted, shape)
     require_methods(counted)
     return counted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sinkquant.artifacts import Plan
+from sinkquant.artifacts.conflicts import check_conflicts
 from sinkquant.artifacts.distill import check_distill
 from sinkquant.artifacts.ends import end_bytes
 from sinkquant.artifacts.experts import TUNE_AND_EXPERTS, mixed_experts, require_loadable
@@ -65,6 +66,7 @@ def check(decoder: Decoder, plan: Plan) -> None:
         raise RequestError(f"{mixed[0]} and {mixed[1]} cannot stand in one checkpoint: packed experts must share one "
                            "format, and a layer's be all packed or all in 16 bits.")
     require_loadable(shape, plan.formats, own_format(shape, plan.formats))
+    check_conflicts(plan)
     check_distill(plan, shape)
     require_methods(plan)
     if plan.calibration.tune and any(plan.modules[name].bits < 16 for name in decoder.experts):

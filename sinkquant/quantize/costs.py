@@ -85,12 +85,13 @@ def distill_bytes(sizes: Sizes) -> float:
     settings, tuned = sizes.recipe.calibration, sum(x.parameters for block in sizes.linears for x in block)
     rows = max(1, min(ROWS, LOGITS_BYTES // (4 * sizes.vocabulary * settings.length)))
     tokens = rows * settings.length
+    head = sizes.vocabulary * sizes.hidden * sizes.stored if sizes.recipe.weights.lm_head < 16 else 0
     # Dense weights, and of every tuned one its gradient, its code, and where codes move how far, from where.
     codes = 4 + 3 if sizes.recipe.weights.distill_codes else 1
     weights = sizes.total * sizes.item + tuned * (sizes.item + codes) + 24 * sizes.largest
     states = settings.rows * settings.length * sizes.hidden * sizes.item
     blocks = len(sizes.linears) * tokens * (6 * sizes.widest + 12 * sizes.hidden) * sizes.item
-    return KEPT_BY_ALLOCATOR * (weights + states + blocks + 7 * 4.0 * tokens * sizes.vocabulary)
+    return KEPT_BY_ALLOCATOR * (weights + head + states + blocks + 7 * 4.0 * tokens * sizes.vocabulary)
 
 
 def distill_seconds(sizes: Sizes, pace: Pace) -> float:

@@ -15,7 +15,7 @@ from sinkquant.schemes.codecs.packed import PackedWeight
 
 BLOCK = 64
 CHUNK = 1 << 24
-"""Weights that are worked on at a time."""
+"""Weights, or pairs of groups whose scales are fitted together, that are worked on at a time."""
 
 
 @torch.no_grad()
@@ -35,7 +35,8 @@ def descend(packed: PackedWeight, weight: torch.Tensor, hessian: torch.Tensor, p
     """
     metric, grid = hessian.float(), grid or IntegerGrid(packed.bits, packed.scale.dtype)
     codes, scale = torch.empty_like(packed.codes), torch.empty_like(packed.scale)
-    step = max(1, CHUNK // weight.shape[1])
+    pairs = packed.scale.shape[1] ** 2 if grid.free_scales else 0
+    step = max(1, CHUNK // max(weight.shape[1], pairs))
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
         wanted = metric @ weight[rows].T.float()

@@ -14,6 +14,7 @@ from sinkquant.models.hooks import compute_in
 from sinkquant.models.steps import Progress
 from sinkquant.quantize.refine import Distill, Offsets, Scales, TeacherTargets, Tuned, decompressed
 from sinkquant.quantize.rows import calibration_rows
+from sinkquant.quantize.transforms.parameters import read
 from sinkquant.schemes.codecs.packed import PackedWeight
 
 
@@ -46,7 +47,9 @@ def teacher_targets(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizer
     walk = Walk(decoder, rows, plan.calibration.batch_size, device, dtype, store=store)
     for _ in walk.steps():
         pass
-    return TeacherTargets(rows, walk.hidden)
+    output = decoder.model.get_output_embeddings()
+    packed = [name for name in plan.ends if decoder.model.get_submodule(name) is output]
+    return TeacherTargets(rows, walk.hidden, read(decoder, f"{packed[0]}.weight") if packed else None)
 
 
 def distilled(decoder: Decoder, plan: Plan, teacher: TeacherTargets, starts: Mapping[str, TuningStart], device: str,
@@ -54,7 +57,7 @@ def distilled(decoder: Decoder, plan: Plan, teacher: TeacherTargets, starts: Map
     """Tune all quantized linears of a model whose blocks are done, in memory as a whole.
 
     Returns:
-        module name -> packed weight, in main memory; a model that holds its weights holds these now.
+        module name -> packed weight, in main memory.
 
     Raises:
         SinkquantError: the divergence is not finite.
@@ -69,8 +72,4 @@ def distilled(decoder: Decoder, plan: Plan, teacher: TeacherTargets, starts: Map
             weights = method.run(decoder, tuned, teacher, device, stored, progress)
     finally:
         model.train(was_training)
-    if decoder.source is None:  # exactly what the checkpoint gives, whatever was computed in
-        for name, packed in weights.items():
-            old = decoder.weight(name)
-            decoder.put(name, packed.dequantized(stored).to(old.device))
     return {name: packed.to("cpu") for name, packed in weights.items()}

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from sinkquant.artifacts import Plan
+from sinkquant.artifacts import EndShape, Plan
 from sinkquant.artifacts.ends import WEIGHT
 from sinkquant.models import Decoder
 from sinkquant.models.tensors import pieces
@@ -20,8 +20,8 @@ from sinkquant.schemes.codecs import PackedWeight, codec_of
 def untie(decoder: Decoder, plan: Plan) -> None:
     """Give a tied head a weight of its own where the plan stores it in another way than the embedding."""
     shape = decoder.shape("").ends if plan.ends else {}
-    for name, end in plan.ends.items():
-        if shape[name].shared_with is not None and end.shares is None:
+    for name, end in shape.items():
+        if end.shared_with is not None and (name not in plan.ends or plan.ends[name].shares is None):
             untie_head(decoder)
 
 
@@ -52,10 +52,11 @@ def quantize_ends(decoder: Decoder, plan: Plan) -> dict[str, PackedWeight]:
     return found
 
 
-def end_leaves(decoder: Decoder, plan: Plan, name: str, packed: PackedWeight) -> dict[str, torch.Tensor]:
+def end_leaves(decoder: Decoder, plan: Plan, name: str, shape: EndShape,
+               packed: PackedWeight) -> dict[str, torch.Tensor]:
     """The tensors of the embedding or the head, or of some of their rows, by their names in a checkpoint."""
     end = plan.ends[name]
     leaves = codec_of(end.form).leaves(packed, end.form) | {
-        leaf: decoder.model.get_submodule(name).get_buffer(leaf).cpu() for leaf in decoder.shape("").ends[name].buffers}
+        leaf: decoder.model.get_submodule(name).get_buffer(leaf).cpu() for leaf in shape.buffers}
     return {f"{name}.{leaf}": tensor.clone().contiguous() for leaf, tensor in leaves.items()
             if not (end.shares and leaf == WEIGHT)}

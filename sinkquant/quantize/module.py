@@ -36,7 +36,7 @@ def quantize_modules(decoder: Decoder, decisions: Mapping[str, ModuleDecision], 
     for name in decisions:
         if seen is not None and name in made.silent:
             unheard(seen, made.silent[name])
-    hessian = None if seen is None else seen.mean()
+    hessian = seen.mean() if seen is not None and decisions else None
     together: dict[tuple[str, WeightFormat, float | None], list[Problem]] = {}
     for name, decision in decisions.items():
         pruned = _pruned(decoder, name, decision, plan, made, hessian)
@@ -70,8 +70,6 @@ def _pruned(decoder: Decoder, name: str, decision: ModuleDecision, plan: Plan, m
     if silent is not None:
         pruned = still_pruned(pruned, weight, silent)
     if pruned is not None:
-        if decision.form.split:
-            raise RequestError(f"the plan both prunes and splits {name}; it can do one of the two.")
         made.kept[name] = pruned.kept
     return pruned
 

@@ -182,10 +182,10 @@ def _written(folder: Path, decoder: Decoder, plan: Plan) -> dict[str, torch.Tens
     Returns:
         every parameter as it should come back.
     """
-    model, leaves = decoder.model, dict[str, torch.Tensor]()
+    model, shape, leaves = decoder.model, decoder.shape(""), dict[str, torch.Tensor]()
     with torch.no_grad():
         for name, packed in quantize_ends(decoder, plan).items():
-            leaves |= end_leaves(decoder, plan, name, packed)
+            leaves |= end_leaves(decoder, plan, name, shape.ends[name], packed)
         for index, name in enumerate(decoder.block_names):
             mine = {one: decision for one, decision in inside(name, plan.modules).items() if decision.form.packed}
             made = QuantizedBlock(index, name, {}, {}, fused_scales=fused_scales(decoder, mine))
@@ -200,7 +200,7 @@ def _written(folder: Path, decoder: Decoder, plan: Plan) -> dict[str, torch.Tens
     kept = {name: tensor.contiguous() for name, tensor in remove_tied_weights_from_state_dict(
         model.state_dict(), model).items() if name not in gone}
     leaves |= {name: torch.ones(size, dtype=model.dtype)
-               for name, (_, size) in kv_scale_tensors(decoder.shape(""), plan.kv_scheme).items()}
+               for name, (_, size) in kv_scale_tensors(shape, plan.kv_scheme).items()}
     save_file(kept | leaves, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads(model.config.to_json_string(use_diff=False))
     config |= {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch."),

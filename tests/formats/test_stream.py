@@ -139,7 +139,7 @@ def test_killed_anywhere_and_resumed_to_the_same_bytes(
 def test_tuned_end_to_end_and_killed_anywhere(source: Path, tokenizer: PreTrainedTokenizerFast, recipe: sq.Recipe,
                                               sink_map: sq.SinkMap, tmp_path: Path) -> None:
     chosen = recipe.replace(["weights.distill=6", "weights.method=rtn", "weights.tune=1", "calibration.length=32",
-                             "calibration.rows=4", "weights.bits=2"])
+                             "calibration.rows=4", "weights.bits=2", "weights.lm_head=4"])
     model = load_model(source)
     plan = sq.plan(model, sink_map, chosen)
     sq.save(sq.quantize(model, plan, tokenizer), tokenizer, tmp_path / "memory", sink_map, chosen)

@@ -131,3 +131,15 @@ def test_values_and_what_reads_them(family: str, more: dict[str, bool]) -> None:
             columns = (second.T if pair.second.transposed else second)
             columns /= scale[pair.reads]
         torch.testing.assert_close(model(ids).logits, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_key_value_heads_may_differ_by_layer() -> None:
+    """Gemma 4 without embeddings per layer: its full attention has heads of its own."""
+    config = AutoConfig.for_model(
+        "gemma4_text", vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_global_key_value_heads=1, head_dim=16, global_head_dim=32,
+        attention_k_eq_v=True, num_kv_shared_layers=0, hidden_size_per_layer_input=0, sliding_window=48,
+        layer_types=["sliding_attention", "full_attention"], pad_token_id=0)
+    shape = Decoder.of(AutoModelForCausalLM.from_config(config)).shape("")
+    assert shape.attentions == {"model.layers.0.self_attn": 2, "model.layers.1.self_attn": 1}
+    assert [layer.heads for layer in shape.kv_layers] == [2, 1]

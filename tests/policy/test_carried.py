@@ -41,6 +41,8 @@ def plan_of(decoder: Decoder, kind: str, *more: str) -> Plan:
     ((*BACKEND_CASES["quanto-4"], "weights.bits=3"), "quanto holds 2 or 4 or 8 bits"),
     ((*BACKEND_CASES["quanto-4"], "weights.group_size=64"), "set weights.group_size=128"),
     ((*BACKEND_CASES["quanto-4"], "prune.method=magnitude"), "no code for zero"),
+    (("backend=gguf", "weights.format=iq4_nl", "weights.bits=5", "prune.method=wanda", "budget.bits=5.5",
+      "budget.solver=sensitivity"), r"4 bits have no code for zero.*use 5 bits \(in sensitivity.bits too\)"),
     ((*BACKEND_CASES["gptq-4"], "weights.bits=5"), "gptq holds 2 or 3 or 4 or 8 bits"),
     ((*BACKEND_CASES["gptq-4"], "weights.overrides=[{pattern: '*', bits: 4, group_size: 64}]"), "one group size"),
     ((*BACKEND_CASES["gptq-4"], "weights.overrides=[{pattern: '*', bits: 8}]"), "gptq holds 4 or 16 bits")])

@@ -152,6 +152,14 @@ def test_float16_models_with_large_weights_stay_finite(small: list[str]) -> None
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("more", [[], ["weights.tune=1"], ["weights.distill=1"]])
+def test_the_model_holds_what_is_packed_whatever_was_computed_in(model: PreTrainedModel, small: list[str],
+                                                                 more: list[str]) -> None:
+    quantize(model, planned(model, [*small, *more]), tiny_tokenizer(), dtype="bfloat16")
+    for name, packed in state_of(model).weights.items():
+        assert torch.equal(model.get_parameter(f"{name}.weight"), packed.dequantized()), name
+
+
 @pytest.mark.parametrize(("assignments", "asked"), [
     (["weights.rotate=full", "weights.method=rtn"], {"device": "gpu"}),
     (["weights.rotate=full"], {}), (["weights.lm_head=8", "weights.embeddings=8"], {}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sinkquant.quantize import GPTQ, to_integers
+from sinkquant.quantize import GPTQ, descent, to_integers
 from sinkquant.quantize.descent import descend
 
 
@@ -62,6 +62,21 @@ def test_scales_fit_their_codes() -> None:
             scale[:, group] *= factor
             changed = packed.codes.double() * scale.repeat_interleave(32, dim=1)
             assert losses(changed, weight, hessian).sum() > least.sum()
+
+
+def test_few_rows_at_a_time_where_groups_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is solved for the scales of a row has the square of its groups."""
+    weight, hessian = problem(3)
+    packed = to_integers(4, 4).quantize(weight)
+    whole = descend(packed, weight, hessian, 2)
+    solved: list[int] = []
+    solve = torch.linalg.solve_ex
+    monkeypatch.setattr(torch.linalg, "solve_ex", lambda a, b: solved.append(a.numel()) or solve(a, b))
+    monkeypatch.setattr(descent, "CHUNK", 5 * 40 ** 2)
+    parts = descend(packed, weight, hessian, 2)
+    assert max(solved) == 5 * 40 ** 2
+    assert torch.equal(parts.codes, whole.codes)
+    torch.testing.assert_close(parts.scale, whole.scale)
 
 
 def test_groups_of_zeros_stay_zero() -> None:

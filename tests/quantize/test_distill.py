@@ -69,6 +69,17 @@ def test_every_family_comes_nearer_and_loads_as_it_was(family: str, text_file: P
             assert torch.equal(again(row).logits, model(row).logits)
 
 
+@pytest.mark.parametrize("more", [["weights.lm_head=2"], ["weights.lm_head=8", "weights.embeddings=8"]])
+def test_it_learns_from_the_unquantized_head(more: list[str], text_file: Path,
+                                             caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16, tie_word_embeddings="weights.embeddings=8" in more)
+    with caplog.at_level("INFO", "sinkquant"):
+        quantize(model, planned(model, text_file, 2, "weights.bits=4", *more), tiny_tokenizer())
+    last = float(re.findall(r"\d\.\d+", caplog.messages[-1])[-1])
+    tied = model.config.tie_word_embeddings
+    assert divergence("llama", model, text_file, tie_word_embeddings=tied) == pytest.approx(last, rel=0.03, abs=1e-5)
+
+
 @pytest.mark.parametrize("more", [
     ["weights.rotate=values", "weights.smooth=smoothquant", "weights.tune=2", "activations.format=int8"],
     ["weights.method=gptq", "prune.method=wanda", "prune.pattern=2:4"], ["backend=gptq"]])

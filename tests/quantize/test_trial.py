@@ -8,12 +8,15 @@ import pytest
 from accelerate import init_empty_weights
 from commands import call, one_sentence, settings
 from families import FAMILIES, MIXTURES, tiny_mixture, tiny_model
+from sinkmaps import sink_map_of
 from small_runs import model_folder
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
+from sinkquant.policy import make_plan
 from sinkquant.policy.plan import formats_asked
+from sinkquant.quantize import quantize
 from sinkquant.quantize.trial import require_loads
 from sinkquant.recipe import Recipe
 
@@ -33,6 +36,15 @@ def test_every_family_loads_or_has_a_format_of_its_own(family: str) -> None:
 @pytest.mark.parametrize("family", sorted(MIXTURES))
 def test_so_does_every_mixture(family: str) -> None:
     assert tried(tiny_mixture(family), "weights.bits=8", "weights.group_size=-1") == "yes"
+
+
+def test_a_rotation_unties_the_head_of_a_packed_embedding() -> None:
+    """The tiny model is not rotated, but its head is tied to nothing either."""
+    model = tiny_model("llama", tie_word_embeddings=True)
+    plan = make_plan(Decoder.of(model).shape(""), sink_map_of(Decoder.of(model)), Recipe().replace([
+        "weights.rotate=full", "weights.embeddings=8", "weights.method=rtn", "weights.group_size=32"]))
+    assert [end.bits for end in plan.ends.values()] == [8]
+    quantize(model, plan)
 
 
 def test_a_model_of_any_size_is_tried_in_no_memory() -> None:

@@ -31,10 +31,12 @@ class TeacherTargets:
     """What the unquantized model has to say about the calibration rows.
 
     rows: int64 [rows, length]. hidden: [rows, length, hidden_size], what its last block gives, in the compute dtype.
+    head: the weight of its output head, where the quantized model's is packed.
     """
 
     rows: torch.Tensor
     hidden: torch.Tensor
+    head: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -133,10 +135,16 @@ class TeacherDivergence:
         return torch.as_tensor(self.decoder.model(rows, use_cache=False).logits)
 
     def _wanted(self, part: torch.Tensor) -> torch.Tensor:
-        """Logits of the unquantized model, float32 [rows, length, vocabulary]. What follows the blocks is not
-        quantized: the quantized model's serves."""
+        """Logits of the unquantized model, float32 [rows, length, vocabulary]. What follows the blocks is the quantized
+        model's, but for a head that is packed."""
+        parameter = self.decoder.model.get_output_embeddings().weight
+        own = parameter.data
         with torch.no_grad(), stubbed(self.decoder, self.teacher.hidden[part].to(self.device)):
-            return self._given(part).float()
+            parameter.data = own if self.teacher.head is None else self.teacher.head.to(own)
+            try:
+                return self._given(part).float()
+            finally:
+                parameter.data = own
 
 
 def _taken_gradient(linear: nn.Module) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ from sinkquant.quantize.transforms.search import Reader, best, best_rounded
 LIMIT = 1e4
 """No channel is scaled by more, or by less than one over it."""
 STEPS = 20
-"""Powers from 0 to 1 that are tried."""
+"""Equal steps of the powers from 0 to 1."""
 STRENGTHS = (0.2, 0.35, 0.5, 0.65, 0.8)
 """Of SmoothQuant's scale that are tried."""
 
@@ -49,7 +49,7 @@ def searched_smoothquant(place: Place, seen: InputStatistics, weights: list[torc
 
 def awq(place: Place, seen: InputStatistics, readers: list[Reader], scale_search: bool) -> torch.Tensor:
     """Divide every channel by a power of its mean |x| (Lin et al. 2306.00978, section 3.2): the power, of `STEPS` from
-    0 to 1, that leaves the least weighted error in what the packed readers give, rounded to nearest."""
+    0 to 0.95, that leaves the least weighted error in what the packed readers give, rounded to nearest."""
     sizes = place.channels(seen.mean, largest=False).clamp(min=1e-4)
     return _best_of([_middle(sizes ** (step / STEPS)) for step in range(STEPS)], place, seen, readers, scale_search)
 

@@ -118,11 +118,11 @@ class BitsAndBytesFiles(LibraryFiles):
         return found
 
     def reload(self, folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
-        """By transformers."""
+        """By transformers, on the CPU: without a word of devices it takes a GPU that is there."""
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # brings bitsandbytes along
 
         with no_progress_bars():
-            model = class_for(folder).from_pretrained(folder, dtype=dtype)
+            model = class_for(folder).from_pretrained(folder, dtype=dtype, device_map={"": "cpu"})
         dense = {}
         for name, parameter in model.named_parameters():
             module = model.get_submodule(name.rpartition(".")[0])

@@ -9,6 +9,7 @@ import torch
 
 from sinkquant.schemes import WeightFormat
 from sinkquant.schemes.codecs.codec import Codec, Leaves, StoredWeight
+from sinkquant.schemes.codecs.integer_scales import group_costs
 from sinkquant.schemes.codecs.packed import PackedWeight
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
@@ -63,7 +64,7 @@ class FP8Grid:
         best = reach = self.storable(weight.abs().amax(1, keepdim=True) / LARGEST)
         if not search:
             return reach
-        cost = torch.ones(weight.shape[1], device=weight.device) if importance is None else importance.float()
+        cost = group_costs(weight, importance, weight.shape[1])
         least = torch.full(reach.shape, torch.inf, device=weight.device)
         for share in SHARES.flip(0).tolist():
             scale = self.storable(reach.float() * share)

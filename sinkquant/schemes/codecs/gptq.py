@@ -85,7 +85,7 @@ class GPTQFiles(LibraryFiles):
             "meta": {"quantizer": [f"sinkquant:{importlib.metadata.version('sinkquant')}"]}}
         blocks: dict[str, set[str]] = {}
         for name in plan.modules:
-            block, _, leaf = _parts(name)
+            block, leaf = _parts(name)
             blocks.setdefault(block, set()).update([leaf] if name in formats else [])
         if len({frozenset(leaves) for leaves in blocks.values()}) == 1:
             found["modules_in_block_to_quantize"] = [sorted(next(iter(blocks.values())))]
@@ -104,11 +104,11 @@ class GPTQFiles(LibraryFiles):
                 for key in stored if key.endswith(QWEIGHT)}
 
 
-def _parts(name: str) -> tuple[str, str, str]:
-    """"model.layers.3.mlp.up_proj" -> ("model.layers.3", "3", "mlp.up_proj")."""
-    match = re.match(r"(.*?\.(\d+))\.(.*)", name)
+def _parts(name: str) -> tuple[str, str]:
+    """"model.layers.3.mlp.up_proj" -> ("model.layers.3", "mlp.up_proj")."""
+    match = re.match(r"(.*?\.\d+)\.(.*)", name)
     assert match is not None
-    return match[1], match[2], match[3]
+    return match[1], match[2]
 
 
 def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:

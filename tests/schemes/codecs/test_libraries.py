@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from sinkmaps import sink_map_of
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
 from sinkquant.artifacts import Plan
 from sinkquant.errors import RequestError
@@ -23,6 +25,7 @@ from sinkquant.models import Decoder
 from sinkquant.policy import make_control, make_plan
 from sinkquant.quantize import quantize
 from sinkquant.recipe import Recipe
+from sinkquant.schemes.codecs import LibraryFiles, files_of
 
 FAMILIES = {"llama": torch.float32, "gpt_neox": torch.float32, "gemma2": torch.bfloat16, "qwen3_moe": torch.float16}
 GRID = [(family, (kinds[i % len(kinds)])) for i, family in enumerate(FAMILIES) for kinds in (
@@ -96,6 +99,22 @@ def test_the_control_has_the_same_bytes(family: str, kind: str, text_file: Path)
     assert control.backend == plan.backend == recipe.backend
     assert control.weight_bytes == pytest.approx(plan.weight_bytes, rel=0.01)
     assert {form.storage for form in control.formats.values()} == {form.storage for form in plan.formats.values()}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "llm.int8"])
+def test_bitsandbytes_loads_on_the_cpu_where_there_is_a_gpu(kind: str, text_file: Path, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    def update(_: Any, asked: Any) -> Any:
+        return asked or {"": "meta"}  # as with "cuda": a place of its own choice, where none is named
+
+    for quantizer in (Bnb4BitHfQuantizer, Bnb8BitHfQuantizer):
+        monkeypatch.setattr(quantizer, "update_device_map", update)
+    model, _ = quantized(kind, text_file)  # the trial loads a tiny one
+    files = files_of("bitsandbytes")
+    assert isinstance(files, LibraryFiles)
+    found = files.reload(save(model, tiny_tokenizer(), tmp_path / "out"), torch.float32)
+    assert found is not None
+    assert {tensor.device.type for tensor in found.values()} == {"cpu"}
 
 
 @pytest.mark.parametrize("kind", ["quanto-8", "quanto-float8"])
