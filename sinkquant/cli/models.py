@@ -76,6 +76,7 @@ def diagnose(models: Annotated[list[str], typer.Argument(help="A model folder, a
             loaded = load_dense(folder, trust_remote_code=trust_remote_code)
             found.append(examine(loaded, tokenizer, text, recipe, name, known, against=quantized,
                                  against_name=against or "", progress=progress))
+            del loaded, quantized  # before the next ones are loaded
     if output:
         found[0].save(output)
     if depth_plot and found[0].depth is not None:
