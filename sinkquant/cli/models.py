@@ -51,8 +51,8 @@ def diagnose(models: Annotated[list[str], typer.Argument(help="A model folder, a
              text: TextOption = None, assignments: SetOption = None, json: JsonOption = False,
              sink_map: SinkMapOption = None,
              output: Annotated[Path | None, to_file("Write the diagnosis here.")] = None,
-             depth_plot: Annotated[Path | None, typer.Option(help="Write a page here that draws the depth at which "
-                                                                  "tokens settle.")] = None,
+             depth_plot: Annotated[Path | None, to_file("Write a page here that draws the depth at which tokens "
+                                                        "settle.", "--depth-plot")] = None,
              trust_remote_code: TrustOption = False) -> None:
     """What the sinks do for a model: over-mixing, spread, robustness, each beside its null; sink fidelity."""
     recipe = Recipe().replace(assignments or [])
