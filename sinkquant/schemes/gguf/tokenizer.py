@@ -89,8 +89,8 @@ def _require_plain(given: dict[str, Any], marks: bool, folder: Path) -> None:
         kind, mark = step.get("type"), "\u2581"
         known = [{"type": "Prepend", "prepend": mark}, {"type": "Replace", "pattern": {"String": " "}, "content": mark}]
         if kind != "NFC" and not (marks and step in known):
-            raise RequestError(f"the tokenizer of {folder} changes text by {kind} before it splits it, which a GGUF file "
-                               "cannot say; use another backend.")
+            raise RequestError(f"the tokenizer of {folder} changes text by {kind} before it splits it, which a GGUF "
+                               "file cannot say; use another backend.")
 
 
 def split_of(content: dict[str, Any], ignore_merges: bool, folder: Path) -> str:

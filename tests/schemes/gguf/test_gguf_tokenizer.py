@@ -78,7 +78,7 @@ def test_what_changes_text_before_it_is_split(normalizer: normalizers.Normalizer
                                               tmp_path: Path) -> None:
     for made, fits in ((byte_level(), bytes_too), (byte_fallback(), spaces_too)):
         made.backend_tokenizer.normalizer = normalizer
-        with nullcontext() if fits else pytest.raises(RequestError, match="changes text by .* before it splits it"):
+        with nullcontext() if fits else pytest.raises(RequestError, match=r"changes text by .* before it splits it"):
             metadata(tmp_path / str(fits), made, 400)
 
 
