@@ -27,6 +27,7 @@ from sinkquant.cli.parts import (
     printed,
     shown_progress,
     to_file,
+    writable,
 )
 from sinkquant.cli.show import show_sink_map
 from sinkquant.errors import RequestError
@@ -116,7 +117,8 @@ def cut(model: ModelArgument,
 
 
 def imatrix(model: ModelArgument,
-            output: Annotated[Path, typer.Option("-o", "--output", help="The file to write, as imatrix.gguf.")],
+            output: Annotated[Path, typer.Option("-o", "--output", callback=writable,
+                                                 help="The file to write, as imatrix.gguf.")],
             recipe: RecipeOption = DEFAULT_RECIPE, assignments: SetOption = None, text: TextOption = None,
             sink_map: SinkMapOption = None, trust_remote_code: TrustOption = False) -> None:
     """Write an importance matrix with the sinks' weight, for llama.cpp's llama-quantize --imatrix."""

@@ -41,10 +41,15 @@ TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code
 def to_file(text: str, *names: str) -> Any:
     """The option of a command that writes one file, -o where it has no other name; refused before anything is computed
     where it cannot be written."""
-    return typer.Option(*(names or ("-o", "--output")), dir_okay=False, callback=_writable, help=text)
+    return typer.Option(*(names or ("-o", "--output")), dir_okay=False, callback=writable, help=text)
 
 
-def _writable(path: Path | None) -> Path | None:
+def writable(path: Path | None) -> Path | None:
+    """The file that an option names.
+
+    Raises:
+        RequestError: nothing can be written where it is to be.
+    """
     if path is not None:
         require_writable(path.parent)
     return path

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import LinearShape, SinkMap
 from sinkquant.errors import RequestError, SinkquantError
-from sinkquant.formats.output import require_writable
 from sinkquant.imatrix.file import Importance, expert_names, tensor_names, write_importance
 from sinkquant.models import ActivationStore, Decoder, Step, Walk, pick_device
 from sinkquant.models.decoder import require_dense, weight_matrix
@@ -98,7 +97,6 @@ def check_imatrix(decoder: Decoder, target: Path) -> dict[str, str]:
                            "written; use llama-imatrix.")
     if not target.parent.is_dir():
         raise RequestError(f"there is no folder {target.parent} to write {target.name} into; make it first.")
-    require_writable(target.parent)
     if target.is_dir():
         raise RequestError(f"{target} is a folder; name the file, as {target / 'imatrix.gguf'}.")
     return names

@@ -140,7 +140,7 @@ def cast_model(model: PreTrainedModel, device: str, dtype: torch.dtype) -> PreTr
     transformers loads it in that dtype."""
     angles = [(module, name, buffer) for module in model.modules()
               for name, buffer in module.named_buffers(recurse=False) if name.endswith("inv_freq")]
-    model = model.to(device, dtype)  # type: ignore[arg-type]
+    model = model.to(device, dtype)
     for module, name, buffer in angles:
         setattr(module, name, buffer.to(device))
     return model
