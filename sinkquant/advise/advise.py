@@ -17,6 +17,7 @@ from sinkquant.errors import RequestError
 from sinkquant.evaluate import compare_rows, held_out_rows, paired_difference
 from sinkquant.models import (
     Decoder,
+    cast_model,
     load_model,
     load_tokenizer,
     max_length,
@@ -225,7 +226,7 @@ class _Bench:
         model = load_model(self.folder, trust_remote_code=self.trust_remote_code)
         if any(decision.bits < 16 for decision in plan.modules.values()) or plan.changed:
             quantize(model, plan, self.tokenizer, compute.device, compute.dtype)
-        model = model.to(pick_device(compute.device), getattr(torch, compute.dtype))
+        model = cast_model(model, pick_device(compute.device), getattr(torch, compute.dtype))
         source = self.base
         if plan.kv_cache is not None and plan.rotation is not None:
             source = self._load()

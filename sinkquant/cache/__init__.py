@@ -4,6 +4,6 @@ from sinkquant.cache.bases import Bases, find_bases, load_bases, needs_bases, sa
 from sinkquant.cache.cache import SinkCache
 from sinkquant.cache.files import load_cache, save_cache
 from sinkquant.cache.install import install
-from sinkquant.cache.prefix import Prefix, load_prefix, make_prefix, put_in_front, save_prefix
+from sinkquant.cache.prefix import Prefix, find_prefix, load_prefix, make_prefix, put_in_front, save_prefix
 from sinkquant.cache.prepare import prepare
 from sinkquant.cache.score import cached_logits

@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sinkquant.cache.ordered import load_ordered, save_ordered
 from sinkquant.errors import RequestError
-from sinkquant.models import vocabulary_of
+from sinkquant.models import AttentionRecord, Walk, vocabulary_of
 
 SCHEMA = "sinkquant/kvprefix@1"
 SMALLEST = 2.0 ** -14
@@ -54,6 +54,33 @@ def make_prefix(model: PreTrainedModel, ids: list[int]) -> Prefix:
     layers = {index: layer for index, layer in enumerate(cache.layers) if layer.is_initialized}
     return Prefix(tuple(ids), {index: layer.keys[0].clone() for index, layer in layers.items()},
                   {index: layer.values[0].clone() for index, layer in layers.items()}, fingerprint(model, ids))
+
+
+def find_prefix(walk: Walk) -> Prefix:
+    """The same of a model whose blocks may lie on disk.
+
+    Args:
+        walk: over one row, the tokens of the prefix; not begun, without observers.
+    """
+    model, seen = walk.decoder.model, _States()
+    walk.observers.append(seen)
+    for step in walk.steps():
+        step.run()
+    ids = walk.rows[0].tolist()
+    with walk.decoder.present([model.get_input_embeddings()]):
+        return Prefix(tuple(ids), seen.keys, seen.values, fingerprint(model, ids))
+
+
+class _States:
+    """Keeps the keys and values of a single row."""
+
+    def __init__(self) -> None:
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+
+    def attention(self, record: AttentionRecord) -> None:
+        """Keep those of one layer."""
+        self.keys[record.layer], self.values[record.layer] = record.key[0].cpu().clone(), record.value[0].cpu().clone()
 
 
 def fingerprint(model: PreTrainedModel, ids: list[int]) -> str:

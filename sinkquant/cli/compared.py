@@ -18,6 +18,7 @@ from sinkquant.cli.parts import (
     TrustOption,
     printed,
     shown_progress,
+    task_names,
     to_file,
 )
 from sinkquant.models import resolve
@@ -46,10 +47,9 @@ def compare(checkpoints: Annotated[list[str], typer.Argument(help=CHECKPOINT + "
 
     if output:
         require_kind(output, KINDS)
-    named = [name.strip() for name in tasks.split(",")] if tasks else []
     with shown_progress() as progress:
-        found = measure(checkpoints, baseline, text=text, tasks=named, recipe=recipe, sink_map=known, sinks=sinks,
-                        trust_remote_code=trust_remote_code, progress=progress)
+        found = measure(checkpoints, baseline, text=text, tasks=task_names(tasks), recipe=recipe, sink_map=known,
+                        sinks=sinks, trust_remote_code=trust_remote_code, progress=progress)
     if output:
         write_comparison(output, found)
     if printed(found, json):

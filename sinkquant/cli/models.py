@@ -27,6 +27,7 @@ from sinkquant.cli.parts import (
     printed,
     shown_progress,
     to_file,
+    writable,
 )
 from sinkquant.cli.show import show_sink_map
 from sinkquant.errors import RequestError
@@ -51,8 +52,8 @@ def diagnose(models: Annotated[list[str], typer.Argument(help="A model folder, a
              text: TextOption = None, assignments: SetOption = None, json: JsonOption = False,
              sink_map: SinkMapOption = None,
              output: Annotated[Path | None, to_file("Write the diagnosis here.")] = None,
-             depth_plot: Annotated[Path | None, typer.Option(help="Write a page here that draws the depth at which "
-                                                                  "tokens settle.")] = None,
+             depth_plot: Annotated[Path | None, to_file("Write a page here that draws the depth at which tokens "
+                                                        "settle.", "--depth-plot")] = None,
              trust_remote_code: TrustOption = False) -> None:
     """What the sinks do for a model: over-mixing, spread, robustness, each beside its null; sink fidelity."""
     recipe = Recipe().replace(assignments or [])
@@ -76,6 +77,7 @@ def diagnose(models: Annotated[list[str], typer.Argument(help="A model folder, a
             loaded = load_dense(folder, trust_remote_code=trust_remote_code)
             found.append(examine(loaded, tokenizer, text, recipe, name, known, against=quantized,
                                  against_name=against or "", progress=progress))
+            del loaded, quantized  # before the next ones are loaded
     if output:
         found[0].save(output)
     if depth_plot and found[0].depth is not None:
@@ -115,7 +117,8 @@ def cut(model: ModelArgument,
 
 
 def imatrix(model: ModelArgument,
-            output: Annotated[Path, typer.Option("-o", "--output", help="The file to write, as imatrix.gguf.")],
+            output: Annotated[Path, typer.Option("-o", "--output", callback=writable,
+                                                 help="The file to write, as imatrix.gguf.")],
             recipe: RecipeOption = DEFAULT_RECIPE, assignments: SetOption = None, text: TextOption = None,
             sink_map: SinkMapOption = None, trust_remote_code: TrustOption = False) -> None:
     """Write an importance matrix with the sinks' weight, for llama.cpp's llama-quantize --imatrix."""

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from sinkquant.artifacts import Artifact, Sensitivity, SinkMap
 from sinkquant.cli.paper import err, out
+from sinkquant.formats.output import require_writable
 from sinkquant.models import resolve
 from sinkquant.recipe import Recipe
 
@@ -37,9 +38,26 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the artifact as 
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model folder carries.")]
 
 
-def to_file(text: str) -> Any:
-    """The option -o of a command that writes one file."""
-    return typer.Option("-o", "--output", dir_okay=False, help=text)
+def to_file(text: str, *names: str) -> Any:
+    """The option of a command that writes one file, -o where it has no other name; refused before anything is computed
+    where it cannot be written."""
+    return typer.Option(*(names or ("-o", "--output")), dir_okay=False, callback=writable, help=text)
+
+
+def writable(path: Path | None) -> Path | None:
+    """The file that an option names.
+
+    Raises:
+        RequestError: nothing can be written where it is to be.
+    """
+    if path is not None:
+        require_writable(path.parent)
+    return path
+
+
+def task_names(given: str | None) -> list[str]:
+    """The tasks that an option names by commas."""
+    return [name.strip() for name in (given or "").split(",") if name.strip()]
 
 
 def for_engine(recipe: Recipe, engine: str | None) -> Recipe:

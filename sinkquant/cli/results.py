@@ -18,6 +18,7 @@ from sinkquant.cli.parts import (
     TrustOption,
     printed,
     shown_progress,
+    task_names,
     to_file,
 )
 from sinkquant.cli.show import show_report
@@ -35,7 +36,7 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A run's folder or a ch
     """Measure a checkpoint with lm-eval, beside its baseline and its control: all documents, all rows."""
     asked: dict[str, Any] = {"sample": None, "precision": None} | ({"text": text} if text else {})
     asked |= {"task_folder": str(task_folder)} if task_folder else {}
-    asked |= {"tasks": [name.strip() for name in tasks.split(",")]} if tasks else {}
+    asked |= {"tasks": task_names(tasks)} if tasks else {}
     if not folder.is_dir() and folder.suffix != ".gguf":
         raise RequestError(f"{folder} is no folder; give a run's folder, a checkpoint or a GGUF file.")
     from sinkquant.models.processes import this_process

@@ -100,7 +100,8 @@ def task_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[tupl
     with ready_tasks(settings.text, content, settings.tasks, recipe.seed) as folder:
         for path in sorted(folder.glob("*.jsonl")):
             if path.stem in settings.tasks:
-                items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+                lines = path.read_text(encoding="utf-8").split("\n")  # JSON holds other ends of lines as they stand
+                items = [json.loads(line) for line in lines if line]
                 count = min(len(items), settings.limit or settings.sample or len(items))
                 lengths = [_characters(path.stem, item, tokenizer) for item in items]
                 read, scored = (per_character * count * sum(one) / len(items) for one in zip(*lengths, strict=True))

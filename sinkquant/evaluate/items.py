@@ -200,10 +200,10 @@ def _flat(documents: list[str], task: str) -> list[str]:
 
 def _bare(token: str) -> str:
     """The word of a token without the marks around it; empty where it is a name, a number, short or a compound."""
-    start, end = 0, len(token)
-    while end > start and not token[end - 1].isalnum():
+    end = len(token)
+    while end and not token[end - 1].isalnum():
         end -= 1
-    word = token[start:end]
+    word = token[:end]
     return word if len(word) >= 3 and word.isalnum() and not word.isdigit() and not word[0].isupper() else ""
 
 

@@ -8,6 +8,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
+from sinkquant.models import pick_device
 from sinkquant.models.memory import give_back
 from sinkquant.recipe import Recipe
 
@@ -18,9 +19,10 @@ Load = Callable[[], PreTrainedModel]
 
 
 def room(recipe: Recipe) -> float:
-    """Bytes for loaded models."""
-    limit = recipe.compute.memory_limit
-    return SHARE * (psutil.virtual_memory().available if limit is None else limit * 1e9)
+    """Bytes for loaded models, of the memory of the device that they are loaded to."""
+    limit, device = recipe.compute.memory_limit, pick_device(recipe.compute.device)
+    available = psutil.virtual_memory().available if limit is None else limit * 1e9
+    return SHARE * (min(available, torch.cuda.mem_get_info()[0]) if device == "cuda" else available)
 
 
 def size(model: PreTrainedModel) -> int:
@@ -56,6 +58,8 @@ class Shelf:
                 share_equal(next(iter(self._held.values())), model)
             self._held[load] = model
             give_back()  # what loading took beside the model
+        elif load != next(iter(self._held)):
+            self._held[load] = self._held.pop(load)  # what was asked for last goes last
         return self._held[load]
 
 

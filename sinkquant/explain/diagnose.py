@@ -15,6 +15,7 @@ from sinkquant.explain.parts import Part, first_block, put_back
 from sinkquant.explain.patterns import Evidence, findings
 from sinkquant.explain.remedies import remedy
 from sinkquant.models.smaller import HeadCounts
+from sinkquant.recipe import Recipe
 
 MOST = 0.8
 """Share of what the whole module removes that a more specific cause has to."""
@@ -26,11 +27,12 @@ class Measuring:
 
     Attributes:
         loss: of the checkpoint as it is served, nats per token. measure: the same with what is changed just now, which
-            begins in the block that it is given.
+            begins in the block that it is given. recipe: what the checkpoint was made with.
     """
 
     loss: float
     measure: Callable[[int], float]
+    recipe: Recipe
 
     def removes(self, first: int = 0) -> tuple[float, float]:
         """The loss now, and the share of the whole that is gone. first: block that the change begins in, or 0."""
@@ -57,11 +59,11 @@ def cause_in(parts: list[Part], shares: Mapping[str, torch.Tensor], whole: tuple
             if removes > 0 and removes >= MOST * whole[1]:
                 return Cause(kind=finding.kind, where=name, kl_after=after, removes=removes,
                              sentence=f"In {name}, {finding.what}: {finding.done} removes {percent(removes)} of the "
-                                      "loss.", **remedy(finding.kind, name))
-    return _whole(name, parts, whole, model)
+                                      "loss.", **remedy(finding.kind, name, measuring.recipe))
+    return _whole(name, parts, whole, model, measuring.recipe)
 
 
-def _whole(name: str, parts: list[Part], whole: tuple[float, float], model: PreTrainedModel) -> Cause:
+def _whole(name: str, parts: list[Part], whole: tuple[float, float], model: PreTrainedModel, recipe: Recipe) -> Cause:
     after, removes = whole
     ends = [id(model.get_input_embeddings().weight), id(getattr(model.get_output_embeddings(), "weight", None))]
     kind = next((kind for kind, end in zip(("embedding", "head"), ends, strict=True)
@@ -70,7 +72,8 @@ def _whole(name: str, parts: list[Part], whole: tuple[float, float], model: PreT
         kind = "learned sinks"
     matrix = max(parts, key=lambda part: part.quantized.numel())
     bits = bits_of(matrix.quantized) if matrix.quantized.dim() == 2 else None
-    if kind == "embedding" and ends[0] == ends[1]:
+    both = kind == "embedding" and ends[0] == ends[1]
+    if both:
         what = f"The token embedding, which is the output head too ({name}),"
     else:
         what = {"embedding": f"The token embedding ({name})", "head": f"The output head ({name})",
@@ -78,7 +81,7 @@ def _whole(name: str, parts: list[Part], whole: tuple[float, float], model: PreT
     rounded = f"is rounded to {bits} bits" if bits else f"differs by {matrix.error:.0%} of its norm"
     return Cause(kind=kind, where=name, kl_after=after, removes=removes,  # type: ignore[arg-type]
                  sentence=f"{what} {rounded}: putting it back removes {percent(removes)} of the loss.",
-                 **remedy(kind, name))
+                 **remedy("both ends" if both else kind, name, recipe))
 
 
 def percent(share: float) -> str:

@@ -77,6 +77,7 @@ def explain(checkpoint: str, baseline: str, *, text: str | list[str] | None = No
     began = time.monotonic()
     recipe = (recipe or Recipe()).changed(evaluate={} if text is None else {"text": text})
     (opened,), (base,) = open_checkpoints([checkpoint]), open_checkpoints([baseline])
+    asked = Recipe.parse(opened.recipe, "the checkpoint's recipe") if opened.recipe else recipe
     tokenizer = load_tokenizer(base.folder, trust_remote_code)
     notes: list[str] = []
     mine = tokenizer
@@ -117,7 +118,7 @@ def explain(checkpoint: str, baseline: str, *, text: str | list[str] | None = No
         with contextlib.nullcontext() if opened.kv else from_block(model, stream, first):
             return probe.loss(model)
 
-    measuring = Measuring(max(loss, NOTHING), measure)
+    measuring = Measuring(max(loss, NOTHING), measure, asked)
     causes = [broken] if broken else []
     causes += _of_serving(probe, model, measuring, opened, original)
     parts = parts if _comparable(opened, notes) else []
@@ -136,7 +137,6 @@ def explain(checkpoint: str, baseline: str, *, text: str | list[str] | None = No
         causes += _of_sinks(probe, model, stream, known, measuring, causes, recipe, tokenizer, made, notes)
     causes.sort(key=lambda one: -(1.0 if one.removes is None else one.removes))
     if verify and known is not None:
-        asked = Recipe.parse(opened.recipe, "the checkpoint's recipe") if opened.recipe else recipe
         if opened.recipe is None:
             notes.append("the checkpoint carries no recipe; changes were verified on the one that was given, or the "
                          "defaults")
@@ -181,13 +181,14 @@ def _of_serving(probe: Probe, model: PreTrainedModel, measuring: Measuring, open
             after, removes = measuring.removes()
         found.append(Cause(kind="inputs", where="inputs of linears", kl_after=after, removes=removes,
                            sentence=f"The inputs of linears are rounded: leaving them alone removes {percent(removes)} "
-                                    "of the loss.", **remedy("inputs", "")))
+                                    "of the loss.", **remedy("inputs", "", measuring.recipe)))
     if opened.kv is not None:
         after = probe.loss(model, plain_cache=True)
         removes = 1 - after / measuring.loss
         found.append(Cause(kind="kv cache", where="KV cache", kl_after=after, removes=removes,
                            sentence=f"The KV cache is packed in {opened.kv.bits_per_value:.2g} bits: an unquantized "
-                                    f"one removes {percent(removes)} of the loss.", **remedy("kv cache", "")))
+                                    f"one removes {percent(removes)} of the loss.",
+                           **remedy("kv cache", "", measuring.recipe)))
     return [one for one in found if one is not None]
 
 
@@ -216,7 +217,7 @@ def _of_sinks(probe: Probe, model: PreTrainedModel, stream: Stream, known: SinkM
         return []
     return [Cause(kind="sinks", where="sink tokens", kl_after=after, removes=removes,
                   sentence="The loss comes through the sink tokens: letting them carry what they carry in the baseline "
-                           f"removes {percent(removes)} of it.", **remedy("sinks", ""))]
+                           f"removes {percent(removes)} of it.", **remedy("sinks", "", measuring.recipe))]
 
 
 def _worst(tokens: torch.Tensor, probe: Probe, tokenizer: PreTrainedTokenizerBase) -> list[TokenLoss]:

@@ -2,30 +2,78 @@
 
 from __future__ import annotations
 
+import fnmatch
+import re
 from typing import Any
 
+from sinkquant.recipe import KVCache, Recipe
+
 BROKEN = "no recipe makes this: the file was written or read wrong; convert the model again"
+ADVICE = {
+    "super weight": "keep the weight in 16 bits beside the codes, or give its module more bits",
+    "sink columns": "keep the columns that the sinks set in 16 bits beside the codes",
+    "columns": "leave the module in 16 bits", "outlier scale": "let fewer weights share a scale",
+    "module": "give the module more bits", "role": "give these modules more bits",
+    "embedding": "leave the token embedding in 16 bits", "head": "leave the output head in 16 bits",
+    "both ends": "leave the token embedding and the output head in 16 bits",
+    "learned sinks": "leave the learned sinks as they are; they are one number per head",
+    "kv cache": "give the cache more bits", "inputs": "leave the inputs of linears alone",
+    "sinks": "let the sink tokens weigh more in calibration", "order": BROKEN, "rope": BROKEN, "scales": BROKEN,
+}
+CACHE_BITS = (2, 3, 4, 8, 16)
+Changes = list[tuple[str, bool]]
 
 
-def remedy(kind: str, where: str) -> dict[str, Any]:
-    """`recipe` and `advice` of a cause. where: module name, or a pattern of them."""
-    exact = f"weights.ignore=[{where!r}]"
-    found: dict[str, tuple[list[str], str]] = {
-        "super weight": (["protect.channels=split", f"protect.modules=[{where!r}]"],
-                         "keep the weight in 16 bits beside the codes, or give its module more bits"),
-        "sink columns": (["protect.channels=split", f"protect.modules=[{where!r}]"],
-                         "keep the columns that the sinks set in 16 bits beside the codes"),
-        "columns": ([exact], "leave the module in 16 bits"),
-        "outlier scale": (["weights.group_size=32"], "let fewer weights share a scale"),
-        "module": ([f"weights.overrides=[{{pattern: {where!r}, bits: 8}}]"], "give the module more bits"),
-        "role": ([f"weights.overrides=[{{pattern: {where!r}, bits: 8}}]"], "give these modules more bits"),
-        "embedding": ([], "leave the token embedding in 16 bits, as every recipe of sinkquant does"),
-        "head": ([], "leave the output head in 16 bits, as every recipe of sinkquant does"),
-        "learned sinks": ([], "leave the learned sinks as they are; they are one number per head"),
-        "kv cache": (["kv_cache.key_bits=4", "kv_cache.value_bits=4"], "give the cache more bits"),
-        "inputs": (["activations.format=16-bit"], "leave the inputs of linears alone"),
-        "sinks": (["protect.tokens=true", "protect.sink_weight=16"], "let the sink tokens weigh more in calibration"),
-        "order": ([], BROKEN), "rope": ([], BROKEN), "scales": ([], BROKEN),
+def remedy(kind: str, where: str, recipe: Recipe) -> dict[str, Any]:
+    """`recipe` and `advice` of a cause: the assignments that change anything.
+
+    Args:
+        where: module name, or a pattern of them. recipe: what the checkpoint was made with.
+    """
+    where = re.sub(r"\.experts\.\w+$", ".experts.*", where)  # in a plan every expert has linears of its own
+    return {"recipe": [one for one, changes in _changes(where, recipe).get(kind, []) if changes],
+            "advice": ADVICE[kind]}
+
+
+def _changes(where: str, recipe: Recipe) -> dict[str, Changes]:
+    """Kind -> assignments, each with whether it changes the recipe."""
+    weights, protect, inputs, cache = recipe.weights, recipe.protect, recipe.activations, recipe.kv_cache or KVCache()
+    bits = _bits(where, recipe)
+    more = 8 if bits < 8 and weights.format == "int" else 16
+    ends = ("weights.ends=16-bit", weights.ends != "16-bit")
+    embedding, head = ((f"weights.{key}=16", held < 16)
+                       for key, held in (("embeddings", weights.embeddings), ("lm_head", weights.lm_head)))
+    split: Changes = [("protect.channels=split", protect.channels != "split"),
+                      (f"protect.modules=[{where!r}]", not any(_named(where, one) for one in protect.modules))]
+    module: Changes = [(f"weights.overrides=[{{pattern: {where!r}, bits: {more}}}]", bits < 16)]
+    packed = [("bits", cache.bits)] if cache.bits else [("key_bits", cache.key_bits), ("value_bits", cache.value_bits)]
+    return {
+        "super weight": split, "sink columns": split, "columns": [(f"weights.ignore=[{where!r}]", bits < 16)],
+        "outlier scale": [("weights.group_size=32", weights.format == "int" and not 0 < weights.group_size <= 32)],
+        "module": module, "role": module,
+        "embedding": [embedding, ends], "head": [head, ends], "both ends": [embedding, head, ends],
+        "kv cache": [(f"kv_cache.{key}={_more(held)}", held < 16) for key, held in packed],
+        "inputs": [("activations.bits=null", inputs.bits is not None),
+                   ("activations.format=16-bit", inputs.format != "16-bit")],
+        "sinks": [("protect.tokens=true", not protect.tokens), ("protect.sink_weight=16", protect.sink_weight < 16)],
     }
-    recipe, advice = found[kind]
-    return {"recipe": recipe, "advice": advice}
+
+
+def _more(bits: float) -> int:
+    """The next larger kind of a cache."""
+    return next((kind for kind in CACHE_BITS if kind > bits), CACHE_BITS[-1])
+
+
+def _bits(where: str, recipe: Recipe) -> int:
+    """What the recipe gives a module, or all modules of a pattern."""
+    if any(_named(where, pattern) for pattern in recipe.weights.ignore):
+        return 16
+    own = [one.bits for one in recipe.weights.overrides if _named(where, one.pattern)]
+    raised = [recipe.protect.bits for pattern in recipe.protect.modules if _named(where, pattern)]
+    return max([own[-1] if own else recipe.weights.bits, *raised])
+
+
+def _named(where: str, pattern: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.search(pattern.removeprefix("re:"), where) is not None
+    return fnmatch.fnmatchcase(where, pattern)

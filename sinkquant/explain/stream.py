@@ -43,6 +43,8 @@ def recorded(model: PreTrainedModel) -> Iterator[Stream]:
     found: Stream = []
 
     def look(index: int, output: torch.Tensor) -> None:
+        if len(output) > 1:  # the output head is read without the blocks, its positions as rows
+            return
         if index == 0:
             found.append([])
         found[-1].append(output.detach().clone())

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import SinkMap
 from sinkquant.artifacts.explanation import Cause, Verified
-from sinkquant.cache import make_prefix, prepare
+from sinkquant.cache import prepare
 from sinkquant.errors import RequestError
 from sinkquant.explain.probe import Probe
-from sinkquant.models import Decoder
+from sinkquant.models import Decoder, cast_model
 from sinkquant.policy import make_plan
 from sinkquant.quantize import quantize, state_of
 from sinkquant.recipe import Recipe
@@ -35,12 +35,13 @@ def verified(cause: Cause, recipe: Recipe, fresh: Callable[[], PreTrainedModel],
     try:
         plan = make_plan(Decoder.of(model).shape(""), sink_map, recipe.replace(cause.recipe))
         quantize(model, plan, tokenizer)
+        cast_model(model, str(model.device), probe.original.dtype)  # as the checkpoint was loaded
     except RequestError as error:
         return cause.model_copy(update={"advice": f"{cause.advice} (the change was refused: {error})"})
     cache = plan.kv_cache
     if cache is not None:
-        prefix = make_prefix(probe.original, cache.prefix) if cache.prefix else None
-        prepare(model, prefix, state_of(model).bases)
+        state = state_of(model)
+        prepare(model, state.prefix, state.bases)
     now = (probe if cache == probe.kv else replace(probe, kv=cache)).loss(model)
     return cause.model_copy(update={"verified": Verified(kl=now, removes=1 - now / loss)})
 

@@ -14,6 +14,7 @@ from sinkquant.explain.first_order import MIDDLE, NODES, first_order
 from sinkquant.explain.parts import Part, first_block, put_back
 from sinkquant.explain.probe import Probe
 from sinkquant.explain.remedies import remedy
+from sinkquant.recipe import Recipe
 
 CONFIRMED = 8
 """Modules that are really put back: those with the largest part to first order, and the two with the largest error."""
@@ -68,7 +69,7 @@ def weight_losses(probe: Probe, model: PreTrainedModel, parts: list[Part], measu
                 after, removes = measuring.removes(first_block(found[one.name]))
             ranked[place] = one.model_copy(update={"removes": removes})
             if kind == "role" and len(found[one.name]) > 1 and confirmed[order[0]][1] < ALONE:
-                causes.append(_of_role(one.name, found[one.name], after, removes))
+                causes.append(_of_role(one.name, found[one.name], after, removes, measuring.recipe))
         groups.append(ranked)
     losses = [one.model_copy(update={"removes": confirmed[one.name][1]}) if one.name in confirmed else one
               for one in losses]
@@ -83,10 +84,10 @@ def _causes(probe: Probe, model: PreTrainedModel, chosen: list[list[Part]], conf
     return [cause_in(parts, single, confirmed[parts[0].module], measuring, model, sink_map) for parts in chosen]
 
 
-def _of_role(name: str, parts: list[Part], after: float, removes: float) -> Cause:
+def _of_role(name: str, parts: list[Part], after: float, removes: float, recipe: Recipe) -> Cause:
     return Cause(kind="role", where=name, kl_after=after, removes=removes,
                  sentence=f"The loss is spread over all {len({part.module for part in parts})} of {name}: putting them "
-                          f"back together removes {percent(removes)} of it.", **remedy("role", f"*.{name}"))
+                          f"back together removes {percent(removes)} of it.", **remedy("role", f"*.{name}", recipe))
 
 
 def _by(parts: list[Part], key: Callable[[Part], str]) -> dict[str, list[Part]]:

@@ -18,11 +18,21 @@ def real_place(folder: str | os.PathLike[str]) -> Path:
 
 
 def require_free(folder: Path) -> None:
-    """Raises RequestError if something stands where the folder is to be written; what an unfinished run left there
-    does not count."""
+    """Raises RequestError if something stands where the folder is to be written, or nothing can be; what an unfinished
+    run left there does not count."""
     place = real_place(folder)
     if place.is_file() or (place.is_dir() and any(path.name != UNDONE for path in place.iterdir())):
         raise RequestError(f"the output folder {folder} exists and is not empty; name another or remove it.")
+    require_writable(folder)
+
+
+def require_writable(folder: Path) -> None:
+    """Raises RequestError if nothing can be written into a folder, which need not be there yet."""
+    place = real_place(folder)
+    nearest = next(one for one in (place, *place.parents) if os.path.exists(one))  # pathlib's fails for want of rights
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        why = "is not yours to write into" if nearest.is_dir() else "is no folder"
+        raise RequestError(f"nothing can be written into {folder}: {nearest} {why}; name another place.")
 
 
 def beside(place: Path, name: str, inside: str) -> Path:

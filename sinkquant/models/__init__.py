@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from sinkquant.models.decoder import Decoder, as_stored, max_length, require_dense, vocabulary_of, weight_matrix
     from sinkquant.models.experts import cast_experts
     from sinkquant.models.folder import resolve
-    from sinkquant.models.loading import check_finite, load_model, load_tokenizer, pick_device
+    from sinkquant.models.loading import cast_model, check_finite, load_model, load_tokenizer, pick_device
     from sinkquant.models.smaller import head_columns
     from sinkquant.models.source import open_model, source_of
     from sinkquant.models.tensors import pieces

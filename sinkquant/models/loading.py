@@ -135,6 +135,17 @@ def all_finite(values: torch.Tensor) -> bool:
     return not values.numel() or all(bool(torch.isfinite(bound)) for bound in torch.aminmax(values))
 
 
+def cast_model(model: PreTrainedModel, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on a device and in a dtype; the frequencies of rotary embeddings keep theirs, as they do where
+    transformers loads it in that dtype."""
+    angles = [(module, name, buffer) for module in model.modules()
+              for name, buffer in module.named_buffers(recurse=False) if name.endswith("inv_freq")]
+    model = model.to(device, dtype)
+    for module, name, buffer in angles:
+        setattr(module, name, buffer.to(device))
+    return model
+
+
 def pick_device(device: str) -> str:
     """ "auto" -> "cuda" where there is one, else "cpu".
 

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from sinkquant.artifacts import Comparison, Paired, Plan, Report, Row, SinkMap
 from sinkquant.artifacts.base import write_atomically
 from sinkquant.artifacts.findings import further
+from sinkquant.models.folder import RUN_MODEL
 from sinkquant.report.dots import Dots
 from sinkquant.report.drawing import Plot
 from sinkquant.report.plots import accuracy_dots, all_plots, divergences, row_name
@@ -22,8 +23,6 @@ CARD = "README.md"
 HEADLINES = {"pays": "Protection pays", "does not pay": "Protection does not pay",
              "no difference shown": "No difference was shown",
              "not measured": "Whether protection pays was not measured"}
-CHECKPOINT = "model"
-"""The folder of the checkpoint in a run's folder."""
 FURTHER = 6
 """Of each kind of finding, before the rest is counted."""
 ADDS = {"none": "does not add <bos>", "once": "adds <bos> once", "twice": "adds <bos> twice"}
@@ -40,8 +39,9 @@ def write(folder: Path, report: Report, sink_map: SinkMap, plan: Plan, after: Si
     report.save(folder / "report.json")
     write_atomically(folder / "report.md", render("report.md.j2", report, sink_map, plan, plots))
     write_atomically(folder / "report.html", render("report.html.j2", report, sink_map, plan, plots))
-    if (folder / CHECKPOINT).is_dir():
-        write_atomically(folder / CHECKPOINT / CARD, render("card.md.j2", report, sink_map, plan, plots))
+    card = folder / RUN_MODEL / CARD
+    if card.parent.is_dir():
+        write_atomically(card, render("card.md.j2", report, sink_map, plan, plots, base_model_of(report, card)))
     return report
 
 
@@ -50,7 +50,8 @@ def page(report: Report, sink_map: SinkMap, plan: Plan, after: SinkMap | None = 
     return render("report.html.j2", report, sink_map, plan, all_plots(report, sink_map, plan, after))
 
 
-def render(template: str, report: Report, sink_map: SinkMap, plan: Plan, plots: dict[str, Plot | Dots]) -> str:
+def render(template: str, report: Report, sink_map: SinkMap, plan: Plan, plots: dict[str, Plot | Dots],
+           base_model: str | None = None) -> str:
     """One template filled in. HTML is escaped; the SVG of plots is our own."""
     tokenizer = sink_map.tokenization
     rows = "start with <bos>" if tokenizer.rows_start_with_bos else "do not start with <bos>"
@@ -62,7 +63,7 @@ def render(template: str, report: Report, sink_map: SinkMap, plan: Plan, plots: 
         report=report, sink_map=sink_map, plan=plan, plots=plots, metrics=metrics_of(report), words=in_words,
         cell=lambda row, task, metric: _cell(report, row, task, metric), tokenization=tokenization,
         headline=HEADLINES[report.verdict.answer], unquantized_bytes=unquantized,
-        base_model=hub_id(report.model), title=Path(report.model).name or report.model,
+        base_model=base_model, title=Path(report.model).name or report.model,
         facts=_facts(report), sample=sample, sample_lines=lines(sample) if sample else [],
         notes=list(dict.fromkeys([*report.notes, *sink_map.notes, *plan.notes])),
         no_ops=sum(head.no_op for layer in sink_map.heads for head in layer), further=list(further(sink_map, FURTHER)))
@@ -131,6 +132,15 @@ def _cell(report: Report, row: Row, task: str, metric: str) -> Any:
     text = f"{measure.value:.4g}" + (f" ± {measure.stderr:.2g}" if measure.stderr is not None else "")
     recovery = report.recovery.get(row.name, {}).get(task, {}).get(metric)
     return text if recovery is None else f"{text} ({100 * recovery:.1f} %)"
+
+
+def base_model_of(report: Report, card: Path) -> str | None:
+    """The id on a hub of the model that a checkpoint was made of. A card that is there knows it from the run; later the
+    folder that the model was named by may be gone."""
+    if not card.is_file():
+        return hub_id(report.model)
+    found = re.search(r"^base_model: (.+)$", card.read_text(encoding="utf-8"), re.MULTILINE)
+    return found[1] if found else None
 
 
 def hub_id(model: str) -> str | None:

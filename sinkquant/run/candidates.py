@@ -56,6 +56,8 @@ def bits_on_disk(folder: Path) -> float:
             for name in names:
                 if name.endswith(".weight_shape") and name.replace(".weight_shape", ".weight_packed") in names:
                     values += math.prod(tensors.get_tensor(name).tolist())
+                elif name.endswith(".weight_packed") and tensors.get_slice(name).get_dtype() == "U8":
+                    values += 2 * math.prod(tensors.get_slice(name).get_shape())  # FP4, two in a byte
                 elif name.endswith(".weight") or name.rpartition(".")[2] not in STORED:
                     values += math.prod(tensors.get_slice(name).get_shape())
     return 8 * size / max(values, 1)

@@ -21,11 +21,12 @@ from sinkquant.errors import RequestError
 from sinkquant.formats import versions
 from sinkquant.formats.output import UNDONE, beside, put_in_place, real_place, require_free
 from sinkquant.models.corpus import text_digest
+from sinkquant.models.folder import RUN_MODEL
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import DEFAULT_BACKEND
 
 LOG = logging.getLogger("sinkquant")
-MODEL, CONTROL = "model", "model-control"
+MODEL, CONTROL = RUN_MODEL, "model-control"
 """Where a run's folder keeps the checkpoint, and its sink-unaware control of the same size."""
 MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = "sinkquant/manifest@1"

@@ -14,13 +14,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan, Report, Sensitivity, SinkMap
-from sinkquant.cache import make_prefix, save_prefix
+from sinkquant.cache import find_prefix, save_prefix
 from sinkquant.detect import detect
 from sinkquant.detect.kept_shape import with_shape
 from sinkquant.errors import RequestError
 from sinkquant.evaluate import BASELINE, Candidate, evaluate, forecasts_of_plans, forecasts_of_run
 from sinkquant.formats import KV_PREFIX, dismiss, quantize_to, versions
-from sinkquant.models import ActivationStore, Decoder, load_model, open_model, pick_device
+from sinkquant.models import ActivationStore, Decoder, Walk, cast_model, load_model, open_model, pick_device
 from sinkquant.policy import accept_edited, make_control, make_plan
 from sinkquant.policy.expected import with_expected_loss
 from sinkquant.policy.pruning import pruning_alone
@@ -202,13 +202,10 @@ class Job:
         checkpoint."""
         one, path = Plan.load(self.work / self.plan_files[place]), self.work / place / KV_PREFIX
         if one.kv_cache is not None and one.kv_cache.prefix and not path.is_file():
-            dtype = getattr(torch, self.recipe.compute.dtype)
-            # Rotated in its own dtype, so that the embeddings are those of the checkpoint.
-            model = load_model(self.folder, "auto" if one.rotation else dtype, "cpu", self.trust_remote_code)
-            rotate(Decoder.of(model), one)
-            for parameter in model.parameters():
-                parameter.data = parameter.data.to(dtype)
-            save_prefix(make_prefix(model, one.kv_cache.prefix), path)
+            compute, decoder = self.recipe.compute, Decoder.of(self.load())
+            rotate(decoder, one)
+            save_prefix(find_prefix(Walk(decoder, torch.tensor([one.kv_cache.prefix]), 1, pick_device(compute.device),
+                                         getattr(torch, compute.dtype))), path)
 
     def look_again(self, place: str, name: str) -> None:
         """The sinks of a quantized checkpoint, without the ablations."""
@@ -281,7 +278,7 @@ class Job:
         compute = self.recipe.compute
         model = load_model(self.folder, trust_remote_code=self.trust_remote_code)
         quantize(model, one, self.tokenizer, compute.device, compute.dtype)
-        return model.to(pick_device(compute.device), getattr(torch, compute.dtype))
+        return cast_model(model, pick_device(compute.device), getattr(torch, compute.dtype))
 
     def resources(self, aware: Plan) -> dict[str, float]:
         """Seconds per stage over all attempts, those of processors in this one, the peak of this process until its end,

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from sinkquant.cache import (
     SinkCache,
     cached_logits,
+    find_prefix,
     install,
     load_cache,
     load_prefix,
@@ -24,6 +25,7 @@ from sinkquant.cache import (
 )
 from sinkquant.cache.prefix import fingerprint
 from sinkquant.errors import RequestError
+from sinkquant.models import Decoder, Walk, open_model
 
 IDS = [1, 9, 10]
 
@@ -73,6 +75,20 @@ def test_rows_that_begin_with_it_hold_it_exactly(family: str, chunk: int, tmp_pa
             assert torch.equal(values[row, :, first:first + 3], prefix.values[index])
         assert layer.packed_length > 43
         assert layer.exact_columns.tolist() == [[0, 1, 2], [40, 41, 42], [0, 1, -1]]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox", "gpt2", "gpt_oss"])
+def test_a_model_on_disk_gives_the_same_one_block_by_block(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    walk = Walk(Decoder.of(open_model(tmp_path)), torch.tensor([IDS]), 1)
+    found, whole = find_prefix(walk), make_prefix(model, IDS)
+    assert all(parameter.is_meta for block in walk.decoder.blocks for parameter in block.parameters())
+    assert (found.ids, found.model) == (whole.ids, whole.model)
+    for ours, theirs in ((found.keys, whole.keys), (found.values, whole.values)):
+        assert ours.keys() == theirs.keys()
+        for layer, states in ours.items():
+            torch.testing.assert_close(states, theirs[layer])
 
 
 def test_a_row_that_was_cut_inside_the_prefix_goes_on_with_it(tmp_path: Path) -> None:

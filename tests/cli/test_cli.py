@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import fingerprint, model_folder
 
 from sinkquant import Plan, Report, SinkMap, __version__
+from sinkquant.cli.parts import task_names
 from sinkquant.run import job
 
 
@@ -326,3 +327,21 @@ def test_a_folder_where_a_file_goes_is_refused_before_the_work(tmp_path, small_f
         outcome = call(*command, small_folder, "-o", tmp_path)
         assert outcome.code == 2
         assert "is a directory" in " ".join(outcome.err.split())
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, small_folder, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("os.access", lambda path, _: Path(path) != tmp_path)
+    inside, closed = tmp_path / "file" / "made" / "x.json", tmp_path / "made" / "x.json"
+    for command in ("detect -o", "plan -o", "sensitivity -o", "advise -o", "diagnose -o", "diagnose --depth-plot"):
+        name, option = command.split()
+        for path, why in ((inside, "file is no folder"), (closed, "is not yours to write into")):
+            assert why in one_sentence(call(name, small_folder, option, path))
+    assert "is not yours" in one_sentence(call("imatrix", small_folder, "-o", tmp_path / "i.gguf"))
+    assert "is not yours" in one_sentence(call("run", "-m", small_folder, "-o", tmp_path / "out"))
+    assert not (tmp_path / "made").exists()
+
+
+def test_names_by_commas():
+    assert task_names("a, b,,c ,") == ["a", "b", "c"]
+    assert task_names(None) == task_names(" ,") == []

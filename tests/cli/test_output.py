@@ -113,6 +113,8 @@ def test_reasons_that_differ_in_numbers_are_one() -> None:
                      ("with layers.*.x as int8",): ["d", "e"]}
     assert with_ranges([reasons[name].split("; ")[1] for name in "ab"]) == "range 22.4 to 3.05e+03 against 15 to 1,000"
     assert with_ranges(["channel 163 is born here", "channel 40 is born here"]) == "channel 40, 163 is born here"
+    assert with_ranges(["in channels 163, 400 are", "in channels 200, 511 are"]) == "in channels 163, 200, 400, 511 are"
+    assert with_ranges(["weight [10, 5] (+0.3)", "weight [20, 5] (+0.5)"]) == "weight [10 to 20, 5] (+0.3 to 0.5)"
     assert with_ranges([reasons["d"]]) == reasons["d"]
     assert with_ranges([reasons["d"], reasons["e"]]) == "with layers.*.x as int8"
 

@@ -25,9 +25,11 @@ from transformers import PreTrainedModel
 from sinkquant.errors import RequestError
 from sinkquant.evaluate import LOCAL_TASKS, SinkLM
 from sinkquant.evaluate import run as lm_eval_run
+from sinkquant.evaluate.costs import task_tokens
 from sinkquant.evaluate.run import open_tasks, score_tasks
 from sinkquant.evaluate.tasks import ready_tasks
 from sinkquant.models import encode
+from sinkquant.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +157,14 @@ def test_a_task_whose_data_cannot_be_reached_is_named(long_model: PreTrainedMode
     monkeypatch.setattr(TaskManager, "load", fail)
     with pytest.raises(RequestError, match=r"lm-eval cannot load the task 'hellaswag' here.*Couldn't reach the Hub\.$"):
         run(long_model, folder, ["hellaswag"])
+
+
+def test_other_ends_of_lines_in_a_text_are_text(tmp_path: Path) -> None:
+    """JSON holds U+2028, U+2029 and U+0085 as they stand."""
+    plain, text = random_text(3000), tmp_path / "text.txt"
+    recipe = Recipe().replace([f"evaluate.text={text}", "evaluate.tasks=[sink_perplexity]"])
+    counts = []
+    for mark in (" ", "\u2028", "\u2029", "\x85"):
+        text.write_text(plain.replace(" . ", f" .{mark}", 3), encoding="utf-8")
+        counts.append(len(task_tokens(recipe, tiny_tokenizer())))
+    assert counts == [1, 1, 1, 1]

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from families import tiny_model
 from transformers import PreTrainedModel
@@ -60,6 +61,19 @@ def test_room_for_two_beside_the_first() -> None:
     assert sum(one() is not None for one in alive) == 3
 
 
+def test_a_model_in_use_stays_where_another_has_to_go() -> None:
+    loads, alive, _ = _loads(4)
+    shelf = Shelf(3.5 * size(tiny_model("llama")))
+    for load in loads[:3]:
+        shelf.get(load)
+    held = shelf.get(loads[1])
+    shelf.get(loads[3])
+    assert shelf.get(loads[1]) is held
+    del held
+    gc.collect()
+    assert [one() is not None for one in alive] == [True, True, False, True]
+
+
 def test_equal_parameters_take_their_memory_once() -> None:
     first, second = tiny_model("llama"), tiny_model("llama")
     with torch.no_grad():
@@ -76,3 +90,10 @@ def test_equal_parameters_take_their_memory_once() -> None:
 def test_half_of_what_a_run_may_take() -> None:
     assert room(Recipe().replace(["compute.memory_limit=3"])) == 1.5e9
     assert room(Recipe()) > 0
+
+
+def test_on_a_gpu_its_free_memory_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (1e9, 2e9))
+    assert room(Recipe().replace(["compute.memory_limit=3"])) == 0.5e9
+    assert room(Recipe().replace(["compute.memory_limit=3", "compute.device=cpu"])) == 1.5e9

@@ -10,18 +10,20 @@ import pytest
 import torch
 from checkpoints import quantized
 from commands import call
-from families import tiny_model
+from families import tiny_mixture, tiny_model
 from gguf_files import write_gguf
 from tiny_tokenizer import tiny_tokenizer
 from transformers import PreTrainedModel
 
 import sinkquant as sq
+from sinkquant.artifacts.explanation import Cause
 from sinkquant.errors import RequestError
 from sinkquant.explain.parts import different_parts, first_block, put_back
 from sinkquant.explain.probe import Probe
+from sinkquant.explain.remedies import remedy
 from sinkquant.explain.stream import from_block, recorded
-from sinkquant.explain.verify import appended
-from sinkquant.models import read_text, token_rows
+from sinkquant.explain.verify import appended, verified
+from sinkquant.models import load_model, read_text, token_rows
 from sinkquant.recipe import Recipe
 from sinkquant.report.explained import markdown
 
@@ -73,6 +75,63 @@ def test_the_recipe_s_own_lists_stay_in_a_change() -> None:
     assert [one.pattern for one in changed.weights.overrides] == ["*.o_proj", "*.down_proj"]
     assert changed.weights.ignore == ["*.q_proj", "*.k_proj", "*.v_proj"]
     assert changed.weights.bits == 5
+
+
+@pytest.mark.parametrize(("kind", "settings", "expected"), [
+    ("module", [], ["weights.overrides=[{pattern: 'a.up_proj', bits: 8}]"]),
+    ("role", ["weights.overrides=[{pattern: '*.up_proj', bits: 8}]"],
+     ["weights.overrides=[{pattern: 'a.up_proj', bits: 16}]"]),
+    ("module", ["weights.format=nvfp4"], ["weights.overrides=[{pattern: 'a.up_proj', bits: 16}]"]),
+    ("module", ["protect.modules=['re:up']", "protect.bits=16"], []), ("columns", ["weights.ignore=['*.up_proj']"], []),
+    ("super weight", ["protect.channels=split"], ["protect.modules=['a.up_proj']"]),
+    ("outlier scale", [], ["weights.group_size=32"]), ("outlier scale", ["weights.group_size=32"], []),
+    ("outlier scale", ["weights.group_size=-1"], ["weights.group_size=32"]),
+    ("embedding", ["weights.embeddings=8"], ["weights.embeddings=16"]), ("embedding", ["weights.lm_head=8"], []),
+    ("both ends", ["weights.lm_head=8", "weights.ends=q8_0"], ["weights.lm_head=16", "weights.ends=16-bit"]),
+    ("kv cache", ["kv_cache.key_bits=8"], ["kv_cache.key_bits=16", "kv_cache.value_bits=3"]),
+    ("kv cache", ["kv_cache.bits=3.5"], ["kv_cache.bits=4"]),
+    ("inputs", ["activations.format=int8", "activations.bits=9"],
+     ["activations.bits=null", "activations.format=16-bit"]),
+    ("sinks", [], []), ("sinks", ["protect.tokens=false"], ["protect.tokens=true"])])
+def test_a_change_is_one_of_the_recipe_at_hand(kind: str, settings: list[str], expected: list[str]) -> None:
+    recipe = Recipe().replace(settings)
+    assert remedy(kind, "a.up_proj", recipe)["recipe"] == expected
+    assert not expected or recipe.replace(expected) != recipe
+
+
+def test_the_change_of_a_mixture_is_carried_out(text_file, tmp_path):
+    """Its parts are the parameters of all experts; a plan names every expert's."""
+    model = tiny_mixture("qwen3_moe")
+    base = written(model, tmp_path / "base")
+    with torch.no_grad():
+        for name, one in model.named_parameters():
+            if ".experts." in name:
+                one.copy_((one / 0.02).round() * 0.02)
+    recipe = Recipe().replace(["weights.method=rtn", "weights.group_size=32", *SMALL])
+    found = explained(written(model, tmp_path / "other"), base, text_file, verify=True, recipe=recipe)
+    changed = [one for one in found.causes if ".experts." in one.where and one.recipe]
+    assert changed
+    assert all(".experts.*'" in one.recipe[0] and one.verified for one in changed)
+
+
+@pytest.mark.parametrize("rotate", ["none", "full"])
+def test_a_change_is_verified_in_the_dtype_of_the_measurement(rotate, text_file, tmp_path):
+    """A recipe that is not changed gives back the loss of the checkpoint that was made with it, its prefix too."""
+    base = written(tiny_model("llama", dtype=torch.bfloat16), tmp_path / "base")
+    model, tokenizer = sq.load(base)
+    recipe = Recipe().replace(["weights.method=rtn", "weights.bits=8", "weights.group_size=32",
+                               f"weights.rotate={rotate}", "kv_cache.prefix=bos", "kv_cache.group_size=32", *SMALL])
+    known = sq.detect(model, tokenizer, text=str(text_file), recipe=recipe)
+    sq.quantize(model, sq.plan(model, known, recipe), tokenizer)
+    folder = sq.save(model, tokenizer, tmp_path / "w8", known, recipe)
+    original, made = load_model(base, torch.float32), sq.load(folder, torch.float32)[0]
+    rows = token_rows(tokenizer, read_text(text_file, "evaluation"), 2, 32, "never")
+    probe = Probe.of(original, rows, (1,), (1,), sq.plan(sq.load(base)[0], known, recipe).kv_cache)
+    cause = Cause(kind="module", where="", sentence="", removes=0.1, kl_after=0.1, recipe=["seed=0"])
+    loss = probe.loss(made)
+    found = verified(cause, recipe, lambda: load_model(base, "auto"), tokenizer, known, probe, loss).verified
+    assert found is not None
+    assert found.kl == pytest.approx(loss, rel=0.2)
 
 
 def test_a_value_of_the_configuration_is_named(tiny_folder, text_file, tmp_path):
@@ -135,6 +194,7 @@ def test_a_change_is_measured_from_its_block_on_to_the_same_bits(rounded, tiny_f
     probe = Probe.of(base, rows, (), ())
     with recorded(model) as stream:
         probe.kl(model)
+    assert len(stream) == len(rows)
     last = len(stream[0]) - 1
     parts = [part for part in different_parts(base, model) if part.layer == last]
     with put_back(parts):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
 
 from sinkquant.errors import RequestError
-from sinkquant.models import check_finite, load_model, load_tokenizer, pick_device, resolve
+from sinkquant.models import cast_model, check_finite, load_model, load_tokenizer, pick_device, resolve
 
 
 @pytest.fixture
@@ -56,6 +56,14 @@ def test_a_whole_folder_loads(tiny_folder: Path, tiny: PreTrainedModel) -> None:
     for name, tensor in tiny.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor)
     assert load_tokenizer(tiny_folder)("w8")["input_ids"] == [1, 8]
+
+
+def test_a_model_is_cast_to_what_loading_in_that_dtype_gives(tiny_folder: Path) -> None:
+    found, loaded = cast_model(load_model(tiny_folder), "cpu", torch.bfloat16), load_model(tiny_folder, torch.bfloat16)
+    for ours, theirs in ((found.state_dict(), loaded.state_dict()),
+                         (dict(found.named_buffers()), dict(loaded.named_buffers()))):
+        assert {name: value.dtype for name, value in ours.items()} == {name: one.dtype for name, one in theirs.items()}
+        assert all(torch.equal(ours[name], one) for name, one in theirs.items())
 
 
 def test_demo_is_a_model() -> None:

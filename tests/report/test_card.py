@@ -51,3 +51,17 @@ def test_a_folder_of_that_name_is_meant_first(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
     assert hub_id("org/name") is None
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_card_that_is_written_again_keeps_its_base_model(there: bool, tmp_path: Path, report: Report,
+                                                           sink_map: SinkMap, plan: Plan,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path that is gone looks like an id on a hub, and an id may meet a folder of that name."""
+    (tmp_path / "model").mkdir()
+    folder = tmp_path / "org" / "name"
+    folder.mkdir(parents=True)
+    for place in (tmp_path, tmp_path / "model")[::1 if there else -1]:
+        monkeypatch.chdir(place)
+        write(tmp_path, report.model_copy(update={"model": "org/name"}), sink_map, plan)
+        assert head_and_body(tmp_path)[0].get("base_model") == (None if there else "org/name")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from small_runs import fingerprint, model_folder, small_recipe
 from transformers import AutoModelForCausalLM
 
@@ -197,6 +198,15 @@ def test_bits_on_disk_count_packed_values_and_their_scales(tmp_path, tiny_folder
     # The plan's figure counts the file's header too, which weighs in so small a model.
     assert bits_on_disk(tmp_path / "out" / "model") == pytest.approx(plan.bits_per_parameter, rel=0.08)
     assert bits_on_disk(tiny_folder) == 32
+
+
+def test_bits_on_disk_of_fp4_that_others_wrote(tmp_path: Path) -> None:
+    """Two values in a byte, and no tensor with the shape."""
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"a.weight_packed": torch.zeros(256, 32, dtype=torch.uint8),
+               "a.weight_scale": torch.zeros(256, 4, dtype=torch.float8_e4m3fn),
+               "a.weight_global_scale": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert bits_on_disk(tmp_path) == 8 * (256 * 36 + 4) / (256 * 64)
 
 
 def test_a_calibration_text_shorter_than_asked_is_noted(tmp_path, small_folder, text_file):

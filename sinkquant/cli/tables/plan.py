@@ -11,7 +11,9 @@ from sinkquant.cli.tables.names import in_few_words
 from sinkquant.schemes import scheme_of
 
 LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
-NUMBER = re.compile(r"(?<![\w.-])\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.]*\w)")
+NUMBER = re.compile(r"(?<![\w.-])\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.]*\w)")
+CHANNELS = re.compile(r"channels? (?:\d+, )*$")
+"""What stands before the number of a channel."""
 NAMED = 4
 """Of channels, which are names and no amounts, so many are listed."""
 SHOWN, EXCEPTIONS = 6, 3
@@ -130,7 +132,7 @@ def with_ranges(parts: Sequence[str]) -> str:
     if len({tuple(LAYER.findall(part)) for part in parts}) > 1:
         parts = [LAYER.sub("*", part) for part in parts]
     numbers = [NUMBER.findall(part) for part in parts]
-    named = [parts[0][:found.start()].endswith("channel ") for found in NUMBER.finditer(parts[0])]
+    named = [CHANNELS.search(parts[0], 0, found.start()) is not None for found in NUMBER.finditer(parts[0])]
     slots = iter([_list(column) if name else _range(column)
                   for name, column in zip(named, zip(*numbers, strict=True), strict=True)])
     return NUMBER.sub(lambda _: next(slots), parts[0])

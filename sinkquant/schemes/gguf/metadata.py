@@ -204,10 +204,9 @@ def _gemma(family: Family, config: dict[str, Any], folder: Path) -> dict[str, tu
         raise RequestError(f"{folder} scales attention by {config['query_pre_attn_scalar']}, where llama.cpp takes "
                            f"{scalar} of a {family.title} of this size; use another backend.")
     found: dict[str, tuple[str, Any]] = {"attention.sliding_window": ("u32", config["sliding_window"])}
-    for key, name in (("attn_logit_softcapping", "attn_logit_softcapping"),
-                      ("final_logit_softcapping", "final_logit_softcapping")):
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if config.get(key):
-            found[name] = ("f32", config[key])
+            found[key] = ("f32", config[key])
     local = (config.get("rope_parameters") or {}).get("sliding_attention")
     base = local["rope_theta"] if local else config.get("rope_local_base_freq")
     return found | ({"rope.freq_base_swa": ("f32", base)} if base else {})

@@ -41,6 +41,7 @@ def tokenizer_metadata(folder: Path, rows: int) -> dict[str, tuple[str, Any]]:
     if model.get("type") != "BPE":
         raise RequestError(f"the tokenizer of {folder} is a {model.get('type')}, and GGUF files are written with BPE "
                            "alone; use another backend.")
+    _require_plain(content.get("normalizer") or {}, bool(model.get("byte_fallback")), folder)
     ids: dict[str, int] = dict(model["vocab"])
     added = {int(one["id"]): one for one in content.get("added_tokens") or []}
     ids |= {one["content"]: number for number, one in added.items()}
@@ -77,6 +78,21 @@ def _as_written(tokens: list[str], types: list[int]) -> list[str]:
     return [token.replace("\u2581", " ") if kind == USER else token for token, kind in zip(tokens, types, strict=True)]
 
 
+def _require_plain(given: dict[str, Any], marks: bool, folder: Path) -> None:
+    """Refuse a tokenizer that changes text before it splits it in ways that llama.cpp does not know. Unicode's NFC, as
+    Qwen has it, is let through: llama.cpp leaves it out, and nearly all text is in that form.
+
+    Args:
+        given: the normalizer of tokenizer.json. marks: whether llama.cpp writes SentencePiece's mark for spaces.
+    """
+    for step in given.get("normalizers", [given] if given else []):
+        kind, mark = step.get("type"), "\u2581"
+        known = [{"type": "Prepend", "prepend": mark}, {"type": "Replace", "pattern": {"String": " "}, "content": mark}]
+        if kind != "NFC" and not (marks and step in known):
+            raise RequestError(f"the tokenizer of {folder} changes text by {kind} before it splits it, which a GGUF "
+                               "file cannot say; use another backend.")
+
+
 def split_of(content: dict[str, Any], ignore_merges: bool, folder: Path) -> str:
     """What llama.cpp calls the way in which text is split before the merges of a byte-level BPE (`tokenizer.ggml.pre`).
 
@@ -84,7 +100,7 @@ def split_of(content: dict[str, Any], ignore_merges: bool, folder: Path) -> str:
         content: of tokenizer.json.
 
     Raises:
-        RequestError: it has no name for it that is known here, or normalizes text.
+        RequestError: it has no name for it that is known here.
     """
     given = content.get("pre_tokenizer") or {}
     steps = given.get("pretokenizers", [given])

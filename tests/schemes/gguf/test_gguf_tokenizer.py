@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from tiny_bpe import BPE_VOCABULARY, byte_fallback, byte_level
 from tiny_tokenizer import tiny_tokenizer
-from tokenizers import AddedToken
+from tokenizers import AddedToken, normalizers
 
 from sinkquant.errors import RequestError
 from sinkquant.schemes.gguf.tokenizer import SPLITS, tokenizer_metadata
@@ -66,6 +67,19 @@ def test_what_no_file_can_say(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"\(known: gpt-2, smollm, llama-bpe, qwen2, tekken\)"):
         metadata(tmp_path / "other", byte_level(r"\s+"))
     assert metadata(tmp_path / "none", byte_level(bos=False))["add_bos_token"] is False
+
+
+@pytest.mark.parametrize(("normalizer", "bytes_too", "spaces_too"), [
+    (normalizers.NFC(), True, True), (normalizers.Sequence([]), True, True), (normalizers.Lowercase(), False, False),
+    (normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()]), False, False),
+    (normalizers.Replace(" ", "\u2581"), False, True), (normalizers.Prepend("\u2581"), False, True),
+    (normalizers.Replace("a", "b"), False, False)])
+def test_what_changes_text_before_it_is_split(normalizer: normalizers.Normalizer, bytes_too: bool, spaces_too: bool,
+                                              tmp_path: Path) -> None:
+    for made, fits in ((byte_level(), bytes_too), (byte_fallback(), spaces_too)):
+        made.backend_tokenizer.normalizer = normalizer
+        with nullcontext() if fits else pytest.raises(RequestError, match=r"changes text by .* before it splits it"):
+            metadata(tmp_path / str(fits), made, 400)
 
 
 def test_added_runs_of_spaces_are_spaces_and_what_has_no_row_is_left_out(tmp_path: Path) -> None:
