@@ -8,15 +8,15 @@ from sinkquant.artifacts import KVCachePlan
 from sinkquant.errors import RequestError
 from sinkquant.recipe import KVCache
 
-FEWEST = 2
 SHORTEST = 8
 """A window is not halved below so many tokens."""
 WINDOW_SHARE = 0.1
 """Of the bits that are asked for, what a window in full precision may take before a shorter one is preferred."""
 
 
-def least_setting(settings: KVCache, groups: Sequence[int], make: Callable[[KVCache], KVCachePlan]) -> KVCachePlan:
-    """The cache that `kv_cache.bits` begins from, all codes of 2 bits.
+def least_setting(settings: KVCache, fewest: int, groups: Sequence[int],
+                  make: Callable[[KVCache], KVCachePlan]) -> KVCachePlan:
+    """The cache that `kv_cache.bits` begins from, all codes of the fewest bits that are tried.
 
     The group that takes the fewest bits at the length is taken, the smaller one of two alike: a larger group has fewer
     scales, and a longer unfinished block. What is left is spent better on the bits of single heads than on smaller
@@ -24,7 +24,7 @@ def least_setting(settings: KVCache, groups: Sequence[int], make: Callable[[KVCa
     halved until it takes no more than its share.
 
     Args:
-        groups: sizes that fit the model, ascending. make: settings -> plan with its sizes.
+        fewest: bits of a code. groups: sizes that fit the model, ascending. make: settings -> plan with its sizes.
 
     Raises:
         RequestError: nothing is small enough; says what the smallest takes.
@@ -35,7 +35,7 @@ def least_setting(settings: KVCache, groups: Sequence[int], make: Callable[[KVCa
         windows.append(windows[-1] // 2)
 
     def tried(group: int, window: int) -> KVCachePlan:
-        return make(settings.model_copy(update={"bits": None, "key_bits": FEWEST, "value_bits": FEWEST,
+        return make(settings.model_copy(update={"bits": None, "key_bits": fewest, "value_bits": fewest,
                                                 "group_size": group, "window": window}))
 
     sizes = [settings.group_size] if settings.group_size else groups
@@ -46,7 +46,7 @@ def least_setting(settings: KVCache, groups: Sequence[int], make: Callable[[KVCa
             return plan
     if least.bits_per_value > settings.bits:
         raise RequestError(f"kv_cache.bits {settings.bits:g} cannot be met at kv_cache.length {settings.length}: with "
-                           f"2-bit codes, groups of {least.group_size} and the last {least.window} tokens exact a "
-                           f"number takes {least.bits_per_value:.3f} bits; ask for that, or for a longer length"
+                           f"{fewest}-bit codes, groups of {least.group_size} and the last {least.window} tokens exact "
+                           f"a number takes {least.bits_per_value:.3f} bits; ask for that, or for a longer length"
                            f"{', or set kv_cache.scale_bits to 8' if settings.scale_bits > 8 else ''}.")
     return least
