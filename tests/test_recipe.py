@@ -41,7 +41,7 @@ SHARE = st.floats(0, 1, exclude_min=True, exclude_max=True)
 @st.composite
 def recipes(draw: st.DrawFn) -> Recipe:
     data = Recipe().model_dump()
-    data |= {"name": draw(TEXT), "description": draw(TEXT), "seed": draw(st.integers(0, 2**63))}
+    data |= {"name": draw(TEXT), "description": draw(TEXT), "seed": draw(st.integers(0, 2**32 - 1))}
     data["calibration"] |= {"text": draw(st.one_of(st.none(), TEXT)), "rows": draw(st.integers(1, 10**6)),
                             "bos": draw(st.sampled_from(["auto", "always", "never"]))}
     data["detect"] |= {"threshold": draw(SHARE), "massive_ratio": draw(st.floats(1, 1e300, exclude_min=True))}
@@ -147,7 +147,8 @@ def test_later_assignments_win_and_the_recipe_itself_never_changes() -> None:
     ("weights.overrides=[{pattern: a, bits: 4, group_size: 0}]", "group_size"),
     ("protect.bits=12", "2 to 8 bits, or 16"), ("protect.sink_weight=0.5", "protect.sink_weight"),
     ("protect.max_share=1.1", "protect.max_share"), ("protect.channels=modules", "protect.channels"),
-    ("budget.bits=2", "budget.bits"), ("seed=-1", "seed"), ("calibration.rows=0", "calibration.rows"),
+    ("budget.bits=2", "budget.bits"), ("seed=-1", "seed"), ("seed=4294967296", "seed"),
+    ("calibration.rows=0", "calibration.rows"),
     ("calibration.bos=sometimes", "calibration.bos")])
 def test_wrong_assignments_are_refused_in_one_sentence(assignment: str, message: str) -> None:
     with pytest.raises(RequestError) as error:
@@ -230,3 +231,19 @@ def test_two_keys_that_leave_inputs_alone_are_refused() -> None:
     """A linear that sinks would take out of a budget of inputs' bits costs more of it than was solved for."""
     with pytest.raises(RequestError, match="set sinks to 'dynamic'"):
         Recipe().replace(["activations.format=int8", "activations.bits=10", "activations.sinks=16-bit"])
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    """PyYAML would drop the first."""
+    (tmp_path / "twice.yaml").write_text("weights: {bits: 3}\nweights: {group_size: 64}\n", encoding="utf-8")
+    with pytest.raises(RequestError, match="the key 'weights' stands twice, in line 2 again"):
+        Recipe.load(tmp_path / "twice.yaml")
+    with pytest.raises(RequestError, match="not YAML"):
+        Recipe().replace(["weights={bits: 3, bits: 2}"])
+    (tmp_path / "merged.yaml").write_text("weights: &a {bits: 3, group_size: 64}\nactivations: {}\n", encoding="utf-8")
+    assert Recipe.load(tmp_path / "merged.yaml").weights.bits == 3
+
+
+def test_where_all_weights_are_left_alone_no_method_is_asked_for() -> None:
+    assert Recipe().methods == {"gptq"}
+    assert Recipe().replace(["weights.ignore=['*']"]).methods == set()

@@ -29,7 +29,7 @@ class Artifact(Strict):
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the artifact to `path`, through a temporary file so that no half-written one is ever seen."""
-        return write_atomically(Path(path).expanduser(), self.to_json())
+        return write_atomically(Path(os.path.expanduser(path)), self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -38,7 +38,7 @@ class Artifact(Strict):
         Raises:
             RequestError: the file is missing, is not JSON, or is of another schema.
         """
-        path = Path(path)
+        path = Path(os.path.expanduser(path))  # pathlib's fails for a name that begins with ~ and is no user
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
@@ -62,18 +62,23 @@ class Artifact(Strict):
 
 
 def write_atomically(path: Path, text: str) -> Path:
-    """Write `text` to a temporary file beside `path` and rename it.
+    """Write `text` to a temporary file beside `path`, or beside what a link there leads to, and rename it. A device or
+    a pipe is written to as it is.
 
     Raises:
         SinkquantError: the disk is full or not writable.
     """
+    real = Path(os.path.realpath(path))
     # Not tempfile's names, which only the owner may read: an artifact follows the umask.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = real.with_name(f".{real.name}.{uuid.uuid4().hex}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if real.exists() and not (real.is_file() or real.is_dir()):
+            real.write_text(text, encoding="utf-8")
+            return path
+        real.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
-        temporary.replace(path)
+        temporary.replace(real)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -49,9 +49,8 @@ def require_loadable(shape: ModelShape, formats: Mapping[str, WeightFormat], own
         formats: name -> format of every packed linear. own: whether it is in sinkquant's own format, which is loaded
             into the model's own.
     """
-    for form in formats.values():
-        backend = scheme_of(form).backend
-        if form.packed and not own and backend in shape.not_loaded_from:
+    for backend in () if own else dict.fromkeys(scheme_of(form).backend for form in formats.values()):
+        if backend in shape.not_loaded_from:
             raise RequestError(f"{shape.architecture} cannot be packed in the format of {backend}: transformers loads "
                                "such a checkpoint into experts with other tensors than the model has; use the backend "
                                "gptq or quanto.")

@@ -72,7 +72,7 @@ def plan(model: ModelArgument,
                                "blocks in a run of its own first.")
         _show(_of_shorter(chosen, model, sink_map, sensitivity, trust_remote_code), output, json, full)
         return
-    from sinkquant.policy import check_solvable, make_frontier, make_plan
+    from sinkquant.policy import check_solvable, make_frontier, make_plan, require_plannable
     from sinkquant.policy.headers import plan_ready
 
     if frontier or chosen.budget.solved:
@@ -80,6 +80,8 @@ def plan(model: ModelArgument,
     known = SinkMap.load(sink_map) if sink_map else None
     shape = _shape(model, folder, known, trust_remote_code)
     made, _ = plan_ready(shape, chosen, None, known) if sensitivity is None and not frontier else (None, [])
+    if made is None or frontier:
+        require_plannable(shape, chosen)
     if frontier:
         known = known or find_sinks(model, text, chosen, trust_remote_code)
         lost = find_costs(model, text, known, chosen, sensitivity, trust_remote_code)

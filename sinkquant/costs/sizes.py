@@ -51,8 +51,8 @@ class Sizes:
         self.heads = decoder.facts("").heads
         static = recipe.activations.format != "16-bit" and recipe.activations.ranged
         self.scaled = recipe.weights.smooth != "none" or recipe.protect.channels == "scale"
-        self.calibrated = need_hessian(recipe.methods) or static or self.scaled or recipe.weights.distill > 0 or (
-            recipe.prune.method in ("wanda", "sparsegpt"))
+        self.calibrated = need_hessian(recipe.methods) or static or self.scaled or (
+            recipe.weights.tune > 0 or recipe.weights.distill > 0 or recipe.prune.method in ("wanda", "sparsegpt"))
         self.asymmetric = need_unquantized_inputs(recipe.methods)
 
     def walked(self, held: int, expert: int) -> float:

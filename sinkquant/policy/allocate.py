@@ -17,14 +17,12 @@ from sinkquant.policy.explain import found_in, sentence
 from sinkquant.policy.kv_budget import kv_bytes_of, kv_options, kv_units, solved_cache
 from sinkquant.policy.rules import Draft
 from sinkquant.policy.solvable import check_solvable
-from sinkquant.policy.solver import Option, Solution, fewest_bytes, least_loss
+from sinkquant.policy.solver import ROUNDS, Option, Solution, fewest_bytes, least_loss
 from sinkquant.recipe import Budget, Recipe
 from sinkquant.schemes import WeightFormat
 from sinkquant.schemes.tensors import total_bytes
 
 EXACT = WeightFormat(16, None)
-ROUNDS = 6
-"""How often a budget of bytes is solved again because a longer header took it over the limit."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from sinkquant.policy.expected import with_expected_loss
 
 BESIDE = frozenset({"bytes", "reason"})
 """Fields of a decision that follow from the others."""
-SETTINGS = ("transforms", "silenced_heads", "calibration", "kv_cache", "seed", "loads_in")
+SETTINGS = ("blocks", "transforms", "silenced_heads", "calibration", "ends", "kv_cache", "kv_scheme", "seed",
+            "loads_in")
 
 
 def compare_plans(a: Plan, b: Plan, names: tuple[str, str] = ("a", "b"),

@@ -82,7 +82,7 @@ def with_expected_loss(plan: Plan, sensitivity: Sensitivity, gap: float | None =
                            "one.")
     found = expect_loss({name: decision.form for name, decision in plan.modules.items()}, sensitivity,
                         {name: decision.method for name, decision in plan.modules.items()})
-    predicted = dict(plan.predicted)
+    predicted = {key: value for key, value in plan.predicted.items() if not key.startswith("kl")}
     notes, recipe = list(plan.notes), Recipe.parse(plan.recipe)
     ends = sensitivity.end_loss(bits_of_ends(recipe)) if plan.ends else 0.0
     if gap is not None:

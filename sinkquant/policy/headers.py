@@ -8,11 +8,13 @@ from sinkquant.artifacts.distill import require_tunable
 from sinkquant.policy.activations import spares, with_inputs
 from sinkquant.policy.carried import carried
 from sinkquant.policy.edited import accept_edited
+from sinkquant.policy.input_bits import require_input_bits
 from sinkquant.policy.kv_cache import make_kv_plan
 from sinkquant.policy.plan import check_budget, choices_of, make_plan
 from sinkquant.policy.rules import base_choices
 from sinkquant.policy.split import check_split
-from sinkquant.recipe import Budget, Recipe
+from sinkquant.policy.transforms import require_transforms
+from sinkquant.recipe import Budget, KVCache, Recipe
 
 FOR_SINKS = frozenset({"boost", "cap", "exclude"})
 """Policies of `protect.statistics` that treat detected sinks in a way of their own."""
@@ -28,7 +30,7 @@ def plan_from_shapes(shape: ModelShape, recipe: Recipe) -> tuple[Plan | None, li
     Raises:
         RequestError: as `make_plan`.
     """
-    asking = _asking(recipe)
+    asking = _asking(shape, recipe)
     if asking:
         return None, asking
     plan = make_plan(shape, nothing_found(shape), recipe).made_from(None)
@@ -69,9 +71,11 @@ def plan_ready(shape: ModelShape, recipe: Recipe, edited: Plan | None,
 
 def require_plannable(shape: ModelShape, recipe: Recipe) -> None:
     """Refuse what no sink map could make possible, before anything is detected."""
+    require_transforms(shape, recipe)
+    require_distill(shape, recipe)
     changes = ["prune.heads=none"]  # detection says which
     if recipe.kv_cache is not None:
-        changes += ["kv_cache.exact=none", "kv_cache.prefix=none"]
+        changes += _any_tokens(recipe.kv_cache)
         if recipe.kv_cache.prefix != "none":  # detection says whether rows begin with it
             changes += ["activations.sinks=all"] if recipe.activations.sinks == "exclude" else []
             changes += ["protect.statistics=all"] if recipe.protect.statistics == "exclude" else []
@@ -85,23 +89,38 @@ def require_plannable(shape: ModelShape, recipe: Recipe) -> None:
         make_kv_plan(shape, nothing_found(shape), recipe)
         recipe = recipe.changed(kv_cache={"bits": None})
     if recipe.solves_inputs:  # likewise
-        choices_of(shape, nothing_found(shape), recipe)
+        require_input_bits(choices_of(shape, nothing_found(shape), recipe)[1], recipe)
         recipe = recipe.changed(activations={"bits": None})
     make_plan(shape, nothing_found(shape), recipe)
 
 
-def _asking(recipe: Recipe) -> list[str]:
+def _any_tokens(cache: KVCache) -> list[str]:
+    """Settings that take no exact token of what only detection finds. First tokens stand for them where sliding windows
+    are to see some."""
+    if cache.sliding_sinks and cache.exact != "massive" and (cache.prefix != "none" or cache.exact == "detected"):
+        most = max(cache.max_exact, int(cache.prefix != "none"))
+        return ["kv_cache.exact=first-n", f"kv_cache.max_exact={most}", "kv_cache.prefix=none"]
+    found = cache.exact == "detected" or (cache.exact == "massive" and not cache.sliding_sinks)
+    return [*(["kv_cache.exact=none"] if found else []), "kv_cache.prefix=none"]
+
+
+def _asking(shape: ModelShape, recipe: Recipe) -> list[str]:
     """Settings that decide on bits and bytes by what was detected."""
     found = []
     if recipe.protect.channels != "none":
         found.append("protect.channels")
     if recipe.prune.heads != "none":
         found.append("prune.heads")
+    if (recipe.prune.method != "none" and not recipe.prune.massive
+            and any(linear.part_of for linear in shape.linears.values())):
+        found.append("prune.method")  # spares the experts that make massive activations
     rounded = recipe.activations
     if rounded.format != "16-bit" and spares(rounded):
         found.append("activations.sinks")
     if recipe.budget != Budget():
         found.append("budget")
+    if recipe.kv_cache_scheme is not None and recipe.kv_cache_scheme.sinks == "exclude":
+        found.append("kv_cache_scheme.sinks")
     if recipe.kv_cache is not None:
         found += ["kv_cache.bits"] if recipe.solves_cache else []
         found += ["kv_cache.exact"] if recipe.kv_cache.exact in ("detected", "massive") else []

@@ -67,15 +67,16 @@ def with_input_bits(choices: dict[str, Draft], shape: ModelShape, recipe: Recipe
     if sensitivity is None or not sensitivity.inputs:
         raise RequestError("activations.bits needs sensitivities of the inputs; make them with "
                            "sinkquant.find_sensitivity, or run quantize-model plan, which makes them itself.")
+    foreign = [name for unit in sensitivity.inputs for name in unit.modules if name not in choices]
+    if foreign:
+        raise RequestError(f"the sensitivities are of another model: it has no {foreign[0]}; make them for this one.")
     units = [unit for unit in sensitivity.inputs if all(input_options(choices[name]) for name in unit.modules)]
     tables = [_options(unit, choices[unit.modules[0]]) for unit in units]
     weights = [sum(shape.linears[name].parameters for name in unit.modules) for unit in units]
     found = least_loss([[Option(option.bits * size, loss) for option, loss in table.items()]
                         for table, size in zip(tables, weights, strict=True)], math.floor(allowed * sum(weights)))
     if found is None:
-        least = sum(min(option.bits for option in table) * size for table, size in zip(tables, weights, strict=True))
-        raise RequestError(f"activations.bits {allowed:g} is not feasible: inputs take {least / sum(weights):.3g} bits "
-                           f"at least; raise it to that, or set another activations.format.")
+        raise _not_feasible(allowed, min(option.bits for table in tables for option in table))
     chosen, total = dict(choices), sum(next(iter(table.values())) for table in tables)
     for unit, table, place in zip(units, tables, found.chosen, strict=True):
         option = list(table)[place]
@@ -83,6 +84,18 @@ def with_input_bits(choices: dict[str, Draft], shape: ModelShape, recipe: Recipe
             chosen[name] = replace(choices[name], activations=option.name, activation_scale=option.scale,
                                    reason=f"{choices[name].reason}; {_why(unit, table, option, total)}")
     return chosen
+
+
+def require_input_bits(choices: dict[str, Draft], recipe: Recipe) -> None:
+    """Refuse a budget below what the coarsest formats take, before anything is measured."""
+    least = min((option.bits for choice in choices.values() for option in input_options(choice)), default=0)
+    if recipe.activations.bits is not None and least > recipe.activations.bits:
+        raise _not_feasible(recipe.activations.bits, least)
+
+
+def _not_feasible(allowed: float, least: int) -> RequestError:
+    return RequestError(f"activations.bits {allowed:g} is not feasible: inputs take {least} bits at least; raise it to "
+                        "that, or set another activations.format.")
 
 
 def average_bits(inputs: Mapping[str, str], shape: ModelShape) -> float:

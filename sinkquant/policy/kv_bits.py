@@ -9,6 +9,7 @@ from sinkquant.errors import RequestError
 from sinkquant.recipe import KVCache
 
 USUAL = 2
+"""Bits of a code, about the mean of a small budget."""
 SHORTEST = 8
 """A window is not halved below so many tokens."""
 WINDOW_SHARE = 0.1
@@ -26,7 +27,7 @@ def least_setting(settings: KVCache, fewest: int, groups: Sequence[int],
     share.
 
     Args:
-        groups: sizes that fit the model, ascending. make: settings -> plan with its sizes.
+        fewest: bits of a code. groups: sizes that fit the model, ascending. make: settings -> plan with its sizes.
 
     Raises:
         RequestError: nothing is small enough; says what the smallest takes.

@@ -8,11 +8,8 @@ from sinkquant.artifacts import KVCachePlan, KVLoss, ModelShape, Sensitivity
 from sinkquant.artifacts.kv import cache_bytes, held_tokens, layer_bytes
 from sinkquant.errors import RequestError
 from sinkquant.policy.kv_cache import accept_kv
-from sinkquant.policy.solver import Option, least_loss
+from sinkquant.policy.solver import ROUNDS, Option, least_loss
 from sinkquant.recipe import Budget, Recipe
-
-ROUNDS = 6
-"""How often a cache is solved again because its mean over lengths took it over the limit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +62,7 @@ def spent_by_loss(shape: ModelShape, plan: KVCachePlan, sensitivity: Sensitivity
     """A cache of the fewest bits, with what `kv_cache.bits` leaves spent where heads were measured to lose most.
 
     Raises:
-        RequestError: there are no sensitivities of the cache.
+        RequestError: there are no sensitivities of the cache, or they are of too many bits or of another model.
     """
     settings = recipe.kv_cache
     assert settings is not None
@@ -76,18 +73,21 @@ def spent_by_loss(shape: ModelShape, plan: KVCachePlan, sensitivity: Sensitivity
     units = _units(plan, sensitivity, recipe)
     table = kv_options(units, plan, Budget(bytes=1, context=settings.length))
     limit = int(settings.bits * plan.unquantized_bytes / 16)
-    room = limit - solved_cache(shape, plan, {unit: unit.bits[0] for unit in units}).bytes
+    least = solved_cache(shape, plan, {unit: unit.bits[0] for unit in units})
+    if least.bytes > limit:
+        raise RequestError(f"kv_cache.bits {settings.bits:g} cannot be met in the bits that the sensitivities of the "
+                           "KV cache hold; make them anew with fewer in sensitivity.kv_bits.")
+    room = limit - least.bytes
     for _ in range(ROUNDS):
         found = least_loss(table, room)
-        if found is None:
-            raise RequestError(f"kv_cache.bits {settings.bits:g} cannot be met with the bits that were tried, "
-                               f"{', '.join(map(str, units[0].bits[:-1]))}; add smaller ones to sensitivity.kv_bits.")
+        assert found is not None  # the fewest bits take no room
         made = solved_cache(shape, plan, {unit: unit.bits[option] for unit, option in
                                           zip(units, found.chosen, strict=True)})
         if made.bytes <= limit:
             return made
-        room -= made.bytes - limit  # the window breathes by a block, and the table is of one length
-    return plan
+        # The window breathes by a block, and the table is of one length.
+        room = max(0, room - (made.bytes - limit))
+    return least
 
 
 def _units(plan: KVCachePlan, sensitivity: Sensitivity, recipe: Recipe) -> list[KVUnit]:
@@ -96,6 +96,9 @@ def _units(plan: KVCachePlan, sensitivity: Sensitivity, recipe: Recipe) -> list[
              for kind, bits in (("key", override.key_bits), ("value", override.value_bits)) if bits is not None}
     places: dict[tuple[int, int, str], list[KVLoss]] = {}
     for loss in sensitivity.kv:
+        if loss.layer >= len(plan.layers) or loss.head >= len(plan.layers[loss.layer].key_bits):
+            raise RequestError(f"the sensitivities are of another model: it has no KV head {loss.head} in layer "
+                               f"{loss.layer}; make them for this one.")
         if (loss.layer, loss.head, loss.kind) not in fixed and plan.layers[loss.layer].packed:
             places.setdefault((loss.layer, loss.head, loss.kind), []).append(loss)
     return [KVUnit(layer, head, kind, tuple(sorted(losses, key=lambda loss: loss.bits)))

@@ -35,7 +35,6 @@ def make_kv_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> KVCach
 def _made(shape: ModelShape, sink_map: SinkMap, settings: KVCache) -> KVCachePlan:
     group_size = settings.group_size or _fitting_groups(shape)[0]
     layers = _layers(shape, settings, group_size)
-    massive = _carriers(sink_map) if settings.exact == "massive" else None
     sinks = _sinks(sink_map) if settings.exact == "detected" else []
     prefix = _prefix(sink_map, settings)
     plan = KVCachePlan(
@@ -46,14 +45,17 @@ def _made(shape: ModelShape, sink_map: SinkMap, settings: KVCache) -> KVCachePla
         rounding=settings.rounding,
         exact=settings.exact, first_n=settings.first_n if settings.exact == "first-n" else 0,
         max_exact=0 if settings.exact == "none" else settings.max_exact,
-        prefix=prefix, front=_front(prefix, sink_map, settings), sinks=sinks, massive=massive, layers=layers,
+        prefix=prefix, front=_front(prefix, sink_map, settings), sinks=sinks, layers=layers,
         bits_per_value=0.0, length=settings.length, expected_exact=0, bytes=0, unquantized_bytes=0, reason="")
     _check_sliding_sinks(plan, shape)
-    reason = _reason(plan, sink_map)
+    if settings.exact == "massive":
+        plan = plan.model_copy(update={"massive": _carriers(sink_map)})
+    exact = _expected_exact(plan, sink_map)
+    reason = _reason(plan, sink_map, exact)
     if settings.prefix == "found" and sink_map.outlier_prefix is not None:
         reason += f"; the found prefix is {' '.join(map(repr, sink_map.outlier_prefix.texts))}"
         reason += ", put in front of every row" if plan.front else " alone, which rows start with anyway"
-    return _weighed(plan, _expected_exact(plan, sink_map), reason)
+    return _weighed(plan, exact, reason)
 
 
 def make_kv_control(aware: KVCachePlan | None) -> KVCachePlan | None:
@@ -274,17 +276,21 @@ def _expected_exact(plan: KVCachePlan, sink_map: SinkMap) -> int:
     return min(count, plan.max_exact + first, plan.length)
 
 
-def _reason(plan: KVCachePlan, sink_map: SinkMap) -> str:
+def _reason(plan: KVCachePlan, sink_map: SinkMap, exact: int) -> str:
     if not any(layer.packed for layer in plan.layers):
         return "nothing is packed: every layer's sliding window is shorter than what stays in full precision anyway"
     if packed_tokens(plan.length, plan.window, plan.group_size) == 0:
         return (f"nothing of a row of {plan.length} tokens is packed, because the window of {plan.window} and a block "
                 f"of {plan.group_size} are as long; lower kv_cache.window, or plan for a longer kv_cache.length")
+    room = plan.max_exact + len(plan.prefix)
+    most = f", at most {room} in a row" if exact == room else ""
     if plan.exact == "detected":
         named = ", ".join(f"position {token.position}, whatever stands there" if token.text is None else
                           f"{token.text!r}" + (f" at {token.position}" if token.position is not None else "")
                           for token in sink_map.placed)
-        return f"the sinks of the map stay exact: {named}" if named else "the map holds no sink, so that none is kept"
+        return (f"the sinks of the map stay exact: {named}{most}" if named else
+                "the map holds no sink, so that none is kept")
     if plan.massive is not None:
-        return f"tokens that carry a massive activation after block {plan.massive.layer} stay exact"
-    return f"the first {plan.first_n} tokens stay exact" if plan.first_n else "no token is kept exact"
+        return f"tokens that carry a massive activation after block {plan.massive.layer} stay exact{most}"
+    kept = min(plan.first_n, room)
+    return f"the first {kept} tokens stay exact" if kept else "no token is kept exact"

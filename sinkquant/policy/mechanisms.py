@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -15,7 +16,7 @@ from sinkquant.recipe import Recipe
 OFF = ["protect.tokens=false", "protect.channels=none", "protect.modules=[]", "activations.sinks=all"]
 """Nothing in the weights is done for the sinks."""
 ALONE = ["weights.ignore=['*']", "weights.overrides=[]", "weights.rotate=none", "weights.smooth=none",
-         "prune.method=none", "prune.heads=none", "budget={}"]
+         "prune.method=none", "prune.heads=none", "activations={}", "budget={}"]
 """The weights stay as they are."""
 OUTLIERS = "prefix of the outlier tokens"
 """The kind of protection that there is only where such tokens were found."""
@@ -78,8 +79,8 @@ def mechanisms(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> list[Mec
     found: list[Mechanism] = []
     weights = unprotected(recipe)
     packed = False
-    if recipe.kv_cache is None or make_plan(shape, sink_map, recipe.replace(
-            [*OFF, "kv_cache.exact=none", "kv_cache.prefix=none"])).formats:
+    if recipe.kv_cache is None or make_plan(shape, sink_map, recipe.replace([
+            *OFF, "kv_cache.exact=none", "kv_cache.prefix=none", "kv_cache.sliding_sinks=false"])).formats:
         found += _for_weights(shape, sink_map, recipe, weights)
         packed = True
     if recipe.kv_cache is not None and (recipe.kv_cache.key_bits < 16 or recipe.kv_cache.value_bits < 16
@@ -97,7 +98,8 @@ def _for_weights(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, off: Reci
     for keep, name in (("split", "split columns"), ("module", "whole linears in more bits"),
                        ("scale", "scaled columns")):
         settings = [f"protect.channels={keep}"]
-        asked = off.replace([*settings, *([f"protect.modules={recipe.protect.modules}"] if keep == "module" else [])])
+        named = [f"protect.modules={json.dumps(recipe.protect.modules)}"] if keep == "module" else []
+        asked = off.replace([*settings, *named])
         found.append(_kept(name, settings, asked, shape, sink_map, keep))
     for statistics, name in (("boost", "boosted statistics"), ("cap", "capped statistics"),
                              ("attention", "statistics by attention")):

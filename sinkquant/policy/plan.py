@@ -25,10 +25,10 @@ from sinkquant.artifacts.sizes import checkpoint_bytes, own_format
 from sinkquant.errors import RequestError
 from sinkquant.methods import require_methods
 from sinkquant.policy.activations import EXCLUDED, check_exclusion, simulated_notes, spare_sinks, with_inputs
-from sinkquant.policy.allocate import ROUNDS, Allocation, solve
+from sinkquant.policy.allocate import Allocation, solve
 from sinkquant.policy.budget import choice_bytes, close_gap, evenly_spread, fill, linear_bytes
-from sinkquant.policy.carried import carried, check_recipe, notes
-from sinkquant.policy.ends import OWN_FORMAT, asked_of_edited, choose_ends, end_notes, sized
+from sinkquant.policy.carried import carried, check_recipe, notes, scheme_for
+from sinkquant.policy.ends import OWN_FORMAT, asked_of_edited, choose_ends, end_notes, end_options, sized
 from sinkquant.policy.engines import for_engine, loads_in, require_engine
 from sinkquant.policy.expected import with_expected_loss
 from sinkquant.policy.explain import explained
@@ -38,17 +38,21 @@ from sinkquant.policy.kv_budget import spent_by_loss
 from sinkquant.policy.kv_cache import make_kv_control, make_kv_plan
 from sinkquant.policy.kv_scheme import OWN_FORMAT as NO_KV_SCHEME
 from sinkquant.policy.kv_scheme import make_kv_scheme
-from sinkquant.policy.pruning import with_pruning
+from sinkquant.policy.pruning import prune_like, with_pruning
 from sinkquant.policy.rules import Draft, affected, base_choices, check_group_sizes, protect
 from sinkquant.policy.sharing import share_formats
 from sinkquant.policy.solvable import bits_tried
+from sinkquant.policy.solver import ROUNDS
 from sinkquant.policy.split import NO_BACKEND, NO_EXPERTS, NO_INPUTS, split_channels
 from sinkquant.policy.transforms import choose_transforms, scale_sinks, shape_after
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import WeightFormat, scheme_of
+from sinkquant.schemes.tensors import total_bytes
 
 EVEN_TOLERANCE = 0.002
 """Share of the linears' bytes that an even spread may leave unspent before the control is made less even."""
+MUCH = 0.005
+"""Share of its plan's bytes that a control may take more before it is made smaller."""
 
 
 def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity: Sensitivity | None = None) -> Plan:
@@ -67,21 +71,22 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
                            "memory drop its blocks by choose_blocks and drop_blocks, and leave prune.blocks out then.")
     base, choices = choices_of(shape, sink_map, recipe)
     kv_cache = make_kv_plan(shape, sink_map, recipe)
+    if kv_cache is not None and recipe.solves_cache:  # before the budget, which may count its bytes
+        kv_cache = spent_by_loss(shape, kv_cache, sensitivity, recipe)
     solved: Allocation | None = None
     if recipe.budget.solved:
         solved = solve(choices, shape, sink_map, recipe, sensitivity, kv_cache)
         choices, kv_cache, recipe = solved.choices, solved.kv_cache, solved.recipe
     elif recipe.budget.limited:
         choices = _within_budget(base, choices, shape, sink_map, recipe)
-    if kv_cache is not None and recipe.solves_cache:
-        kv_cache = spent_by_loss(shape, kv_cache, sensitivity, recipe)
     choices = with_input_bits(choices, shape, recipe, sensitivity)
     sensitivity = sensitivity if sensitivity is not None and sensitivity.units else None
     choices = explained(choices, shape, sink_map, recipe, sensitivity, solved.explained if solved else frozenset())
     choices = spare_sinks(choices, shape, sink_map, recipe)
     check_group_sizes(choices, shape)
     excluded = check_exclusion(recipe, kv_cache)
-    sinks = sink_selectors(sink_map, recipe) if recipe.protect.tokens else []
+    left_out = recipe.kv_cache_scheme is not None and recipe.kv_cache_scheme.sinks == "exclude"
+    sinks = sink_selectors(sink_map, recipe) if recipe.protect.tokens or left_out else []
     statistics = recipe.statistics
     if statistics == "exclude":
         # Every token reads the sink: leaving it out is only harmless where its keys and values stay as they were.
@@ -132,8 +137,7 @@ def formats_asked(shape: ModelShape, recipe: Recipe) -> dict[str, WeightFormat]:
     Raises:
         RequestError: a pattern matches nothing, or a group size does not fit.
     """
-    asked = for_engine(share_formats(with_inputs(_base(shape, recipe), shape, recipe), shape), recipe.engine)
-    return {name: choice.form for name, choice in asked.items() if choice.quantized}
+    return {name: choice.form for name, choice in _unprotected(shape, recipe).items() if choice.quantized}
 
 
 def ends_asked(shape: ModelShape, recipe: Recipe) -> dict[str, EndDecision]:
@@ -155,23 +159,28 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
         aware: the plan to be matched.
         sensitivity: lets the control predict its loss as well.
     """
+    recipe = asked_of_edited(aware, recipe, shape)
     if recipe.budget.solved:
-        recipe = asked_of_edited(aware, recipe, shape).changed(weights={"bits": bits_tried(recipe)[0]})
-    base = for_engine(share_formats(with_inputs(_base(shape, recipe), shape, recipe), shape), recipe.engine)
+        recipe = recipe.changed(weights={"bits": bits_tried(recipe)[0]})
+    base, allowed = _unprotected(shape, recipe), sum(decision.bytes for decision in aware.modules.values())
+    fewer = [bits for bits in scheme_for(recipe).bits if bits < recipe.weights.bits]
+    while fewer and linear_bytes(shape, base) > (1 + MUCH) * allowed:  # an edited plan may take less than its recipe
+        recipe = recipe.changed(weights={"bits": fewer.pop()})
+        base = _unprotected(shape, recipe)
     if recipe.solves_inputs:  # nothing of what inputs are rounded to is for the sinks
         base = {module: replace(choice, activations=aware.modules[module].activations,
                                 activation_scale=aware.modules[module].activation_scale) if choice.quantized else choice
                 for module, choice in base.items()}
-    allowed = sum(decision.bytes for decision in aware.modules.values())
     transforms = choose_transforms(base, shape, recipe, aware.kv_cache)
     plan = _finish("control", _evenly(base, shape, allowed), shape, recipe, [], "all", transforms)
     over = plan.weight_bytes - aware.weight_bytes
-    if over > 0.005 * aware.weight_bytes:  # More packed modules make a longer header: much, in a tiny model.
+    if over > MUCH * aware.weight_bytes:  # More packed modules make a longer header: much, in a tiny model.
         plan = _finish("control", _evenly(base, shape, allowed - over), shape, recipe, [], "all", transforms)
-    gap = abs(plan.weight_bytes - aware.weight_bytes) / aware.weight_bytes
-    if gap > 0.01:
-        plan.notes.append(f"the control's size differs by {gap:.1%}: no raise fits the bytes that are left")
-    plan = with_small_heads(with_pruning(plan, shape, sink_map, recipe), aware, sink_map)
+    gap = (plan.weight_bytes - aware.weight_bytes) / aware.weight_bytes
+    if abs(gap) > 0.01:
+        why = "its recipe takes as much even in the fewest bits" if gap > 0 else "no raise fits the bytes that are left"
+        plan.notes.append(f"the control's size differs by {gap:+.1%}: {why}")
+    plan = with_small_heads(prune_like(plan, aware, shape), aware, sink_map)
     # Edited or not: what decides between the two is the sinks alone.
     settings = aware.calibration.model_copy(update={"sinks": [], "statistics": "all", "ranges": "all"})
     plan = plan.model_copy(update={"kv_cache": make_kv_control(aware.kv_cache), "calibration": settings,
@@ -179,6 +188,11 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
     if sensitivity is not None and sensitivity.units:
         plan = with_expected_loss(plan, sensitivity)
     return plan.made_from(sink_map)
+
+
+def _unprotected(shape: ModelShape, recipe: Recipe) -> dict[str, Draft]:
+    """What the recipe asks for of every linear, stored as its engine wants it, before anything is protected."""
+    return for_engine(share_formats(with_inputs(_base(shape, recipe), shape, recipe), shape), recipe.engine)
 
 
 def _base(shape: ModelShape, recipe: Recipe) -> dict[str, Draft]:
@@ -279,13 +293,31 @@ def _calibration(recipe: Recipe, sinks: list[WeighedSink], statistics: Statistic
 
 
 def check_budget(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> None:
-    """Refuse a budget that is spent evenly where the fewest bytes are over it, whatever is detected.
+    """Refuse a budget of bits or bytes where the fewest are over it, whatever is detected. One that is solved for may
+    choose the fewest bits and the largest groups that are tried.
 
     Raises:
         RequestError: as `make_plan`.
     """
-    if recipe.budget.limited and not recipe.budget.solved:
-        _room(*choices_of(shape, sink_map, recipe), shape, recipe)
+    if not recipe.budget.limited or recipe.budget.loss is not None:
+        return
+    base, choices = choices_of(shape, sink_map, recipe)
+    if recipe.budget.solved:
+        base = {name: _smallest_tried(choice, shape.linears[name].columns, recipe) for name, choice in base.items()}
+        recipe = min(end_options(shape, recipe, recipe.budget.engine),
+                     key=lambda one: total_bytes(sized(shape, one).tensors.values()))
+    _room(base, choices, shape, recipe)
+
+
+def _smallest_tried(choice: Draft, columns: int, recipe: Recipe) -> Draft:
+    """A linear in what a solved budget could bring it to, the recipe having fixed nothing of it."""
+    if choice.pinned or not choice.quantized:
+        return choice
+    sizes = recipe.sensitivity.group_sizes or [recipe.weights.group_size]
+    fitting = [columns if size == -1 else size for size in sizes if size == -1 or columns % size == 0]
+    largest, bits = max(fitting, default=columns), bits_tried(recipe)[0]
+    return replace(choice, bits=bits, group_size=scheme_of(choice.form).fitted(
+        bits, -1 if largest == columns else largest, columns))
 
 
 def _room(base: dict[str, Draft], choices: dict[str, Draft], shape: ModelShape,
@@ -299,24 +331,28 @@ def _room(base: dict[str, Draft], choices: dict[str, Draft], shape: ModelShape,
     floor = share_formats(base | named, shape)
     least = linear_bytes(shape, floor)
     whole = recipe.budget.whole(shape.values)
+    if recipe.budget.solved:
+        takes, other = "the smallest candidates and what the recipe fixes take", "name fewer bits in sensitivity.bits"
+    else:
+        takes = "weights.bits and weights.group_size, and what stays in 16 bits, take"
+        other = "lower weights.bits"
     if whole is not None:
         smallest = checkpoint_bytes(sized(shape, recipe), {name: c.form for name, c in floor.items() if c.quantized})
         allowed, words = whole - (smallest - least), f"the budget of {whole:,} bytes"
         if least > allowed:
             (key,), asked = recipe.budget.limits, recipe.budget.in_words(whole, shape.values)
-            raise RequestError(f"budget.{key} {asked} is not feasible: weights.bits and weights.group_size, and what "
-                               f"stays in 16 bits, take a checkpoint of {smallest:,} bytes without any protection; "
-                               f"raise budget.{key} to {recipe.budget.in_words(smallest, shape.values)}, or lower "
-                               "weights.bits.")
+            cache = " and what the KV cache takes" if recipe.budget.context is not None else ""
+            raise RequestError(f"budget.{key} {asked} is not feasible: {takes} a checkpoint of {smallest:,} bytes "
+                               f"without any protection; raise budget.{key} to "
+                               f"{recipe.budget.in_words(smallest, shape.values)}{cache}, or {other}.")
     else:
         bits = float(recipe.budget.bits or 16)
         allowed, words = int(bits * shape.weights / 8), f"the budget of {recipe.budget.bits} bits"
         if least > allowed:
             # Rounded up, so that the number in the message is itself feasible.
             fewest = math.ceil(8000 * least / shape.weights) / 1000
-            raise RequestError(f"budget.bits {bits} is not feasible: weights.bits and weights.group_size, and what "
-                               f"stays in 16 bits, take {fewest:.3f} bits per weight without any protection; raise "
-                               "budget.bits to that, or lower weights.bits.")
+            raise RequestError(f"budget.bits {bits} is not feasible: {takes} {fewest:.3f} bits per weight without any "
+                               f"protection; raise budget.bits to that, or {other}.")
     return floor, allowed, words
 
 

@@ -59,6 +59,13 @@ def keep_pruning(plan: Plan, edited: Plan, shape: ModelShape) -> Plan:
     return _counted(plan.model_copy(update={"modules": modules}), shape)
 
 
+def prune_like(plan: Plan, other: Plan, shape: ModelShape) -> Plan:
+    """A plan with the pruning of another one of the same model."""
+    modules = {name: decision if (asked := other.modules[name].prune) is None else pruned(decision, asked)
+               for name, decision in plan.modules.items()}
+    return _counted(plan.model_copy(update={"modules": modules}), shape)
+
+
 def pruning_alone(plan: Plan, shape: ModelShape) -> Plan:
     """The same plan without its quantization, so that a report can tell what each of the two costs."""
     left = WeightFormat(16, None)

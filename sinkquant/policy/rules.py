@@ -104,9 +104,9 @@ def protect(choices: dict[str, Draft], shape: ModelShape, sink_map: SinkMap, rec
     for pattern in recipe.protect.modules:
         for name in match(pattern, list(shape.linears), "protect.modules"):
             if not shape.linears[name].fixed:
+                room -= 0 if chosen[name].keep else shape.linears[name].parameters
                 why = f"named by protect.modules {pattern!r}"
                 chosen[name] = replace(_raised(chosen[name], recipe, why, ()), pinned=True)
-                room -= shape.linears[name].parameters
     if recipe.protect.channels == "module":
         for name, why in affected(shape, sink_map):
             members = shape.linears[name].fused_with or [name]

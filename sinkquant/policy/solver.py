@@ -14,6 +14,9 @@ NODES = 200_000
 """Branches that HiGHS may look at; counted, not timed, so that two runs give the same plan."""
 RESOLUTION = 1e4
 """Losses are scaled so that the largest is this: HiGHS' tolerances are absolute, 1e-6, and bytes are whole numbers."""
+ROUNDS = 6
+"""How often a limit is solved for again because what the options do not tell, a longer header of the files or the mean
+of a cache over lengths, took the solution over it."""
 
 Options = Sequence[Sequence["Option"]]
 

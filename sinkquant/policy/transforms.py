@@ -9,6 +9,9 @@ from sinkquant.errors import RequestError
 from sinkquant.policy.rules import Draft, affected
 from sinkquant.recipe import Recipe
 
+ROTATED_MASSIVE = ("kv_cache.exact 'massive' looks for channels that weights.rotate=full spreads over all; use "
+                   "kv_cache.exact=detected or weights.rotate=values.")
+
 
 def choose_transforms(choices: dict[str, Draft], shape: ModelShape, recipe: Recipe,
                       kv_cache: KVCachePlan | None) -> list[Transform]:
@@ -43,6 +46,8 @@ def require_transforms(shape: ModelShape, recipe: Recipe) -> None:
     if recipe.weights.rotate == "full" and recipe.gate.min_massive_overlap is not None:
         raise RequestError("gate.min_massive_overlap compares channels that weights.rotate=full spreads over all; "
                            "leave it out or set weights.rotate=values.")
+    if recipe.weights.rotate == "full" and recipe.kv_cache is not None and recipe.kv_cache.exact == "massive":
+        raise RequestError(ROTATED_MASSIVE)
 
 
 def scale_sinks(choices: dict[str, Draft], shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> dict[str, Draft]:
@@ -107,8 +112,7 @@ def _check_rotation(scope: str, shape: ModelShape, kv_cache: KVCachePlan | None)
         raise RequestError(f"weights.rotate={scope} is not possible in {shape.architecture}: "
                            f"{shape.not_rotated[scope]}; set weights.rotate={other}.")
     if scope == "full" and kv_cache is not None and kv_cache.massive is not None:
-        raise RequestError("kv_cache.exact 'massive' looks for channels that weights.rotate=full spreads over all; use "
-                           "kv_cache.exact=detected or weights.rotate=values.")
+        raise RequestError(ROTATED_MASSIVE)
 
 
 def _check_scales(what: str, shape: ModelShape) -> None:

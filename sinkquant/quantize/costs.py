@@ -56,7 +56,7 @@ def quantize_seconds(sizes: Sizes, pace: Pace) -> float:
     for block in sizes.linears:
         for linears in by_input(block).values():
             seconds += 2.0 * tokens * linears[0].columns ** 2 * pace.operation
-            for matrix in linears if linears[0].part_of else [_together(linears)]:
+            for matrix in [] if not sizes.recipe.methods else linears if linears[0].part_of else [_together(linears)]:
                 cost = method.cost(matrix, sizes.recipe.weights)
                 seconds += cost.operations * pace.operation + cost.rounded * pace.rounded
                 seconds += cost.columns * (pace.column + pace.column_row * matrix.rows)

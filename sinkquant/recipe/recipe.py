@@ -16,7 +16,7 @@ from sinkquant.recipe.budget import LIMITS, Budget, SensitivitySettings
 from sinkquant.recipe.cache import KVCache, KVCacheScheme
 from sinkquant.recipe.explain import explain, near_miss
 from sinkquant.recipe.measuring import CalibrationText, Compute, Detection, Evaluation, Gate
-from sinkquant.recipe.section import Section, Statistics, read_assignment
+from sinkquant.recipe.section import Section, Statistics, read_assignment, read_yaml
 from sinkquant.recipe.weights import Activations, Protect, Prune, Weights
 from sinkquant.resources import recipe_folder
 from sinkquant.schemes import DEFAULT_BACKEND
@@ -36,7 +36,7 @@ class Recipe(Section):
 
     name: str = "custom"
     description: str = ""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2 ** 32)
     backend: Annotated[str, AfterValidator(known_backend)] = DEFAULT_BACKEND
     engine: Literal["any", "vllm-cuda", "vllm-cpu", "llama.cpp", "transformers"] = "any"
     compute: Compute = Field(default_factory=Compute)
@@ -63,7 +63,9 @@ class Recipe(Section):
 
     @property
     def methods(self) -> set[str]:
-        """Names of all methods that it asks for."""
+        """Names of all methods that it asks for; none where all weights are left alone."""
+        if "*" in self.weights.ignore:
+            return set()
         return {self.weights.method, *(one.method for one in self.weights.overrides if one.method)}
 
     @property
@@ -77,8 +79,7 @@ class Recipe(Section):
         """
         if not self.protect.tokens:
             return "all"
-        corrected = need_hessian(self.methods) and "*" not in self.weights.ignore
-        if self.protect.statistics or corrected:
+        if self.protect.statistics or need_hessian(self.methods):
             return self.protect.statistics or "boost"
         if self.prune.method == "wanda":
             return "attention"
@@ -91,7 +92,7 @@ class Recipe(Section):
         Raises:
             RequestError: no such recipe, not YAML, an unknown key or a value out of range.
         """
-        path = Path(source)
+        path = Path(os.path.expanduser(source))
         if not path.is_file():
             packaged = recipe_folder() / f"{Path(source).name.removesuffix('.yaml')}.yaml"
             if not packaged.is_file() or path.parent != Path("."):
@@ -100,7 +101,7 @@ class Recipe(Section):
                                    f"the packaged ones are {', '.join(names)}.")
             path = packaged
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            data = read_yaml(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise RequestError(f"cannot read {path}: {error.strerror or error}.") from error
         except (yaml.YAMLError, ValueError, RecursionError) as error:

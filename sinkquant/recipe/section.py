@@ -51,9 +51,32 @@ def read_assignment(assignment: str, recipe: type[BaseModel]) -> tuple[list[str]
     if FilePath in kinds and not several:
         return path, _file(value)
     try:
-        return path, yaml.safe_load(value)
+        return path, read_yaml(value)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RequestError(f"--set {key}: the value {value!r} is not YAML.") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which PyYAML drops the first."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """As PyYAML's."""
+        node = super().compose_mapping_node(anchor)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for place, key in enumerate(keys):
+            if any(key.value == other.value for other in keys[:place]):
+                raise yaml.composer.ComposerError(f"the key {key.value!r} stands twice, in line "
+                                                  f"{key.start_mark.line + 1} again")
+        return node
+
+
+def read_yaml(text: str) -> Any:
+    """What YAML says; plain data alone.
+
+    Raises:
+        yaml.YAMLError, ValueError, RecursionError: it is none, or a key stands twice.
+    """
+    return yaml.load(text, _Loader)
 
 
 def _file(value: str) -> str | None:

@@ -16,15 +16,7 @@ from sinkquant.models import Decoder, load_tokenizer, open_model, pick_device, r
 from sinkquant.models.corpus import require_two_texts
 from sinkquant.models.loading import has_tokenizer
 from sinkquant.models.processes import this_process
-from sinkquant.policy import (
-    check_recipe,
-    check_same_model,
-    check_solvable,
-    make_plan,
-    require_distill,
-    require_plannable,
-    require_transforms,
-)
+from sinkquant.policy import check_recipe, check_same_model, check_solvable, make_plan, require_plannable
 from sinkquant.policy.headers import plan_ready
 from sinkquant.policy.kv_scheme import make_kv_scheme
 from sinkquant.policy.plan import ends_asked, formats_asked
@@ -104,10 +96,7 @@ def run(recipe: Recipe | str | os.PathLike[str] | None = None, model: str | os.P
     less = shape_after(decoder, recipe, edited, str(model))
     shape = less or whole
     if edited is None:
-        asked_of_blocks = recipe.changed(prune={"blocks": None})
-        require_transforms(shape, asked_of_blocks)
-        require_distill(shape, asked_of_blocks)
-        require_plannable(shape, asked_of_blocks)
+        require_plannable(shape, recipe.changed(prune={"blocks": None}))
     require_one_process(edited.calibration.distill if edited else recipe.weights.distill)
     if sink_map is not None:
         check_same_model(whole, sink_map)

@@ -154,3 +154,26 @@ def test_what_is_printed_may_be_ascii(artifacts: dict[str, Artifact]) -> None:
 def test_a_home_is_a_home(artifacts: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert artifacts["plan"].save("~/plan.json") == tmp_path / "plan.json"
+
+
+def test_links_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
+    real = write_atomically(tmp_path / "real.json", "old")
+    (tmp_path / "link.json").symlink_to("real.json")
+    write_atomically(tmp_path / "link.json", "new")
+    assert (tmp_path / "link.json").is_symlink()
+    assert real.read_text(encoding="utf-8") == "new"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_atomically(tmp_path / "pipe", "text")
+    assert os.read(reader, 10) == b"text"
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    decoder = Decoder.of(tiny_model("llama"))
+    assert sink_map_of(decoder).save("~/map.json") == tmp_path / "map.json"
+    assert SinkMap.load("~/map.json").model.layers == 3
+    (tmp_path / "mine.yaml").write_text("seed: 3", encoding="utf-8")
+    assert Recipe.load("~/mine.yaml").seed == 3

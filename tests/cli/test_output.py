@@ -14,7 +14,7 @@ from sinkmaps import sink_map_of
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sinkquant.artifacts import Channel, Plan, SuperWeight
-from sinkquant.cli import paper
+from sinkquant.cli import paper, plans
 from sinkquant.cli.show import show_plan, show_sink_map
 from sinkquant.cli.tables.names import in_words
 from sinkquant.cli.tables.plan import alike, with_ranges
@@ -168,3 +168,11 @@ def test_no_colour_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_help_says_what_exit_codes_mean(command: tuple[str, ...]) -> None:
     words = " ".join(call(*command, "--help").out.split())
     assert "0 done, 1 failed, 2 the request is wrong, 3 done but below the recipe's quality gate" in words
+
+
+def test_plan_refuses_before_it_detects(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "find_sinks", None)
+    refused = call("plan", tiny_folder, "-r", "w4a16-sink", "--set", "weights.group_size=32",
+                   "--set", "budget={bits: 2.1, solver: sensitivity}")
+    assert refused.code == 2
+    assert "is not feasible" in refused.err

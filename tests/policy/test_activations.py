@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from costs import sensitivity_of
 from families import tiny_model
 from sinkmaps import BOS, sink_map_of
 
 from sinkquant.artifacts import Plan
+from sinkquant.artifacts.sensitivity import InputLoss, InputSensitivity
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
 from sinkquant.policy import accept_edited, make_control, make_plan, plan_from_shapes
@@ -151,3 +153,12 @@ def test_an_edited_plan_is_counted_anew(decoder: Decoder) -> None:
     plan = planned(decoder, *STATIC, "activations.sinks=exclude", PREFIX)
     with pytest.raises(RequestError, match="a prefix that its kv_cache does not have"):
         accept_edited(plan.model_copy(update={"kv_cache": None}), shape)
+
+
+def test_inputs_of_another_models_sensitivities_are_refused(decoder: Decoder) -> None:
+    recipe = Recipe().replace(["weights.group_size=32", "activations={format: int8, bits: 9}"])
+    losses = [InputLoss(activations="int8", scale="token", sinks=0, total=1)]
+    costs = sensitivity_of(decoder.shape("tiny")).model_copy(update={"inputs": [
+        InputSensitivity(modules=["model.layers.9.self_attn.q_proj"], losses=losses)]})
+    with pytest.raises(RequestError, match="of another model: it has no model"):
+        make_plan(decoder.shape("tiny"), sink_map_of(decoder), recipe, costs)

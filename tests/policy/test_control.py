@@ -9,8 +9,9 @@ import torch
 from families import tiny_model
 from sinkmaps import sink_map_of
 
+from sinkquant.artifacts.pruning import Pruning
 from sinkquant.models import Decoder
-from sinkquant.policy import make_control, make_plan
+from sinkquant.policy import accept_edited, make_control, make_plan
 from sinkquant.policy.budget import evenly_spread
 from sinkquant.policy.carried import scheme_for
 from sinkquant.recipe import Recipe, recipe_names
@@ -118,3 +119,20 @@ def test_the_control_of_an_edited_plan_is_calibrated_as_the_plan_is() -> None:
     assert edited.calibration.sinks
     assert control.seed == 5
     assert control.calibration == edited.calibration.model_copy(update={"sinks": [], "statistics": "all"})
+
+
+def test_the_control_of_an_edited_plan_is_of_its_size_and_pruned_like_it() -> None:
+    decoder = Decoder.of(tiny_model("llama", tie_word_embeddings=False))
+    shape, sink_map, recipe = decoder.shape("tiny"), sink_map_of(decoder), Recipe().replace(["weights.group_size=32"])
+    plan = make_plan(shape, sink_map, recipe.replace(["weights.lm_head=8"]))
+    for name, decision in plan.modules.items():
+        if "mlp" in name:
+            decision.bits, decision.prune = 3, Pruning(method="wanda", sparsity=0.5, pattern="2:4")
+    plan.recipe = recipe.model_dump(mode="json")
+    edited = accept_edited(plan, shape)
+    control = make_control(shape, sink_map, recipe, edited)
+    assert abs(control.weight_bytes / edited.weight_bytes - 1) < 0.01
+    assert control.notes == edited.notes
+    assert [one.prune for one in control.modules.values()] == [one.prune for one in edited.modules.values()]
+    fixed = recipe.replace(["weights.overrides=[{pattern: '*', bits: 8}]"])
+    assert "fewest bits" in make_control(shape, sink_map, fixed, edited).notes[-1]

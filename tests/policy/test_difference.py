@@ -75,3 +75,18 @@ def test_plans_and_sensitivities_of_other_models_are_refused() -> None:
         compare_plans(planned(), foreign)
     with pytest.raises(RequestError, match="sensitivities are of another model"):
         compare_plans(foreign, foreign, sensitivity=COSTS)
+
+
+def test_what_a_checkpoint_holds_beside_its_linears_is_a_difference() -> None:
+    untied = Decoder.of(tiny_model("llama", tie_word_embeddings=False)).shape("tiny")
+    for key, values, where in (("weights.lm_head", (4, 6), "ends.lm_head.bits"),
+                               ("kv_cache_scheme.strategy", ("tensor", "attn_head"), "kv_scheme.strategy")):
+        plans = [make_plan(untied, SINKS, Recipe().replace(["weights.group_size=32", f"{key}={value}"]))
+                 for value in values]
+        assert compare_plans(*plans).settings[where] == values
+
+
+def test_losses_that_other_sensitivities_do_not_know_are_gone() -> None:
+    plan = planned("weights.method=rtn", costs=True)
+    assert "kl" in plan.predicted
+    assert compare_plans(plan, plan, sensitivity=sensitivity_of(SHAPE, bits=(2, 3))).a.kl is None

@@ -11,7 +11,7 @@ from sinkquant.artifacts import ModelShape, Plan
 from sinkquant.artifacts.experts import few_tokens, in_short, mixed_experts, require_loadable
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
-from sinkquant.policy import accept_edited, make_control, make_plan
+from sinkquant.policy import accept_edited, make_control, make_plan, plan_from_shapes
 from sinkquant.recipe import Recipe
 
 
@@ -128,3 +128,10 @@ def test_llama_4_is_refused_where_transformers_loads_it_into_other_experts() -> 
         require_loadable(decoder.shape("tiny"), changed.formats, own=False)
     require_loadable(decoder.shape("tiny"), changed.formats, own=True)
     assert not Decoder.of(tiny_mixture("mixtral")).shape("x").not_loaded_from
+
+
+def test_pruning_experts_asks_for_detection(decoder: Decoder, shape: ModelShape) -> None:
+    """It says which of them make the massive activations and are spared."""
+    recipe = Recipe().replace(["weights.group_size=32", "weights.method=rtn", "prune.method=magnitude"])
+    assert plan_from_shapes(shape, recipe) == (None, ["prune.method"])
+    assert plan_from_shapes(shape, recipe.replace(["prune.massive=true"]))[1] == []

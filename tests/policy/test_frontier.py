@@ -47,3 +47,15 @@ def test_the_cache_counts_where_the_budget_has_a_context() -> None:
     assert found.points[0].bytes == alone.points[0].bytes + found.kv_bytes
     with pytest.raises(RequestError, match=r"weights\.rotate=values changes the weights"):
         make_frontier(SHAPE, sink_map_of(DECODER), RECIPE.replace(["weights.rotate=values"]), COSTS)
+
+
+def test_what_was_not_tried_is_not_drawn_as_lossless() -> None:
+    recipe = RECIPE.replace(["weights.group_size=64", "sensitivity.group_sizes=[32]"])
+    found = make_frontier(SHAPE, sink_map_of(DECODER), recipe, COSTS, points=3)
+    assert {point.kind for point in found.points} == {"solved", "asked"}
+    assert any("not drawn" in note and "all 2 bits" in note and "its control" in note for note in found.notes)
+    fixed = ["weights.overrides=[{pattern: '*.0.mlp.down_proj', bits: 4, group_size: 64}]", "sensitivity.bits=[2,3]"]
+    costs = sensitivity_of(SHAPE, bits=(2, 3))
+    left_out = make_frontier(SHAPE, sink_map_of(DECODER), RECIPE.replace([*fixed, "budget.bits=3"]), costs, points=3)
+    assert {point.kind for point in left_out.points} >= {"solved", "asked", "uniform"}
+    assert any("no loss counts 1 parts" in note and "layers.0.mlp.down_proj" in note for note in left_out.notes)

@@ -92,3 +92,18 @@ def test_a_run_refuses_before_anything_is_computed_and_else_meets_it(tmp_path: P
     assert plan is not None
     assert 3.5 < plan.bits_per_value <= 4.5
     assert len({bits for layer in plan.layers for bits in layer.key_bits + layer.value_bits}) > 1
+
+
+def test_the_fewest_bits_that_are_tried_are_what_a_budget_starts_from() -> None:
+    long = ["kv_cache.length=16384", "sensitivity.kv_bits=[4,8]"]
+    costs = COSTS.model_copy(update={"kv": [loss for loss in COSTS.kv if loss.bits in (4, 8)]})
+    with pytest.raises(RequestError, match=r"with 4-bit codes, .* takes 4\.\d+ bits"):
+        make_plan(SHAPE, SINKS, Recipe().replace([*ALONE, *long, "kv_cache.bits=4.5"]), costs)
+    plan = make_plan(SHAPE, SINKS, Recipe().replace([*ALONE, *long, "kv_cache.bits=5.5"]), costs)
+    assert plan.kv_cache is not None
+    assert {bits for layer in plan.kv_cache.layers for bits in layer.key_bits + layer.value_bits} == {4, 8}
+    with pytest.raises(RequestError, match=r"make them anew with fewer in sensitivity\.kv_bits"):
+        make_plan(SHAPE, SINKS, Recipe().replace([*ALONE, "kv_cache.length=16384", "kv_cache.bits=4.5"]), costs)
+    foreign = costs.model_copy(update={"kv": [costs.kv[0].model_copy(update={"head": 7})]})
+    with pytest.raises(RequestError, match="no KV head 7 in layer 0"):
+        make_plan(SHAPE, SINKS, Recipe().replace([*ALONE, *long, "kv_cache.bits=5"]), foreign)

@@ -12,6 +12,7 @@ from sinkquant.artifacts.kv import cache_bytes
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
 from sinkquant.policy import make_frontier, make_plan
+from sinkquant.policy.kv_budget import kv_bytes_of
 from sinkquant.recipe import Recipe
 
 DECODER = Decoder.of(tiny_model("llama"))
@@ -83,3 +84,17 @@ def test_a_sweep_moves_the_cache_too() -> None:
     assert asked.kl == pytest.approx(plan.predicted["kl"] + plan.predicted["kl_kv"])
     assert asked.bytes <= 600_000
     assert all(point.kl <= asked.kl for point in points if point.bytes >= asked.bytes)
+
+
+def test_a_cache_of_bits_of_its_own_is_counted_with_them() -> None:
+    recipe = Recipe().replace(["weights.group_size=32", "weights.method=rtn", "budget.context=4096",
+                               "budget.bytes=1000000", "kv_cache={bits: 8, length: 4096, window: 32}"])
+    plan = make_plan(SHAPE, SINKS, recipe, costs())
+    assert plan.kv_cache is not None
+    cache = kv_bytes_of(SHAPE, recipe.budget, plan.kv_cache)
+    assert cache > 700_000
+    assert 900_000 < plan.weight_bytes + cache <= 1_000_000
+    found = make_frontier(SHAPE, SINKS, recipe, costs(), points=3)
+    assert all(point.bytes > cache for point in found.points)
+    with pytest.raises(RequestError, match=rf"and {cache:,} of the KV cache"):
+        make_plan(SHAPE, SINKS, recipe.replace(["budget.bytes=700000"]), costs())

@@ -214,3 +214,10 @@ def test_nothing_found_is_refused() -> None:
         _made("kv_cache.prefix=found", sink_map=_outliers())
     with pytest.raises(RequestError, match="not looked for"):
         _made("kv_cache.prefix=found")
+
+
+def test_reasons_name_no_more_tokens_than_are_kept() -> None:
+    first = _made("kv_cache.exact=first-n", "kv_cache.first_n=32")
+    assert (first.expected_exact, first.reason) == (16, "the first 16 tokens stay exact")
+    assert _made("kv_cache.max_exact=1").reason.endswith(", at most 1 in a row")
+    assert "at most" not in _made().reason

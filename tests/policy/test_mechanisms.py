@@ -132,3 +132,12 @@ def test_the_answer_is_that_of_the_interval() -> None:
                                                high=gain + 0.05, rows=4))[0] for gain in (0.1, -0.09, 0.01)]
     assert answers == ["pays", "does not pay", "nothing here"]
     assert judged(one, None, None)[0] == "not measured"
+
+
+def test_what_the_weights_have_does_not_stand_in_the_way() -> None:
+    kept = asked(r"protect.modules=['re:layers\.1\..*down_proj$']")["whole linears in more bits", "weights"]
+    assert kept.aware.modules[DOWN].keep == "module"
+    assert asked("activations.format=int8", "kv_cache={}")["exact tokens", "KV cache"].aware is not None
+    gemma = Decoder.of(tiny_model("gemma3_text"))
+    recipe = Recipe().replace(["weights.group_size=32", "kv_cache={exact: detected, sliding_sinks: true}"])
+    assert any(one.aware for one in mechanisms(gemma.shape("tiny"), sink_map_of(gemma), recipe))

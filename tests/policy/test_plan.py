@@ -86,6 +86,10 @@ def test_named_modules_are_protected_in_any_case(decoder: Decoder) -> None:
     plan = planned(decoder, "protect.modules=['*.2.*.down_proj']", "protect.max_share=0")
     assert [name for name, decision in plan.modules.items() if decision.keep] == [DOWN.replace("1", "2")]
     assert "named by protect.modules '*.2.*.down_proj'" in plan.modules[DOWN.replace("1", "2")].reason
+    share = decoder.shape("").linears[DOWN].parameters / decoder.shape("").weights
+    twice = planned(decoder, "protect.modules=['*.2.*.down_proj', 're:2.mlp.down']", "protect.channels=module",
+                    f"protect.max_share={2 * share + 1e-6}")  # room for one more
+    assert [name for name, decision in twice.modules.items() if decision.keep] == [DOWN, DOWN.replace("1", "2")]
 
 
 def test_overrides_set_bits_group_and_method_of_their_modules_only(decoder: Decoder) -> None:

@@ -41,6 +41,10 @@ def refuse(family: str, *assignments: str) -> None:
     ("llama", ("protect.statistics=exclude",), "kv_cache.prefix=bos"),
     ("llama", ("weights.group_size=48",), "does not divide"),
     ("llama", ("budget.bits=2.5",), "take 4.525 bits per weight"), ("llama", ("budget.bytes=1000",), "not feasible"),
+    ("llama", ("budget.bits=2.1", "budget.solver=sensitivity"), "candidates .* take 2.525 bits per weight"),
+    ("llama", ("budget.bytes=1000", "budget.context=64"), "smallest candidates .* and what the KV cache takes"),
+    ("llama", ("activations={format: int8, bits: 7}", *EIGHT), "take 8 bits at least"),
+    ("llama", ("kv_cache={exact: massive}", "weights.rotate=full"), "spreads over all"),
     ("llama", ("weights.ignore=['*.qq_proj']",), "weights.ignore")])
 def test_combinations_that_cannot_be_are_refused_in_one_sentence(family: str, assignments: tuple[str, ...],
                                                                  message: str) -> None:
@@ -55,6 +59,8 @@ def test_combinations_that_cannot_be_are_refused_in_one_sentence(family: str, as
     ("llama", ("kv_cache={exact: massive}", "weights.ignore=['*']")),
     ("llama", ("prune.heads=no-op", "prune.method=wanda", "weights.rotate=full")),
     ("llama", ("budget.bits=5", "budget.solver=sensitivity")), ("llama", ("budget.bits=5",)),
+    ("llama", ("budget.bits=2.53", "budget.solver=sensitivity")), ("llama", ("budget.loss=0.001",)),
+    ("mixtral", ("budget.bits=2.97", "budget.solver=sensitivity", "weights.method=rtn")),
     ("mixtral", (SPLIT, "weights.ignore=['*.experts.*']")), ("gpt2", (SPLIT,))])
 def test_what_may_be_possible_is_left_to_detection(family: str, assignments: tuple[str, ...]) -> None:
     refuse(family, *assignments)
@@ -87,3 +93,13 @@ def test_a_budget_of_inputs_bits_is_left_to_sensitivities() -> None:
     require_plannable(shape, recipe.replace(["weights.smooth=none"]))
     with pytest.raises(RequestError, match="smooth"):
         require_plannable(shape, recipe)
+
+
+def test_sinks_beyond_sliding_windows_are_left_to_detection() -> None:
+    sliding = "kv_cache={exact: EXACT, prefix: PREFIX, max_exact: 4, sliding_sinks: true}"
+    for exact, prefix in (("detected", "none"), ("first-n", "none"), ("none", "bos"), ("detected", "found")):
+        refuse("gemma3_text", sliding.replace("EXACT", exact).replace("PREFIX", prefix))
+    for family, exact, message in (("gemma3_text", "none", "the cache keeps none"), ("llama", "detected", "has a slid"),
+                                   ("gemma3_text", "massive", "known before a pass")):
+        with pytest.raises(RequestError, match=message):
+            refuse(family, sliding.replace("EXACT", exact).replace("PREFIX", "none"))

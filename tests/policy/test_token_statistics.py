@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from families import tiny_model
 from sinkmaps import BOS, STOP, sink_map_of
 from transformers import PreTrainedModel
 
@@ -53,3 +54,11 @@ def test_sinks_are_left_out_only_where_a_prefix_keeps_them(tiny: PreTrainedModel
     aware, _ = planned(tiny, "protect.statistics=exclude", "kv_cache={prefix: bos}")
     # "." is no part of the prefix, so that it still counts.
     assert [(sink.token_id, sink.position) for sink in aware.calibration.sinks] == [(1, 0)]
+
+
+def test_a_cache_scheme_that_excludes_sinks_knows_them_without_their_protection() -> None:
+    recipe = Recipe().replace(["weights.group_size=32", "protect.tokens=false", "kv_cache_scheme={sinks: exclude}"])
+    decoder = Decoder.of(tiny_model("llama"))
+    settings = make_plan(decoder.shape("tiny"), sink_map_of(decoder), recipe).calibration
+    assert settings.sinks
+    assert settings.statistics == "all"

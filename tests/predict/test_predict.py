@@ -58,6 +58,9 @@ def test_what_costs_more_is_predicted_to_cost_more(large: Decoder) -> None:
     assert predict(large, least.replace(["weights.method=gptq"])).peak_bytes["quantize"] > 1e9
     assert predict(large, least.replace(["detect.rows=1000"])).peak_bytes["detect"] > base.peak_bytes["detect"]
     assert base.peak_bytes.keys() == {"detect", "quantize"}
+    assert predict(large, least.replace(["weights.tune=5"])).peak_bytes["quantize"] > 1e9
+    alone = ["weights.method=gptq", "weights.ignore=['*']", "kv_cache={}"]
+    assert predict(large, least.replace(alone)).peak_bytes["quantize"] == base.peak_bytes["quantize"]
     whole = predict(large, least.replace(["weights.distill=100"]))  # the whole model is in memory, with its gradient
     assert whole.peak_bytes["distill"] > 10 * large.model.num_parameters()
     with pytest.raises(RequestError, match=r"to distill, and .* 6.0 GB; --set weights.distill=0 makes it fit"):

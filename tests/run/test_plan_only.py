@@ -97,6 +97,7 @@ def test_the_plan_from_headers_is_the_plan_of_the_run(tmp_path: Path, text_file:
     (["weights.method=rtn", "protect.channels=module"], ["protect.channels"]),
     (["weights.method=rtn", "budget.bits=5"], ["budget"]),
     (["weights.method=rtn", "kv_cache.prefix=bos"], ["kv_cache.exact", "kv_cache.prefix"]),
+    (["protect.tokens=false", "kv_cache_scheme={sinks: exclude}"], ["kv_cache_scheme.sinks"]),
 ], ids=str)
 def test_recipes_that_take_something_from_detection_are_told_by_name(tmp_path: Path, tiny_folder: Path, text_file: Path,
                                                                      changes: list[str], named: list[str]) -> None:
