@@ -11,6 +11,7 @@ from torch import nn
 
 from sinkquant.errors import SinkquantError
 from sinkquant.models import Decoder, Walk
+from sinkquant.models.head import OutputHead, headless
 
 
 def rows(count: int = 5, length: int = 80) -> torch.Tensor:
@@ -32,9 +33,10 @@ def plain_outputs(decoder: Decoder, batch: torch.Tensor) -> tuple[list[torch.Ten
     return outputs, nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), batch[:, 1:], reduction="none")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_walk_equals_a_plain_forward(family: str) -> None:
-    decoder = Decoder.of(tiny_model(family, initializer_range=0.2))
+@pytest.mark.parametrize(("family", "settings"), [*((family, {}) for family in FAMILIES), *(
+    ("falcon_h1", {"num_hidden_layers": count}) for count in (1, 2, 3, 5))])
+def test_the_walk_equals_a_plain_forward(family: str, settings: dict[str, int]) -> None:
+    decoder = Decoder.of(tiny_model(family, initializer_range=0.2, **settings))
     batch = rows()
     expected, losses = plain_outputs(decoder, batch)
     walk = Walk(decoder, batch, batch_size=2)
@@ -96,3 +98,14 @@ def test_outputs_that_are_not_finite_are_an_error_that_names_the_block() -> None
     walk = Walk(Decoder.of(model), rows(), batch_size=2)
     with pytest.raises(SinkquantError, match=r"model\.layers\.1 are not finite"):
         list(walk.steps())
+
+
+@pytest.mark.parametrize(("family", "count"), [("llama", 2), ("falcon_h1", 1), ("falcon_h1", 4)])
+def test_a_head_by_itself_gives_the_logits_of_the_model(family: str, count: int) -> None:
+    model, batch = tiny_model(family, num_hidden_layers=count), rows(2, 24)
+    with torch.no_grad():
+        expected = model(batch, use_cache=False).logits
+        with headless(model) as states:
+            model(batch, use_cache=False)
+    logits = OutputHead(model).logits(states[0].flatten(0, 1))
+    torch.testing.assert_close(logits, expected.flatten(0, 1), rtol=1e-4, atol=1e-5)
