@@ -8,11 +8,13 @@ import pytest
 import torch
 from families import FAMILIES, tiny_model
 from safetensors import safe_open
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, as_stored, require_dense, weight_matrix
 from sinkquant.models.decoder import ROUTER
+from sinkquant.models.structure import norm_of
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -131,3 +133,11 @@ def test_values_and_what_reads_them(family: str, more: dict[str, bool]) -> None:
             columns = (second.T if pair.second.transposed else second)
             columns /= scale[pair.reads]
         torch.testing.assert_close(model(ids).logits, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_that_wraps_other_modules_is_none_that_is_known() -> None:
+    norm, wrapped = nn.RMSNorm(64), nn.Sequential(nn.RMSNorm(64), nn.Linear(64, 64))
+    known = norm_of("norm", norm, 64, {})
+    assert known is not None
+    assert known.gain == "norm.weight"
+    assert norm_of("wrapped", wrapped, 64, {}) is None
