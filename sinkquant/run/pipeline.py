@@ -30,6 +30,7 @@ from sinkquant.policy.kv_scheme import make_kv_scheme
 from sinkquant.policy.plan import ends_asked, formats_asked
 from sinkquant.predict import SENSITIVITIES, Prediction, require_memory, with_seconds
 from sinkquant.quantize.ranks import require_one_process
+from sinkquant.quantize.state import require_unquantized
 from sinkquant.quantize.trial import require_loads
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe
 from sinkquant.run.folder import WorkFolder, partial_folder, run_key, work_folder
@@ -100,6 +101,7 @@ def run(recipe: Recipe | str | os.PathLike[str] | None = None, model: str | os.P
     if not plan_only and not has_tokenizer(folder):
         load_tokenizer(folder)  # says what is missing
     decoder = Decoder.of(open_model(folder, trust_remote_code))
+    require_unquantized(decoder.model)
     whole = decoder.shape(str(model))
     less = shape_after(decoder, recipe, edited, str(model))
     shape = less or whole
