@@ -325,7 +325,7 @@ def _answers(asked: Sequence[tuple[Step, torch.Tensor]]) -> list[dict[str, torch
 
 
 class Handed(torch.Tensor):
-    """What stands in for a block's outputs: hidden states, and the first of what is handed on where the model takes that
+    """What stands in for a block's outputs: hidden states, and the first of what it gives where the model takes that
     (blocks that give a tuple, as Falcon-H1's). All that is computed of it is a plain tensor."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl

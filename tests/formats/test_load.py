@@ -123,7 +123,8 @@ def test_transforms_that_are_in_the_weights_are_read_and_those_left_to_be_done_a
 def test_columns_in_an_order_of_their_own_are_not_read_from_disk(copy: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
     order = torch.arange(64, dtype=torch.int32).flip(0)
-    save_file(tensors | {"model.layers.1.mlp.up_proj.weight_g_idx": order}, copy / "model.safetensors", {"format": "pt"})
+    save_file(tensors | {"model.layers.1.mlp.up_proj.weight_g_idx": order}, copy / "model.safetensors",
+              {"format": "pt"})
     with pytest.raises(RequestError, match=r"packs model\.layers\.1\.mlp\.up_proj in a way"):
         open_model(copy)
 
