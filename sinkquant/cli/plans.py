@@ -102,7 +102,7 @@ def _shape(model: str, folder: Path, known: SinkMap | None, trust_remote_code: b
     if kept is not None:
         return kept
     from sinkquant.models import Decoder, open_model
-    from sinkquant.quantize.state import require_unquantized
+    from sinkquant.models.source import require_unquantized
 
     decoder = Decoder.of(open_model(folder, trust_remote_code=trust_remote_code))
     require_unquantized(decoder.model)

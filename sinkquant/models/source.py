@@ -115,6 +115,12 @@ def folder_of(model: PreTrainedModel) -> Path | None:
     return folder if (folder / "config.json").is_file() else None
 
 
+def require_unquantized(model: PreTrainedModel) -> None:
+    """Refuse a folder's model whose weights were quantized."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise RequestError("this model is quantized already; start from the unquantized one.")
+
+
 def runs_own_code(loaded: object) -> bool:
     """Whether the code of a model or a tokenizer came with its folder, so that it was trusted before."""
     return type(loaded).__module__.startswith("transformers_modules")

@@ -328,7 +328,7 @@ class Handed(torch.Tensor):
     """What stands in for a block's outputs: hidden states, and the first of what it gives where the model takes that
     (blocks that give a tuple, as Falcon-H1's). All that is computed of it is a plain tensor."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __getitem__(self, indices: Any) -> torch.Tensor:
         plain = self.as_subclass(torch.Tensor)

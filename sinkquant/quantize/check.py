@@ -12,7 +12,7 @@ from sinkquant.methods import require_methods
 from sinkquant.models import Decoder, require_dense
 from sinkquant.quantize.pruning import check_heads, check_pruning
 from sinkquant.quantize.ranks import this_rank
-from sinkquant.quantize.state import require_unquantized
+from sinkquant.quantize.state import is_quantized
 from sinkquant.quantize.transforms import require_equivalent
 from sinkquant.quantize.trial import require_loads
 from sinkquant.schemes import scheme_of
@@ -27,7 +27,8 @@ def check(decoder: Decoder, plan: Plan) -> None:
             divide, fused modules in several formats, a model that is quantized already, or one whose family its
             library does not load in these formats.
     """
-    require_unquantized(decoder.model)
+    if is_quantized(decoder.model):
+        raise RequestError("this model is quantized already; start from the unquantized one.")
     require_dense(decoder.model)
     require_packages(plan.backend)
     if plan.needs_rows and this_rank()[1] > 1 and any(scheme_of(form).rounds_itself for form in plan.formats.values()):

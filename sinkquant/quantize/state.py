@@ -54,9 +54,3 @@ def is_quantized(model: nn.Module) -> bool:
     config = getattr(model, "config", None)
     return (getattr(model, ATTRIBUTE, None) is not None or getattr(model, UNPACKED, False)
             or getattr(config, "quantization_config", None) is not None)
-
-
-def require_unquantized(model: nn.Module) -> None:
-    """Refuse a model whose weights went through any quantization."""
-    if is_quantized(model):
-        raise RequestError("this model is quantized already; start from the unquantized one.")

@@ -16,6 +16,7 @@ from sinkquant.models import Decoder, load_tokenizer, open_model, pick_device, r
 from sinkquant.models.corpus import require_two_texts
 from sinkquant.models.loading import has_tokenizer
 from sinkquant.models.processes import this_process
+from sinkquant.models.source import require_unquantized
 from sinkquant.policy import (
     check_recipe,
     check_same_model,
@@ -30,7 +31,6 @@ from sinkquant.policy.kv_scheme import make_kv_scheme
 from sinkquant.policy.plan import ends_asked, formats_asked
 from sinkquant.predict import SENSITIVITIES, Prediction, require_memory, with_seconds
 from sinkquant.quantize.ranks import require_one_process
-from sinkquant.quantize.state import require_unquantized
 from sinkquant.quantize.trial import require_loads
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe
 from sinkquant.run.folder import WorkFolder, partial_folder, run_key, work_folder
