@@ -47,9 +47,15 @@ MIXTURES: dict[str, dict[str, Any]] = {
 """Mixtures of 16 experts: with shared experts, and with a first layer that has none, too."""
 
 
+TUPLES: dict[str, dict[str, Any]] = {
+    "falcon_h1": _LLAMA | {"head_dim": 16, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16,
+                           "mamba_d_state": 16, "mamba_n_groups": 1}}
+"""Blocks that give a tuple."""
+
+
 def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
     """A random model of the family, deterministic by seed, in evaluation mode."""
-    return _random(family, FAMILIES[family] | overrides, seed, dtype)
+    return _random(family, (FAMILIES | TUPLES)[family] | overrides, seed, dtype)
 
 
 def tiny_mixture(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sinkquant.blocks.choose import require_nothing_carried
 from sinkquant.errors import RequestError
 from sinkquant.formats.output import require_free
 from sinkquant.formats.reshaped import write_reshaped
@@ -68,8 +69,5 @@ def _whole(model: PreTrainedModel, kept: Sequence[int]) -> Decoder:
     count = len(decoder.blocks)
     if not kept or list(kept) != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < count:
         raise RequestError(f"the blocks that stay have to be some of 0 to {count - 1}, ascending, not {list(kept)}.")
-    carried = decoder.shape("").carried
-    if carried:
-        raise RequestError(f"this model comes with {next(iter(carried))}, which transformers does not compute with: it "
-                           "would not fit the blocks that are left.")
+    require_nothing_carried(model)
     return decoder

@@ -106,13 +106,14 @@ def cut(model: ModelArgument,
     recipe = Recipe().changed(prune={"heads": "no-op"}).replace(assignments or [])
     folder = resolve(model)
     from sinkquant.formats import require_free
-    from sinkquant.heads import cut_heads
+    from sinkquant.heads.cut import cut_heads, require_cuttable
     from sinkquant.models import load_tokenizer, open_model
 
     require_free(output)
+    loaded = open_model(folder, trust_remote_code=trust_remote_code)
+    require_cuttable(loaded)
     found = SinkMap.load(sink_map) if sink_map else find_sinks(model, text, recipe, trust_remote_code)
-    kept = cut_heads(open_model(folder, trust_remote_code=trust_remote_code),
-                     load_tokenizer(folder, trust_remote_code), found, output, recipe)
+    kept = cut_heads(loaded, load_tokenizer(folder, trust_remote_code), found, output, recipe)
     paragraph(f"{len(kept[0])} of {found.model.kv_heads} key-value heads are left in every layer: {output}")
 
 

@@ -104,8 +104,11 @@ def _shape(model: str, folder: Path, known: SinkMap | None, trust_remote_code: b
     if kept is not None:
         return kept
     from sinkquant.models import Decoder, open_model
+    from sinkquant.models.source import require_unquantized
 
-    return Decoder.of(open_model(folder, trust_remote_code=trust_remote_code)).shape(model)
+    decoder = Decoder.of(open_model(folder, trust_remote_code=trust_remote_code))
+    require_unquantized(decoder.model)
+    return decoder.shape(model)
 
 
 def _write_types(path: Path, made: Plan, shape: ModelShape) -> str:

@@ -113,7 +113,7 @@ def _tokenization(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, au
     bos = tokenizer.bos_token_id
     found = audit.tokenization
     found["tokenizer"] = f"<bos> is {tokenizer.bos_token!r}, id {bos}" if bos is not None else "has no <bos>"
-    configured = model.config.get_text_config(decoder=True).bos_token_id
+    configured = getattr(model.config.get_text_config(decoder=True), "bos_token_id", None)
     if bos is not None and configured is not None and configured != bos:
         audit.warnings.append(f"config.json says bos_token_id {configured}, the tokenizer {bos}; make them agree.")
     added = adds_bos(tokenizer)

@@ -12,6 +12,7 @@ from compressed_tensors.quantization import QuantizationArgs
 
 from sinkquant.artifacts.kv_scheme import KVScheme
 from sinkquant.errors import RequestError
+from sinkquant.models.source import require_no_transforms
 from sinkquant.schemes.inputs import in_blocks
 from sinkquant.schemes.json_object import read_object
 from sinkquant.schemes.scheme import COMPRESSED
@@ -24,10 +25,6 @@ def read_json(path: Path) -> dict[str, Any]:
         RequestError: there is none in the file.
     """
     return read_object(path, "get the checkpoint again")
-
-
-FOLDED = ("weight_input", "weight_output")
-"""Places of compressed-tensors' transforms that are in the weights already."""
 
 
 def check_readable(path: Path, settings: dict[str, Any]) -> None:
@@ -53,11 +50,7 @@ def check_readable(path: Path, settings: dict[str, Any]) -> None:
         if inputs.get("strategy") not in (None, "token", "tensor") and not in_blocks(inputs):
             raise RequestError(f"{path} quantizes activations by {inputs['strategy']} (its {name}), which is not read "
                                "here; load it with transformers.")
-    for name, group in ((settings.get("transform_config") or {}).get("config_groups") or {}).items():
-        online = [one["location"] for one in group.get("apply") or [] if one["location"] not in FOLDED]
-        if online:
-            raise RequestError(f"{path} transforms what its linears compute with while it runs ({online[0]!r}, its "
-                               f"{name}), which transformers leaves out without a word; load it with vLLM.")
+    require_no_transforms(path, settings)
     cache = settings.get("kv_cache_scheme")
     if cache and not KVScheme.reads(cache):
         raise RequestError(f"{path} quantizes its KV cache in another way than FP8 with stored scales, which is not "

@@ -16,6 +16,7 @@ from sinkquant.formats.output import require_free
 from sinkquant.formats.reshaped import write_reshaped
 from sinkquant.models import Decoder, pieces
 from sinkquant.models.smaller import HeadCounts, smaller_model, smaller_tensor
+from sinkquant.models.unused import unused_of
 from sinkquant.quantize import is_quantized
 from sinkquant.recipe import Recipe
 
@@ -37,20 +38,15 @@ def cut_heads(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sink_m
         SinkquantError: the disk is full, or plain transformers loads something else.
     """
     require_free(Path(folder))
-    if is_quantized(model):
-        raise RequestError("this model is quantized; cut heads off the unquantized one.")
+    require_cuttable(model)
     decoder, counts, facts = Decoder.of(model), HeadCounts.of(model), sink_map.model
     if (facts.layers, facts.heads, facts.kv_heads) != (len(decoder.blocks), counts.heads, counts.kv_heads):
         raise RequestError(f"the sink map is of another model ({facts.name}); run detect on this one.")
-    whole = decoder.shape("")
-    if whole.carried:
-        raise RequestError(f"this model comes with {next(iter(whole.carried))}, which transformers does not compute "
-                           "with: it would not fit the smaller heads.")
     built = functools.cache(functools.partial(smaller_model, model))
     kept = kv_heads_to_keep(sink_map, built, (recipe or Recipe()).prune.head_loss)
     smaller = built(len(kept[0]))
     assert smaller is not None
-    before, after = whole.tensors, smaller.state_dict()
+    before, after = decoder.shape("").tensors, smaller.state_dict()
 
     def read(name: str) -> Iterable[tuple[int, torch.Tensor]]:
         shape = list(after[name].shape)
@@ -58,6 +54,16 @@ def cut_heads(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sink_m
 
     write_reshaped(Path(folder), model, smaller, tokenizer, read)
     return kept
+
+
+def require_cuttable(model: PreTrainedModel) -> None:
+    """Refuse a model that no heads are cut off, whatever is found of them; no weight is read."""
+    if is_quantized(model):
+        raise RequestError("this model is quantized; cut heads off the unquantized one.")
+    carried = unused_of(model).carried
+    if carried:
+        raise RequestError(f"this model comes with {next(iter(carried))}, which transformers does not compute with: it "
+                           "would not fit the smaller heads.")
 
 
 def kv_heads_to_keep(sink_map: SinkMap, built: Callable[[int], PreTrainedModel | None],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,14 +35,17 @@ class ActivationStore:
         size = count * dtype.itemsize
         if self.folder is None or size <= self.limit or not count:
             return torch.empty(shape, dtype=dtype)
-        free = shutil.disk_usage(self.folder).free
-        if size > free:
-            raise SinkquantError(f"{self.folder} has {free} bytes free, but {size} bytes of hidden states have to go "
-                                 "there; free some space or lower calibration.rows.")
         handle, path = tempfile.mkstemp(dir=self.folder, prefix=".activations.")
         try:
-            os.truncate(handle, size)
+            if sys.platform == "darwin":
+                os.truncate(handle, size)
+            else:
+                os.posix_fallocate(handle, 0, size)  # a page of a sparse file that finds the disk full ends the process
             return torch.from_file(path, shared=True, size=count, dtype=dtype).reshape(shape)
+        except OSError as error:
+            free = shutil.disk_usage(self.folder).free
+            raise SinkquantError(f"{self.folder} has {free} bytes free, but {size} bytes of hidden states have to go "
+                                 "there; free some space or lower calibration.rows.") from error
         finally:
             os.close(handle)
             os.unlink(path)

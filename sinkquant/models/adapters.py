@@ -21,8 +21,8 @@ import torch
 from sinkquant.errors import RequestError, first_line
 from sinkquant.models.dequantized import copy_files, model_key
 from sinkquant.models.folder import ADAPTER, check_folder, read_settings, weight_files
-from sinkquant.models.gguf import SOURCE_FOLDER
-from sinkquant.models.kept import kept
+from sinkquant.models.gguf import SOURCE, SOURCE_FOLDER, made_of
+from sinkquant.models.kept import kept, require_room
 from sinkquant.models.loading import class_for, has_tokenizer
 from sinkquant.models.progress import no_progress_bars
 from sinkquant.schemes.json_object import read_object
@@ -77,8 +77,10 @@ def merged(folder: Path, base: Path) -> Path:
     stat = (folder / WEIGHTS).stat()
 
     def make(aside: Path) -> dict[str, Any]:
+        require_room(needed, aside, f"merging {folder}")
         _merge(folder, base, aside, settings)
-        return {"file": base.resolve().name, "adapter": folder.resolve().name, "types": {}}
+        (aside / SOURCE).unlink(missing_ok=True)  # the base's, which this one's mark repeats
+        return {"file": base.resolve().name, "types": {}} | made_of(base) | {"adapter": folder.resolve().name}
 
     given = str((folder.resolve(), stat.st_size, stat.st_mtime_ns)).encode() + (folder / ADAPTER).read_bytes()
     key = f"{model_key(base)}-{hashlib.sha256(given).hexdigest()[:16]}"
@@ -98,11 +100,12 @@ def _merge(folder: Path, base: Path, aside: Path, settings: dict[str, Any]) -> N
                 raise RequestError(f"{folder} is an adapter of the kind {settings.get('peft_type')}, which is no "
                                    "change of weights and cannot be merged; name the folder of a merged model.")
             whole = merge(safe_merge=True)
-            whole.save_pretrained(aside)
     except RequestError:
         raise
     except Exception as error:  # peft and transformers refuse in many ways
         raise RequestError(f"peft cannot merge {folder} into {base}: {first_line(error)}.") from error
+    with no_progress_bars():
+        whole.save_pretrained(aside)
     made = (aside / "config.json").read_bytes()
     copy_files(base, aside)
     (aside / "config.json").write_bytes(made)

@@ -7,6 +7,7 @@ document: its field `text`, or its field `messages` as the model's chat template
 from __future__ import annotations
 
 import csv
+import datetime
 import functools
 import glob
 import hashlib
@@ -35,6 +36,9 @@ PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstan
           b"\xfd7zXZ": "xz"}
 WEIGHTED = re.compile(r"(.+)@(\d+(?:\.\d+)?)")
 """A text with its weight among several."""
+NOW = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
+DAY = datetime.date(2024, 7, 26)
+"""What chat templates write for today, so that two runs give the same bytes: the day that Llama 3.1's has."""
 UNREADABLE = re.compile("[\0\ud800-\udfff]")
 MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 """How files begin that are no text in UTF-8."""
@@ -181,8 +185,9 @@ def in_words(text: TextSource) -> str:
     return str(text) if isinstance(text, str | os.PathLike) else ", ".join(text or ())
 
 
+@functools.cache
 def _data_set(name: str, split: Split) -> bytes:
-    """The texts or messages of a data set's part `train`, or of its only one, as JSON lines."""
+    """The texts or messages of a data set's part `train`, or of its only one, as JSON lines; several stages read it."""
     import datasets
 
     lines, size = [], 0
@@ -322,7 +327,8 @@ def _chat(messages: list[Any], what: str, tokenizer: PreTrainedTokenizerBase | N
         raise RequestError(f"{what} holds messages, and the model's tokenizer has no chat template to write them with; "
                            "give their text in the field text.")
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        template = NOW.sub(lambda call: repr(DAY.strftime(call[2])), tokenizer.get_chat_template())
+        text = str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
     except Exception as error:  # a template is a program, and raises what it wants
         raise RequestError(f"{what} cannot be written by the model's chat template: {first_line(error)}.") from error
     while tokenizer.bos_token and text.lstrip().startswith(tokenizer.bos_token):

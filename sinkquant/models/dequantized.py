@@ -22,7 +22,7 @@ from sinkquant.errors import RequestError
 from sinkquant.models.folder import INDEX, SINGLE, read_settings, weight_files
 from sinkquant.models.gguf import SOURCE_FOLDER
 from sinkquant.models.headers import read_header
-from sinkquant.models.kept import kept
+from sinkquant.models.kept import kept, require_room
 from sinkquant.models.shards import stored_tensors
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -46,7 +46,9 @@ def dequantized(folder: Path) -> Path:
     dtype = {"float32": torch.float32, "float16": torch.float16}.get(named, torch.bfloat16)
 
     def make(aside: Path) -> dict[str, Any]:
-        _require_room(folder, aside, dtype)
+        sizes = [math.prod(one.shape) * (2 if one.dtype is torch.uint8 else 1)
+                 for one in stored_tensors(folder).values()]
+        require_room(sum(sizes) * dtype.itemsize, aside, f"dequantizing {folder}")
         kinds = _write(folder, aside, dtype, settings)
         return {"file": folder.resolve().name, "types": kinds, "dtype": str(dtype).removeprefix("torch.")}
 
@@ -156,13 +158,3 @@ def model_key(folder: Path) -> str:
     files = [folder / "config.json", *weight_files(folder)]
     given = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return f"{folder.resolve().name}-{hashlib.sha256(json.dumps(given).encode()).hexdigest()[:16]}"
-
-
-def _require_room(folder: Path, place: Path, dtype: torch.dtype) -> None:
-    sizes = [math.prod(one.shape) * (2 if one.dtype is torch.uint8 else 1) for one in stored_tensors(folder).values()]
-    needed = sum(sizes) * dtype.itemsize
-    parent = next(one for one in place.parents if one.exists())
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise RequestError(f"dequantizing {folder} takes {needed / 1e9:.1f} GB under {parent}, and {free / 1e9:.1f} GB "
-                           "are free; set HF_HOME to a folder with room.")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from sinkquant.models.decoder import Decoder
 from sinkquant.models.hooks import compute_in, computing
@@ -19,11 +20,17 @@ LOGITS = 1 << 28
 
 
 def outside_modules(decoder: Decoder) -> list[nn.Module]:
-    """Every leaf module outside the blocks but the token embedding and the output head."""
+    """Every leaf module outside the blocks but the token embedding, the output head, and what models beside the decoder
+    hold, which no text goes through: towers for images and sound."""
     inside = {id(module) for block in decoder.blocks for module in block.modules()}
+    models = [one for one in decoder.model.modules() if isinstance(one, PreTrainedModel)]
+    towers = [one for one in models if inside.isdisjoint(map(id, one.modules()))]
+    firsts = {id(next(one.parameters())) for one in models}  # transformers takes a model's device and dtype from it
+    beside = {id(module) for one in towers for module in one.modules()
+              if firsts.isdisjoint(map(id, module.parameters(recurse=False)))}
     ends = (decoder.model.get_input_embeddings(), decoder.model.get_output_embeddings())
     return [module for module in decoder.model.modules()
-            if id(module) not in inside and not any(module is end for end in ends)
+            if id(module) not in inside | beside and not any(module is end for end in ends)
             and not any(id(child) in inside for child in module.modules())
             and not any(True for _ in module.children())]
 

@@ -23,6 +23,9 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 DEQUANTIZED = ("fp8", "mxfp4")
 """Ways that models are published in alone: their weights are made dense."""
+NOT_READ = ["*.bin", "*.pth", "*.gguf", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.ot", "*.tflite", "original/*",
+            "consolidated*"]
+"""Other libraries' copies of a hub model's weights, which are not downloaded."""
 RUN_MODEL = "model"
 """The checkpoint's folder inside a run's folder."""
 
@@ -54,7 +57,7 @@ def resolve(model: str) -> Path:
         raise RequestError(f"{model!r} is not a model folder, a GGUF file, a hub id (owner/name) or 'demo'.")
     else:
         try:
-            folder = Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
+            folder = Path(snapshot_download(model, ignore_patterns=NOT_READ))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise RequestError(f"{model!r} is no local folder, and the hub did not give it: "
                                f"{first_line(error)}.") from error

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from sinkquant.errors import RequestError, first_line
-from sinkquant.models.kept import kept
+from sinkquant.models.kept import kept, require_room
 
 SUFFIX = ".gguf"
 SOURCE = "gguf_source.json"
@@ -67,30 +67,34 @@ def unpacked(path: Path) -> Path:
         SinkquantError: there is no room for the folder.
     """
     def make(aside: Path) -> dict[str, Any]:
-        types = _types(path)
+        types, values = _types(path)
         dtype = next((kind for name, kind in PLAIN.items() if set(types) == {name}), "bfloat16")
         if set(types) == {"F32", "F16"}:  # norms are in 32 bits in every file
             dtype = "float16"
+        require_room(values * (4 if dtype == "float32" else 2), aside, f"unpacking {path}")
         _convert(path, aside, dtype)
         return {"file": path.name, "types": dict(sorted(types.items())), "dtype": dtype}
 
     return kept("gguf", _key(path), SOURCE, path.stat().st_mtime_ns, make, f"keep what {path} is unpacked to")
 
 
+def made_of(folder: Path) -> dict[str, Any]:
+    """What a folder's mark says that its weights were made of; empty where it has none."""
+    path = next((folder / name for name in (SOURCE, SOURCE_FOLDER) if (folder / name).is_file()), None)
+    return {} if path is None else dict(json.loads(path.read_text(encoding="utf-8")))
+
+
 def source_notes(folder: Path | None) -> list[str]:
     """What is to be said of where a folder's weights come from."""
-    made_of = [] if folder is None else [folder / name for name in (SOURCE, SOURCE_FOLDER)]
-    path = next((one for one in made_of if one.is_file()), None)
-    if path is None:
+    content = {} if folder is None else made_of(folder)
+    if not content:
         return []
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if "adapter" in content:
-        return [f"the adapter {content['adapter']} is merged into the weights of {content['file']}"]
     packed = [name for name in content["types"] if name not in PLAIN]
-    if not packed:
-        return [f"the weights come from {content['file']}"]
-    return [f"the weights come from {content['file']}, where they were quantized before ({', '.join(packed)}): all "
-            "figures are against those weights, not the original ones"]
+    before = (f", where they were quantized before ({', '.join(packed)}): all figures are against those weights, not "
+              "the original ones") if packed else ""
+    if "adapter" in content:
+        return [f"the adapter {content['adapter']} is merged into the weights of {content['file']}{before}"]
+    return [f"the weights come from {content['file']}{before}"]
 
 
 def _key(path: Path) -> str:
@@ -100,8 +104,8 @@ def _key(path: Path) -> str:
     return f"{path.stem}-{hashlib.sha256(json.dumps(given).encode()).hexdigest()[:16]}"
 
 
-def _types(path: Path) -> Counter[str]:
-    """How often each kind of numbers stands in a file; its parts are looked for, not read."""
+def _types(path: Path) -> tuple[Counter[str], int]:
+    """How often each kind of numbers stands in a file, and all its values; its parts are looked for, not read."""
     from gguf import GGUFReader
 
     try:
@@ -130,7 +134,7 @@ def _types(path: Path) -> Counter[str]:
     if 4 * values > free:  # transformers unpacks to float32 first, and holds the model as a whole
         raise RequestError(f"unpacking {path} takes about {4 * values / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB "
                            "are free; start from the model's safetensors instead.")
-    return types
+    return types, values
 
 
 def _convert(path: Path, folder: Path, dtype: str) -> None:

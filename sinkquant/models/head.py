@@ -39,7 +39,7 @@ class OutputHead:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.decoder = model, Decoder.of(model)
-        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        self.vocabulary = self.decoder.vocabulary
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """float32 logits [positions, vocabulary] of what the head is given, [positions, hidden_size]."""

@@ -12,8 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import cached_assets_path
+from safetensors import SafetensorError
 
-from sinkquant.errors import SinkquantError
+from sinkquant.errors import RequestError, SinkquantError
+
+
+def require_room(needed: float, folder: Path, verb: str) -> None:
+    """Refuse to make a folder that the disk has no room for.
+
+    Args:
+        needed: bytes. folder: that will be made. verb: what is done, such as "dequantizing X".
+    """
+    parent = next(one for one in folder.parents if one.exists())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise RequestError(f"{verb} takes {needed / 1e9:.1f} GB under {parent}, and {free / 1e9:.1f} GB are free; set "
+                           "HF_HOME to a folder with room.")
 
 
 def kept(namespace: str, key: str, mark: str, when: int, make: Callable[[Path], Mapping[str, Any]],
@@ -44,6 +58,7 @@ def kept(namespace: str, key: str, mark: str, when: int, make: Callable[[Path], 
                 aside.rename(place)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        raise SinkquantError(f"cannot {verb}: {error.strerror or error}; set HF_HOME to a folder with room.") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SinkquantError(f"cannot {verb}: {reason}; set HF_HOME to a folder with room.") from error
     return place

@@ -26,12 +26,13 @@ from transformers.models.auto.modeling_auto import (
 
 from sinkquant.errors import RequestError, SinkquantError
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json",
+                   "*.tiktoken", "tiktoken.model")
 
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a tokenizer lies in a model's folder."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+    return any(path.is_file() for name in TOKENIZER_FILES for path in folder.glob(name))
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

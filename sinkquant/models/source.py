@@ -46,6 +46,8 @@ from sinkquant.schemes.scheme import COMPRESSED
 ATTRIBUTE = "sinkquant_source"
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized",
            "mxfp8-quantized", "mixed-precision")
+FOLDED = ("weight_input", "weight_output")
+"""Places of compressed-tensors' transforms that are in the weights already."""
 Unpack = Callable[[Mapping[str, StoredTensor], PreTrainedModel, torch.dtype], dict[str, Stored]]
 COMPARED = 1 << 24
 """Values of two tensors that are compared at a time."""
@@ -82,10 +84,11 @@ def open_model(folder: Path, trust_remote_code: bool = False, dtype: torch.dtype
         bits = {name: int(group["weights"]["num_bits"]) for name, group in groups.items()}
         transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
         tensors = dense_tensors(stored, bits, dtype, transposed)
-    setattr(model, ATTRIBUTE, WeightSource(folder, model, tensors, dtype))
+    source = WeightSource(folder, model, tensors, dtype)
+    setattr(model, ATTRIBUTE, source)
     args = {name: QuantizationArgs(**group["input_activations"]) for name, group in groups.items()
             if group.get("input_activations")}
-    round_inputs(model, dict(model.named_modules()), args,
+    round_inputs(model, _linears(source, args), args,
                  {name: stored[key][...] for name in args for key in _input_scales(name) if key in stored})
     return model.eval()
 
@@ -110,6 +113,12 @@ def folder_of(model: PreTrainedModel) -> Path | None:
         with contextlib.suppress(HFValidationError, LocalEntryNotFoundError, OSError):
             folder = Path(snapshot_download(name, local_files_only=True))
     return folder if (folder / "config.json").is_file() else None
+
+
+def require_unquantized(model: PreTrainedModel) -> None:
+    """Refuse a folder's model whose weights were quantized."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise RequestError("this model is quantized already; start from the unquantized one.")
 
 
 def runs_own_code(loaded: object) -> bool:
@@ -326,17 +335,32 @@ def _groups(folder: Path, quantization: Any, stored: dict[str, StoredTensor]) ->
     if not known or settings.get("format") not in FORMATS:
         raise RequestError(f"{folder} is quantized as {settings.get('quant_method')!r}; start from the unquantized "
                            "model.")
+    require_no_transforms(folder, settings)
     found = {}
     for name in stored:
         module, _, leaf = name.rpartition(".")
         if leaf == "weight_scale":
             groups = [group for group in settings["config_groups"].values()
                       if any(_matches(target, module) for target in group["targets"])]
-            if not groups or f"{module}.weight_zero_point" in stored or not _read_here(module, groups[0], stored):
+            others = {f"{module}.weight_zero_point", f"{module}.weight_g_idx"}  # the second of actorder: group
+            if not groups or others & stored.keys() or not _read_here(module, groups[0], stored):
                 raise RequestError(f"{folder} packs {module} in a way that sinkquant does not read; start from the "
                                    "unquantized model.")
             found[module] = groups[0]
     return found
+
+
+def require_no_transforms(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint with transforms that are left to be done while it runs.
+
+    Args:
+        settings: compressed-tensors' `quantization_config`.
+    """
+    for name, group in ((settings.get("transform_config") or {}).get("config_groups") or {}).items():
+        online = [one["location"] for one in group.get("apply") or [] if one["location"] not in FOLDED]
+        if online:
+            raise RequestError(f"{folder} transforms what its linears compute with while it runs ({online[0]!r}, its "
+                               f"{name}), which transformers leaves out without a word; load it with vLLM.")
 
 
 def _read_here(module: str, group: dict[str, Any], stored: dict[str, StoredTensor]) -> bool:
@@ -347,6 +371,22 @@ def _read_here(module: str, group: dict[str, Any], stored: dict[str, StoredTenso
     return inputs is None or (inputs.get("symmetric", True) and inputs.get("strategy") in (
         "token", "tensor", "group", "tensor_group") and (not static or any(
             key in stored for key in _input_scales(module))))
+
+
+def _linears(source: WeightSource, names: Iterable[str]) -> dict[str, nn.Module]:
+    """Name on disk -> module of linears whose inputs are rounded.
+
+    Raises:
+        RequestError: one is no module, such as an expert that transformers stacks with the others.
+    """
+    modules = dict(source.model.named_modules())
+    loaded = {key: name for name, keys in source.keys.items() if name not in source.converted for key in keys}
+    inside = {name: loaded.get(f"{name}.weight", name).removesuffix(".weight") for name in names}
+    stacked = next((name for name in inside if inside[name] not in modules), None)
+    if stacked is not None:
+        raise RequestError(f"{source.folder} rounds the inputs of {stacked}, which is no module of its own in "
+                           "transformers; start from the unquantized model.")
+    return {name: modules[place] for name, place in inside.items()}
 
 
 def _input_scales(module: str) -> tuple[str, str]:

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+PIECE = 1 << 25
+"""Values of a large tensor that are read at a time."""
+
+
+def runs_of_rows(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """All rows of such a tensor as (start, stop), in runs of `PIECE` values at most, or of one row."""
+    step = max(1, PIECE // max(1, math.prod(shape[1:])))
+    return ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,7 @@ def norm_of(name: str, module: nn.Module, width: int, known: Known) -> Norm | No
     Raises:
         RequestError: it gives NaN.
     """
-    parameters = dict(module.named_parameters(recurse=False))
+    parameters = dict(module.named_parameters())
     if not set(parameters) <= {"weight", "bias"} or any(p.shape != (width,) for p in parameters.values()):
         return None
     settings = tuple(sorted((key, repr(value)) for key, value in vars(module).items() if not key.startswith("_")))

@@ -10,9 +10,7 @@ from sinkquant.models.alone import stored_parts
 from sinkquant.models.decoder import Decoder
 from sinkquant.models.experts import by_expert
 from sinkquant.models.source import WeightSource
-
-PIECE = 1 << 25
-"""Values of a large tensor that are read at a time."""
+from sinkquant.models.stored import runs_of_rows
 
 
 def pieces(decoder: Decoder, name: str) -> Iterator[tuple[int, torch.Tensor]]:
@@ -31,9 +29,8 @@ def pieces(decoder: Decoder, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         with decoder.present([owner]):
             yield 0, decoder.model.get_parameter_or_buffer(name).data
         return
-    step = max(1, PIECE // max(1, tensor[0].numel()))
-    for start in range(0, len(tensor), step):
-        yield start, stored.rows(start, min(start + step, len(tensor))).to(tensor.dtype)
+    for start, stop in runs_of_rows(stored.shape):
+        yield start, stored.rows(start, stop).to(tensor.dtype)
 
 
 def _experts(decoder: Decoder, source: WeightSource, name: str) -> Iterator[tuple[int, torch.Tensor]] | None:

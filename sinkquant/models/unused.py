@@ -6,7 +6,6 @@ buffers of older versions that transformers computes anew are left out.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -18,9 +17,8 @@ from sinkquant.models.folder import read_settings
 from sinkquant.models.gguf_index import is_gguf_checkpoint
 from sinkquant.models.shards import StoredTensor, stored_tensors
 from sinkquant.models.source import folder_of, source_of
+from sinkquant.models.stored import runs_of_rows
 
-PIECE = 1 << 25
-"""Values that are read at a time."""
 COMPUTED = ("inv_freq", "masked_bias")
 """Leaves that hold no weights."""
 
@@ -38,9 +36,8 @@ class Unused:
         if not tensor.shape:
             yield 0, tensor[...]
             return
-        step = max(1, PIECE // max(1, math.prod(tensor.shape[1:])))
-        for start in range(0, tensor.shape[0], step):
-            yield start, tensor.rows(start, min(start + step, tensor.shape[0]))
+        for start, stop in runs_of_rows(tensor.shape):
+            yield start, tensor.rows(start, stop)
 
     @property
     def modules(self) -> list[str]:

@@ -324,6 +324,17 @@ def _answers(asked: Sequence[tuple[Step, torch.Tensor]]) -> list[dict[str, torch
     return found
 
 
+class Handed(torch.Tensor):
+    """What stands in for a block's outputs: hidden states, and the first of what it gives where the model takes that
+    (blocks that give a tuple, as Falcon-H1's). All that is computed of it is a plain tensor."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __getitem__(self, indices: Any) -> torch.Tensor:
+        plain = self.as_subclass(torch.Tensor)
+        return plain if isinstance(indices, int) and indices == 0 else plain[indices]
+
+
 @contextlib.contextmanager
 def _recorded(decoder: Decoder) -> Iterator[tuple[list[torch.Tensor], list[dict[str, Any]]]]:
     """Replace every block's forward by one that records its arguments and hands its input on."""
@@ -337,7 +348,7 @@ def _recorded(decoder: Decoder) -> Iterator[tuple[list[torch.Tensor], list[dict[
         inputs.append(hidden)
         arguments.append({key: value for key, value in kwargs.items()
                           if key not in ("past_key_values", "use_cache", "output_attentions")})
-        return hidden
+        return hidden.as_subclass(Handed)
 
     with computing((block, forward) for block in decoder.blocks):
         yield inputs, arguments
@@ -347,7 +358,7 @@ def _recorded(decoder: Decoder) -> Iterator[tuple[list[torch.Tensor], list[dict[
 def stubbed(decoder: Decoder, hidden: torch.Tensor, count: int | None = None) -> Iterator[None]:
     """Make every block, or the first `count` of them, return the given hidden states, so that only what follows is
     computed."""
-    with computing((block, lambda *_, **__: hidden) for block in decoder.blocks[:count]):
+    with computing((block, lambda *_, **__: hidden.as_subclass(Handed)) for block in decoder.blocks[:count]):
         yield
 
 

@@ -16,6 +16,7 @@ from sinkquant.models import Decoder, load_tokenizer, open_model, pick_device, r
 from sinkquant.models.corpus import require_two_texts
 from sinkquant.models.loading import has_tokenizer
 from sinkquant.models.processes import this_process
+from sinkquant.models.source import require_unquantized
 from sinkquant.policy import check_recipe, check_same_model, check_solvable, make_plan, require_plannable
 from sinkquant.policy.headers import plan_ready
 from sinkquant.policy.kv_scheme import make_kv_scheme
@@ -92,6 +93,7 @@ def run(recipe: Recipe | str | os.PathLike[str] | None = None, model: str | os.P
     if not plan_only and not has_tokenizer(folder):
         load_tokenizer(folder)  # says what is missing
     decoder = Decoder.of(open_model(folder, trust_remote_code))
+    require_unquantized(decoder.model)
     whole = decoder.shape(str(model))
     less = shape_after(decoder, recipe, edited, str(model))
     shape = less or whole

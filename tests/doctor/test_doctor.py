@@ -82,6 +82,12 @@ def test_config_and_tokenizer_that_disagree(text_file: Path) -> None:
     assert any("config.json says bos_token_id 7, the tokenizer 1" in warning for warning in found.warnings)
 
 
+def test_a_configuration_without_bos(text_file: Path) -> None:
+    model = tiny_model("llama")
+    del model.config.bos_token_id
+    assert audit(model, text_file).warnings == []
+
+
 def test_ids_beyond_the_embedding(text_file: Path) -> None:
     found = audit(tiny_model("llama", vocab_size=100), text_file)
     assert any("ids up to 127, but the model's embedding has only 100 rows" in w for w in found.warnings)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from sinkquant.errors import RequestError
 from sinkquant.formats import load, read_checkpoint, save
 from sinkquant.formats.load import load_dense
-from sinkquant.models import load_model
+from sinkquant.models import load_model, open_model
 from sinkquant.quantize import quantize
 
 
@@ -115,8 +115,18 @@ def test_transforms_that_are_in_the_weights_are_read_and_those_left_to_be_done_a
     edit(copy, transform_config={"config_groups": {"v": {"type": "hadamard", "head_dim": 16, "apply": [done]}}})
     load(copy)
     edit(copy, transform_config={"config_groups": {"v": {"type": "hadamard", "head_dim": 16, "apply": [left, done]}}})
-    with pytest.raises(RequestError, match=r"transforms what its linears compute with .*\('input', its v\)"):
-        load(copy)
+    for opened in (load, open_model):
+        with pytest.raises(RequestError, match=r"transforms what its linears compute with .*\('input', its v\)"):
+            opened(copy)
+
+
+def test_columns_in_an_order_of_their_own_are_not_read_from_disk(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    order = torch.arange(64, dtype=torch.int32).flip(0)
+    save_file(tensors | {"model.layers.1.mlp.up_proj.weight_g_idx": order}, copy / "model.safetensors",
+              {"format": "pt"})
+    with pytest.raises(RequestError, match=r"packs model\.layers\.1\.mlp\.up_proj in a way"):
+        open_model(copy)
 
 
 def test_settings_that_make_no_sense_are_refused(copy: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import tiny_model
+from safetensors.torch import load_file, save_file
 from sinkmaps import sink_map_of
 from small_runs import model_folder
 from tiny_tokenizer import tiny_tokenizer
@@ -14,12 +15,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sinkquant.artifacts import SinkMap
 from sinkquant.artifacts.heads import HeadAblation, HeadAblations
+from sinkquant.blocks import require_droppable
 from sinkquant.cli import app
 from sinkquant.errors import RequestError
 from sinkquant.formats import load
 from sinkquant.heads import cut_heads
 from sinkquant.models import Decoder, head_columns, open_model, weight_matrix
 from sinkquant.models.smaller import smaller_model
+from sinkquant.recipe import Recipe
 
 CUT = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt_oss"]
 GONE = {0: 1, 1: 0, 2: 1}
@@ -104,6 +107,19 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert len(load(tmp_path / "small")[0].model.layers[0].self_attn.k_proj.weight) == 16
     with pytest.raises(RequestError, match="exists and is not empty"):
         app(command, standalone_mode=False)
+
+
+def test_tensors_beside_the_model_are_refused_before_its_sinks_are_found(tmp_path: Path,
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    source = model_folder(tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    save_file(tensors | {"model.layers.3.eh_proj.weight": torch.zeros(64, 128)}, source / "model.safetensors",
+              {"format": "pt"})
+    monkeypatch.setattr("sinkquant.cli.models.find_sinks", lambda *_: pytest.fail("looked for sinks"))
+    with pytest.raises(RequestError, match=r"comes with model\.layers\.3\.eh_proj\.weight"):
+        app(["cut-heads", str(source), "-o", str(tmp_path / "small")], standalone_mode=False)
+    with pytest.raises(RequestError, match=r"comes with model\.layers\.3\.eh_proj\.weight"):
+        require_droppable(Decoder.of(open_model(source)), Recipe().replace(["prune.blocks=1"]))
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:

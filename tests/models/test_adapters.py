@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from gguf_files import write_gguf
+from safetensors import SafetensorError
 from small_runs import fingerprint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sinkquant.errors import RequestError
+from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.models import adapters, open_model, resolve
 from sinkquant.models.decoder import Decoder
 
@@ -69,6 +72,36 @@ def test_an_adapter_is_its_base_with_the_change_merged_in(base: Path, tmp_path: 
     other = adapter(base, tmp_path / "lora", peft.LoraConfig(
         r=2, target_modules=["up_proj"], init_lora_weights=False, use_dora=True, task_type="CAUSAL_LM"))
     assert is_merged(resolve(str(tmp_path / "lora")), other)
+
+
+def test_an_adapter_of_a_base_that_was_quantized_before_says_so(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "gguf").mkdir()
+    write_gguf(tmp_path / "gguf/tiny.gguf", "Q8_0")
+    adapter(resolve(str(tmp_path / "gguf/tiny.gguf")), tmp_path / "lora")
+    settings = json.loads((tmp_path / "lora/adapter_config.json").read_text())
+    (tmp_path / "lora/adapter_config.json").write_text(
+        json.dumps(settings | {"base_model_name_or_path": str(tmp_path / "gguf/tiny.gguf")}))
+    (note,) = Decoder.of(open_model(resolve(str(tmp_path / "lora")))).shape("").notes
+    assert note.startswith("the adapter lora is merged into the weights of tiny.gguf, where they were quantized before")
+
+
+def test_a_disk_without_room_is_refused_and_one_that_fills_ends_in_a_sentence(
+        base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter(base, tmp_path / "lora")
+    write_gguf(tmp_path / "tiny.gguf")
+    with monkeypatch.context() as patched:
+        patched.setattr("sinkquant.models.kept.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+        for model, message in (("lora", "merging .*lora takes"), ("tiny.gguf", r"unpacking .*tiny\.gguf takes")):
+            with pytest.raises(RequestError, match=f"{message} .* set HF_HOME to a folder with room"):
+                resolve(str(tmp_path / model))
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    for model in ("lora", "tiny.gguf"):
+        with pytest.raises(SinkquantError, match=r"cannot keep what .*No space left .* set HF_HOME"):
+            resolve(str(tmp_path / model))
 
 
 def test_an_adapter_beside_its_base_is_merged_into_what_lies_there(base: Path, tmp_path: Path) -> None:

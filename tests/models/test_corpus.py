@@ -82,6 +82,8 @@ def test_messages_are_written_by_the_chat_template_without_its_bos(tmp_path: Pat
     twice = chat_tokenizer()
     twice.chat_template = "{{ bos_token }} {{ bos_token }}" + TEMPLATE
     assert documents(read_text(tmp_path / "a.jsonl", "calibration", twice)) == expected
+    twice.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + TEMPLATE  # no day of the run stands in the text
+    assert documents(read_text(tmp_path / "a.jsonl", "calibration", twice))[0].startswith("26 Jul 2024")
     refusing = tiny_tokenizer()
     refusing.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(RequestError, match="cannot be written by the model's chat template: roles must alternate"):
@@ -179,6 +181,8 @@ def test_a_data_set_is_read_by_its_name_or_folder(tmp_path: Path) -> None:
     lines = [json.dumps({"id": i, "text": f"record {i}"}) for i in range(3)]
     (folder / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
     assert documents(read_text(f"hub:{folder}", "calibration")) == ["record 0", "record 1", "record 2"]
+    (folder / "train.jsonl").unlink()  # a run reads it at several stages, and streams it once
+    assert len(documents(read_text(f"hub:{folder}", "calibration"))) == 3
     with pytest.raises(RequestError, match=r"hub:.*nowhere cannot be read by datasets: .*; give a file instead\."):
         read_text(f"hub:{tmp_path / 'nowhere'}", "calibration")
 

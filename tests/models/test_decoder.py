@@ -8,11 +8,13 @@ import pytest
 import torch
 from families import FAMILIES, tiny_model
 from safetensors import safe_open
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, as_stored, require_dense, weight_matrix
 from sinkquant.models.decoder import ROUTER
+from sinkquant.models.structure import norm_of
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -143,3 +145,11 @@ def test_key_value_heads_may_differ_by_layer() -> None:
     shape = Decoder.of(AutoModelForCausalLM.from_config(config)).shape("")
     assert shape.attentions == {"model.layers.0.self_attn": 2, "model.layers.1.self_attn": 1}
     assert [layer.heads for layer in shape.kv_layers] == [2, 1]
+
+
+def test_a_norm_that_wraps_other_modules_is_none_that_is_known() -> None:
+    norm, wrapped = nn.RMSNorm(64), nn.Sequential(nn.RMSNorm(64), nn.Linear(64, 64))
+    known = norm_of("norm", norm, 64, {})
+    assert known is not None
+    assert known.gain == "norm.weight"
+    assert norm_of("wrapped", wrapped, 64, {}) is None

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from families import tiny_model
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
 
 from sinkquant.errors import RequestError
 from sinkquant.models import cast_model, check_finite, load_model, load_tokenizer, pick_device, resolve
+from sinkquant.models.loading import has_tokenizer
 
 
 @pytest.fixture
@@ -89,6 +91,23 @@ def test_a_hub_id_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(RequestError, match="'nobody/nothing' is no local folder, and the hub did not give it: ") as e:
         resolve("nobody/nothing")
     assert "\n" not in str(e.value)
+
+
+def test_copies_of_other_libraries_are_not_downloaded(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+    monkeypatch.setattr("sinkquant.models.folder.snapshot_download",
+                        lambda _, ignore_patterns: asked.update(ignored=ignore_patterns) or str(tiny_folder))
+    resolve("owner/name")
+    files = ["model.safetensors", "tokenizer.model", "onnx/model.onnx", "onnx/model.onnx_data", "tf_model.h5",
+             "flax_model.msgpack", "rust_model.ot", "consolidated.safetensors", "consolidated-00001.pth"]
+    assert list(filter_repo_objects(files, ignore_patterns=asked["ignored"])) == files[:2]
+
+
+@pytest.mark.parametrize("name", ["tiktoken.model", "qwen.tiktoken"])
+def test_a_tokenizer_of_tiktoken_is_one(name: str, tmp_path: Path) -> None:
+    assert not has_tokenizer(tmp_path)
+    (tmp_path / name).touch()
+    assert has_tokenizer(tmp_path)
 
 
 def test_no_config(folder: Path) -> None:

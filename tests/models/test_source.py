@@ -126,3 +126,27 @@ def test_broken_checkpoints_are_refused(tiny_folder: Path, tmp_path: Path) -> No
     (folder / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(RequestError, match="quantized as 'gptq'; start from the unquantized model"):
         open_model(folder)
+
+
+def test_rounded_inputs_of_stacked_experts_are_refused_and_those_of_renamed_linears_read(tmp_path: Path) -> None:
+    inputs = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True}
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    for family, change in (("qwen3_moe", lambda name: name), ("llama", lambda name: name.removeprefix("model."))):
+        folder = on_disk(tiny_model(family, dtype=torch.bfloat16), tmp_path / family)
+        tensors = {}
+        for name, weight in load_file(folder / "model.safetensors").items():
+            tensors[change(name)] = weight
+            if ".layers." in name and name.endswith("_proj.weight"):
+                scale = weight.float().abs().amax(1, keepdim=True) / 448
+                tensors[change(name)] = (weight.float() / scale).to(torch.float8_e4m3fn)
+                tensors[f"{change(name)}_scale"] = scale.to(torch.bfloat16)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(settings | {"quantization_config": {
+            "quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group}}}))
+        if family == "llama":
+            assert len(open_model(folder).model.layers[1].mlp.up_proj._forward_pre_hooks) == 1
+        else:
+            with pytest.raises(RequestError, match=r"rounds the inputs of .*experts\.0\.\w+, which is no module"):
+                open_model(folder)

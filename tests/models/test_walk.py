@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, VOCABULARY, tiny_model
 from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from sinkquant.errors import SinkquantError
-from sinkquant.models import Decoder, Walk
+from sinkquant.models import Decoder, Walk, open_model
+from sinkquant.models.ends import outside_modules
+from sinkquant.models.head import OutputHead, headless
 
 
 def rows(count: int = 5, length: int = 80) -> torch.Tensor:
@@ -32,9 +36,10 @@ def plain_outputs(decoder: Decoder, batch: torch.Tensor) -> tuple[list[torch.Ten
     return outputs, nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), batch[:, 1:], reduction="none")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_walk_equals_a_plain_forward(family: str) -> None:
-    decoder = Decoder.of(tiny_model(family, initializer_range=0.2))
+@pytest.mark.parametrize(("family", "settings"), [*((family, {}) for family in FAMILIES), *(
+    ("falcon_h1", {"num_hidden_layers": count}) for count in (1, 2, 3, 5))])
+def test_the_walk_equals_a_plain_forward(family: str, settings: dict[str, int]) -> None:
+    decoder = Decoder.of(tiny_model(family, initializer_range=0.2, **settings))
     batch = rows()
     expected, losses = plain_outputs(decoder, batch)
     walk = Walk(decoder, batch, batch_size=2)
@@ -96,3 +101,36 @@ def test_outputs_that_are_not_finite_are_an_error_that_names_the_block() -> None
     walk = Walk(Decoder.of(model), rows(), batch_size=2)
     with pytest.raises(SinkquantError, match=r"model\.layers\.1 are not finite"):
         list(walk.steps())
+
+
+@pytest.mark.parametrize(("family", "settings"), [
+    ("idefics3", {"scale_factor": 1, "image_token_id": 9}), ("gemma3", {"mm_tokens_per_image": 4})])
+def test_towers_for_images_stay_on_disk(family: str, settings: dict[str, int], tmp_path: Path) -> None:
+    kind = {"idefics3": "llama", "gemma3": "gemma3_text"}[family]
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "image_size": 16, "patch_size": 4}
+    config = AutoConfig.for_model(family, text_config={"model_type": kind} | FAMILIES[kind], vision_config=tower,
+                                  **settings)
+    model, batch = AutoModelForImageTextToText.from_config(config).eval(), rows(3, 24)
+    model.save_pretrained(tmp_path)
+    decoder = Decoder.of(open_model(tmp_path))
+    names = {id(module): name for name, module in decoder.model.named_modules()}
+    outside = [names[id(module)] for module in outside_modules(decoder)]
+    assert [name for name in outside if "vision" in name] == [  # one, of which transformers takes the model's device
+        f"model.vision_{'model' if family == 'idefics3' else 'tower'}.embeddings.patch_embedding"]
+    assert any(name.endswith("norm") for name in outside)
+    walk = Walk(decoder, batch, batch_size=2)
+    for _ in walk.steps():
+        pass
+    assert torch.allclose(walk.losses(), plain_outputs(Decoder.of(model), batch)[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "count"), [("llama", 2), ("falcon_h1", 1), ("falcon_h1", 4)])
+def test_a_head_by_itself_gives_the_logits_of_the_model(family: str, count: int) -> None:
+    model, batch = tiny_model(family, num_hidden_layers=count), rows(2, 24)
+    with torch.no_grad():
+        expected = model(batch, use_cache=False).logits
+        with headless(model) as states:
+            model(batch, use_cache=False)
+    logits = OutputHead(model).logits(states[0].flatten(0, 1))
+    torch.testing.assert_close(logits, expected.flatten(0, 1), rtol=1e-4, atol=1e-5)

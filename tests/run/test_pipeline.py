@@ -13,6 +13,7 @@ from small_runs import fingerprint, model_folder, small_recipe
 from transformers import AutoModelForCausalLM
 
 from sinkquant import Plan, Report, RequestError, Sensitivity, SinkquantError, run
+from sinkquant.cli import app
 from sinkquant.run import job
 from sinkquant.run.candidates import bits_on_disk
 from sinkquant.run.measure import evaluate_folder, recorded_recipe
@@ -232,6 +233,18 @@ def test_what_cannot_be_done_is_refused_before_the_work(tmp_path, small_folder, 
         with pytest.raises(RequestError, match=message):
             run(small_recipe(text_file, assignment), small_folder, tmp_path / "out")
         assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_quantized_model_is_refused_before_its_sinks_are_found(tmp_path, text_file):
+    folder = model_folder(tmp_path / "model")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"quantization_config": {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}}))
+    with pytest.raises(RequestError, match="quantized already"):
+        run(small_recipe(text_file), folder, tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+    with pytest.raises(RequestError, match="quantized already"):
+        app(["plan", str(folder), "--set", f"calibration.text={text_file}"], standalone_mode=False)
 
 
 def test_a_result_that_is_not_finite_stops_the_run(tmp_path, text_file):
