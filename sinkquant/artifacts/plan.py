@@ -180,7 +180,7 @@ class Plan(Artifact):
     kv_cache: KVCachePlan | None = None
     kv_scheme: KVScheme | None = None
     calibration: Calibration
-    seed: int = Field(ge=0, lt=2 ** 32)
+    seed: int
     predicted: dict[str, float]
     losses: list[PredictedLoss] = Field(default_factory=list)
     loads_in: list[str]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -51,7 +52,10 @@ def writable(path: Path | None) -> Path | None:
         RequestError: nothing can be written where it is to be.
     """
     if path is not None:
-        require_writable(path.parent)
+        place = Path(os.path.realpath(os.path.expanduser(path)))
+        if place.exists() and not place.is_file() and os.access(place, os.W_OK):
+            return path  # a device or a pipe, which is written into
+        require_writable(place.parent)
     return path
 
 

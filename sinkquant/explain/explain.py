@@ -15,6 +15,7 @@ from sinkquant.compare.checkpoint import Checkpoint, open_checkpoints
 from sinkquant.detect import detect
 from sinkquant.diagnose.fidelity import SinkComparison
 from sinkquant.diagnose.rows import mark_sinks
+from sinkquant.errors import RequestError
 from sinkquant.evaluate.positions import by_position
 from sinkquant.explain.diagnose import Measuring, percent
 from sinkquant.explain.parts import different_parts
@@ -77,9 +78,9 @@ def explain(checkpoint: str, baseline: str, *, text: str | list[str] | None = No
     began = time.monotonic()
     recipe = (recipe or Recipe()).changed(evaluate={} if text is None else {"text": text})
     (opened,), (base,) = open_checkpoints([checkpoint]), open_checkpoints([baseline])
-    asked = Recipe.parse(opened.recipe, "the checkpoint's recipe") if opened.recipe else recipe
-    tokenizer = load_tokenizer(base.folder, trust_remote_code)
     notes: list[str] = []
+    asked = _recipe_of(opened, recipe, verify, notes)
+    tokenizer = load_tokenizer(base.folder, trust_remote_code)
     mine = tokenizer
     if has_tokenizer(opened.folder):
         mine = load_tokenizer(opened.folder, trust_remote_code)
@@ -169,6 +170,20 @@ def _comparable(opened: Checkpoint, notes: list[str]) -> bool:
     notes.append("the recipe rotates or rescales weights before it rounds them, so that no module of the checkpoint "
                  "can be put back by itself; modules were not told apart")
     return False
+
+
+def _recipe_of(opened: Checkpoint, given: Recipe, verify: bool, notes: list[str]) -> Recipe:
+    """The recipe that a checkpoint was made with; where it has none, or one that cannot be read and nothing is made
+    anew from it, the given one."""
+    if not opened.recipe:
+        return given
+    try:
+        return Recipe.parse(opened.recipe, "the checkpoint's recipe")
+    except RequestError as error:
+        if verify:
+            raise
+        notes.append(f"changes are those of the recipe that was given, or the defaults: {error}")
+        return given
 
 
 def _of_serving(probe: Probe, model: PreTrainedModel, measuring: Measuring, opened: Checkpoint,

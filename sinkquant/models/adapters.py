@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import torch
+from safetensors import SafetensorError
 
 from sinkquant.errors import RequestError, first_line
 from sinkquant.models.dequantized import copy_files, model_key
@@ -29,6 +30,8 @@ from sinkquant.schemes.json_object import read_object
 from sinkquant.schemes.packages import installed
 
 WEIGHTS = "adapter_model.safetensors"
+MARK = 2
+"""Version of what is kept beside a merged model, which one that was merged before lacks."""
 
 
 def base_named(folder: Path) -> str:
@@ -82,7 +85,7 @@ def merged(folder: Path, base: Path) -> Path:
         (aside / SOURCE).unlink(missing_ok=True)  # the base's, which this one's mark repeats
         return {"file": base.resolve().name, "types": {}} | made_of(base) | {"adapter": folder.resolve().name}
 
-    given = str((folder.resolve(), stat.st_size, stat.st_mtime_ns)).encode() + (folder / ADAPTER).read_bytes()
+    given = str((MARK, folder.resolve(), stat.st_size, stat.st_mtime_ns)).encode() + (folder / ADAPTER).read_bytes()
     key = f"{model_key(base)}-{hashlib.sha256(given).hexdigest()[:16]}"
     return kept("merged", key, SOURCE_FOLDER, stat.st_mtime_ns, make, f"keep what {folder} is merged to")
 
@@ -104,8 +107,13 @@ def _merge(folder: Path, base: Path, aside: Path, settings: dict[str, Any]) -> N
         raise
     except Exception as error:  # peft and transformers refuse in many ways
         raise RequestError(f"peft cannot merge {folder} into {base}: {first_line(error)}.") from error
-    with no_progress_bars():
-        whole.save_pretrained(aside)
+    try:
+        with no_progress_bars():
+            whole.save_pretrained(aside)
+    except (OSError, SafetensorError):  # the disk
+        raise
+    except Exception as error:
+        raise RequestError(f"{folder} merged into {base} cannot be saved: {first_line(error)}.") from error
     made = (aside / "config.json").read_bytes()
     copy_files(base, aside)
     (aside / "config.json").write_bytes(made)

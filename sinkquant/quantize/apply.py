@@ -70,7 +70,8 @@ def quantize(model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerB
     if teacher is not None:
         state.weights |= distilled(decoder, plan, teacher, starts, place, kind, progress)
     for name, packed in state.weights.items():  # exactly what the checkpoint gives, whatever was computed in
-        decoder.put(name, packed.dequantized(model.dtype).to(decoder.weight(name).device))
+        old = decoder.weight(name)
+        decoder.put(name, packed.dequantized(old.dtype).to(old.device))
     install_modules(model, state.weights)
     if plan.kv_scheme is not None:
         round_cache(model, plan.kv_scheme, state.kv_scales)

@@ -85,7 +85,7 @@ def distill_bytes(sizes: Sizes) -> float:
     settings, tuned = sizes.recipe.calibration, sum(x.parameters for block in sizes.linears for x in block)
     rows = max(1, min(ROWS, LOGITS_BYTES // (4 * sizes.vocabulary * settings.length)))
     tokens = rows * settings.length
-    head = sizes.vocabulary * sizes.hidden * sizes.stored if sizes.recipe.weights.lm_head < 16 else 0
+    head = sizes.vocabulary * sizes.hidden * (sizes.stored + sizes.item) if sizes.recipe.weights.lm_head < 16 else 0
     # Dense weights, and of every tuned one its gradient, its code, and where codes move how far, from where.
     codes = 4 + 3 if sizes.recipe.weights.distill_codes else 1
     weights = sizes.total * sizes.item + tuned * (sizes.item + codes) + 24 * sizes.largest

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -62,6 +62,8 @@ class Distill:
             SinkquantError: the divergence is not finite.
         """
         linears = {name: decoder.linears[name] for name in tuned}
+        if teacher.head is not None:  # once, in what the model computes in
+            teacher = replace(teacher, head=teacher.head.to(decoder.model.get_output_embeddings().weight.data))
         objective = TeacherDivergence(decoder, linears, teacher, device, stored)
 
         def tell(done: int) -> None:
@@ -140,7 +142,7 @@ class TeacherDivergence:
         parameter = self.decoder.model.get_output_embeddings().weight
         own = parameter.data
         with torch.no_grad(), stubbed(self.decoder, self.teacher.hidden[part].to(self.device)):
-            parameter.data = own if self.teacher.head is None else self.teacher.head.to(own)
+            parameter.data = own if self.teacher.head is None else self.teacher.head
             try:
                 return self._given(part).float()
             finally:
