@@ -72,8 +72,8 @@ def write_atomically(path: Path, text: str) -> Path:
     # Not tempfile's names, which only the owner may read: an artifact follows the umask.
     temporary = real.with_name(f".{real.name}.{uuid.uuid4().hex}")
     try:
-        if real.exists() and not (real.is_file() or real.is_dir()):
-            real.write_text(text, encoding="utf-8")
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            path.write_text(text, encoding="utf-8")
             return path
         real.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("x", encoding="utf-8") as file:

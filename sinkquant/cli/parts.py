@@ -26,9 +26,6 @@ SinkMapOption = Annotated[Path | None, typer.Option(help="A sink map made before
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Set a recipe key.")]
 TextOption = Annotated[list[str] | None, typer.Option("--text", help="A file of your own text; may be given again. "
                                                       "Default: packaged prose.")]
-SensitivityOption = Annotated[Path | None, typer.Option("--sensitivity", help="Take sensitivities from this file, or "
-                                                        "write them there; a solved budget needs them, and "
-                                                        "any plan then predicts its loss.")]
 FullOption = Annotated[bool, typer.Option("--full", help="Show everything, not one screen.")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors and what --json asks for, no more.")]
 TaskFolderOption = Annotated[Path | None, typer.Option(help="A folder of lm-eval task files of your own; all of them "
@@ -52,11 +49,21 @@ def writable(path: Path | None) -> Path | None:
         RequestError: nothing can be written where it is to be.
     """
     if path is not None:
-        place = Path(os.path.realpath(os.path.expanduser(path)))
+        place = path.expanduser()
         if place.exists() and not place.is_file() and os.access(place, os.W_OK):
             return path  # a device or a pipe, which is written into
-        require_writable(place.parent)
+        require_writable(Path(os.path.realpath(place)).parent)
     return path
+
+
+def kept_or_writable(path: Path | None) -> Path | None:
+    """The file that an option names, which is read where it is there."""
+    return path if path is not None and path.expanduser().is_file() else writable(path)
+
+
+SensitivityOption = Annotated[Path | None, typer.Option(
+    "--sensitivity", callback=kept_or_writable, help="Take sensitivities from this file, or write them there; a solved "
+    "budget needs them, and any plan then predicts its loss.")]
 
 
 def task_names(given: str | None) -> list[str]:

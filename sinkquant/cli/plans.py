@@ -48,9 +48,9 @@ def plan(model: ModelArgument,
                                                 "bytes, with uniform plans and the control.")] = False,
          output: Annotated[Path | None, to_file("Write the plan here; with --frontier a "
                                                 "page, and its figures as JSON beside it.")] = None,
-         types: Annotated[Path | None, typer.Option("--tensor-types", help="Write the type of every tensor here, as "
-                                                    "llama-quantize reads them with --tensor-type-file; for recipes "
-                                                    "with backend=gguf.")] = None,
+         types: Annotated[Path | None, to_file("Write the type of every tensor here, as llama-quantize reads them with "
+                                               "--tensor-type-file; for recipes with backend=gguf.",
+                                               "--tensor-types")] = None,
          trust_remote_code: TrustOption = False) -> None:
     """Decide bits per module, with reasons and exact bytes; quantizes nothing."""
     chosen, folder = for_engine(Recipe.load(recipe).replace(assignments or []), engine), resolve(model)

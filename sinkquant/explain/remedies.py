@@ -6,6 +6,7 @@ import fnmatch
 import re
 from typing import Any
 
+from sinkquant.policy.carried import scheme_for
 from sinkquant.recipe import KVCache, Recipe
 
 BROKEN = "no recipe makes this: the file was written or read wrong; convert the model again"
@@ -20,7 +21,7 @@ ADVICE = {
     "kv cache": "give the cache more bits", "inputs": "leave the inputs of linears alone",
     "sinks": "let the sink tokens weigh more in calibration", "order": BROKEN, "rope": BROKEN, "scales": BROKEN,
 }
-CACHE_BITS = (2, 3, 4, 8, 16)
+CACHE_BITS = (1, 2, 3, 4, 8, 16)
 Changes = list[tuple[str, bool]]
 
 
@@ -39,7 +40,8 @@ def _changes(where: str, recipe: Recipe) -> dict[str, Changes]:
     """Kind -> assignments, each with whether it changes the recipe."""
     weights, protect, inputs, cache = recipe.weights, recipe.protect, recipe.activations, recipe.kv_cache or KVCache()
     bits = _bits(where, recipe)
-    more = 8 if bits < 8 and weights.format == "int" else 16
+    scheme = scheme_for(recipe)
+    more = max(scheme.bits) if bits < max(scheme.bits) else 16
     ends = ("weights.ends=16-bit", weights.ends != "16-bit")
     embedding, head = ((f"weights.{key}=16", held < 16)
                        for key, held in (("embeddings", weights.embeddings), ("lm_head", weights.lm_head)))
@@ -49,7 +51,7 @@ def _changes(where: str, recipe: Recipe) -> dict[str, Changes]:
     packed = [("bits", cache.bits)] if cache.bits else [("key_bits", cache.key_bits), ("value_bits", cache.value_bits)]
     return {
         "super weight": split, "sink columns": split, "columns": [(f"weights.ignore=[{where!r}]", bits < 16)],
-        "outlier scale": [("weights.group_size=32", weights.format == "int" and not 0 < weights.group_size <= 32)],
+        "outlier scale": [("weights.group_size=32", scheme.group_size is None and not 0 < weights.group_size <= 32)],
         "module": module, "role": module,
         "embedding": [embedding, ends], "head": [head, ends], "both ends": [embedding, head, ends],
         "kv cache": [(f"kv_cache.{key}={_more(held)}", held < 16) for key, held in packed],

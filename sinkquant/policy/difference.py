@@ -36,8 +36,7 @@ def compare_plans(a: Plan, b: Plan, names: tuple[str, str] = ("a", "b"),
     changes = []
     for name, one in a.modules.items():
         other = b.modules[name]
-        changed = _changed(one.model_dump(mode="json", exclude=set(BESIDE)),
-                           other.model_dump(mode="json", exclude=set(BESIDE)))
+        changed = _changed(one.model_dump(mode="json"), other.model_dump(mode="json"))
         if changed:
             changes.append(ModuleChange(
                 module=name, changed=changed, bytes=(one.bytes, other.bytes), reasons=(one.reason, other.reason),
@@ -62,7 +61,7 @@ def _changed(a: Any, b: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
         a, b = ({str(place): one for place, one in enumerate(ones)} for ones in (a, b))
     if isinstance(a, dict) and isinstance(b, dict):
         found: dict[str, tuple[Any, Any]] = {}
-        for key in dict.fromkeys([*a, *b]):
+        for key in dict.fromkeys(key for key in [*a, *b] if key not in BESIDE):
             found |= _changed(a.get(key), b.get(key), f"{path}.{key}" if path else key)
         return found
     return {} if a == b else {path: (a, b)}

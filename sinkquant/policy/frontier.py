@@ -85,8 +85,8 @@ def make_frontier(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitiv
     notes = ["losses of the control and of uniform plans are those of their formats; that the control's statistics do "
              "not know the sinks is not in them"]
     if undrawn:
-        notes.append(f"not drawn, since formats in them have no sensitivity: {', '.join(undrawn)}; among them that of "
-                     f"{min(undrawn.values())}")
+        notes.append(f"not drawn, since formats without sensitivities are others in them than in the solved plans: "
+                     f"{', '.join(undrawn)}; among these formats that of {min(undrawn.values())}")
     if left_out:
         notes.append(f"no loss counts {len(left_out)} parts whose formats have no sensitivity, among them "
                      f"{min(left_out)}")

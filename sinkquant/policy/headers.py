@@ -84,7 +84,10 @@ def require_plannable(shape: ModelShape, recipe: Recipe) -> None:
     engine = "any" if recipe.budget.solved else recipe.engine
     recipe = recipe.model_copy(update={"budget": Budget(), "engine": engine})
     check_split(recipe)
+    heads = recipe.prune.heads != "none"
     recipe = recipe.replace(changes)
+    if heads and recipe.kv_cache is None and not recipe.methods and not recipe.prune.asked:
+        return  # heads are all that it works on
     if recipe.solves_cache:  # its bits take sensitivities; whether the fewest are few enough takes none
         make_kv_plan(shape, nothing_found(shape), recipe)
         recipe = recipe.changed(kv_cache={"bits": None})

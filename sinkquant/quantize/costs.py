@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sinkquant.artifacts import LinearShape
+from sinkquant.cache.bases import ROWS as ROTATION_ROWS
 from sinkquant.costs import KEPT_BY_ALLOCATOR, SPILL_SHARE, Pace, Sizes, by_input
 from sinkquant.methods import method_named, methods_of
 from sinkquant.models import Decoder
 from sinkquant.models.alone import in_groups
 from sinkquant.models.experts import fused_parameters
+from sinkquant.quantize.bases import BATCH_ROWS
 from sinkquant.quantize.layer import WAITING
 from sinkquant.quantize.refine.distill import LOGITS_BYTES
 from sinkquant.quantize.refine.refine import ROWS
 from sinkquant.quantize.rounded import TOGETHER
+from sinkquant.recipe import Recipe
 
 RELOADED = 1 << 30
 """Bytes of a checkpoint up to which it is loaded again as a whole and compared."""
@@ -22,10 +25,13 @@ RELOADED = 1 << 30
 def quantize_bytes(sizes: Sizes) -> float:
     """Bytes at the worst moment."""
     dense = 2 * sizes.total * sizes.stored if sizes.total * sizes.stored <= RELOADED else 0
+    settings = sizes.recipe.calibration
     if not sizes.calibrated:
         read = sizes.block if sizes.recipe.prune.zeros else _read_at_once(sizes.decoder)
-        return max(read * (sizes.stored + 1) + sizes.largest * (4 + sizes.stored), dense)
-    settings = sizes.recipe.calibration
+        states = _rotation_tokens(sizes.recipe) * sizes.hidden * sizes.item
+        walked = 0.0 if not states else sizes.walked(sizes.held, sizes.expert) + 3 * states + sizes.activations(
+            BATCH_ROWS * settings.length, settings.length)
+        return max(read * (sizes.stored + 1) + sizes.largest * (4 + sizes.stored), walked, dense)
     states = settings.rows * settings.length * sizes.hidden * sizes.item
     whole = sizes.scaled or sizes.asymmetric or sizes.recipe.weights.tune > 0
     held, expert = (sizes.block, 0) if whole else (sizes.held, sizes.expert)
@@ -48,8 +54,9 @@ def quantize_bytes(sizes: Sizes) -> float:
 def quantize_seconds(sizes: Sizes, pace: Pace) -> float:
     """Seconds of one checkpoint: walking, Hessians, solving, packing, writing."""
     seconds = sizes.weights * pace.kept + 2 * pace.reading(sizes)
+    seconds += _rotation_tokens(sizes.recipe) * len(sizes.linears) * pace.plain
     if not sizes.calibrated:
-        return seconds + sizes.weights * pace.rounded
+        return seconds + (sizes.weights * pace.rounded if sizes.recipe.methods else 0.0)
     settings, method = sizes.recipe.calibration, method_named(sizes.recipe.weights.method)
     tokens = settings.rows * settings.length
     seconds += tokens * len(sizes.linears) * pace.plain * (4 if sizes.asymmetric else 2)
@@ -61,6 +68,13 @@ def quantize_seconds(sizes: Sizes, pace: Pace) -> float:
                 seconds += cost.operations * pace.operation + cost.rounded * pace.rounded
                 seconds += cost.columns * (pace.column + pace.column_row * matrix.rows)
     return seconds + (distill_seconds(sizes, pace) if sizes.recipe.weights.distill else 0.0)
+
+
+def _rotation_tokens(recipe: Recipe) -> int:
+    """Tokens that walk through the unquantized model for the rotations of a KV cache."""
+    cache = recipe.kv_cache
+    rotated = cache is not None and "covariance" in (cache.rotate, cache.rotate_values)
+    return ROTATION_ROWS * recipe.calibration.length if rotated else 0
 
 
 def _together(linears: Sequence[LinearShape]) -> LinearShape:

@@ -113,7 +113,8 @@ def _key(decoder: Decoder, rows: torch.Tensor, sink_map: SinkMap, recipe: Recipe
          inputs: Sequence[InputUnit]) -> str:
     """A hash of all that decides sensitivities: some rows of every weight matrix, the shapes, the text's rows, the
     sinks, and the recipe's part in it."""
-    asked = recipe.sensitivity.model_dump(mode="json", exclude={"score"})
+    of_cache = set() if recipe.kv_tried else {"kv_bits", "kv_rows", "kv_length", "kv_repeated"}
+    asked = recipe.sensitivity.model_dump(mode="json", exclude={"score"} | of_cache)
     cache = recipe.kv_cache if recipe.kv_tried else None
     # With bits of its own, the cache's length decides window and groups.
     free = {"key_bits", "value_bits", "overrides"} | ({"length"} if not recipe.solves_cache else set())

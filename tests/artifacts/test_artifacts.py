@@ -168,6 +168,13 @@ def test_links_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
     assert os.read(reader, 10) == b"text"
     os.close(reader)
     assert (tmp_path / "pipe").is_fifo()
+    reading, writing = os.pipe()  # what a shell's >(command) and /dev/stdout before a | lead to
+    try:
+        write_atomically(Path(f"/dev/fd/{writing}"), "as it is")
+        assert os.read(reading, 100) == b"as it is"
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,5 +42,6 @@ def test_the_command_writes_a_file_and_shows_it_with_its_ranking(tiny: PreTraine
                                catch_exceptions=False)
     assert swept.exit_code == 0
     sweep = Frontier.load(tmp_path / "sweep.json")
-    assert {point.kind for point in sweep.points} == {"solved", "uniform", "control", "asked"}
+    assert {point.kind for point in sweep.points} == {"solved", "uniform"}
+    assert any("the recipe's plan, its control" in note for note in sweep.notes)  # in bits that nobody tried
     assert (tmp_path / "sweep.html").read_text().count("<tr>") == len(sweep.points) + 1

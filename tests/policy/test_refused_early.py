@@ -103,3 +103,7 @@ def test_sinks_beyond_sliding_windows_are_left_to_detection() -> None:
                                    ("gemma3_text", "massive", "known before a pass")):
         with pytest.raises(RequestError, match=message):
             refuse(family, sliding.replace("EXACT", exact).replace("PREFIX", "none"))
+
+
+def test_heads_alone_may_be_what_a_recipe_works_on() -> None:
+    refuse("llama", "weights.ignore=['*']", "kv_cache=null", "prune.heads=no-op")

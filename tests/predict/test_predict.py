@@ -114,7 +114,7 @@ def test_time_is_counted_work_at_the_pace_of_the_machine(large: Decoder) -> None
     whole = seconds()
     assert list(whole) == ["detect", "quantize sink_aware", "detect sink_aware", "quantize control", "detect control",
                            "evaluate"]
-    for setting in ("evaluate.limit=10", "evaluate.control=false", "evaluate.tasks=[sink_cloze]"):
+    for setting in ("evaluate.limit=6", "evaluate.control=false", "evaluate.tasks=[sink_cloze]"):
         assert 0 < seconds(setting)["evaluate"] < 0.8 * whole["evaluate"]
 
 
