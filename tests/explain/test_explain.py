@@ -88,7 +88,7 @@ def test_the_recipe_s_own_lists_stay_in_a_change() -> None:
     ("outlier scale", ["weights.group_size=-1"], ["weights.group_size=32"]),
     ("embedding", ["weights.embeddings=8"], ["weights.embeddings=16"]), ("embedding", ["weights.lm_head=8"], []),
     ("both ends", ["weights.lm_head=8"], ["weights.lm_head=16"]),
-    ("both ends", ["backend=gguf", "weights.format=q4_0", "weights.ends=q8_0"], ["weights.ends=16-bit"]),
+    ("both ends", ["backend=gguf", "weights.format=iq4_nl", "weights.ends=q8_0"], ["weights.ends=16-bit"]),
     ("kv cache", ["kv_cache.key_bits=8"], ["kv_cache.key_bits=16", "kv_cache.value_bits=3"]),
     ("kv cache", ["kv_cache.bits=3.5"], ["kv_cache.bits=4"]),
     ("inputs", ["activations.format=int8", "activations.bits=9"],
