@@ -25,7 +25,7 @@ def outside_modules(decoder: Decoder) -> list[nn.Module]:
     inside = {id(module) for block in decoder.blocks for module in block.modules()}
     models = [one for one in decoder.model.modules() if isinstance(one, PreTrainedModel)]
     towers = [one for one in models if inside.isdisjoint(map(id, one.modules()))]
-    firsts = {id(next(one.parameters())) for one in models}  # transformers takes a model's device and dtype from it
+    firsts = {id(next(one.parameters(), None)) for one in models}  # transformers takes device and dtype from them
     beside = {id(module) for one in towers for module in one.modules()
               if firsts.isdisjoint(map(id, module.parameters(recurse=False)))}
     ends = (decoder.model.get_input_embeddings(), decoder.model.get_output_embeddings())
