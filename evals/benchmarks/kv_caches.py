@@ -2,7 +2,8 @@
 
 "ours" is as small as it gets: groups of 64, scales of 8 bits, a window of 8 tokens, rotated by covariance, ranges cut,
 codes of a key chosen together; "control" has no token exact and a longer window of the same bytes. "by head" is ours at
-`BY_HEAD` bits a number over 4,096 tokens, every head's bits chosen by sensitivities, which are kept beside the lines.
+`BY_HEAD` bits a number over 4,096 tokens, every head's bits, of `TRIED`, chosen by sensitivities, which are kept beside
+the lines.
 KIVI and Hadamard are this package's cache with no token exact, groups of 32, scales in float16 and a window of 32.
 quanto and hqq are transformers' own, where installed. "bfloat16" rounds keys and values to it.
 """
@@ -33,7 +34,7 @@ GROUP, WINDOW = 32, 32
 PUBLISHED = (f"group_size={GROUP}", f"window={WINDOW}", "scale_bits=16")
 SMALLEST = ("group_size=64", "window=8")
 OURS = (*SMALLEST, "rotate=covariance", "clip=both", "rounding=descent")
-BY_HEAD = 2.4
+BY_HEAD, TRIED = 2.4, [1, 2, 3, 4, 8]
 CODES = ("rotate", "clip", "rounding")
 LOOKED_FOR = {"quanto": "optimum.quanto", "hqq": "hqq"}
 
@@ -88,7 +89,7 @@ class Caches:
 
     def _by_head(self) -> KVCachePlan:
         """The same whatever the length, which decides what it weighs."""
-        recipe = Recipe().replace(["weights.ignore=['*']", f"kv_cache.bits={BY_HEAD}",
+        recipe = Recipe().replace(["weights.ignore=['*']", f"kv_cache.bits={BY_HEAD}", f"sensitivity.kv_bits={TRIED}",
                                    *(f"kv_cache.{one}" for one in OURS if one.partition("=")[0] in CODES)])
         costs = find_sensitivity(self.model, self.tokenizer, self.sink_map, recipe, self.folder / "kv-costs.json")
         made = make_plan(self.shape, self.sink_map, recipe, costs).kv_cache

@@ -119,8 +119,7 @@ def _with_losses(recipe: Recipe) -> Recipe:
     quick = recipe.changed(sensitivity={"measure_rows": 0})
     if recipe.kv_cache is None:
         return quick
-    bits = [1, 2] if recipe.solves_cache else [2]
-    return quick.changed(sensitivity={"kv_bits": bits, "kv_length": recipe.evaluate.divergence_length,
+    return quick.changed(sensitivity={"kv_bits": [2], "kv_length": recipe.evaluate.divergence_length,
                                       "kv_repeated": False})
 
 

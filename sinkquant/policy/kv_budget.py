@@ -99,7 +99,8 @@ def _units(plan: KVCachePlan, sensitivity: Sensitivity, recipe: Recipe) -> list[
         if loss.layer >= len(plan.layers) or loss.head >= len(plan.layers[loss.layer].key_bits):
             raise RequestError(f"the sensitivities are of another model: it has no KV head {loss.head} in layer "
                                f"{loss.layer}; make them for this one.")
-        if (loss.layer, loss.head, loss.kind) not in fixed and plan.layers[loss.layer].packed:
+        free = (loss.layer, loss.head, loss.kind) not in fixed and plan.layers[loss.layer].packed
+        if free and loss.bits in recipe.kv_tried:
             places.setdefault((loss.layer, loss.head, loss.kind), []).append(loss)
     return [KVUnit(layer, head, kind, tuple(sorted(losses, key=lambda loss: loss.bits)))
             for (layer, head, kind), losses in places.items()]

@@ -23,8 +23,8 @@ class KVCache(Section):
     """How the KV cache is packed, and which tokens of a prompt stay exact in it.
 
     `bits`: so many per number at most for a row of `length` tokens, scales, window and exact tokens counted; group and
-    window are chosen for it, and every head's bits by what they were measured to lose (`sensitivity.kv_bits`; 1, 2,
-    3, 4 and 8 where it is empty). `key_bits` and `value_bits` do not count then.
+    window are chosen for it, and every head's bits by what they were measured to lose (`sensitivity.kv_bits`; 2, 3,
+    4 and 8 where it is empty). `key_bits` and `value_bits` do not count then.
     Groups of `group_size`: tokens for keys, channels of a head for values; null: the smallest of 32, 64 and 128 that
     fits. `scale_bits`: of scales and zeros. The last `window` tokens are never packed.
     `exact`: the sinks that detection found; "first-n": the first `first_n` tokens; "massive": those that carry a

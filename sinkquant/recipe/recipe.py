@@ -141,7 +141,7 @@ class Recipe(Section):
     @property
     def kv_tried(self) -> list[int]:
         """The numbers of bits that heads of the KV cache are tried in."""
-        return list(self.sensitivity.kv_bits) or ([1, 2, 3, 4, 8] if self.solves_cache else [])
+        return list(self.sensitivity.kv_bits) or ([2, 3, 4, 8] if self.solves_cache else [])
 
     def to_yaml(self) -> str:
         """The whole recipe as YAML, defaults written out; `Recipe.parse(yaml.safe_load(text))` gives it back."""

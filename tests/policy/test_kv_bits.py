@@ -47,12 +47,12 @@ def test_bits_go_where_heads_lose_most() -> None:
     assert plan is not None
     keys = [(layer, head) for layer in range(3) for head in range(2) if plan.layers[layer].key_bits[head] == 8]
     assert (1, 0) in keys  # the one that loses ten thousand times as much
-    assert plan.layers[2].key_bits[1] == plan.layers[2].value_bits[1] == 1  # read by no-ops alone
+    assert plan.layers[2].key_bits[1] == plan.layers[2].value_bits[1] == 2  # read by no-ops alone
 
 
 def test_heads_that_repeat_what_stood_far_back_get_more_bits() -> None:
     """Prose alone does not tell them: both have the same loss there."""
-    asked = ["kv_cache.bits=2.6"]
+    asked = ["kv_cache.bits=2.6", "sensitivity.kv_bits=[1,2,3,4,8]"]
     costs = COSTS.model_copy(update={"kv": [loss.model_copy(update={
         "predicted": 0.01 * 4.0 ** -loss.bits,
         "repeated": (5.0 if (loss.layer, loss.head, loss.kind) == (0, 1, "key") else 0.01) * 4.0 ** -loss.bits})
@@ -72,10 +72,11 @@ def test_longer_windows_wait_for_room() -> None:
 
 
 def test_what_cannot_be_met_is_refused_with_what_can() -> None:
-    with pytest.raises(RequestError, match=r"kv_cache.bits 1.1 cannot be met at .*4096.* takes 1\.\d+ bits.*length\.$"):
-        _made("kv_cache.bits=1.1")
-    with pytest.raises(RequestError, match=r"takes 2\.\d+ bits; .*, or set kv_cache.scale_bits to 8\.$"):
-        _made("kv_cache.bits=1.1", "kv_cache.scale_bits=16")
+    with pytest.raises(RequestError, match=r"kv_cache.bits 2.1 cannot be met at .*4096.* takes 2\.\d+ bits.*length\.$"):
+        _made("kv_cache.bits=2.1")
+    assert _made("kv_cache.bits=2.1", "sensitivity.kv_bits=[1,2,3,4,8]").kv_cache.bits_per_value <= 2.1  # type: ignore[union-attr]
+    with pytest.raises(RequestError, match=r"takes 3\.\d+ bits; .*, or set kv_cache.scale_bits to 8\.$"):
+        _made("kv_cache.bits=2.1", "kv_cache.scale_bits=16")
     with pytest.raises(RequestError, match="find_sensitivity"):
         make_plan(SHAPE, SINKS, Recipe().replace([*ALONE, "kv_cache.bits=4"]), None)
 
@@ -85,7 +86,7 @@ def test_a_run_refuses_before_anything_is_computed_and_else_meets_it(tmp_path: P
     recipe = Recipe().replace([f"calibration.text={text_file}", f"evaluate.text={text_file}", *SMALL, *ALONE,
                                "evaluate.skip=true", "sensitivity.kv_length=192", "sensitivity.kv_rows=2"])
     with pytest.raises(RequestError, match="cannot be met"):
-        sq.run(recipe.replace(["kv_cache.bits=1.2"]), folder, tmp_path / "refused")
+        sq.run(recipe.replace(["kv_cache.bits=2.2"]), folder, tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
     sq.run(recipe.replace(["kv_cache.bits=4.5", "kv_cache.window=32"]), folder, tmp_path / "out")
     plan = Plan.load(tmp_path / "out" / "plan.json").kv_cache
