@@ -8,7 +8,7 @@ Here an exact token keeps its (empty) place in its block, so that S adds to N an
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
@@ -26,6 +26,9 @@ KVRotation = Annotated[Literal["none", "hadamard", "covariance"], BeforeValidato
 """What the channels of a head go through before they are packed; see `sinkquant.cache.transforms`."""
 KVClip = Literal["none", "keys", "values", "both"]
 KVRounding = Literal["nearest", "descent"]
+KVBits = Literal[1, 2, 3, 4, 8, 16]
+"""Of the keys or values of a head; 16 leaves them as they are."""
+KV_BITS: tuple[int, ...] = get_args(KVBits)
 KVScaleBits = Literal[8, 16]
 """Of the scales and zeros of packed blocks."""
 SCALE_BYTES = 2

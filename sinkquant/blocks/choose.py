@@ -20,7 +20,7 @@ from sinkquant.blocks.measure import BlockTrials, Loss, Progress
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, pick_device, read_text, token_rows
 from sinkquant.models.shorter import require_blocks_apart, shorter_model
-from sinkquant.models.unused import unused_of
+from sinkquant.models.unused import require_nothing_carried
 from sinkquant.policy.blocks import blocks_to_drop, massive_blocks, require_enough
 from sinkquant.recipe import Recipe
 from sinkquant.sinks import SinkSelector
@@ -39,7 +39,7 @@ def require_droppable(decoder: Decoder, recipe: Recipe) -> int:
     """
     count = blocks_to_drop(recipe.prune, len(decoder.blocks))
     if count:
-        require_nothing_carried(decoder.model)
+        require_nothing_carried(decoder.model, "blocks that are left")
         require_blocks_apart(decoder.model)
         every = range(len(decoder.blocks))
         attending = next(block for block in every if block not in decoder.quiet)
@@ -48,14 +48,6 @@ def require_droppable(decoder: Decoder, recipe: Recipe) -> int:
                 kept[0] = attending
             shorter_model(decoder.model, sorted(kept))
     return count
-
-
-def require_nothing_carried(model: PreTrainedModel) -> None:
-    """Refuse a model that comes with tensors which would not fit the blocks that are left."""
-    carried = unused_of(model).carried
-    if carried:
-        raise RequestError(f"this model comes with {next(iter(carried))}, which transformers does not compute with: it "
-                           "would not fit the blocks that are left.")
 
 
 def choose_blocks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap, recipe: Recipe,

@@ -9,12 +9,12 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinkquant.blocks.choose import require_nothing_carried
 from sinkquant.errors import RequestError
 from sinkquant.formats.output import require_free
 from sinkquant.formats.reshaped import write_reshaped
 from sinkquant.models import Decoder, pieces
 from sinkquant.models.shorter import NUMBER, old_name, shorter_config, shorter_model
+from sinkquant.models.unused import require_nothing_carried
 from sinkquant.quantize import is_quantized
 
 
@@ -69,5 +69,5 @@ def _whole(model: PreTrainedModel, kept: Sequence[int]) -> Decoder:
     count = len(decoder.blocks)
     if not kept or list(kept) != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < count:
         raise RequestError(f"the blocks that stay have to be some of 0 to {count - 1}, ascending, not {list(kept)}.")
-    require_nothing_carried(model)
+    require_nothing_carried(model, "blocks that are left")
     return decoder

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from typing import Any
 
+from sinkquant.artifacts.kv import KV_BITS
 from sinkquant.policy.carried import scheme_for
+from sinkquant.policy.rules import matches
 from sinkquant.recipe import KVCache, Recipe
 
 BROKEN = "no recipe makes this: the file was written or read wrong; convert the model again"
@@ -21,7 +22,6 @@ ADVICE = {
     "kv cache": "give the cache more bits", "inputs": "leave the inputs of linears alone",
     "sinks": "let the sink tokens weigh more in calibration", "order": BROKEN, "rope": BROKEN, "scales": BROKEN,
 }
-CACHE_BITS = (1, 2, 3, 4, 8, 16)
 Changes = list[tuple[str, bool]]
 
 
@@ -46,7 +46,7 @@ def _changes(where: str, recipe: Recipe) -> dict[str, Changes]:
     embedding, head = ((f"weights.{key}=16", held < 16)
                        for key, held in (("embeddings", weights.embeddings), ("lm_head", weights.lm_head)))
     split: Changes = [("protect.channels=split", protect.channels != "split"),
-                      (f"protect.modules=[{where!r}]", not any(_named(where, one) for one in protect.modules))]
+                      (f"protect.modules=[{where!r}]", not any(matches(one, where) for one in protect.modules))]
     module: Changes = [(f"weights.overrides=[{{pattern: {where!r}, bits: {more}}}]", bits < 16)]
     packed = [("bits", cache.bits)] if cache.bits else [("key_bits", cache.key_bits), ("value_bits", cache.value_bits)]
     return {
@@ -63,19 +63,13 @@ def _changes(where: str, recipe: Recipe) -> dict[str, Changes]:
 
 def _more(bits: float) -> int:
     """The next larger kind of a cache."""
-    return next((kind for kind in CACHE_BITS if kind > bits), CACHE_BITS[-1])
+    return next((kind for kind in KV_BITS if kind > bits), KV_BITS[-1])
 
 
 def _bits(where: str, recipe: Recipe) -> int:
     """What the recipe gives a module, or all modules of a pattern."""
-    if any(_named(where, pattern) for pattern in recipe.weights.ignore):
+    if any(matches(pattern, where) for pattern in recipe.weights.ignore):
         return 16
-    own = [one.bits for one in recipe.weights.overrides if _named(where, one.pattern)]
-    raised = [recipe.protect.bits for pattern in recipe.protect.modules if _named(where, pattern)]
+    own = [one.bits for one in recipe.weights.overrides if matches(one.pattern, where)]
+    raised = [recipe.protect.bits for pattern in recipe.protect.modules if matches(pattern, where)]
     return max([own[-1] if own else recipe.weights.bits, *raised])
-
-
-def _named(where: str, pattern: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.search(pattern.removeprefix("re:"), where) is not None
-    return fnmatch.fnmatchcase(where, pattern)

@@ -16,7 +16,7 @@ from sinkquant.formats.output import require_free
 from sinkquant.formats.reshaped import write_reshaped
 from sinkquant.models import Decoder, pieces
 from sinkquant.models.smaller import HeadCounts, smaller_model, smaller_tensor
-from sinkquant.models.unused import unused_of
+from sinkquant.models.unused import require_nothing_carried
 from sinkquant.quantize import is_quantized
 from sinkquant.recipe import Recipe
 
@@ -60,10 +60,7 @@ def require_cuttable(model: PreTrainedModel) -> None:
     """Refuse a model that no heads are cut off, whatever is found of them; no weight is read."""
     if is_quantized(model):
         raise RequestError("this model is quantized; cut heads off the unquantized one.")
-    carried = unused_of(model).carried
-    if carried:
-        raise RequestError(f"this model comes with {next(iter(carried))}, which transformers does not compute with: it "
-                           "would not fit the smaller heads.")
+    require_nothing_carried(model, "smaller heads")
 
 
 def kv_heads_to_keep(sink_map: SinkMap, built: Callable[[int], PreTrainedModel | None],

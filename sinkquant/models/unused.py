@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
+from sinkquant.errors import RequestError
 from sinkquant.models.experts import LoadedNames
 from sinkquant.models.folder import read_settings
 from sinkquant.models.gguf_index import is_gguf_checkpoint
@@ -72,6 +73,15 @@ def unused_of(model: PreTrainedModel) -> Unused:
     left = [name for name in names if name.rpartition(".")[2] in COMPUTED
             or not modules.isdisjoint({name.rpartition(".")[0], prefix + name.rpartition(".")[0]})]
     return Unused({name: stored[name] for name in names if name not in left}, tuple(left))
+
+
+def require_nothing_carried(model: PreTrainedModel, less: str) -> None:
+    """Refuse a model that comes with tensors which would not fit what is left of it. less: what that is, for the
+    error."""
+    carried = unused_of(model).carried
+    if carried:
+        raise RequestError(f"this model comes with {next(iter(carried))}, which transformers does not compute with: it "
+                           f"would not fit the {less}.")
 
 
 def _listed(names: Iterable[str]) -> str:

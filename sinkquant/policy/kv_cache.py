@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from sinkquant.artifacts import KVCachePlan, KVLayer, KVLayerShape, KVSink, MassiveCarriers, ModelShape, SinkMap
-from sinkquant.artifacts.kv import cache_bytes, dense_bytes, packed_tokens, value_group
+from sinkquant.artifacts.kv import KV_BITS, cache_bytes, dense_bytes, packed_tokens, value_group
 from sinkquant.errors import RequestError
 from sinkquant.policy.blocks import block_at
 from sinkquant.policy.kv_bits import least_setting
@@ -95,7 +95,7 @@ def accept_kv(plan: KVCachePlan | None, shape: ModelShape) -> KVCachePlan | None
         if (len(layer.key_bits), len(layer.value_bits)) != (real.heads, real.heads):
             raise RequestError(f"the plan's kv_cache gives layer {index} bits for {len(layer.key_bits)} heads, and it "
                                f"has {real.heads}.")
-        wrong = [bits for bits in layer.key_bits + layer.value_bits if bits not in (1, 2, 3, 4, 8, 16)]
+        wrong = [bits for bits in layer.key_bits + layer.value_bits if bits not in KV_BITS]
         if wrong:
             raise RequestError(f"the plan's kv_cache gives layer {index} {wrong[0]} bits; give it 1, 2, 3, 4, 8 or 16.")
         if layer.packed:

@@ -186,6 +186,13 @@ def born_here(name: str, shape: ModelShape, sink_map: SinkMap) -> str:
             f"{'are' if many else 'is'} born here")
 
 
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern, as `match` takes it, matches a name."""
+    if pattern.startswith("re:"):
+        return re.search(pattern.removeprefix("re:"), name) is not None
+    return fnmatch.fnmatchcase(name, pattern)
+
+
 def match(pattern: str, names: Sequence[str], key: str) -> list[str]:
     """The names that a pattern matches, in order.
 
@@ -198,12 +205,10 @@ def match(pattern: str, names: Sequence[str], key: str) -> list[str]:
     """
     if pattern.startswith("re:"):
         try:
-            expression = re.compile(pattern.removeprefix("re:"))
+            re.compile(pattern.removeprefix("re:"))
         except re.error as error:
             raise RequestError(f"{key}: {pattern!r} is not a regular expression: {error}.") from error
-        found = [name for name in names if expression.search(name)]
-    else:
-        found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    found = [name for name in names if matches(pattern, name)]
     if not found:
         raise RequestError(f"{key}: the pattern {pattern!r} matches no module{_near_miss(pattern, names)}.")
     return found

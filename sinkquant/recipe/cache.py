@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from sinkquant.artifacts.kv import KVClip, KVRotation, KVRounding, KVScaleBits
+from sinkquant.artifacts.kv import KVBits, KVClip, KVRotation, KVRounding, KVScaleBits
 from sinkquant.recipe.section import Section
 
 
@@ -15,8 +15,8 @@ class KVOverride(Section):
 
     layers: list[int] = Field(min_length=1)
     heads: list[int] | None = None
-    key_bits: Literal[1, 2, 3, 4, 8, 16] | None = None
-    value_bits: Literal[1, 2, 3, 4, 8, 16] | None = None
+    key_bits: KVBits | None = None
+    value_bits: KVBits | None = None
 
 
 class KVCache(Section):
@@ -43,8 +43,8 @@ class KVCache(Section):
     """
 
     bits: float | None = Field(default=None, gt=1, le=16)
-    key_bits: Literal[1, 2, 3, 4, 8, 16] = 2
-    value_bits: Literal[1, 2, 3, 4, 8, 16] = 2
+    key_bits: KVBits = 2
+    value_bits: KVBits = 2
     group_size: Literal[32, 64, 128] | None = None
     window: int = Field(default=128, ge=0)
     evict: int | None = Field(default=None, ge=0)
