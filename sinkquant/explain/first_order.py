@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from sinkquant.explain.parts import Part, put_back
 from sinkquant.explain.probe import Probe
-from sinkquant.models.hooks import hooked
+from sinkquant.models.hooks import hooked, learning
 from sinkquant.models.inputs import inputs_left_alone
 
 NODES = ((0.5 - 12 ** -0.5, 0.5), (0.5 + 12 ** -0.5, 0.5))
@@ -34,10 +34,6 @@ def first_order(probe: Probe, model: PreTrainedModel, parts: Sequence[Part],
     """
     whole = {part.name: 0.0 for part in parts}
     single = {part.name: torch.zeros_like(part.quantized) for part in parts if in_full}
-    asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    wanted = {id(part.parameter) for part in parts}
-    for parameter, _ in asked:
-        parameter.requires_grad_(id(parameter) in wanted)
     scale = [0.0]
 
     def watch(part: Part) -> torch.utils.hooks.RemovableHandle:
@@ -51,17 +47,13 @@ def first_order(probe: Probe, model: PreTrainedModel, parts: Sequence[Part],
 
         return part.parameter.register_post_accumulate_grad_hook(take)
 
-    try:
-        with hooked(watch(part) for part in parts), inputs_left_alone(model):
-            for share, weight in nodes:
-                scale[0] = weight / probe.rows.numel()
-                blended = {part.name: torch.lerp(part.unquantized, part.quantized, share) for part in parts}
-                with put_back(parts, blended):
-                    _pull(probe, model)
-    finally:
-        for parameter, before in asked:
-            parameter.requires_grad_(before)
-            parameter.grad = None
+    with (learning(model, [part.parameter for part in parts]), hooked(watch(part) for part in parts),
+          inputs_left_alone(model)):
+        for share, weight in nodes:
+            scale[0] = weight / probe.rows.numel()
+            blended = {part.name: torch.lerp(part.unquantized, part.quantized, share) for part in parts}
+            with put_back(parts, blended):
+                _pull(probe, model)
     return whole, single
 
 

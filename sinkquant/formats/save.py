@@ -30,6 +30,7 @@ from sinkquant.formats.own import own_config
 from sinkquant.formats.simulated import save_simulated
 from sinkquant.formats.writer import CheckpointWriter
 from sinkquant.models import Decoder, pieces
+from sinkquant.models.hooks import evaluating
 from sinkquant.models.source import runs_own_code
 from sinkquant.models.unused import unused_of
 from sinkquant.quantize import state_of
@@ -222,11 +223,9 @@ def check_reload(model: PreTrainedModel, folder: Path, plan: Plan) -> None:
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     row = torch.randint(vocabulary, (1, 16), generator=generator)
-    training = model.training
-    with torch.no_grad():
-        expected = model.eval()(row.to(model.device), use_cache=False).logits.cpu()
+    with evaluating(model), torch.no_grad():
+        expected = model(row.to(model.device), use_cache=False).logits.cpu()
         found = again(row.to(again.device), use_cache=False).logits.cpu()
-    model.train(training)
     if not torch.equal(expected, found):
         worst = float((expected.float() - found.float()).abs().max())
         raise SinkquantError(f"the checkpoint does not give the model's logits when loaded back (off by {worst:.3g}); "

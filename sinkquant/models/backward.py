@@ -15,7 +15,7 @@ from torch import nn
 
 from sinkquant.models.attention import AttentionObserver, observed_attention
 from sinkquant.models.ends import outside_modules, token_table
-from sinkquant.models.hooks import compute_in
+from sinkquant.models.hooks import compute_in, evaluating, learning
 from sinkquant.models.memory import give_back
 from sinkquant.models.walk import Step, Walk, stubbed
 
@@ -73,14 +73,9 @@ def steps_back(walk: Walk, seed: int = 0) -> Iterator[BackStep]:
     """
     decoder = walk.decoder
     inputs = [step.walk.hidden for step in walk.steps()]
-    frozen = [parameter for parameter in decoder.model.parameters() if parameter.requires_grad]
     watching: list[AttentionObserver] = []
     walk._watching = watching  # whoever replays a step forward sees its attention too
-    was_training = decoder.model.training
-    decoder.model.eval()
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    try:
+    with evaluating(decoder.model), learning(decoder.model):
         gradients, ended = _of_the_head(walk, seed), walk.hidden
         for index in reversed(range(len(decoder.blocks))):
             name, block = decoder.block_names[index], decoder.blocks[index]
@@ -94,10 +89,6 @@ def steps_back(walk: Walk, seed: int = 0) -> Iterator[BackStep]:
                 if back.gradients is before:
                     back.pull()
                 gradients = back.gradients
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        decoder.model.train(was_training)
 
 
 def _of_the_head(walk: Walk, seed: int) -> torch.Tensor:

@@ -38,6 +38,32 @@ def computing(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Itera
 
 
 @contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout while the context is open."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextlib.contextmanager
+def learning(model: nn.Module, parameters: Iterable[torch.Tensor] = ()) -> Iterator[None]:
+    """Let these parameters of a model, and no others, take gradients while the context is open; none are left."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, wanted in before:
+            parameter.grad = None
+            parameter.requires_grad_(wanted)
+
+
+@contextlib.contextmanager
 def compute_in(modules: Sequence[nn.Module], device: str, dtype: torch.dtype) -> Iterator[None]:
     """Cast the floating-point parameters and buffers of modules while the context is open; what stays on disk is left
     there, and the frequencies of rotary embeddings in the dtype that they have, as transformers loads them.

@@ -24,7 +24,7 @@ from sinkquant.models.attention import AttentionObserver, observed_attention
 from sinkquant.models.decoder import Decoder
 from sinkquant.models.ends import next_token_losses, outside_modules, token_table
 from sinkquant.models.handed import RoutedTokens, recorded, unobserved
-from sinkquant.models.hooks import compute_in, computing
+from sinkquant.models.hooks import compute_in, computing, evaluating
 from sinkquant.models.inputs import switch_of
 from sinkquant.models.memory import give_back, map_large
 from sinkquant.models.on_disk import ExpertsOnDisk, find_on_disk
@@ -273,30 +273,25 @@ def together(walks: Sequence[Walk]) -> Generator[tuple[Step, ...], None, None]:
     """
     decoder, device, dtype = walks[0].decoder, walks[0].device, walks[0].dtype
     watching: list[AttentionObserver] = []
-    was_training = decoder.model.training
-    decoder.model.eval()
     map_large()
-    try:
-        with torch.no_grad(), observed_attention(decoder.model, watching):
-            rows = torch.cat([walk.rows.flatten() for walk in walks])
-            outside = outside_modules(decoder)
-            with (token_table(decoder, rows, device, dtype), decoder.present(outside),
-                  compute_in(outside, device, dtype)):
-                for walk in walks:
-                    walk._enter(watching)
-            for index, (name, block) in enumerate(zip(decoder.block_names, decoder.blocks, strict=True)):
-                apart = [] if any(walk.whole for walk in walks) else find_on_disk(decoder, name, device, dtype,
-                                                                                 walks[0].store)
-                on_disk = {one.owner: one for one in apart}
-                with (decoder.present([block], [one.module for one in apart]), compute_in([block], device, dtype),
-                      computing((one.module, one.forward) for one in apart)):
-                    steps = tuple(Step(index, name, block, walk, on_disk=on_disk) for walk in walks)
-                    yield steps
-                    for walk, step in zip(walks, steps, strict=True):
-                        walk.hidden = step.outputs if step.outputs is not None else step.run()
-                    del step, steps, apart, on_disk  # or the last walk's outputs would outlive the next block
-    finally:
-        decoder.model.train(was_training)
+    with evaluating(decoder.model), torch.no_grad(), observed_attention(decoder.model, watching):
+        rows = torch.cat([walk.rows.flatten() for walk in walks])
+        outside = outside_modules(decoder)
+        with (token_table(decoder, rows, device, dtype), decoder.present(outside),
+              compute_in(outside, device, dtype)):
+            for walk in walks:
+                walk._enter(watching)
+        for index, (name, block) in enumerate(zip(decoder.block_names, decoder.blocks, strict=True)):
+            apart = [] if any(walk.whole for walk in walks) else find_on_disk(decoder, name, device, dtype,
+                                                                             walks[0].store)
+            on_disk = {one.owner: one for one in apart}
+            with (decoder.present([block], [one.module for one in apart]), compute_in([block], device, dtype),
+                  computing((one.module, one.forward) for one in apart)):
+                steps = tuple(Step(index, name, block, walk, on_disk=on_disk) for walk in walks)
+                yield steps
+                for walk, step in zip(walks, steps, strict=True):
+                    walk.hidden = step.outputs if step.outputs is not None else step.run()
+                del step, steps, apart, on_disk  # or the last walk's outputs would outlive the next block
 
 
 def answer(steps: Sequence[Step]) -> None:

@@ -18,7 +18,7 @@ from sinkquant.quantize.layer import keep_dense, quantize_experts, record_expert
 from sinkquant.quantize.module import fused_scales, put_packed, quantize_modules
 from sinkquant.quantize.pruning import silence
 from sinkquant.quantize.ranks import add_up, exchange, solver, this_rank
-from sinkquant.quantize.refine import Tune, compressed, rounding_offsets
+from sinkquant.quantize.refine import compressed, rounding_offsets, tune
 from sinkquant.quantize.rows import calibration_rows
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.quantize.transforms import scale_block
@@ -39,7 +39,6 @@ def calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase 
     shape = decoder.shape("")
     walk = Walk(decoder, rows, settings.batch_size, device, dtype, store=store,
                 whole=plan.rescales or plan.follows_unquantized)
-    tune = Tune(settings.tune, plan.seed) if settings.tune else None
     ideal: torch.Tensor | None = None
     for step in walk.steps():
         if step.index < done:
@@ -64,20 +63,21 @@ def calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase 
             with inputs_left_alone(decoder.model):
                 ideal = step.replay(ideal)
         shared = by_input(source)
-        tuned = [name for name in mine if mine[name].bits < 16] if tune or settings.distill else []
+        tuned = [name for name in mine if mine[name].bits < 16] if settings.tune or settings.distill else []
         originals = {name: weight_matrix(decoder.linears[name]) for name in tuned}
         for place, (read, names) in enumerate(shared.items()):
             # What stays in 16 bits is pruned by every rank: the sums are the same, and it is quickly done.
             here = {name: mine[name] for name in names if solver(place) == rank or mine[name].bits >= 16}
             quantize_modules(decoder, here, plan, made, hessians.get(read))
-            if not tune:
+            if not settings.tune:
                 hessians.pop(read, None)
         if ranks > 1:
             exchange(decoder, mine, made, shared)
-        if tune and tuned and ideal is not None:
+        if settings.tune and tuned and ideal is not None:
             linears = {name: decoder.linears[name] for name in tuned}
-            codes = with_codes(made.weights)
-            for name, packed in tune.run(step, linears, codes, originals, ideal, weights, made.kept).items():
+            better = tune(step, linears, with_codes(made.weights), originals, ideal, weights, made.kept, settings.tune,
+                          plan.seed)
+            for name, packed in better.items():
                 seen = hessians.get(source[name])
                 put_packed(decoder, name, packed, made, originals[name], None if seen is None else seen.mean())
         if settings.distill:

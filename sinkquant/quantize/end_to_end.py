@@ -1,21 +1,25 @@
-"""The last stage of a plan: what `Distill` needs from before and from during quantization, and its run at the end."""
+"""The last stage of a plan: what distillation needs from before and from during quantization, and its run at the end.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan
 from sinkquant.models import ActivationStore, Decoder, Walk
-from sinkquant.models.hooks import compute_in
+from sinkquant.models.hooks import compute_in, evaluating, learning
 from sinkquant.models.steps import Progress
-from sinkquant.quantize.refine import Distill, Offsets, Scales, TeacherTargets, Tuned, decompressed
+from sinkquant.quantize.refine import Offsets, Scales, TeacherDivergence, TeacherTargets, Tuned, decompressed, refine
 from sinkquant.quantize.rows import calibration_rows
 from sinkquant.quantize.transforms.parameters import read
 from sinkquant.schemes.codecs.packed import PackedWeight
+
+LOG = logging.getLogger("sinkquant")
 
 
 @dataclass(frozen=True)
@@ -57,19 +61,27 @@ def distilled(decoder: Decoder, plan: Plan, teacher: TeacherTargets, starts: Map
     """Tune all quantized linears of a model whose blocks are done, in memory as a whole.
 
     Returns:
-        module name -> packed weight, in main memory.
+        module name -> packed weight, in main memory; those that came where tuning does not lower the divergence over
+        all rows.
 
     Raises:
         SinkquantError: the divergence is not finite.
     """
-    model, stored = decoder.model, decoder.model.dtype
-    was_training = model.training
-    model.eval()
-    try:
-        with decoder.present([model]), compute_in([model], device, dtype):
-            tuned = {name: start.on(device) for name, start in starts.items()}
-            method = Distill(plan.calibration.distill, plan.seed)
-            weights = method.run(decoder, tuned, teacher, device, stored, progress)
-    finally:
-        model.train(was_training)
-    return {name: packed.to("cpu") for name, packed in weights.items()}
+    model, stored, iterations = decoder.model, decoder.model.dtype, plan.calibration.distill
+    linears = {name: decoder.linears[name] for name in starts}
+
+    def tell(done: int) -> None:
+        if progress:
+            progress(done, iterations, "tuning end to end")
+
+    with evaluating(model), decoder.present([model]), compute_in([model], device, dtype):
+        tuned = {name: start.on(device) for name, start in starts.items()}
+        if teacher.head is not None:  # once, in what the model computes in
+            teacher = replace(teacher, head=teacher.head.to(model.get_output_embeddings().weight.data))
+        objective = TeacherDivergence(decoder, linears, teacher, device, stored)
+        weights = [model.get_parameter(f"{name}.weight") for name in starts]
+        with learning(model, weights), torch.enable_grad():
+            refined = refine(tuned, objective, iterations, plan.seed, tell)
+    LOG.info("divergence on the calibration rows: %.5f, and %.5f after %d iterations end to end%s", refined.before,
+             refined.after, iterations, "" if refined.better else ", which are not kept")
+    return {name: packed.to("cpu") for name, packed in refined.weights.items()}

@@ -20,7 +20,6 @@ from sinkquant.models.inputs import InputRanges
 from sinkquant.models.processes import PATIENCE, new_store, this_process
 from sinkquant.quantize.block import QuantizedBlock, with_codes
 from sinkquant.quantize.hessian import Hessian
-from sinkquant.schemes.codecs.packed import PackedWeight
 
 
 def join() -> None:
@@ -44,11 +43,11 @@ def this_rank() -> tuple[int, int]:
     return 0, 1
 
 
-def tell(message: Any) -> Any:
-    """What the first rank hands over, on every rank."""
+def tell(message: Any, rank: int = 0) -> Any:
+    """What one rank hands over, on every rank."""
     box = [message]
     if this_rank()[1] > 1:
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=rank)
     return box[0]
 
 
@@ -141,20 +140,10 @@ def exchange(decoder: Decoder, mine: dict[str, ModuleDecision], made: QuantizedB
     for name, index in places.items():
         if mine[name].bits >= 16:
             continue
-        made.weights[name], made.losses[name] = _hand_over(solver(index), weights.get(name), losses.get(name))
+        made.weights[name], made.losses[name] = tell((weights.get(name), losses.get(name)), solver(index))
         old = decoder.weight(name)
         decoder.put(name, made.weights[name].dequantized(decoder.model.dtype).to(old.device, old.dtype))
     for kept in (made.weights, made.losses):  # in the order of the module names, as one process has them
         ordered = {name: kept[name] for name in mine if name in kept}
         kept.clear()
         kept.update(ordered)  # type: ignore[arg-type]
-
-
-def _hand_over(rank: int, packed: PackedWeight | None, loss: float | None) -> tuple[PackedWeight, float]:
-    """The packed weight and the loss that one rank has, on every rank."""
-    box = [(packed, loss)]
-    dist.broadcast_object_list(box, src=rank)
-    found, lost = box[0]
-    assert found is not None
-    assert lost is not None
-    return found, lost

@@ -6,24 +6,20 @@ The student's loss is distillation's (Hinton et al. 1503.02531).
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from sinkquant.errors import SinkquantError
 from sinkquant.models import Decoder, as_stored, weight_matrix
-from sinkquant.models.steps import Progress
 from sinkquant.models.walk import stubbed
-from sinkquant.quantize.refine.refine import ROWS, Tuned, refine
+from sinkquant.quantize.refine.refine import ROWS
 from sinkquant.schemes.codecs.packed import PackedWeight
 
 LOGITS_BYTES = 1 << 28
 """What the float32 logits of one batch may take; one row is always run."""
-LOG = logging.getLogger("sinkquant")
 
 
 @dataclass(frozen=True)
@@ -37,44 +33,6 @@ class TeacherTargets:
     rows: torch.Tensor
     hidden: torch.Tensor
     head: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Distill:
-    """Refinement of the whole model."""
-
-    iterations: int
-    seed: int = 0
-
-    def run(self, decoder: Decoder, tuned: Mapping[str, Tuned], teacher: TeacherTargets, device: str,
-            stored: torch.dtype, progress: Progress | None = None) -> dict[str, PackedWeight]:
-        """Tune the linears of a model together; afterwards they hold what is returned.
-
-        Args:
-            decoder: of the quantized model, all its weights in memory, in the dtype and on the `device` to compute in.
-            tuned: module name -> what gradients change of it.
-            stored: what the checkpoint rounds weights to.
-
-        Returns:
-            name -> packed weight; those that came where tuning does not lower the divergence over all rows.
-
-        Raises:
-            SinkquantError: the divergence is not finite.
-        """
-        linears = {name: decoder.linears[name] for name in tuned}
-        if teacher.head is not None:  # once, in what the model computes in
-            teacher = replace(teacher, head=teacher.head.to(decoder.model.get_output_embeddings().weight.data))
-        objective = TeacherDivergence(decoder, linears, teacher, device, stored)
-
-        def tell(done: int) -> None:
-            if progress:
-                progress(done, self.iterations, "tuning end to end")
-
-        with _leaves(decoder.model, linears):
-            refined = refine(tuned, objective, self.iterations, self.seed, tell)
-        LOG.info("divergence on the calibration rows: %.5f, and %.5f after %d iterations end to end%s", refined.before,
-                 refined.after, self.iterations, "" if refined.better else ", which are not kept")
-        return refined.weights
 
 
 @dataclass(frozen=True)
@@ -155,20 +113,3 @@ def _taken_gradient(linear: nn.Module) -> torch.Tensor | None:
     gradient = linear.weight.grad
     linear.weight.grad = None
     return None if gradient is None else as_stored(linear, gradient)
-
-
-@contextlib.contextmanager
-def _leaves(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Let the weights of some linears alone take gradients while the context is open."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.requires_grad_(False)
-    for linear in linears.values():
-        assert isinstance(linear.weight, torch.Tensor)
-        linear.weight.requires_grad_(True)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter, wanted in before:
-            parameter.grad = None
-            parameter.requires_grad_(wanted)

@@ -15,31 +15,23 @@ from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.schemes.codecs.packed import PackedWeight
 
 
-@dataclass(frozen=True)
-class Tune:
-    """Refinement of one block after the other, towards what the block gives in the unquantized model."""
+def tune(step: Step, linears: dict[str, nn.Module], packed: dict[str, PackedWeight],
+         originals: dict[str, torch.Tensor], target: torch.Tensor, weights: TokenWeights,
+         kept: dict[str, torch.Tensor], iterations: int, seed: int) -> dict[str, PackedWeight]:
+    """Tune the linears of one block together, towards what the block gives in the unquantized model.
 
-    iterations: int
-    seed: int = 0
+    Args:
+        linears: name -> module inside the step's block. packed: what they hold now.
+        originals: their unquantized weights, float [rows, columns].
+        target: [rows, length, hidden_size], what the block gives in the unquantized model.
+        kept: name -> bool [rows, columns] of every pruned linear; codes where it is False stay 0.
 
-    def run(self, step: Step, linears: dict[str, nn.Module], packed: dict[str, PackedWeight],
-            originals: dict[str, torch.Tensor], target: torch.Tensor, weights: TokenWeights,
-            kept: dict[str, torch.Tensor] | None = None) -> dict[str, PackedWeight]:
-        """Tune the linears of one block together.
-
-        Args:
-            linears: name -> module inside the step's block. packed: what they hold now.
-            originals: their unquantized weights, float [rows, columns].
-            target: [rows, length, hidden_size], what the block gives in the unquantized model.
-            kept: name -> bool [rows, columns] of every pruned linear; codes where it is False stay 0.
-
-        Returns:
-            name -> packed weight; those that came where tuning does not lower the loss over all rows.
-        """
-        tuned = {name: Offsets.of(packed[name], rounding_offsets(packed[name], originals[name], (kept or {}).get(name)))
-                 for name in linears}
-        objective = BlockOutput(step, linears, target, weights)
-        return refine(tuned, objective, self.iterations, self.seed + step.index).weights
+    Returns:
+        name -> packed weight; those that came where tuning does not lower the loss over all rows.
+    """
+    tuned = {name: Offsets.of(packed[name], rounding_offsets(packed[name], originals[name], kept.get(name)))
+             for name in linears}
+    return refine(tuned, BlockOutput(step, linears, target, weights), iterations, seed + step.index).weights
 
 
 @dataclass
