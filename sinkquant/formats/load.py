@@ -67,7 +67,7 @@ def load(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto", devi
     if placement is not None:
         placement.apply(model, packed)
     if content and content["plan"].kv_cache is not None:
-        install(model, content["plan"].kv_cache, prefix_of(path), bases_of(path))
+        install(model, content["plan"].kv_cache, prefix_of(path), bases_of(path), own=True)
     return model, tokenizer
 
 
