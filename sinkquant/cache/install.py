@@ -18,11 +18,11 @@ from sinkquant.errors import RequestError
 
 
 def install(model: PreTrainedModel, plan: KVCachePlan, prefix: Prefix | None = None,
-            bases: Bases | None = None) -> PreTrainedModel:
+            bases: Bases | None = None, own: bool = False) -> PreTrainedModel:
     """Prepare a model, and let its `generate` start from a new SinkCache unless the caller asks for another cache, or
     for none: by `past_key_values`, `cache_implementation` or `use_cache=False`, in the call or in a generation_config
     of the caller's own. What the model's own configuration names is no such wish, and is set aside here. Where the plan
-    has a `front`, generate refuses rows that do not begin with it.
+    has a `front`, generate refuses rows that do not begin with it. `prepare` has the other arguments.
 
     Raises:
         RequestError: the plan, the prefix or the bases are of another model, or the plan needs bases and got none.
@@ -31,7 +31,7 @@ def install(model: PreTrainedModel, plan: KVCachePlan, prefix: Prefix | None = N
     if needs_bases(plan) and bases is None:
         raise RequestError("the KV plan rotates by matrices found on calibration text, and there are none; make the "
                            "checkpoint with sinkquant.run, or set kv_cache.rotate to 'hadamard' or 'none'.")
-    prepare(model, prefix, bases)
+    prepare(model, prefix, bases, own)
     settings = model.generation_config
     named = settings.cache_implementation
     settings.cache_implementation, settings.use_cache = None, True

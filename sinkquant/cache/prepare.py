@@ -20,12 +20,15 @@ from sinkquant.models import Decoder
 from sinkquant.models.inputs import let_through, switch_of
 
 
-def prepare(model: PreTrainedModel, prefix: Prefix | None = None, bases: Bases | None = None) -> PreTrainedModel:
+def prepare(model: PreTrainedModel, prefix: Prefix | None = None, bases: Bases | None = None,
+            own: bool = False) -> PreTrainedModel:
     """Set hooks and attention of a model, once; further calls change nothing. Without a SinkCache it runs as before.
 
     Args:
         prefix: what rows that begin with its tokens start from, where a plan asks for it.
         bases: what keys and values are rotated by, where a plan asks for a rotation by covariance.
+        own: both come from the checkpoint that the model was loaded from, whose embedding may have been rounded since
+            they were made: they are not compared with it.
 
     Returns:
         the model itself.
@@ -36,9 +39,10 @@ def prepare(model: PreTrainedModel, prefix: Prefix | None = None, bases: Bases |
     """
     before = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _BeforeForward)), None)
     if prefix is not None:
-        require_same_model(prefix, model)
+        if not own:
+            require_same_model(prefix, model)
         let_through(model, prefix.ids)
-    if bases is not None:
+    if bases is not None and not own:
         require_bases_of(bases, model)
     if before is not None:
         if prefix is not None and before.prefix not in (None, prefix):

@@ -31,7 +31,8 @@ IN_FOLDERS = (".py", ".json", ".jinja", ".txt", ".model")
 OF_TOKENIZERS = (*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                  "merges.txt", "chat_template.jinja", "chat_template.json")
 TEMPLATES = "additional_chat_templates"
-DERIVED = ("quantization_config", "torch_dtype", "dtype", "transformers_version", "architectures", "_name_or_path")
+DERIVED = ("quantization_config", "torch_dtype", "dtype", "transformers_version", "architectures", "_name_or_path",
+           "transformers_weights")
 """Keys of config.json that are the checkpoint's own."""
 
 
@@ -47,7 +48,7 @@ def carry(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     own = _write_tokenizer(folder, tokenizer, source)
     settings = _write_generation(folder, model, source)
     if source is not None:
-        for path in _carried(source):
+        for path in _carried(source, folder):
             name = path.as_posix()
             of_tokenizer = path.name in own or path.parts[0] == TEMPLATES
             if (of_tokenizer and own) or (name == GENERATION and settings):
@@ -65,6 +66,7 @@ def write_config(folder: Path, model: PreTrainedModel, source: PreTrainedModel |
     """
     config = json.loads(model.config.to_json_string())
     config |= {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
+    config.pop("transformers_weights", None)  # the source's file, which has another name
     origin = folder_of(source or model)
     if origin is not None:
         given = read_settings(origin)
@@ -87,14 +89,15 @@ def _with_lost_keys(config: dict[str, object], given: dict[str, object]) -> dict
     return merged
 
 
-def _carried(source: Path) -> Iterator[Path]:
-    """Paths below the source, in order. Folders that hold a model of their own are left out, and hidden ones."""
+def _carried(source: Path, target: Path) -> Iterator[Path]:
+    """Paths below the source, in order. Folders that hold a model of their own or the target are left out, and hidden
+    ones."""
     for path in sorted(source.iterdir()):
         if path.name.startswith((".", "__")) or path.name.endswith(WEIGHTS) or path.name in WRITTEN:
             continue
         if path.is_file():
             yield path.relative_to(source)
-        elif path.is_dir():
+        elif path.is_dir() and not target.resolve().is_relative_to(path.resolve()):
             inside = sorted(one for one in path.rglob("*") if one.is_file())
             if not any(one.name == "config.json" or one.name.endswith(WEIGHTS) for one in inside):
                 yield from (one.relative_to(source) for one in inside if one.name.endswith(IN_FOLDERS)

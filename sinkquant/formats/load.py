@@ -67,7 +67,7 @@ def load(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto", devi
     if placement is not None:
         placement.apply(model, packed)
     if content and content["plan"].kv_cache is not None:
-        install(model, content["plan"].kv_cache, prefix_of(path), bases_of(path))
+        install(model, content["plan"].kv_cache, prefix_of(path), bases_of(path), own=True)
     return model, tokenizer
 
 
@@ -148,13 +148,24 @@ def _load_backend(path: Path, dtype: torch.dtype | str, device: str, trust_remot
                 trust_remote_code=trust_remote_code)
         require_complete(path, info)
     else:
-        model = dense_of(open_checkpoint(path, trust_remote_code,
-                                         dtype if isinstance(dtype, torch.dtype) else None)).to(device)
+        model = dense_of(open_checkpoint(path, trust_remote_code, _dtype_named(dtype))).to(device)
         if getattr(model.config, "quantization_config", None) is not None:
             del model.config.quantization_config
     check_finite(model)
     setattr(model, UNPACKED, True)
     return model.eval()
+
+
+def _dtype_named(dtype: torch.dtype | str) -> torch.dtype | None:
+    """A dtype, or None where it is the checkpoint's own.
+
+    Raises:
+        RequestError: torch has none of that name.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not isinstance(found, torch.dtype):
+        raise RequestError(f"{dtype!r} is no dtype; give auto, float32, float16 or bfloat16.")
+    return found
 
 
 def open_quantized(path: Path, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -71,6 +71,9 @@ def load_packed(path: Path, dtype: torch.dtype | str = "auto", device: str = "cp
     settings = read_json(path / "config.json").get("quantization_config")
     library = files_in(path)
     if isinstance(library, GPTQFiles):
+        if head_bits != 16:
+            raise RequestError(f"{path} is in GPTQ's format, which optimum loads, and head_bits rounds what sinkquant "
+                               "packs in memory; leave head_bits at 16.")
         return load_by_optimum(path, device)
     if library is not None:
         raise RequestError(f"packed=True reads compressed-tensors and sinkquant's own format, and {path} is in another "

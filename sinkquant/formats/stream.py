@@ -29,6 +29,7 @@ from sinkquant.formats.scratch import Scratch
 from sinkquant.formats.simulated import save_simulated
 from sinkquant.formats.writer import CheckpointWriter
 from sinkquant.models import ActivationStore, Decoder, source_of
+from sinkquant.models.gguf_index import FILE
 from sinkquant.models.shards import Stored, dense_tensors, stored_tensors
 from sinkquant.models.source import runs_own_code
 from sinkquant.models.steps import Progress
@@ -74,8 +75,10 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
         carry(partial, model, tokenizer)
         rotate(decoder, plan)
         untie(decoder, plan)
-        writer = open_writer(partial, model, plan)
         done, losses, scales, tokens = _state(partial)
+        if done is None:
+            (partial / FILE).unlink(missing_ok=True)  # of a job that was killed while it read the whole back
+        writer = open_writer(partial, model, plan)
         scratch = Scratch(partial)
         # The last stage learns from the unquantized model, before any block is read from what was written of it.
         over = _is_distilled(partial)

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from sinkquant.errors import RequestError, first_line
 from sinkquant.models.gguf import SUFFIX, gguf_in, unpacked
-from sinkquant.models.gguf_index import FILE, is_gguf_checkpoint, read_index
+from sinkquant.models.gguf_index import FILE, OURS, is_gguf_checkpoint, read_index
 from sinkquant.models.headers import read_header
 from sinkquant.resources import demo_model
 from sinkquant.schemes.json_object import read_object
@@ -58,6 +58,8 @@ def resolve(model: str) -> Path:
     else:
         try:
             folder = Path(snapshot_download(model, ignore_patterns=NOT_READ))
+            if (folder / OURS).is_file():  # its weights may be in a GGUF file
+                snapshot_download(model, revision=folder.name, allow_patterns=FILE)
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise RequestError(f"{model!r} is no local folder, and the hub did not give it: "
                                f"{first_line(error)}.") from error

@@ -41,7 +41,8 @@ def shrunk(config: PreTrainedConfig, layers: Sequence[int], unit: int) -> PreTra
     text = config.get_text_config(decoder=True)
     inside = next((key for key, value in vars(config).items() if value is text), "")
     small = _smaller(settings, layers, unit, inside)
-    for key in ("quantization_config", "transformers_version", "architectures", "model_type", "auto_map"):
+    for key in ("quantization_config", "transformers_version", "architectures", "model_type", "auto_map",
+                "transformers_weights"):
         small.pop(key, None)
     return type(config)(**small)
 

@@ -111,7 +111,8 @@ def folder_of(model: PreTrainedModel) -> Path | None:
     folder = Path(name)
     if not folder.is_dir() and HUB_ID.fullmatch(name):
         with contextlib.suppress(HFValidationError, LocalEntryNotFoundError, OSError):
-            folder = Path(snapshot_download(name, local_files_only=True))
+            folder = Path(snapshot_download(name, revision=getattr(model.config, "_commit_hash", None),
+                                            local_files_only=True))
     return folder if (folder / "config.json").is_file() else None
 
 

@@ -83,7 +83,7 @@ def loader(path: Path, dtype: torch.dtype, device: str,
     def load() -> PreTrainedModel:
         model = load_dense(path, dtype, device, trust_remote_code)
         prefix, bases = prefix_of(path), bases_of(path)
-        return model if prefix is None and bases is None else prepare(model, prefix, bases)
+        return model if prefix is None and bases is None else prepare(model, prefix, bases, own=True)
 
     return load
 

@@ -144,3 +144,15 @@ def test_a_checkpoint_brings_its_own(tmp_path: Path, text_file: Path) -> None:
     loaded, _ = sq.load(tmp_path / "steps")
     written = loaded.generate(ROWS[:2, :60], max_new_tokens=8, do_sample=False)
     assert written.shape == (2, 68)
+
+
+def test_a_checkpoint_takes_its_own_whatever_its_embedding_was_rounded_to(tmp_path: Path, text_file: Path) -> None:
+    """Or wherever it was sent."""
+    folder = model_folder(tmp_path / "in", "llama", num_hidden_layers=2)
+    recipe = small_recipe(text_file, "evaluate.skip=true", "weights.method=rtn",
+                          "kv_cache={window: 0, group_size: 32, rotate: covariance, prefix: bos}")
+    sq.run(recipe, folder, tmp_path / "out")
+    out, where = tmp_path / "out" / "model", {"": "cpu", "model.embed_tokens": "disk"}
+    for settings in ({"head_bits": 8}, {"device_map": where, "offload_folder": tmp_path / "offload"}):
+        model = sq.load(out, packed=True, **settings)[0]  # type: ignore[arg-type]
+        assert model.generate(ROWS[:2, :60], max_new_tokens=4, do_sample=False).shape == (2, 64)

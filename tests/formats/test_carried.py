@@ -84,6 +84,22 @@ def test_unknown_keys_of_the_configuration_are_kept(source: Path, tmp_path: Path
     assert AutoConfig.from_pretrained(out).rope_parameters == AutoConfig.from_pretrained(source).rope_parameters
 
 
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_the_name_that_the_source_gives_its_weights_is_not(source: Path, tmp_path: Path, in_memory: bool) -> None:
+    (source / "model.safetensors").rename(source / "mine.safetensors")
+    edit_config(source, transformers_weights="mine.safetensors")
+    out = quantized_to(source, tmp_path / "out", load_model(source) if in_memory else None)
+    assert "transformers_weights" not in json.loads((out / "config.json").read_text(encoding="utf-8"))
+    load(out)
+
+
+def test_an_output_inside_the_source_is_not_taken_along(source: Path) -> None:
+    inside = source / "runs" / "one"
+    inside.mkdir()
+    (inside / "plan.json").write_text("{}")
+    assert not (quantized_to(source, inside / "model") / "runs").exists()
+
+
 def test_what_was_changed_in_memory_is_written_as_it_is_now(source: Path, tmp_path: Path) -> None:
     model, tokenizer = load_model(source), load_tokenizer(source)
     decoder = Decoder.of(model)

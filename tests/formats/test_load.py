@@ -89,9 +89,10 @@ def test_other_formats_are_refused_by_name(copy: Path, method: str) -> None:
 
 @pytest.mark.parametrize(("method", "message"), [("bitsandbytes", "holds no packed weight"),
                                                  ("gptq", "GPTQ weights of None bits"),
+                                                 ("gptq bits", "GPTQ's format, but holds no packed weight"),
                                                  ("quanto", "no readable quanto_qmap.json")])
 def test_backends_whose_files_are_not_there_are_refused(copy: Path, method: str, message: str) -> None:
-    edit(copy, quant_method=method)
+    edit(copy, quant_method=method.split()[0], **({"bits": 4} if "bits" in method else {}))
     with pytest.raises(RequestError, match=message):
         load(copy)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from families import MIXTURES, tiny_mixture
 from interruptions import killed
 from sinkmaps import sink_map_of
 from tiny_tokenizer import tiny_tokenizer
-from transformers import PreTrainedModel
+from transformers import Glm4vMoeConfig, Glm4vMoeForConditionalGeneration, PreTrainedModel
 
 from sinkquant.artifacts import Plan
 from sinkquant.artifacts.experts import few_tokens
@@ -131,6 +132,24 @@ def test_a_quantized_mixture_can_be_walked_through_from_disk(text_file: Path, tm
     with decoder.present(decoder.blocks):
         for name in decoder.experts:
             assert torch.equal(decoder.weight(name), Decoder.of(model).weight(name))
+
+
+def test_experts_beside_a_tower_are_named_as_vllm_names_them_too(tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3], "partial_rotary_factor": 1.0}
+    model = Glm4vMoeForConditionalGeneration._from_config(Glm4vMoeConfig(
+        text_config={"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32,
+                     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+                     "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "rope_parameters": rope,
+                     "first_k_dense_replace": 1, "max_position_embeddings": 256, "pad_token_id": 0},
+        vision_config={"depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 64, "intermediate_size": 32}))
+    decoder = Decoder.of(model.eval())
+    plan = make_plan(decoder.shape("tiny"), sink_map_of(decoder), Recipe().replace([*QUICK, "weights.method=rtn"]))
+    out = save(quantize(model, plan), tiny_tokenizer(), tmp_path / "out")
+    (group,) = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    (pattern,) = (target[3:] for target in group["targets"] if target.startswith("re:"))
+    found = [re.match(pattern, f"{owner}.layers.1.mlp.experts.3.up_proj") is not None for owner in (
+        "model.language_model", "language_model.model", "model.visual", "visual", "mtp")]
+    assert found == [True, True, False, False, False]
 
 
 def test_every_mixture_is_known() -> None:

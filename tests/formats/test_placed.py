@@ -78,3 +78,5 @@ def test_gptq_packed_takes_optimum_and_gptqmodel(text_file: Path, tmp_path: Path
     out = save(model, tiny_tokenizer(), tmp_path / "out")
     with pytest.raises(RequestError, match=r"optimum's GPTQ quantizer, and that needs (optimum\.gptq|gptqmodel)"):
         load(out, packed=True)
+    with pytest.raises(RequestError, match="leave head_bits at 16"):
+        load(out, packed=True, head_bits=8)

@@ -9,7 +9,8 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from sinkquant.models import Decoder, Walk, load_tokenizer, open_model, resolve
+from sinkquant.models import Decoder, Walk, load_model, load_tokenizer, open_model, resolve
+from sinkquant.models.source import folder_of
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -31,3 +32,14 @@ def test_a_cached_model_is_opened_without_network(cache: Path, tiny_folder: Path
     assert load_tokenizer(folder).bos_token_id == 1
     walk = Walk(Decoder.of(open_model(folder)), torch.arange(8, 40)[None], 1)
     assert len(list(walk.steps())) == 3
+
+
+def test_a_model_of_another_revision_takes_its_files_along(cache: Path, tiny_folder: Path) -> None:
+    repository, other = cache / "models--owner--tiny", COMMIT[::-1]
+    for commit in (COMMIT, other):
+        shutil.copytree(tiny_folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    model = load_model(tiny_folder)
+    model.name_or_path, model.config._commit_hash = "owner/tiny", other  # as from_pretrained(..., revision=) leaves it
+    assert folder_of(model) == repository / "snapshots" / other

@@ -103,6 +103,19 @@ def test_copies_of_other_libraries_are_not_downloaded(tiny_folder: Path, monkeyp
     assert list(filter_repo_objects(files, ignore_patterns=asked["ignored"])) == files[:2]
 
 
+def test_the_gguf_file_of_a_checkpoint_of_ours_is(tiny_folder: Path, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "commit"))
+    (folder / "model.safetensors").rename(folder / "model.gguf")
+    (folder / "sinkquant.json").write_text("{}", encoding="utf-8")
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr("sinkquant.models.folder.snapshot_download",
+                        lambda _, **given: asked.append(given) or str(folder))
+    with pytest.raises(RequestError, match="no GGUF file of sinkquant's"):  # it was looked at
+        resolve("owner/name")
+    assert asked[1] == {"revision": "commit", "allow_patterns": "model.gguf"}
+
+
 @pytest.mark.parametrize("name", ["tiktoken.model", "qwen.tiktoken"])
 def test_a_tokenizer_of_tiktoken_is_one(name: str, tmp_path: Path) -> None:
     assert not has_tokenizer(tmp_path)

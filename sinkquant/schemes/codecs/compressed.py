@@ -15,6 +15,8 @@ from sinkquant.schemes.codecs.files import Files
 
 EXPERT = re.compile(r"\.experts\.\d+\.(\w+)$")
 """What ends the name of one projection of one expert."""
+BESIDE_TOWERS = re.escape("model.language_model.")
+"""What the names of a decoder beside towers begin with, in a pattern."""
 
 
 class CompressedTensorsFiles(Files):
@@ -47,14 +49,15 @@ class CompressedTensorsFiles(Files):
 
 def _targets(names: list[str]) -> list[str]:
     """Every linear by its name, which engines rename with their modules as they would not rename a pattern; and one
-    pattern for all packed experts: there are thousands, and no module has their names."""
+    pattern for all packed experts: there are thousands, and no module has their names. It takes those of vLLM too."""
     layers: dict[str, set[str]] = {}
     for name in names:
         if found := EXPERT.search(name):
             layers.setdefault(name[:found.start()], set()).add(found[1])
     targets = [name for name in names if not EXPERT.search(name)]
     if layers:
-        owners = "|".join(map(re.escape, layers))
+        owners = "|".join(map(re.escape, layers)).replace(
+            BESIDE_TOWERS, r"(?:model\.language_model|language_model\.model)\.")
         leaves = "|".join(sorted(set().union(*layers.values())))
         targets.append(rf"re:^(?:{owners})\.experts\.\d+\.(?:{leaves})$")
     return targets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -36,7 +37,8 @@ def write_file(folder: Path, scheme: Blocks, architecture: str, written: Callabl
     family, stored, config = family_of(architecture), stored_tensors(folder), read_json(folder / "config.json")
     replaced = [*weight_files(folder), *folder.glob("*.safetensors.index.json")]
     tensors = scheme.file_tensors({name: (str(one.dtype).removeprefix("torch."), list(one.shape))
-                                   for name, one in stored.items() if file_name(family, name)}, family, folder)
+                                   for name, one in stored.items()
+                                   if (there := file_name(family, name)) and _is_run(there, config)}, family, folder)
     most = Counter(tensor.kind for tensor in tensors.values() if len(tensor.shape) > 1).most_common(1)[0][0]
     metadata = model_metadata(folder, architecture, most)
     aside = folder / f".{FILE}"
@@ -57,6 +59,13 @@ def write_file(folder: Path, scheme: Blocks, architecture: str, written: Callabl
     for path in replaced:
         path.unlink()
     aside.rename(folder / FILE)
+
+
+def _is_run(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether llama.cpp computes with a tensor of the file: not with those of blocks beyond the last one, which it
+    refuses."""
+    block = re.match(r"blk\.(\d+)\.", name)
+    return block is None or int(block[1]) < int(config["num_hidden_layers"])
 
 
 def _converted(stored: StoredTensor, tensor: FileTensor, name: str, family: Family,

@@ -100,8 +100,12 @@ class GPTQFiles(LibraryFiles):
                                f"{settings.get('checkpoint_format')}, which is not read here.")
         zeros = settings.get("sym") is False and bits in ZEROS.bits
         storage = ZEROS.storage if zeros else GPTQ.storage
-        return {key.removesuffix(QWEIGHT): WeightFormat(bits, int(settings.get("group_size", -1)), storage=storage)
-                for key in stored if key.endswith(QWEIGHT)}
+        found = {key.removesuffix(QWEIGHT): WeightFormat(bits, int(settings.get("group_size", -1)), storage=storage)
+                 for key in stored if key.endswith(QWEIGHT)}
+        if not found:
+            raise RequestError(f"{folder} says that it is in GPTQ's format, but holds no packed weight; load the "
+                               "unquantized model without that setting.")
+        return found
 
 
 def _parts(name: str) -> tuple[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from sinkquant.models.source import ATTRIBUTE, source_of
 from sinkquant.schemes import WeightFormat, scheme_of
 from sinkquant.schemes.codecs.files import LibraryFiles
 from sinkquant.schemes.codecs.registry import codec_of, library_files
+from sinkquant.schemes.json_object import read_object
 from sinkquant.schemes.packages import require_packages
 
 
@@ -118,9 +118,5 @@ def dense_view(stored: Mapping[str, StoredTensor], forms: Mapping[str, WeightFor
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RequestError(f"{folder / 'config.json'} cannot be read ({error}); get the checkpoint again.") from error
-    found = content.get("quantization_config") if isinstance(content, dict) else None
+    found = read_object(folder / "config.json", "get the checkpoint again").get("quantization_config")
     return found if isinstance(found, dict) else {}

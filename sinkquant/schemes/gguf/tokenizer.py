@@ -3,11 +3,11 @@ SentencePiece's BPE with byte fallback ("llama")."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from sinkquant.errors import RequestError
+from sinkquant.schemes.json_object import read_object
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """llama.cpp's types of tokens."""
@@ -32,11 +32,11 @@ def tokenizer_metadata(folder: Path, rows: int) -> dict[str, tuple[str, Any]]:
     Raises:
         RequestError: the folder has no tokenizer.json, or one that llama.cpp cannot be told.
     """
-    path = folder / "tokenizer.json"
+    path, more, advice = folder / "tokenizer.json", folder / "tokenizer_config.json", "copy the model folder again"
     if not path.is_file():
         raise RequestError(f"{folder} has no tokenizer.json, and a GGUF file holds the tokenizer; put it beside "
                            "config.json.")
-    content, settings = _read(path), _read(folder / "tokenizer_config.json")
+    content, settings = read_object(path, advice), read_object(more, advice) if more.is_file() else {}
     model = content.get("model") or {}
     if model.get("type") != "BPE":
         raise RequestError(f"the tokenizer of {folder} is a {model.get('type')}, and GGUF files are written with BPE "
@@ -185,11 +185,3 @@ def _text(token: Any) -> str | None:
     """A special token of tokenizer_config.json, which is a string or an object with one."""
     found = token.get("content") if isinstance(token, dict) else token
     return found if isinstance(found, str) else None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise RequestError(f"{path} cannot be read ({error}), and a GGUF file holds what it says.") from error
-    return content if isinstance(content, dict) else {}

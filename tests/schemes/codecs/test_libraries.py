@@ -66,6 +66,8 @@ def test_saved_and_loaded_the_model_is_the_same_and_as_large_as_planned(
     assert weight_bytes(folder) == plan.weight_bytes
     again = load(folder)[0]
     assert torch.equal(logits(again, rows), expected)
+    if kind != "llm.int8":
+        assert load(folder, "float16")[0].dtype == torch.float16
     assert {name for name, decision in plan.modules.items() if decision.bits < 16}
     assert all(".2." not in name for name in plan.formats)
     with pytest.raises(RequestError, match="quantized already"):

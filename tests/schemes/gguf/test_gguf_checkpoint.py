@@ -14,6 +14,7 @@ import torch
 from families import tiny_model
 from gguf import GGML_QUANT_SIZES, GGUFReader
 from gguf.quants import dequantize
+from interruptions import killed
 from sinkmaps import sink_map_of
 from tiny_bpe import BPE_VOCABULARY, byte_level
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
@@ -27,7 +28,7 @@ from sinkquant.models import Decoder, load_model, load_tokenizer, open_model, re
 from sinkquant.policy import make_control, make_plan
 from sinkquant.quantize import quantize
 from sinkquant.recipe import Recipe
-from sinkquant.run.candidates import bits_on_disk, weight_bytes
+from sinkquant.run.candidates import bits_on_disk, loader, weight_bytes
 from sinkquant.schemes.gguf.metadata import model_metadata
 from sinkquant.schemes.gguf.names import FAMILIES, file_name, model_name
 
@@ -125,7 +126,10 @@ def test_from_disk_to_disk_with_other_ends(ends: str, text_file: Path, tmp_path:
     source = folder_of(tmp_path / "model", "llama", torch.bfloat16, tie_word_embeddings=True)
     plan = plan_of(source, text_file, f"weights.ends={ends}")
     out = tmp_path / "out"
+    with killed(0, "_check_reload"):
+        quantize_to(out, open_model(source), plan, load_tokenizer(source))
     quantize_to(out, open_model(source), plan, load_tokenizer(source))
+    assert not list(out.glob("*.safetensors"))
     assert (out / "model.gguf").stat().st_size == plan.weight_bytes
     kinds = {one.name: one.tensor_type.name for one in GGUFReader(out / "model.gguf").tensors}
     assert kinds["token_embd.weight"] == ends.upper()
@@ -268,6 +272,25 @@ def test_llama_3_s_frequencies_stand_in_the_file(text_file: Path, tmp_path: Path
     rotary = load_model(source).model.rotary_emb
     assert torch.allclose(plain / torch.from_numpy(factors.copy()), rotary.inv_freq, rtol=1e-5)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["file"] == "model.gguf"
+
+
+def test_a_cache_knows_its_model_whose_embedding_was_rounded_to_8_bits(text_file: Path, tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "model", "llama", torch.bfloat16)
+    plan = plan_of(source, text_file, "weights.method=rtn", "weights.ends=q8_0",
+                   "kv_cache={window: 0, group_size: 32, prefix: bos}")
+    out = save(quantize(load_model(source), plan, load_tokenizer(source)), load_tokenizer(source), tmp_path / "out")
+    assert load(out)[0].generate(ROWS, max_new_tokens=2, do_sample=False).shape == (2, 26)
+    loader(out, torch.float32, "cpu")()
+
+
+def test_blocks_beyond_the_last_one_stay_out_of_the_file(text_file: Path, tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "model", "llama")
+    config = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": 2}
+    (source / "config.json").write_text(json.dumps(config))
+    plan = plan_of(source, text_file, "weights.method=rtn")
+    quantize_to(tmp_path / "out", open_model(source), plan, load_tokenizer(source))
+    assert (tmp_path / "out" / "model.gguf").stat().st_size == plan.weight_bytes
+    assert not [one.name for one in GGUFReader(tmp_path / "out" / "model.gguf").tensors if "blk.2" in one.name]
 
 
 def test_a_phi_without_the_token_that_llama_cpp_looks_for_has_another_name(tmp_path: Path) -> None:
