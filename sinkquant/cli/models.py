@@ -61,22 +61,23 @@ def diagnose(models: Annotated[list[str], typer.Argument(help="A model folder, a
         raise RequestError("-o, --against, --sink-map and --depth-plot are for one model; name one.")
     folders = [resolve(inside_run(model)) for model in models]
     known = SinkMap.load(sink_map) if sink_map else None
-    other = resolve(inside_run(against)) if against else None
     from sinkquant.cli.tables.diagnosis import scale_table, tables
+    from sinkquant.compare.checkpoint import open_checkpoints
     from sinkquant.diagnose import diagnose as examine
-    from sinkquant.formats import load_dense
     from sinkquant.models import load_tokenizer, read_text
+    from sinkquant.run.candidates import loader
 
+    (other,) = open_checkpoints([against]) if against else (None,)
     tokenizers = [load_tokenizer(folder, trust_remote_code) for folder in folders]
     for tokenizer in tokenizers:
         read_text(text, "evaluation", tokenizer)
     found = []
     with shown_progress() as progress:
         for name, folder, tokenizer in zip(models, folders, tokenizers, strict=True):
-            quantized = load_dense(other, trust_remote_code=trust_remote_code) if other else None
-            loaded = load_dense(folder, trust_remote_code=trust_remote_code)
+            quantized = other.load("auto", "cpu", trust_remote_code) if other else None
+            loaded = loader(folder, "auto", "cpu", trust_remote_code)()
             found.append(examine(loaded, tokenizer, text, recipe, name, known, against=quantized,
-                                 against_name=against or "", progress=progress))
+                                 against_name=against or "", kept=other.kept if other else None, progress=progress))
             del loaded, quantized  # before the next ones are loaded
     if output:
         found[0].save(output)

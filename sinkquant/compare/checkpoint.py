@@ -42,7 +42,7 @@ class Checkpoint:
     transformed: bool = False
     kept: list[int] | None = None
 
-    def load(self, dtype: torch.dtype, device: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    def load(self, dtype: torch.dtype | str, device: str, trust_remote_code: bool = False) -> PreTrainedModel:
         """The model, dense."""
         return loader(self.folder, dtype, device, trust_remote_code)()
 

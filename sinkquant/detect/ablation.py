@@ -20,7 +20,7 @@ from sinkquant.detect.heads import describe_heads
 from sinkquant.detect.table import attention_of
 from sinkquant.models import Decoder, Walk, head_columns, read_text, token_rows, weight_matrix
 from sinkquant.models.steps import Progress
-from sinkquant.recipe import Detection
+from sinkquant.recipe import Detection, Recipe
 
 ROWS = 16
 """Rows of every text that the ablations run on."""
@@ -40,6 +40,12 @@ class NoOpHeads(Detector):
     fields = ("head_ablations",)
     null = "a head that does nothing on one text only is left out"
 
+    def __init__(self, decoder: Decoder, recipe: Recipe, name: str | None = None) -> None:
+        super().__init__(decoder, recipe, name)
+        if recipe.prune.heads != "none":
+            for layer in attending(decoder):
+                head_columns(decoder, layer)  # refuses a layer whose heads cannot be told apart
+
     def result(self, found: Found) -> dict[str, Any]:
         """On the rows of detection and as many of the evaluation text; None where no recipe asks."""
         if self.recipe.prune.heads == "none":
@@ -47,21 +53,13 @@ class NoOpHeads(Detector):
         rows = found.surveys[0].rows
         evaluation = token_rows(found.tokenizer, read_text(self.recipe.evaluate.text, "evaluation", found.tokenizer),
                                 len(rows), rows.shape[1], self.recipe.calibration.bos, self.decoder.vocabulary,
-                                "evaluation text")
+                                "evaluation text", "detect.length")
         massive = max((channel for channels in found.massive for channel in channels), key=lambda one: one.peak,
                       default=None)
         ablator = HeadAblator(self.decoder, self.settings, found.device, found.dtype, found.progress,
                               None if massive is None else massive.channel, self.recipe.prune.massive)
         return {"head_ablations": ablator.run(found.fields["heads"], {"calibration": rows, "evaluation": evaluation},
                                               found.sinks.mask)}
-
-
-@dataclass(frozen=True)
-class HeadTrial:
-    """What changes without some heads, as a `HeadAblation` says it."""
-
-    loss_change: float
-    massive_left: float | None
 
 
 @dataclass(frozen=True)
@@ -93,35 +91,33 @@ class HeadAblator:
         Raises:
             RequestError: the architecture has no output projection in which heads can be told apart.
         """
-        columns = {layer: head_columns(self.decoder, layer) for layer in self._attending}
+        columns = {layer: head_columns(self.decoder, layer) for layer in attending(self.decoder)}
         asleep = no_ops(known)
         for rows in texts.values():
             if asleep:
                 asleep &= no_ops(self._describe(rows, sinks(rows)))
-        rows = torch.cat([rows[:ROWS] for rows in texts.values()])
+        count = min(ROWS, *map(len, texts.values()))
+        rows = torch.cat([rows[:count] for rows in texts.values()])
         trials = dict(zip(sorted(asleep), self.trials(rows, [[place] for place in sorted(asleep)]), strict=True))
-        left = {place: trial.massive_left for place, trial in trials.items()}
+        left = {place: kept for place, (_, kept) in trials.items()}
         making = {place: kept for place, kept in left.items()
                   if kept is not None and kept < MADE and not self.massive}
-        alone = {place: trial.loss_change for place, trial in trials.items() if place not in making}
+        alone = {place: change for place, (change, _) in trials.items() if place not in making}
         order = sorted(alone, key=lambda place: (alone[place], place))
-        together = self.changes(rows, [order[:count + 1] for count in range(len(order))])
+        together = self.trials(rows, [order[:count + 1] for count in range(len(order))])
         heads = []
-        for place, change in zip(order, together, strict=True):
+        for place, (change, _) in zip(order, together, strict=True):
             module, parts = columns[place[0]]
             part = parts[place[1]]
             heads.append(HeadAblation(layer=place[0], head=place[1], module=module, start=part.start, stop=part.stop,
                                       loss_change=alone[place], together=change, massive_left=left[place]))
-        return HeadAblations(texts=list(texts), rows=ROWS, heads=heads, weights=self._weights(), spared=[
+        return HeadAblations(texts=list(texts), rows=count, heads=heads, weights=self._weights(), spared=[
             SparedHead(layer=layer, head=head, massive_left=kept) for (layer, head), kept in sorted(making.items())])
 
-    def changes(self, rows: torch.Tensor, sets: list[list[Place]]) -> list[float]:
-        """Mean |change| of the next token's loss, nats per token, for every set of heads that is taken out at once."""
-        return [trial.loss_change for trial in self.trials(rows, sets)]
-
-    def trials(self, rows: torch.Tensor, sets: list[list[Place]]) -> list[HeadTrial]:
-        """What changes without every set of heads that is taken out at once."""
-        found = []
+    def trials(self, rows: torch.Tensor, sets: list[list[Place]]) -> list[tuple[float, float | None]]:
+        """For every set of heads that is taken out at once: the mean |change| of the next token's loss, nats per token,
+        and how much of the largest massive activation is left; None where there is none."""
+        found: list[tuple[float, float | None]] = []
         for start in range(0, len(sets), PER_WALK):
             trials = sets[start:start + PER_WALK]
             walk = Walk(self.decoder, rows, self.settings.batch_size, self.device, self.dtype)
@@ -139,8 +135,8 @@ class HeadAblator:
                 if self.progress:
                     self.progress(step.index + 1, len(self.decoder.blocks), "taking heads out")
             base = walk.losses().double()
-            found += [HeadTrial(float((walk.losses(hidden[index]).double() - base).abs().mean()),
-                                peak / whole if whole > 0 else None) for index, peak in enumerate(peaks)]
+            found += [(float((walk.losses(hidden[index]).double() - base).abs().mean()),
+                       peak / whole if whole > 0 else None) for index, peak in enumerate(peaks)]
         return found
 
     def _peak(self, states: torch.Tensor) -> float:
@@ -150,10 +146,6 @@ class HeadAblator:
     def _describe(self, rows: torch.Tensor, sinks: torch.Tensor) -> list[list[Head]]:
         walk = Walk(self.decoder, rows, self.settings.batch_size, self.device, self.dtype)
         return describe_heads(attention_of(walk), sinks, self.settings)
-
-    @property
-    def _attending(self) -> list[int]:
-        return [layer for layer in range(len(self.decoder.blocks)) if layer not in self.decoder.quiet]
 
     @contextlib.contextmanager
     def _without(self, layer: int, heads: list[int]) -> Iterator[None]:
@@ -181,6 +173,11 @@ class HeadAblator:
                 weight = weight_matrix(self.decoder.linears[name])
                 norms.append([float(weight[:, part].float().norm()) for part in parts])
         return norms
+
+
+def attending(decoder: Decoder) -> list[int]:
+    """The layers with an attention matrix."""
+    return [layer for layer in range(len(decoder.blocks)) if layer not in decoder.quiet]
 
 
 def no_ops(heads: list[list[Head]]) -> set[Place]:

@@ -44,7 +44,7 @@ def _labels(channel: MassiveChannel, rows: torch.Tensor, found: Found) -> list[s
         here = sink.mask(rows)
         if (rest & here).any():
             ((token_id, position),) = sink.sinks
-            labels.append(text_of(token_id, found.tokenizer) or f"position {position}")
+            labels.append(f"position {position}" if token_id is None else str(text_of(token_id, found.tokenizer)))
             rest &= ~here
     if rest[:, 0].any():
         labels.append("position 0")

@@ -60,7 +60,8 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
     facts = tokenization_facts(tokenizer, rows)
     bare = None
     if facts.rows_start_with_bos:
-        bare = token_rows(tokenizer, content, settings.rows, rows.shape[1], "never", decoder.vocabulary)
+        bare = token_rows(tokenizer, content, settings.rows, rows.shape[1], "never", decoder.vocabulary,
+                          key="detect.length")
     first, long, repeated, without_bos = surveyor.run([rows, long_rows], [_repeated_rows(rows, recipe.seed), bare])
     assert first is not None
     assert repeated is not None

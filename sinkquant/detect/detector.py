@@ -98,8 +98,10 @@ class Detector(ABC):
 
 
 def text_of(token_id: int | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A token in letters."""
-    return None if token_id is None else str(tokenizer.decode([token_id]))
+    """A token in letters; as the tokenizer writes it where it decodes to none by itself."""
+    if token_id is None:
+        return None
+    return str(tokenizer.decode([token_id]) or tokenizer.convert_ids_to_tokens(token_id))
 
 
 @dataclass(frozen=True, eq=False)

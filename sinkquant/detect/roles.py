@@ -15,6 +15,7 @@ import torch
 
 from sinkquant.artifacts.heads import HeadRole, Role
 from sinkquant.detect.detector import Detector, Found, text_of
+from sinkquant.detect.survey import batch_rows
 from sinkquant.models import AttentionRecord, AttentionRows, Step, Walk
 
 TOKENS = 2048
@@ -55,7 +56,8 @@ class HeadRoles(Detector):
         if not sinks.any() and not survey.table.has_learned_sink:
             sinks[:, 0] = True
         table = RoleTable(rows, sinks)
-        walk = Walk(self.decoder, rows, self.settings.batch_size, found.device, found.dtype, [table])
+        batch = batch_rows(self.decoder, self.recipe, rows.shape[1])
+        walk = Walk(self.decoder, rows, batch, found.device, found.dtype, [table])
         for step in walk.steps():
             table.step = step
             step.run()

@@ -169,9 +169,10 @@ def _learned(table: AttentionTable, threshold: float) -> SinkToken | None:
     """The virtual column of a learned sink (gpt-oss), where it draws attention in at least one head."""
     if not table.has_learned_sink:
         return None
-    places, mass = table.attending, torch.stack([layer.learned for layer in table.of_heads().layers])
-    if not bool((mass.mean(1) > threshold).any()):
+    layers = [index for index in table.attending if (table.layers[index].learned.mean(0) > threshold).any()]
+    if not layers:
         return None
+    mass = torch.cat([layer.learned for layer in table.layers], dim=1)
     return SinkToken(token_id=None, text=None, position=None, kind="learned", attention=float(mass.mean()),
                      heads=float((mass > threshold).float().mean()), share=0.0, massive=False, criteria=["learned"],
-                     layers=[places[entry] for entry in (mass.mean(1) > threshold).any(1).nonzero().flatten().tolist()])
+                     layers=layers)

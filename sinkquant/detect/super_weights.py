@@ -20,6 +20,7 @@ from sinkquant.artifacts import SuperWeight
 from sinkquant.detect.detector import Detector, Found, Progress, Survey
 from sinkquant.detect.residual import ResidualStream, sampled
 from sinkquant.models import Decoder, Step, Walk, weight_matrix
+from sinkquant.models.blocks import attention_of, mixers_of
 from sinkquant.recipe import Detection, Recipe
 
 NULL_WEIGHTS = 3
@@ -106,11 +107,11 @@ class SpikeWatcher:
 
 def down_projection(decoder: Decoder, index: int) -> str | None:
     """The linear of a block's MLP that writes to the residual stream, or None (fused experts have no such linear)."""
-    attention = {id(linear) for module in decoder.blocks[index].modules()
-                 if "attention" in type(module).__name__.lower() for linear in module.modules()}
-    prefix = decoder.block_names[index] + "."
-    writing = [name for name, module in decoder.linears.items()
-               if name.startswith(prefix) and id(module) not in attention
+    block, name = decoder.blocks[index], decoder.block_names[index]
+    mixing = {id(linear) for module in (*attention_of(block), *map(decoder.model.get_submodule, mixers_of(name, block)))
+              for linear in module.modules()}
+    writing = [path for path, module in decoder.linears.items()
+               if path.startswith(f"{name}.") and id(module) not in mixing
                and weight_matrix(module).shape[0] == decoder.hidden_size
                and weight_matrix(module).shape[1] != decoder.hidden_size]
     return writing[-1] if writing else None

@@ -90,18 +90,10 @@ class AttentionTable:
         return [index for index, layer in enumerate(self.layers) if layer.received.shape[1]]
 
     def of_heads(self) -> AttentionTable:
-        """The same without the layers that have no attention matrix: entry i is layer `attending[i]`.
-
-        Raises:
-            RequestError: layers differ in their number of heads, which are compared head by head.
-        """
+        """The same without the layers that have no attention matrix: entry i is layer `attending[i]`."""
         kept = AttentionTable()
         kept.has_learned_sink = self.has_learned_sink
         kept.layers = [self.layers[index] for index in self.attending]
-        counts = sorted({layer.received.shape[1] for layer in kept.layers})
-        if len(counts) > 1:
-            raise RequestError(f"the model is not supported: its layers have {counts[0]} to {counts[-1]} heads, and "
-                               "sinks are looked for among layers of equally many.")
         return kept
 
 

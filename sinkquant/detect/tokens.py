@@ -138,11 +138,11 @@ def _excess(mass: torch.Tensor, even: torch.Tensor) -> torch.Tensor:
     return torch.where(even <= MAX_EVEN_MASS, (mass - even) / (1 - even).clamp(min=0.5), torch.zeros_like(mass))
 
 
-def _sink_heads(share: torch.Tensor, settings: Detection) -> tuple[torch.Tensor, torch.Tensor]:
+def _sink_heads(share: list[torch.Tensor], settings: Detection) -> tuple[torch.Tensor, torch.Tensor]:
     """Share of heads that every candidate is a sink of, and bool [layers, candidates], whether a layer has any.
-    `share`: [layers, heads, candidates] of occurrences over."""
-    over = share >= settings.occurrence_share
-    return over.float().flatten(0, 1).mean(0), over.any(1)
+    `share`: of every layer, [heads, candidates] of occurrences over."""
+    over = [layer >= settings.occurrence_share for layer in share]
+    return torch.cat(over).float().mean(0), torch.stack([layer.any(0) for layer in over])
 
 
 def _layers(marked: torch.Tensor, places: list[int]) -> tuple[int, ...]:
@@ -160,7 +160,7 @@ def _position_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detecti
         share.append(event.float().mean(0)[:, :last])
         score.append(mass.mean(dim=(0, 1))[:last])
         over.append((mass > settings.threshold).float().mean(dim=(0, 1))[:last])
-    sink_heads, layers = _sink_heads(torch.stack(share), settings)
+    sink_heads, layers = _sink_heads(share, settings)
     attention, heads = torch.stack(score).mean(0), torch.stack(over).mean(0)
     found = []
     for position in torch.nonzero(sink_heads).flatten().tolist():
@@ -195,7 +195,7 @@ def _token_sinks(table: AttentionTable, rows: torch.Tensor, settings: Detection,
         share.append(means[0].T)
         score.append(means[1].mean(1))
         over.append(means[2].mean(1))
-    sink_heads, layers = _sink_heads(torch.stack(share), settings)
+    sink_heads, layers = _sink_heads(share, settings)
     attention, heads = torch.stack(score).mean(0), torch.stack(over).mean(0)
     return [SinkCandidate(int(ids[i]), None, float(attention[i]), float(heads[i]),
                           float((rows == ids[i]).float().mean()), float(sink_heads[i]), int(counts[i]),

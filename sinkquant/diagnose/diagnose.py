@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -13,7 +15,7 @@ from sinkquant.diagnose.bos import bos_variants
 from sinkquant.diagnose.cache_defences import cache_defences
 from sinkquant.diagnose.depth import settling_depth
 from sinkquant.diagnose.dormant import dormant_heads, token_values
-from sinkquant.diagnose.fidelity import sink_fidelity
+from sinkquant.diagnose.fidelity import require_quantized, sink_fidelity
 from sinkquant.diagnose.null import measured
 from sinkquant.diagnose.rates import context_lengths, first_position_mass, first_position_mass_by_length, sink_rates
 from sinkquant.diagnose.robustness import LONGEST_EXCEEDED, REPEATS, has_learned_positions, past_the_context, robustness
@@ -47,7 +49,8 @@ PARTS = 8
 def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | list[str] | None = None,
              recipe: Recipe | None = None, name: str | None = None, sink_map: SinkMap | None = None,
              attacks: bool = True, original: PreTrainedModel | None = None, against: PreTrainedModel | None = None,
-             against_name: str = "quantized", progress: Progress | None = None) -> Diagnosis:
+             against_name: str = "quantized", progress: Progress | None = None,
+             kept: Sequence[int] | None = None) -> Diagnosis:
     """Every over-mixing diagnostic of a model, each beside its null: the same model on resampled text.
 
     Args:
@@ -59,6 +62,7 @@ def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
         original: the unquantized model, where this one is quantized; an exact prefix comes from it.
         against: a quantized version of the model, diagnosed on the same rows and compared with it.
         progress: called as progress(done, total, label).
+        kept: the blocks of the model that `against` has, where some were dropped.
 
     Raises:
         RequestError: the architecture is not supported, the text is too short, or weights are not finite.
@@ -67,6 +71,8 @@ def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
     decoder = Decoder.of(model)
     require_dense(model)
     check_finite(model)
+    if against is not None:
+        require_quantized(decoder, Decoder.of(against), kept)
     content = read_text(text or recipe.evaluate.text, "evaluation", tokenizer)
     job = _Inputs(decoder, tokenizer, content, recipe)
     steps = Steps(PARTS, progress, "diagnosing:", "diagnosed")
@@ -118,14 +124,15 @@ def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
     steps.end()
     fidelity, other = None, None
     if against is not None:
-        fidelity = sink_fidelity(model, against, tokenizer, sink_map.tokens, recipe, text)
+        fidelity = sink_fidelity(model, against, tokenizer, sink_map.tokens, recipe, text, kept)
         other = diagnose(against, tokenizer, text, recipe, against_name, sink_map, attacks, original=model,
                          progress=progress)
     massive = massive_channels(found.stream, found.rows, recipe.detect)
     return Diagnosis(
         model=decoder.facts(name or model.config.name_or_path or type(model).__name__),
         tokenization=sink_map.tokenization,
-        text=in_words(text) or "packaged evaluation text", seed=recipe.seed, sinks=sink_map.tokens,
+        text=in_words(text or recipe.evaluate.text) or "packaged evaluation text", seed=recipe.seed,
+        sinks=sink_map.tokens,
         massive_peak=max((channel.peak for channel in massive), default=0.0),
         massive_ratio=max((channel.ratio for channel in massive), default=0.0), sink_rates=rates,
         first_position=[layer.mean(0).tolist() for layer in mass], mixing=layer_mixing(found, recipe.seed),
@@ -163,7 +170,8 @@ class _Inputs:
     def rows(self, count: int, length: int, bos: str | None = None) -> torch.Tensor:
         """int64 [at most count, length] of the text."""
         policy = self.policy if bos is None else "never"
-        return token_rows(self.tokenizer, self.content, count, length, policy, self.decoder.vocabulary, "text")
+        return token_rows(self.tokenizer, self.content, count, length, policy, self.decoder.vocabulary, "text",
+                          key="")
 
 
 def _rates(job: _Inputs, published: torch.Tensor, mass: list[torch.Tensor], notes: list[str]) -> list[SinkRates]:

@@ -68,22 +68,23 @@ class SinkComparison:
     Args:
         sinks: the sink tokens of the original, as `detect` finds them.
         text: a file of text; None for the recipe's evaluation text, or the packaged one.
-        rows: of 128 tokens; fewer are faster, and their nulls wider.
+        rows, length: of so many tokens; fewer are faster, and their nulls wider.
 
     Raises:
         RequestError: the text is too short.
     """
 
     def __init__(self, original: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sinks: Sequence[SinkToken],
-                 recipe: Recipe | None = None, text: str | list[str] | None = None, rows: int = ROWS) -> None:
+                 recipe: Recipe | None = None, text: str | list[str] | None = None, rows: int = ROWS,
+                 length: int = LENGTH) -> None:
         self.recipe, self.tokenizer, self.sinks = recipe or Recipe(), tokenizer, sinks
         settings = self.recipe.compute
         self.compute = WalkSettings(pick_device(settings.device), getattr(torch, settings.dtype), self.recipe.seed)
         self.original, decoder = original, Decoder.of(original)
         self.with_bos = starts_with_bos(tokenizer, self.recipe.calibration.bos)
         content = read_text(text or self.recipe.evaluate.text, "evaluation", tokenizer)
-        self.rows = token_rows(tokenizer, content, rows, min(LENGTH, decoder.max_length), self.recipe.calibration.bos,
-                               decoder.vocabulary, "evaluation text")
+        self.rows = token_rows(tokenizer, content, rows, min(length, decoder.max_length), self.recipe.calibration.bos,
+                               decoder.vocabulary, "evaluation text", key="")
         self.marked = mark_sinks(self.rows, sinks)
         self._known: Looked | None = None
 
@@ -97,10 +98,7 @@ class SinkComparison:
             RequestError: it is not the same architecture.
         """
         first, second = Decoder.of(self.original), Decoder.of(quantized)
-        blocks = range(len(first.blocks)) if kept is None else kept
-        if (first.hidden_size, len(blocks), first.vocabulary) != (
-                second.hidden_size, len(second.blocks), second.vocabulary):
-            raise RequestError("the two models differ in width, depth or vocabulary: one is not the other quantized.")
+        require_quantized(first, second, kept)
         self._known = self._known or self._look(first)
         before, after = self._known, self._look(second)
         if kept is not None:
@@ -139,14 +137,23 @@ class SinkComparison:
 
 
 def sink_fidelity(original: PreTrainedModel, quantized: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-                  sinks: Sequence[SinkToken], recipe: Recipe | None = None,
-                  text: str | list[str] | None = None) -> SinkFidelity:
+                  sinks: Sequence[SinkToken], recipe: Recipe | None = None, text: str | list[str] | None = None,
+                  kept: Sequence[int] | None = None) -> SinkFidelity:
     """Compare a quantized model with its original; see `SinkComparison` for the arguments.
 
     Raises:
         RequestError: the two are not the same architecture, or the text is too short.
     """
-    return SinkComparison(original, tokenizer, sinks, recipe, text).compare(quantized)
+    return SinkComparison(original, tokenizer, sinks, recipe, text).compare(quantized, kept)
+
+
+def require_quantized(original: Decoder, quantized: Decoder, kept: Sequence[int] | None = None) -> None:
+    """Refuse a model that is not the other one quantized. kept: the blocks of the original that it has, where some were
+    dropped."""
+    depth = len(original.blocks if kept is None else kept)
+    if (original.hidden_size, depth, original.vocabulary) != (
+            quantized.hidden_size, len(quantized.blocks), quantized.vocabulary):
+        raise RequestError("the two models differ in width, depth or vocabulary: one is not the other quantized.")
 
 
 def position_divergence(original: PreTrainedModel, before: torch.Tensor, quantized: PreTrainedModel,

@@ -145,20 +145,18 @@ def fake_sink(decoder: Decoder, rows: torch.Tensor, place: int, compute: WalkSet
     return int(candidates[0 if outcome.received is None else outcome.received[:, place].argmax()])
 
 
-def past_the_context(decoder: Decoder, text: torch.Tensor, bos: int | None, compute: WalkSettings) -> list[Check]:
+def past_the_context(decoder: Decoder, text: torch.Tensor, bos: int, compute: WalkSettings) -> list[Check]:
     """Twice the trained context, and what a window of the trained length does with and without its sink.
 
     The last quarter of a context is scored. The reference keeps `<bos>` in front of the window, which is also the
-    defence (StreamingLLM, 2309.17453, keeps the sinks for the same reason). Empty where positions are learned one by
-    one, or the context is longer than `LONGEST_EXCEEDED`.
+    defence (StreamingLLM, 2309.17453, keeps the sinks for the same reason).
 
     Args:
+        decoder: one whose positions are not learned one by one.
         text: int64 [rows, 2 * context] without any `<bos>`.
     """
     context = text.shape[1] // 2
     scored = context // 4
-    if bos is None or context > LONGEST_EXCEEDED or has_learned_positions(decoder):
-        return []
     window = text[:, -(context - 1):]
     kept = run(decoder, with_bos(window, bos, [0]), compute)
     return [_check("past the context", f"{text.shape[1]} tokens where the model was trained for {context}", kept,

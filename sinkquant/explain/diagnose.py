@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from sinkquant.artifacts import SinkMap
 from sinkquant.artifacts.explanation import Cause
@@ -48,13 +49,13 @@ def cause_in(parts: list[Part], shares: Mapping[str, torch.Tensor], whole: tuple
         parts: its parameters. shares: first-order parts of their single weights, by parameter name.
         whole: the loss with all of it put back, and the share that removes.
     """
-    name, others = parts[0].module, [part for part in parts if part.quantized.dim() != 2]
+    name, turned = parts[0].module, _turned(parts[0].module, model)
     for part in parts:
         if part.quantized.dim() != 2 or part.name not in shares:
             continue
-        for finding in findings(_evidence(part, shares[part.name], model, sink_map)):
-            values = {part.name: finding.mended.to(part.quantized.dtype), **{one.name: one.quantized for one in others}}
-            with put_back([part, *others], values):
+        for finding in findings(_evidence(part, shares[part.name], turned, model, sink_map)):
+            mended = finding.mended.to(part.quantized.dtype)
+            with put_back([part], {part.name: mended.T if turned else mended}):
                 after, removes = measuring.removes(first_block(parts))
             if removes > 0 and removes >= MOST * whole[1]:
                 return Cause(kind=finding.kind, where=name, kl_after=after, removes=removes,
@@ -71,7 +72,8 @@ def _whole(name: str, parts: list[Part], whole: tuple[float, float], model: PreT
     if name.rpartition(".")[2] == "sinks":
         kind = "learned sinks"
     matrix = max(parts, key=lambda part: part.quantized.numel())
-    bits = bits_of(matrix.quantized) if matrix.quantized.dim() == 2 else None
+    rows = matrix.quantized.T if _turned(name, model) else matrix.quantized
+    bits = bits_of(rows) if rows.dim() == 2 else None
     both = kind == "embedding" and ends[0] == ends[1]
     if both:
         what = f"The token embedding, which is the output head too ({name}),"
@@ -109,12 +111,19 @@ def bits_of(matrix: torch.Tensor, rows: int = 64) -> int | None:
     return bits if 2 ** bits <= size // 2 and counts[size] < size // 2 else None
 
 
-def _evidence(part: Part, shares: torch.Tensor, model: PreTrainedModel, sink_map: SinkMap | None) -> Evidence:
+def _turned(name: str, model: PreTrainedModel) -> bool:
+    """Whether a module holds its matrix as [columns, rows], as GPT-2's do."""
+    return isinstance(dict(model.named_modules()).get(name), Conv1D)
+
+
+def _evidence(part: Part, shares: torch.Tensor, turned: bool, model: PreTrainedModel,
+              sink_map: SinkMap | None) -> Evidence:
     width, frequencies = 0, torch.empty(0)
     if part.module.rpartition(".")[2] in ("q_proj", "k_proj"):
         width = HeadCounts.of(model).width
         frequencies = next((module.inv_freq for module in model.modules()
                             if isinstance(getattr(module, "inv_freq", None), torch.Tensor)), torch.empty(0))
     known = sink_map.modules.get(part.module) if sink_map else None
-    return Evidence(part.module, part.unquantized, part.quantized, shares, width, frequencies,
-                    tuple(known.sink_columns) if known else ())
+    before, after, shares = (one.T.contiguous() if turned else one
+                             for one in (part.unquantized, part.quantized, shares))
+    return Evidence(part.module, before, after, shares, width, frequencies, tuple(known.sink_columns) if known else ())

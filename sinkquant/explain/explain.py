@@ -32,7 +32,7 @@ from sinkquant.explain.settings import (
 from sinkquant.explain.stream import Stream, from_block, loss_with_sinks_exact, massive_changes, recorded
 from sinkquant.explain.verify import verified
 from sinkquant.explain.weights import ALONE, WeightLosses, weight_losses
-from sinkquant.formats import open_checkpoint, rounds_inputs, versions
+from sinkquant.formats import bases_of, open_checkpoint, prefix_of, rounds_inputs, versions
 from sinkquant.models import documents, load_model, load_tokenizer, pick_device, read_text, token_rows
 from sinkquant.models.corpus import in_words
 from sinkquant.models.decoder import max_length
@@ -46,8 +46,8 @@ ROWS, LENGTH = 8, 128
 STEPS = 40
 """About so many: how many there are is not known before the weights were looked at."""
 TOKENS, HEADS = 12, 8
-SINK_ROWS = 8
-"""Of 128 tokens, that the sinks of both are compared on."""
+SINK_ROWS, SINK_LENGTH = 8, 128
+"""Rows that the sinks of both are compared on, and their tokens where those that are measured have no fewer."""
 NOTHING = 1e-7
 """KL in nats below which nothing is to be explained: the noise of float32."""
 HEAD_MOVED = 0.02
@@ -190,7 +190,8 @@ def _of_serving(probe: Probe, model: PreTrainedModel, measuring: Measuring, open
                 original: PreTrainedModel) -> list[Cause]:
     """Causes outside the weights: what is read, what config.json says, rounded inputs, the cache."""
     found = [tokenization_cause(probe, model, measuring)]
-    found += configuration_causes(original, model, measuring, probe)
+    found += configuration_causes(original, model, measuring, probe, prefix_of(opened.folder),
+                                  bases_of(opened.folder))
     if switch_of(model) is not None:
         with inputs_left_alone(model):
             after, removes = measuring.removes()
@@ -211,7 +212,8 @@ def _of_sinks(probe: Probe, model: PreTrainedModel, stream: Stream, known: SinkM
               causes: list[Cause], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, made: dict[str, Any],
               notes: list[str]) -> list[Cause]:
     """Fills in what became of the sinks. A cause of its own only where no other explains most of the loss."""
-    fidelity = SinkComparison(probe.original, tokenizer, known.tokens, recipe, rows=SINK_ROWS).compare(model)
+    fidelity = SinkComparison(probe.original, tokenizer, known.tokens, recipe, rows=SINK_ROWS,
+                              length=min(SINK_LENGTH, probe.content.shape[1])).compare(model)
     moved = [HeadChange(layer=layer, head=head, before=before, after=after)
              for layer, (ones, others) in enumerate(zip(fidelity.mass_before, fidelity.mass, strict=True))
              for head, (before, after) in enumerate(zip(ones, others, strict=True))

@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 
 from sinkquant.artifacts.explanation import Cause, SettingChange
+from sinkquant.cache import Bases, Prefix, prepare
 from sinkquant.explain.diagnose import Measuring, percent
 from sinkquant.explain.probe import Probe
 from sinkquant.models import adds_bos, encode
@@ -44,19 +47,36 @@ def tokenization_cause(probe: Probe, model: PreTrainedModel, measuring: Measurin
                  advice="copy the baseline's tokenizer files into the checkpoint")
 
 
-def configuration_causes(original: PreTrainedModel, model: PreTrainedModel, measuring: Measuring,
-                         probe: Probe) -> list[Cause]:
-    """Every value of config.json that is another, put right by itself."""
-    found = []
-    for change in changes(original.config, model.config):
-        mended = rebuilt(model, change.name, original.config)
-        after = probe.loss(mended)
+def configuration_causes(original: PreTrainedModel, model: PreTrainedModel, measuring: Measuring, probe: Probe,
+                         prefix: Prefix | None, bases: Bases | None) -> list[Cause]:
+    """Every value of config.json that is another, put right by itself; those that the weights do not fit one by one,
+    such as numbers of heads and their width, all together.
+
+    Args:
+        prefix, bases: those of the checkpoint's cache.
+    """
+    def cause(some: Sequence[SettingChange]) -> Cause | None:
+        mended = rebuilt(model, [one.name for one in some], original.config)
+        if mended is None:
+            return None
+        after = probe.loss(mended if probe.kv is None else prepare(mended, prefix, bases))
         removes = 1 - after / measuring.loss
-        found.append(Cause(kind="configuration", where=f"config.json: {change.name}", kl_after=after, removes=removes,
-                           sentence=f"config.json says {change.name} {change.after} where the baseline says "
-                                    f"{change.before}: the baseline's value removes {percent(removes)} of the loss.",
-                           advice="copy that value from the baseline's config.json"))
-    return found
+        return _configured(some, f"the baseline's {'value removes' if len(some) == 1 else 'values remove'} "
+                                 f"{percent(removes)} of the loss", removes, after)
+
+    alone = [(one, cause([one])) for one in changes(original.config, model.config)]
+    rest = [one for one, found in alone if found is None]
+    together = [cause(rest) or _configured(rest, "the weights do not fit that, so that what it costs is not known")
+                ] if rest else []
+    return [found for _, found in alone if found is not None] + together
+
+
+def _configured(some: Sequence[SettingChange], result: str, removes: float | None = None,
+                after: float | None = None) -> Cause:
+    said, before = ", ".join(f"{one.name} {one.after}" for one in some), ", ".join(one.before for one in some)
+    return Cause(kind="configuration", where=f"config.json: {', '.join(one.name for one in some)}", kl_after=after,
+                 removes=removes, sentence=f"config.json says {said} where the baseline says {before}: {result}.",
+                 advice=f"copy {'that value' if len(some) == 1 else 'these values'} from the baseline's config.json")
 
 
 def changes(before: Any, after: Any) -> list[SettingChange]:
@@ -68,15 +88,22 @@ def changes(before: Any, after: Any) -> list[SettingChange]:
             if not _same(one.get(name), two.get(name))]
 
 
-def rebuilt(model: PreTrainedModel, name: str, config: Any) -> PreTrainedModel:
-    """The model with one value of its configuration taken from another; weights are shared, inputs are not rounded."""
+def rebuilt(model: PreTrainedModel, names: Sequence[str], config: Any) -> PreTrainedModel | None:
+    """The model with some values of its configuration taken from another, None where its weights do not fit these;
+    weights are shared, inputs are not rounded."""
     mended = copy.deepcopy(model.config)
     inner, right = mended.get_text_config(decoder=True), config.get_text_config(decoder=True)
-    setattr(inner, name, copy.deepcopy(getattr(right, name, None)))
-    made = type(model)._from_config(mended, dtype=model.dtype)
-    made.load_state_dict(model.state_dict(), strict=False, assign=True)
+    for name in names:
+        setattr(inner, name, copy.deepcopy(getattr(right, name, None)))
+    try:
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            made = type(model)._from_config(mended, dtype=model.dtype)
+        made.load_state_dict(model.state_dict(), strict=False, assign=True)
+    except Exception:  # every architecture has its own way to say that numbers do not go together
+        return None
     made.tie_weights()
-    return made.to(model.device).eval()
+    lacking = any(parameter.is_meta for parameter in made.parameters())
+    return None if lacking else made.to(model.device).eval()
 
 
 def text_changes(before: PreTrainedTokenizerBase, after: PreTrainedTokenizerBase,
@@ -117,13 +144,16 @@ def finite_cause(model: PreTrainedModel, probe: Probe, tokens: torch.Tensor,
     that."""
     with torch.no_grad():
         if not torch.isfinite(tokens).all():
-            where = first_broken(model, probe.rows[:1])
+            broken = ~torch.isfinite(tokens).all(-1)
+            where = first_broken(model, probe.rows[broken][:1])
             return Cause(kind="not finite", where=where, removes=None, kl_after=None,
                          sentence=f"What {where} gives is not finite, so that nothing is predicted.",
                          advice="look at that module's weights and scales; convert the model again")
         if stored != torch.float16:
             return None
-        half = copy.deepcopy(model).to(torch.float16)
+        # Halved one by one: a copy of the whole in float32 would take twice the memory.
+        halves = {id(one): torch.nn.Parameter(one.half(), requires_grad=False) for one in model.parameters()}
+        half = copy.deepcopy(model, halves).half()
         logits = half(probe.rows[:2].to(half.device), use_cache=False).logits
         broken = ~torch.isfinite(logits).all(-1)
     if not broken.any():

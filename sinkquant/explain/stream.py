@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from sinkquant.artifacts.explanation import MassiveChange
 from sinkquant.models import Decoder
 from sinkquant.models.hooks import computing, hooked
+from sinkquant.models.walk import Handed
 
 SHOWN = 4
 Stream = list[list[torch.Tensor]]
@@ -60,10 +61,10 @@ def from_block(model: PreTrainedModel, stream: Stream, first: int) -> Iterator[N
     blocks, turn = list(Decoder.of(model).blocks)[:first], itertools.cycle(stream)
 
     def passed(*args: Any, **named: Any) -> Any:
-        return args[0] if args else named["hidden_states"]
+        return (args[0] if args else named["hidden_states"]).as_subclass(Handed)
 
     def given(*_: Any, **__: Any) -> torch.Tensor:
-        return next(turn)[first - 1]
+        return next(turn)[first - 1].as_subclass(Handed)
 
     with computing((block, given if block is blocks[-1] else passed) for block in blocks):
         yield

@@ -14,7 +14,7 @@ from sinkquant.artifacts import SinkMap
 from sinkquant.errors import RequestError
 from sinkquant.formats.output import require_free
 from sinkquant.formats.reshaped import write_reshaped
-from sinkquant.models import Decoder, pieces
+from sinkquant.models import Decoder, head_columns, pieces
 from sinkquant.models.smaller import HeadCounts, smaller_model, smaller_tensor
 from sinkquant.models.unused import require_nothing_carried
 from sinkquant.quantize import is_quantized
@@ -61,6 +61,16 @@ def require_cuttable(model: PreTrainedModel) -> None:
     if is_quantized(model):
         raise RequestError("this model is quantized; cut heads off the unquantized one.")
     require_nothing_carried(model, "smaller heads")
+    decoder, architecture = Decoder.of(model), type(model).__name__
+    instead = "prune.heads=no-op in a recipe silences heads wherever they are."
+    if decoder.quiet:
+        raise RequestError("no heads can be cut off: every layer has to lose as many, and layer "
+                           f"{min(decoder.quiet)} of {architecture} has no attention matrix. {instead}")
+    for layer in range(len(decoder.blocks)):
+        head_columns(decoder, layer)
+    if not any(smaller_model(model, count) for count in range(1, HeadCounts.of(model).kv_heads)):
+        raise RequestError(f"no heads can be cut off: transformers builds {architecture} with these smaller numbers: "
+                           f"none. {instead}")
 
 
 def kv_heads_to_keep(sink_map: SinkMap, built: Callable[[int], PreTrainedModel | None],
@@ -93,7 +103,7 @@ def kv_heads_to_keep(sink_map: SinkMap, built: Callable[[int], PreTrainedModel |
     removable = min(len(free[fewest]), facts.kv_heads - 1)
     count = next((count for count in range(facts.kv_heads - removable, facts.kv_heads) if built(count)), None)
     if count is None:
-        smaller = ", ".join(str(count) for count in range(1, facts.kv_heads) if built(count)) or "none"
+        smaller = ", ".join(str(count) for count in range(1, facts.kv_heads) if built(count))
         raise RequestError(
             f"no heads can be cut off: layer {fewest} has {len(free[fewest])} of {facts.kv_heads} key-value heads "
             f"whose queries are all no-ops, every layer has to lose as many, and transformers builds "

@@ -64,7 +64,7 @@ def token_rows(tokenizer: PreTrainedTokenizerBase, text: str, rows: int, length:
 
     Args:
         vocabulary: number of rows of the model's embedding; ids beyond it are refused.
-        what, key: the text, and what the user sets the length by, in words of an error.
+        what, key: the text, and what the user sets the length by, in words of an error; "" where nobody sets it.
 
     Returns:
         int64 [at most rows, length].
@@ -80,7 +80,7 @@ def token_rows(tokenizer: PreTrainedTokenizerBase, text: str, rows: int, length:
         windows += _packed([ids for ids in encoded if len(ids) < room], room, _between(tokenizer))
     if not windows:
         raise RequestError(f"the {what} is shorter than one row: it has {sum(map(len, encoded))} tokens and a row "
-                           f"needs {room}; give more text or a smaller {key}.")
+                           f"needs {room}; give more text{key and f' or a smaller {key}'}.")
     if len(windows) > rows:
         windows = [windows[i * len(windows) // rows] for i in range(rows)]
     table = torch.tensor([[*front, *window] for window in windows], dtype=torch.long)

@@ -133,7 +133,9 @@ class Step:
         """
         switch = switch_of(self.walk.decoder.model)
         if switch is not None:
-            switch.exact = None if self.walk.exact is None else self.walk.exact[self.batch]
+            # Rows beyond the walk's are the same ones over again, with other hidden states.
+            exact, rows = self.walk.exact, torch.arange(self.batch.start, self.batch.stop)
+            switch.exact = None if exact is None else exact[rows % len(exact)]
         result = self._given(inputs.to(self.walk.device))
         given: torch.Tensor = result[0] if isinstance(result, tuple) else result
         return given

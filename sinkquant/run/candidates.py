@@ -77,7 +77,7 @@ def stored_size(named: str, folder: Path) -> tuple[int, float]:
     return size, 8 * size / values
 
 
-def loader(path: Path, dtype: torch.dtype, device: str,
+def loader(path: Path, dtype: torch.dtype | str, device: str,
            trust_remote_code: bool = False) -> Callable[[], PreTrainedModel]:
     """A checkpoint's model, given the KV prefix and bases that it has."""
     def load() -> PreTrainedModel:

@@ -12,11 +12,13 @@ from planter import Plant, plant
 from sinkmaps import sink_map_of
 from small_runs import beginning
 from tiny_tokenizer import tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sinkquant import Diagnosis
+from sinkquant import Diagnosis, Recipe, load, plan, quantize, save
 from sinkquant.cli import main
+from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
+from sinkquant.models.inputs import switch_of
 
 FAST = ["--set", "detect.rows=16", "--set", "detect.long_rows=0"]
 
@@ -52,6 +54,26 @@ def test_json_and_a_file_beside_a_quantized_version(folder: Path, text_file: Pat
     assert saved.fidelity.verdict == "kept"
     assert saved.against is not None
     assert saved.against.sink_rates == saved.sink_rates
+
+
+def test_a_quantized_version_is_read_through_its_prefix_and_block_by_block(
+        folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = load(folder)
+    recipe = Recipe().replace(["weights.method=rtn", "weights.group_size=32", "activations.format=int8",
+                               "kv_cache.prefix=bos", "kv_cache.group_size=32", "calibration.rows=4",
+                               "calibration.length=32", f"calibration.text={text_file}"])
+    known = sink_map_of(Decoder.of(model))
+    quantize(model, plan(model, known, recipe), tokenizer)
+    made = Path(save(model, tokenizer, tmp_path / "q", known, recipe))
+    seen: list[tuple[int, ...]] = []
+
+    def look(*_: object, against: PreTrainedModel, kept: list[int] | None, **__: object) -> None:
+        seen.append(switch_of(against).prefix)
+        raise RequestError(f"seen, with {kept}")
+
+    monkeypatch.setattr(sys.modules["sinkquant.diagnose"], "diagnose", look)
+    assert run(monkeypatch, str(folder), "--against", str(made), "--text", str(text_file)) == 2
+    assert seen == [(1,)]
 
 
 def test_a_sink_map_made_before_is_taken_and_folders_of_its_files_are_made(

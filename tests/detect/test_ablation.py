@@ -16,7 +16,7 @@ from sinkquant import Recipe, SinkMap
 from sinkquant.detect import detect
 from sinkquant.detect.ablation import HeadAblator, no_ops
 from sinkquant.errors import RequestError
-from sinkquant.models import Decoder, head_columns, weight_matrix
+from sinkquant.models import Decoder, Walk, head_columns, weight_matrix
 from sinkquant.policy import make_control, make_plan
 
 HEADS = frozenset({0, 2})
@@ -68,6 +68,7 @@ def test_exactly_the_planted_heads_are_found(family: str, tmp_path: Path) -> Non
     assert changes == sorted(changes)
     assert all(0 < one.loss_change <= one.together + 1e-6 < 0.05 for one in found.head_ablations.heads)
     assert len(found.head_ablations.weights) == 3
+    assert found.head_ablations.rows == 12
 
 
 def test_what_an_ablation_changes_is_what_zeroed_weights_change(tmp_path: Path) -> None:
@@ -75,7 +76,7 @@ def test_what_an_ablation_changes_is_what_zeroed_weights_change(tmp_path: Path) 
     decoder, settings = Decoder.of(model), recipe(tmp_path).detect
     rows = torch.randint(8, 128, (4, 20), generator=torch.Generator().manual_seed(0))
     places = [(0, 1), (2, 3)]
-    found = HeadAblator(decoder, settings, "cpu", torch.float32).changes(rows, [[places[0]], [places[1]], places])
+    found = HeadAblator(decoder, settings, "cpu", torch.float32).trials(rows, [[places[0]], [places[1]], places])
 
     def losses() -> torch.Tensor:
         with torch.no_grad():
@@ -83,7 +84,7 @@ def test_what_an_ablation_changes_is_what_zeroed_weights_change(tmp_path: Path) 
         return torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), rows[:, 1:], reduction="none")
 
     base = losses()
-    for trial, change in zip([[places[0]], [places[1]], places], found, strict=True):
+    for trial, (change, _) in zip([[places[0]], [places[1]], places], found, strict=True):
         for layer, head in trial:
             name, parts = head_columns(decoder, layer)
             weight_matrix(decoder.linears[name])[:, parts[head]] = 0
@@ -147,6 +148,15 @@ def test_the_plan_takes_out_what_stays_under_the_bound(tmp_path: Path) -> None:
         assert weights[head.layer][head.head] <= sorted(weights[head.layer])[1]
     with pytest.raises(RequestError, match="run detect with --set"):
         make_plan(shape, found.model_copy(update={"head_ablations": None}), asked)
+
+
+def test_heads_that_cannot_be_told_apart_are_refused_before_anything_is_read(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = resting(), recipe(tmp_path)
+    model.config.num_attention_heads = 5
+    monkeypatch.setattr(Walk, "steps", lambda _: pytest.fail("began"))
+    with pytest.raises(RequestError, match="no output projection that reads its heads side by side"):
+        detect(model, tiny_tokenizer(), recipe=asked)
 
 
 def test_every_family_has_columns_for_its_heads() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from detect_helpers import small_recipe, write_text
+from tiny_tokenizer import tiny_tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from sinkquant.detect import detect
 from sinkquant.detect.residual import ResidualStream
 from sinkquant.detect.table import AttentionTable
 from sinkquant.errors import RequestError
@@ -106,6 +110,15 @@ def test_attention_layers_of_a_hybrid_are_seen_and_the_others_left_alone_by_name
     others = " ".join(why for name, why in fixed.items() if name not in quiet)
     assert "attention" not in others
     assert [layer.heads > 0 for layer in shape.kv_layers] == [False, True]
+
+
+def test_layers_may_differ_in_their_number_of_heads(tmp_path: Path) -> None:
+    model = tiny("laguna", {
+        "num_attention_heads_per_layer": [4, 8], "layer_types": ["full_attention", "sliding_attention"],
+        "sliding_window": 48, "shared_expert_intermediate_size": 32})
+    found = detect(model, tiny_tokenizer(), write_text(tmp_path), small_recipe("detect.long_rows=0"))
+    assert [len(layer) for layer in found.heads] == [len(layer) for layer in found.head_roles] == [4, 8]
+    assert found.tokens == []
 
 
 @pytest.mark.parametrize("family", COVERED)

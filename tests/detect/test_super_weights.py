@@ -12,8 +12,9 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import PreTrainedModel
 
 from sinkquant.detect import detect
-from sinkquant.detect.super_weights import SpikeWatcher, down_projection
+from sinkquant.detect.super_weights import SpikeWatcher, Trial, _zeroed, down_projection
 from sinkquant.models import Decoder, Walk
+from sinkquant.models.inputs import input_args, let_through, round_inputs
 
 CONSTANT, CANCELLED, DECOY, NEURON = 5, 20, 30, 3
 LEVEL = 40.0
@@ -86,8 +87,27 @@ def test_the_decoy_is_a_spike_too() -> None:
         "model.layers.0.mlp.down_proj": (DECOY, NEURON), "model.layers.1.mlp.down_proj": (CANCELLED, NEURON)}
 
 
+def test_weights_that_are_zero_cost_nothing_under_rounded_inputs_and_a_prefix() -> None:
+    """Every trial lets the tokens of the prefix through, as the walk does."""
+    model = tiny_model("llama")
+    decoder = Decoder.of(model)
+    name = "model.layers.0.mlp.down_proj"
+    with torch.no_grad():
+        model.get_submodule(name).weight[0, :4] = 0
+    round_inputs(model, decoder.linears, dict.fromkeys(decoder.linears, input_args("int8", "token")), {})
+    let_through(model, [1])
+    rows = torch.randint(8, 128, (2, 32), generator=torch.Generator().manual_seed(0))
+    rows[:, 0] = 1
+    tried = _zeroed(decoder, [name], lambda _: [Trial(name, 0, column) for column in range(3)], Walk(decoder, rows, 8),
+                    None, "")
+    assert [one.increase for one in tried] == pytest.approx([0.0] * 3, abs=1e-7)
+
+
 def test_down_projections_are_found_by_what_they_write() -> None:
     expected = {"llama": "model.layers.1.mlp.down_proj", "gpt2": "transformer.h.1.mlp.c_proj",
                 "opt": "model.decoder.layers.1.fc2", "gpt_neox": "gpt_neox.layers.1.mlp.dense_4h_to_h",
                 "gpt_oss": None}
     assert {family: down_projection(Decoder.of(tiny_model(family)), 1) for family in expected} == expected
+    # Its mixer writes to the residual stream too, and from another width than that one's.
+    hybrid = tiny_model("falcon_h1", mamba_d_ssm=128, mamba_n_heads=8)
+    assert down_projection(Decoder.of(hybrid), 1) == "model.layers.1.feed_forward.down_proj"

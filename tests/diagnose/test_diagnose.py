@@ -11,6 +11,7 @@ import pytest
 from families import tiny_model
 from planter import Plant, plant
 from rich.console import Console
+from sinkmaps import sink_map_of
 from small_runs import beginning
 from tiny_tokenizer import tiny_tokenizer
 
@@ -18,6 +19,7 @@ from sinkquant.artifacts import Diagnosis
 from sinkquant.cli.tables.diagnosis import scale_table, tables
 from sinkquant.diagnose import diagnose
 from sinkquant.errors import RequestError
+from sinkquant.models import Decoder, Walk
 from sinkquant.recipe import Recipe
 
 RECIPE = Recipe().replace(["detect.rows=16", "detect.long_rows=0"])
@@ -57,6 +59,20 @@ def test_a_quantized_version_is_diagnosed_beside_it(planted: Diagnosis, text_fil
     assert found.mixing == planted.mixing
     assert found.robustness == []
     assert Diagnosis.parse(json.loads(found.to_json()), "") == found
+
+
+def test_a_version_with_fewer_blocks_is_compared_where_it_has_them_and_refused_at_once_elsewhere(
+        text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, shorter = (tiny_model("llama", max_position_embeddings=64, num_hidden_layers=count) for count in (3, 2))
+    for place, block in enumerate((0, 2)):
+        shorter.model.layers[place].load_state_dict(model.model.layers[block].state_dict())
+    recipe = RECIPE.replace([f"evaluate.text={beginning(text_file)}"])
+    found = diagnose(model, tiny_tokenizer(), recipe=recipe, attacks=False, against=shorter, kept=[0, 2])
+    assert len(found.fidelity.mass) == len(found.against.mixing) == 2
+    assert found.text == str(beginning(text_file))
+    monkeypatch.setattr(Walk, "steps", lambda _: pytest.fail("began"))
+    with pytest.raises(RequestError, match="differ in width, depth or vocabulary"):
+        diagnose(model, tiny_tokenizer(), recipe=recipe, against=shorter)
 
 
 def test_it_can_be_shown(planted: Diagnosis) -> None:
@@ -104,5 +120,8 @@ def test_two_runs_are_the_same_and_the_model_is_left_alone(text_file: Path) -> N
 def test_a_text_that_is_too_short_is_refused(tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("w9 w10 w11", encoding="utf-8")
+    model = tiny_model("llama")
     with pytest.raises(RequestError, match="shorter than one row"):
-        diagnose(tiny_model("llama"), tiny_tokenizer(), str(short), RECIPE)
+        diagnose(model, tiny_tokenizer(), str(short), RECIPE)
+    with pytest.raises(RequestError, match=r"shorter than one row: .* give more text\."):
+        diagnose(model, tiny_tokenizer(), str(short), RECIPE, sink_map=sink_map_of(Decoder.of(model)))

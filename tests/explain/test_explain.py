@@ -21,6 +21,7 @@ from sinkquant.errors import RequestError
 from sinkquant.explain.parts import different_parts, first_block, put_back
 from sinkquant.explain.probe import Probe
 from sinkquant.explain.remedies import remedy
+from sinkquant.explain.settings import finite_cause
 from sinkquant.explain.stream import from_block, recorded
 from sinkquant.explain.verify import appended, verified
 from sinkquant.models import load_model, read_text, token_rows
@@ -144,6 +145,71 @@ def test_a_value_of_the_configuration_is_named(tiny_folder, text_file, tmp_path)
     assert {one.where for one in found.causes} == {"config.json: rms_norm_eps", "config.json: rope_parameters"}
     assert found.causes[0].where == "config.json: rms_norm_eps"
     assert found.causes[0].removes > 0.5 > found.causes[1].removes
+
+
+def test_numbers_of_heads_are_put_right_together(tiny_folder, text_file, tmp_path):
+    """No weight fits one of them alone."""
+    model = tiny_model("llama")
+    model.config.num_attention_heads, model.config.num_key_value_heads, model.config.head_dim = 2, 1, 32
+    found = explained(written(model, tmp_path / "other"), tiny_folder, text_file)
+    (cause,) = found.causes
+    assert cause.where == "config.json: head_dim, num_attention_heads, num_key_value_heads"
+    assert "num_attention_heads 2, num_key_value_heads 1 where the baseline says 16, 4, 2" in cause.sentence
+    assert cause.removes == pytest.approx(1)
+
+
+def test_a_value_is_put_right_beside_a_packed_cache_with_its_prefix(text_file, tmp_path):
+    base = written(tiny_model("llama"), tmp_path / "base")
+    model, tokenizer = sq.load(base)
+    recipe = Recipe().replace(["weights.method=rtn", "weights.bits=8", "weights.group_size=32", "kv_cache.prefix=bos",
+                               "kv_cache.group_size=32", *SMALL])
+    known = sq.detect(model, tokenizer, text=str(text_file), recipe=recipe)
+    sq.quantize(model, sq.plan(model, known, recipe), tokenizer)
+    folder = Path(sq.save(model, tokenizer, tmp_path / "w8", known, recipe))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}), encoding="utf-8")
+    found = explained(folder, base, text_file)
+    assert found.causes[0].where == "config.json: rms_norm_eps"
+    assert found.causes[0].removes > 0.5
+
+
+def test_blocks_that_give_a_tuple_and_a_short_text(text_file, tmp_path):
+    model, short = tiny_model("falcon_h1"), tmp_path / "short.txt"
+    base = written(model, tmp_path / "base")
+    with torch.no_grad():
+        for name, one in model.named_parameters():
+            if "feed_forward" in name:
+                one.copy_((one / 0.02).round() * 0.02)
+    short.write_text(" ".join(text_file.read_text(encoding="utf-8").split()[:90]), encoding="utf-8")
+    recipe = Recipe().replace([*SMALL, f"calibration.text={text_file}"])
+    found = explained(written(model, tmp_path / "other"), base, short, sinks=True, recipe=recipe)
+    assert found.causes[0].removes > 0
+    assert found.sinks is not None
+
+
+def test_matrices_that_are_stored_the_other_way_round_are_read_by_row(text_file, tmp_path):
+    model = tiny_model("gpt2", n_embd=128, n_inner=512)
+    base = written(model, tmp_path / "base")
+    with torch.no_grad():
+        for block in model.transformer.h:
+            weight = block.mlp.c_proj.weight
+            groups = weight.T.reshape(128, -1, 32)
+            scale = groups.abs().amax(-1, keepdim=True) / 3
+            weight.copy_(((groups / scale).round() * scale).reshape(128, 512).T)
+    found = explained(written(model, tmp_path / "other"), base, text_file)
+    assert any("mlp.c_proj is rounded to 3 bits" in one.sentence for one in found.causes)
+
+
+def test_the_first_row_that_breaks_tells_the_module(tiny_folder, text_file, tmp_path):
+    """One token's embedding is not finite, and the first row may lack it."""
+    model = tiny_model("llama")
+    rows = torch.tensor([[1, 9, 10, 11], [1, 9, 127, 11]])
+    probe = Probe.of(model, rows[:, 1:], (1,), (1,))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[127] = torch.nan
+    cause = finite_cause(model, probe, probe.kl(model), None)
+    assert cause is not None
+    assert cause.where == "model.embed_tokens"
 
 
 def test_float16_that_overflows_is_named(tiny_folder, text_file, tmp_path):

@@ -20,6 +20,7 @@ from sinkquant.cli import app
 from sinkquant.errors import RequestError
 from sinkquant.formats import load
 from sinkquant.heads import cut_heads
+from sinkquant.heads.cut import require_cuttable
 from sinkquant.models import Decoder, head_columns, open_model, weight_matrix
 from sinkquant.models.smaller import smaller_model
 from sinkquant.recipe import Recipe
@@ -73,6 +74,14 @@ def test_where_a_heads_width_follows_from_their_number_nothing_can_be_cut(family
     with pytest.raises(RequestError, match=r"with these smaller numbers: none\. prune\.heads=no-op in a recipe"):
         cut_heads(model, tiny_tokenizer(), asleep(model, GONE), tmp_path / "small")
     assert not list(tmp_path.iterdir())
+    with pytest.raises(RequestError, match="with these smaller numbers: none"):
+        require_cuttable(model)
+
+
+def test_a_hybrid_is_refused_whatever_is_found_of_it() -> None:
+    model = tiny_model("qwen3", layer_types=["linear_attention", "full_attention", "full_attention"])
+    with pytest.raises(RequestError, match=r"every layer has to lose as many, and layer 0 of .* no attention matrix"):
+        require_cuttable(model)
 
 
 def test_from_disk_and_only_as_many_as_every_layer_can_lose(tmp_path: Path) -> None:
