@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.artifacts import KVCachePlan, Measure
 from sinkquant.errors import RequestError, first_line
 from sinkquant.evaluate.candidate import TaskResult
-from sinkquant.evaluate.harness import CachedSinkLM, SinkLM
+from sinkquant.evaluate.harness import SinkLM
 from sinkquant.evaluate.statistics import Samples, standard_error, value_of
 from sinkquant.evaluate.task_files import unknown_task
 
@@ -82,8 +82,7 @@ def score_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, open
         name: _draw(name, count, sample, seed) for name, count in opened.documents.items() if count > sample}
     found: dict[str, TaskResult] = {}
     with _undisturbed(quiet):
-        harness = (SinkLM(model, tokenizer, bos, batch_size, quiet, window) if kv is None else
-                   CachedSinkLM(model, tokenizer, bos, batch_size, kv, quiet, window))
+        harness = SinkLM(model, tokenizer, bos, batch_size, quiet, window, kv)
         for name in tasks:
             result = lm_eval.simple_evaluate(
                 model=harness, tasks=opened.tasks[name], task_manager=opened.managers[name],

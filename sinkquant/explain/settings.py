@@ -14,6 +14,7 @@ from sinkquant.artifacts.explanation import Cause, SettingChange
 from sinkquant.explain.diagnose import Measuring, percent
 from sinkquant.explain.probe import Probe
 from sinkquant.models import adds_bos, encode
+from sinkquant.models.head import keep_head
 from sinkquant.models.hooks import hooked
 
 OWN = ("quantization_config", "torch_dtype", "dtype", "transformers_version", "architectures", "_name_or_path",
@@ -73,6 +74,7 @@ def rebuilt(model: PreTrainedModel, name: str, config: Any) -> PreTrainedModel:
     mended = copy.deepcopy(model.config)
     inner, right = mended.get_text_config(decoder=True), config.get_text_config(decoder=True)
     setattr(inner, name, copy.deepcopy(getattr(right, name, None)))
+    keep_head(model, mended)
     made = type(model)._from_config(mended, dtype=model.dtype)
     made.load_state_dict(model.state_dict(), strict=False, assign=True)
     made.tie_weights()
