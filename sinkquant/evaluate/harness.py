@@ -170,8 +170,7 @@ class SinkLM(HFLM):
             self._max_length = max_length(self.model)
         try:
             for request in requests:
-                made = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
-                require_positions(request.task_name, made, self.max_length)
+                require_positions(request.task_name, tokens_made(request.args[1]), self.max_length)
             return shared(requests, lambda mine: list(generate(mine, disable_tqdm=quiet)))
         finally:
             self._max_length = longest
@@ -214,6 +213,11 @@ class SinkLM(HFLM):
     def get_model_info(self) -> dict[str, Any]:
         """Nothing: HFLM would ask the hub for the model's commit."""
         return {}
+
+
+def tokens_made(settings: dict[str, Any]) -> int:
+    """Tokens that a task generates at most, by its `generation_kwargs`."""
+    return int(normalize_gen_kwargs(settings)["max_gen_toks"])
 
 
 def require_positions(task: str | None, made: int, positions: int) -> None:
