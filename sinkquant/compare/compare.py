@@ -81,7 +81,7 @@ def compare(checkpoints: Sequence[str], baseline: str, *, text: str | list[str] 
     measured = _Measured(reference, sum(parameter.numel() for parameter in original.parameters()))
     fidelity = _fidelity(original, tokenizer, opened, sink_map, recipe, base.named) if sinks else None
     with scored_tasks(recipe, tokenizer, content, room) as score:
-        tasks = score(original, None) if score else {}
+        scores = score(original, None) if score else {}
         found = []
         for one in opened:
             steps.next(one.name)
@@ -90,7 +90,7 @@ def compare(checkpoints: Sequence[str], baseline: str, *, text: str | list[str] 
     floor, unknown = _noise_floor(measured, base, rows, recipe, trust_remote_code)
     steps.end()
     pairs = neighbours(measured.kl)
-    front = _baseline_row(measured, base, tasks)
+    front = _baseline_row(measured, base, scores)
     facts: dict[str, str | int | float | bool | None] = {
         "text": in_words(recipe.evaluate.text) or "packaged evaluation text",
         "rows": len(rows), "length": rows.shape[1],

@@ -41,6 +41,8 @@ class SinkLM(HFLM):
             every row is neither scored nor part of what is generated; the model has positions for as many tokens less.
     """
 
+    _max_length: int | None
+
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bos: bool, batch_size: int,
                  quiet: bool = True, window: int | None = None, kv: KVCachePlan | None = None) -> None:
         if tokenizer.pad_token_id is None:
