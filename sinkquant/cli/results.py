@@ -34,11 +34,15 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A run's folder or a ch
              output: Annotated[Path | None, to_file("Write the report here.")] = None,
              trust_remote_code: TrustOption = False) -> None:
     """Measure a checkpoint with lm-eval, beside its baseline and its control: all documents, all rows."""
-    asked: dict[str, Any] = {"sample": None, "precision": None} | ({"text": text} if text else {})
+    asked: dict[str, Any] = {"limit": None, "sample": None, "precision": None} | ({"text": text} if text else {})
     asked |= {"task_folder": str(task_folder)} if task_folder else {}
     asked |= {"tasks": task_names(tasks)} if tasks else {}
     if not folder.is_dir() and folder.suffix != ".gguf":
         raise RequestError(f"{folder} is no folder; give a run's folder, a checkpoint or a GGUF file.")
+    if output is not None and output.suffix:
+        from sinkquant.report.kinds import require_kind
+
+        require_kind(output, (".json",))
     from sinkquant.models.processes import this_process
     from sinkquant.run.measure import evaluate_folder, recorded_recipe
 

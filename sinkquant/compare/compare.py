@@ -27,6 +27,7 @@ from sinkquant.detect import detect
 from sinkquant.diagnose.fidelity import SinkComparison
 from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.evaluate import TokenFigures, held_out_rows, require_tasks_possible
+from sinkquant.evaluate.divergence import require_vocabulary
 from sinkquant.evaluate.shelf import share_equal
 from sinkquant.evaluate.states import last_states
 from sinkquant.formats import versions
@@ -64,7 +65,7 @@ def compare(checkpoints: Sequence[str], baseline: str, *, text: str | list[str] 
     recipe = (recipe or Recipe.for_comparison()).changed(evaluate=asked | ({} if text is None else {"text": text}))
     opened, (base,) = open_checkpoints(checkpoints), open_checkpoints([baseline])
     tokenizer = load_tokenizer(base.folder, trust_remote_code)
-    if recipe.evaluate.tasks:
+    if recipe.evaluate.tasks or recipe.evaluate.task_folder is not None:
         require_tasks_possible(recipe, tokenizer)
     content = read_text(recipe.evaluate.text, "evaluation", tokenizer)
     steps = Steps(len(opened) + 3, progress, "comparing", "compared")
@@ -80,7 +81,7 @@ def compare(checkpoints: Sequence[str], baseline: str, *, text: str | list[str] 
     measured = _Measured(reference, sum(parameter.numel() for parameter in original.parameters()))
     fidelity = _fidelity(original, tokenizer, opened, sink_map, recipe, base.named) if sinks else None
     with scored_tasks(recipe, tokenizer, content, room) as score:
-        front = _baseline_row(measured, base, score)
+        scores = score(original, None) if score else {}
         found = []
         for one in opened:
             steps.next(one.name)
@@ -89,7 +90,7 @@ def compare(checkpoints: Sequence[str], baseline: str, *, text: str | list[str] 
     floor, unknown = _noise_floor(measured, base, rows, recipe, trust_remote_code)
     steps.end()
     pairs = neighbours(measured.kl)
-    front = front.model_copy(update={"perplexity": measured.baseline_perplexity()})
+    front = _baseline_row(measured, base, scores)
     facts: dict[str, str | int | float | bool | None] = {
         "text": in_words(recipe.evaluate.text) or "packaged evaluation text",
         "rows": len(rows), "length": rows.shape[1],
@@ -114,28 +115,20 @@ class _Measured:
             "name": name, "path": one.named, "kind": kind, "format": one.form, "bytes": one.bytes,
             "bits_per_weight": 8 * one.bytes / self.parameters, **divergence_figures(tokens), **more})
 
-    def baseline_perplexity(self) -> Any:
-        return exponential(over_rows(self.losses))
 
-
-def _baseline_row(measured: _Measured, base: Checkpoint, score: Scorer | None) -> ComparedRow:
-    """The baseline; its perplexity is put in when the first checkpoint was compared with it."""
-    model = measured.reference.model
-    nothing = {"value": 1.0, "low": 1.0, "high": 1.0}
+def _baseline_row(measured: _Measured, base: Checkpoint, tasks: dict[str, dict[str, Measure]]) -> ComparedRow:
+    """The baseline, with what it lost on the text beside the last that was compared with it."""
     return ComparedRow.model_validate({
         "name": "unquantized", "path": base.named, "kind": "baseline", "format": base.form, "bytes": base.bytes,
-        "bits_per_weight": 8 * base.bytes / measured.parameters, "perplexity": nothing,
-        "tasks": score(model, None) if score else {}})
+        "bits_per_weight": 8 * base.bytes / measured.parameters, "tasks": tasks,
+        "perplexity": exponential(over_rows(measured.losses))})
 
 
 def _checkpoint_row(measured: _Measured, one: Checkpoint, score: Scorer | None, fidelity: SinkComparison | None,
                     recipe: Recipe, trust_remote_code: bool) -> ComparedRow:
     original = measured.reference.model
     model = one.load(getattr(torch, recipe.compute.dtype), str(original.device), trust_remote_code)
-    sizes = [int(found.get_input_embeddings().weight.shape[0]) for found in (original, model)]
-    if sizes[0] != sizes[1]:
-        raise RequestError(f"{one.named} has a vocabulary of {sizes[1]} and the baseline one of {sizes[0]}: it was not "
-                           "made of that model.")
+    require_vocabulary(model, one.named, vocabulary_of(original))
     share_equal(original, model)
     tokens = measured.reference.against(model, one.kv)
     tasks: dict[str, dict[str, Measure]] = score(model, one.kv) if score else {}

@@ -15,6 +15,7 @@ from sinkquant.evaluate.looks import Look, known, looks, settled
 from sinkquant.evaluate.shelf import Shelf
 from sinkquant.evaluate.states import last_states
 from sinkquant.evaluate.verdict import RESULTS
+from sinkquant.models.loading import all_finite
 from sinkquant.models.processes import shared
 from sinkquant.recipe import Recipe
 
@@ -41,8 +42,7 @@ def measure_divergences(candidates: Sequence[Candidate], shelf: Shelf, rows: tor
         figures = shared(range(len(here)), functools.partial(_one_look, base, others, shelf, here))
         for place, candidate in enumerate(others):
             if not all(math.isfinite(row[place][0]) for row in figures):
-                raise SinkquantError(f"what {candidate.name} ({candidate.path}) predicts is not finite: its weights, "
-                                     "or what they make of this text, overflow.")
+                raise _overflows(candidate)
             candidate.divergences += [row[place][0] for row in figures]
             candidate.by_position += [row[place][1:] for row in figures]
         seen = look.rows
@@ -61,6 +61,8 @@ def _one_look(base: Candidate, others: Sequence[Candidate], shelf: Shelf, rows: 
     baseline = shelf.get(base.load)
     batches = rows[mine].split(BATCH_ROWS)
     states = [last_states(baseline, batch) for batch in batches]
+    if not all(map(all_finite, states)):
+        raise _overflows(base)
     found: list[list[list[float]]] = []
     for group in _groups(base, others, shelf.beside_the_first):
         readers: list[Reader] = [(shelf.get(candidate.load), candidate.kv) for candidate in group]
@@ -68,6 +70,11 @@ def _one_look(base: Candidate, others: Sequence[Candidate], shelf: Shelf, rows: 
                   for one in compare_side_by_side(baseline, states, readers, batches)]
         del readers  # before the next ones are loaded
     return [list(row) for row in zip(*found, strict=True)]
+
+
+def _overflows(candidate: Candidate) -> SinkquantError:
+    return SinkquantError(f"what {candidate.name} ({candidate.path}) predicts is not finite: its weights, or what they "
+                          "make of this text, overflow; compute in float32 (compute.dtype), or look at its weights.")
 
 
 def _groups(base: Candidate, others: Sequence[Candidate], room: int) -> list[list[Candidate]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
@@ -34,15 +33,6 @@ EVALUATION_LOADS = 0.25e9
 """lm-eval, datasets, pyarrow and matplotlib, which only evaluation needs."""
 
 
-@dataclass(frozen=True)
-class Work:
-    """Tokens that go through all blocks, and positions that go through the head; seconds beside them."""
-
-    read: float
-    predicted: float
-    seconds: float
-
-
 def evaluate_bytes(sizes: Sizes) -> float:
     """Bytes at the worst moment."""
     settings = sizes.recipe.evaluate
@@ -60,18 +50,9 @@ def evaluate_bytes(sizes: Sizes) -> float:
 
 
 def evaluate_seconds(sizes: Sizes, pace: Pace, plans: int, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Seconds; plans: quantized models beside the unquantized one."""
-    work = evaluation_work(sizes.recipe, tokenizer, plans, sizes.decoder.max_length)
-    return work.read * len(sizes.linears) * pace.plain + work.predicted * pace.head(sizes) + work.seconds
-
-
-def evaluation_work(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, plans: int, longest: int) -> Work:
-    """What an evaluation takes.
-
-    Args:
-        plans: quantized models beside the unquantized one. longest: tokens that the model has positions for.
-    """
-    settings, cached = recipe.evaluate, recipe.kv_cache is not None
+    """Seconds, of tokens that go through all blocks, of positions that go through the head, and beside them; plans:
+    quantized models beside the unquantized one."""
+    recipe, settings, cached = sizes.recipe, sizes.recipe.evaluate, sizes.recipe.kv_cache is not None
     weights = recipe.weights.bits < 16
     slower = CACHED if cached else 1.0
     tasks = task_tokens(recipe, tokenizer)
@@ -79,14 +60,15 @@ def evaluation_work(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, plans: i
     predicted = sum(task[1] for task in tasks) * (1 + plans)
     # Rows of the table, each read once, the cache's and the weights' own among them; the second look ends most.
     rows = [look.rows for look in looks(settings.divergence_rows, settings.precision)]
-    tokens = rows[min(1, len(rows) - 1)] * min(settings.divergence_length, longest)
+    tokens = rows[min(1, len(rows) - 1)] * min(settings.divergence_length, sizes.decoder.max_length)
     plain, through = (1 + plans, plans * 2) if cached and weights else (1 + plans * (not cached), plans * cached)
     read += tokens * (plain + through * CACHED)
     predicted += tokens * (plain + through)
     if settings.fidelity:
         read += FIDELITY_PASSES * ROWS * LENGTH * (1 + plans)
         predicted += ROWS * LENGTH * 2 * plans
-    return Work(read, predicted, OPENING + PER_TASK * len(tasks) * (1 + plans))
+    beside = OPENING + PER_TASK * len(tasks) * (1 + plans)
+    return read * len(sizes.linears) * pace.plain + predicted * pace.head(sizes) + beside
 
 
 def task_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[tuple[float, float]]:

@@ -9,9 +9,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import KVCachePlan
+from sinkquant.errors import RequestError
 from sinkquant.evaluate.positions import binned
 from sinkquant.evaluate.states import last_states
-from sinkquant.models import token_rows
+from sinkquant.models import token_rows, vocabulary_of
 from sinkquant.models.head import OutputHead, runs_of_positions
 from sinkquant.recipe import Recipe
 
@@ -105,6 +106,13 @@ def held_out_rows(vocabulary: int, tokenizer: PreTrainedTokenizerBase, content: 
     settings = recipe.evaluate
     return token_rows(tokenizer, content, settings.divergence_rows, min(settings.divergence_length, limit),
                       recipe.calibration.bos, vocabulary, "evaluation text", "evaluate.divergence_length")
+
+
+def require_vocabulary(model: PreTrainedModel, name: str, vocabulary: int) -> None:
+    """Raises RequestError where a model has another number of ids than its baseline."""
+    if vocabulary_of(model) != vocabulary:
+        raise RequestError(f"{name} has a vocabulary of {vocabulary_of(model)} and the baseline one of {vocabulary}: "
+                           "it was not made of that model.")
 
 
 def token_figures(heads: Sequence[OutputHead], states: Sequence[torch.Tensor],

@@ -13,7 +13,7 @@ from sinkquant.artifacts.report import Fidelity
 from sinkquant.errors import RequestError
 from sinkquant.evaluate.adaptive import measure_divergences
 from sinkquant.evaluate.candidate import BASELINE, Candidate
-from sinkquant.evaluate.divergence import held_out_rows
+from sinkquant.evaluate.divergence import held_out_rows, require_vocabulary
 from sinkquant.evaluate.generation import continued_rows, generating, measure_generation, require_room
 from sinkquant.evaluate.looks import ERROR, Look, looks
 from sinkquant.evaluate.pairs import paired_differences, recovered
@@ -63,7 +63,8 @@ def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, re
     shelf = Shelf(room(recipe))
     first = shelf.get(ordered[0].load)
     limit = max_length(first) - max(len(c.kv.front) if c.kv else 0 for c in candidates)
-    rows, fitting = _rows(tokenizer, content, recipe, limit, vocabulary_of(first))
+    vocabulary = vocabulary_of(first)
+    rows, fitting = _rows(tokenizer, content, recipe, limit, vocabulary)
     del first
     diverging = ordered[0].name == BASELINE and len(ordered) > 1
     plan = looks(len(rows), settings.precision) if diverging else []
@@ -71,7 +72,7 @@ def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, re
     steps = Steps(sum(len(wanted.names) for candidate in candidates if candidate.tasks_too) + len(plan) + len(written),
                   progress, "evaluating", "evaluated")
     with ready_tasks(settings.text, content, wanted.names, recipe.seed, fitting) as folder:
-        comparisons, available = _run_tasks(ordered, shelf, tokenizer, recipe, wanted, folder, bos,
+        comparisons, available = _run_tasks(ordered, shelf, tokenizer, recipe, wanted, folder, bos, vocabulary,
                                               compare, steps)
     look = Look(len(rows), ERROR)
     if diverging:
@@ -89,7 +90,7 @@ def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, re
         "text": in_words(settings.text) or "packaged evaluation text", "rows": look.rows, "rows available": len(rows),
         "length": rows.shape[1], "rows_start_with_bos": bos, "seed": recipe.seed, "limit": settings.limit,
         "sample": settings.sample if settings.limit is None else None, "precision": settings.precision,
-        "dtype": recipe.compute.dtype, "generation_rows": settings.generation_rows or None,
+        "window": settings.window, "dtype": recipe.compute.dtype, "generation_rows": settings.generation_rows or None,
         "bootstrap_resamples": settings.bootstrap}
     facts |= {f"documents: {task}": result.documents for task, result in candidates[0].tasks.items()}
     facts |= {f"documents available: {task}": count for task, count in available.items()}
@@ -99,7 +100,7 @@ def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, re
 
 
 def _run_tasks(ordered: Sequence[Candidate], shelf: Shelf, tokenizer: PreTrainedTokenizerBase, recipe: Recipe,
-               wanted: WantedTasks, folder: Path, bos: bool, compare: Compare | None,
+               wanted: WantedTasks, folder: Path, bos: bool, vocabulary: int, compare: Compare | None,
                steps: Steps) -> tuple[dict[str, SinkFidelity], dict[str, int]]:
     """Fill the candidates' `tasks`. Returns the sink fidelity of each, and how many documents every task has."""
     from sinkquant.evaluate.run import open_tasks, score_tasks  # lm-eval takes 130 MB, which all else does without
@@ -111,6 +112,7 @@ def _run_tasks(ordered: Sequence[Candidate], shelf: Shelf, tokenizer: PreTrained
         if not candidate.tasks_too:
             continue
         loaded = shelf.get(candidate.load)
+        require_vocabulary(loaded, candidate.path, vocabulary)
         for task in wanted.names:
             steps.next(f"{candidate.name}: {task}")
             candidate.tasks |= score_tasks(loaded, tokenizer, opened, [task], bos=bos, limit=settings.limit,

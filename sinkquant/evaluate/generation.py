@@ -115,5 +115,3 @@ def generating(candidates: Sequence[Candidate]) -> list[Candidate]:
         return []
     packed = [candidate for candidate in candidates if candidate.kv is not None]
     return [one for one in candidates if one.name == BASELINE or one in packed] if packed else []
-
-

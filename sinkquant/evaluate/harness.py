@@ -8,6 +8,7 @@ without it the sink rate falls to nothing and the loss triples), so here nothing
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import KVCachePlan
 from sinkquant.cache import SinkCache, prepare, put_in_front
-from sinkquant.errors import RequestError
+from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.evaluate.likelihood import continuation_scores
 from sinkquant.evaluate.states import last_states
 from sinkquant.models import encode, max_length
@@ -34,21 +35,39 @@ class SinkLM(HFLM):
         model: a loaded model; it is scored in its own dtype on its own device.
         bos: whether rows of this model start with `<bos>`.
         quiet: no progress bars.
-        window: tokens that are scored at once, or stand before them, at most; None: as many as there are positions.
+        window: tokens that are scored at once, or stand before them, or of a prompt, at most; None: as many as there
+            are positions.
+        kv: score and generate through a SinkCache that is packed so; None for none. What the plan puts in front of
+            every row is neither scored nor part of what is generated; the model has positions for as many tokens less.
     """
 
+    _max_length: int | None
+
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bos: bool, batch_size: int,
-                 quiet: bool = True, window: int | None = None) -> None:
+                 quiet: bool = True, window: int | None = None, kv: KVCachePlan | None = None) -> None:
         if tokenizer.pad_token_id is None:
             # HFLM would give the caller's tokenizer a padding token, and some an id that the model does not know.
             tokenizer = copy.deepcopy(tokenizer)
             if tokenizer.eos_token_id is None and tokenizer.unk_token_id is None:
                 tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=False,
-                         max_length=None if window is None else min(window, max_length(model)))
+        # HFLM would tie a head of its own to the embedding where the configuration says that they are tied.
+        model.tie_weights = lambda *_, **__: None
+        try:
+            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=False,
+                             max_length=None if window is None else min(window, max_length(model)))
+        finally:
+            del model.tie_weights
         self._bos = int(tokenizer.bos_token_id) if bos else None
-        self._quiet = quiet
+        self._quiet, self._window, self._kv = quiet, window, kv
         self._head = OutputHead(model)
+        if kv is not None:
+            prepare(model)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a row, as many as the model has positions for beside those in front."""
+        longest = int(super().max_length)
+        return longest if self._kv is None else min(longest, max_length(self.model) - len(self._kv.front))
 
     @property
     def prefix_token_id(self) -> int | None:
@@ -69,10 +88,11 @@ class SinkLM(HFLM):
                          truncation: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts for generation: ids and attention mask, int64 [batch, length].
 
-        Every prompt keeps its `<bos>` where its beginning is cut off to fit.
+        Every prompt keeps its `<bos>` where its beginning is cut off to fit into the window, or beside what follows.
         """
         front = [] if self._bos is None else [self._bos]
-        room = None if left_truncate_len is None else max(1, left_truncate_len - len(front))
+        limits = [limit for limit in (left_truncate_len, self._window) if limit is not None]
+        room = max(1, min(limits) - len(front)) if limits else None
         rows = [front + (tokens if room is None else tokens[-room:]) for tokens in map(self.tok_encode, strings)]
         length = max(map(len, rows))
         ids = torch.full((len(rows), length), int(self.tokenizer.pad_token_id), dtype=torch.long)
@@ -147,13 +167,15 @@ class SinkLM(HFLM):
         if self.tokenizer.eos_token_id is None:
             raise RequestError("a task generates texts, and the tokenizer has no token that ends one; leave the task "
                                "out of evaluate.tasks.")
-        for request in requests:
-            made = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
-            if made >= self.max_length:
-                raise RequestError(f"the task {request.task_name!r} generates up to {made} tokens, and this model "
-                                   f"reads {self.max_length}, the prompt among them; leave it out of evaluate.tasks.")
-        quiet, generate = disable_tqdm or self._quiet, super().generate_until
-        return shared(requests, lambda mine: list(generate(mine, disable_tqdm=quiet)))
+        quiet, generate, longest = disable_tqdm or self._quiet, super().generate_until, self._max_length
+        if self._window is not None:  # of the prompts alone; what is generated has all positions
+            self._max_length = max_length(self.model)
+        try:
+            for request in requests:
+                require_positions(request.task_name, tokens_made(request.args[1]), self.max_length)
+            return shared(requests, lambda mine: list(generate(mine, disable_tqdm=quiet)))
+        finally:
+            self._max_length = longest
 
     def _shared(self, pairs: list[Any], disable_tqdm: bool) -> list[Any]:
         """Scores of (request, context, scored tokens); several processes score a share each."""
@@ -162,44 +184,46 @@ class SinkLM(HFLM):
 
     def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False,
                               override_bs: int | None = None) -> list[tuple[float, bool]]:
-        """Instead of HFLM's, which takes logits of every position of a batch, and float32 copies of them."""
-        return continuation_scores(self._states, self._head, [(context, target) for _, context, target in requests],
-                                   override_bs or int(self.batch_size))
+        """Instead of HFLM's, which takes logits of every position of a batch, and float32 copies of them.
+
+        Rows are padded on the right, where no scored token sees the padding.
+
+        Raises:
+            SinkquantError: a score is NaN, of which lm-eval would make the first choice.
+        """
+        found = continuation_scores(self._states, self._head, [(context, target) for _, context, target in requests],
+                                    override_bs or int(self.batch_size))
+        if any(math.isnan(score) for score, _ in found):
+            raise SinkquantError(f"what {self.model.name_or_path or 'the model'} predicts of a task's text is not "
+                                 "finite: its weights, or what they make of the text, overflow; compute in float32 "
+                                 "(compute.dtype), or look at its weights.")
+        return found
 
     def _states(self, ids: torch.Tensor) -> torch.Tensor:
         """What the output head is given for rows that are padded on the right."""
-        return last_states(self.model, ids)
+        return last_states(self.model, ids, self._kv)
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
+        if self._kv is None:
+            return torch.as_tensor(super()._model_generate(context, max_length, stop, **kwargs))
+        cache = SinkCache(self.model.config, self._kv)
+        ids, mask = put_in_front(context, kwargs.pop("attention_mask", None), self._kv.front)
+        made = super()._model_generate(ids, max_length + len(self._kv.front), stop, past_key_values=cache,
+                                       attention_mask=mask, **kwargs)
+        return torch.cat([context, made[:, ids.shape[1]:]], dim=1)
 
     def get_model_info(self) -> dict[str, Any]:
         """Nothing: HFLM would ask the hub for the model's commit."""
         return {}
 
 
-class CachedSinkLM(SinkLM):
-    """SinkLM whose every score is read through a SinkCache; see `SinkLM` for the other arguments.
+def tokens_made(settings: dict[str, Any]) -> int:
+    """Tokens that a task generates at most, by its `generation_kwargs`."""
+    return int(normalize_gen_kwargs(settings)["max_gen_toks"])
 
-    Rows are padded on the right, where no scored token sees the padding. What the plan puts in front of every row is
-    neither scored nor part of what is generated; the model has positions for as many tokens less.
-    """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bos: bool, batch_size: int,
-                 plan: KVCachePlan, quiet: bool = True, window: int | None = None) -> None:
-        self._plan = plan
-        super().__init__(model, tokenizer, bos, batch_size, quiet, window)
-        prepare(model)
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of a row, as many as the model has positions for beside those in front."""
-        return int(min(super().max_length, max_length(self.model) - len(self._plan.front)))
-
-    def _states(self, ids: torch.Tensor) -> torch.Tensor:
-        return last_states(self.model, ids, self._plan)
-
-    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
-        cache = SinkCache(self.model.config, self._plan)
-        ids, mask = put_in_front(context, kwargs.pop("attention_mask", None), self._plan.front)
-        front = len(self._plan.front)
-        made = super()._model_generate(ids, max_length + front, stop, past_key_values=cache, attention_mask=mask,
-                                       **kwargs)
-        return torch.cat([context, made[:, ids.shape[1]:]], dim=1)
+def require_positions(task: str | None, made: int, positions: int) -> None:
+    """Raises RequestError where a task generates so many tokens that no room is left for a prompt."""
+    if made >= positions:
+        raise RequestError(f"the task {task!r} generates up to {made} tokens, and this model reads {positions}, the "
+                           "prompt among them; leave it out of evaluate.tasks.")

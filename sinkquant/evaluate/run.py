@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.artifacts import KVCachePlan, Measure
 from sinkquant.errors import RequestError, first_line
 from sinkquant.evaluate.candidate import TaskResult
-from sinkquant.evaluate.harness import CachedSinkLM, SinkLM
+from sinkquant.evaluate.harness import SinkLM, require_positions, tokens_made
 from sinkquant.evaluate.statistics import Samples, standard_error, value_of
 from sinkquant.evaluate.task_files import unknown_task
 
@@ -82,8 +82,7 @@ def score_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, open
         name: _draw(name, count, sample, seed) for name, count in opened.documents.items() if count > sample}
     found: dict[str, TaskResult] = {}
     with _undisturbed(quiet):
-        harness = (SinkLM(model, tokenizer, bos, batch_size, quiet, window) if kv is None else
-                   CachedSinkLM(model, tokenizer, bos, batch_size, kv, quiet, window))
+        harness = SinkLM(model, tokenizer, bos, batch_size, quiet, window, kv)
         for name in tasks:
             result = lm_eval.simple_evaluate(
                 model=harness, tasks=opened.tasks[name], task_manager=opened.managers[name],
@@ -96,35 +95,43 @@ def score_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, open
     return found
 
 
-def open_tasks(tasks: Sequence[str], folder: Path | None, own: Path | None = None, quiet: bool = True) -> OpenTasks:
+def open_tasks(tasks: Sequence[str], folder: Path | None, own: Path | None = None, quiet: bool = True,
+               positions: int | None = None) -> OpenTasks:
     """Find tasks and read their data. Tasks of the folders need no network.
 
     Args:
         folder: holds the YAML of sinkquant's tasks. own: the user's folder of task files. Any other name is looked up
             among lm-eval's own.
+        positions: of the model, to refuse tasks that generate more; None: not looked at.
 
     Raises:
-        RequestError: there is no such task, or its data cannot be read.
+        RequestError: there is no such task, its data cannot be read, or the model has no room for what it generates.
     """
     opened: dict[str, list[Any]] = {}
     managers: dict[str, TaskManager] = {}
     documents: dict[str, int] = {}
     with _undisturbed(quiet):
         paths = [str(path) for path in (own, folder) if path is not None]
-        local, builtin = TaskManager(include_path=paths, include_defaults=False), None
+        local, known = TaskManager(include_path=paths, include_defaults=False), None
         for name in tasks:
-            manager = local
-            if name not in local.all_tasks:
-                builtin = manager = builtin or TaskManager(include_defaults=True)
-                if name not in builtin.all_tasks:
+            found, manager = None, local
+            if name in local.all_tasks:
+                try:
+                    found = _open(name, local, positions)
+                except RequestError:
+                    if name not in local.all_groups:
+                        raise
+            if found is None:  # or a group that names tasks of lm-eval's, whose ten thousand take long to list
+                known = manager = known or TaskManager(include_path=paths)
+                if name not in known.all_tasks:
                     raise RequestError(unknown_task(name, own, local.all_tasks))
-            managers[name] = manager
-            opened[name], leaves = _open(name, manager)
-            documents |= leaves
+                found = _open(name, known, positions)
+            managers[name], opened[name] = manager, found[0]
+            documents |= found[1]
     return OpenTasks(opened, managers, documents)
 
 
-def _open(name: str, manager: TaskManager) -> tuple[list[Any], dict[str, int]]:
+def _open(name: str, manager: TaskManager, positions: int | None) -> tuple[list[Any], dict[str, int]]:
     """What lm-eval makes of a name, and how many documents every task of it has."""
     try:
         found = manager.load([name])
@@ -133,6 +140,9 @@ def _open(name: str, manager: TaskManager) -> tuple[list[Any], dict[str, int]]:
         if unsafe:
             raise RequestError(f"the task {unsafe[0]!r} runs code that a model writes, which is not done here; leave "
                                "it out, or run it with lm-eval itself.")
+        for key, task in found["tasks"].items():
+            if positions is not None and task.OUTPUT_TYPE == "generate_until":
+                require_positions(key, tokens_made(task.config.generation_kwargs or {}), positions)
         top = [group for key, group in found["groups"].items() if key == name] or [
             task for task in found["tasks"].values() if task not in inside]
         return top, {key: len(task.eval_docs) for key, task in found["tasks"].items()}

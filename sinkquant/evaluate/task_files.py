@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os.path import expanduser  # pathlib's fails for a name that begins with ~ and is no user
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,10 @@ class WantedTasks:
     """The tasks that a recipe asks for.
 
     Attributes:
-        names: in order. outside: those of them that are neither sinkquant's own nor in the folder: lm-eval's.
-        folder: of the user's task files, if there is one.
+        names: in order. folder: of the user's task files, if there is one.
     """
 
     names: list[str]
-    outside: list[str] = field(default_factory=list)
     folder: Path | None = None
 
 
@@ -54,13 +52,13 @@ def wanted_tasks(settings: Evaluation) -> WantedTasks:
     if not settings.tasks and settings.task_folder is None:
         raise RequestError("evaluate.tasks is empty; name at least one task.")
     if settings.task_folder is None:
-        return WantedTasks(settings.tasks, [name for name in settings.tasks if name not in LOCAL_TASKS])
+        return WantedTasks(settings.tasks)
     folder = Path(expanduser(settings.task_folder))
     inside, together = tasks_in(folder)
     names = list(dict.fromkeys(settings.tasks))
     if not set(names) & {*inside, *together}:
         names += inside or together
-    return WantedTasks(names, [name for name in names if name not in (*LOCAL_TASKS, *inside, *together)], folder)
+    return WantedTasks(names, folder)
 
 
 def tasks_in(folder: Path) -> tuple[list[str], list[str]]:
@@ -134,14 +132,17 @@ def _data_files(content: dict[str, Any]) -> Iterator[str]:
             yield one
 
 
-def require_tasks_possible(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+def require_tasks_possible(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None,
+                           positions: int | None = None) -> None:
     """Read the evaluation text and look for the tasks.
 
     Args:
         tokenizer: of the model, whose chat template writes records of messages.
+        positions: of the model; None where they are not known yet.
 
     Raises:
-        RequestError: the text cannot be read, is empty, or is too short for the tasks; a task cannot be had.
+        RequestError: the text cannot be read, is empty, or is too short for the tasks; a task cannot be had, or
+            generates more than the model has positions for.
     """
     settings = recipe.evaluate
     content = read_text(settings.text, "evaluation", tokenizer)
@@ -153,4 +154,4 @@ def require_tasks_possible(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | 
     if others:
         from sinkquant.evaluate.run import open_tasks  # lm-eval
 
-        open_tasks(others, None, wanted.folder)
+        open_tasks(others, None, wanted.folder, positions=positions)

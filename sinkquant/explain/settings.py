@@ -17,6 +17,7 @@ from sinkquant.cache import Bases, Prefix, prepare
 from sinkquant.explain.diagnose import Measuring, percent
 from sinkquant.explain.probe import Probe
 from sinkquant.models import adds_bos, encode
+from sinkquant.models.head import keep_head
 from sinkquant.models.hooks import hooked
 
 OWN = ("quantization_config", "torch_dtype", "dtype", "transformers_version", "architectures", "_name_or_path",
@@ -95,6 +96,7 @@ def rebuilt(model: PreTrainedModel, names: Sequence[str], config: Any) -> PreTra
     inner, right = mended.get_text_config(decoder=True), config.get_text_config(decoder=True)
     for name in names:
         setattr(inner, name, copy.deepcopy(getattr(right, name, None)))
+    keep_head(model, mended)
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
             made = type(model)._from_config(mended, dtype=model.dtype)

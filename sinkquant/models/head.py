@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sinkquant.models.decoder import Decoder
 from sinkquant.models.ends import outside_modules, token_table
@@ -70,6 +70,19 @@ def what_follows(decoder: Decoder, device: str, dtype: torch.dtype) -> Iterator[
     with (torch.no_grad(), decoder.present(outside), compute_in(outside, device, dtype),
           token_table(decoder, nothing, device, dtype)):
         yield logits
+
+
+def keep_head(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Let a configuration that a copy of the model is built from tie no head which is one of its own in the model."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if getattr(head, "weight", None) is not getattr(table, "weight", None):
+        untie(config)
+
+
+def untie(config: PreTrainedConfig) -> None:
+    """Say in a configuration that head and token embedding are two parameters."""
+    for one in {id(one): one for one in (config, config.get_text_config(decoder=True))}.values():
+        one.tie_word_embeddings = False
 
 
 def runs_of_positions(vocabulary: int, positions: int) -> list[slice]:

@@ -15,7 +15,9 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizer,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -44,11 +46,17 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     if not has_tokenizer(folder):
         raise RequestError(f"{folder} has no tokenizer; put its tokenizer.json beside config.json.")
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        # mistral-common's, which transformers prefers where that package is installed, is none that lm-eval takes.
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, mistral_format=False)
         tokenizer("a b\n", verbose=False)["input_ids"]  # some show only here that they are broken
-        return tokenizer
     except Exception as error:  # the tokenizers library raises bare ones
         raise RequestError(f"the tokenizer in {folder} cannot be read: {_first_line(error)}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizer | PreTrainedTokenizerFast):
+        raise RequestError(f"the tokenizer in {folder} is read by {type(tokenizer).__name__}, which is none of "
+                           "transformers' own and evaluation does not take; update transformers, or uninstall "
+                           "mistral-common.")
+    return tokenizer
 
 
 def load_model(folder: Path, dtype: torch.dtype | str = "auto", device: str = "cpu",

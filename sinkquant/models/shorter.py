@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sinkquant.errors import RequestError, first_line
 from sinkquant.models.decoder import Decoder
+from sinkquant.models.head import keep_head
 from sinkquant.models.loading import auto_class
 
 PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type", "indexer_types",
@@ -58,6 +59,7 @@ def shorter_model(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedMode
     require_blocks_apart(model)
     try:
         config = shorter_config(model.config, kept)
+        keep_head(model, config)
         with init_empty_weights(include_buffers=False):
             shorter = auto_class(model.config).from_config(config, dtype=model.dtype)
     except Exception as error:  # every architecture has its own way to say so

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from sinkquant.errors import RequestError
 from sinkquant.models.blocks import layer_config
 from sinkquant.models.decoder import Decoder, weight_matrix
+from sinkquant.models.head import keep_head
 from sinkquant.models.loading import auto_class
 from sinkquant.models.tensors import pieces
 
@@ -77,6 +78,7 @@ def smaller_model(model: PreTrainedModel, kv_heads: int) -> PreTrainedModel | No
         if getattr(text, "num_key_value_heads", None):
             text.num_key_value_heads = kv_heads
         config = type(config).from_dict(config.to_dict())
+        keep_head(model, config)
         with init_empty_weights(include_buffers=False):
             smaller = auto_class(config).from_config(config, dtype=model.dtype)
     except Exception:  # every architecture has its own way to say that its width is not divided by the heads

@@ -63,6 +63,9 @@ def unprotected(recipe: Recipe) -> Recipe:
     if recipe.solves_inputs:
         raise RequestError("activations.bits takes what inputs lose, which every kind of protection changes; leave it "
                            "out to be advised.")
+    if recipe.solves_cache:
+        raise RequestError("kv_cache.bits gives heads other bits with every kind of protection; leave it out to be "
+                           "advised.")
     if recipe.budget.solved:
         raise RequestError("a budget that is solved for takes other formats with every kind of protection, so that "
                            "what one is worth alone cannot be told; set budget.solver=even, or leave the budget out.")

@@ -47,10 +47,10 @@ def sentence(found: Comparison) -> str:
     models = [row for row in found.rows if row.kind == "checkpoint" and row.kl]
     best = min(models, key=lambda row: row.mean_kl)
     small = min(models, key=lambda row: row.bytes)
-    said = f"{best.name} comes closest: KL {best.mean_kl:.2g} nats at {best.bytes / 1e6:,.3g} MB"
+    said = f"{best.name} comes closest: KL {best.mean_kl:.2g} nats at {megabytes(best.bytes)}"
     if small is best:
         return f"{said}."
-    return f"{said}; {small.name} is smallest: {small.mean_kl:.2g} at {small.bytes / 1e6:,.3g} MB."
+    return f"{said}; {small.name} is smallest: {small.mean_kl:.2g} at {megabytes(small.bytes)}."
 
 
 def markdown(found: Comparison) -> str:

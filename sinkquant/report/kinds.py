@@ -15,7 +15,7 @@ def table_row(cells: Sequence[str]) -> str:
 
 
 def require_kind(path: Path, kinds: Sequence[str]) -> None:
-    """Refuse a file of a kind that is not written. kinds: two or more endings, each with its dot."""
+    """Refuse a file of a kind that is not written. kinds: endings, each with its dot."""
     if path.suffix not in kinds:
-        raise RequestError(f"{path} is none of the files that are written; end it in {', '.join(kinds[:-1])} or "
-                           f"{kinds[-1]}.")
+        ends = " or ".join(part for part in (", ".join(kinds[:-1]), kinds[-1]) if part)
+        raise RequestError(f"{path} is none of the files that are written; end it in {ends}.")

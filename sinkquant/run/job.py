@@ -78,6 +78,8 @@ class Job:
 
     def run(self, edited: Plan | None, plan_only: bool) -> Report | None:
         self._require_same_sensitivities()
+        if not (plan_only or self.recipe.evaluate.skip) and (self.work / "report.json").is_file():
+            dismiss()  # the stage that does it was done by an earlier attempt
         carry_out(self.stages(edited, plan_only), self.work, self.progress)
         if plan_only:
             return None

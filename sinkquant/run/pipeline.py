@@ -116,7 +116,7 @@ def run(recipe: Recipe | str | os.PathLike[str] | None = None, model: str | os.P
         read_text(text, "calibration", tokenizer)
     read_text(recipe.evaluate.text, "evaluation", tokenizer)
     if not plan_only and not recipe.evaluate.skip:
-        require_tasks_possible(recipe, tokenizer)
+        require_tasks_possible(recipe, tokenizer, decoder.max_length)
         assert tokenizer is not None
         require_rows(tokenizer, recipe, decoder.max_length, decoder.vocabulary)
     if this_process()[0] > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,11 @@ from sinkquant.artifacts import Channel, SinkMap
 from sinkquant.artifacts.sizes import checkpoint_bytes
 from sinkquant.blocks import choose_blocks, cut_blocks, drop_blocks, require_droppable
 from sinkquant.errors import RequestError
+from sinkquant.explain.settings import rebuilt
 from sinkquant.formats import save
 from sinkquant.models import Decoder, load_model, open_model
 from sinkquant.models.shorter import shorter_config, shorter_model
+from sinkquant.models.smaller import smaller_model
 
 KEPT = [0, 2]
 ROW = torch.arange(8, 60)[None]
@@ -269,3 +272,21 @@ def test_what_cannot_be_cut_is_refused(tmp_path: Path, recipe: Recipe) -> None:
     for value in (0, 1.5, -1):
         with pytest.raises(RequestError, match=r"prune\.blocks"):
             recipe.changed(prune={"blocks": value})
+
+
+def test_a_head_of_its_own_beside_a_configuration_that_ties_it_stays_one(tmp_path: Path) -> None:
+    source = model_folder(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    cut_blocks(open_model(source), tiny_tokenizer(), KEPT, tmp_path / "short")
+    before, after = load_file(source / "model.safetensors"), load_model(tmp_path / "short")
+    assert torch.equal(after.lm_head.weight, before["lm_head.weight"])
+    assert torch.equal(after.model.embed_tokens.weight, before["model.embed_tokens.weight"])
+    assert not after.config.tie_word_embeddings
+    smaller = smaller_model(open_model(source), 1)
+    assert smaller is not None
+    assert smaller.lm_head.weight is not smaller.model.embed_tokens.weight
+    original = load_model(source)
+    mended = rebuilt(original, "rms_norm_eps", original.config)
+    with torch.no_grad():
+        assert torch.equal(mended(ROW).logits, original(ROW).logits)

@@ -22,6 +22,7 @@ from sinkquant.cli.tables.sinkmap import meaning
 from sinkquant.models import Decoder
 from sinkquant.policy import make_plan
 from sinkquant.recipe import Recipe
+from sinkquant.run import measure
 
 LINES = 40
 """Of a tall terminal; most plans take half of it."""
@@ -176,3 +177,15 @@ def test_plan_refuses_before_it_detects(tiny_folder: Path, monkeypatch: pytest.M
                    "--set", "budget={bits: 2.1, solver: sensitivity}")
     assert refused.code == 2
     assert "is not feasible" in refused.err
+
+
+def test_eval_takes_all_documents_and_writes_json(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Recipe] = []
+    limited = Recipe().replace(["evaluate.limit=3"])
+    monkeypatch.setattr(measure, "recorded_recipe", lambda _: limited)
+    monkeypatch.setattr(measure, "evaluate_folder", lambda _folder, recipe, *_: seen.append(recipe))
+    call("eval", tiny_folder)
+    assert seen[0].evaluate.limit is None
+    refused = call("eval", tiny_folder, "-o", "report.html")
+    assert refused.code == 2
+    assert "report.html is none of the files that are written; end it in .json." in refused.err

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ from tiny_tokenizer import tiny_tokenizer
 import sinkquant as sq
 from sinkquant.artifacts.comparison import ComparedRow, Interval
 from sinkquant.compare.figures import with_front
+from sinkquant.errors import RequestError
 from sinkquant.models import read_text, token_rows
-from sinkquant.report.compared import markdown, page
+from sinkquant.report.compared import markdown, page, sentence
 from sinkquant.run.measure import evaluate_folder
 
 SMALL = ["evaluate.divergence_rows=6", "evaluate.divergence_length=48", "detect.rows=8", "detect.long_rows=1"]
@@ -102,6 +104,8 @@ def test_reports_hold_every_model_and_warning(made):
         assert all(warning[:40] in written for warning in made.warnings)
     assert page(made).count("<svg") == 1
     assert page(made).count('class="n value"') == 6
+    large = [row.model_copy(update={"bytes": 4_100_000_000}) for row in made.rows]
+    assert "again comes closest: KL 0 nats at 4,100 MB" in sentence(made.model_copy(update={"rows": large}))
 
 
 def test_the_command(places, tiny_folder, text_file, tmp_path):
@@ -119,6 +123,13 @@ def test_the_command(places, tiny_folder, text_file, tmp_path):
 def test_what_is_no_checkpoint_is_refused(wrong, places, tiny_folder):
     done = call("compare", *(places[0].parent / name for name in wrong), "--baseline", tiny_folder)
     assert done.code == 2
+
+
+def test_a_folder_without_tasks_is_refused_before_anything_is_loaded(places, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["sinkquant.compare.compare"], "load_model", lambda *_: pytest.fail("loaded"))
+    recipe = sq.Recipe.for_comparison().replace([f"evaluate.task_folder={tmp_path}"])
+    with pytest.raises(RequestError, match="holds no lm-eval task file"):
+        sq.compare([str(places[0])], str(tiny_folder), recipe=recipe)
 
 
 def test_a_report_of_no_known_kind_is_refused(places, tiny_folder):

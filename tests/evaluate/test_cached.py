@@ -17,7 +17,7 @@ from sinkquant.artifacts import KVCachePlan, Plan
 from sinkquant.cache import SinkCache, load_prefix, make_prefix, prepare, put_in_front
 from sinkquant.cache.layer import SinkLayer
 from sinkquant.errors import RequestError
-from sinkquant.evaluate.harness import CachedSinkLM, SinkLM
+from sinkquant.evaluate.harness import SinkLM
 from sinkquant.models import Decoder
 from sinkquant.policy.kv_cache import make_kv_plan
 from sinkquant.recipe import Recipe
@@ -29,6 +29,8 @@ SETTINGS = ["kv_cache.window=16", "kv_cache.length=128", "calibration.rows=4", "
 
 
 class _Request:
+    task_name = "mine"
+
     def __init__(self, *arguments: object) -> None:
         self.args = arguments
 
@@ -50,7 +52,7 @@ def test_sixteen_bits_score_as_no_cache_and_two_do_not(pair: tuple[PreTrainedMod
     model, tokenizer = pair
     texts = [random_text(150, seed) for seed in range(3)]
     plain = SinkLM(tiny_model("llama"), tokenizer, True, 2)
-    exact, packed = (CachedSinkLM(model, tokenizer, True, 2, _kv(model, bits)) for bits in (16, 2))
+    exact, packed = (SinkLM(model, tokenizer, True, 2, kv=_kv(model, bits)) for bits in (16, 2))
     rolling = [lm.loglikelihood_rolling([_Request(text) for text in texts]) for lm in (plain, exact, packed)]
     assert rolling[1] == pytest.approx(rolling[0], rel=1e-5)
     assert rolling[2] != pytest.approx(rolling[0], rel=1e-5)
@@ -65,7 +67,7 @@ def test_tokens_in_front_are_neither_scored_nor_generated(
     model, tokenizer = pair
     prepare(model, make_prefix(tiny_model("llama"), [9, 1]))
     plan = _kv(model, 16).model_copy(update={"prefix": [9, 1], "front": [9]})
-    lm = CachedSinkLM(model, tokenizer, True, 2, plan)
+    lm = SinkLM(model, tokenizer, True, 2, kv=plan)
     assert lm.max_length == SinkLM(tiny_model("llama"), tokenizer, True, 2).max_length - 1
     text = random_text(60, 2)
     ids = torch.tensor([[9, 1, *lm.tok_encode(text)]])
@@ -114,7 +116,7 @@ def test_generation_goes_through_the_cache(pair: tuple[PreTrainedModel, PreTrain
     monkeypatch.setattr(SinkLayer, "settle", counted)
     requests = [_Request(random_text(100, 1), {"until": ["w127"], "max_gen_toks": 6}),
                 _Request(random_text(60, 2), {"until": ["w127"], "max_gen_toks": 6})]
-    exact = CachedSinkLM(model, tokenizer, True, 2, _kv(model, 16)).generate_until(requests)
+    exact = SinkLM(model, tokenizer, True, 2, kv=_kv(model, 16)).generate_until(requests)
     assert exact == SinkLM(tiny_model("llama"), tokenizer, True, 2).generate_until(requests)
     assert max(seen) > 0
 

@@ -14,7 +14,7 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import PreTrainedModel
 
 from sinkquant.artifacts import Report
-from sinkquant.errors import RequestError
+from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.evaluate import LOCAL_TASKS, Candidate, evaluate, require_tasks_possible
 from sinkquant.recipe import Recipe
 
@@ -150,3 +150,21 @@ def test_wrong_requests(recipe: Recipe, tmp_path: Path) -> None:
     # A task that is not asked for is not made, so that leaving it out helps.
     require_tasks_possible(recipe.replace([f"evaluate.text={short}", "evaluate.tasks=[sink_perplexity]"]))
     require_tasks_possible(recipe)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_cannot_be_compared_is_named(text_file: Path) -> None:
+    recipe = Recipe().replace([f"evaluate.text={text_file}", "evaluate.tasks=[sink_perplexity]", "evaluate.limit=1",
+                               "evaluate.divergence_rows=2", "evaluate.divergence_length=16"])
+
+    def measured(*models: PreTrainedModel, **more: bool) -> None:
+        evaluate([Candidate(name, name, lambda model=model: model, 1, 4.0, **more)  # type: ignore[misc]
+                  for name, model in zip(("unquantized", "quantized"), models, strict=True)], tiny_tokenizer(), recipe,
+                 model="tiny")
+
+    with pytest.raises(RequestError, match="quantized has a vocabulary of 256 and the baseline one of 128"):
+        measured(tiny_model("llama"), tiny_model("llama", vocab_size=256))
+    broken = tiny_model("llama")
+    broken.model.norm.weight.data.fill_(torch.inf)
+    with pytest.raises(SinkquantError, match=r"what unquantized \(unquantized\) predicts is not finite"):
+        measured(broken, tiny_model("llama"), tasks_too=False)

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from families import tiny_model
 from lm_eval.api.instance import Instance
 from tiny_tokenizer import random_text, tiny_tokenizer
 from transformers import PreTrainedModel
 
-from sinkquant.errors import RequestError
+from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.evaluate import SinkLM
 from sinkquant.models import encode
 
@@ -167,3 +168,31 @@ def test_a_tokenizer_that_ends_no_text_generates_none(model: PreTrainedModel) ->
     lm = SinkLM(model, tokenizer, bos=True, batch_size=1)
     with pytest.raises(RequestError, match="has no token that ends one"):
         lm.generate_until(requests("generate_until", ("w20 w21", {"until": ["w9"], "max_gen_toks": 3})))
+
+
+def test_a_head_of_its_own_beside_a_configuration_that_ties_it_stays_one() -> None:
+    model = tiny_model("llama", tie_word_embeddings=False)
+    model.config.tie_word_embeddings = True
+    head = model.lm_head.weight
+    SinkLM(model, tiny_tokenizer(), bos=True, batch_size=1)
+    assert model.lm_head.weight is head
+    assert "tie_weights" not in vars(model)
+
+
+def test_the_window_holds_prompts_and_what_is_generated_comes_beside_it(model: PreTrainedModel,
+                                                                        inputs: list[torch.Tensor]) -> None:
+    lm = SinkLM(model, tiny_tokenizer(), bos=True, batch_size=1, window=32)
+    for made, read in ((40, 32), (80, LIMIT - 80)):  # of 96 positions
+        inputs.clear()
+        lm.generate_until(requests("generate_until", (LONG, {"until": ["</s>"], "max_gen_toks": made})))
+        assert inputs[0].shape == (1, read)
+    assert lm.max_length == 32
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_predicts_nothing_finite_has_no_accuracy() -> None:
+    model = tiny_model("llama")
+    model.model.norm.weight.data.fill_(torch.inf)
+    lm = SinkLM(model, tiny_tokenizer(), bos=True, batch_size=2)
+    with pytest.raises(SinkquantError, match="is not finite: its weights"):
+        lm.loglikelihood(requests("loglikelihood", (SHORT, " w20"), (SHORT, " w21")))

@@ -139,13 +139,24 @@ def hellaswag_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """lm-eval's own tasks are one, without an index of all ten thousand of them."""
     place = Path(lm_eval.tasks.__file__).parent / "hellaswag"
     monkeypatch.setattr(lm_eval_run, "TaskManager", lambda include_path=None, include_defaults=True: TaskManager(
-        include_path=[str(place)] if include_defaults else include_path, include_defaults=False))
+        include_path=[str(place), *include_path] if include_defaults else include_path, include_defaults=False))
 
 
 @pytest.mark.usefixtures("hellaswag_alone")
 def test_a_task_that_does_not_exist_is_named_with_its_near_miss() -> None:
     with pytest.raises(RequestError, match=r"no task 'sink_recal', did you mean 'sink_recall'"):
         open_tasks(["sink_recal"], None)
+
+
+@pytest.mark.usefixtures("hellaswag_alone")
+def test_a_group_of_a_folder_may_name_a_task_of_lm_evals(folder: Path, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "group.yaml").write_text("group: both\ntask: [sink_cloze, hellaswag]\n", encoding="utf-8")
+    download = lm_eval.api.task.ConfigurableTask.download
+    monkeypatch.setattr(lm_eval.api.task.ConfigurableTask, "download", lambda task, *args, **more: (
+        pytest.skip() if task.config.task == "hellaswag" else download(task, *args, **more)))
+    with pytest.raises(pytest.skip.Exception):  # lm-eval's own is asked for its data
+        open_tasks(["both"], folder, tmp_path)
 
 
 @pytest.mark.usefixtures("hellaswag_alone")

@@ -50,10 +50,9 @@ def test_names_in_the_folder_are_chosen_or_all_of_them(tmp_path: Path) -> None:
     (folder / "functions.yaml").write_text("task: third\ndoc_to_target: !function helper.target\n", encoding="utf-8")
     assert tasks_in(folder) == (["mine", "other", "third"], [])
     some = wanted_tasks(asking(folder, "evaluate.tasks=[sink_cloze, other]").evaluate)
-    assert (some.names, some.outside, some.folder) == (["sink_cloze", "other"], [], folder)
+    assert (some.names, some.folder) == (["sink_cloze", "other"], folder)
     every = wanted_tasks(asking(folder, "evaluate.tasks=[sink_cloze, piqa]").evaluate)
     assert every.names == ["sink_cloze", "piqa", "mine", "other", "third"]
-    assert every.outside == ["piqa"]
     assert wanted_tasks(asking(folder, "evaluate.tasks=[]").evaluate).names == ["mine", "other", "third"]
     assert wanted_tasks(Recipe().evaluate).folder is None
 
@@ -138,7 +137,7 @@ def test_groups_and_tags_of_the_folder_are_known_by_name(tmp_path: Path) -> None
     assert tasks_in(folder) == (["mine", "other"], ["both", "some"])
     for name in ("both", "some"):
         wanted = wanted_tasks(asking(folder, f"evaluate.tasks=[{name}]").evaluate)
-        assert (wanted.names, wanted.outside) == ([name], [])
+        assert wanted.names == [name]
         require_tasks_possible(asking(folder, f"evaluate.tasks=[{name}]"))
     assert wanted_tasks(asking(folder, "evaluate.tasks=[]").evaluate).names == ["mine", "other"]
 
@@ -185,3 +184,15 @@ def test_metrics_of_any_kind_of_number_count(number: Any) -> None:
     assert found.measures["acc"].value == 0.5
     assert found.measures["acc"].stderr == pytest.approx(0.16, abs=0.01)
     assert found.samples["acc"] == ([0.0, 1.0] * 5, [1.0] * 10)
+
+
+def test_a_task_that_generates_more_than_the_model_has_positions_for_is_refused_at_once(tmp_path: Path) -> None:
+    folder = task_folder(tmp_path / "tasks", "mine")
+    content = yaml.safe_load((folder / "mine.yaml").read_text(encoding="utf-8"))
+    content |= {"output_type": "generate_until", "generation_kwargs": {"until": ["."], "max_gen_toks": 300},
+                "metric_list": [{"metric": "exact_match"}]}
+    (folder / "mine.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    recipe = asking(folder, "evaluate.tasks=[mine]")
+    require_tasks_possible(recipe, positions=301)
+    with pytest.raises(RequestError, match="'mine' generates up to 300 tokens, and this model reads 300"):
+        require_tasks_possible(recipe, positions=300)

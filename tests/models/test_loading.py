@@ -218,3 +218,13 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick_device("auto") == "cpu"
     with pytest.raises(RequestError, match="torch sees no CUDA device"):
         pick_device("cuda")
+
+
+def test_a_tokenizer_that_evaluation_does_not_take_is_refused(tiny_folder: Path,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr("sinkquant.models.loading.AutoTokenizer.from_pretrained", lambda _folder, **settings: (
+        asked.append(settings), lambda *_, **__: {"input_ids": [1]})[1])
+    with pytest.raises(RequestError, match="is read by function, which is none of transformers' own"):
+        load_tokenizer(tiny_folder)
+    assert asked[0]["mistral_format"] is False

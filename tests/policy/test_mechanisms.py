@@ -141,3 +141,8 @@ def test_what_the_weights_have_does_not_stand_in_the_way() -> None:
     gemma = Decoder.of(tiny_model("gemma3_text"))
     recipe = Recipe().replace(["weights.group_size=32", "kv_cache={exact: detected, sliding_sinks: true}"])
     assert any(one.aware for one in mechanisms(gemma.shape("tiny"), sink_map_of(gemma), recipe))
+
+
+def test_a_budget_of_the_cache_is_refused_with_its_key() -> None:
+    with pytest.raises(RequestError, match=r"kv_cache\.bits gives heads other bits with every kind of protection"):
+        mechanisms(SHAPE, SINKS, Recipe().replace(["kv_cache={bits: 2.4}"]))

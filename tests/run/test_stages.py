@@ -8,8 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny_tokenizer import tiny_tokenizer
 
 from sinkquant.errors import SinkquantError
+from sinkquant.predict import Prediction
+from sinkquant.recipe import Recipe
+from sinkquant.run import job
 from sinkquant.run.folder import WorkFolder
 from sinkquant.run.stages import Stage, TimeLeft, carry_out, in_words
 
@@ -63,3 +67,18 @@ def test_the_time_left_follows_what_this_run_took() -> None:
     left.ended(None, 500.0)
     assert left.seconds() == 60
     assert [in_words(seconds) for seconds in (40.2, 720, 12600)] == ["40 s", "12 min", "3.5 h"]
+
+
+def test_processes_that_wait_are_dismissed_where_an_earlier_attempt_has_evaluated(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dismissed: list[bool] = []
+    monkeypatch.setattr(job, "dismiss", lambda: dismissed.append(True))
+    monkeypatch.setattr(job, "carry_out", lambda *_: None)
+    monkeypatch.setattr(job.Report, "load", lambda _: None)
+    resumed = job.Job(Recipe(), "tiny", tmp_path, tiny_tokenizer(), WorkFolder(tmp_path, ""), False, None,
+                      Prediction({}), None)
+    resumed.run(None, False)
+    assert not dismissed  # the stage that evaluates does it
+    (tmp_path / "report.json").touch()
+    resumed.run(None, False)
+    assert dismissed == [True]

@@ -7,6 +7,7 @@ from torch import nn
 
 from sinkquant.models import Decoder
 from sinkquant.models.edits import Edit
+from sinkquant.models.head import untie
 from sinkquant.models.structure import Matrix
 
 
@@ -41,6 +42,5 @@ def untie_head(decoder: Decoder) -> None:
     head.weight = nn.Parameter(head.weight.data.clone(), requires_grad=False)
     if decoder.source is not None:
         decoder.source.untie(name, head.weight)
-    for config in {id(one): one for one in (model.config, model.config.get_text_config(decoder=True))}.values():
-        config.tie_word_embeddings = False
+    untie(model.config)
     getattr(model, "all_tied_weights_keys", {}).pop(name, None)
