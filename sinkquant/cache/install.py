@@ -14,6 +14,7 @@ from sinkquant.cache.bases import Bases, needs_bases
 from sinkquant.cache.cache import SinkCache
 from sinkquant.cache.prefix import Prefix, row_starts
 from sinkquant.cache.prepare import prepare
+from sinkquant.cache.rotary import require_rotary
 from sinkquant.errors import RequestError
 
 
@@ -25,12 +26,15 @@ def install(model: PreTrainedModel, plan: KVCachePlan, prefix: Prefix | None = N
     has a `front`, generate refuses rows that do not begin with it.
 
     Raises:
-        RequestError: the plan, the prefix or the bases are of another model, or the plan needs bases and got none.
+        RequestError: the plan, the prefix or the bases are of another model, the plan needs bases and got none, or it
+            drops tokens and the model has no rotary positions to move sinks by.
     """
     SinkCache(model.config, plan)
     if needs_bases(plan) and bases is None:
         raise RequestError("the KV plan rotates by matrices found on calibration text, and there are none; make the "
                            "checkpoint with sinkquant.run, or set kv_cache.rotate to 'hadamard' or 'none'.")
+    if plan.evict is not None:
+        require_rotary(model)
     prepare(model, prefix, bases)
     settings = model.generation_config
     named = settings.cache_implementation

@@ -179,13 +179,14 @@ class CachedSinkLM(SinkLM):
     """SinkLM whose every score is read through a SinkCache; see `SinkLM` for the other arguments.
 
     Rows are padded on the right, where no scored token sees the padding. What the plan puts in front of every row is
-    neither scored nor part of what is generated; the model has positions for as many tokens less.
+    neither scored nor part of what is generated; the model has positions for as many tokens less. Where the plan drops
+    tokens, rows are read one by one: each keeps sinks of its own of them.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bos: bool, batch_size: int,
                  plan: KVCachePlan, quiet: bool = True, window: int | None = None) -> None:
         self._plan = plan
-        super().__init__(model, tokenizer, bos, batch_size, quiet, window)
+        super().__init__(model, tokenizer, bos, batch_size if plan.evict is None else 1, quiet, window)
         prepare(model)
 
     @property
