@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 
 from sinkquant.artifacts import KVCachePlan, KVLayer, KVLayerShape, KVSink, MassiveCarriers, ModelShape, SinkMap
@@ -65,13 +66,13 @@ def make_kv_control(aware: KVCachePlan | None) -> KVCachePlan | None:
         return None
     control = aware.model_copy(update={"exact": "none", "first_n": 0, "max_exact": 0, "sinks": [], "massive": None,
                                         "prefix": [], "front": [], "sliding_sinks": False})
-    window = aware.window
-    while (window < aware.length and any(layer.packed for layer in aware.layers)
-           and _mean_bytes(control.model_copy(update={"window": window}), 0) < aware.bytes):
-        window += 1
-    control = control.model_copy(update={"window": window})
-    return _weighed(control, 0, "the control keeps no token exact; its window is longer by "
-                                f"{window - aware.window} tokens for the same bytes")
+    if not any(bits < 16 for layer in aware.layers if layer.packed for bits in layer.key_bits + layer.value_bits):
+        return _weighed(control, 0, "no head takes less than 16 bits, so that the control keeps every token exact too")
+    longer = bisect.bisect_left(range(aware.window, aware.length), aware.bytes, key=lambda window: _mean_bytes(
+        control.model_copy(update={"window": window}), 0))
+    control = control.model_copy(update={"window": aware.window + longer})
+    return _weighed(control, 0, f"the control keeps no token exact; its window is longer by {longer} tokens for the "
+                                "same bytes")
 
 
 def accept_kv(plan: KVCachePlan | None, shape: ModelShape) -> KVCachePlan | None:
