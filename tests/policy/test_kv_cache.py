@@ -139,6 +139,20 @@ def test_the_control_of_a_long_cache_is_found_at_once(monkeypatch: pytest.Monkey
     assert "every token" in dense.reason
 
 
+def test_edited_plans_that_generation_cannot_read_are_refused() -> None:
+    sliding = [KVLayerShape(heads=2, key_dim=64, value_dim=64, sliding_window=512)] * 2 + WIDE
+    shape, plan = _shape(sliding), _made(layers=sliding)
+    assert accept_kv(plan, shape) == plan
+    with pytest.raises(RequestError, match="groups of 8; set its group_size to 32, 64 or 128"):
+        accept_kv(plan.model_copy(update={"group_size": 8}), shape)
+    for index, evict, words in ((1, None, "layers with a sliding window"), (2, 128, "layers without a sliding window")):
+        layers = list(plan.layers)
+        layers[index] = layers[index].model_copy(update={"packed": False})
+        with pytest.raises(RequestError, match=words):
+            accept_kv(plan.model_copy(update={"layers": layers, "evict": evict}), shape)
+    accept_kv(plan.model_copy(update={"layers": [*plan.layers[:3], layers[2]]}), shape)
+
+
 def test_bits_per_layer_and_head() -> None:
     plan = _made("kv_cache.overrides=[{layers: [1], heads: [0, 3], key_bits: 8}, {layers: [0], value_bits: 16}]")
     assert plan.layers[1].key_bits == [8, 2, 2, 8, 2, 2, 2, 2]
