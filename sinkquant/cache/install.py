@@ -16,6 +16,7 @@ from sinkquant.cache.prefix import Prefix, row_starts
 from sinkquant.cache.prepare import prepare
 from sinkquant.cache.rotary import require_rotary
 from sinkquant.errors import RequestError
+from sinkquant.models.blocks import kv_layers
 
 
 def install(model: PreTrainedModel, plan: KVCachePlan, prefix: Prefix | None = None,
@@ -48,11 +49,12 @@ def install(model: PreTrainedModel, plan: KVCachePlan, prefix: Prefix | None = N
 def _generate(model: PreTrainedModel, plan: KVCachePlan, named: str | None, *args: Any, **kwargs: Any) -> Any:
     args, kwargs = _without_default(named, args, kwargs)
     settings = (args[1] if len(args) > 1 else kwargs.get("generation_config")) or model.generation_config
-    implementation = kwargs.get("cache_implementation") or settings.cache_implementation
-    if settings.cache_implementation is None:
-        implementation = implementation or model.generation_config.cache_implementation
+    implementation = (kwargs.get("cache_implementation") or settings.cache_implementation
+                      or model.generation_config.cache_implementation)
     uses = kwargs["use_cache"] if kwargs.get("use_cache") is not None else settings.use_cache
-    if kwargs.get("past_key_values") is None and not implementation and uses is not False:
+    # Drafts by the first layers of the model itself (assistant_early_exit) take transformers' own cache.
+    exits = settings.is_assistant and len(kv_layers(model.config)) != len(plan.layers)
+    if kwargs.get("past_key_values") is None and not implementation and uses is not False and not exits:
         if plan.front:
             _require_front(plan.front, args[0] if args else kwargs.get("input_ids", kwargs.get("inputs")),
                            kwargs.get("attention_mask"))
