@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from sinkquant.cache.layer import SinkLayer
-from sinkquant.cache.read_native import reads_on
-from sinkquant.cache.read_torch import LaneReads, TorchReads
+from sinkquant.cache.read_native import NativeReads, reads_on
+from sinkquant.cache.read_torch import TorchReads
 from sinkquant.cache.store import Lane, PackedStates
 from sinkquant.errors import RequestError
 
@@ -90,10 +90,7 @@ def attend(layer: SinkLayer, query: torch.Tensor, mask: torch.Tensor | None, sca
     column = layer.exact_columns[row, slot].long() - layer.dropped
     if len(row):
         scores[row, :, :, column] = (q @ layer.exact_keys.float().mT)[row, :, :, slot]
-    if slots:
-        front_keys, front_values = layer.exact_keys, layer.exact_values
-    else:
-        front_keys, front_values = layer.front() if layer.dropped else (layer.keys[:, :, :0], layer.values[:, :, :0])
+    front_keys, front_values = (layer.exact_keys, layer.exact_values) if slots else layer.front()
     front = front_keys.shape[2]
     scores = torch.cat([q @ front_keys.float().mT, scores, q @ layer.keys.float().mT], dim=-1)
     weights = _softmax(scores.view(batch, heads, new, -1), mask, softcap, learned).reshape(scores.shape)
@@ -187,5 +184,5 @@ def _packed_output(packed: PackedStates, weights: torch.Tensor) -> torch.Tensor:
     return packed.in_order(by_lane)
 
 
-def _reads(lane: Lane, device: torch.device) -> LaneReads:
+def _reads(lane: Lane, device: torch.device) -> TorchReads | NativeReads:
     return TorchReads() if lane.bits == 16 else reads_on(device)

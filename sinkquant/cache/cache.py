@@ -168,9 +168,9 @@ class SinkCache(Cache):
         """Look at the hidden states [batch, new, hidden] after a block; called by the hook that `prepare` sets."""
         if not isinstance(self.exact, Massive) or block != self.exact.carriers.layer or hidden.dim() != 3:
             return
-        flags = self.exact.verdict(hidden) & self._real
+        flags = self.exact.verdict(hidden) & self._real.to(hidden.device)
         if self._match is not None:
-            flags = flags | self._match.flags
+            flags = flags | self._match.flags.to(hidden.device)
         self._flags = flags if bool(flags.any()) else None
         waiting, self._waiting = self._waiting, []
         for index in waiting:
@@ -255,7 +255,8 @@ class SinkCache(Cache):
         self._match, self.matched, self._unpacked = None, None, []
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last columns; see `transformers.Cache.crop`. A crop that a layer refuses changes none."""
+        """Forget the last columns; see `transformers.Cache.crop`. A crop that one of our layers
+        refuses changes none."""
         for layer in self.layers:
             if isinstance(layer, SinkLayer):
                 layer.left_by_crop(tokens_to_remove)

@@ -7,7 +7,6 @@ their group before its range is computed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -29,30 +28,15 @@ class NewTokens:
     ids: torch.Tensor | None
 
 
-class ExactTokens(Protocol):
-    """Picks the tokens that stay exact."""
-
-    def flags(self, new: NewTokens) -> torch.Tensor | None:
-        """bool [batch, new], or None for none of them."""
-
-
-@dataclass(frozen=True)
-class Nothing:
-    """No token: the control."""
-
-    def flags(self, new: NewTokens) -> torch.Tensor | None:
-        """None."""
-        return None
-
-
 @dataclass(frozen=True)
 class FirstN:
-    """The first n tokens of every row (StreamingLLM 2309.17453; what kvpress and SKVQ 2405.06219 assume)."""
+    """The first n tokens of every row (StreamingLLM 2309.17453; what kvpress and SKVQ 2405.06219 assume); 0 of them in
+    the control."""
 
     n: int
 
-    def flags(self, new: NewTokens) -> torch.Tensor | None:
-        """Rows start after their padding."""
+    def flags(self, new: NewTokens) -> torch.Tensor:
+        """bool [batch, new]. Rows start after their padding."""
         return (new.positions >= 0) & (new.positions < self.n)
 
 
@@ -62,8 +46,8 @@ class Detected:
 
     sinks: tuple[KVSink, ...]
 
-    def flags(self, new: NewTokens) -> torch.Tensor | None:
-        """Raises RequestError where a sink is known by its token and the cache was not shown the tokens."""
+    def flags(self, new: NewTokens) -> torch.Tensor:
+        """bool [batch, new]. Raises RequestError where a sink is known by a token that the cache was not shown."""
         selector = SinkSelector.of(self.sinks)
         if new.ids is None and selector.needs_ids:
             raise RequestError("the KV cache keeps sinks by their token id, but was not shown the tokens; pass "
@@ -78,7 +62,7 @@ class Massive:
 
     carriers: MassiveCarriers
 
-    def flags(self, new: NewTokens) -> torch.Tensor | None:
+    def flags(self, new: NewTokens) -> None:
         """None: the verdict comes later in the same forward pass."""
         return None
 
@@ -87,14 +71,12 @@ class Massive:
         return SinkSelector(carriers=self.carriers).mask(hidden=hidden)
 
 
-def exact_tokens(plan: KVCachePlan) -> ExactTokens:
+def exact_tokens(plan: KVCachePlan) -> FirstN | Detected | Massive:
     """The policy that a plan names.
 
     Raises:
         RequestError: "massive" without a massive channel.
     """
-    if plan.exact == "first-n":
-        return FirstN(plan.first_n)
     if plan.exact == "detected":
         return Detected(tuple(plan.sinks))
     if plan.exact == "massive":
@@ -102,4 +84,4 @@ def exact_tokens(plan: KVCachePlan) -> ExactTokens:
             raise RequestError("kv_cache.exact is 'massive', but no massive channel was found in this model; use "
                                "'detected' or 'first-n'.")
         return Massive(plan.massive)
-    return Nothing()
+    return FirstN(plan.first_n if plan.exact == "first-n" else 0)

@@ -14,7 +14,9 @@ from sinkquant.cache.bases import Bases, needs_bases
 from sinkquant.cache.cache import SinkCache
 from sinkquant.cache.prefix import Prefix, row_starts
 from sinkquant.cache.prepare import prepare
+from sinkquant.cache.rotary import require_rotary
 from sinkquant.errors import RequestError
+from sinkquant.models.blocks import kv_layers
 
 
 def install(model: PreTrainedModel, plan: KVCachePlan, prefix: Prefix | None = None,
@@ -25,12 +27,15 @@ def install(model: PreTrainedModel, plan: KVCachePlan, prefix: Prefix | None = N
     has a `front`, generate refuses rows that do not begin with it. `prepare` has the other arguments.
 
     Raises:
-        RequestError: the plan, the prefix or the bases are of another model, or the plan needs bases and got none.
+        RequestError: the plan, the prefix or the bases are of another model, the plan needs bases and got none, or it
+            drops tokens and the model has no rotary positions to move sinks by.
     """
     SinkCache(model.config, plan)
     if needs_bases(plan) and bases is None:
         raise RequestError("the KV plan rotates by matrices found on calibration text, and there are none; make the "
                            "checkpoint with sinkquant.run, or set kv_cache.rotate to 'hadamard' or 'none'.")
+    if plan.evict is not None:
+        require_rotary(model)
     prepare(model, prefix, bases, own)
     settings = model.generation_config
     named = settings.cache_implementation
@@ -44,11 +49,12 @@ def install(model: PreTrainedModel, plan: KVCachePlan, prefix: Prefix | None = N
 def _generate(model: PreTrainedModel, plan: KVCachePlan, named: str | None, *args: Any, **kwargs: Any) -> Any:
     args, kwargs = _without_default(named, args, kwargs)
     settings = (args[1] if len(args) > 1 else kwargs.get("generation_config")) or model.generation_config
-    implementation = kwargs.get("cache_implementation") or settings.cache_implementation
-    if settings.cache_implementation is None:
-        implementation = implementation or model.generation_config.cache_implementation
+    implementation = (kwargs.get("cache_implementation") or settings.cache_implementation
+                      or model.generation_config.cache_implementation)
     uses = kwargs["use_cache"] if kwargs.get("use_cache") is not None else settings.use_cache
-    if kwargs.get("past_key_values") is None and not implementation and uses is not False:
+    # Drafts by the first layers of the model itself (assistant_early_exit) take transformers' own cache.
+    exits = settings.is_assistant and len(kv_layers(model.config)) != len(plan.layers)
+    if kwargs.get("past_key_values") is None and not implementation and uses is not False and not exits:
         if plan.front:
             _require_front(plan.front, args[0] if args else kwargs.get("input_ids", kwargs.get("inputs")),
                            kwargs.get("attention_mask"))

@@ -66,7 +66,11 @@ class SinkLayer(CacheLayerMixin):
         """Pack through these matrices from now on. Nothing may have been packed through others before."""
         if bases is not self.bases:
             self.bases = bases
-            self.packed_keys.recoding, self.packed_values.recoding = recodings(self.plan, bases)
+            self._recode()
+
+    def _recode(self) -> None:
+        bases = self.bases.on(self.device) if self.bases is not None and self.is_initialized else self.bases
+        self.packed_keys.recoding, self.packed_values.recoding = recodings(self.plan, bases)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Check the shapes against the plan and allocate nothing but empty tensors.
@@ -85,6 +89,7 @@ class SinkLayer(CacheLayerMixin):
         self.exact_keys, self.exact_values = key_states[:, :, :0].clone(), value_states[:, :, :0].clone()
         self.exact_columns = torch.empty(self.batch_size, 0, dtype=torch.int32, device=self.device)
         self.is_initialized = True
+        self._recode()
 
     @property
     def packs(self) -> bool:
@@ -106,7 +111,7 @@ class SinkLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(columns that attention will see, column of the first)."""
-        first = self.dropped - self.kept_of_dropped() if self.dropped else 0
+        first = self.dropped - self.kept_of_dropped()
         return self.get_seq_length() - first + query_length, first
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any,
@@ -157,7 +162,7 @@ class SinkLayer(CacheLayerMixin):
         Raises:
             RequestError: rows have different numbers of them.
         """
-        if self.is_sliding:
+        if self.is_sliding or not self.dropped:
             return 0
         columns = self.exact_columns
         counts = ((columns >= 0) & (columns < self.dropped)).sum(1)
@@ -210,8 +215,9 @@ class SinkLayer(CacheLayerMixin):
         """Copy flagged tokens into slots, at most `max_exact` per row, the first ones first.
 
         Args:
-            flags: bool [batch, n] for the last n columns, all of them in the window.
+            flags: bool [batch, n] for the last n columns, all of them in the window; on the device of the token ids.
         """
+        flags = flags.to(self.device)
         used = (self.exact_columns >= 0).sum(1)
         room = self.plan.max_exact + len(self.plan.prefix)
         take = flags & (flags.cumsum(1) + used[:, None] <= room)
@@ -277,7 +283,7 @@ class SinkLayer(CacheLayerMixin):
         counted[row, places[row, slot].long()] = False
         if row_starts is not None:
             column = torch.arange(first, first + count, device=self.device)
-            counted &= column[None] >= row_starts[:, None]
+            counted &= column[None] >= row_starts[:, None].to(self.device)
         return counted
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -297,14 +303,14 @@ class SinkLayer(CacheLayerMixin):
             return
         inside = max(0, remaining - self.packed_length)
         self.keys, self.values = self.keys[:, :, :inside].clone(), self.values[:, :, :inside].clone()
-        lengths: list[int] = []
-        for length in self.lengths:
-            lengths.append(min(length, remaining - sum(lengths)))
-        blocks = sum(length > 0 for length in lengths)
-        if blocks < len(self.lengths):
-            self.packed_keys.keep_blocks(0, blocks)
-            self.packed_values.keep_blocks(0, blocks)
-        self.lengths = lengths[:blocks]
+        cut, blocks = self.packed_length - remaining, len(self.lengths)
+        while cut > 0:
+            last = self.lengths.pop()
+            self.lengths += [last - cut] if last > cut else []
+            cut -= last
+        if len(self.lengths) < blocks:
+            self.packed_keys.keep_blocks(0, len(self.lengths))
+            self.packed_values.keep_blocks(0, len(self.lengths))
         # Slots fill in the order of columns, so that those beyond the cut are the last ones of every row.
         columns = self.exact_columns.masked_fill(self.exact_columns >= self.dropped + remaining, -1)
         slots = int((columns >= 0).sum(1).max()) if columns.numel() else 0
@@ -350,8 +356,8 @@ class SinkLayer(CacheLayerMixin):
         self._on_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Only the rows `indices`."""
-        self._on_rows(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
+        """Only the rows `indices`: their numbers, or bool [batch]."""
+        self._on_rows(lambda tensor: tensor[indices.to(tensor.device)])
 
     def offload(self) -> None:
         """Move everything to the CPU."""

@@ -187,8 +187,10 @@ class PrefixMatch:
         if not len(self.row) or layer not in self.prefix.keys:
             return keys, values
         both = []
+        # Of a model on several devices, a layer is not always where the token ids are.
+        row, column, place = (one.to(keys.device) for one in (self.row, self.column, self.place))
         for states, exact in ((keys, self.prefix.keys[layer]), (values, self.prefix.values[layer])):
             replaced = states.clone()
-            replaced[self.row, :, self.column] = exact.to(states)[:, self.place].transpose(0, 1)
+            replaced[row, :, column] = exact.to(states)[:, place].transpose(0, 1)
             both.append(replaced)
         return both[0], both[1]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from sinkquant.cache.read_torch import LaneReads, TorchReads
+from sinkquant.cache.read_torch import TorchReads
 from sinkquant.cache.store import Lane
 
 LOG = logging.getLogger("sinkquant")
@@ -43,13 +43,13 @@ class _Lane(ctypes.Structure):
 
 @dataclass(frozen=True)
 class NativeReads:
-    """See `LaneReads`. `library`: what was compiled; `made_by`: the compiler and its flags."""
+    """See `TorchReads`. `library`: what was compiled; `made_by`: the compiler and its flags."""
 
     library: ctypes.CDLL
     made_by: str
 
     def scores(self, lane: Lane, block: int, queries: torch.Tensor) -> torch.Tensor:
-        """See `LaneReads.scores`."""
+        """See `TorchReads.scores`."""
         held, queries = _contiguous(lane), queries.contiguous()
         scores = queries.new_empty(*queries.shape[:3], held[0].shape[2] * block)
         self.library.packed_scores(_lane(held, lane.bits, block, 0), _pointer(queries), _pointer(scores),
@@ -57,7 +57,7 @@ class NativeReads:
         return scores
 
     def sums(self, lane: Lane, block: int, weights: torch.Tensor) -> torch.Tensor:
-        """See `LaneReads.sums`."""
+        """See `TorchReads.sums`."""
         held, weights = _contiguous(lane), weights.contiguous()
         batch, heads, blocks, _, width = held[0].shape
         parts = weights.new_empty(batch, heads, -(-blocks // BLOCKS_PER_SUM), weights.shape[2], width)
@@ -136,7 +136,7 @@ def _processor() -> str:
     return next((line for line in about.read_text().splitlines() if line.lower().startswith(("flags", "features"))), "")
 
 
-def reads_on(device: torch.device) -> LaneReads:
+def reads_on(device: torch.device) -> TorchReads | NativeReads:
     """What reads packed blocks on a device."""
     found = native_or_why() if device.type == "cpu" else ""
     return TorchReads() if isinstance(found, str) else found

@@ -8,7 +8,6 @@ stay in the processor's cache.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 
@@ -16,21 +15,11 @@ from sinkquant.cache.packing import unpack
 from sinkquant.cache.store import CHUNK_VALUES, Lane
 
 
-class LaneReads(Protocol):
-    """Reads the blocks of `block` tokens of a lane. Lengths and rotations are the caller's."""
+class TorchReads:
+    """Of any bits, 16 too, on any device. Lengths and rotations are the caller's."""
 
     def scores(self, lane: Lane, block: int, queries: torch.Tensor) -> torch.Tensor:
         """float32 [batch, heads, rows, blocks * block] of queries float32 [batch, heads, rows, D]."""
-
-    def sums(self, lane: Lane, block: int, weights: torch.Tensor) -> torch.Tensor:
-        """float32 [batch, heads, rows, D] of weights float32 [batch, heads, rows, blocks * block]."""
-
-
-class TorchReads:
-    """See `LaneReads`; of any bits, 16 too, on any device."""
-
-    def scores(self, lane: Lane, block: int, queries: torch.Tensor) -> torch.Tensor:
-        """See `LaneReads.scores`."""
         assert lane.data is not None
         batch, heads, rows, width = queries.shape
         # Blocks before rows: every block multiplies a query of its own, into which its scales are folded.
@@ -45,7 +34,7 @@ class TorchReads:
         return scores.transpose(2, 3).flatten(3)
 
     def sums(self, lane: Lane, block: int, weights: torch.Tensor) -> torch.Tensor:
-        """See `LaneReads.sums`."""
+        """float32 [batch, heads, rows, D] of weights float32 [batch, heads, rows, blocks * block]."""
         assert lane.data is not None
         out = weights.new_zeros(*weights.shape[:3], lane.data.shape[4])
         for part, codes, scale in _chunks(lane, block):

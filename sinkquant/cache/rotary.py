@@ -14,6 +14,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
+from sinkquant.models.shrunk import shrunk
+
+WIDTH = 64
+"""Of the tiny model that is tried in place of a large one."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,37 @@ def rotary_of(model: PreTrainedModel) -> Rotary:
     Raises:
         RequestError: positions are something else than one rotary embedding in halves with fixed frequencies.
     """
+    rotary = _only_rotary(model)
+    if not _all_rotate(model, rotary):
+        raise _refusal_of_layers(model)
+    return rotary
+
+
+def require_rotary(model: PreTrainedModel) -> None:
+    """Refuse a model without `rotary_of` before anything is computed: layers are tried in a tiny random model alike.
+
+    Raises:
+        RequestError: as `rotary_of`.
+    """
+    _only_rotary(model)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            small = type(model)._from_config(shrunk(model.config, range(len(Decoder.of(model).blocks)), WIDTH),
+                                             dtype=torch.float32).eval()
+        known = _all_rotate(small, _only_rotary(small))
+    except Exception:  # its configuration cannot be cut down: the first pass through the cache tries the model itself
+        return
+    if not known:
+        raise _refusal_of_layers(model)
+
+
+def _refusal_of_layers(model: PreTrainedModel) -> RequestError:
+    return RequestError(f"kv_cache.evict moves sinks by rotary positions, and some layers of {type(model).__name__} "
+                        "have none; leave kv_cache.evict out.")
+
+
+def _only_rotary(model: PreTrainedModel) -> Rotary:
+    """The one rotary embedding that a model has; no weight is read."""
     refusal = RequestError(f"kv_cache.evict moves sinks by rotary positions, which {type(model).__name__} does not "
                            "have in a form that is known here; leave kv_cache.evict out.")
     modules = [module for module in model.modules() if hasattr(module, "inv_freq") and hasattr(module, "rope_type")]
@@ -49,20 +84,18 @@ def rotary_of(model: PreTrainedModel) -> Rotary:
     if len(modules) != 1 or apply is None or modules[0].rope_type in ("dynamic", "longrope"):
         raise refusal
     rotary = Rotary(modules[0].inv_freq.detach().float())
-    key = torch.linspace(-1, 1, 2 * len(rotary.frequencies), device=model.device)[None, None, None]
+    device = rotary.frequencies.device
+    key = torch.linspace(-1, 1, 2 * len(rotary.frequencies), device=device)[None, None, None]
     turned = []
     try:
         for position in (3, 10):
-            cos, sin = modules[0](key, torch.tensor([[position]], device=model.device))
+            cos, sin = modules[0](key, torch.tensor([[position]], device=device))
             turned.append(apply(key, key, cos, sin)[1])
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         raise refusal from error
-    seven = torch.tensor([[7]], device=model.device)
+    seven = torch.tensor([[7]], device=device)
     if turned[0].shape != key.shape or not torch.allclose(rotary.move(turned[0], seven), turned[1], atol=1e-4):
         raise refusal
-    if not _all_rotate(model, rotary):
-        raise RequestError(f"kv_cache.evict moves sinks by rotary positions, and some layers of {type(model).__name__} "
-                           "have none; leave kv_cache.evict out.")
     return rotary
 
 
@@ -74,7 +107,8 @@ def _all_rotate(model: PreTrainedModel, rotary: Rotary) -> bool:
 
     def keys_at(position: int) -> list[torch.Tensor]:
         cache = DynamicCache(config=model.config)
-        model(token, position_ids=torch.full_like(token, position), past_key_values=cache, use_cache=True)
+        # Without the head: who watches that would take this for a pass of the text.
+        model.base_model(token, position_ids=torch.full_like(token, position), past_key_values=cache, use_cache=True)
         return [keys.float() for layer in cache.layers if (keys := getattr(layer, "keys", None)) is not None]
 
     with torch.no_grad():

@@ -74,6 +74,7 @@ class PackedStates:
         data = self.lanes[0].data
         return 0 if data is None else data.shape[2]
 
+    @torch.no_grad()
     def append(self, states: torch.Tensor, counted: torch.Tensor | None) -> None:
         """Quantize and keep whole blocks.
 

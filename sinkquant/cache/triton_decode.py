@@ -38,7 +38,7 @@ def attend_one(layer: SinkLayer, query: torch.Tensor, mask: torch.Tensor | None,
     batch, heads = query.shape[:2]
     kv_heads = layer.keys.shape[1]
     q = query.float().reshape(batch, kv_heads, heads // kv_heads, -1) * scale
-    front_keys, front_values = layer.front() if layer.dropped else (layer.keys[:, :, :0], layer.values[:, :, :0])
+    front_keys, front_values = layer.front()
     front, length = front_keys.shape[2], layer.packed_length
     bias = _bias(mask, batch, front + length + layer.keys.shape[2], query.device)
 

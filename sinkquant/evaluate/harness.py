@@ -39,6 +39,7 @@ class SinkLM(HFLM):
             are positions.
         kv: score and generate through a SinkCache that is packed so; None for none. What the plan puts in front of
             every row is neither scored nor part of what is generated; the model has positions for as many tokens less.
+            Where it drops tokens, rows are read one by one: each keeps sinks of its own of them.
     """
 
     _max_length: int | None
@@ -50,6 +51,8 @@ class SinkLM(HFLM):
             tokenizer = copy.deepcopy(tokenizer)
             if tokenizer.eos_token_id is None and tokenizer.unk_token_id is None:
                 tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+        if kv is not None and kv.evict is not None:
+            batch_size = 1
         # HFLM would tie a head of its own to the embedding where the configuration says that they are tied.
         model.tie_weights = lambda *_, **__: None
         try:

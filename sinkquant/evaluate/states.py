@@ -18,6 +18,8 @@ def last_states(model: PreTrainedModel, ids: torch.Tensor, kv: KVCachePlan | Non
         kv: run the model through a KV cache that is packed so; null for none.
     """
     ids = ids.to(model.device)
+    if kv is not None and kv.evict is not None and len(ids) > 1:  # each keeps sinks of its own of what is dropped
+        return torch.cat([last_states(model, row, kv) for row in ids.split(1)])
     with torch.no_grad(), headless(model) as seen:
         if kv is None:
             model(ids, use_cache=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 
 from sinkquant.artifacts import KVCachePlan, KVLayer, KVLayerShape, KVSink, MassiveCarriers, ModelShape, SinkMap
@@ -65,26 +66,29 @@ def make_kv_control(aware: KVCachePlan | None) -> KVCachePlan | None:
         return None
     control = aware.model_copy(update={"exact": "none", "first_n": 0, "max_exact": 0, "sinks": [], "massive": None,
                                         "prefix": [], "front": [], "sliding_sinks": False})
-    window = aware.window
-    while (window < aware.length and any(layer.packed for layer in aware.layers)
-           and _mean_bytes(control.model_copy(update={"window": window}), 0) < aware.bytes):
-        window += 1
-    control = control.model_copy(update={"window": window})
-    return _weighed(control, 0, "the control keeps no token exact; its window is longer by "
-                                f"{window - aware.window} tokens for the same bytes")
+    if not any(bits < 16 for layer in aware.layers if layer.packed for bits in layer.key_bits + layer.value_bits):
+        return _weighed(control, 0, "no head takes less than 16 bits, so that the control keeps every token exact too")
+    longer = bisect.bisect_left(range(aware.window, aware.length), aware.bytes, key=lambda window: _mean_bytes(
+        control.model_copy(update={"window": window}), 0))
+    control = control.model_copy(update={"window": aware.window + longer})
+    return _weighed(control, 0, f"the control keeps no token exact; its window is longer by {longer} tokens for the "
+                                "same bytes")
 
 
 def accept_kv(plan: KVCachePlan | None, shape: ModelShape) -> KVCachePlan | None:
     """An edited KV section, checked against the model, its sizes counted anew.
 
     Raises:
-        RequestError: it is of another model, or bits or groups do not fit.
+        RequestError: it is of another model, bits or groups do not fit, or layers that share a mask differ.
     """
     if plan is None:
         return None
     if len(plan.layers) != len(shape.kv_layers):
         raise RequestError(f"the plan's kv_cache has {len(plan.layers)} layers and this model has "
                            f"{len(shape.kv_layers)}.")
+    if plan.group_size not in GROUPS:
+        raise RequestError(f"the plan's kv_cache has groups of {plan.group_size}; set its group_size to "
+                           f"{', '.join(map(str, GROUPS[:-1]))} or {GROUPS[-1]}.")
     if plan.front != plan.prefix[:len(plan.front)]:
         raise RequestError("the plan's kv_cache puts tokens in front of every row (front) that its prefix does not "
                            "begin with; make front the first tokens of prefix, or empty.")
@@ -101,6 +105,13 @@ def accept_kv(plan: KVCachePlan | None, shape: ModelShape) -> KVCachePlan | None
         if layer.packed:
             _check_fit(real, index, plan.group_size, plan)
     _check_sliding_sinks(plan, shape)
+    for slides in (True, False):
+        kept = {layer.packed for layer, real in zip(plan.layers, shape.kv_layers, strict=True)
+                if real.heads and (real.sliding_window is not None) == slides}
+        if len(kept) > 1 and (slides or plan.evict is not None):
+            raise RequestError("the plan's kv_cache packs some layers " + (
+                "with" if slides else "without") + " a sliding window and not others, and the model makes one mask for "
+                "the columns of them all; set 'packed' alike in them.")
     return _weighed(plan, plan.expected_exact, plan.reason)
 
 

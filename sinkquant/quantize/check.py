@@ -8,6 +8,7 @@ from sinkquant.artifacts.distill import check_distill
 from sinkquant.artifacts.ends import end_bytes
 from sinkquant.artifacts.experts import TUNE_AND_EXPERTS, mixed_experts, require_loadable
 from sinkquant.artifacts.sizes import module_bytes, own_format
+from sinkquant.cache.rotary import require_rotary
 from sinkquant.errors import RequestError
 from sinkquant.methods import require_methods
 from sinkquant.models import Decoder, require_dense
@@ -40,6 +41,8 @@ def check(decoder: Decoder, plan: Plan) -> None:
         raise RequestError(f"the plan is of another model: it says nothing of {missing[0]}; make one for this model.")
     if plan.kv_cache is not None and not all(0 <= token < decoder.vocabulary for token in plan.kv_cache.prefix):
         raise RequestError("the plan's prefix names tokens that the model does not have; make a plan for this model.")
+    if plan.kv_cache is not None and plan.kv_cache.evict is not None:
+        require_rotary(decoder.model)
     check_heads(decoder, plan)
     for name, decision in plan.modules.items():
         linear = shape.linears.get(name)

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from sinkquant.artifacts import Plan, Report, Sensitivity, SinkMap
+from sinkquant.cache.rotary import require_rotary
 from sinkquant.evaluate import require_rows, require_tasks_possible
 from sinkquant.evaluate.verdict import require_gate
 from sinkquant.formats import dismiss, follow, require_free, versions
@@ -111,6 +112,9 @@ def run(recipe: Recipe | str | os.PathLike[str] | None = None, model: str | os.P
         kv_scheme = edited.kv_scheme if edited else make_kv_scheme(shape, recipe)
         form = require_loads(decoder, shape, {name: asked[name] for name in asked if name in shape.linears}, {
             name: end for name, end in ends.items() if name in shape.ends}, kv_scheme)
+        cache = (edited or recipe).kv_cache
+        if cache is not None and cache.evict is not None:
+            require_rotary(decoder.model)
     pick_device(recipe.compute.device)
     for text in (recipe.calibration.text, *([edited.calibration.text] if edited else [])):
         read_text(text, "calibration", tokenizer)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sinkquant.artifacts import FormatLoss, KVLoss, Ranking, Sensitivity, SinkMap, Terms, UnitSensitivity
+from sinkquant.artifacts import FormatLoss, KVCachePlan, KVLoss, Ranking, Sensitivity, SinkMap, Terms, UnitSensitivity
 from sinkquant.artifacts.kv import packed_tokens
 from sinkquant.cache import prepare
 from sinkquant.errors import RequestError
@@ -71,6 +71,7 @@ def find_sensitivity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     of_linears = recipe.budget.solved or not (recipe.solves_cache or recipe.solves_inputs)
     units = units_of(decoder, recipe, sink_map) if of_linears else []
     of_inputs = input_units(decoder, recipe, sink_map) if recipe.solves_inputs else []
+    kv = _cache_plan(decoder, sink_map, recipe) if recipe.kv_tried else None
     key = _key(decoder, rows, sink_map, recipe, units, of_inputs)
     if cache is not None and Path(cache).is_file():
         kept = Sensitivity.load(cache)
@@ -94,8 +95,8 @@ def find_sensitivity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         sink_positions=float(sinks.sum(1).double().mean()), units=found, ends=of_ends, inputs=rounded, notes=notes)
     if settings.measure_rows and units:
         made = _measured(made, decoder, tokenizer, sink_map, weights, recipe, progress)
-    if recipe.kv_tried:
-        made = _with_cache(made, decoder, tokenizer, sink_map, recipe, store, progress)
+    if kv is not None:
+        made = _with_cache(made, kv, decoder, tokenizer, sink_map, recipe, store, progress)
     if cache is not None:
         made.save(cache)
     return made
@@ -162,22 +163,29 @@ def _measured(made: Sensitivity, decoder: Decoder, tokenizer: PreTrainedTokenize
     return made.model_copy(update={"units": measured, "ranking": ranking(measured)})
 
 
-def _with_cache(made: Sensitivity, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap,
-                recipe: Recipe, store: ActivationStore | None, progress: Progress | None) -> Sensitivity:
-    """The same with the losses of the KV cache's heads.
+def _cache_plan(decoder: Decoder, sink_map: SinkMap, recipe: Recipe) -> KVCachePlan:
+    """The cache whose heads have losses.
 
     Raises:
         RequestError: the recipe has no KV cache, or rows so short that nothing of it is packed.
     """
-    settings = recipe.sensitivity
     plan = make_kv_plan(decoder.shape(""), sink_map, recipe)
     if plan is None:
         raise RequestError("sensitivity.kv_bits asks for losses of a packed KV cache, and the recipe has no section "
                            "kv_cache; add one, or leave kv_bits out.")
-    length = min(settings.kv_length, decoder.max_length)
+    length = min(recipe.sensitivity.kv_length, decoder.max_length)
     if packed_tokens(length - 1, plan.window, plan.group_size) == 0:
         raise RequestError(f"nothing of a row of {length} tokens is packed with kv_cache.window {plan.window} and "
                            f"groups of {plan.group_size}; raise sensitivity.kv_length or lower the window.")
+    return plan
+
+
+def _with_cache(made: Sensitivity, plan: KVCachePlan, decoder: Decoder, tokenizer: PreTrainedTokenizerBase,
+                sink_map: SinkMap, recipe: Recipe, store: ActivationStore | None,
+                progress: Progress | None) -> Sensitivity:
+    """The same with the losses of the KV cache's heads."""
+    settings = recipe.sensitivity
+    length = min(settings.kv_length, decoder.max_length)
     rows = _rows(decoder, tokenizer, recipe, settings.kv_rows, length)
     device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
     bases = cache_bases(decoder, plan, calibration_of(recipe, sink_map), tokenizer, device, dtype, store)

@@ -126,7 +126,7 @@ class _HeadErrors:
                          for bits in self.bits})
             return
         values = value.float().repeat_interleave(groups, dim=1)
-        learned = (1 - probabilities.sum(-1, keepdim=True)).clamp(min=0)
+        learned = (1 - probabilities.sum(-1, keepdim=True)).clamp(min=0).log()
         query = scale * query.float()
         scores = None if softcap is None else query @ key.float().repeat_interleave(groups, dim=1).mT
         of_keys, of_values = recodings(self.plan, self.bases)
@@ -135,10 +135,12 @@ class _HeadErrors:
             change = query @ wrong.mT
             if softcap is not None and scores is not None:
                 change = softcap * (torch.tanh((scores + change) / softcap) - torch.tanh(scores / softcap))
-            change = change.masked_fill(~packed, 0.0)
-            other = probabilities * change.exp()
-            other = other / (other.sum(-1, keepdim=True) + learned)
-            self._squares((other - probabilities) @ values, gradient, kv_heads, "key", bits)
+            # As logits, in place: exp(change) alone overflows, and everything here is heads x length x length.
+            logits = change.masked_fill_(~packed, 0.0).add_(probabilities.log())
+            top = torch.maximum(logits.amax(-1, keepdim=True), learned)
+            other = logits.sub_(top).exp_()
+            other.div_(other.sum(-1, keepdim=True) + (learned - top).exp())
+            self._squares(other.sub_(probabilities) @ values, gradient, kv_heads, "key", bits)
             group = value_group(self.plan.group_size, self.layer.value_dim)
             wrong = self._error(value, bits, group, of_values, batch).repeat_interleave(groups, dim=1)
             self._squares(probabilities.masked_fill(~packed, 0.0) @ wrong, gradient, kv_heads, "value", bits)

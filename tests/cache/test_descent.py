@@ -93,6 +93,9 @@ def test_a_cache_packs_so_and_needs_the_moments(tmp_path: Path) -> None:
     cache = SinkCache(model.config, plans[1])
     with torch.no_grad():
         model(ROWS, past_key_values=cache)
+    with_gradients = SinkCache(model.config, plans[1])
+    model(ROWS, past_key_values=with_gradients)
+    assert torch.equal(with_gradients.layers[0].dense()[0], cache.layers[0].dense()[0])
     assert cache.layers[0].packed_keys.recoding.descent is not None
     assert cache.layers[0].packed_values.recoding.descent is None
     without = Bases({index: LayerBases(layer.keys, layer.values) for index, layer in again.layers.items()}, again.model)

@@ -11,8 +11,8 @@ from kv_plans import kv_plan
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sinkquant.artifacts.kv import cache_bytes
-from sinkquant.cache import SinkCache, load_cache, prepare, save_cache
-from sinkquant.cache.rotary import rotary_of
+from sinkquant.cache import SinkCache, install, load_cache, prepare, save_cache
+from sinkquant.cache.rotary import require_rotary, rotary_of
 from sinkquant.errors import RequestError
 
 TOKENS = 230
@@ -113,5 +113,7 @@ def test_layers_without_positions_are_refused() -> None:
     """SmolLM3 rotates three layers of four: moving a sink of the fourth would turn what was never turned."""
     config = AutoConfig.for_model("smollm3", **FAMILIES["llama"] | {"no_rope_layers": [1, 0, 1]})
     model = prepare(AutoModelForCausalLM.from_config(config).eval())
-    with pytest.raises(RequestError, match="some layers of SmolLM3ForCausalLM have none"):
-        rotary_of(model)
+    for asked in (rotary_of, require_rotary, lambda model: install(model, kv_plan(model, 2, evict=32))):
+        with pytest.raises(RequestError, match="some layers of SmolLM3ForCausalLM have none"):
+            asked(model)
+    require_rotary(tiny_model("llama"))

@@ -81,6 +81,14 @@ def test_pages_of_their_own_are_refused() -> None:
         installed().generate_batch([IDS[0].tolist()])
 
 
+def test_a_model_drafts_with_its_first_layers() -> None:
+    model, drafts = installed(), {"max_new_tokens": 6, "do_sample": False, "assistant_early_exit": 1}
+    model.generation_config.eos_token_id = None
+    plain = model.generate(IDS[:, :20], max_new_tokens=6, do_sample=False)  # so short that nothing is packed
+    assert torch.equal(model.generate(IDS[:, :20], **drafts), plain)
+    assert model.config.num_hidden_layers == 3
+
+
 @pytest.mark.parametrize("sliding", [True, False])
 def test_an_assistant_takes_back_what_was_rejected_beyond_its_window(sliding: bool) -> None:
     helper, model = tiny_model("gemma3_text"), tiny_model("gemma3_text", seed=1)

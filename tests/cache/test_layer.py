@@ -10,6 +10,9 @@ import torch
 from sinkquant.artifacts import KVCachePlan, KVLayer
 from sinkquant.artifacts.kv import layer_bytes
 from sinkquant.cache.layer import SinkLayer
+from sinkquant.cache.transforms.descent import Descent
+from sinkquant.cache.transforms.recoding import LayerBases
+from sinkquant.cache.transforms.rotation import Basis
 from sinkquant.errors import RequestError
 
 HEADS, KEY, VALUE = 3, 16, 32
@@ -169,7 +172,26 @@ def test_rows_can_be_reordered_repeated_and_selected() -> None:
     assert torch.equal(twin.dense()[0], keys[[1, 0, 0, 1]])
     twin.batch_select_indices(torch.tensor([0]))
     assert torch.equal(twin.dense()[1], values[[1]])
+    twin = copy.deepcopy(layer)
+    twin.batch_select_indices(torch.tensor([False, True]))
+    assert torch.equal(twin.dense()[0], keys[[1]])
     assert torch.equal(layer.dense()[0], keys)
+
+
+def test_matrices_are_moved_to_a_device_once() -> None:
+    plan = _plan([2] * 3, [2] * 3, rotate="covariance", rotate_values="none", rounding="descent")
+    bases = LayerBases(Basis.of_matrix(torch.eye(KEY).repeat(3, 1, 1)), None, Descent(torch.eye(KEY).repeat(3, 1, 1)))
+    layers = [SinkLayer(plan, 0), SinkLayer(plan, 0)]
+    for layer in layers:
+        layer.take_bases(bases)
+        layer.append(*(states.to("meta") for states in _states(3)))
+        layer.take_bases(bases)
+    one, two = (layer.packed_keys.recoding for layer in layers)
+    assert isinstance(one.rotation, Basis)
+    assert one.rotation.matrix.is_meta
+    assert one.descent is not None
+    assert one.descent.moment.is_meta
+    assert one == two
 
 
 def test_wrong_use_is_refused() -> None:

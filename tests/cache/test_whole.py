@@ -88,6 +88,5 @@ def test_what_one_pass_cannot_show_is_read_in_chunks(settings: dict[str, Any]) -
     assert not reads_whole(model, plan)
     sizes = _passes(model)
     found = cached_logits(model, _rows(), plan)
-    assert sizes[-5:] == [32, 32, 32, 32, 22]
-    assert len(sizes) == 5 + 2 * ("evict" in settings)  # for which the layers' positions are tried out
+    assert sizes == [32, 32, 32, 32, 22]
     assert torch.equal(found, _in_chunks(model, _rows(), plan))

@@ -13,12 +13,14 @@ from tiny_tokenizer import random_text, tiny_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import sinkquant as sq
-from sinkquant.artifacts import KVCachePlan, Plan
-from sinkquant.cache import SinkCache, load_prefix, make_prefix, prepare, put_in_front
+from sinkquant.artifacts import KVCachePlan, KVSink, Plan
+from sinkquant.cache import SinkCache, cached_logits, load_prefix, make_prefix, prepare, put_in_front
 from sinkquant.cache.layer import SinkLayer
 from sinkquant.errors import RequestError
 from sinkquant.evaluate.harness import SinkLM
+from sinkquant.evaluate.states import last_states
 from sinkquant.models import Decoder
+from sinkquant.models.head import OutputHead
 from sinkquant.policy.kv_cache import make_kv_plan
 from sinkquant.recipe import Recipe
 
@@ -60,6 +62,23 @@ def test_sixteen_bits_score_as_no_cache_and_two_do_not(pair: tuple[PreTrainedMod
     scores = [lm.loglikelihood(choices) for lm in (plain, exact, packed)]
     assert [s for s, _ in scores[1]] == pytest.approx([s for s, _ in scores[0]], rel=1e-5)
     assert [s for s, _ in scores[2]] != pytest.approx([s for s, _ in scores[0]], rel=1e-5)
+
+
+def test_rows_that_drop_tokens_are_scored_one_by_one(pair: tuple[PreTrainedModel, PreTrainedTokenizerFast]) -> None:
+    """Each keeps other numbers of them: of the sinks, one stands in some rows only."""
+    model, tokenizer = pair
+    sinks = [KVSink(token_id=None, position=0), KVSink(token_id=9, position=None)]
+    plan = _kv(model, 2).model_copy(update={"exact": "detected", "sinks": sinks, "max_exact": 4, "evict": 32})
+    texts = [random_text(150, seed) for seed in range(3)]
+    lm = SinkLM(model, tokenizer, True, 4, kv=plan)
+    together = lm.loglikelihood_rolling([_Request(text) for text in texts])
+    assert together == [lm.loglikelihood_rolling([_Request(text)])[0] for text in texts]
+    ids = torch.tensor([[1, *lm.tok_encode(text)[:140]] for text in texts])
+    fresh = prepare(tiny_model("llama"))
+    with torch.no_grad():
+        expected = torch.cat([cached_logits(fresh, row, plan) for row in ids.split(1)])
+    assert torch.allclose(OutputHead(model).logits(last_states(model, ids, plan)[:, -1]), expected[:, -1], atol=1e-4)
+    assert last_states(tiny_model("llama"), ids, plan).shape == (*ids.shape, 64)
 
 
 def test_tokens_in_front_are_neither_scored_nor_generated(
@@ -152,12 +171,14 @@ def test_a_run_has_a_row_per_mechanism_and_loads_with_its_cache(tiny_folder: Pat
     assert found.past_key_values.plan == plan.kv_cache
 
 
-def test_the_cache_alone(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("evict", ["null", "32"])
+def test_the_cache_alone(evict: str, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     recipe = Recipe.load("kv2-sink").replace([*SETTINGS, "kv_cache.exact=first-n", f"calibration.text={text_file}",
-                                              f"evaluate.text={text_file}"])
+                                              f"evaluate.text={text_file}", f"kv_cache.evict={evict}",
+                                              "kv_cache.group_size=32"])
     report = sq.run(recipe, tiny_folder, tmp_path / "out")
     assert report is not None
     rows = {row.name: row for row in report.rows}
     assert list(rows) == ["unquantized", "sink_aware", "control"]
     assert rows["sink_aware"].tasks["divergence"]["kl"].value > 0
-    assert rows["control"].kv_bits == pytest.approx(rows["sink_aware"].kv_bits, rel=0.02)
+    assert rows["control"].kv_bits == pytest.approx(rows["sink_aware"].kv_bits, rel=0.03)

@@ -9,6 +9,7 @@ from sinkquant.artifacts import KVCachePlan, KVLayerShape, ModelShape, SinkMap
 from sinkquant.artifacts.kv import cache_bytes, packed_tokens
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
+from sinkquant.policy import kv_cache
 from sinkquant.policy.kv_cache import accept_kv, make_kv_control, make_kv_plan
 from sinkquant.recipe import Recipe
 
@@ -116,6 +117,40 @@ def test_the_control_has_the_same_bytes(bits: int, exact: str, evict: str) -> No
     for kept, exact in ((plan, plan.expected_exact), (control, 0)):
         lengths = range(kept.length - kept.group_size + 1, kept.length + 1)
         assert kept.bytes == pytest.approx(sum(cache_bytes(kept, n, exact) for n in lengths) / len(lengths), abs=1)
+
+
+def test_the_control_of_a_long_cache_is_found_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = [_made("kv_cache.length=131072", f"kv_cache.key_bits={bits}", f"kv_cache.value_bits={bits}")
+             for bits in (2, 16)]
+    weighed: list[int] = []
+    own = kv_cache._mean_bytes
+
+    def counted(plan: KVCachePlan, exact: int) -> int:
+        weighed.append(plan.window)
+        return own(plan, exact)
+
+    monkeypatch.setattr(kv_cache, "_mean_bytes", counted)
+    packed, dense = map(make_kv_control, plans)
+    assert packed is not None
+    assert dense is not None
+    assert packed.window > plans[0].window
+    assert len(weighed) < 30
+    assert dense.window == plans[1].window
+    assert "every token" in dense.reason
+
+
+def test_edited_plans_that_generation_cannot_read_are_refused() -> None:
+    sliding = [KVLayerShape(heads=2, key_dim=64, value_dim=64, sliding_window=512)] * 2 + WIDE
+    shape, plan = _shape(sliding), _made(layers=sliding)
+    assert accept_kv(plan, shape) == plan
+    with pytest.raises(RequestError, match="groups of 8; set its group_size to 32, 64 or 128"):
+        accept_kv(plan.model_copy(update={"group_size": 8}), shape)
+    for index, evict, words in ((1, None, "layers with a sliding window"), (2, 128, "layers without a sliding window")):
+        layers = list(plan.layers)
+        layers[index] = layers[index].model_copy(update={"packed": False})
+        with pytest.raises(RequestError, match=words):
+            accept_kv(plan.model_copy(update={"layers": layers, "evict": evict}), shape)
+    accept_kv(plan.model_copy(update={"layers": [*plan.layers[:3], layers[2]]}), shape)
 
 
 def test_bits_per_layer_and_head() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import tiny_model
-from small_runs import small_recipe
+from small_runs import model_folder, small_recipe
 
 import sinkquant as sq
 from sinkquant.errors import RequestError
@@ -84,6 +84,14 @@ def test_a_run_refuses_before_it_detects(tmp_path: Path, tiny_folder: Path, text
     with pytest.raises(RequestError, match="leave the section activations out"):
         sq.run(small_recipe(text_file, SPLIT, "activations.format=int8"), tiny_folder, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_sinks_of_a_model_without_rotary_positions_are_not_moved(tmp_path: Path, text_file: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "detect", None)
+    folder = model_folder(tmp_path / "model", "gpt2")
+    with pytest.raises(RequestError, match="rotary positions, which GPT2LMHeadModel does not"):
+        sq.run(small_recipe(text_file, "kv_cache.evict=128"), folder, tmp_path / "out")
 
 
 def test_a_budget_of_inputs_bits_is_left_to_sensitivities() -> None:

@@ -15,6 +15,7 @@ from sinkquant.artifacts import Sensitivity
 from sinkquant.cli.tables.sensitivity import cache_table, ranking_in_words
 from sinkquant.models import Decoder
 from sinkquant.policy.kv_cache import make_kv_plan
+from sinkquant.sensitivity import find
 from sinkquant.sensitivity.find import repeated
 from sinkquant.sensitivity.kv import exact_places
 
@@ -23,12 +24,15 @@ KEYS = ["weights.group_size=32", "weights.method=rtn", "weights.scale_search=fal
         "sensitivity.kv_bits=[2,4]", "sensitivity.kv_rows=6", "sensitivity.kv_length=96"]
 
 
-def found(tmp_path: Path, family: str, *more: str, **overrides: float) -> Sensitivity:
+def found(tmp_path: Path, family: str, *more: str, key_bias: float = 0.0, **overrides: float) -> Sensitivity:
     text = tmp_path / "words.txt"
     text.write_text(random_text(700))
     model = tiny_model(family, **({"num_hidden_layers": 2} if family == "llama" else {}), **overrides)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(8)
+        for name, bias in model.named_parameters():
+            if key_bias and name.endswith(("q_proj.bias", "k_proj.bias")):
+                bias.normal_().mul_(key_bias if "k_proj" in name else 10)
     recipe = Recipe().replace([f"calibration.text={text}", *KEYS, *more])
     return find_sensitivity(model, tiny_tokenizer(), sink_map_of(Decoder.of(model)), recipe)
 
@@ -100,7 +104,14 @@ def test_exact_tokens_are_those_of_the_cache() -> None:
     assert places("{exact: none, prefix: bos}") == [[1, 0, 0, 0, 0, 0], [0] * 6]
 
 
-def test_what_nothing_is_packed_of_is_refused(tmp_path: Path) -> None:
+def test_keys_that_err_by_much_have_finite_losses(tmp_path: Path) -> None:
+    """As Qwen2's do by their biases: exp of the change of a score is beyond float32."""
+    made = found(tmp_path, "qwen2", "sensitivity.kv_bits=[1]", "sensitivity.kv_rows=1", key_bias=100.0)
+    assert 0 < sum(loss.predicted for loss in made.kv) < float("inf")
+
+
+def test_what_nothing_is_packed_of_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(find, "estimate", None)  # before anything is computed
     with pytest.raises(RequestError, match="nothing of a row of 96 tokens is packed"):
         found(tmp_path, "llama", "kv_cache={window: 90, group_size: 32}")
     with pytest.raises(RequestError, match="the recipe has no section kv_cache"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+
+import torch
 
 from sinkquant.artifacts.kv import KVCachePlan, KVRotation
 from sinkquant.cache.transforms.descent import Descent
@@ -44,6 +46,16 @@ class LayerBases:
     keys: Basis | None = None
     values: Basis | None = None
     descent: Descent | None = None
+    moved: dict[torch.device, LayerBases] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def on(self, device: torch.device) -> LayerBases:
+        """The same on a device. It is moved there once, not at every read."""
+        if device not in self.moved:
+            keys, values = (None if one is None else Basis(one.matrix.to(device), one.inverse.to(device))
+                            for one in (self.keys, self.values))
+            self.moved[device] = LayerBases(
+                keys, values, None if self.descent is None else Descent(self.descent.moment.to(device)))
+        return self.moved[device]
 
     def lacks(self, plan: KVCachePlan) -> bool:
         """Whether a plan asks for matrices that are not here."""

@@ -1,34 +1,18 @@
 """Rotations of a head's channels: codes are of rotated states, and attention is what it was.
 
 Scores do not change where the query goes through `query`, nor the output where it comes back through `back`. Keys are
-rotated after rotary embedding, because a rotation that mixes its pairs does not commute with it.
+rotated after rotary embedding, because a rotation that mixes its pairs does not commute with it. States are [batch,
+heads, ..., D], results float32 alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from sinkquant.cache.hadamard import rotate
-
-
-class Rotation(Protocol):
-    """An invertible map of the channels of every head. States are [batch, heads, ..., D], results float32 alike."""
-
-    def into(self, states: torch.Tensor) -> torch.Tensor:
-        """States as they are packed."""
-
-    def back(self, states: torch.Tensor) -> torch.Tensor:
-        """The inverse of `into`; of attention outputs too, which are sums of values."""
-
-    def query(self, queries: torch.Tensor) -> torch.Tensor:
-        """Queries whose products with packed keys are those of the queries with the keys."""
-
-    def of(self, heads: Sequence[int]) -> Rotation:
-        """The rotation of some heads, in this order."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +20,7 @@ class Hadamard:
     """The normalised Hadamard matrix, its own inverse, for a power of two channels (QuaRot 2404.00456, section 4)."""
 
     def into(self, states: torch.Tensor) -> torch.Tensor:
-        """See `Rotation.into`."""
+        """States as they are packed; queries that meet such keys alike, and outputs of such values as they were."""
         return rotate(states.float())
 
     back = into
@@ -66,19 +50,19 @@ class Basis:
         return cls(kept, torch.linalg.inv(kept.double()).float())
 
     def into(self, states: torch.Tensor) -> torch.Tensor:
-        """See `Rotation.into`."""
+        """States as they are packed."""
         return self._apply(states, self.matrix.mT)
 
     def back(self, states: torch.Tensor) -> torch.Tensor:
-        """See `Rotation.back`."""
+        """The inverse of `into`; of attention outputs too, which are sums of values."""
         return self._apply(states, self.inverse.mT)
 
     def query(self, queries: torch.Tensor) -> torch.Tensor:
-        """See `Rotation.query`."""
+        """Queries whose products with packed keys are those of the queries with the keys."""
         return self._apply(queries, self.inverse)
 
     def of(self, heads: Sequence[int]) -> Basis:
-        """See `Rotation.of`."""
+        """The matrices of some heads, in this order."""
         chosen = list(heads)
         return Basis(self.matrix[chosen], self.inverse[chosen])
 
@@ -86,3 +70,6 @@ class Basis:
     def _apply(states: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         flat = states.float().flatten(2, -2)
         return (flat @ matrix.to(states.device)).view(states.shape)
+
+
+Rotation = Hadamard | Basis
