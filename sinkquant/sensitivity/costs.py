@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sinkquant.costs import PIECES, SPILL_SHARE, Sizes, by_input
 from sinkquant.methods import need_hessian
+from sinkquant.models.attention import QUERY_CHUNK
 from sinkquant.models.memory import LARGE
 
 KEPT_OF_SMALL = 1.2
@@ -36,7 +37,8 @@ def sensitivity_bytes(sizes: Sizes) -> float:
     if sizes.recipe.kv_tried:
         length = min(settings.kv_length, longest)
         batch = min(settings.batch_size, settings.kv_rows) * length
-        scores = 7.0 * 4 * batch * sizes.heads * length
+        # Of the probabilities the half that is not zero, and of all else a chunk of queries.
+        scores = 4.0 * batch * sizes.heads * (length / 2 + 7 * min(length, QUERY_CHUNK))
         peaks.append(_walked_back(sizes, settings.kv_rows * length, batch, length) + _graph(sizes, batch, length)
                      + scores)
     if settings.measure_rows:

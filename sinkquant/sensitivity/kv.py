@@ -100,24 +100,29 @@ class _HeadErrors:
     bits: Sequence[int]
     bases: LayerBases | None = None
     totals: dict[Place, float] = field(default_factory=dict)
-    chunks: list[torch.Tensor] = field(default_factory=list)
+    chunks: list[tuple[int, torch.Tensor]] = field(default_factory=list)
 
     def attention_rows(self, rows: AttentionRows) -> None:
-        self.chunks.append(rows.probabilities.detach())
+        # Of the columns that a query sees: half of the matrix.
+        reach = int(rows.allowed.any(0).nonzero().max()) + 1
+        self.chunks.append((rows.start, rows.probabilities[..., :reach].detach().clone()))
 
     def attention(self, record: AttentionRecord) -> None:
-        probabilities, self.chunks = torch.cat(self.chunks, dim=2), []
+        chunks, self.chunks = self.chunks, []
         if not record.output.requires_grad:
             return
         batch = self.back.step.batch
         states = (record.query.detach(), record.key.detach(), record.value.detach())
+        # Not the record: a hook that holds its own tensor keeps the graph until the garbage collector comes.
+        scale, softcap = record.scale, record.softcap
         record.output.register_hook(
-            lambda gradient: self._add(probabilities, *states, record.scale, record.softcap, gradient.detach(), batch))
+            lambda gradient: self._add(chunks, *states, scale, softcap, gradient.detach(), batch))
 
     @torch.no_grad()
-    def _add(self, probabilities: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    def _add(self, chunks: list[tuple[int, torch.Tensor]], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
              scale: float, softcap: float | None, gradient: torch.Tensor, batch: slice) -> None:
-        """probabilities [batch, heads, length, length]; query and gradient [batch, heads, length, D]."""
+        """chunks: first query and probabilities [batch, heads, queries, columns]; query and gradient [batch, heads,
+        length, D]. What is heads x length x length is never whole here."""
         length, kv_heads = key.shape[2], key.shape[1]
         groups = query.shape[1] // kv_heads
         packed = self._packed(length).to(key.device)
@@ -125,25 +130,32 @@ class _HeadErrors:
             self._count({(head, kind, bits): 0.0 for head in range(kv_heads) for kind in ("key", "value")
                          for bits in self.bits})
             return
-        values = value.float().repeat_interleave(groups, dim=1)
-        learned = (1 - probabilities.sum(-1, keepdim=True)).clamp(min=0).log()
         query = scale * query.float()
-        scores = None if softcap is None else query @ key.float().repeat_interleave(groups, dim=1).mT
+        keys, values = (states.float().repeat_interleave(groups, dim=1) for states in (key, value))
         of_keys, of_values = recodings(self.plan, self.bases)
+        group = value_group(self.plan.group_size, self.layer.value_dim)
         for bits in self.bits:
             wrong = self._error(key, bits, None, of_keys, batch).repeat_interleave(groups, dim=1)
-            change = query @ wrong.mT
-            if softcap is not None and scores is not None:
-                change = softcap * (torch.tanh((scores + change) / softcap) - torch.tanh(scores / softcap))
-            # As logits, in place: exp(change) alone overflows, and everything here is heads x length x length.
-            logits = change.masked_fill_(~packed, 0.0).add_(probabilities.log())
-            top = torch.maximum(logits.amax(-1, keepdim=True), learned)
-            other = logits.sub_(top).exp_()
-            other.div_(other.sum(-1, keepdim=True) + (learned - top).exp())
-            self._squares(other.sub_(probabilities) @ values, gradient, kv_heads, "key", bits)
-            group = value_group(self.plan.group_size, self.layer.value_dim)
-            wrong = self._error(value, bits, group, of_values, batch).repeat_interleave(groups, dim=1)
-            self._squares(probabilities.masked_fill(~packed, 0.0) @ wrong, gradient, kv_heads, "value", bits)
+            wrong_values = self._error(value, bits, group, of_values, batch).repeat_interleave(groups, dim=1)
+            for start, probabilities in chunks:
+                stop, reach = start + probabilities.shape[2], probabilities.shape[3]
+                there = packed[start:stop, :reach]
+                if not bool(there.any()):
+                    continue
+                asked, mine = query[:, :, start:stop], gradient[:, :, start:stop]
+                change = asked @ wrong[:, :, :reach].mT
+                if softcap is not None:
+                    scores = asked @ keys[:, :, :reach].mT
+                    change = softcap * (torch.tanh((scores + change) / softcap) - torch.tanh(scores / softcap))
+                # As logits: exp(change) alone overflows.
+                logits = change.masked_fill_(~there, 0.0).add_(probabilities.log())
+                learned = (1 - probabilities.sum(-1, keepdim=True)).clamp(min=0).log()
+                top = torch.maximum(logits.amax(-1, keepdim=True), learned)
+                other = logits.sub_(top).exp_()
+                other.div_(other.sum(-1, keepdim=True) + (learned - top).exp())
+                self._squares(other.sub_(probabilities) @ values[:, :, :reach], mine, kv_heads, "key", bits)
+                self._squares(probabilities.masked_fill(~there, 0.0) @ wrong_values[:, :, :reach], mine, kv_heads,
+                              "value", bits)
 
     def _packed(self, length: int) -> torch.Tensor:
         """bool [length, length]: which tokens a query finds packed when it is read, as decoding reads it."""
