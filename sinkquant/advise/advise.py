@@ -120,7 +120,7 @@ def _with_losses(recipe: Recipe) -> Recipe:
     if recipe.kv_cache is None:
         return quick
     return quick.changed(sensitivity={"kv_bits": [2], "kv_length": recipe.evaluate.divergence_length,
-                                      "kv_repeated": False})
+                                      "kv_rows": 8, "kv_repeated": False})
 
 
 def _held_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> torch.Tensor:

@@ -58,9 +58,10 @@ def cache_candidates(plan: KVCachePlan, length: int) -> list[str]:
     """Recipe assignments that make sensitivities tell what the bits of a cache lose in rows of `length` tokens, and
     hardly anything of the weights."""
     bits = sorted({bits for layer in plan.layers for bits in layer.key_bits + layer.value_bits if bits < 16})
-    return [f"sensitivity.kv_bits={bits}", f"sensitivity.kv_length={length}", "sensitivity.kv_repeated=false",
-            "sensitivity.rows=1", "sensitivity.bits=[8]", "sensitivity.group_sizes=[-1]", "sensitivity.measure_rows=0",
-            "weights.method=rtn", "weights.scale_search=false"]
+    return [f"sensitivity.kv_bits={bits}", f"sensitivity.kv_length={length}", "sensitivity.kv_rows=8",
+            "sensitivity.kv_repeated=false", "sensitivity.rows=1", "sensitivity.bits=[8]",
+            "sensitivity.group_sizes=[-1]", "sensitivity.measure_rows=0", "weights.method=rtn",
+            "weights.scale_search=false"]
 
 
 def predicted_cache_worth(one: Mechanism, base: Sensitivity, own: Sensitivity) -> PredictedWorth | None:

@@ -108,6 +108,7 @@ class SensitivitySettings(Section):
     `weights.lm_head` and `weights.embeddings` say. A budget of the whole checkpoint, or of its loss, then chooses.
     `kv_bits`: numbers of bits that the keys and the values of every KV head are tried in, on `kv_rows` x `kv_length`
     tokens; empty: the KV cache stays as the section `kv_cache` says. A budget of bytes with a `context` then chooses.
+    Rows as long as the cache tell most: the errors of all tokens that are read add up.
     `kv_repeated`: bits are chosen as much by what they lose where the second half of those rows repeats the first: a
     few heads look far back for what stood there (RazorAttention 2407.15891), and prose seldom asks them.
     """
@@ -123,6 +124,11 @@ class SensitivitySettings(Section):
     score: Literal["second-order", "diagonal"] = "second-order"
     end_bits: list[Annotated[int, Field(ge=2, le=8)]] = Field(default_factory=list)
     kv_bits: list[Literal[1, 2, 3, 4, 8]] = Field(default_factory=list)
-    kv_rows: int = Field(default=8, ge=1)
-    kv_length: int = Field(default=512, ge=16)
+    kv_rows: int = Field(default=2, ge=1)
+    kv_length: int = Field(default=2048, ge=16)
     kv_repeated: bool = True
+
+    @property
+    def kv_batch(self) -> int:
+        """Rows of `kv_length` tokens at a time: as many tokens as of the others."""
+        return max(1, self.batch_size * self.length // self.kv_length)

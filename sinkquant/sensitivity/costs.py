@@ -36,7 +36,7 @@ def sensitivity_bytes(sizes: Sizes) -> float:
                      * sizes.vocabulary + (len(sizes.linears) + 4) * tokens * sizes.hidden * sizes.item)
     if sizes.recipe.kv_tried:
         length = min(settings.kv_length, longest)
-        batch = min(settings.batch_size, settings.kv_rows) * length
+        batch = min(settings.kv_batch, settings.kv_rows) * length
         # Of the probabilities the half that is not zero, and of all else a chunk of queries.
         scores = 4.0 * batch * sizes.heads * (length / 2 + 7 * min(length, QUERY_CHUNK))
         peaks.append(_walked_back(sizes, settings.kv_rows * length, batch, length) + _graph(sizes, batch, length)

@@ -191,7 +191,7 @@ def _with_cache(made: Sensitivity, plan: KVCachePlan, decoder: Decoder, tokenize
     bases = cache_bases(decoder, plan, calibration_of(recipe, sink_map), tokenizer, device, dtype, store)
 
     def lost(rows: torch.Tensor) -> list[KVLoss]:
-        walk = Walk(decoder, rows, settings.batch_size, device, dtype, store=store)
+        walk = Walk(decoder, rows, settings.kv_batch, device, dtype, store=store)
         return kv_losses(walk, plan, exact_places(rows, plan, sink_places(rows, sink_map)), sink_map, recipe, bases,
                          progress)
 
