@@ -126,10 +126,16 @@ class KVCachePlan(Strict):
     def in_words(self) -> str:
         """The section in two sentences."""
         packed = sum(layer.packed for layer in self.layers)
-        return (f"KV cache: keys in {self.key_bits} and values in {self.value_bits} bits, groups of {self.group_size}, "
-                f"{self._recoded()}the last {self.window} tokens in full precision, in {packed} of "
+        return (f"KV cache: keys in {self._bits('key')} and values in {self._bits('value')} bits, groups of "
+                f"{self.group_size}, {self._recoded()}the last {self.window} tokens in full precision, in {packed} of "
                 f"{len(self.layers)} layers; {self.reason}. A row of {self.length:,} tokens weighs {self.bytes:,} "
                 f"bytes of {self.unquantized_bytes:,}, {self.bits_per_value:.3g} bits per number.{self._changed()}")
+
+    def _bits(self, kind: str) -> str:
+        """Of the heads of all packed layers."""
+        found = {bits for layer in self.layers if layer.packed for bits in getattr(layer, f"{kind}_bits")}
+        usual = getattr(self, f"{kind}_bits")
+        return f"{min(found)} to {max(found)} (most in {usual})" if len(found) > 1 else str(usual)
 
     def _recoded(self) -> str:
         words = {"hadamard": "Hadamard-rotated", "covariance": "rotated by covariance"}

@@ -103,6 +103,7 @@ def test_the_fewest_bits_that_are_tried_are_what_a_budget_starts_from() -> None:
     plan = make_plan(SHAPE, SINKS, Recipe().replace([*ALONE, *long, "kv_cache.bits=5.5"]), costs)
     assert plan.kv_cache is not None
     assert {bits for layer in plan.kv_cache.layers for bits in layer.key_bits + layer.value_bits} == {4, 8}
+    assert "4 to 8 (most in " in plan.kv_cache.in_words()
     with pytest.raises(RequestError, match=r"make them anew with fewer in sensitivity\.kv_bits"):
         make_plan(SHAPE, SINKS, Recipe().replace([*ALONE, "kv_cache.length=16384", "kv_cache.bits=4.5"]), costs)
     foreign = costs.model_copy(update={"kv": [costs.kv[0].model_copy(update={"head": 7})]})
