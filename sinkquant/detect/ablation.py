@@ -43,7 +43,7 @@ class NoOpHeads(Detector):
     def __init__(self, decoder: Decoder, recipe: Recipe, name: str | None = None) -> None:
         super().__init__(decoder, recipe, name)
         if recipe.prune.heads != "none":
-            for layer in attending(decoder):
+            for layer in decoder.attending:
                 head_columns(decoder, layer)  # refuses a layer whose heads cannot be told apart
 
     def result(self, found: Found) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class HeadAblator:
         Raises:
             RequestError: the architecture has no output projection in which heads can be told apart.
         """
-        columns = {layer: head_columns(self.decoder, layer) for layer in attending(self.decoder)}
+        columns = {layer: head_columns(self.decoder, layer) for layer in self.decoder.attending}
         asleep = no_ops(known)
         for rows in texts.values():
             if asleep:
@@ -173,11 +173,6 @@ class HeadAblator:
                 weight = weight_matrix(self.decoder.linears[name])
                 norms.append([float(weight[:, part].float().norm()) for part in parts])
         return norms
-
-
-def attending(decoder: Decoder) -> list[int]:
-    """The layers with an attention matrix."""
-    return [layer for layer in range(len(decoder.blocks)) if layer not in decoder.quiet]
 
 
 def no_ops(heads: list[list[Head]]) -> set[Place]:

@@ -102,7 +102,7 @@ class SinkComparison:
         self._known = self._known or self._look(first)
         before, after = self._known, self._look(second)
         if kept is not None:
-            attending = [block for block in range(len(first.blocks)) if block not in first.quiet]
+            attending = first.attending
             before = replace(before, side=of_blocks(before.side, kept), attention=before.attention[
                 [place for place, block in enumerate(attending) if block in kept]])
         a, b, seed = before.side, after.side, self.compute.seed

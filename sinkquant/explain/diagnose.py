@@ -7,14 +7,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from sinkquant.artifacts import SinkMap
 from sinkquant.artifacts.explanation import Cause
 from sinkquant.explain.parts import Part, first_block, put_back
 from sinkquant.explain.patterns import Evidence, findings
 from sinkquant.explain.remedies import remedy
+from sinkquant.models import as_stored
 from sinkquant.models.smaller import HeadCounts
 from sinkquant.recipe import Recipe
 
@@ -49,13 +50,13 @@ def cause_in(parts: list[Part], shares: Mapping[str, torch.Tensor], whole: tuple
         parts: its parameters. shares: first-order parts of their single weights, by parameter name.
         whole: the loss with all of it put back, and the share that removes.
     """
-    name, turned = parts[0].module, _turned(parts[0].module, model)
+    name, module = parts[0].module, _module(parts[0].module, model)
     for part in parts:
         if part.quantized.dim() != 2 or part.name not in shares:
             continue
-        for finding in findings(_evidence(part, shares[part.name], turned, model, sink_map)):
+        for finding in findings(_evidence(part, shares[part.name], module, model, sink_map)):
             mended = finding.mended.to(part.quantized.dtype)
-            with put_back([part], {part.name: mended.T if turned else mended}):
+            with put_back([part], {part.name: as_stored(module, mended)}):
                 after, removes = measuring.removes(first_block(parts))
             if removes > 0 and removes >= MOST * whole[1]:
                 return Cause(kind=finding.kind, where=name, kl_after=after, removes=removes,
@@ -72,7 +73,7 @@ def _whole(name: str, parts: list[Part], whole: tuple[float, float], model: PreT
     if name.rpartition(".")[2] == "sinks":
         kind = "learned sinks"
     matrix = max(parts, key=lambda part: part.quantized.numel())
-    rows = matrix.quantized.T if _turned(name, model) else matrix.quantized
+    rows = as_stored(_module(name, model), matrix.quantized)
     bits = bits_of(rows) if rows.dim() == 2 else None
     both = kind == "embedding" and ends[0] == ends[1]
     if both:
@@ -111,12 +112,12 @@ def bits_of(matrix: torch.Tensor, rows: int = 64) -> int | None:
     return bits if 2 ** bits <= size // 2 and counts[size] < size // 2 else None
 
 
-def _turned(name: str, model: PreTrainedModel) -> bool:
-    """Whether a module holds its matrix as [columns, rows], as GPT-2's do."""
-    return isinstance(dict(model.named_modules()).get(name), Conv1D)
+def _module(name: str, model: PreTrainedModel) -> nn.Module:
+    """The module of that name, or the model where a parameter has it."""
+    return dict(model.named_modules()).get(name, model)
 
 
-def _evidence(part: Part, shares: torch.Tensor, turned: bool, model: PreTrainedModel,
+def _evidence(part: Part, shares: torch.Tensor, module: nn.Module, model: PreTrainedModel,
               sink_map: SinkMap | None) -> Evidence:
     width, frequencies = 0, torch.empty(0)
     if part.module.rpartition(".")[2] in ("q_proj", "k_proj"):
@@ -124,6 +125,5 @@ def _evidence(part: Part, shares: torch.Tensor, turned: bool, model: PreTrainedM
         frequencies = next((module.inv_freq for module in model.modules()
                             if isinstance(getattr(module, "inv_freq", None), torch.Tensor)), torch.empty(0))
     known = sink_map.modules.get(part.module) if sink_map else None
-    before, after, shares = (one.T.contiguous() if turned else one
-                             for one in (part.unquantized, part.quantized, shares))
+    before, after, shares = (as_stored(module, one) for one in (part.unquantized, part.quantized, shares))
     return Evidence(part.module, before, after, shares, width, frequencies, tuple(known.sink_columns) if known else ())

@@ -154,6 +154,11 @@ class Decoder:
         else:
             self.linears[name].weight.data = as_stored(self.linears[name], new)
 
+    @property
+    def attending(self) -> list[int]:
+        """The blocks with an attention matrix."""
+        return [index for index in range(len(self.blocks)) if index not in self.quiet]
+
     def block_of(self, name: str) -> int:
         """Index of the block that a module name lies in."""
         for index, block in enumerate(self.block_names):

@@ -152,11 +152,18 @@ def test_a_task_that_does_not_exist_is_named_with_its_near_miss() -> None:
 def test_a_group_of_a_folder_may_name_a_task_of_lm_evals(folder: Path, tmp_path: Path,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "group.yaml").write_text("group: both\ntask: [sink_cloze, hellaswag]\n", encoding="utf-8")
-    download = lm_eval.api.task.ConfigurableTask.download
-    monkeypatch.setattr(lm_eval.api.task.ConfigurableTask, "download", lambda task, *args, **more: (
-        pytest.skip() if task.config.task == "hellaswag" else download(task, *args, **more)))
-    with pytest.raises(pytest.skip.Exception):  # lm-eval's own is asked for its data
+    download, asked = lm_eval.api.task.ConfigurableTask.download, []
+
+    def out_of_reach(task: lm_eval.api.task.ConfigurableTask, *args: Any, **more: Any) -> None:
+        asked.append(task.config.task)
+        if task.config.task == "hellaswag":
+            raise ConnectionError("its hub is out of reach")
+        download(task, *args, **more)
+
+    monkeypatch.setattr(lm_eval.api.task.ConfigurableTask, "download", out_of_reach)
+    with pytest.raises(RequestError, match="its hub is out of reach"):
         open_tasks(["both"], folder, tmp_path)
+    assert asked[-1] == "hellaswag"  # lm-eval's own is asked for its data
 
 
 @pytest.mark.usefixtures("hellaswag_alone")
