@@ -19,6 +19,7 @@ from sinkquant.explain.probe import Probe
 from sinkquant.models import adds_bos, encode
 from sinkquant.models.head import keep_head
 from sinkquant.models.hooks import hooked
+from sinkquant.models.inputs import share_rounding
 
 OWN = ("quantization_config", "torch_dtype", "dtype", "transformers_version", "architectures", "_name_or_path",
        "use_cache", "initializer_range", "tie_word_embeddings", "pretraining_tp", "_attn_implementation", "return_dict",
@@ -60,7 +61,7 @@ def configuration_causes(original: PreTrainedModel, model: PreTrainedModel, meas
         mended = rebuilt(model, [one.name for one in some], original.config)
         if mended is None:
             return None
-        after = probe.loss(mended if probe.kv is None else prepare(mended, prefix, bases))
+        after = probe.loss(mended if probe.kv is None else prepare(mended, prefix, bases, own=True))
         removes = 1 - after / measuring.loss
         return _configured(some, f"the baseline's {'value removes' if len(some) == 1 else 'values remove'} "
                                  f"{percent(removes)} of the loss", removes, after)
@@ -91,7 +92,7 @@ def changes(before: Any, after: Any) -> list[SettingChange]:
 
 def rebuilt(model: PreTrainedModel, names: Sequence[str], config: Any) -> PreTrainedModel | None:
     """The model with some values of its configuration taken from another, None where its weights do not fit these;
-    weights are shared, inputs are not rounded."""
+    weights and the rounding of inputs are shared."""
     mended = copy.deepcopy(model.config)
     inner, right = mended.get_text_config(decoder=True), config.get_text_config(decoder=True)
     for name in names:
@@ -101,6 +102,7 @@ def rebuilt(model: PreTrainedModel, names: Sequence[str], config: Any) -> PreTra
         with init_empty_weights(include_buffers=False), no_init_weights():
             made = type(model)._from_config(mended, dtype=model.dtype)
         made.load_state_dict(model.state_dict(), strict=False, assign=True)
+        share_rounding(model, made)
     except Exception:  # every architecture has its own way to say that numbers do not go together
         return None
     made.tie_weights()
@@ -155,7 +157,8 @@ def finite_cause(model: PreTrainedModel, probe: Probe, tokens: torch.Tensor,
             return None
         # Halved one by one: a copy of the whole in float32 would take twice the memory.
         halves = {id(one): torch.nn.Parameter(one.half(), requires_grad=False) for one in model.parameters()}
-        half = copy.deepcopy(model, halves).half()
+        # transformers' own method refuses where the checkpoint was packed.
+        half = torch.nn.Module.half(copy.deepcopy(model, halves))
         logits = half(probe.rows[:2].to(half.device), use_cache=False).logits
         broken = ~torch.isfinite(logits).all(-1)
     if not broken.any():

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
-import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import SinkMap
@@ -22,38 +20,24 @@ from sinkquant.recipe import Recipe
 
 def verified(cause: Cause, recipe: Recipe, fresh: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase,
              sink_map: SinkMap, probe: Probe, loss: float) -> Cause:
-    """The cause with what its recipe change makes of the baseline, the recipe's own lists before those of the change;
-    the same where it has none, or the change and the recipe do not go together.
+    """The cause with what its recipe change makes of the baseline; the same where it has none, or the change and the
+    recipe do not go together.
 
     Args:
         recipe: what the checkpoint was made with. fresh: gives the baseline, to be quantized. loss: of the checkpoint.
     """
     if not cause.recipe:
         return cause
-    cause = cause.model_copy(update={"recipe": appended(cause.recipe, recipe)})
     model = fresh()
     try:
         plan = make_plan(Decoder.of(model).shape(""), sink_map, recipe.replace(cause.recipe))
         quantize(model, plan, tokenizer)
         cast_model(model, str(model.device), probe.original.dtype)  # as the checkpoint was loaded
+        cache = plan.kv_cache
+        if cache is not None:
+            state = state_of(model)
+            prepare(model, state.prefix, state.bases, own=True)
     except RequestError as error:
         return cause.model_copy(update={"advice": f"{cause.advice} (the change was refused: {error})"})
-    cache = plan.kv_cache
-    if cache is not None:
-        state = state_of(model)
-        prepare(model, state.prefix, state.bases)
     now = (probe if cache == probe.kv else replace(probe, kv=cache)).loss(model)
     return cause.model_copy(update={"verified": Verified(kl=now, removes=1 - now / loss)})
-
-
-def appended(assignments: list[str], recipe: Recipe) -> list[str]:
-    """Lists go behind those that the recipe has."""
-    known: dict[str, list[Any]] = {
-        "weights.ignore": recipe.weights.ignore, "protect.modules": recipe.protect.modules,
-        "weights.overrides": [one.model_dump(exclude_none=True) for one in recipe.weights.overrides]}
-    found = []
-    for one in assignments:
-        key, _, value = one.partition("=")
-        before = known.get(key)
-        found.append(f"{key}={[*before, *yaml.safe_load(value)]!r}" if before else one)
-    return found

@@ -177,6 +177,16 @@ def round_inputs(model: nn.Module, linears: Mapping[str, nn.Module], args: Mappi
             RoundedInputs(one, switch, scales.get(name), (zero_points or {}).get(name)))
 
 
+def share_rounding(model: nn.Module, twin: nn.Module) -> None:
+    """Let a model with the same modules round the inputs of its linears as another does, with the same switch."""
+    if switch_of(model) is not None:
+        setattr(twin, SWITCH, switch_of(model))
+    for name, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, RoundedInputs | Forget):
+                twin.get_submodule(name).register_forward_pre_hook(hook)
+
+
 @dataclass
 class Forget:
     """In front of a whole model: what was let through in the last pass says nothing about the next one. A cache that

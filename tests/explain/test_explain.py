@@ -20,10 +20,10 @@ from sinkquant.artifacts.explanation import Cause
 from sinkquant.errors import RequestError
 from sinkquant.explain.parts import different_parts, first_block, put_back
 from sinkquant.explain.probe import Probe
-from sinkquant.explain.remedies import remedy
+from sinkquant.explain.remedies import appended, remedy
 from sinkquant.explain.settings import finite_cause
 from sinkquant.explain.stream import from_block, recorded
-from sinkquant.explain.verify import appended, verified
+from sinkquant.explain.verify import verified
 from sinkquant.models import load_model, read_text, token_rows
 from sinkquant.recipe import Recipe
 from sinkquant.report.explained import markdown
@@ -70,18 +70,24 @@ def test_loss_that_is_spread_is_told_by_role_and_the_change_is_verified(rounded,
 
 
 def test_the_recipe_s_own_lists_stay_in_a_change() -> None:
-    recipe = Recipe().replace(["weights.overrides=[{pattern: '*.o_proj', bits: 8}]", "weights.ignore=['*.q_proj']"])
+    recipe = Recipe().replace(["weights.overrides=[{pattern: '*.o_proj', bits: 8}]",
+                               r"weights.ignore=['re:.*\.q_proj']"])
     changed = recipe.replace(appended(["weights.overrides=[{pattern: '*.down_proj', bits: 8}]",
                                        "weights.ignore=['*.k_proj', '*.v_proj']", "weights.bits=5"], recipe))
     assert [one.pattern for one in changed.weights.overrides] == ["*.o_proj", "*.down_proj"]
-    assert changed.weights.ignore == ["*.q_proj", "*.k_proj", "*.v_proj"]
+    assert changed.weights.ignore == [r"re:.*\.q_proj", "*.k_proj", "*.v_proj"]
     assert changed.weights.bits == 5
 
 
 @pytest.mark.parametrize(("kind", "settings", "expected"), [
     ("module", [], ["weights.overrides=[{pattern: 'a.up_proj', bits: 8}]"]),
     ("role", ["weights.overrides=[{pattern: '*.up_proj', bits: 8}]"],
-     ["weights.overrides=[{pattern: 'a.up_proj', bits: 16}]"]),
+     ['weights.overrides=[{"pattern": "*.up_proj", "bits": 8}, {"pattern": "a.up_proj", "bits": 16}]']),
+    ("columns", [r"weights.ignore=['re:.*\.q']"], [r'weights.ignore=["re:.*\\.q", "a.up_proj"]']),
+    ("module", ["backend=gptq"], ["weights.overrides=[{pattern: 'a.up_proj', bits: 16}]"]),
+    ("super weight", ["backend=gptq"], ["weights.overrides=[{pattern: 'a.up_proj', bits: 16}]"]),
+    ("super weight", [], ["protect.channels=split", "protect.modules=['a.up_proj']"]),
+    ("sink columns", ["activations.format=int8"], ["weights.overrides=[{pattern: 'a.up_proj', bits: 8}]"]),
     ("module", ["weights.format=nvfp4"], ["weights.overrides=[{pattern: 'a.up_proj', bits: 16}]"]),
     ("module", ["protect.modules=['re:up']", "protect.bits=16"], []), ("columns", ["weights.ignore=['*.up_proj']"], []),
     ("super weight", ["protect.channels=split"], ["protect.modules=['a.up_proj']"]),
@@ -116,17 +122,19 @@ def test_the_change_of_a_mixture_is_carried_out(text_file, tmp_path):
     assert all(".experts.*'" in one.recipe[0] and one.verified for one in changed)
 
 
-@pytest.mark.parametrize("rotate", ["none", "full"])
-def test_a_change_is_verified_in_the_dtype_of_the_measurement(rotate, text_file, tmp_path):
+@pytest.mark.parametrize(("rotate", "stored", "measured"), [
+    ("none", torch.bfloat16, torch.float32), ("full", torch.bfloat16, torch.float32),
+    ("none", torch.float32, torch.float16)])
+def test_a_change_is_verified_in_the_dtype_of_the_measurement(rotate, stored, measured, text_file, tmp_path):
     """A recipe that is not changed gives back the loss of the checkpoint that was made with it, its prefix too."""
-    base = written(tiny_model("llama", dtype=torch.bfloat16), tmp_path / "base")
+    base = written(tiny_model("llama", dtype=stored), tmp_path / "base")
     model, tokenizer = sq.load(base)
-    recipe = Recipe().replace(["weights.method=rtn", "weights.bits=8", "weights.group_size=32",
+    recipe = Recipe().replace(["weights.method=rtn", "weights.bits=4", "weights.group_size=32",
                                f"weights.rotate={rotate}", "kv_cache.prefix=bos", "kv_cache.group_size=32", *SMALL])
     known = sq.detect(model, tokenizer, text=str(text_file), recipe=recipe)
     sq.quantize(model, sq.plan(model, known, recipe), tokenizer)
     folder = sq.save(model, tokenizer, tmp_path / "w8", known, recipe)
-    original, made = load_model(base, torch.float32), sq.load(folder, torch.float32)[0]
+    original, made = load_model(base, measured), sq.load(folder, measured)[0]
     rows = token_rows(tokenizer, read_text(text_file, "evaluation"), 2, 32, "never")
     probe = Probe.of(original, rows, (1,), (1,), sq.plan(sq.load(base)[0], known, recipe).kv_cache)
     cause = Cause(kind="module", where="", sentence="", removes=0.1, kl_after=0.1, recipe=["seed=0"])
@@ -167,10 +175,31 @@ def test_a_value_is_put_right_beside_a_packed_cache_with_its_prefix(text_file, t
     sq.quantize(model, sq.plan(model, known, recipe), tokenizer)
     folder = Path(sq.save(model, tokenizer, tmp_path / "w8", known, recipe))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}), encoding="utf-8")
+    rope = config["rope_parameters"] | {"rope_theta": 100.0}  # by which a prefix knows its model
+    wrong = {"rms_norm_eps": 0.5, "rope_parameters": rope}
+    (folder / "config.json").write_text(json.dumps(config | wrong), encoding="utf-8")
     found = explained(folder, base, text_file)
     assert found.causes[0].where == "config.json: rms_norm_eps"
     assert found.causes[0].removes > 0.5
+
+
+def test_a_value_that_changes_nothing_removes_nothing_where_inputs_are_rounded(tiny_folder, text_file, tmp_path):
+    model, _, sink_map = quantized(text_file, bits=8, group=-1, more=("activations.format=int8",))
+    model.config.attention_dropout = 0.25
+    folder = sq.save(model, tiny_tokenizer(), tmp_path / "w8a8", sink_map)
+    found = explained(folder, tiny_folder, text_file)
+    (cause,) = [one for one in found.causes if one.kind == "configuration"]
+    assert cause.where == "config.json: attention_dropout"
+    assert cause.removes == pytest.approx(0, abs=1e-6)
+    assert cause.kl_after == pytest.approx(found.kl)
+
+
+def test_a_packed_checkpoint_in_float16_is_tried_in_it(text_file, tmp_path):
+    base = written(tiny_model("llama", dtype=torch.float16), tmp_path / "base")
+    model, _, sink_map = quantized(text_file, bits=2, dtype=torch.float16)
+    found = explained(sq.save(model, tiny_tokenizer(), tmp_path / "w2", sink_map), base, text_file)
+    assert found.kl > 0
+    assert all(one.kind != "not finite" for one in found.causes)
 
 
 def test_blocks_that_give_a_tuple_and_a_short_text(text_file, tmp_path):
