@@ -18,7 +18,7 @@ from sinkquant.artifacts.heads import HeadAblation, HeadAblations, SparedHead
 from sinkquant.detect.detector import Detector, Found
 from sinkquant.detect.heads import describe_heads
 from sinkquant.detect.table import attention_of
-from sinkquant.models import Decoder, Walk, head_columns, read_text, token_rows, weight_matrix
+from sinkquant.models import Decoder, Walk, head_columns, weight_matrix
 from sinkquant.models.steps import Progress
 from sinkquant.recipe import Detection, Recipe
 
@@ -48,18 +48,14 @@ class NoOpHeads(Detector):
 
     def result(self, found: Found) -> dict[str, Any]:
         """On the rows of detection and as many of the evaluation text; None where no recipe asks."""
-        if self.recipe.prune.heads == "none":
+        if found.evaluation is None:
             return {"head_ablations": None}
-        rows = found.surveys[0].rows
-        evaluation = token_rows(found.tokenizer, read_text(self.recipe.evaluate.text, "evaluation", found.tokenizer),
-                                len(rows), rows.shape[1], self.recipe.calibration.bos, self.decoder.vocabulary,
-                                "evaluation text", "detect.length")
         massive = max((channel for channels in found.massive for channel in channels), key=lambda one: one.peak,
                       default=None)
         ablator = HeadAblator(self.decoder, self.settings, found.device, found.dtype, found.progress,
                               None if massive is None else massive.channel, self.recipe.prune.massive)
-        return {"head_ablations": ablator.run(found.fields["heads"], {"calibration": rows, "evaluation": evaluation},
-                                              found.sinks.mask)}
+        texts = {"calibration": found.surveys[0].rows, "evaluation": found.evaluation}
+        return {"head_ablations": ablator.run(found.fields["heads"], texts, found.sinks.mask)}
 
 
 @dataclass(frozen=True)

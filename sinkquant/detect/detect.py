@@ -47,6 +47,11 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
     surveyor = Surveyor(decoder, recipe, progress, detectors)
     content = read_text(text or recipe.calibration.text, "calibration", tokenizer)
     rows = surveyor.rows(tokenizer, content, settings.rows, settings.length)
+    evaluation = None
+    if recipe.prune.heads != "none":
+        evaluation = token_rows(tokenizer, read_text(recipe.evaluate.text, "evaluation", tokenizer), len(rows),
+                                rows.shape[1], recipe.calibration.bos, decoder.vocabulary, "evaluation text",
+                                "detect.length")
     long_rows = surveyor.long_rows(tokenizer, content)
     notes = source_notes(folder_of(model))
     ids, counts = rows[:, 1:].unique(return_counts=True)
@@ -67,7 +72,7 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
     assert repeated is not None
     found = Found(decoder, tokenizer, recipe, surveyor.device, surveyor.dtype, facts,
                   [survey for survey in (first, long) if survey is not None], repeated, without_bos, progress,
-                  notes=notes)
+                  evaluation, notes=notes)
     nulls: dict[str, str] = {}
     extensions: dict[str, dict[str, Any]] = {}
     for detector in detectors:

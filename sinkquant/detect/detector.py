@@ -34,6 +34,7 @@ class Found:
         surveys: of the rows that sinks are looked for in, the short ones first; the last one's inputs were recorded.
         repeated: of rows that repeat one token, the published negative control.
         without_bos: of the first survey's text without `<bos>`; None where its rows do not start with it.
+        evaluation: as many rows of the evaluation text, where a recipe takes heads out.
         fields: what detectors have found so far, by field of the sink map.
         sinks: selects the sinks, once they are found.
         notes: sentences for the sink map.
@@ -49,6 +50,7 @@ class Found:
     repeated: Survey
     without_bos: Survey | None
     progress: Progress | None = None
+    evaluation: torch.Tensor | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     sinks: SinkSelector = field(default_factory=SinkSelector)
     notes: list[str] = field(default_factory=list)

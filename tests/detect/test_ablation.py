@@ -159,6 +159,15 @@ def test_heads_that_cannot_be_told_apart_are_refused_before_anything_is_read(
         detect(model, tiny_tokenizer(), recipe=asked)
 
 
+def test_a_short_evaluation_text_is_refused_before_anything_is_read(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked, short = resting(), recipe(tmp_path), tmp_path / "short.txt"
+    short.write_text("w9 w10 w11", encoding="utf-8")
+    monkeypatch.setattr(Walk, "steps", lambda _: pytest.fail("began"))
+    with pytest.raises(RequestError, match="evaluation text is shorter than one row"):
+        detect(model, tiny_tokenizer(), recipe=asked.replace([f"evaluate.text={short}"]))
+
+
 def test_every_family_has_columns_for_its_heads() -> None:
     for family in FAMILIES:
         model = tiny_model(family)
