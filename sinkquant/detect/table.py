@@ -78,10 +78,10 @@ class AttentionTable:
             value_norms=torch.cat([batch.value_norms for batch in batches]),
             output_norms=torch.stack([batch.output_norms for batch in batches]).sum(0)))
 
-    def sink_rate(self, threshold: float, position: int = 0) -> float:
-        """Sink rate by Gu et al. (2410.10781, section 3): the share of samples, layers and heads in which the
+    def sink_rate(self, threshold: float) -> float:
+        """Sink rate by Gu et al. (2410.10781, section 3): the share of samples, layers and heads in which the first
         position's mean received attention, over the queries that see it, is over the threshold."""
-        return float(torch.stack([(self.layers[index].mass[:, :, position] > threshold).float().mean()
+        return float(torch.stack([(self.layers[index].mass[:, :, 0] > threshold).float().mean()
                                   for index in self.attending]).mean())
 
     @property

@@ -91,4 +91,3 @@ def drawn(rows: torch.Tensor, sinks: torch.Tensor, decode: Callable[[int], str],
         places = kind.flatten().nonzero().flatten()
         found[name] = places[torch.randperm(len(places), generator=generator)[:count]].sort().values
     return found
-

@@ -20,6 +20,8 @@ from sinkquant.models.unused import require_nothing_carried
 from sinkquant.quantize import is_quantized
 from sinkquant.recipe import Recipe
 
+INSTEAD = "prune.heads=no-op in a recipe silences heads wherever they are."
+
 
 def cut_heads(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap,
               folder: str | os.PathLike[str], recipe: Recipe | None = None) -> list[list[int]]:
@@ -62,15 +64,14 @@ def require_cuttable(model: PreTrainedModel) -> None:
         raise RequestError("this model is quantized; cut heads off the unquantized one.")
     require_nothing_carried(model, "smaller heads")
     decoder, architecture = Decoder.of(model), type(model).__name__
-    instead = "prune.heads=no-op in a recipe silences heads wherever they are."
     if decoder.quiet:
         raise RequestError("no heads can be cut off: every layer has to lose as many, and layer "
-                           f"{min(decoder.quiet)} of {architecture} has no attention matrix. {instead}")
+                           f"{min(decoder.quiet)} of {architecture} has no attention matrix. {INSTEAD}")
     for layer in range(len(decoder.blocks)):
         head_columns(decoder, layer)
     if not any(smaller_model(model, count) for count in range(1, HeadCounts.of(model).kv_heads)):
         raise RequestError(f"no heads can be cut off: transformers builds {architecture} with these smaller numbers: "
-                           f"none. {instead}")
+                           f"none. {INSTEAD}")
 
 
 def kv_heads_to_keep(sink_map: SinkMap, built: Callable[[int], PreTrainedModel | None],
@@ -107,7 +108,6 @@ def kv_heads_to_keep(sink_map: SinkMap, built: Callable[[int], PreTrainedModel |
         raise RequestError(
             f"no heads can be cut off: layer {fewest} has {len(free[fewest])} of {facts.kv_heads} key-value heads "
             f"whose queries are all no-ops, every layer has to lose as many, and transformers builds "
-            f"{facts.architecture} with these smaller numbers: {smaller}. "
-            "prune.heads=no-op in a recipe silences heads wherever they are.")
+            f"{facts.architecture} with these smaller numbers: {smaller}. {INSTEAD}")
     return [sorted(set(range(facts.kv_heads)) - set(free[layer][:facts.kv_heads - count]))
             for layer in range(facts.layers)]
