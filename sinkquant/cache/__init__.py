@@ -5,5 +5,5 @@ from sinkquant.cache.cache import SinkCache
 from sinkquant.cache.files import load_cache, save_cache
 from sinkquant.cache.install import install
 from sinkquant.cache.prefix import Prefix, find_prefix, load_prefix, make_prefix, put_in_front, save_prefix
-from sinkquant.cache.prepare import prepare
+from sinkquant.cache.prepare import given_prefix, prepare
 from sinkquant.cache.score import cached_logits

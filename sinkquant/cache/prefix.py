@@ -25,7 +25,7 @@ SMALLEST = 2.0 ** -14
 """Of float16's normal numbers: below it numbers of bfloat16 change when a model is loaded in float16."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prefix:
     """Attributes:
         ids: the tokens, in order, from the first of a row on.

@@ -37,7 +37,7 @@ def prepare(model: PreTrainedModel, prefix: Prefix | None = None, bases: Bases |
         RequestError: the model does not dispatch its attention through transformers, the prefix or the bases were made
             by another model, or others were given before.
     """
-    before = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _BeforeForward)), None)
+    before = _given(model)
     if prefix is not None:
         if not own:
             require_same_model(prefix, model)
@@ -59,6 +59,16 @@ def prepare(model: PreTrainedModel, prefix: Prefix | None = None, bases: Bases |
     model.register_forward_hook(_after_forward, with_kwargs=True)
     dispatch_packed(model)
     return model
+
+
+def given_prefix(model: PreTrainedModel) -> Prefix | None:
+    """The prefix that a model was given, or None."""
+    before = _given(model)
+    return None if before is None else before.prefix
+
+
+def _given(model: PreTrainedModel) -> _BeforeForward | None:
+    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _BeforeForward)), None)
 
 
 class _BeforeForward:

@@ -92,7 +92,7 @@ def diagnose(models: Annotated[list[str], typer.Argument(help="A model folder, a
     for one in found:
         for shown in tables(one):
             table(shown)
-        for note in one.notes:
+        for note in dict.fromkeys([*one.notes, *(one.against.notes if one.against else [])]):
             paragraph(f"Note: {note}")
     if len(found) > 1:
         table(scale_table(found))

@@ -30,12 +30,12 @@ def bos_variants(decoder: Decoder, text: torch.Tensor, bos: int, compute: WalkSe
         rows = with_bos(text, bos, places[name])
         walk = compute.walk(decoder, rows)
         layers = attention_of(walk).of_heads().layers
-        loss, visible = text_losses(walk.losses(), places[name]).double().mean(1), layers[0].visible
-        mass = torch.cat([layer.received[:, :, 0].double() / visible[0] for layer in layers], dim=1)
+        loss = text_losses(walk.losses(), places[name]).double().mean(1)
+        mass = torch.cat([layer.received[:, :, 0].double() / layer.visible[0] for layer in layers], dim=1)
         first = places[name][0] if places[name] else None
         reference = loss if reference is None else reference
-        attention = None if first is None else float(
-            torch.stack([layer.received[:, :, first].double().mean() / visible[first] for layer in layers]).mean())
+        attention = None if first is None else float(torch.stack(
+            [layer.received[:, :, first].double().mean() / layer.visible[first] for layer in layers]).mean())
         found.append(BosVariant(
             name=name, loss=measured(loss, compute.seed), loss_increase=measured(loss - reference, compute.seed),
             sink_rate=measured((mass > SINK).double().mean(1), compute.seed), bos_attention=attention))

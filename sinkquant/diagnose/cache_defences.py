@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from sinkquant.artifacts import KVCachePlan, SinkMap
 from sinkquant.artifacts.diagnosis import Check
-from sinkquant.cache import cached_logits, make_prefix, prepare
+from sinkquant.cache import cached_logits, given_prefix, make_prefix, prepare
+from sinkquant.cache.prefix import fingerprint
 from sinkquant.diagnose.rows import with_bos
 from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.models import Decoder
@@ -29,12 +30,13 @@ DEFENCES: tuple[tuple[str | None, str], ...] = (
 
 
 def cache_defences(model: PreTrainedModel, text: torch.Tensor, bos: int, sink_map: SinkMap,
-                   original: PreTrainedModel) -> list[Check]:
+                   original: PreTrainedModel, notes: list[str]) -> list[Check]:
     """Loss through a 2-bit cache, on the text and on the text with more `<bos>` in its first half, by defence.
 
     Args:
         text: int64 [rows, length] without any `<bos>`.
         original: the unquantized model, which may be `model` itself.
+        notes: is told where its prefix does not fit `model`, so that this defence is left out.
 
     Raises:
         RequestError: the model is too large to be copied, its cache cannot be packed, or the rows are too short.
@@ -44,7 +46,14 @@ def cache_defences(model: PreTrainedModel, text: torch.Tensor, bos: int, sink_ma
     if text.shape[1] < SHORTEST:
         raise RequestError(f"rows of {text.shape[1]} tokens are too short: {SHORTEST} are needed to fill a block.")
     shape, half = Decoder.of(model).shape(""), text.shape[1] // 2
-    prefix = make_prefix(original, [bos])
+    held = given_prefix(model)
+    prefix = held or make_prefix(original, [bos])
+    fits = fingerprint(model, [bos]) == prefix.model if held is None else held.ids == (bos,)
+    if not fits:
+        why = "token embedding or blocks are no longer the unquantized model's" if held is None else (
+            "KV prefix is of other tokens")
+        notes.append(f"an exact prefix in a 2-bit KV cache was not measured: this checkpoint's {why}; one that is made "
+                     "with kv_cache.prefix=bos and weights.embeddings=16 holds a prefix that fits")
     found = []
     inputs = {"the text": [0], "4 more <bos> in the first half": [0, *range(half // 5, half, half // 5)][:5]}
     for what, places in inputs.items():
@@ -53,11 +62,11 @@ def cache_defences(model: PreTrainedModel, text: torch.Tensor, bos: int, sink_ma
             reference = _loss(lambda row: model(row.to(model.device), use_cache=False).logits, rows, half)
         if reference is None:
             raise SinkquantError("the untouched text already gives outputs that are not finite.")
-        for defence, setting in DEFENCES:
+        for defence, setting in DEFENCES if fits else DEFENCES[:-1]:
             recipe = Recipe(kv_cache=KVCache()).replace([*SETTINGS, "kv_cache.exact=none", setting])
             plan = make_kv_plan(shape, sink_map, recipe)
             assert plan is not None
-            twin = prepare(copy.deepcopy(model), prefix if plan.prefix else None)
+            twin = prepare(copy.deepcopy(model), prefix if plan.prefix and held is None else None)
             loss = _loss(functools.partial(_through_cache, twin, plan), rows, half)
             found.append(Check(name="2-bit KV cache", what=what, defence=defence, loss=loss,
                                reference_loss=reference, sink_rate=None, reference_sink_rate=None,

@@ -45,7 +45,6 @@ PARTS = 8
 """Of the work, which are counted."""
 
 
-
 def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | list[str] | None = None,
              recipe: Recipe | None = None, name: str | None = None, sink_map: SinkMap | None = None,
              attacks: bool = True, original: PreTrainedModel | None = None, against: PreTrainedModel | None = None,
@@ -55,7 +54,7 @@ def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
 
     Args:
         model: any decoder that `detect` supports, quantized (and made dense) or not. Its weights are not changed.
-        text: a file of natural text; None for the packaged evaluation text.
+        text: a file of natural text; None for the recipe's evaluation text, or the packaged one.
         recipe: device, dtype, seed, `<bos>` policy and thresholds; None for the defaults.
         sink_map: the model's sinks, where they were detected before.
         attacks: also the robustness checks.
@@ -75,13 +74,13 @@ def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
         require_quantized(decoder, Decoder.of(against), kept)
     content = read_text(text or recipe.evaluate.text, "evaluation", tokenizer)
     job = _Inputs(decoder, tokenizer, content, recipe)
+    rows = job.rows(ROWS, min(LENGTH, decoder.max_length))
     steps = Steps(PARTS, progress, "diagnosing:", "diagnosed")
     steps.next("finding sinks")
     if sink_map is None:
         quick = recipe.changed(detect={"super_weights": False}, prune={"heads": "none"})
         sink_map = detect(model, tokenizer, text, quick, name)
     notes = source_notes(folder_of(model))
-    rows = job.rows(ROWS, min(LENGTH, decoder.max_length))
     sinks = mark_sinks(rows, sink_map.tokens)
     steps.next("mixing")
     found = survey(decoder, rows, sinks, job.compute)
@@ -227,7 +226,7 @@ def _cache_defences(job: _Inputs, bos: int | None, sink_map: SinkMap, original: 
         return []
     try:
         text = job.rows(FEW_ROWS, min(CACHED_LENGTH, job.decoder.max_length) - REPEATS, "never")
-        return cache_defences(job.decoder.model, text, bos, sink_map, original)
+        return cache_defences(job.decoder.model, text, bos, sink_map, original, notes)
     except SinkquantError as error:
         notes.append(f"a packed KV cache was not measured: {error}")
         return []

@@ -117,7 +117,8 @@ def test_two_runs_are_the_same_and_the_model_is_left_alone(text_file: Path) -> N
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_text_that_is_too_short_is_refused(tmp_path: Path) -> None:
+def test_a_text_that_is_too_short_is_refused(tmp_path: Path, text_file: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
     short = tmp_path / "short.txt"
     short.write_text("w9 w10 w11", encoding="utf-8")
     model = tiny_model("llama")
@@ -125,3 +126,7 @@ def test_a_text_that_is_too_short_is_refused(tmp_path: Path) -> None:
         diagnose(model, tiny_tokenizer(), str(short), RECIPE)
     with pytest.raises(RequestError, match=r"shorter than one row: .* give more text\."):
         diagnose(model, tiny_tokenizer(), str(short), RECIPE, sink_map=sink_map_of(Decoder.of(model)))
+    short.write_text(" ".join(f"w{word}" for word in range(9, 109)), encoding="utf-8")  # enough for sinks alone
+    monkeypatch.setattr(Walk, "steps", lambda _: pytest.fail("began"))
+    with pytest.raises(RequestError, match="shorter than one row"):
+        diagnose(model, tiny_tokenizer(), str(short), RECIPE.replace([f"calibration.text={text_file}"]))

@@ -112,6 +112,16 @@ def test_bos_is_removed_moved_and_doubled(planted: PreTrainedModel, text: torch.
     assert found["once"].loss.value == pytest.approx(float(loss), rel=1e-5)
 
 
+def test_the_bos_of_every_layer_is_read_by_the_queries_that_see_it() -> None:
+    """Behind a sliding window fewer do than in a full layer."""
+    decoder = Decoder.of(tiny_model("gemma3_text"))
+    text = torch.randint(8, 128, (2, 98), generator=torch.Generator().manual_seed(0))
+    once = bos_variants(decoder, text, 1, COMPUTE)[0]
+    mass = torch.cat(first_position_mass(decoder, front(text), COMPUTE), dim=1)
+    assert once.bos_attention == pytest.approx(float(mass.mean()), rel=1e-5)
+    assert once.sink_rate.value == pytest.approx(float((mass > 0.3).double().mean()))
+
+
 @pytest.mark.parametrize("places", [[], [0], [3], [0, 0]])
 def test_losses_of_the_text_only(places: list[int]) -> None:
     text = torch.arange(10, 16)[None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sinkquant.artifacts import SinkToken
 from sinkquant.artifacts.diagnosis import Check
+from sinkquant.cache import make_prefix, prepare
 from sinkquant.detect import detect
 from sinkquant.diagnose import cache_defences as cache_module
 from sinkquant.diagnose import robustness as module
@@ -142,7 +144,8 @@ def test_what_defends_in_a_packed_cache(text_file: Path) -> None:
     planted.lm_head.weight.data *= 40  # so that a change of what heads read changes the loss
     sink_map = detect(planted, tiny_tokenizer(), str(text_file), Recipe().replace(["detect.super_weights=false"]))
     attention = planted.config._attn_implementation
-    found = cache_defences(planted, text, 1, sink_map, planted)
+    notes: list[str] = []
+    found = cache_defences(planted, text, 1, sink_map, planted, notes)
     assert [check.what for check in found] == ["the text"] * 3 + ["4 more <bos> in the first half"] * 3
     assert planted.config._attn_implementation == attention
     assert not planted._forward_pre_hooks
@@ -150,15 +153,26 @@ def test_what_defends_in_a_packed_cache(text_file: Path) -> None:
     assert pinned < undefended
     assert prefix < undefended
     assert all(check.finite and check.sink_rate is None for check in found)
+    original = copy.deepcopy(planted)
+    held = prepare(copy.deepcopy(planted), make_prefix(planted, [1]))
+    assert cache_defences(held, text[:1, :100], 1, sink_map, original, notes)[2].loss == cache_defences(
+        planted, text[:1, :100], 1, sink_map, original, notes)[2].loss
+    assert notes == []
+    planted.model.embed_tokens.weight.data[1] *= 1.01  # what rounding does to it
+    for other, why in ((planted, "token embedding or blocks"), (
+            prepare(copy.deepcopy(original), make_prefix(original, [9, 1])), "KV prefix is of other tokens")):
+        found = cache_defences(other, text[:1, :100], 1, sink_map, original, notes)
+        assert [check.defence for check in found[:3]] == [None, "detected sinks pinned in the cache", None]
+        assert f"this checkpoint's {why}" in notes[-1]
 
 
 def test_too_large_a_model_is_not_copied(planted: PreTrainedModel, text: torch.Tensor,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RequestError, match="too short"):
-        cache_defences(planted, text, 1, None, planted)
+        cache_defences(planted, text, 1, None, planted, [])
     monkeypatch.setattr(cache_module, "LARGEST", 10)
     with pytest.raises(RequestError, match="at most 10 parameters"):
-        cache_defences(planted, text, 1, None, planted)
+        cache_defences(planted, text, 1, None, planted, [])
 
 
 @pytest.mark.parametrize(("family", "learned"), [("gpt2", True), ("opt", True), ("llama", False), ("gemma2", False)])
