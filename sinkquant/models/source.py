@@ -337,17 +337,20 @@ def _groups(folder: Path, quantization: Any, stored: dict[str, StoredTensor]) ->
         raise RequestError(f"{folder} is quantized as {settings.get('quant_method')!r}; start from the unquantized "
                            "model.")
     require_no_transforms(folder, settings)
+    targets = {target: group for group in settings["config_groups"].values() for target in group["targets"]}
+    patterns = sorted(target for target in targets if target.startswith("re:"))
     found = {}
     for name in stored:
         module, _, leaf = name.rpartition(".")
         if leaf == "weight_scale":
-            groups = [group for group in settings["config_groups"].values()
-                      if any(_matches(target, module) for target in group["targets"])]
+            # In the order of compressed-tensors, where several name it.
+            naming = [module, *(one for one in patterns if re.match(one.removeprefix("re:"), module)), "Linear"]
+            group = next((targets[one] for one in naming if one in targets), None)
             others = {f"{module}.weight_zero_point", f"{module}.weight_g_idx"}  # the second of actorder: group
-            if not groups or others & stored.keys() or not _read_here(module, groups[0], stored):
+            if group is None or others & stored.keys() or not _read_here(module, group, stored):
                 raise RequestError(f"{folder} packs {module} in a way that sinkquant does not read; start from the "
                                    "unquantized model.")
-            found[module] = groups[0]
+            found[module] = group
     return found
 
 
@@ -393,7 +396,3 @@ def _linears(source: WeightSource, names: Iterable[str]) -> dict[str, nn.Module]
 def _input_scales(module: str) -> tuple[str, str]:
     """The names of a stored scale of inputs: of all, or over those of groups."""
     return f"{module}.input_scale", f"{module}.input_global_scale"
-
-
-def _matches(target: str, module: str) -> bool:
-    return re.match(target[3:], module) is not None if target.startswith("re:") else target in ("Linear", module)
