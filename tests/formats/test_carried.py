@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from backend_cases import BACKEND_CASES
 from families import tiny_model
 from sinkmaps import sink_map_of
 from small_runs import fingerprint, model_folder
@@ -20,6 +22,7 @@ from sinkquant.models import Decoder, load_model, load_tokenizer, open_model, so
 from sinkquant.policy import make_plan
 from sinkquant.quantize import quantize
 from sinkquant.recipe import Recipe
+from sinkquant.run.candidates import bits_on_disk
 
 GENERATION = {"bos_token_id": 1, "eos_token_id": [2, 7], "do_sample": False, "temperature": 0.6, "top_p": 0.9,
               "something_new": {"a": 1}}
@@ -50,12 +53,12 @@ def edit_config(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}), encoding="utf-8")
 
 
-def quantized_to(source: Path, out: Path, model: PreTrainedModel | None = None) -> Path:
+def quantized_to(source: Path, out: Path, model: PreTrainedModel | None = None,
+                 settings: Sequence[str] = ("weights.method=rtn", "weights.group_size=32")) -> Path:
     """A checkpoint of a folder: from disk to disk, or through memory where the model is there."""
     made = model or open_model(source)
     decoder = Decoder.of(made)
-    plan = make_plan(decoder.shape(""), sink_map_of(decoder), Recipe().replace(
-        ["weights.method=rtn", "weights.group_size=32"]))
+    plan = make_plan(decoder.shape(""), sink_map_of(decoder), Recipe().replace(settings))
     if source_of(made) is not None:
         quantize_to(out, made, plan, load_tokenizer(source))
     else:
@@ -161,11 +164,14 @@ class MineForCausalLM(LlamaForCausalLM):
 """
 
 
-def test_code_that_the_model_brings_is_taken_along(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["rtn", "nf4"])
+def test_code_that_the_model_brings_is_taken_along(source: Path, tmp_path: Path, kind: str) -> None:
     (source / "modeling_mine.py").write_text(MINE, encoding="utf-8")
     edit_config(source, model_type="mine", architectures=["MineForCausalLM"], auto_map={
         "AutoConfig": "modeling_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"})
-    out = quantized_to(source, tmp_path / "out", open_model(source, trust_remote_code=True))
+    settings = BACKEND_CASES.get(kind, ["weights.method=rtn", "weights.group_size=32"])
+    out = quantized_to(source, tmp_path / "out", open_model(source, trust_remote_code=True), settings)
+    assert 4 < bits_on_disk(out, trust_remote_code=True) < 16
     model, _ = load(out, trust_remote_code=True)
     assert type(model).__name__ == "MineForCausalLM"
     assert type(AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)).__name__ == "MineForCausalLM"
