@@ -8,6 +8,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 from backend_cases import BACKEND_CASES
 from families import tiny_model
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from sinkquant.errors import RequestError
 from sinkquant.formats import load, quantize_to, save
+from sinkquant.formats.carried import carry
 from sinkquant.models import Decoder, load_model, load_tokenizer, open_model, source_of
 from sinkquant.policy import make_plan
 from sinkquant.quantize import quantize
@@ -117,6 +119,25 @@ def test_what_was_changed_in_memory_is_written_as_it_is_now(source: Path, tmp_pa
     assert (words.eos_token, words.chat_template) == ("w9", None)
     assert not (out / "merges.txt").exists()
     assert (out / "preprocessor_config.json").read_text() == FILES["preprocessor_config.json"]
+
+
+def test_a_hub_ids_tokenizer_is_that_of_its_snapshot(source: Path, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--owner--tiny" / "snapshots" / ("0123456789" * 4)
+    snapshot.parent.mkdir(parents=True)
+    source.rename(snapshot)
+    model, tokenizer = load_model(snapshot), load_tokenizer(snapshot)
+    model.name_or_path = tokenizer.name_or_path = "owner/tiny"  # as from_pretrained("owner/tiny") leaves them
+    model.config._commit_hash = snapshot.name
+    kept = {*FILES, "tokenizer.json", "tokenizer_config.json"}
+    for name in ("same", "changed"):
+        (tmp_path / name).mkdir()
+        carry(tmp_path / name, model, tokenizer)
+        tokenizer.chat_template = None
+    before, same, changed = (fingerprint(folder) for folder in (snapshot, tmp_path / "same", tmp_path / "changed"))
+    assert {name: same.get(name) for name in kept} == {name: before[name] for name in kept}
+    assert "chat_template.jinja" not in changed
 
 
 def test_a_model_that_was_made_in_memory_has_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
