@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -41,6 +40,7 @@ from sinkquant.models.inputs import round_inputs
 from sinkquant.models.loading import all_finite, auto_class, loading_errors, read_config
 from sinkquant.models.progress import no_transformers_bars
 from sinkquant.models.shards import ScaledTensor, Stored, StoredTensor, dense_tensors, stored_tensors
+from sinkquant.models.stored import runs_of_rows
 from sinkquant.schemes.scheme import COMPRESSED
 
 ATTRIBUTE = "sinkquant_source"
@@ -49,8 +49,6 @@ FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "nvfp4-pack-qua
 FOLDED = ("weight_input", "weight_output")
 """Places of compressed-tensors' transforms that are in the weights already."""
 Unpack = Callable[[Mapping[str, StoredTensor], PreTrainedModel, torch.dtype], dict[str, Stored]]
-COMPARED = 1 << 24
-"""Values of two tensors that are compared at a time."""
 
 
 def open_model(folder: Path, trust_remote_code: bool = False, dtype: torch.dtype | None = None,
@@ -294,9 +292,7 @@ class WeightSource:
         a, b = self.stored(first), self.stored(second)
         if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
             return False
-        step = max(1, COMPARED * a.shape[0] // max(1, math.prod(a.shape)))
-        spans = [(start, min(start + step, a.shape[0])) for start in range(0, a.shape[0], step)]
-        return all(torch.equal(a.rows(*span), b.rows(*span)) for span in spans)
+        return all(torch.equal(a.rows(*span), b.rows(*span)) for span in runs_of_rows(a.shape))
 
     def _fill(self, names: set[str]) -> None:
         """Read the named parameters, and whatever else is made of the same tensors, into the model."""
