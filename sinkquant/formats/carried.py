@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from sinkquant.errors import RequestError
 from sinkquant.models.folder import read_settings
-from sinkquant.models.loading import TOKENIZER_FILES, load_tokenizer, loading_errors
+from sinkquant.models.loading import TOKENIZER_FILES, has_tokenizer, load_tokenizer, loading_errors
 from sinkquant.models.source import folder_of, runs_own_code, source_of
 
 GENERATION = "generation_config.json"
@@ -45,7 +45,7 @@ def carry(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         OSError: the disk is full.
     """
     source = folder_of(model)
-    own = _write_tokenizer(folder, tokenizer, source)
+    own = _write_tokenizer(folder, tokenizer, source, model.name_or_path)
     settings = _write_generation(folder, model, source)
     if source is not None:
         for path in _carried(source, folder):
@@ -104,8 +104,11 @@ def _carried(source: Path, target: Path) -> Iterator[Path]:
                             and not any(part.startswith((".", "__")) for part in one.relative_to(source).parts))
 
 
-def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, source: Path | None) -> set[str]:
+def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, source: Path | None, name: str) -> set[str]:
     """Write the tokenizer unless it is still what the source gives.
+
+    Args:
+        name: what the model was loaded by: a hub id, where the source is a snapshot of it.
 
     Returns:
         the names of the source's files that it replaces; empty where they are to be taken along as they are.
@@ -114,7 +117,8 @@ def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, source: P
         now, before = Path(temporary, "now"), Path(temporary, "before")
         try:
             tokenizer.save_pretrained(now)
-            if source is not None and tokenizer.name_or_path and Path(tokenizer.name_or_path) == source:
+            if source is not None and has_tokenizer(source) and tokenizer.name_or_path and (
+                    tokenizer.name_or_path == name or Path(tokenizer.name_or_path) == source):
                 load_tokenizer(source, runs_own_code(tokenizer)).save_pretrained(before)
             if _contents(now) == _contents(before):
                 return set()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.offload.dispatch import remove_dispatch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import Plan, SinkMap
@@ -111,6 +112,7 @@ def load_dense(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu
                     made_dense(model, model.dtype)
                 elif model.hf_quantizer.quantization_config.is_quantization_compressed:
                     model.hf_quantizer.compressor.decompress_model(model)
+                    remove_dispatch(model)  # a placement of its own, by which a weight that is set is copied
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
         raise RequestError(f"{path} is a {method} checkpoint that cannot be loaded: {first_line(error)}.") from error
     inputs = InputRounding()
@@ -133,7 +135,8 @@ def load_dense(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu
 def _share_ends(model: PreTrainedModel) -> None:
     """Let a head hold the embedding's weight again, whose codes were unpacked once for each of them."""
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = getattr(head, "weight", None) is not None and model.config.get_text_config(decoder=True).tie_word_embeddings
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    tied = f"{name}.weight" in model.all_tied_weights_keys  # not of a configuration: which one says it differs
     if tied and head.weight is not table.weight and torch.equal(head.weight, table.weight):
         head.weight = table.weight
 

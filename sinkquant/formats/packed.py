@@ -74,7 +74,7 @@ def load_packed(path: Path, dtype: torch.dtype | str = "auto", device: str = "cp
         if head_bits != 16:
             raise RequestError(f"{path} is in GPTQ's format, which optimum loads, and head_bits rounds what sinkquant "
                                "packs in memory; leave head_bits at 16.")
-        return load_by_optimum(path, device)
+        return load_by_optimum(path, device, trust_remote_code)
     if library is not None:
         raise RequestError(f"packed=True reads compressed-tensors and sinkquant's own format, and {path} is in another "
                            "library's; load it without packed=True, or with transformers for that library's kernels.")

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import get_balanced_memory, get_max_memory
-from compressed_tensors.offload.dispatch import remove_dispatch
 from transformers import PreTrainedModel
 
 from sinkquant.errors import RequestError, first_line
@@ -67,7 +66,6 @@ class Placement:
             if packed and (elsewhere := sorted({str(place) for place in found.values()} - {"cpu", "disk"})):
                 raise RequestError(f"the device map sends weights that are packed for the CPU to {elsewhere[0]}; map "
                                    "them to cpu and disk, or give device='cuda' for all of them.")
-            remove_dispatch(model)  # compressed-tensors leaves a placement of its own where it unpacked weights
             return dispatch_model(model, found, offload_dir=self.offload_folder, offload_buffers=packed,
                                   skip_keys=model._skip_keys_device_placement)
         except (ValueError, KeyError, RuntimeError) as error:

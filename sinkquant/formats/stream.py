@@ -288,7 +288,7 @@ def _check_reload(partial: Path, decoder: Decoder, plan: Plan) -> None:
         LOG.info("not loaded as a whole by transformers, since it would take %d bytes", size)
         return
     files, dtype, trusted = files_of(plan.backend), decoder.model.dtype, runs_own_code(decoder.model)
-    again = (files.reload(partial, dtype) if isinstance(files, LibraryFiles)
+    again = (files.reload(type(decoder.model), partial, dtype) if isinstance(files, LibraryFiles)
              else load_dense(partial, dtype=dtype, trust_remote_code=trusted).state_dict())
     if again is None:
         LOG.info("not loaded by %s itself, which cannot be run here", plan.backend)

@@ -54,7 +54,8 @@ def kept(namespace: str, key: str, mark: str, when: int, make: Callable[[Path], 
             (aside / mark).write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
             for file in aside.rglob("*"):
                 os.utime(file, ns=(when, when))
-            if not place.exists():
+            if not (place / mark).is_file():  # else another process was faster
+                shutil.rmtree(place, ignore_errors=True)  # without its mark it is not whole
                 aside.rename(place)
         finally:
             shutil.rmtree(aside, ignore_errors=True)

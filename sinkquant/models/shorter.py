@@ -29,6 +29,9 @@ INDICES = ("mlp_only_layers", "moe_layers", "rope_scaling_layers", "attn_layer_i
 """Keys that hold a list of layers."""
 LEADING = ("first_k_dense_replace", "num_dense_layers")
 """Keys that hold a number of layers at the beginning that are of another kind than the rest."""
+OF_FOLDER = ("quantization_config", "transformers_version", "architectures", "model_type", "auto_map", "_name_or_path",
+             "transformers_weights")
+"""Keys of the whole model's folder, whose other blocks would count as tensors that nothing computes with."""
 SHARED = ("num_kv_shared_layers", "kv_sharing_modes", "num_hidden_groups")
 """Keys by which layers read the keys and values, or the weights, of other layers."""
 NUMBER = ("layer_idx", "layer_index", "layer_id")
@@ -81,10 +84,7 @@ def shorter_config(config: PreTrainedConfig, kept: Sequence[int]) -> PreTrainedC
     inside = next((key for key, value in vars(config).items() if value is text), None)
     settings = settings | {inside: _shortened(settings[inside], text, kept)} if inside else _shortened(settings, text,
                                                                                                     kept)
-    # Not of the whole model's folder either, whose other blocks would count as tensors that nothing computes with.
-    for key in ("transformers_version", "architectures", "model_type", "auto_map", "_name_or_path"):
-        settings.pop(key, None)
-    return type(config)(**settings)
+    return type(config)(**{key: value for key, value in settings.items() if key not in OF_FOLDER})
 
 
 def old_name(decoder: Decoder, name: str, kept: Sequence[int]) -> str:
@@ -102,19 +102,23 @@ def old_name(decoder: Decoder, name: str, kept: Sequence[int]) -> str:
 
 def _shortened(settings: dict[str, Any], text: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
     count = text.num_hidden_layers
-    found = dict(settings)
+    found = {key: told_of(key, value, kept) for key, value in settings.items()}
     found[text.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(kept)
     for key, value in settings.items():
         if key in PER_LAYER and isinstance(value, list | tuple) and len(value) == count:
             found[key] = [value[index] for index in kept]
-        elif key in INDICES and isinstance(value, list | tuple):
-            found[key] = [place for place, index in enumerate(kept) if index in value]
-        elif key in LEADING and isinstance(value, int):
-            found[key] = sum(index < value for index in kept)
-        elif key == "per_layer_config" and isinstance(value, dict):
-            found[key] = {place: value[name] for place, index in enumerate(kept) for name in (index, str(index))
-                          if name in value}
     return found
+
+
+def told_of(key: str, value: Any, kept: Sequence[int]) -> Any:
+    """What a setting that counts or names layers is where only these are there; any other as it is."""
+    if key in INDICES and isinstance(value, list | tuple):
+        return [place for place, index in enumerate(kept) if index in value]
+    if key in LEADING and isinstance(value, int):
+        return sum(index < value for index in kept)
+    if key == "per_layer_config" and isinstance(value, dict):
+        return {place: value[name] for place, index in enumerate(kept) for name in (index, str(index)) if name in value}
+    return value
 
 
 def _require_same(model: PreTrainedModel, shorter: PreTrainedModel, kept: Sequence[int]) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from sinkquant.models.shorter import INDICES, LEADING, OF_FOLDER, told_of
+
 VOCABULARY, POSITIONS, WINDOW, EXPERTS = 64, 64, 16, 4
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 WIDTHS = ("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim", "embedding_size", "q_lora_rank",
@@ -41,10 +43,7 @@ def shrunk(config: PreTrainedConfig, layers: Sequence[int], unit: int) -> PreTra
     text = config.get_text_config(decoder=True)
     inside = next((key for key, value in vars(config).items() if value is text), "")
     small = _smaller(settings, layers, unit, inside)
-    for key in ("quantization_config", "transformers_version", "architectures", "model_type", "auto_map",
-                "transformers_weights"):
-        small.pop(key, None)
-    return type(config)(**small)
+    return type(config)(**{key: value for key, value in small.items() if key not in OF_FOLDER})
 
 
 def _smaller(settings: dict[str, Any], layers: Sequence[int], unit: int, inside: str = "") -> dict[str, Any]:
@@ -54,17 +53,14 @@ def _smaller(settings: dict[str, Any], layers: Sequence[int], unit: int, inside:
     heads = next((settings[key] for key in HEADS if isinstance(settings.get(key), int)), 4)
     shared = any(isinstance(settings.get(key), int) and settings[key] != heads for key in KV_HEADS)
     for key, value in settings.items():
-        if isinstance(value, list) and value and len(value) == count:
+        if key in (*INDICES, *LEADING, "per_layer_config"):
+            found[key] = told_of(key, value, layers)
+        elif isinstance(value, list) and value and len(value) == count:
             found[key] = [value[index] for index in layers]
         elif key in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
             found[key] = _plain_rope(value, unit)
-        elif key == "per_layer_config" and isinstance(value, dict):
-            found[key] = {place: value[name] for place, index in enumerate(layers) for name in (index, str(index))
-                          if name in value}
         elif key.endswith("_config") and isinstance(value, dict) and key != "quantization_config":
             found[key] = _smaller(value, layers if key == inside else (0,), unit)
-        elif key == "first_k_dense_replace" and isinstance(value, int):
-            found[key] = sum(index < value for index in layers)
         elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
             found[key] = _number(key, value, len(layers), unit, shared)
         elif TOKENS.search(key) and isinstance(value, list):

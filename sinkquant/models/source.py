@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -41,6 +40,7 @@ from sinkquant.models.inputs import round_inputs
 from sinkquant.models.loading import all_finite, auto_class, loading_errors, read_config
 from sinkquant.models.progress import no_transformers_bars
 from sinkquant.models.shards import ScaledTensor, Stored, StoredTensor, dense_tensors, stored_tensors
+from sinkquant.models.stored import runs_of_rows
 from sinkquant.schemes.scheme import COMPRESSED
 
 ATTRIBUTE = "sinkquant_source"
@@ -49,8 +49,6 @@ FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "nvfp4-pack-qua
 FOLDED = ("weight_input", "weight_output")
 """Places of compressed-tensors' transforms that are in the weights already."""
 Unpack = Callable[[Mapping[str, StoredTensor], PreTrainedModel, torch.dtype], dict[str, Stored]]
-COMPARED = 1 << 24
-"""Values of two tensors that are compared at a time."""
 
 
 def open_model(folder: Path, trust_remote_code: bool = False, dtype: torch.dtype | None = None,
@@ -294,9 +292,7 @@ class WeightSource:
         a, b = self.stored(first), self.stored(second)
         if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
             return False
-        step = max(1, COMPARED * a.shape[0] // max(1, math.prod(a.shape)))
-        spans = [(start, min(start + step, a.shape[0])) for start in range(0, a.shape[0], step)]
-        return all(torch.equal(a.rows(*span), b.rows(*span)) for span in spans)
+        return all(torch.equal(a.rows(*span), b.rows(*span)) for span in runs_of_rows(a.shape))
 
     def _fill(self, names: set[str]) -> None:
         """Read the named parameters, and whatever else is made of the same tensors, into the model."""
@@ -337,17 +333,20 @@ def _groups(folder: Path, quantization: Any, stored: dict[str, StoredTensor]) ->
         raise RequestError(f"{folder} is quantized as {settings.get('quant_method')!r}; start from the unquantized "
                            "model.")
     require_no_transforms(folder, settings)
+    targets = {target: group for group in settings["config_groups"].values() for target in group["targets"]}
+    patterns = sorted(target for target in targets if target.startswith("re:"))
     found = {}
     for name in stored:
         module, _, leaf = name.rpartition(".")
         if leaf == "weight_scale":
-            groups = [group for group in settings["config_groups"].values()
-                      if any(_matches(target, module) for target in group["targets"])]
+            # In the order of compressed-tensors, where several name it.
+            naming = [module, *(one for one in patterns if re.match(one.removeprefix("re:"), module)), "Linear"]
+            group = next((targets[one] for one in naming if one in targets), None)
             others = {f"{module}.weight_zero_point", f"{module}.weight_g_idx"}  # the second of actorder: group
-            if not groups or others & stored.keys() or not _read_here(module, groups[0], stored):
+            if group is None or others & stored.keys() or not _read_here(module, group, stored):
                 raise RequestError(f"{folder} packs {module} in a way that sinkquant does not read; start from the "
                                    "unquantized model.")
-            found[module] = groups[0]
+            found[module] = group
     return found
 
 
@@ -393,7 +392,3 @@ def _linears(source: WeightSource, names: Iterable[str]) -> dict[str, nn.Module]
 def _input_scales(module: str) -> tuple[str, str]:
     """The names of a stored scale of inputs: of all, or over those of groups."""
     return f"{module}.input_scale", f"{module}.input_global_scale"
-
-
-def _matches(target: str, module: str) -> bool:
-    return re.match(target[3:], module) is not None if target.startswith("re:") else target in ("Linear", module)

@@ -65,7 +65,8 @@ class Pair:
     """Two linears with nothing but products and sums of whole channels between them.
 
     `rows` [channels] are the rows of `first` that feed the columns of `second`: column c is fed by `rows[reads[c]]`.
-    Several heads of queries share one of values; `head_dim` is 0 in an MLP.
+    Several heads of queries share one of values; `head_dim` is 0 in an MLP. `gated`: what `second` reads is multiplied
+    by a gate, so that channels may be scaled but not mixed.
     """
 
     first: Matrix
@@ -73,6 +74,7 @@ class Pair:
     rows: torch.Tensor
     reads: torch.Tensor
     head_dim: int = 0
+    gated: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Structure:
 def refusals(structure: Structure) -> dict[str, str]:
     """Scope of a rotation -> why the model would not compute the same after it; a scope that is possible is missing."""
     found = {}
-    if any(block.values is None for block in structure.blocks):
+    if any(block.values is None or block.values.gated for block in structure.blocks):
         found["values"] = found["full"] = "the values of its attention do not go straight into one output projection"
     unknown = [*structure.unknown, *(reason for block in structure.blocks for reason in block.unknown)]
     sandwiched = [name for block in structure.blocks for name in block.sandwiched]
@@ -315,7 +317,9 @@ def _values(config: PreTrainedConfig, block: nn.Module, path: str, matrices: dic
         return None
     repeats = columns // len(rows)
     reads = torch.arange(len(rows)).reshape(-1, 1, head_dim).expand(-1, repeats, -1).flatten()
-    return Pair(matrices[f"{prefix}{source}"], matrices[second], rows, reads, head_dim)
+    queries = f"{prefix}q_proj"  # twice as wide where they hold a gate too, as Qwen3-Next's
+    gated = queries in matrices and _size(block, queries, columns=False) == 2 * columns
+    return Pair(matrices[f"{prefix}{source}"], matrices[second], rows, reads, head_dim, gated)
 
 
 def _inner(block: nn.Module, matrices: dict[str, Matrix]) -> Iterator[Pair]:

@@ -129,11 +129,11 @@ def _outcome(kind: type[PreTrainedModel], config_kind: type[Any], config: str,
         warnings.simplefilter("ignore")  # what is wrong is said in the end, once
         expected = _written(Path(folder), decoder, plan)
         files = files_of(plan.backend)
-        read: Callable[[Path, torch.dtype], dict[str, torch.Tensor] | None] = (
-            files.reload if isinstance(files, LibraryFiles) else functools.partial(_read, kind))
+        read: Callable[[type[PreTrainedModel], Path, torch.dtype], dict[str, torch.Tensor] | None] = (
+            files.reload if isinstance(files, LibraryFiles) else _read)
         try:
             with no_progress_bars():
-                found = read(Path(folder), dtype)
+                found = read(kind, Path(folder), dtype)
         except Exception as error:  # whatever transformers and the library's hooks raise
             return f"transformers does not load such a checkpoint of this family ({first_line(error)})"
     if found is None:

@@ -42,10 +42,10 @@ def weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in weight_files(folder))
 
 
-def bits_on_disk(folder: Path) -> float:
+def bits_on_disk(folder: Path, trust_remote_code: bool = False) -> float:
     """Average bits per value of a checkpoint as it is stored; scales count, and packed words as what they hold."""
     if is_library(folder):  # its tensors hold several codes each: the model tells how many weights they stand for
-        values = sum(parameter.numel() for parameter in open_checkpoint(folder).parameters())
+        values = sum(parameter.numel() for parameter in open_checkpoint(folder, trust_remote_code).parameters())
         return 8 * weight_bytes(folder) / max(values, 1)
     size, values = 0, 0
     for path in weight_files(folder):
@@ -63,7 +63,7 @@ def bits_on_disk(folder: Path) -> float:
     return 8 * size / max(values, 1)
 
 
-def stored_size(named: str, folder: Path) -> tuple[int, float]:
+def stored_size(named: str, folder: Path, trust_remote_code: bool = False) -> tuple[int, float]:
     """Bytes of a model's weights and bits per value: of a GGUF file its own, not those of the folder that it was
     unpacked to.
 
@@ -72,7 +72,7 @@ def stored_size(named: str, folder: Path) -> tuple[int, float]:
     """
     packed = None if is_gguf_checkpoint(folder) else gguf_at(named)
     if packed is None:
-        return weight_bytes(folder), bits_on_disk(folder)
+        return weight_bytes(folder), bits_on_disk(folder, trust_remote_code)
     size, values, _ = contents(packed)
     return size, 8 * size / values
 

@@ -45,7 +45,7 @@ def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
     if baseline is not None:
         source = resolve(baseline)
         candidates.append(Candidate(BASELINE, baseline, lambda: load_model(source, dtype, device, trust_remote_code),
-                                    *stored_size(baseline, source)))
+                                    *stored_size(baseline, source, trust_remote_code)))
     for name, path in places.items():
         content = read_checkpoint(resolve(str(path)))
         original = original or (content["sink_map"] if content else None) or None
@@ -58,7 +58,7 @@ def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
             plans.append(plan.model_copy(update={"name": name}))
         # A plan knows its bits: counting them on disk may take a library's model.
         size, bits = ((weight_bytes(path), content["plan"].bits_per_weight) if content else
-                      stored_size(named[name], path))
+                      stored_size(named[name], path, trust_remote_code))
         candidates.append(Candidate(name, named[name], loader(path, dtype, device, trust_remote_code), size, bits,
                                     content["plan"].kv_cache if content else None,
                                     content["plan"].inputs_in_words() if content else "16-bit"))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
+from backend_cases import BACKEND_CASES
 from families import tiny_model
 from sinkmaps import sink_map_of
 from small_runs import fingerprint, model_folder
@@ -16,10 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from sinkquant.errors import RequestError
 from sinkquant.formats import load, quantize_to, save
+from sinkquant.formats.carried import carry
 from sinkquant.models import Decoder, load_model, load_tokenizer, open_model, source_of
 from sinkquant.policy import make_plan
 from sinkquant.quantize import quantize
 from sinkquant.recipe import Recipe
+from sinkquant.run.candidates import bits_on_disk
 
 GENERATION = {"bos_token_id": 1, "eos_token_id": [2, 7], "do_sample": False, "temperature": 0.6, "top_p": 0.9,
               "something_new": {"a": 1}}
@@ -50,12 +55,12 @@ def edit_config(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}), encoding="utf-8")
 
 
-def quantized_to(source: Path, out: Path, model: PreTrainedModel | None = None) -> Path:
+def quantized_to(source: Path, out: Path, model: PreTrainedModel | None = None,
+                 settings: Sequence[str] = ("weights.method=rtn", "weights.group_size=32")) -> Path:
     """A checkpoint of a folder: from disk to disk, or through memory where the model is there."""
     made = model or open_model(source)
     decoder = Decoder.of(made)
-    plan = make_plan(decoder.shape(""), sink_map_of(decoder), Recipe().replace(
-        ["weights.method=rtn", "weights.group_size=32"]))
+    plan = make_plan(decoder.shape(""), sink_map_of(decoder), Recipe().replace(settings))
     if source_of(made) is not None:
         quantize_to(out, made, plan, load_tokenizer(source))
     else:
@@ -116,6 +121,25 @@ def test_what_was_changed_in_memory_is_written_as_it_is_now(source: Path, tmp_pa
     assert (out / "preprocessor_config.json").read_text() == FILES["preprocessor_config.json"]
 
 
+def test_a_hub_ids_tokenizer_is_that_of_its_snapshot(source: Path, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--owner--tiny" / "snapshots" / ("0123456789" * 4)
+    snapshot.parent.mkdir(parents=True)
+    source.rename(snapshot)
+    model, tokenizer = load_model(snapshot), load_tokenizer(snapshot)
+    model.name_or_path = tokenizer.name_or_path = "owner/tiny"  # as from_pretrained("owner/tiny") leaves them
+    model.config._commit_hash = snapshot.name
+    kept = {*FILES, "tokenizer.json", "tokenizer_config.json"}
+    for name in ("same", "changed"):
+        (tmp_path / name).mkdir()
+        carry(tmp_path / name, model, tokenizer)
+        tokenizer.chat_template = None
+    before, same, changed = (fingerprint(folder) for folder in (snapshot, tmp_path / "same", tmp_path / "changed"))
+    assert {name: same.get(name) for name in kept} == {name: before[name] for name in kept}
+    assert "chat_template.jinja" not in changed
+
+
 def test_a_model_that_was_made_in_memory_has_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -161,11 +185,14 @@ class MineForCausalLM(LlamaForCausalLM):
 """
 
 
-def test_code_that_the_model_brings_is_taken_along(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["rtn", "nf4"])
+def test_code_that_the_model_brings_is_taken_along(source: Path, tmp_path: Path, kind: str) -> None:
     (source / "modeling_mine.py").write_text(MINE, encoding="utf-8")
     edit_config(source, model_type="mine", architectures=["MineForCausalLM"], auto_map={
         "AutoConfig": "modeling_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"})
-    out = quantized_to(source, tmp_path / "out", open_model(source, trust_remote_code=True))
+    settings = BACKEND_CASES.get(kind, ["weights.method=rtn", "weights.group_size=32"])
+    out = quantized_to(source, tmp_path / "out", open_model(source, trust_remote_code=True), settings)
+    assert 4 < bits_on_disk(out, trust_remote_code=True) < 16
     model, _ = load(out, trust_remote_code=True)
     assert type(model).__name__ == "MineForCausalLM"
     assert type(AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)).__name__ == "MineForCausalLM"

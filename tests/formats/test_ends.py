@@ -78,6 +78,8 @@ def test_a_tied_head_shares_the_codes_and_half_of_16_bits_is_left(
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert "lm_head.weight" not in set(file.keys())
         assert str(file.get_slice("model.embed_tokens.weight").get_dtype()) == "I8"
+    dense, _ = load(folder)
+    assert dense.get_output_embeddings().weight is dense.get_input_embeddings().weight
     table = tiny_model("llama", dtype=torch.bfloat16).get_input_embeddings().weight
     assert sum(end.bytes for end in plan.ends.values()) == table.numel() + 2 * 2 * len(table)
     rotated = results[NAMES.index("llama-8-8-tied-rotated")][2]  # the gain of the last norm is in the head alone

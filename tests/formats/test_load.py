@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from sinkquant.errors import RequestError
 from sinkquant.formats import load, read_checkpoint, save
 from sinkquant.formats.load import load_dense
-from sinkquant.models import load_model, open_model
+from sinkquant.models import Decoder, load_model, open_model
 from sinkquant.quantize import quantize
 
 
@@ -119,6 +119,19 @@ def test_transforms_that_are_in_the_weights_are_read_and_those_left_to_be_done_a
     for opened in (load, open_model):
         with pytest.raises(RequestError, match=r"transforms what its linears compute with .*\('input', its v\)"):
             opened(copy)
+
+
+@pytest.mark.parametrize("others", [["Linear", "re:.*_proj"], ["Linear"]])
+def test_a_linear_that_several_groups_name_is_read_from_disk_as_it_is_loaded(copy: Path, others: list[str]) -> None:
+    """Its name counts before a pattern, and that before its class."""
+    (group,) = json.loads((copy / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    wrong = group | {"targets": others, "weights": group["weights"] | {"num_bits": 8}}
+    if len(others) == 1:
+        group["targets"] = ["re:.*_proj$"]
+    edit(copy, config_groups={"group_0": wrong, "group_1": group})
+    model, found = open_model(copy), load(copy)[0].state_dict()
+    with Decoder.of(model).present([model]):
+        assert all(torch.equal(tensor, found[name]) for name, tensor in model.state_dict().items())
 
 
 def test_columns_in_an_order_of_their_own_are_not_read_from_disk(copy: Path) -> None:

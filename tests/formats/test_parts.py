@@ -40,6 +40,12 @@ def made(folder: Path, loader: Any, family: str, **settings: Any) -> PreTrainedM
     # A tower as deep as the decoder, in a class that AutoModelForCausalLM does not know.
     (AutoModelForImageTextToText, "idefics3", {"text_config": {"model_type": "llama"} | TEXT, "vision_config": TOWER,
                                                "scale_factor": 1, "image_token_id": 9}, "model.text_model.layers."),
+    (AutoModelForImageTextToText, "qwen2_5_vl", {
+        "text_config": TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                                   "mrope_section": [2, 3, 3]}},
+        "vision_config": {"depth": 1, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "intermediate_size": 32,
+                          "fullatt_block_indexes": [0]},
+        "tie_word_embeddings": True, "image_token_id": 9}, "model.language_model.layers."),  # no such key of the text
 ])
 def test_the_rest_stays_as_it_is(loader: Any, family: str, settings: dict[str, Any], packed: str, tmp_path: Path,
                                  text_file: Path) -> None:
@@ -60,7 +66,7 @@ def test_the_rest_stays_as_it_is(loader: Any, family: str, settings: dict[str, A
     kept = {name: tensor for name, tensor in model.state_dict().items() if f"{name}_packed" not in stored}
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in kept.items())
     plan = json.loads((tmp_path / "out/plan.json").read_text())
-    assert [layer["packed"] for layer in plan["kv_cache"]["layers"]] == [family == "idefics3", True]
+    assert [layer["packed"] for layer in plan["kv_cache"]["layers"]] == [family != "qwen3_5_text", True]
     loaded, tokenizer = sinkquant.load(folder)
     assert loaded.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 36)
     assert tokenizer.bos_token_id == 1

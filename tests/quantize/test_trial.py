@@ -38,6 +38,10 @@ def test_so_does_every_mixture(family: str) -> None:
     assert tried(tiny_mixture(family), "weights.bits=8", "weights.group_size=-1") == "yes"
 
 
+def test_layers_that_the_configuration_names_by_number_keep_their_kind() -> None:
+    assert tried(tiny_mixture("qwen3_moe", num_hidden_layers=4, mlp_only_layers=[3]), "weights.group_size=32") == "yes"
+
+
 def test_a_rotation_unties_the_head_of_a_packed_embedding() -> None:
     """The tiny model is not rotated, but its head is tied to nothing either."""
     model = tiny_model("llama", tie_word_embeddings=True)

@@ -14,7 +14,6 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from sinkquant.artifacts import Plan
 from sinkquant.errors import RequestError
-from sinkquant.models.loading import class_for
 from sinkquant.models.progress import no_progress_bars
 from sinkquant.models.shards import StoredTensor
 from sinkquant.schemes import WeightFormat, scheme_of
@@ -117,12 +116,12 @@ class BitsAndBytesFiles(LibraryFiles):
                                "unquantized model without that setting.")
         return found
 
-    def reload(self, folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
+    def reload(self, kind: type[PreTrainedModel], folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
         """By transformers, on the CPU: without a word of devices it takes a GPU that is there."""
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # brings bitsandbytes along
 
         with no_progress_bars():
-            model = class_for(folder).from_pretrained(folder, dtype=dtype, device_map={"": "cpu"})
+            model = kind.from_pretrained(folder, dtype=dtype, device_map={"": "cpu"})
         dense = {}
         for name, parameter in model.named_parameters():
             module = model.get_submodule(name.rpartition(".")[0])

@@ -59,8 +59,8 @@ class LibraryFiles(Files):
             RequestError: it is packed in a way that is not read here.
         """
 
-    def reload(self, folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
-        """Every dense parameter as the library itself loads it, or None where it cannot be run here."""
+    def reload(self, kind: type[PreTrainedModel], folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
+        """Every dense parameter as the library itself loads it into that class, or None where it cannot be run here."""
         return None
 
 

@@ -115,7 +115,7 @@ class GGUFFiles(LibraryFiles):
         return {name.rpartition(".")[0]: WeightFormat(CODES[leaf], BLOCK, storage=holding(leaf, main).storage)
                 for name in stored if (leaf := name.rpartition(".")[2]) in CODES}
 
-    def reload(self, folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
+    def reload(self, kind: type[PreTrainedModel], folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
         """As the gguf package makes them dense; None for a folder that holds no file yet."""
         if not (folder / FILE).is_file():
             return None

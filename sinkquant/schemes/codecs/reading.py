@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 from sinkquant.errors import RequestError
 from sinkquant.models import open_model
+from sinkquant.models.folder import read_settings
 from sinkquant.models.shards import Stored, StoredTensor, stored_tensors
 from sinkquant.models.source import ATTRIBUTE, source_of
 from sinkquant.schemes import WeightFormat, scheme_of
 from sinkquant.schemes.codecs.files import LibraryFiles
 from sinkquant.schemes.codecs.registry import codec_of, library_files
-from sinkquant.schemes.json_object import read_object
 from sinkquant.schemes.packages import require_packages
 
 
@@ -118,5 +118,5 @@ def dense_view(stored: Mapping[str, StoredTensor], forms: Mapping[str, WeightFor
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    found = read_object(folder / "config.json", "get the checkpoint again").get("quantization_config")
+    found = read_settings(folder).get("quantization_config")
     return found if isinstance(found, dict) else {}

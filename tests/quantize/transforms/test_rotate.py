@@ -90,6 +90,15 @@ def test_a_parameter_whose_place_is_not_known_is_a_reason() -> None:
         Rotate("values").apply(Decoder.of(model))
 
 
+def test_a_gate_between_values_and_output_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scale of channels commutes with it."""
+    monkeypatch.setitem(FAMILIES, "qwen3_5_text", FAMILIES["qwen3"] | {"layer_types": ["full_attention"] * 3})
+    decoder = Decoder.of(tiny_model("qwen3_5_text"))
+    with pytest.raises(RequestError, match="values of its attention do not go straight"):
+        Rotate("values").apply(decoder)
+    assert all(block.values is not None for block in decoder.structure.blocks)
+
+
 def test_a_block_that_computes_something_else_than_its_names_say_is_refused() -> None:
     model = tiny_model("llama")
     block = model.model.layers[0]
