@@ -44,7 +44,8 @@ def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
     require_tasks_possible(recipe, tokenizer)
     device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
     whole = SinkMap.load(folder / WHOLE_MAP) if (folder / WHOLE_MAP).is_file() else None
-    candidates, maps, original, plans, kept = [], {}, whole, [], None
+    maps: dict[str, SinkMap] = {}
+    candidates, original, plans, kept = [], whole, [], None
     if baseline is not None:
         source = resolve(baseline)
         require_baseline(source)
