@@ -31,7 +31,7 @@ from sinkquant.evaluate.shelf import share_equal
 from sinkquant.evaluate.states import last_states
 from sinkquant.formats import versions
 from sinkquant.models import load_model, load_tokenizer, max_length, pick_device, read_text, vocabulary_of
-from sinkquant.models.blocks import heads_by_layer
+from sinkquant.models.blocks import same_heads
 from sinkquant.models.corpus import in_words
 from sinkquant.models.folder import require_baseline
 from sinkquant.models.loading import read_config
@@ -57,7 +57,8 @@ def compare(checkpoints: Sequence[str], baseline: str, *, text: str | list[str] 
             is measured at all.
 
     Raises:
-        RequestError: no checkpoint, one twice, one that is not read here or is of another vocabulary.
+        RequestError: no checkpoint, one twice, one that is not read here or is of another vocabulary; a baseline that
+            is quantized.
         SinkquantError: a model predicts something that is not finite.
     """
     if not checkpoints:
@@ -134,10 +135,9 @@ def _checkpoint_row(measured: _Measured, one: Checkpoint, score: Scorer | None, 
     share_equal(original, model)
     tokens = measured.reference.against(model, one.kv)
     tasks: dict[str, dict[str, Measure]] = score(model, one.kv) if score else {}
-    before, after = (heads_by_layer(found.config.get_text_config(decoder=True)) for found in (original, model))
-    left = [heads for place, heads in enumerate(before) if one.kept is None or place in one.kept]
     # Without a plan that says which blocks are left, or with other heads, nobody knows what to compare with what.
-    sinks = fidelity.compare(model, one.kept) if fidelity is not None and left == after else None
+    alike = same_heads(original.config, model.config, one.kept)
+    sinks = fidelity.compare(model, one.kept) if fidelity is not None and alike else None
     return measured.row(one, one.name, "checkpoint", tokens, tasks=tasks, sinks=sinks.verdict if sinks else None,
                         sinks_sentence=sinks.sentence if sinks else None,
                         kv_bits=one.kv.bits_per_value if one.kv else 16.0)

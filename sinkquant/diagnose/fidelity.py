@@ -32,7 +32,7 @@ from sinkquant.diagnose.spread import changes
 from sinkquant.diagnose.survey import WalkSettings, survey
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, pick_device, read_text, starts_with_bos, token_rows
-from sinkquant.models.blocks import heads_by_layer
+from sinkquant.models.blocks import same_heads
 from sinkquant.models.head import OutputHead, headless, runs_of_positions
 from sinkquant.models.walk import stubbed
 from sinkquant.recipe import Recipe
@@ -151,9 +151,8 @@ def sink_fidelity(original: PreTrainedModel, quantized: PreTrainedModel, tokeniz
 def require_quantized(original: Decoder, quantized: Decoder, kept: Sequence[int] | None = None) -> None:
     """Refuse a model that is not the other one quantized. kept: the blocks of the original that it has, where some were
     dropped."""
-    before, after = (heads_by_layer(one.model.config.get_text_config(decoder=True)) for one in (original, quantized))
-    left = [heads for place, heads in enumerate(before) if kept is None or place in kept]
-    if (original.hidden_size, left, original.vocabulary) != (quantized.hidden_size, after, quantized.vocabulary):
+    alike = same_heads(original.model.config, quantized.model.config, kept)
+    if not alike or (original.hidden_size, original.vocabulary) != (quantized.hidden_size, quantized.vocabulary):
         raise RequestError("the two models differ in width, depth, heads or vocabulary: one is not the other "
                            "quantized.")
 

@@ -34,7 +34,7 @@ from sinkquant.explain.verify import verified
 from sinkquant.explain.weights import ALONE, WeightLosses, weight_losses
 from sinkquant.formats import bases_of, open_checkpoint, prefix_of, rounds_inputs, versions
 from sinkquant.models import documents, load_model, load_tokenizer, pick_device, read_text, token_rows
-from sinkquant.models.blocks import heads_by_layer
+from sinkquant.models.blocks import same_heads
 from sinkquant.models.corpus import in_words
 from sinkquant.models.decoder import max_length
 from sinkquant.models.folder import require_baseline
@@ -126,8 +126,7 @@ def explain(checkpoint: str, baseline: str, *, text: str | list[str] | None = No
     causes = [broken] if broken else []
     causes += _of_serving(probe, model, measuring, opened, original)
     parts = parts if _comparable(opened, notes) else []
-    before, after = (heads_by_layer(one.config.get_text_config(decoder=True)) for one in (original, model))
-    if sinks and before != after:
+    if sinks and not same_heads(original.config, model.config):
         sinks = False
         notes.append("the checkpoint has other numbers of heads, so that sinks were not compared")
     known = sink_map or opened.sinks

@@ -10,7 +10,9 @@ from sinkquant.artifacts import Report, Sensitivity, SinkMap
 from sinkquant.evaluate import BASELINE, Candidate, evaluate, forecasts_of_plans, require_tasks_possible
 from sinkquant.formats import read_checkpoint, versions
 from sinkquant.models import load_model, load_tokenizer, pick_device, resolve
+from sinkquant.models.blocks import same_heads
 from sinkquant.models.folder import require_baseline
+from sinkquant.models.loading import read_config
 from sinkquant.models.steps import Progress
 from sinkquant.policy.expected import with_expected_loss
 from sinkquant.recipe import Recipe
@@ -30,7 +32,7 @@ def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
         sensitivity: predicts the losses; without it they are those that the checkpoints' plans carry.
 
     Raises:
-        RequestError: the folder holds no checkpoint.
+        RequestError: the folder holds no checkpoint, or the baseline is quantized.
     """
     places = {"sink_aware": folder / MODEL, "control": folder / CONTROL}
     places = {name: path for name, path in places.items() if (path / "config.json").is_file()}
@@ -72,10 +74,15 @@ def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
         candidates.append(Candidate(name, named[name], loader(path, dtype, device, trust_remote_code), size, bits,
                                     content["plan"].kv_cache if content else None,
                                     content["plan"].inputs_in_words() if content else "16-bit"))
+    compare, left_out = comparison(tokenizer, original, recipe, kept), []
+    if compare is not None and baseline is not None and not all(same_heads(
+            read_config(source, trust_remote_code), read_config(path, trust_remote_code), kept)
+            for path in places.values()):
+        compare, left_out = None, ["Sink fidelity was not measured: the baseline has other numbers of layers or heads."]
     report = evaluate(candidates, tokenizer, recipe, model=baseline or str(folder),
-                      fidelity=fidelity(maps) if maps else None, compare=comparison(tokenizer, original, recipe, kept),
-                      progress=progress)
-    return report.model_copy(update={"versions": versions(),
+                      fidelity=fidelity(maps) if maps else None, compare=compare, progress=progress)
+    verdict = report.verdict.model_copy(update={"details": [*report.verdict.details, *left_out]})
+    return report.model_copy(update={"versions": versions(), "verdict": verdict,
                                      "forecasts": forecasts_of_plans(report.rows, plans)})
 
 

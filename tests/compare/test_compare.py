@@ -135,6 +135,16 @@ def test_a_model_with_fewer_heads_is_compared_without_its_sinks(tiny_folder, tex
     assert row.sinks is None
 
 
+def test_eval_beside_a_model_with_more_heads_leaves_out_the_sinks(tiny_folder, text_file, tmp_path):
+    model, _, sink_map = quantized(text_file, num_attention_heads=2, num_key_value_heads=1)
+    recipe = sq.Recipe().replace([*SMALL, "evaluate.tasks=[sink_perplexity]", "evaluate.limit=2",
+                                   f"evaluate.text={text_file}"])
+    sq.save(model, tiny_tokenizer(), tmp_path / "w4", sink_map)
+    found = evaluate_folder(tmp_path / "w4", recipe, str(tiny_folder))
+    assert found.fidelity is None
+    assert "the baseline has other numbers of layers or heads" in found.verdict.details[-1]
+
+
 def test_a_runs_folder_can_be_the_baseline(tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, tmp_path / "out" / "model")
     for command in ("compare", "explain"):
