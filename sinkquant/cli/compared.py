@@ -22,6 +22,7 @@ from sinkquant.cli.parts import (
     to_file,
 )
 from sinkquant.models import resolve
+from sinkquant.models.folder import inside_run
 from sinkquant.recipe import Recipe
 
 BaselineOption = Annotated[str, typer.Option("--baseline", help="The unquantized model.")]
@@ -40,7 +41,7 @@ def compare(checkpoints: Annotated[list[str], typer.Argument(help=CHECKPOINT + "
     """Any number of checkpoints beside their unquantized model: sizes, divergence, perplexity, sinks, by size."""
     recipe = Recipe.for_comparison().replace(assignments or [])
     known = SinkMap.load(sink_map) if sink_map else None
-    resolve(baseline)
+    resolve(inside_run(baseline))
     from sinkquant.compare import compare as measure
     from sinkquant.report.compared import KINDS, write_comparison
     from sinkquant.report.kinds import require_kind
@@ -79,7 +80,7 @@ def explain(checkpoint: Annotated[str, typer.Argument(help=CHECKPOINT + ".")], b
     """Where the loss of a checkpoint comes from: ranked causes, each with what putting it right removes."""
     recipe = Recipe().replace(assignments or [])
     known = SinkMap.load(sink_map) if sink_map else None
-    resolve(baseline)
+    resolve(inside_run(baseline))
     from sinkquant.cli.tables.measured import explanation_lines, explanation_tables
     from sinkquant.explain import explain as find_causes
     from sinkquant.report.explained import KINDS, write_explanation

@@ -49,16 +49,17 @@ def writable(path: Path | None) -> Path | None:
         RequestError: nothing can be written where it is to be.
     """
     if path is not None:
-        place = path.expanduser()
-        if place.exists() and not place.is_file() and os.access(place, os.W_OK):
+        path = Path(os.path.expanduser(path))  # pathlib's fails for a name that begins with ~ and is no user
+        if path.exists() and not path.is_file() and os.access(path, os.W_OK):
             return path  # a device or a pipe, which is written into
-        require_writable(Path(os.path.realpath(place)).parent)
+        require_writable(Path(os.path.realpath(path)).parent)
     return path
 
 
 def kept_or_writable(path: Path | None) -> Path | None:
     """The file that an option names, which is read where it is there."""
-    return path if path is not None and path.expanduser().is_file() else writable(path)
+    place = path and Path(os.path.expanduser(path))
+    return place if place and place.is_file() else writable(path)
 
 
 SensitivityOption = Annotated[Path | None, typer.Option(

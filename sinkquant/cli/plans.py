@@ -24,6 +24,7 @@ from sinkquant.cli.parts import (
     find_costs,
     find_sinks,
     for_engine,
+    kept_or_writable,
     printed,
     shown_progress,
     to_file,
@@ -141,8 +142,9 @@ def sensitivity(model: ModelArgument,
                 recipe: RecipeOption = DEFAULT_RECIPE,
                 assignments: SetOption = None, text: TextOption = None, json: JsonOption = False,
                 sink_map: SinkMapOption = None,
-                output: Annotated[Path | None, to_file("Write the sensitivities here, "
-                                                       "or take them from there.")] = None,
+                output: Annotated[Path | None, typer.Option(
+                    "-o", "--output", dir_okay=False, callback=kept_or_writable,
+                    help="Write the sensitivities here, or take them from there.")] = None,
                 trust_remote_code: TrustOption = False) -> None:
     """What every format of every linear would lose, through the sinks and through all other tokens."""
     chosen = Recipe.load(recipe).replace(assignments or [])

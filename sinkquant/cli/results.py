@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,6 +66,7 @@ def report(folders: Annotated[list[Path], typer.Argument(help="One run's folder,
     """Write a run's report again, or a page that compares several runs."""
     from sinkquant.report import comparison, page, write
 
+    output = output and Path(os.path.expanduser(output))
     reports = [(str(folder), Report.load(folder / "report.json")) for folder in folders]
     if len(folders) == 1:
         folder = folders[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +38,7 @@ def run(recipe: Annotated[str | None, typer.Argument(help="A recipe file or the 
     """Detect, plan, quantize, save, evaluate, report."""
     edited = Plan.load(plan_file) if plan_file else None
     known = SinkMap.load(sink_map) if sink_map else None
-    output = output.expanduser()
+    output = Path(os.path.expanduser(output))
     chosen = _recipe_of_run(recipe, edited, assignments or [], sensitivity is not None)
     if task_folder:
         chosen = chosen.changed(evaluate={"task_folder": str(task_folder)})

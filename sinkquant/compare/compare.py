@@ -13,7 +13,6 @@ from sinkquant.artifacts import Measure, SinkMap
 from sinkquant.artifacts.comparison import ComparedRow, Comparison
 from sinkquant.compare.checkpoint import Checkpoint, open_checkpoints
 from sinkquant.compare.figures import (
-    BATCH_ROWS,
     Reference,
     divergence_figures,
     exponential,
@@ -27,12 +26,14 @@ from sinkquant.detect import detect
 from sinkquant.diagnose.fidelity import SinkComparison
 from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.evaluate import TokenFigures, held_out_rows, require_tasks_possible
-from sinkquant.evaluate.divergence import require_vocabulary
+from sinkquant.evaluate.divergence import BATCH_ROWS, require_vocabulary
 from sinkquant.evaluate.shelf import share_equal
 from sinkquant.evaluate.states import last_states
 from sinkquant.formats import versions
 from sinkquant.models import load_model, load_tokenizer, max_length, pick_device, read_text, vocabulary_of
+from sinkquant.models.blocks import same_heads
 from sinkquant.models.corpus import in_words
+from sinkquant.models.folder import require_baseline
 from sinkquant.models.loading import read_config
 from sinkquant.models.steps import Progress, Steps
 from sinkquant.recipe import Recipe
@@ -56,7 +57,8 @@ def compare(checkpoints: Sequence[str], baseline: str, *, text: str | list[str] 
             is measured at all.
 
     Raises:
-        RequestError: no checkpoint, one twice, one that is not read here or is of another vocabulary.
+        RequestError: no checkpoint, one twice, one that is not read here or is of another vocabulary; a baseline that
+            is quantized.
         SinkquantError: a model predicts something that is not finite.
     """
     if not checkpoints:
@@ -64,6 +66,7 @@ def compare(checkpoints: Sequence[str], baseline: str, *, text: str | list[str] 
     asked: dict[str, Any] = {"tasks": list(tasks)} if tasks else {}
     recipe = (recipe or Recipe.for_comparison()).changed(evaluate=asked | ({} if text is None else {"text": text}))
     opened, (base,) = open_checkpoints(checkpoints), open_checkpoints([baseline])
+    require_baseline(base.folder)
     tokenizer = load_tokenizer(base.folder, trust_remote_code)
     if recipe.evaluate.tasks or recipe.evaluate.task_folder is not None:
         require_tasks_possible(recipe, tokenizer)
@@ -132,9 +135,9 @@ def _checkpoint_row(measured: _Measured, one: Checkpoint, score: Scorer | None, 
     share_equal(original, model)
     tokens = measured.reference.against(model, one.kv)
     tasks: dict[str, dict[str, Measure]] = score(model, one.kv) if score else {}
-    depths = [found.config.get_text_config(decoder=True).num_hidden_layers for found in (original, model)]
-    # Without a plan that says which blocks are left, nobody knows what to compare with what.
-    sinks = fidelity.compare(model, one.kept) if fidelity is not None and (one.kept or depths[0] == depths[1]) else None
+    # Without a plan that says which blocks are left, or with other heads, nobody knows what to compare with what.
+    alike = same_heads(original.config, model.config, one.kept)
+    sinks = fidelity.compare(model, one.kept) if fidelity is not None and alike else None
     return measured.row(one, one.name, "checkpoint", tokens, tasks=tasks, sinks=sinks.verdict if sinks else None,
                         sinks_sentence=sinks.sentence if sinks else None,
                         kv_bits=one.kv.bits_per_value if one.kv else 16.0)

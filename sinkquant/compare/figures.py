@@ -17,6 +17,7 @@ from sinkquant.artifacts import KVCachePlan
 from sinkquant.artifacts.comparison import ComparedPair, ComparedRow, Interval
 from sinkquant.errors import SinkquantError
 from sinkquant.evaluate import TokenFigures, token_figures
+from sinkquant.evaluate.divergence import BATCH_ROWS
 from sinkquant.evaluate.looks import ERROR, interval
 from sinkquant.evaluate.positions import by_position
 from sinkquant.evaluate.states import last_states
@@ -24,7 +25,6 @@ from sinkquant.models.head import OutputHead
 
 SILENT = ("near the baseline KL divergence measures how much changes and not whether it gets worse, and does not "
           "predict how tasks rank (arXiv 2606.19558)")
-BATCH_ROWS = 4
 
 
 @dataclass(frozen=True)

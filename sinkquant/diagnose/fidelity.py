@@ -32,6 +32,7 @@ from sinkquant.diagnose.spread import changes
 from sinkquant.diagnose.survey import WalkSettings, survey
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, pick_device, read_text, starts_with_bos, token_rows
+from sinkquant.models.blocks import same_heads
 from sinkquant.models.head import OutputHead, headless, runs_of_positions
 from sinkquant.models.walk import stubbed
 from sinkquant.recipe import Recipe
@@ -150,10 +151,10 @@ def sink_fidelity(original: PreTrainedModel, quantized: PreTrainedModel, tokeniz
 def require_quantized(original: Decoder, quantized: Decoder, kept: Sequence[int] | None = None) -> None:
     """Refuse a model that is not the other one quantized. kept: the blocks of the original that it has, where some were
     dropped."""
-    depth = len(original.blocks if kept is None else kept)
-    if (original.hidden_size, depth, original.vocabulary) != (
-            quantized.hidden_size, len(quantized.blocks), quantized.vocabulary):
-        raise RequestError("the two models differ in width, depth or vocabulary: one is not the other quantized.")
+    alike = same_heads(original.model.config, quantized.model.config, kept)
+    if not alike or (original.hidden_size, original.vocabulary) != (quantized.hidden_size, quantized.vocabulary):
+        raise RequestError("the two models differ in width, depth, heads or vocabulary: one is not the other "
+                           "quantized.")
 
 
 def position_divergence(original: PreTrainedModel, before: torch.Tensor, quantized: PreTrainedModel,

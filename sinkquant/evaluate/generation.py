@@ -63,10 +63,12 @@ def continuation_kl(baseline: PreTrainedModel, other: PreTrainedModel, rows: tor
     """
     if kv is not None:
         prepare(other)
-    cache = HalfCache(config=other.config) if kv is None else SinkCache(other.config, kv)
-    states = [last_states(baseline, rows),
-              continued_states(other, rows, prompt, cache, () if kv is None else kv.front)]
-    (figures,) = token_figures([OutputHead(baseline), OutputHead(other)], states, rows)
+    # Each row keeps sinks of its own of what is dropped.
+    batches = rows.split(1) if kv is not None and kv.evict is not None else [rows]
+    continued = [continued_states(other, batch, prompt, HalfCache(config=other.config) if kv is None else
+                                  SinkCache(other.config, kv), () if kv is None else kv.front) for batch in batches]
+    (figures,) = token_figures([OutputHead(baseline), OutputHead(other)],
+                               [last_states(baseline, rows), torch.cat(continued)], rows)
     return figures.kl[:, prompt:]
 
 

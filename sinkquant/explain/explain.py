@@ -34,8 +34,10 @@ from sinkquant.explain.verify import verified
 from sinkquant.explain.weights import ALONE, WeightLosses, weight_losses
 from sinkquant.formats import bases_of, open_checkpoint, prefix_of, rounds_inputs, versions
 from sinkquant.models import documents, load_model, load_tokenizer, pick_device, read_text, token_rows
+from sinkquant.models.blocks import same_heads
 from sinkquant.models.corpus import in_words
 from sinkquant.models.decoder import max_length
+from sinkquant.models.folder import require_baseline
 from sinkquant.models.inputs import inputs_left_alone, switch_of
 from sinkquant.models.loading import has_tokenizer, read_config
 from sinkquant.models.steps import Progress, Steps
@@ -78,6 +80,7 @@ def explain(checkpoint: str, baseline: str, *, text: str | list[str] | None = No
     began = time.monotonic()
     recipe = (recipe or Recipe()).changed(evaluate={} if text is None else {"text": text})
     (opened,), (base,) = open_checkpoints([checkpoint]), open_checkpoints([baseline])
+    require_baseline(base.folder)
     notes: list[str] = []
     asked = _recipe_of(opened, recipe, verify, notes)
     tokenizer = load_tokenizer(base.folder, trust_remote_code)
@@ -123,6 +126,9 @@ def explain(checkpoint: str, baseline: str, *, text: str | list[str] | None = No
     causes = [broken] if broken else []
     causes += _of_serving(probe, model, measuring, opened, original)
     parts = parts if _comparable(opened, notes) else []
+    if sinks and not same_heads(original.config, model.config):
+        sinks = False
+        notes.append("the checkpoint has other numbers of heads, so that sinks were not compared")
     known = sink_map or opened.sinks
     if known is None and (sinks or verify):
         step("detecting sinks")

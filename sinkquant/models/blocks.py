@@ -7,6 +7,8 @@ Vision-language models hold towers with lists of blocks of their own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
@@ -57,6 +59,24 @@ def layer_config(config: PreTrainedConfig, index: int) -> PreTrainedConfig:
     """What a decoder's configuration says of one of its layers, which may differ in heads and their width."""
     found: PreTrainedConfig = config.per_layer_config[index]
     return found
+
+
+def heads_by_layer(config: PreTrainedConfig) -> list[tuple[int, int]]:
+    """Query heads and key-value heads of every layer of a decoder; zeros where its configuration names none."""
+    layers = [layer_config(config, index) for index in range(config.num_hidden_layers)]
+    queries = [int(getattr(layer, "num_attention_heads", None) or 0) for layer in layers]
+    return [(heads, int(getattr(layer, "num_key_value_heads", None) or heads))
+            for heads, layer in zip(queries, layers, strict=True)]
+
+
+def same_heads(one: PreTrainedConfig, other: PreTrainedConfig, kept: Sequence[int] | None = None) -> bool:
+    """Whether two models have as many layers, with the same numbers of heads.
+
+    Args:
+        kept: the layers of the first that the second has, where some were dropped.
+    """
+    before, after = (heads_by_layer(config.get_text_config(decoder=True)) for config in (one, other))
+    return [heads for place, heads in enumerate(before) if kept is None or place in kept] == after
 
 
 def without_attention(config: PreTrainedConfig, index: int, block: nn.Module) -> str | None:

@@ -87,6 +87,16 @@ def _method(folder: Path) -> str | None:
     return str(settings.get("quant_method")) if isinstance(settings, dict) else None
 
 
+def require_baseline(folder: Path) -> None:
+    """Refuse a resolved folder whose weights are quantized: nothing is lost beside those.
+
+    Raises:
+        RequestError: config.json says so.
+    """
+    if (method := _method(folder)) is not None:
+        raise RequestError(f"{folder} is quantized ({method}), and a baseline is the unquantized model; name that one.")
+
+
 def check_folder(folder: Path) -> None:
     """Refuse a folder that transformers could not load completely.
 

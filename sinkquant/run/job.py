@@ -37,6 +37,7 @@ from sinkquant.run.candidates import (
     loader,
     mechanisms,
     sinks_after,
+    stored_size,
     weight_bytes,
 )
 from sinkquant.run.folder import CONTROL, MODEL, WorkFolder, peak_resident
@@ -238,7 +239,7 @@ class Job:
         device, dtype = pick_device(self.recipe.compute.device), getattr(torch, self.recipe.compute.dtype)
         candidates = [Candidate(
             BASELINE, self.name, lambda: load_model(self.whole, dtype, device, self.trust_remote_code),
-            weight_bytes(self.whole), bits_on_disk(self.whole))]
+            *stored_size(self.name, self.whole))]
         for place, one in plans.items():
             candidates.append(Candidate(one.name, place, loader(self.work / place, dtype, device,
                                                                  self.trust_remote_code),

@@ -6,15 +6,19 @@ from pathlib import Path
 
 import torch
 
-from sinkquant.artifacts import Report, Sensitivity
+from sinkquant.artifacts import Report, Sensitivity, SinkMap
 from sinkquant.evaluate import BASELINE, Candidate, evaluate, forecasts_of_plans, require_tasks_possible
 from sinkquant.formats import read_checkpoint, versions
 from sinkquant.models import load_model, load_tokenizer, pick_device, resolve
+from sinkquant.models.blocks import same_heads
+from sinkquant.models.folder import require_baseline
+from sinkquant.models.loading import read_config
 from sinkquant.models.steps import Progress
 from sinkquant.policy.expected import with_expected_loss
 from sinkquant.recipe import Recipe
 from sinkquant.run.candidates import comparison, fidelity, loader, sinks_after, stored_size, weight_bytes
 from sinkquant.run.folder import CONTROL, MODEL
+from sinkquant.run.shorter import WHOLE_MAP
 
 
 def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
@@ -28,7 +32,7 @@ def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
         sensitivity: predicts the losses; without it they are those that the checkpoints' plans carry.
 
     Raises:
-        RequestError: the folder holds no checkpoint.
+        RequestError: the folder holds no checkpoint, or the baseline is quantized.
     """
     places = {"sink_aware": folder / MODEL, "control": folder / CONTROL}
     places = {name: path for name, path in places.items() if (path / "config.json").is_file()}
@@ -41,17 +45,25 @@ def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
     tokenizer = load_tokenizer(resolve(str(next(iter(places.values())))), trust_remote_code)
     require_tasks_possible(recipe, tokenizer)
     device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
-    candidates, maps, original, plans, kept = [], {}, None, [], None
+    whole = SinkMap.load(folder / WHOLE_MAP) if (folder / WHOLE_MAP).is_file() else None
+    maps: dict[str, SinkMap] = {}
+    candidates, original, plans, kept = [], whole, [], None
     if baseline is not None:
         source = resolve(baseline)
+        require_baseline(source)
         candidates.append(Candidate(BASELINE, baseline, lambda: load_model(source, dtype, device, trust_remote_code),
                                     *stored_size(baseline, source, trust_remote_code)))
     for name, path in places.items():
         content = read_checkpoint(resolve(str(path)))
         original = original or (content["sink_map"] if content else None) or None
         if content and content["sink_map"] and recipe.gate.max_sink_rate_change is not None:
-            maps[BASELINE] = content["sink_map"]
-            maps[name] = sinks_after(path, tokenizer, recipe, name, progress, trust_remote_code)
+            before: SinkMap | None = maps.get(BASELINE) or whole or content["sink_map"]
+            if content["plan"].blocks and whole is None and BASELINE not in maps:  # its own is of the shorter model
+                before = None if baseline is None else sinks_after(source, tokenizer, recipe, BASELINE, progress,
+                                                                   trust_remote_code)
+            if before is not None:
+                maps[BASELINE] = before
+                maps[name] = sinks_after(path, tokenizer, recipe, name, progress, trust_remote_code)
         if content:
             plan = content["plan"] if sensitivity is None else with_expected_loss(content["plan"], sensitivity)
             kept = plan.blocks.kept if plan.blocks else kept
@@ -62,18 +74,22 @@ def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
         candidates.append(Candidate(name, named[name], loader(path, dtype, device, trust_remote_code), size, bits,
                                     content["plan"].kv_cache if content else None,
                                     content["plan"].inputs_in_words() if content else "16-bit"))
+    compare, left_out = comparison(tokenizer, original, recipe, kept), []
+    if compare is not None and baseline is not None and not all(same_heads(
+            read_config(source, trust_remote_code), read_config(path, trust_remote_code), kept)
+            for path in places.values()):
+        compare, left_out = None, ["Sink fidelity was not measured: the baseline has other numbers of layers or heads."]
     report = evaluate(candidates, tokenizer, recipe, model=baseline or str(folder),
-                      fidelity=fidelity(maps) if maps else None, compare=comparison(tokenizer, original, recipe, kept),
-                      progress=progress)
-    return report.model_copy(update={"versions": versions(),
+                      fidelity=fidelity(maps) if maps else None, compare=compare, progress=progress)
+    verdict = report.verdict.model_copy(update={"details": [*report.verdict.details, *left_out]})
+    return report.model_copy(update={"versions": versions(), "verdict": verdict,
                                      "forecasts": forecasts_of_plans(report.rows, plans)})
 
 
 def recorded_recipe(folder: Path) -> Recipe:
     """The recipe that a checkpoint, or the checkpoint of a run's folder, was made with; the default where none is
     recorded."""
-    for place in (folder / MODEL, folder):
-        content = read_checkpoint(place)
-        if content:
-            return Recipe.parse(content["recipe"], f"the recipe in {place / 'sinkquant.json'}")
-    return Recipe()
+    inside = next((folder / one for one in (MODEL, CONTROL) if (folder / one / "config.json").is_file()), None)
+    place = inside or resolve(str(folder))
+    content = read_checkpoint(place)
+    return Recipe.parse(content["recipe"], f"the recipe in {place / 'sinkquant.json'}") if content else Recipe()

@@ -40,7 +40,7 @@ def test_help_version_and_recipes():
     assert "did you mean 'w3a16-sink'" in one_sentence(wrong)
 
 
-def test_step_by_step(tmp_path, small_folder, text_file):
+def test_step_by_step(tmp_path, small_folder, text_file, monkeypatch):
     """detect, plan, an edited plan, run, eval, report: each command takes what the one before made."""
     found = call("detect", small_folder, "--text", text_file, "--json", "-o", tmp_path / "sinkmap.json",
                  "--set", "detect.rows=8", "--set", "detect.long_rows=1")
@@ -84,7 +84,9 @@ def test_step_by_step(tmp_path, small_folder, text_file):
     assert call("report", output, "-o", tmp_path / "one.html").code == 0
     assert (tmp_path / "one.html").read_bytes() == (output / "report.html").read_bytes()
     assert (output / "report.html").read_bytes() == page
-    compared = call("report", output, output, "-o", tmp_path / "two.html")
+    with monkeypatch.context() as patched:
+        patched.setenv("HOME", str(tmp_path))
+        compared = call("report", output, output, "--output=~/two.html")
     assert compared.code == 0
     assert "2 runs side by side" in (tmp_path / "two.html").read_text(encoding="utf-8")
 

@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 from accelerate import init_empty_weights
-from commands import call, settings
+from commands import call, one_sentence, settings
 from families import tiny_mixture, tiny_model
 from rich.table import Table
 from sinkmaps import sink_map_of
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from sinkquant.artifacts import Channel, Plan, SuperWeight
+from sinkquant.artifacts import Channel, Measure, Plan, Report, Row, SuperWeight
 from sinkquant.cli import paper, plans
+from sinkquant.cli.parts import kept_or_writable, writable
 from sinkquant.cli.show import show_plan, show_sink_map
 from sinkquant.cli.tables.names import in_words
 from sinkquant.cli.tables.plan import alike, with_ranges
+from sinkquant.cli.tables.report import result_table
 from sinkquant.cli.tables.sinkmap import meaning
 from sinkquant.models import Decoder
 from sinkquant.policy import make_plan
@@ -189,3 +191,31 @@ def test_eval_takes_all_documents_and_writes_json(tiny_folder: Path, monkeypatch
     refused = call("eval", tiny_folder, "-o", "report.html")
     assert refused.code == 2
     assert "report.html is none of the files that are written; end it in .json." in refused.err
+
+
+def test_a_home_is_where_files_are_written_whoever_reads_the_name(tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shell reads `~` behind an equals sign; a name that begins with it and is no user is a name."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "costs.json").touch()
+    assert writable(Path("~/plan.json")) == tmp_path / "plan.json"
+    assert kept_or_writable(Path("~/costs.json")) == tmp_path / "costs.json"
+    assert writable(Path("~plan.json")) == kept_or_writable(Path("~plan.json")) == Path("~plan.json")
+    assert "'nowhere' is not a model folder" in one_sentence(call("run", "-m", "nowhere", "-o", "~out"))
+
+
+def test_a_task_without_a_main_metric_shows_all_that_it_has() -> None:
+    def row(name: str, **tasks: dict[str, float]) -> Row:
+        return Row(name=name, path=name, weight_bytes=1, bits_per_weight=4, tasks={
+            task: {metric: Measure(value=value, stderr=None) for metric, value in found.items()}
+            for task, found in tasks.items()})
+
+    made = Report.model_construct(rows=[
+        row("unquantized", gsm8k={"exact_match,strict-match": 0.5, "exact_match,flexible-extract": 0.6}),
+        row("sink_aware", gsm8k={"exact_match,strict-match": 0.4}, arc={"acc": 0.3, "acc_norm": 0.2},
+            divergence={"kl": 0.1})])
+    shown = result_table(made)
+    assert [column.header for column in shown.columns][5:] == [
+        "gsm8k exact_match,strict-match", "gsm8k exact_match,flexible-extract", "arc acc", "divergence kl"]
+    assert [list(column.cells) for column in shown.columns][5:] == [["0.5", "0.4"], ["0.6", ""], ["", "0.3"],
+                                                                    ["", "0.1"]]

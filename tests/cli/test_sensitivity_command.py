@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 from sinkmaps import sink_map_of
 from tiny_tokenizer import random_text
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from sinkquant.artifacts import Frontier, Sensitivity
-from sinkquant.cli import app
+from sinkquant.cli import app, parts
 from sinkquant.cli.tables.sensitivity import linear_table, ranking_in_words
 from sinkquant.models import Decoder
 
@@ -45,3 +46,18 @@ def test_the_command_writes_a_file_and_shows_it_with_its_ranking(tiny: PreTraine
     assert {point.kind for point in sweep.points} == {"solved", "uniform"}
     assert any("the recipe's plan, its control" in note for note in sweep.notes)  # in bits that nobody tried
     assert (tmp_path / "sweep.html").read_text().count("<tr>") == len(sweep.points) + 1
+
+
+def test_sinks_that_look_like_markup_are_shown_as_they_are() -> None:
+    found = Sensitivity.model_construct(units=[], sinks=["[/INST]", "[gMASK]"])
+    with (console := Console(width=200)).capture() as shown:
+        console.print(linear_table(found))
+    assert "'[/INST]', '[gMASK]'" in " ".join(shown.get().split())
+
+
+def test_a_file_of_sensitivities_is_read_where_nothing_can_be_written(tmp_path: Path,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "require_writable", lambda _: pytest.fail("asked"))
+    (tmp_path / "costs.json").write_text("{}")
+    done = CliRunner().invoke(app, ["sensitivity", "nowhere", "-o", str(tmp_path / "costs.json")])
+    assert "'nowhere' is not a model folder" in str(done.exception)

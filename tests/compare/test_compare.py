@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import quantized, weight_bytes
-from commands import call
+from commands import call, one_sentence
 from families import tiny_model
 from gguf_files import write_gguf
+from small_runs import model_folder
 from tiny_tokenizer import tiny_tokenizer
 
 import sinkquant as sq
@@ -123,6 +125,37 @@ def test_the_command(places, tiny_folder, text_file, tmp_path):
 def test_what_is_no_checkpoint_is_refused(wrong, places, tiny_folder):
     done = call("compare", *(places[0].parent / name for name in wrong), "--baseline", tiny_folder)
     assert done.code == 2
+
+
+def test_a_model_with_fewer_heads_is_compared_without_its_sinks(tiny_folder, text_file, tmp_path):
+    small = model_folder(tmp_path / "small", num_attention_heads=2, num_key_value_heads=1)
+    found = sq.compare([str(small)], str(tiny_folder), text=str(text_file), recipe=sq.Recipe().replace(SMALL))
+    row = found.rows[1]
+    assert row.kl.value > 0
+    assert row.sinks is None
+
+
+def test_eval_beside_a_model_with_more_heads_leaves_out_the_sinks(tiny_folder, text_file, tmp_path):
+    model, _, sink_map = quantized(text_file, num_attention_heads=2, num_key_value_heads=1)
+    recipe = sq.Recipe().replace([*SMALL, "evaluate.tasks=[sink_perplexity]", "evaluate.limit=2",
+                                   f"evaluate.text={text_file}"])
+    sq.save(model, tiny_tokenizer(), tmp_path / "w4", sink_map)
+    found = evaluate_folder(tmp_path / "w4", recipe, str(tiny_folder))
+    assert found.fidelity is None
+    assert "the baseline has other numbers of layers or heads" in found.verdict.details[-1]
+
+
+def test_a_runs_folder_can_be_the_baseline(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "out" / "model")
+    for command in ("compare", "explain"):
+        assert "nowhere" in one_sentence(call(command, "nowhere", "--baseline", tmp_path / "out"))
+
+
+def test_a_quantized_baseline_is_refused(places, tiny_folder, tmp_path):
+    shutil.copytree(places[0], tmp_path / "out" / "model")
+    for command in ("compare", "explain", "eval"):
+        done = call(command, tiny_folder, "--baseline", tmp_path / "out" / ("model" if command == "eval" else ""))
+        assert "model is quantized (compressed-tensors), and a baseline is the unquantized model" in one_sentence(done)
 
 
 def test_a_folder_without_tasks_is_refused_before_anything_is_loaded(places, tiny_folder, tmp_path, monkeypatch):

@@ -71,19 +71,29 @@ def test_a_version_with_fewer_blocks_is_compared_where_it_has_them_and_refused_a
     assert len(found.fidelity.mass) == len(found.against.mixing) == 2
     assert found.text == str(beginning(text_file))
     monkeypatch.setattr(Walk, "steps", lambda _: pytest.fail("began"))
-    with pytest.raises(RequestError, match="differ in width, depth or vocabulary"):
+    with pytest.raises(RequestError, match="differ in width, depth, heads or vocabulary"):
         diagnose(model, tiny_tokenizer(), recipe=recipe, against=shorter)
 
 
 def test_it_can_be_shown(planted: Diagnosis) -> None:
     console = Console(width=200, record=True, file=io.StringIO())
-    for table in tables(planted):
+    marked = planted.model_copy(update={"model": planted.model.model_copy(update={"name": "[/b]planted"})})
+    for table in tables(marked):
         console.print(table)
-    console.print(scale_table([planted, planted]))
+    console.print(scale_table([marked, planted]))
     shown = console.export_text()
+    assert shown.count("[/b]planted") == 2
     assert "planted: sink rate of the first position" in shown
     assert "Heads that rest on the sinks" in shown
     assert shown.count("0.667 (0.667 to 0.667)") >= 4
+
+
+def test_quarters_of_a_model_of_one_block(planted: Diagnosis) -> None:
+    assert planted.depth is not None
+    kinds = [one.model_copy(update={"settled": one.settled[:1]}) for one in planted.depth.kinds]
+    shallow = planted.model_copy(update={"depth": planted.depth.model_copy(update={"blocks": 1, "kinds": kinds})})
+    headers = [column.header for table in tables(shallow) for column in table.columns]
+    assert [header for header in headers if str(header).startswith("settled by")] == ["settled by 1"]
 
 
 def test_bos_is_tried_where_the_tokenizer_has_one_and_adds_none(text_file: Path) -> None:

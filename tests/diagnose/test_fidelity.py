@@ -97,8 +97,11 @@ def test_a_model_without_sinks_has_nothing_to_keep(text_file: Path, tiny: PreTra
 
 
 def test_models_of_other_shapes_are_refused(original: PreTrainedModel, text_file: Path) -> None:
-    with pytest.raises(RequestError, match="differ in width, depth or vocabulary"):
+    with pytest.raises(RequestError, match="differ in width, depth, heads or vocabulary"):
         sink_fidelity(original, tiny_model("llama", num_hidden_layers=2), tiny_tokenizer(), [SINK])
+    with pytest.raises(RequestError, match="differ in width, depth, heads or vocabulary"):
+        sink_fidelity(original, tiny_model("llama", num_attention_heads=2, num_key_value_heads=1), tiny_tokenizer(),
+                      [SINK])
 
 
 def test_position_divergence_against_float64(original: PreTrainedModel) -> None:

@@ -8,6 +8,7 @@ from families import tiny_model
 from kv_plans import kv_plan
 from transformers import PreTrainedModel
 
+from sinkquant.artifacts.kv import KVSink
 from sinkquant.cache import SinkCache, prepare
 from sinkquant.errors import RequestError
 from sinkquant.evaluate import Candidate, evaluate
@@ -44,6 +45,16 @@ def test_what_is_measured_is_what_decoding_gives() -> None:
     torch.testing.assert_close(kl, torch.stack(expected, 1), rtol=1e-2, atol=1e-6)
     half = continuation_kl(base, other, ROWS, 70, None)
     assert 0 < half.mean() < 0.2 * kl.mean()
+
+
+def test_rows_that_keep_different_numbers_of_dropped_sinks_are_continued_one_by_one() -> None:
+    model = tiny_model("llama")
+    rows = ROWS.clone()
+    rows[0, 3] = 5
+    rows[1, [2, 4]] = 5
+    plan = kv_plan(model, 2, window=0, evict=32, exact="detected", sinks=[KVSink(token_id=5, position=None)])
+    alone = [continuation_kl(model, model, row, 70, plan) for row in rows.split(1)]
+    torch.testing.assert_close(continuation_kl(model, model, rows, 70, plan), torch.cat(alone))
 
 
 def test_bfloat16_is_what_the_cache_holds() -> None:

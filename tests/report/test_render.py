@@ -8,10 +8,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from families import tiny_model
+from kv_plans import kv_plan
 from page import Page
 
 from sinkquant import Plan, Report, SinkMap
-from sinkquant.report import comparison, write
+from sinkquant.report import comparison, page, write
 
 BROWSERS = [found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))][:1]
 
@@ -87,6 +89,20 @@ def test_a_report_of_little_is_still_a_page(tmp_path, report, sink_map, plan):
     assert "No sink was found." in page.words
     assert "Not measured: x" in page.words
     assert "No massive activation was found." in page.words
+
+
+@pytest.mark.parametrize("how", ["plain", "gguf", "own", "cache", "simulated"])
+def test_what_plain_transformers_does_not_load_as_measured_is_loaded_by_sinkquant(how, tmp_path, report, sink_map,
+                                                                                 plan):
+    first = next(iter(plan.modules))
+    int4 = plan.modules[first].model_copy(update={"activations": "int4", "activation_scale": "token"})
+    changed = {"plain": {}, "gguf": {"modules": {name: one.model_copy(update={"storage": "gguf", "group_size": 32})
+                                                 for name, one in plan.modules.items() if one.bits < 16}},
+               "own": {"loads_in": ["sinkquant"]}, "cache": {"kv_cache": kv_plan(tiny_model("llama"))},
+               "simulated": {"modules": plan.modules | {first: int4}}}[how]
+    text = page(report, sink_map, plan.model_copy(update=changed))
+    assert ("AutoModelForCausalLM" in text) == (how == "plain")
+    assert ('model, tokenizer = sinkquant.load("model")' in text) == (how != "plain")
 
 
 def test_runs_side_by_side(report):

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 from backend_cases import BACKEND_CASES
+from gguf_files import write_gguf
 from small_runs import model_folder, small_recipe
 
 from sinkquant import Plan, run
+from sinkquant.models.gguf import contents
 from sinkquant.run.measure import evaluate_folder, recorded_recipe
 
 
@@ -27,3 +29,14 @@ def test_a_run_has_a_control_row_and_can_be_evaluated_again(kind: str, family: s
     assert report.row("sink_aware").tasks["divergence"]["kl"].value > 0
     again = evaluate_folder(tmp_path / "out", recorded_recipe(tmp_path / "out"), str(folder))
     assert again.row("sink_aware").tasks == report.row("sink_aware").tasks
+
+
+def test_a_run_from_a_gguf_file_counts_its_bytes_and_its_own_file_knows_the_recipe(tmp_path: Path,
+                                                                                  text_file: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", "Q8_0")
+    recipe = small_recipe(text_file, "backend=gguf", "weights.method=rtn", "kv_cache=null", "evaluate.control=false",
+                          "evaluate.fidelity=false")
+    report = run(recipe, tmp_path / "tiny.gguf", tmp_path / "out")
+    assert report is not None
+    assert report.row("unquantized").weight_bytes == contents(tmp_path / "tiny.gguf")[0]
+    assert recorded_recipe(tmp_path / "out" / "model" / "model.gguf") == recipe

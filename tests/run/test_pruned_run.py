@@ -9,10 +9,12 @@ from checkpoints import weight_bytes
 from small_runs import model_folder, small_recipe
 
 import sinkquant as sq
-from sinkquant.artifacts import Plan
+from sinkquant.artifacts import Plan, Report, SinkMap
 from sinkquant.errors import RequestError
 from sinkquant.models import load_model, weight_matrix
 from sinkquant.recipe import Recipe
+from sinkquant.run import measure
+from sinkquant.run.shorter import WHOLE_MAP
 
 
 def test_the_report_tells_the_steps_apart(tmp_path: Path, text_file: Path) -> None:
@@ -63,7 +65,7 @@ def test_a_pattern_may_be_written_without_quotes(tmp_path: Path) -> None:
         Recipe().replace(["prune.pattern=4:2"])
 
 
-def test_blocks_are_dropped_before_the_rest(tmp_path: Path, text_file: Path) -> None:
+def test_blocks_are_dropped_before_the_rest(tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run's checkpoint is a shorter model, quantized; its report compares it with the whole one, tells what the
     blocks alone cost, and the plan that was made is carried out again to the same bytes."""
     source = model_folder(tmp_path / "source", num_hidden_layers=4)
@@ -92,3 +94,22 @@ def test_blocks_are_dropped_before_the_rest(tmp_path: Path, text_file: Path) -> 
     assert weight_bytes(tmp_path / "again" / "model") == plan.weight_bytes
     for name, tensor in load_model(tmp_path / "again" / "model").state_dict().items():
         assert (tensor == loaded.state_dict()[name]).all(), name
+    _its_gate_is_of_the_whole_model(out, source, monkeypatch)
+
+
+def _its_gate_is_of_the_whole_model(out: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sink rates stand beside those of the model with all its blocks: from the run's folder, or found now."""
+    whole = SinkMap.load(out / WHOLE_MAP)
+    whole.model_copy(update={"sink_rate": dict.fromkeys(whole.sink_rate, 0.125)}).save(out / WHOLE_MAP)
+    looked: list[Path] = []
+    monkeypatch.setattr(measure, "sinks_after", lambda path, *_: looked.append(path) or whole)
+    monkeypatch.setattr(measure, "evaluate", lambda *_, **given: Report.load(out / "report.json").model_copy(
+        update={"fidelity": given["fidelity"]}))
+    recipe = Recipe().replace(["gate.max_sink_rate_change=0.5"])
+    found = measure.evaluate_folder(out, recipe, str(source)).fidelity
+    assert found is not None
+    assert found.sink_rate["unquantized"]["0.3"] == 0.125
+    assert looked == [out / "model"]
+    assert measure.evaluate_folder(out / "model", recipe, str(source)).fidelity is not None
+    assert looked == [out / "model", source, out / "model"]
+    assert measure.evaluate_folder(out / "model", recipe).fidelity is None

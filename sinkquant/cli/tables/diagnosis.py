@@ -78,7 +78,7 @@ def tables(one: Diagnosis) -> Iterator[Table]:
 
 def _depth_table(depth: SettlingDepth) -> Table:
     """After how many blocks tokens have settled, and the share of them along the depth."""
-    quarters = [round(depth.blocks * part / 4) for part in (1, 2, 3)]
+    quarters = sorted({max(1, round(depth.blocks * part / 4)) for part in (1, 2, 3)})
     table = _table(f"Depth at which a prediction stays within {depth.bound:g} nats of the model's, of {depth.blocks} "
                    "blocks", "tokens", "number", "settled after", "first choice after",
                    *(f"settled by {block}" for block in quarters))
@@ -106,14 +106,14 @@ def scale_table(diagnoses: Sequence[Diagnosis]) -> Table:
         rates = one.sink_rates[0].rates
         without = next((v.loss_increase for v in one.bos if v.name == "none"), None)
         spreads = {spread.with_bos: spread.strength for spread in one.spread}
-        table.add_row(one.model.name, f"{one.model.parameters:,}", str(one.model.layers), str(one.model.heads),
+        table.add_row(escape(one.model.name), f"{one.model.parameters:,}", str(one.model.layers), str(one.model.heads),
                       _cell(rates["0.3"]), _cell(rates["0.8"]), f"{one.massive_ratio:.0f}", _cell(without),
                       _cell(spreads.get(True)), _cell(spreads.get(False)))
     return table
 
 
 def _table(title: str, *columns: str) -> Table:
-    return Table(*columns, title=title, title_justify="left")
+    return Table(*columns, title=escape(title), title_justify="left")
 
 
 def _number(value: float | None) -> str:

@@ -57,7 +57,7 @@ def frontier_table(found: Frontier) -> Table:
 
 
 def _table(title: str, cells: Cells) -> Table:
-    shown = Table(*map(escape, cells[0]), title=title, title_justify="left")
+    shown = Table(*map(escape, cells[0]), title=escape(title), title_justify="left")
     for line in cells[1:]:
         shown.add_row(*map(escape, line))
     return shown

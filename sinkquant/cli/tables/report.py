@@ -8,12 +8,17 @@ from rich.table import Table
 
 from sinkquant.artifacts import Report
 
+MAIN = ("kl", "word_perplexity", "acc")
+"""Metrics that stand for their task where it has them."""
+
 
 def result_table(made: Report) -> Table:
     """A line for every model that was measured."""
     shown = Table("row", "bytes", "bits", "activations", "KV bits", title="Result", title_justify="left")
-    columns = list(dict.fromkeys((task, metric) for row in made.rows for task, metrics in row.tasks.items()
-                                 for metric in metrics if metric in ("kl", "word_perplexity", "acc")))
+    found = list(dict.fromkeys((task, metric) for row in made.rows for task, metrics in row.tasks.items()
+                               for metric in metrics))
+    main = [(task, metric) for task, metric in found if metric in MAIN]
+    columns = [one for one in found if one in main or one[0] not in dict(main)]  # all of a task that has no main one
     for task, metric in columns:
         shown.add_column(f"{task} {metric}")
     for row in made.rows:

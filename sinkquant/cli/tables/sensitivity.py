@@ -17,8 +17,8 @@ def linear_table(found: Sensitivity) -> Table:
     measured = all(loss.measured is not None for unit in found.units for loss in unit.losses)
     title = f"KL divergence in 0.001 nats per token, {'measured' if measured else 'predicted to second order'}"
     shown = Table("module", title=title, title_justify="left",
-                  caption=f"through sinks: {', '.join(map(repr, found.sinks)) or 'none found'}, in the first format",
-                  caption_justify="left")
+                  caption_justify="left", caption=escape(
+                      f"through sinks: {', '.join(map(repr, found.sinks)) or 'none found'}, in the first format"))
     for bits, group in forms:
         shown.add_column(f"{bits} bits{f', {group}' if several else ''}", justify="right", no_wrap=True)
     shown.add_column("through sinks", justify="right")
