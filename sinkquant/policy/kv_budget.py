@@ -44,13 +44,13 @@ def kv_bytes_of(shape: ModelShape, budget: Budget, plan: KVCachePlan | None) -> 
 
 
 def kv_units(plan: KVCachePlan | None, sensitivity: Sensitivity, recipe: Recipe) -> list[KVUnit]:
-    """What the solver may choose of the cache: nothing unless the recipe names `sensitivity.kv_bits`; not what
-    `kv_cache.overrides` fixes.
+    """What the solver may choose of the cache: nothing unless the recipe names `sensitivity.kv_bits`, nor where
+    `kv_cache.bits` has chosen; not what `kv_cache.overrides` fixes.
 
     Raises:
         RequestError: bits of the cache are to be chosen and the sensitivities do not have its losses.
     """
-    if not recipe.sensitivity.kv_bits or plan is None:
+    if not recipe.sensitivity.kv_bits or plan is None or recipe.solves_cache:
         return []
     if not sensitivity.kv:
         raise RequestError("the sensitivities hold no losses of the KV cache; make them anew with sensitivity.kv_bits.")
