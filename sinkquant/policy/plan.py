@@ -54,6 +54,10 @@ EVEN_TOLERANCE = 0.002
 """Share of the linears' bytes that an even spread may leave unspent before the control is made less even."""
 MUCH = 0.005
 """Share of its plan's bytes that a control may take more before it is made smaller."""
+NEEDS_PREFIX = ("'exclude' needs a prefix whose keys and values stay those of the unquantized model: set "
+                "kv_cache.prefix=bos, or use 'boost'.")
+INPUT_BITS, SIZE_DIFFERS = "inputs have", "the control's size differs by"
+"""What notes of figures begin with."""
 
 
 def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity: Sensitivity | None = None) -> Plan:
@@ -93,8 +97,7 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
         # Every token reads the sink: leaving it out is only harmless where its keys and values stay as they were.
         own = [] if kv_cache is None else kv_cache.prefix[len(kv_cache.front):]
         if not own:
-            raise RequestError("protect.statistics 'exclude' needs a prefix whose keys and values stay those of the "
-                               "unquantized model: set kv_cache.prefix=bos, or use 'boost'.")
+            raise RequestError(f"protect.statistics {NEEDS_PREFIX}")
         sinks = [WeighedSink(token_id=token, position=place) for place, token in enumerate(own)]
     transforms = choose_transforms(choices, shape, recipe, kv_cache)
     plan = _finish("sink_aware", choices, shape, recipe, sinks, statistics, transforms)
@@ -103,7 +106,7 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
         plan.notes.append(EXCLUDED)
     if recipe.solves_inputs:
         bits = average_bits({name: c.activations for name, c in choices.items() if c.quantized}, shape)
-        plan.notes.append(f"inputs have {bits:.2f} bits on average over the weights that they are multiplied with")
+        plan.notes.append(f"{INPUT_BITS} {bits:.2f} bits on average over the weights that they are multiplied with")
     plan = with_silenced_heads(with_pruning(plan, shape, sink_map, recipe), sink_map, recipe)
     plan = plan.model_copy(update={"kv_cache": kv_cache})
     require_engine(recipe.engine, plan, shape)
@@ -172,7 +175,7 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
         base = {module: replace(choice, activations=aware.modules[module].activations,
                                 activation_scale=aware.modules[module].activation_scale) if choice.quantized else choice
                 for module, choice in base.items()}
-    transforms = choose_transforms(base, shape, recipe, aware.kv_cache)
+    transforms = [one for one in aware.transforms if one.name != "scale"]  # that is for sink columns
     plan = _finish("control", _evenly(base, shape, allowed), shape, recipe, [], "all", transforms)
     over = plan.weight_bytes - aware.weight_bytes
     if over > MUCH * aware.weight_bytes:  # More packed modules make a longer header: much, in a tiny model.
@@ -180,7 +183,7 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
     gap = (plan.weight_bytes - aware.weight_bytes) / aware.weight_bytes
     if abs(gap) > 0.01:
         why = "its recipe takes as much even in the fewest bits" if gap > 0 else "no raise fits the bytes that are left"
-        plan.notes.append(f"the control's size differs by {gap:+.1%}: {why}")
+        plan.notes.append(f"{SIZE_DIFFERS} {gap:+.1%}: {why}")
     plan = with_small_heads(prune_like(plan, aware, shape), aware, sink_map)
     # Edited or not: what decides between the two is the sinks alone.
     settings = aware.calibration.model_copy(update={"sinks": [], "statistics": "all", "ranges": "all"})
