@@ -218,6 +218,9 @@ def _evenly(base: dict[str, Draft], shape: ModelShape, allowed: int) -> dict[str
 def _finish(name: str, choices: dict[str, Draft], shape: ModelShape, recipe: Recipe,
             sinks: list[WeighedSink], statistics: Statistics, transforms: list[Transform]) -> Plan:
     formats = {module: c.form for module, c in choices.items() if c.quantized}
+    if not formats and recipe.methods and scheme_for(recipe).foreign:
+        raise RequestError(f"the plan leaves every linear in 16 bits, and of such a model sinkquant makes no file of "
+                           f"{recipe.backend}; ask for fewer bits or a smaller budget.")
     own = own_format(shape, formats)
     if own and any(scheme_of(form).foreign for form in formats.values()):
         raise RequestError(NO_BACKEND)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 from sinkmaps import sink_map_of
 from tiny_tokenizer import random_text
@@ -45,3 +46,9 @@ def test_the_command_writes_a_file_and_shows_it_with_its_ranking(tiny: PreTraine
     assert {point.kind for point in sweep.points} == {"solved", "uniform"}
     assert any("the recipe's plan, its control" in note for note in sweep.notes)  # in bits that nobody tried
     assert (tmp_path / "sweep.html").read_text().count("<tr>") == len(sweep.points) + 1
+
+
+@pytest.mark.parametrize("setting", ["kv_cache.bits=5", "activations={format: int8, bits: 10}"])
+def test_a_sweep_of_nothing_that_weights_lose_is_refused_before_compute(setting: str, tiny_folder: Path) -> None:
+    done = CliRunner().invoke(app, ["plan", str(tiny_folder), "-r", "w4-kv2-sink", "--frontier", "--set", setting])
+    assert "--frontier takes what formats of the weights lose" in str(done.exception)
