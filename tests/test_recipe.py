@@ -227,6 +227,15 @@ def test_another_engine_is_that_of_the_budget_too() -> None:
     assert own.replace(["engine=any"]).budget.engine == "vllm"
 
 
+@pytest.mark.parametrize(("assignment", "words"), [
+    ("budget.engine=vllm", "name a limit, or the recipe's engine"), ("prune.sparsity=0.6", "leave sparsity out"),
+    ("prune.pattern=2:4", "leave pattern out"), ("prune.ignore=['*.o_proj']", "leave ignore out"),
+    ("kv_cache.first_n=8", "set it to 'first-n', or leave first_n at 4")])
+def test_keys_that_would_change_nothing_are_refused(assignment: str, words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        Recipe().replace([assignment])
+
+
 def test_two_keys_that_leave_inputs_alone_are_refused() -> None:
     """A linear that sinks would take out of a budget of inputs' bits costs more of it than was solved for."""
     with pytest.raises(RequestError, match="set sinks to 'dynamic'"):

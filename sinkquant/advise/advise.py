@@ -75,7 +75,7 @@ def advise(model: str | os.PathLike[str], recipe: Recipe | None = None, sink_map
     if recipe.evaluate.divergence_length > room:
         recipe = recipe.changed(evaluate={"divergence_length": room})
     # What cannot be planned at all is refused before anything is looked for.
-    _named(mechanisms(shape, nothing_found(shape), recipe), only)
+    _named(mechanisms(shape, nothing_found(shape), recipe.changed(prune={"heads": "none"})), only)
     if sink_map is not None:
         check_same_model(shape, sink_map)
     rows = _held_out(opened, tokenizer, recipe) if measure else None

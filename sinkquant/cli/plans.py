@@ -76,6 +76,9 @@ def plan(model: ModelArgument,
     from sinkquant.policy import check_solvable, make_frontier, make_plan, require_plannable
     from sinkquant.policy.headers import plan_ready
 
+    if frontier and not chosen.budget.solved and (chosen.solves_cache or chosen.solves_inputs):
+        raise RequestError("--frontier takes what formats of the weights lose, and kv_cache.bits or activations.bits "
+                           "alone asks for nothing of that; leave it out, or name a budget that is solved for.")
     if frontier or chosen.budget.solved:
         check_solvable(chosen)
     known = SinkMap.load(sink_map) if sink_map else None

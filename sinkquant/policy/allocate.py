@@ -10,8 +10,8 @@ from sinkquant.artifacts import KVCachePlan, ModelShape, Sensitivity, SinkMap, T
 from sinkquant.artifacts.sizes import checkpoint_bytes, module_bytes
 from sinkquant.errors import RequestError
 from sinkquant.methods import UNTOUCHED
-from sinkquant.policy.ends import bits_of_ends, end_options, sized
-from sinkquant.policy.engines import engine_loads
+from sinkquant.policy.ends import bits_of_ends, choose_ends, end_options, sized
+from sinkquant.policy.engines import ANY, engine_loads, engine_takes
 from sinkquant.policy.expected import expect_loss
 from sinkquant.policy.explain import found_in, sentence
 from sinkquant.policy.kv_budget import kv_bytes_of, kv_options, kv_units, solved_cache
@@ -69,17 +69,35 @@ def solve(base: dict[str, Draft], shape: ModelShape, sink_map: SinkMap, recipe: 
             choices[name] = replace(_by_best(_in_format(base[name], forms[option]), unit, forms[option]),
                                     reason=sentence(unit, forms[option], sensitivity, base[name].why if
                                                     forms[option].split else reasons.get(name, "")))
-    _check_engine(choices, shape, recipe.budget)
+    made = free.with_ends(solved.chosen)
+    check_engine(choices, shape, made)
     explained = frozenset(name for unit in free.units for name in unit.modules)
-    return Allocation(choices, solved.gap, explained, free.cache(solved.chosen), free.with_ends(solved.chosen))
+    return Allocation(choices, solved.gap, explained, free.cache(solved.chosen), made)
 
 
-def _check_engine(choices: dict[str, Draft], shape: ModelShape, budget: Budget) -> None:
+def check_engine(choices: dict[str, Draft], shape: ModelShape, recipe: Recipe) -> None:
     """Refuse a plan that the budget's engine cannot load because of what the recipe fixes."""
-    for name, choice in choices.items():
-        if choice.quantized and not engine_loads(budget.engine, choice.form, shape.linears[name]):
-            raise RequestError(f"budget.engine {budget.engine} does not load {name} in {choice.form.bits} bits, groups "
-                               f"of {choice.form.group_size}, which the recipe fixes; change that, or the engine.")
+    engine = recipe.budget.engine
+    refused = [(name, choice.form) for name, choice in choices.items()
+               if choice.quantized and not engine_loads(engine, choice.form, shape.linears[name])]
+    refused += [(name, end.form) for name, end in choose_ends(shape, recipe, False).items()
+                if not engine_takes(engine, end.form)]
+    for name, form in refused:
+        raise RequestError(f"budget.engine {engine} does not load {name} in {form.bits} bits, groups of "
+                           f"{form.group_size}, which the recipe fixes; change that, or the engine.")
+
+
+def no_candidate(shape: ModelShape, engine: str) -> RequestError:
+    """The refusal of a budget whose engine would leave every linear in 16 bits."""
+    return RequestError(f"budget.engine {engine} loads no candidate format of {shape.architecture}; use another "
+                        "engine, or add to sensitivity.bits and sensitivity.group_sizes.")
+
+
+def way_out(budget: Budget) -> str:
+    """What may make smaller candidates."""
+    if budget.engine == ANY:
+        return "name fewer bits in sensitivity.bits"
+    return f"name another engine, or fewer bits in sensitivity.bits that {budget.engine} loads"
 
 
 def _in_format(choice: Draft, form: WeightFormat) -> Draft:
@@ -114,9 +132,7 @@ class Problem:
                                "name every linear; leave some out or drop the budget.")
         self.options = [self._formats(unit) for unit in self.units]
         if all(forms == [EXACT] for forms in self.options):
-            raise RequestError(f"budget.engine {recipe.budget.engine} loads no candidate format of "
-                               f"{shape.architecture}; use another engine, or add to sensitivity.bits and "
-                               "sensitivity.group_sizes.")
+            raise no_candidate(shape, recipe.budget.engine)
         chosen = {name for unit in self.units for name in unit.modules}
         self.fixed = {name: base[name].form for name in base if name not in chosen}
         self.fixed_loss = expect_loss({name: self.fixed.get(name, EXACT) for name in base}, sensitivity)
@@ -179,7 +195,7 @@ class Problem:
         found = fewest_bytes(self.table + self.end_table, budget.loss - self.fixed_loss.total)
         if found is None:
             raise RequestError(f"budget.loss {budget.loss:g} is not feasible: what the recipe fixes loses "
-                               f"{self.fixed_loss.total:.3g} nats by itself; raise budget.loss to that, or free "
+                               f"{_at_least(self.fixed_loss.total)} nats by itself; raise budget.loss to that, or free "
                                "modules of weights.overrides.")
         return found
 
@@ -191,7 +207,7 @@ class Problem:
             least = fixed + sum(min(option.bytes for option in unit) for unit in self.table)
             raise RequestError(f"budget.bits {bits:g} is not feasible: the smallest candidates and what is fixed take "
                                f"{math.ceil(8000 * least / weights) / 1000:.3f} bits per weight; raise budget.bits to "
-                               "that, or name fewer bits in sensitivity.bits.")
+                               f"that, or {way_out(self.recipe.budget)}.")
         return found
 
     def _bytes(self, allowed: int) -> Solution:
@@ -213,7 +229,7 @@ class Problem:
         (key,) = budget.limits
         raise RequestError(f"budget.{key} {budget.in_words(allowed, values)} is not feasible: the smallest checkpoint "
                            f"has {smallest:,} bytes{cache}; raise budget.{key} to "
-                           f"{budget.in_words(smallest + kv_bytes, values)}, or name fewer bits in sensitivity.bits.")
+                           f"{budget.in_words(smallest + kv_bytes, values)}, or {way_out(budget)}.")
 
     def _cache_bytes(self, chosen: Sequence[int]) -> int:
         return kv_bytes_of(self.shape, self.recipe.budget, self.cache(chosen))
@@ -268,6 +284,12 @@ def _added_up(units: list[UnitSensitivity]) -> UnitSensitivity:
                 "diagonal": sum(loss.diagonal for loss in alike)}))
     return UnitSensitivity(modules=[name for unit in units for name in unit.modules],
                            placed=all(unit.placed for unit in units), losses=losses)
+
+
+def _at_least(loss: float) -> str:
+    """In three digits, rounded up, so that the number in a message is itself feasible."""
+    shown = float(f"{loss:.3g}")
+    return f"{shown if shown >= loss else shown + 10.0 ** (math.floor(math.log10(loss)) - 2):.3g}"
 
 
 def _loss(unit: UnitSensitivity, form: WeightFormat, score: str) -> float:

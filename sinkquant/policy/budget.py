@@ -10,6 +10,7 @@ from sinkquant.artifacts import ModelShape
 from sinkquant.artifacts.sizes import module_bytes
 from sinkquant.methods import UNTOUCHED
 from sinkquant.policy.carried import more_precise
+from sinkquant.policy.engines import ANY, engine_takes
 from sinkquant.policy.rules import Draft
 from sinkquant.policy.sharing import moves_together
 from sinkquant.schemes import scheme_of
@@ -27,8 +28,8 @@ def choice_bytes(shape: ModelShape, name: str, choice: Draft) -> int:
     return module_bytes(shape, name, choice.form)
 
 
-def fill(choices: dict[str, Draft], shape: ModelShape, spare: int, order: Sequence[str],
-         why: str) -> dict[str, Draft]:
+def fill(choices: dict[str, Draft], shape: ModelShape, spare: int, order: Sequence[str], why: str,
+         engine: str = ANY) -> dict[str, Draft]:
     """Spend at most `spare` bytes: one more bit wherever it fits, in `order`, again and again; what is left on groups
     of half the size, and then on 16 bits instead of 8. Modules that engines fuse are raised together; pinned ones are
     not touched.
@@ -36,9 +37,22 @@ def fill(choices: dict[str, Draft], shape: ModelShape, spare: int, order: Sequen
     Args:
         order: module names, first served first.
         why: ends the reason of every raised module.
+        engine: raise to nothing that it does not run.
     """
+    def run(raised: Draft | None) -> Draft | None:
+        return raised if raised is not None and engine_takes(engine, raised.form) else None
+
+    def more_bits(choice: Draft, columns: int) -> Draft | None:
+        return run(more_precise(choice, columns))
+
+    def smaller_groups(choice: Draft, columns: int) -> Draft | None:
+        return run(_half_the_group(choice, columns))
+
+    def left_alone(choice: Draft, columns: int) -> Draft | None:
+        return _left_alone(choice) if more_bits(choice, columns) is None else None
+
     chosen = dict(choices)
-    for raise_format in (more_precise, _half_the_group, _left_alone):
+    for raise_format in (more_bits, smaller_groups, left_alone):
         progress = True
         while progress:
             progress = False
@@ -151,8 +165,6 @@ def _half_the_group(choice: Draft, columns: int) -> Draft | None:
     return replace(choice, group_size=size // 2)
 
 
-def _left_alone(choice: Draft, columns: int) -> Draft | None:
-    if more_precise(choice, columns) is not None:
-        return None
+def _left_alone(choice: Draft) -> Draft:
     alone = replace(choice, bits=16, group_size=None, method=UNTOUCHED, scalars=())
     return replace(alone, keep=None, columns=()) if choice.keep == "split" else alone

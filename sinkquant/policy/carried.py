@@ -56,7 +56,7 @@ def check_recipe(recipe: Recipe) -> None:
     if not scheme.foreign:
         _check_own(recipe, scheme)
         return
-    for method in sorted(recipe.methods - set(recipe.methods if scheme.methods is None else scheme.methods)):
+    for method in _unheld(recipe, scheme):
         raise RequestError(f"{backend} rounds weights to nearest by itself, so that {method} cannot choose its codes; "
                            "set weights.method=rtn.")
     if (weights.tune or weights.distill) and scheme.rounds_itself:
@@ -78,6 +78,11 @@ def check_recipe(recipe: Recipe) -> None:
     _check_groups(recipe, scheme)
 
 
+def _unheld(recipe: Recipe, scheme: Scheme) -> list[str]:
+    """Methods that the recipe asks for and that do not choose the codes of a number format."""
+    return [] if scheme.methods is None else sorted(recipe.methods - set(scheme.methods))
+
+
 def _check_own(recipe: Recipe, scheme: Scheme) -> None:
     """Formats of compressed-tensors that are less free than its integers: those in blocks."""
     weights, protect, words = recipe.weights, recipe.protect, scheme.words
@@ -89,7 +94,7 @@ def _check_own(recipe: Recipe, scheme: Scheme) -> None:
                            "goes with the inputs.")
     if scheme.integers:
         return
-    for method in sorted(recipe.methods - set(recipe.methods if scheme.methods is None else scheme.methods)):
+    for method in _unheld(recipe, scheme):
         raise RequestError(f"{method} does not choose the codes of {words}; set weights.method="
                            f"{' or '.join(scheme.methods or ())}.")
     raised = protect.bits if protect.modules or protect.channels == "module" else 16

@@ -10,16 +10,20 @@ from sinkquant.errors import RequestError
 from sinkquant.methods import UNTOUCHED, require_methods
 from sinkquant.policy.activations import check_inputs
 from sinkquant.policy.carried import check_choices
-from sinkquant.policy.ends import asked_of_edited, check_counted
+from sinkquant.policy.ends import asked_of_edited, check_counted, end_notes
 from sinkquant.policy.engines import require_engine
+from sinkquant.policy.expected import NOT_PREDICTED, PREDICTED, SOLVED_FOR
 from sinkquant.policy.heads import accept_heads
 from sinkquant.policy.kv_cache import accept_kv
-from sinkquant.policy.plan import _finish
+from sinkquant.policy.plan import INPUT_BITS, NEEDS_PREFIX, SIZE_DIFFERS, _finish
 from sinkquant.policy.pruning import keep_pruning
 from sinkquant.policy.rules import Draft, check_group_sizes
 from sinkquant.policy.transforms import check_transforms
 from sinkquant.recipe import Recipe, near_miss
 from sinkquant.schemes import WeightFormat
+
+OF_FIGURES = (SOLVED_FOR, PREDICTED, NOT_PREDICTED, INPUT_BITS, SIZE_DIFFERS)
+"""Beginnings of notes."""
 
 
 def accept_edited(plan: Plan, shape: ModelShape) -> Plan:
@@ -41,6 +45,9 @@ def accept_edited(plan: Plan, shape: ModelShape) -> Plan:
     if plan.calibration.ranges == "exclude" and not (plan.kv_cache and plan.kv_cache.prefix):
         raise RequestError("the plan's static ranges leave out the tokens of a prefix that its kv_cache does not have; "
                            "set calibration.ranges to 'all'.")
+    if plan.calibration.statistics == "exclude" and not (
+            plan.kv_cache and plan.kv_cache.prefix[len(plan.kv_cache.front):]):
+        raise RequestError(f"the plan's calibration.statistics: {NEEDS_PREFIX}")
     mixed = mixed_experts(shape, {name: decision.form for name, decision in plan.modules.items()})
     if mixed:
         raise RequestError(f"the plan gives {mixed[0]} and {mixed[1]} different formats, but transformers loads all "
@@ -62,12 +69,18 @@ def accept_edited(plan: Plan, shape: ModelShape) -> Plan:
     counted = counted.model_copy(update={"calibration": plan.calibration, "kv_cache": accept_kv(plan.kv_cache, shape),
                                          "silenced_heads": accept_heads(plan, shape), "seed": plan.seed,
                                          "blocks": plan.blocks,
-                                         "notes": list(dict.fromkeys([*plan.notes, *counted.notes]))})
+                                         "notes": list(dict.fromkeys([*_lasting(plan, shape), *counted.notes]))})
     require_engine(Recipe.parse(plan.recipe).engine, counted, shape)
     check_conflicts(counted)
     check_distill(counted, shape)
     require_methods(counted)
     return counted
+
+
+def _lasting(plan: Plan, shape: ModelShape) -> list[str]:
+    """The notes that an edit leaves true: none of figures that are counted anew, or that the plan was solved by."""
+    counted = {*end_notes(shape, plan.ends)}
+    return [note for note in plan.notes if note not in counted and not note.startswith(OF_FIGURES)]
 
 
 def _check(name: str, plan: Plan, shape: ModelShape) -> None:

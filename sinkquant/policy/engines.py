@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from sinkquant.artifacts import LinearShape, ModelShape, Plan
+from sinkquant.artifacts import KVCachePlan, LinearShape, ModelShape, Plan
 from sinkquant.artifacts.kv_scheme import KVScheme
 from sinkquant.artifacts.sizes import own_format
 from sinkquant.errors import RequestError
@@ -18,6 +18,7 @@ from sinkquant.schemes.registry import SCHEMES
 OWN = "sinkquant"
 ANY = "any"
 """No engine is asked for."""
+OTHERWISE = "or leave the engine out (engine=any)"
 
 
 def loads_in(shape: ModelShape, formats: Mapping[str, WeightFormat], own: bool,
@@ -66,30 +67,34 @@ def for_engine(choices: dict[str, Draft], engine: str) -> dict[str, Draft]:
     return found
 
 
+def require_engine_cache(engine: str, kv_cache: KVCachePlan | None, kv_scheme: KVScheme | None) -> None:
+    """Refuse a KV cache that the engine that a recipe names does not have."""
+    if engine != ANY and kv_cache is not None:
+        raise RequestError(f"{engine} keeps its KV cache in 16 bits and knows no prefix of sinkquant's; set "
+                           f"kv_cache=null, {OTHERWISE}.")
+    if engine != ANY and kv_scheme is not None and not reads_kv_scales(engine):
+        raise RequestError(f"{engine} reads no kv_cache_scheme; set it to null, {OTHERWISE}.")
+
+
 def require_engine(engine: str, plan: Plan, shape: ModelShape) -> None:
     """Refuse a plan that the engine that a recipe names does not run."""
+    require_engine_cache(engine, plan.kv_cache, plan.kv_scheme)
     if engine == ANY:
         return
-    otherwise = "or leave the engine out (engine=any)"
-    if plan.kv_cache is not None:
-        raise RequestError(f"{engine} keeps its KV cache in 16 bits and knows no prefix of sinkquant's; set "
-                           f"kv_cache=null, {otherwise}.")
-    if plan.kv_scheme is not None and not reads_kv_scales(engine):
-        raise RequestError(f"{engine} reads no kv_cache_scheme; set it to null, {otherwise}.")
     formats = plan.stored
     if own_format(shape, plan.formats):
         raise RequestError(f"{engine} does not load columns beside the codes, nor weights that a model stores "
-                           f"transposed, which take sinkquant's own format; set protect.channels=none, {otherwise}.")
+                           f"transposed, which take sinkquant's own format; set protect.channels=none, {OTHERWISE}.")
     for name, form in formats.items():
         if name in plan.modules and plan.modules[name].simulated:
             raise RequestError(f"inputs in {plan.modules[name].activations} are rounded by sinkquant alone, and not by "
-                               f"{engine}; set activations.format=16-bit, {otherwise}.")
+                               f"{engine}; set activations.format=16-bit, {OTHERWISE}.")
         if not _takes(engine, form):
             raise RequestError(f"{engine} does not run {_in_words(form)} ({name}); {_what_it_runs(engine, form)}, "
-                               f"{otherwise}.")
+                               f"{OTHERWISE}.")
     if engine in EXPERTS_BY_NAME and not _experts_by_name(shape, formats):
         raise RequestError(f"{engine} loads packed experts only where all of them are packed, under names that end in "
-                           f"_proj, and this plan's are not; use another model or plan, {otherwise}.")
+                           f"_proj, and this plan's are not; use another model or plan, {OTHERWISE}.")
 
 
 def _in_words(form: WeightFormat) -> str:

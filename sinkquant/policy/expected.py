@@ -13,6 +13,9 @@ from sinkquant.policy.kv_budget import expected_kv_loss
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import WeightFormat
 
+SOLVED_FOR, PREDICTED, NOT_PREDICTED = "solved for the budget", "the predicted loss", "no loss is predicted"
+"""What notes about a plan's loss begin with."""
+
 
 @dataclass(frozen=True)
 class ExpectedLoss:
@@ -80,30 +83,32 @@ def with_expected_loss(plan: Plan, sensitivity: Sensitivity, gap: float | None =
     if foreign:
         raise RequestError(f"the sensitivities are of another model: the plan has no {foreign[0]}; make them for this "
                            "one.")
+    predicted = {key: value for key, value in plan.predicted.items() if not key.startswith("kl")}
+    cache = expected_kv_loss(plan.kv_cache, sensitivity)
+    of_cache = {} if cache is None or plan.transforms else {"kl_kv": cache}
+    if not sensitivity.units:  # of the cache or the inputs alone
+        return plan.model_copy(update={"predicted": predicted | of_cache, "losses": []})
     found = expect_loss({name: decision.form for name, decision in plan.modules.items()}, sensitivity,
                         {name: decision.method for name, decision in plan.modules.items()})
-    predicted = {key: value for key, value in plan.predicted.items() if not key.startswith("kl")}
     notes, recipe = list(plan.notes), Recipe.parse(plan.recipe)
     ends = sensitivity.end_loss(bits_of_ends(recipe)) if plan.ends else 0.0
     if gap is not None:
         predicted["solver_gap"] = gap
         ((key, limit),) = recipe.budget.limits.items()
-        notes.append(f"solved for the budget of {key} {limit:,} over {len(sensitivity.units)} modules or groups of "
+        notes.append(f"{SOLVED_FOR} of {key} {limit:,} over {len(sensitivity.units)} modules or groups of "
                      f"them, with a gap of {gap:.2g} to the optimum")
     if plan.transforms:
-        notes.append("no loss is predicted: the sensitivities are of the weights before "
+        notes.append(f"{NOT_PREDICTED}: the sensitivities are of the weights before "
                      f"{' and '.join(transform.name for transform in plan.transforms)}")
         return plan.model_copy(update={"notes": notes})
     if found.unknown:
-        notes.append(f"no loss is predicted: {len(found.unknown)} quantized modules are in formats without a "
+        notes.append(f"{NOT_PREDICTED}: {len(found.unknown)} quantized modules are in formats without a "
                      f"sensitivity, among them {found.unknown[0]}")
     else:
         predicted |= {"kl": found.total + (ends or 0.0), "kl_sinks": found.sinks}
         predicted |= {"kl_ends": ends} if plan.ends and ends is not None else {}
-    cache = expected_kv_loss(plan.kv_cache, sensitivity)
-    if cache is not None:
-        predicted["kl_kv"] = cache
-    notes += [f"the predicted loss is that of the weights' formats; what {what} loses is not in it"
+    predicted |= of_cache
+    notes += [f"{PREDICTED} is that of the weights' formats; what {what} loses is not in it"
               for what in [*(["rounding the head and the embedding"] if ends is None else []),
                            *_left_out(plan, cache is not None)]]
     losses = [loss for unit in sensitivity.units if (loss := _of_unit(unit, plan)) is not None]

@@ -8,8 +8,10 @@ from sinkquant.artifacts.distill import require_tunable
 from sinkquant.policy.activations import spares, with_inputs
 from sinkquant.policy.carried import carried
 from sinkquant.policy.edited import accept_edited
+from sinkquant.policy.engines import require_engine_cache
 from sinkquant.policy.input_bits import require_input_bits
 from sinkquant.policy.kv_cache import make_kv_plan
+from sinkquant.policy.kv_scheme import make_kv_scheme
 from sinkquant.policy.plan import check_budget, choices_of, make_plan
 from sinkquant.policy.rules import base_choices
 from sinkquant.policy.split import check_split
@@ -79,22 +81,23 @@ def require_plannable(shape: ModelShape, recipe: Recipe) -> None:
         if recipe.kv_cache.prefix != "none":  # detection says whether rows begin with it
             changes += ["activations.sinks=all"] if recipe.activations.sinks == "exclude" else []
             changes += ["protect.statistics=all"] if recipe.protect.statistics == "exclude" else []
-    check_budget(shape, nothing_found(shape), recipe)
+        if recipe.sensitivity.kv_bits and recipe.budget.context is not None:  # the fewest that the budget may choose
+            changes += [f"kv_cache.{kind}_bits={min(recipe.sensitivity.kv_bits)}" for kind in ("key", "value")]
+    nothing, plain = nothing_found(shape), recipe.replace(changes)
+    cache = make_kv_plan(shape, nothing, plain)  # its bits take sensitivities; whether the fewest are few enough none
+    require_engine_cache(recipe.engine, cache, make_kv_scheme(shape, recipe))
+    check_budget(shape, nothing, recipe, cache)
+    check_split(recipe)
+    if recipe.prune.heads != "none" and recipe.kv_cache is None and not recipe.methods and not plain.prune.asked:
+        return  # heads are all that it works on
+    if recipe.solves_inputs:  # as of the cache
+        require_input_bits(choices_of(shape, nothing, plain)[1], plain)
+        plain = plain.changed(activations={"bits": None})
+    if recipe.solves_cache:
+        plain = plain.changed(kv_cache={"bits": None})
     # What is solved for may become another plan than the one without a budget, which its engine need not run.
     engine = "any" if recipe.budget.solved else recipe.engine
-    recipe = recipe.model_copy(update={"budget": Budget(), "engine": engine})
-    check_split(recipe)
-    heads = recipe.prune.heads != "none"
-    recipe = recipe.replace(changes)
-    if heads and recipe.kv_cache is None and not recipe.methods and not recipe.prune.asked:
-        return  # heads are all that it works on
-    if recipe.solves_cache:  # its bits take sensitivities; whether the fewest are few enough takes none
-        make_kv_plan(shape, nothing_found(shape), recipe)
-        recipe = recipe.changed(kv_cache={"bits": None})
-    if recipe.solves_inputs:  # likewise
-        require_input_bits(choices_of(shape, nothing_found(shape), recipe)[1], recipe)
-        recipe = recipe.changed(activations={"bits": None})
-    make_plan(shape, nothing_found(shape), recipe)
+    make_plan(shape, nothing, plain.model_copy(update={"budget": Budget(), "engine": engine}))
 
 
 def _any_tokens(cache: KVCache) -> list[str]:

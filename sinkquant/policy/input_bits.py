@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from sinkquant.artifacts import ModelShape, Sensitivity
 from sinkquant.artifacts.sensitivity import InputSensitivity
 from sinkquant.errors import RequestError
+from sinkquant.policy.engines import engine_takes
 from sinkquant.policy.rules import Draft
 from sinkquant.policy.solver import Option, least_loss
 from sinkquant.recipe import Recipe
@@ -43,15 +44,17 @@ def check_solvable_inputs(recipe: Recipe) -> None:
                                "to none, or leave activations.bits out.")
 
 
-def input_options(choice: Draft) -> list[InputOption]:
+def input_options(choice: Draft, engine: str) -> list[InputOption]:
     """What the inputs of a linear may be rounded to instead: as the recipe has it, and whatever of more bits engines
-    are told to multiply its weights with, in 16 bits last. Nothing where they are not rounded at all."""
+    are told to multiply its weights with, in 16 bits last; where the recipe names an engine, what it runs of that.
+    Nothing where they are not rounded at all."""
     if not choice.quantized or choice.activations == NO_ROUNDING:
         return []
     scheme, asked = scheme_of(choice.form), InputOption(choice.activations, choice.activation_scale)
     finer = [InputOption(name, scheme.scales_of_inputs(name)[0]) for name in scheme.inputs
              if deployed(name) and input_format(name).bits > asked.bits]
-    return [asked, *finer, LEFT_ALONE]
+    return [asked, *(one for one in (*finer, LEFT_ALONE) if engine_takes(engine, replace(
+        choice, activations=one.name, activation_scale=one.scale).form))]
 
 
 def with_input_bits(choices: dict[str, Draft], shape: ModelShape, recipe: Recipe,
@@ -70,8 +73,9 @@ def with_input_bits(choices: dict[str, Draft], shape: ModelShape, recipe: Recipe
     foreign = [name for unit in sensitivity.inputs for name in unit.modules if name not in choices]
     if foreign:
         raise RequestError(f"the sensitivities are of another model: it has no {foreign[0]}; make them for this one.")
-    units = [unit for unit in sensitivity.inputs if all(input_options(choices[name]) for name in unit.modules)]
-    tables = [_options(unit, choices[unit.modules[0]]) for unit in units]
+    units = [unit for unit in sensitivity.inputs
+             if all(input_options(choices[name], recipe.engine) for name in unit.modules)]
+    tables = [_options(unit, choices[unit.modules[0]], recipe.engine) for unit in units]
     weights = [sum(shape.linears[name].parameters for name in unit.modules) for unit in units]
     found = least_loss([[Option(option.bits * size, loss) for option, loss in table.items()]
                         for table, size in zip(tables, weights, strict=True)], math.floor(allowed * sum(weights)))
@@ -87,10 +91,15 @@ def with_input_bits(choices: dict[str, Draft], shape: ModelShape, recipe: Recipe
 
 
 def require_input_bits(choices: dict[str, Draft], recipe: Recipe) -> None:
-    """Refuse a budget below what the coarsest formats take, before anything is measured."""
-    least = min((option.bits for choice in choices.values() for option in input_options(choice)), default=0)
+    """Refuse a budget below what the coarsest formats take, or of which the engine leaves no choice, before anything is
+    measured."""
+    options = [found for choice in choices.values() if (found := input_options(choice, recipe.engine))]
+    least = min((option.bits for found in options for option in found), default=0)
     if recipe.activations.bits is not None and least > recipe.activations.bits:
         raise _not_feasible(recipe.activations.bits, least)
+    if options and all(len(found) == 1 for found in options):
+        raise RequestError(f"{recipe.engine} runs these weights with inputs in {options[0][0].name} alone, so that "
+                           "there is nothing to choose; leave activations.bits out, or the engine.")
 
 
 def _not_feasible(allowed: float, least: int) -> RequestError:
@@ -104,14 +113,14 @@ def average_bits(inputs: Mapping[str, str], shape: ModelShape) -> float:
     return sum(input_format(form).bits * sizes[name] for name, form in inputs.items()) / max(sum(sizes.values()), 1)
 
 
-def _options(unit: InputSensitivity, choice: Draft) -> dict[InputOption, float]:
+def _options(unit: InputSensitivity, choice: Draft, engine: str) -> dict[InputOption, float]:
     """Option -> nats per token, the coarsest first.
 
     Raises:
         RequestError: the unit was measured under another recipe.
     """
     known = {InputOption(loss.activations, loss.scale): loss.total for loss in unit.losses} | {LEFT_ALONE: 0.0}
-    wanted = input_options(choice)
+    wanted = input_options(choice, engine)
     if any(option not in known for option in wanted):
         raise RequestError(f"the sensitivities know nothing of {unit.modules[0]} with inputs in "
                            f"{next(option.name for option in wanted if option not in known)}; make them anew.")

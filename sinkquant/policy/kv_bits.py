@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from sinkquant.artifacts import KVCachePlan
@@ -49,8 +50,9 @@ def least_setting(settings: KVCache, fewest: int, groups: Sequence[int],
             return tried(least.group_size, window, fewest)
     least = tried(least.group_size, windows[-1], fewest)
     if least.bits_per_value > settings.bits:
+        takes = math.ceil(1000 * least.bits_per_value) / 1000  # so that the number in the message can itself be met
         raise RequestError(f"kv_cache.bits {settings.bits:g} cannot be met at kv_cache.length {settings.length}: with "
                            f"{fewest}-bit codes, groups of {least.group_size} and the last {least.window} tokens exact "
-                           f"a number takes {least.bits_per_value:.3f} bits; ask for that, or for a longer length"
+                           f"a number takes {takes:.3f} bits; ask for that, or for a longer length"
                            f"{', or set kv_cache.scale_bits to 8' if settings.scale_bits > 8 else ''}.")
     return least

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sinkquant.artifacts import KVCachePlan, KVLoss, ModelShape, Sensitivity
 from sinkquant.artifacts.kv import cache_bytes, held_tokens, layer_bytes
 from sinkquant.errors import RequestError
-from sinkquant.policy.kv_cache import accept_kv
+from sinkquant.policy.kv_cache import accept_kv, with_usual_bits
 from sinkquant.policy.solver import ROUNDS, Option, least_loss
 from sinkquant.recipe import Budget, Recipe
 
@@ -44,13 +44,13 @@ def kv_bytes_of(shape: ModelShape, budget: Budget, plan: KVCachePlan | None) -> 
 
 
 def kv_units(plan: KVCachePlan | None, sensitivity: Sensitivity, recipe: Recipe) -> list[KVUnit]:
-    """What the solver may choose of the cache: nothing unless the recipe names `sensitivity.kv_bits`; not what
-    `kv_cache.overrides` fixes.
+    """What the solver may choose of the cache: nothing unless the recipe names `sensitivity.kv_bits`, nor where
+    `kv_cache.bits` has chosen; not what `kv_cache.overrides` fixes.
 
     Raises:
         RequestError: bits of the cache are to be chosen and the sensitivities do not have its losses.
     """
-    if not recipe.sensitivity.kv_bits or plan is None:
+    if not recipe.sensitivity.kv_bits or plan is None or recipe.solves_cache:
         return []
     if not sensitivity.kv:
         raise RequestError("the sensitivities hold no losses of the KV cache; make them anew with sensitivity.kv_bits.")
@@ -144,9 +144,7 @@ def solved_cache(shape: ModelShape, plan: KVCachePlan, chosen: dict[KVUnit, int]
         if idle:
             parts.append(f"read by no-ops alone: head {', '.join(map(str, idle))}")
         layers[index] = one.model_copy(update={"reason": "; ".join(parts)})
-    common = {name: _most([bits for layer in layers if layer.packed for bits in getattr(layer, name)])
-              for name in ("key_bits", "value_bits")}
-    accepted = accept_kv(made.model_copy(update={"layers": layers, **common}), shape)
+    accepted = accept_kv(with_usual_bits(made.model_copy(update={"layers": layers})), shape)
     assert accepted is not None
     return accepted
 
@@ -166,7 +164,3 @@ def expected_kv_loss(plan: KVCachePlan | None, sensitivity: Sensitivity) -> floa
                         return None
                     total += known[index, head, kind, bits]
     return total
-
-
-def _most(bits: list[int]) -> int:
-    return max(sorted(set(bits)), key=bits.count)

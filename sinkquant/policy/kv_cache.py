@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Sequence
 
-from sinkquant.artifacts import KVCachePlan, KVLayer, KVLayerShape, KVSink, MassiveCarriers, ModelShape, SinkMap
+from sinkquant.artifacts import (
+    KVCachePlan,
+    KVLayer,
+    KVLayerShape,
+    KVSink,
+    MassiveCarriers,
+    ModelShape,
+    SinkMap,
+    SinkToken,
+)
 from sinkquant.artifacts.kv import KV_BITS, cache_bytes, dense_bytes, packed_tokens, value_group
 from sinkquant.errors import RequestError
 from sinkquant.policy.blocks import block_at
@@ -15,6 +25,8 @@ from sinkquant.recipe import KVCache, Recipe
 GROUPS = (32, 64, 128)
 CARRIER_SHARE = 0.5
 """A token carries a massive activation where it reaches this share of the largest one that detection saw there."""
+STAY_EXACT = "stay exact"
+"""What a reason says of tokens that it names."""
 
 
 def make_kv_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> KVCachePlan | None:
@@ -38,7 +50,7 @@ def _made(shape: ModelShape, sink_map: SinkMap, settings: KVCache) -> KVCachePla
     layers = _layers(shape, settings, group_size)
     sinks = _sinks(sink_map) if settings.exact == "detected" else []
     prefix = _prefix(sink_map, settings)
-    plan = KVCachePlan(
+    plan = with_usual_bits(KVCachePlan(
         key_bits=settings.key_bits, value_bits=settings.value_bits, group_size=group_size,
         window=settings.window, evict=settings.evict, sliding_sinks=settings.sliding_sinks,
         symmetric=settings.symmetric, scale_bits=settings.scale_bits, rotate=settings.rotate,
@@ -47,12 +59,12 @@ def _made(shape: ModelShape, sink_map: SinkMap, settings: KVCache) -> KVCachePla
         exact=settings.exact, first_n=settings.first_n if settings.exact == "first-n" else 0,
         max_exact=0 if settings.exact == "none" else settings.max_exact,
         prefix=prefix, front=_front(prefix, sink_map, settings), sinks=sinks, layers=layers,
-        bits_per_value=0.0, length=settings.length, expected_exact=0, bytes=0, unquantized_bytes=0, reason="")
+        bits_per_value=0.0, length=settings.length, expected_exact=0, bytes=0, unquantized_bytes=0, reason=""))
     _check_sliding_sinks(plan, shape)
     if settings.exact == "massive":
         plan = plan.model_copy(update={"massive": _carriers(sink_map)})
-    exact = _expected_exact(plan, sink_map)
-    reason = _reason(plan, sink_map, exact)
+    exact = _expected_exact(plan, sink_map.placed)
+    reason = _reason(plan, sink_map.placed, exact)
     if settings.prefix == "found" and sink_map.outlier_prefix is not None:
         reason += f"; the found prefix is {' '.join(map(repr, sink_map.outlier_prefix.texts))}"
         reason += ", put in front of every row" if plan.front else " alone, which rows start with anyway"
@@ -76,10 +88,12 @@ def make_kv_control(aware: KVCachePlan | None) -> KVCachePlan | None:
 
 
 def accept_kv(plan: KVCachePlan | None, shape: ModelShape) -> KVCachePlan | None:
-    """An edited KV section, checked against the model, its sizes counted anew.
+    """An edited KV section, checked against the model, its sizes counted anew, and what tells them of exact tokens as
+    far as that takes no sink map.
 
     Raises:
-        RequestError: it is of another model, bits or groups do not fit, or layers that share a mask differ.
+        RequestError: it is of another model, bits or groups do not fit, layers that share a mask differ, or one part of
+            it says what another does not.
     """
     if plan is None:
         return None
@@ -104,6 +118,18 @@ def accept_kv(plan: KVCachePlan | None, shape: ModelShape) -> KVCachePlan | None
             raise RequestError(f"the plan's kv_cache gives layer {index} {wrong[0]} bits; give it 1, 2, 3, 4, 8 or 16.")
         if layer.packed:
             _check_fit(real, index, plan.group_size, plan)
+    usual = with_usual_bits(plan)
+    for key, said, found in (("key_bits", plan.key_bits, usual.key_bits),
+                             ("value_bits", plan.value_bits, usual.value_bits)):
+        if said != found:
+            raise RequestError(f"the plan's kv_cache says {key} {said}, and most heads of its layers have {found}; "
+                               f"edit {key} of the layers to change the cache, and make the two agree.")
+    if plan.exact == "massive" and (plan.massive is None or not plan.massive.channels):
+        raise RequestError("the plan's kv_cache keeps massive activations exact and names no channel that carries them "
+                           "(massive); plan with kv_cache.exact=massive, or set exact to 'detected' or 'first-n'.")
+    if plan.exact == "first-n" and plan.first_n == 0:
+        raise RequestError("the plan's kv_cache keeps the first tokens exact, and first_n is 0; set it to their "
+                           "number, or exact to 'none'.")
     _check_sliding_sinks(plan, shape)
     for slides in (True, False):
         kept = {layer.packed for layer, real in zip(plan.layers, shape.kv_layers, strict=True)
@@ -112,7 +138,22 @@ def accept_kv(plan: KVCachePlan | None, shape: ModelShape) -> KVCachePlan | None
             raise RequestError("the plan's kv_cache packs some layers " + (
                 "with" if slides else "without") + " a sliding window and not others, and the model makes one mask for "
                 "the columns of them all; set 'packed' alike in them.")
-    return _weighed(plan, plan.expected_exact, plan.reason)
+    exact, reason = plan.expected_exact, plan.reason
+    if plan.exact in ("none", "first-n") or (plan.exact == "detected" and not plan.sinks):
+        exact = _expected_exact(plan, [])
+        words = _reason(plan, [], exact)
+        reason = words if STAY_EXACT in reason and not reason.startswith(words) else reason
+    return _weighed(plan, exact, reason)
+
+
+def with_usual_bits(plan: KVCachePlan) -> KVCachePlan:
+    """The section with the bits of most heads of its packed layers as `key_bits` and `value_bits`."""
+    keys, values = ([bits for layer in plan.layers if layer.packed for bits in getattr(layer, name)]
+                    for name in ("key_bits", "value_bits"))
+    if not keys:
+        return plan
+    return plan.model_copy(update={name: max(sorted(set(bits)), key=bits.count)
+                                   for name, bits in (("key_bits", keys), ("value_bits", values))})
 
 
 def _mean_bytes(plan: KVCachePlan, exact: int) -> int:
@@ -274,20 +315,20 @@ def _block(label: str) -> int | None:
     return 0 if label == "embedding" else block_at(label)
 
 
-def _expected_exact(plan: KVCachePlan, sink_map: SinkMap) -> int:
-    """How many tokens of a row of `plan.length` will be kept, as far as the sink map tells."""
+def _expected_exact(plan: KVCachePlan, placed: Sequence[SinkToken]) -> int:
+    """How many tokens of a row of `plan.length` will be kept, as far as the sinks of the map tell."""
     first = len(plan.prefix)
     if plan.exact == "none":
         return first
     if plan.exact == "first-n":
         return max(first, min(plan.first_n, plan.max_exact + first))
-    tokens = [token for token in sink_map.placed if plan.exact == "detected" or token.massive]
+    tokens = [token for token in placed if plan.exact == "detected" or token.massive]
     count = first + sum(math.ceil(token.share * plan.length) if token.position is None else token.position >= first
                         for token in tokens)
     return min(count, plan.max_exact + first, plan.length)
 
 
-def _reason(plan: KVCachePlan, sink_map: SinkMap, exact: int) -> str:
+def _reason(plan: KVCachePlan, placed: Sequence[SinkToken], exact: int) -> str:
     if not any(layer.packed for layer in plan.layers):
         return "nothing is packed: every layer's sliding window is shorter than what stays in full precision anyway"
     if packed_tokens(plan.length, plan.window, plan.group_size) == 0:
@@ -298,10 +339,10 @@ def _reason(plan: KVCachePlan, sink_map: SinkMap, exact: int) -> str:
     if plan.exact == "detected":
         named = ", ".join(f"position {token.position}, whatever stands there" if token.text is None else
                           f"{token.text!r}" + (f" at {token.position}" if token.position is not None else "")
-                          for token in sink_map.placed)
-        return (f"the sinks of the map stay exact: {named}{most}" if named else
+                          for token in placed)
+        return (f"the sinks of the map {STAY_EXACT}: {named}{most}" if named else
                 "the map holds no sink, so that none is kept")
-    if plan.massive is not None:
-        return f"tokens that carry a massive activation after block {plan.massive.layer} stay exact{most}"
-    kept = min(plan.first_n, room)
-    return f"the first {kept} tokens stay exact" if kept else "no token is kept exact"
+    if plan.exact == "massive" and plan.massive is not None:
+        return f"tokens that carry a massive activation after block {plan.massive.layer} {STAY_EXACT}{most}"
+    kept = min(plan.first_n, room) if plan.exact == "first-n" else 0
+    return f"the first {kept} tokens {STAY_EXACT}" if kept else "no token is kept exact"

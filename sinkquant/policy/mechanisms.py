@@ -12,12 +12,16 @@ from sinkquant.errors import RequestError
 from sinkquant.policy.kv_cache import make_kv_control
 from sinkquant.policy.plan import make_control, make_plan
 from sinkquant.recipe import Recipe
+from sinkquant.recipe.cache import FIRST_N
 
 OFF = ["protect.tokens=false", "protect.channels=none", "protect.modules=[]", "activations.sinks=all"]
 """Nothing in the weights is done for the sinks."""
 ALONE = ["weights.ignore=['*']", "weights.overrides=[]", "weights.rotate=none", "weights.smooth=none",
-         "prune.method=none", "prune.heads=none", "activations={}", "budget={}"]
+         "prune={}", "activations={}", "budget={}"]
 """The weights stay as they are."""
+UNPINNED = ["kv_cache.exact=none", f"kv_cache.first_n={FIRST_N}", "kv_cache.prefix=none",
+            "kv_cache.sliding_sinks=false"]
+"""No token stays exact in the cache."""
 OUTLIERS = "prefix of the outlier tokens"
 """The kind of protection that there is only where such tokens were found."""
 PREFIX = "kv_cache={key_bits: 16, value_bits: 16, exact: none, prefix: bos}"
@@ -82,8 +86,7 @@ def mechanisms(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> list[Mec
     found: list[Mechanism] = []
     weights = unprotected(recipe)
     packed = False
-    if recipe.kv_cache is None or make_plan(shape, sink_map, recipe.replace([
-            *OFF, "kv_cache.exact=none", "kv_cache.prefix=none", "kv_cache.sliding_sinks=false"])).formats:
+    if recipe.kv_cache is None or make_plan(shape, sink_map, recipe.replace([*OFF, *UNPINNED])).formats:
         found += _for_weights(shape, sink_map, recipe, weights)
         packed = True
     if recipe.kv_cache is not None and (recipe.kv_cache.key_bits < 16 or recipe.kv_cache.value_bits < 16
@@ -171,8 +174,7 @@ def _for_cache(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> list[Mec
     """Ways to keep tokens of the cache, the weights left alone, beside a window that is longer by the same bytes."""
     assert recipe.kv_cache is not None
     # Planned for the rows that measure it: there a longer window takes the bytes that exact tokens do.
-    off = recipe.replace([*OFF, *ALONE, "kv_cache.exact=none", "kv_cache.prefix=none", "kv_cache.sliding_sinks=false",
-                          f"kv_cache.length={recipe.evaluate.divergence_length}"])
+    off = recipe.replace([*OFF, *ALONE, *UNPINNED, f"kv_cache.length={recipe.evaluate.divergence_length}"])
 
     def plans(settings: list[str]) -> Callable[[], tuple[Plan, Plan]]:
         def made() -> tuple[Plan, Plan]:
@@ -182,7 +184,8 @@ def _for_cache(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> list[Mec
         return made
 
     exact = recipe.kv_cache.exact if recipe.kv_cache.exact != "none" else "detected"
-    tokens = Mechanism("exact tokens", "KV cache", [f"kv_cache.exact={exact}"])
+    first = [f"kv_cache.first_n={recipe.kv_cache.first_n}"] if exact == "first-n" else []
+    tokens = Mechanism("exact tokens", "KV cache", [f"kv_cache.exact={exact}", *first])
     if exact == "detected" and not sink_map.placed:
         found = [Mechanism(tokens.name, "KV cache", tokens.settings, why="no token of a prompt is a sink")]
     else:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sinkquant.artifacts import (
     Calibration,
+    KVCachePlan,
     ModelShape,
     ModuleDecision,
     Plan,
@@ -23,25 +24,25 @@ from sinkquant.artifacts.kv_scheme import with_kv_scales
 from sinkquant.artifacts.plan import Statistics
 from sinkquant.artifacts.sizes import checkpoint_bytes, own_format
 from sinkquant.errors import RequestError
-from sinkquant.methods import require_methods
+from sinkquant.methods import UNTOUCHED, require_methods
 from sinkquant.policy.activations import EXCLUDED, check_exclusion, simulated_notes, spare_sinks, with_inputs
-from sinkquant.policy.allocate import Allocation, solve
+from sinkquant.policy.allocate import Allocation, check_engine, no_candidate, solve, way_out
 from sinkquant.policy.budget import choice_bytes, close_gap, evenly_spread, fill, linear_bytes
 from sinkquant.policy.carried import carried, check_recipe, notes, scheme_for
 from sinkquant.policy.ends import OWN_FORMAT, asked_of_edited, choose_ends, end_notes, end_options, sized
-from sinkquant.policy.engines import for_engine, loads_in, require_engine
+from sinkquant.policy.engines import engine_loads, for_engine, loads_in, require_engine
 from sinkquant.policy.expected import with_expected_loss
 from sinkquant.policy.explain import explained
 from sinkquant.policy.heads import with_silenced_heads, with_small_heads
 from sinkquant.policy.input_bits import average_bits, check_solvable_inputs, with_input_bits
-from sinkquant.policy.kv_budget import spent_by_loss
+from sinkquant.policy.kv_budget import kv_bytes_of, spent_by_loss
 from sinkquant.policy.kv_cache import make_kv_control, make_kv_plan
 from sinkquant.policy.kv_scheme import OWN_FORMAT as NO_KV_SCHEME
 from sinkquant.policy.kv_scheme import make_kv_scheme
 from sinkquant.policy.pruning import prune_like, with_pruning
 from sinkquant.policy.rules import Draft, affected, base_choices, check_group_sizes, protect
 from sinkquant.policy.sharing import share_formats
-from sinkquant.policy.solvable import bits_tried
+from sinkquant.policy.solvable import bits_tried, groups_tried
 from sinkquant.policy.solver import ROUNDS
 from sinkquant.policy.split import NO_BACKEND, NO_EXPERTS, NO_INPUTS, split_channels
 from sinkquant.policy.transforms import choose_transforms, scale_sinks, shape_after
@@ -53,6 +54,10 @@ EVEN_TOLERANCE = 0.002
 """Share of the linears' bytes that an even spread may leave unspent before the control is made less even."""
 MUCH = 0.005
 """Share of its plan's bytes that a control may take more before it is made smaller."""
+NEEDS_PREFIX = ("'exclude' needs a prefix whose keys and values stay those of the unquantized model: set "
+                "kv_cache.prefix=bos, or use 'boost'.")
+INPUT_BITS, SIZE_DIFFERS = "inputs have", "the control's size differs by"
+"""What notes of figures begin with."""
 
 
 def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity: Sensitivity | None = None) -> Plan:
@@ -80,8 +85,8 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
     elif recipe.budget.limited:
         choices = _within_budget(base, choices, shape, sink_map, recipe)
     choices = with_input_bits(choices, shape, recipe, sensitivity)
-    sensitivity = sensitivity if sensitivity is not None and sensitivity.units else None
-    choices = explained(choices, shape, sink_map, recipe, sensitivity, solved.explained if solved else frozenset())
+    of_linears = sensitivity if sensitivity is not None and sensitivity.units else None
+    choices = explained(choices, shape, sink_map, recipe, of_linears, solved.explained if solved else frozenset())
     choices = spare_sinks(choices, shape, sink_map, recipe)
     check_group_sizes(choices, shape)
     excluded = check_exclusion(recipe, kv_cache)
@@ -92,8 +97,7 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
         # Every token reads the sink: leaving it out is only harmless where its keys and values stay as they were.
         own = [] if kv_cache is None else kv_cache.prefix[len(kv_cache.front):]
         if not own:
-            raise RequestError("protect.statistics 'exclude' needs a prefix whose keys and values stay those of the "
-                               "unquantized model: set kv_cache.prefix=bos, or use 'boost'.")
+            raise RequestError(f"protect.statistics {NEEDS_PREFIX}")
         sinks = [WeighedSink(token_id=token, position=place) for place, token in enumerate(own)]
     transforms = choose_transforms(choices, shape, recipe, kv_cache)
     plan = _finish("sink_aware", choices, shape, recipe, sinks, statistics, transforms)
@@ -102,7 +106,7 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
         plan.notes.append(EXCLUDED)
     if recipe.solves_inputs:
         bits = average_bits({name: c.activations for name, c in choices.items() if c.quantized}, shape)
-        plan.notes.append(f"inputs have {bits:.2f} bits on average over the weights that they are multiplied with")
+        plan.notes.append(f"{INPUT_BITS} {bits:.2f} bits on average over the weights that they are multiplied with")
     plan = with_silenced_heads(with_pruning(plan, shape, sink_map, recipe), sink_map, recipe)
     plan = plan.model_copy(update={"kv_cache": kv_cache})
     require_engine(recipe.engine, plan, shape)
@@ -171,7 +175,7 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
         base = {module: replace(choice, activations=aware.modules[module].activations,
                                 activation_scale=aware.modules[module].activation_scale) if choice.quantized else choice
                 for module, choice in base.items()}
-    transforms = choose_transforms(base, shape, recipe, aware.kv_cache)
+    transforms = [one for one in aware.transforms if one.name != "scale"]  # that is for sink columns
     plan = _finish("control", _evenly(base, shape, allowed), shape, recipe, [], "all", transforms)
     over = plan.weight_bytes - aware.weight_bytes
     if over > MUCH * aware.weight_bytes:  # More packed modules make a longer header: much, in a tiny model.
@@ -179,13 +183,13 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
     gap = (plan.weight_bytes - aware.weight_bytes) / aware.weight_bytes
     if abs(gap) > 0.01:
         why = "its recipe takes as much even in the fewest bits" if gap > 0 else "no raise fits the bytes that are left"
-        plan.notes.append(f"the control's size differs by {gap:+.1%}: {why}")
+        plan.notes.append(f"{SIZE_DIFFERS} {gap:+.1%}: {why}")
     plan = with_small_heads(prune_like(plan, aware, shape), aware, sink_map)
     # Edited or not: what decides between the two is the sinks alone.
     settings = aware.calibration.model_copy(update={"sinks": [], "statistics": "all", "ranges": "all"})
     plan = plan.model_copy(update={"kv_cache": make_kv_control(aware.kv_cache), "calibration": settings,
                                    "seed": aware.seed})
-    if sensitivity is not None and sensitivity.units:
+    if sensitivity is not None:
         plan = with_expected_loss(plan, sensitivity)
     return plan.made_from(sink_map)
 
@@ -214,6 +218,9 @@ def _evenly(base: dict[str, Draft], shape: ModelShape, allowed: int) -> dict[str
 def _finish(name: str, choices: dict[str, Draft], shape: ModelShape, recipe: Recipe,
             sinks: list[WeighedSink], statistics: Statistics, transforms: list[Transform]) -> Plan:
     formats = {module: c.form for module, c in choices.items() if c.quantized}
+    if not formats and recipe.methods and scheme_for(recipe).foreign:
+        raise RequestError(f"the plan leaves every linear in 16 bits, and of such a model sinkquant makes no file of "
+                           f"{recipe.backend}; ask for fewer bits or a smaller budget.")
     own = own_format(shape, formats)
     if own and any(scheme_of(form).foreign for form in formats.values()):
         raise RequestError(NO_BACKEND)
@@ -292,37 +299,51 @@ def _calibration(recipe: Recipe, sinks: list[WeighedSink], statistics: Statistic
         statistics=statistics, min_expert_tokens=settings.min_expert_tokens)
 
 
-def check_budget(shape: ModelShape, sink_map: SinkMap, recipe: Recipe) -> None:
+def check_budget(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, kv_cache: KVCachePlan | None) -> None:
     """Refuse a budget of bits or bytes where the fewest are over it, whatever is detected. One that is solved for may
-    choose the fewest bits and the largest groups that are tried.
+    choose the smallest formats that are tried and its engine loads; where it loads none, any budget is refused.
+
+    Args:
+        kv_cache: in the fewest bits that the budget may choose.
 
     Raises:
         RequestError: as `make_plan`.
     """
-    if not recipe.budget.limited or recipe.budget.loss is not None:
+    if not recipe.budget.limited:
         return
     base, choices = choices_of(shape, sink_map, recipe)
     if recipe.budget.solved:
-        base = {name: _smallest_tried(choice, shape.linears[name].columns, recipe) for name, choice in base.items()}
+        free = [name for name, choice in base.items() if choice.quantized and not choice.pinned]
+        base = {name: _smallest_tried(name, choice, shape, recipe) for name, choice in base.items()}
+        if free and not any(base[name].quantized for name in free):
+            raise no_candidate(shape, recipe.budget.engine)
         recipe = min(end_options(shape, recipe, recipe.budget.engine),
                      key=lambda one: total_bytes(sized(shape, one).tensors.values()))
-    _room(base, choices, shape, recipe)
+        check_engine(base, shape, recipe)
+    if recipe.budget.loss is None:
+        kept = kv_cache.model_copy(update={"expected_exact": 0}) if kv_cache is not None else None
+        _room(base, choices, shape, recipe, kv_bytes_of(shape, recipe.budget, kept))
 
 
-def _smallest_tried(choice: Draft, columns: int, recipe: Recipe) -> Draft:
-    """A linear in what a solved budget could bring it to, the recipe having fixed nothing of it."""
+def _smallest_tried(name: str, choice: Draft, shape: ModelShape, recipe: Recipe) -> Draft:
+    """A linear in the smallest format that a solved budget could bring it to, the recipe having fixed nothing of it;
+    in 16 bits where the engine loads none."""
     if choice.pinned or not choice.quantized:
         return choice
-    sizes = recipe.sensitivity.group_sizes or [recipe.weights.group_size]
-    fitting = [columns if size == -1 else size for size in sizes if size == -1 or columns % size == 0]
-    largest, bits = max(fitting, default=columns), bits_tried(recipe)[0]
-    return replace(choice, bits=bits, group_size=scheme_of(choice.form).fitted(
-        bits, -1 if largest == columns else largest, columns))
+    linear = shape.linears[name]
+    tried = [replace(choice, bits=bits, group_size=scheme_of(choice.form).fitted(bits, size, linear.columns))
+             for bits in bits_tried(recipe) for size in groups_tried(recipe, [linear.columns], name)]
+    loads = [one for one in tried if engine_loads(recipe.budget.engine, one.form, linear)]
+    return min(loads, key=lambda one: choice_bytes(shape, name, one),
+               default=replace(choice, bits=16, group_size=None, method=UNTOUCHED))
 
 
-def _room(base: dict[str, Draft], choices: dict[str, Draft], shape: ModelShape,
-          recipe: Recipe) -> tuple[dict[str, Draft], int, str]:
+def _room(base: dict[str, Draft], choices: dict[str, Draft], shape: ModelShape, recipe: Recipe,
+          kv_bytes: int = 0) -> tuple[dict[str, Draft], int, str]:
     """The formats that take the fewest bytes, the bytes that the budget leaves to the linears, and its name.
+
+    Args:
+        kv_bytes: of the KV cache, as far as the budget counts it.
 
     Raises:
         RequestError: these formats take more.
@@ -332,27 +353,27 @@ def _room(base: dict[str, Draft], choices: dict[str, Draft], shape: ModelShape,
     least = linear_bytes(shape, floor)
     whole = recipe.budget.whole(shape.values)
     if recipe.budget.solved:
-        takes, other = "the smallest candidates and what the recipe fixes take", "name fewer bits in sensitivity.bits"
+        takes, other = "the smallest candidates and what the recipe fixes take", way_out(recipe.budget)
     else:
         takes = "weights.bits and weights.group_size, and what stays in 16 bits, take"
         other = "lower weights.bits"
     if whole is not None:
         smallest = checkpoint_bytes(sized(shape, recipe), {name: c.form for name, c in floor.items() if c.quantized})
-        allowed, words = whole - (smallest - least), f"the budget of {whole:,} bytes"
+        allowed, words = whole - kv_bytes - (smallest - least), f"the budget of {whole:,} bytes"
         if least > allowed:
             (key,), asked = recipe.budget.limits, recipe.budget.in_words(whole, shape.values)
-            cache = " and what the KV cache takes" if recipe.budget.context is not None else ""
+            cache = f" and {kv_bytes:,} of the KV cache" if kv_bytes else ""
             raise RequestError(f"budget.{key} {asked} is not feasible: {takes} a checkpoint of {smallest:,} bytes "
-                               f"without any protection; raise budget.{key} to "
-                               f"{recipe.budget.in_words(smallest, shape.values)}{cache}, or {other}.")
+                               f"without any protection{cache}; raise budget.{key} to "
+                               f"{recipe.budget.in_words(smallest + kv_bytes, shape.values)}, or {other}.")
     else:
-        bits = float(recipe.budget.bits or 16)
+        bits = recipe.budget.limits["bits"]
         allowed, words = int(bits * shape.weights / 8), f"the budget of {recipe.budget.bits} bits"
         if least > allowed:
             # Rounded up, so that the number in the message is itself feasible.
             fewest = math.ceil(8000 * least / shape.weights) / 1000
-            raise RequestError(f"budget.bits {bits} is not feasible: {takes} {fewest:.3f} bits per weight without any "
-                               f"protection; raise budget.bits to that, or {other}.")
+            raise RequestError(f"budget.bits {bits:g} is not feasible: {takes} {fewest:.3f} bits per weight without "
+                               f"any protection; raise budget.bits to that, or {other}.")
     return floor, allowed, words
 
 
@@ -371,14 +392,15 @@ def _within_budget(base: dict[str, Draft], choices: dict[str, Draft], shape: Mod
                                                       f"protection ({choices[member].why})")
                 for member in shape.linears[name].fused_with or [name]}
     whole, spent = recipe.budget.whole(shape.values), linear_bytes(shape, choices)
-    filled = fill(choices, shape, allowed - spent, order, f"{words} allows it")
+    filled = fill(choices, shape, allowed - spent, order, f"{words} allows it", recipe.engine)
     for _ in range(ROUNDS if whole is not None else 0):
         packed = {n: c.form for n, c in filled.items() if c.quantized}
         over = checkpoint_bytes(sized(shape, recipe), packed) - (whole or 0)
         if over <= 0:
             break
         # The header of the files is longer for longer numbers.
-        filled = fill(choices, shape, max(0, linear_bytes(shape, filled) - over - spent), order, f"{words} allows it")
+        filled = fill(choices, shape, max(0, linear_bytes(shape, filled) - over - spent), order, f"{words} allows it",
+                      recipe.engine)
     return filled
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from sinkquant.errors import RequestError
 from sinkquant.policy.carried import scheme_for
 from sinkquant.recipe import Recipe
@@ -48,6 +50,8 @@ def _check_cache(recipe: Recipe) -> None:
     if recipe.kv_cache is None:
         raise RequestError("sensitivity.kv_bits asks for losses of a packed KV cache, and the recipe has no section "
                            "kv_cache; add one, or leave kv_bits out.")
+    if recipe.solves_cache and recipe.budget.context is None:
+        return  # the budget counts the linears alone, kv_cache.bits the cache
     if recipe.solves_cache:
         raise RequestError("kv_cache.bits and a budget with sensitivity.kv_bits both choose the bits of the KV cache; "
                            "leave one of them out.")
@@ -68,6 +72,20 @@ def bits_tried(recipe: Recipe) -> list[int]:
         raise RequestError(f"{scheme.words} have {' or '.join(map(str, scheme.bits))} bits, and sensitivity.bits names "
                            "none of them; add some.")
     return found
+
+
+def groups_tried(recipe: Recipe, columns: Collection[int], name: str) -> list[int]:
+    """Group sizes that linears of so many input columns are tried in together, `name` the first of them.
+
+    Raises:
+        RequestError: none divides them all.
+    """
+    sizes = list(dict.fromkeys(recipe.sensitivity.group_sizes or [recipe.weights.group_size]))
+    fitting = [size for size in sizes if size == -1 or not any(one % size for one in columns)]
+    if not fitting:
+        raise RequestError(f"no group size of {sizes} divides the {max(columns)} input columns of {name}; "
+                           "change weights.group_size or sensitivity.group_sizes.")
+    return fitting
 
 
 def tried_in(recipe: Recipe) -> Scheme:

@@ -63,6 +63,9 @@ def tensor_types(plan: Plan, shape: ModelShape) -> TensorTypes:
     Raises:
         RequestError: the plan does what llama-quantize cannot: it rounds, and nothing else.
     """
+    if not plan.formats:
+        raise RequestError("the plan packs no linear, so that llama-quantize has nothing to be told; quantize some, or "
+                           "leave --tensor-types out.")
     scheme = scheme_of(next(iter(plan.formats.values())))
     assert isinstance(scheme, Blocks)
     others: list[str] = [transform.name for transform in plan.transforms]

@@ -54,6 +54,9 @@ class Budget(Section):
     def _one_limit(self) -> Self:
         if len(self.limits) > 1:
             raise ValueError(f"name one of {', '.join(LIMITS[:-1])} and {LIMITS[-1]}")
+        if self.engine != "any" and not self.limited:
+            raise ValueError("budget.engine is what a budget is solved for, and there is none; name a limit, or the "
+                             "recipe's engine instead")
         if self.context is not None and self.bytes is None and self.megabytes is None:
             raise ValueError("context is for a budget of bytes; name budget.bytes")
         if self.solver == "even" and (self.loss is not None or self.context is not None or self.engine != "any"):
@@ -81,20 +84,26 @@ class Budget(Section):
         if self.bytes is not None:
             return self.bytes
         if self.megabytes is not None:
-            return int(self.megabytes * MEGABYTE)
-        return None if self.bits_per_parameter is None else int(self.bits_per_parameter * values / 8)
+            return _whole(self.megabytes * MEGABYTE)
+        return None if self.bits_per_parameter is None else _whole(self.bits_per_parameter * values / 8)
 
     def in_words(self, size: int, values: int) -> str:
         """So many bytes in what the limit of the whole checkpoint is in, rounded up."""
         if self.bytes is not None:
             return f"{size:,}"
-        return f"{math.ceil(1000 * (size / MEGABYTE if self.megabytes is not None else 8 * size / values)) / 1000:g}"
+        exact = size / MEGABYTE if self.megabytes is not None else 8 * size / values
+        return f"{math.ceil(1000 * exact) / 1000:.15g}"
 
     @property
     def solved(self) -> bool:
         """Whether the plan is solved for from sensitivities."""
         asked = self.loss is not None or self.context is not None or self.engine != "any"
         return self.limited and (self.solver == "sensitivity" or (self.solver is None and asked))
+
+
+def _whole(size: float) -> int:
+    """Rounded down; a product of floats may lie a hair below the whole number that was meant."""
+    return math.floor(size + 1e-4)
 
 
 class SensitivitySettings(Section):

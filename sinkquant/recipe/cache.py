@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sinkquant.artifacts.kv import KVBits, KVClip, KVRotation, KVRounding, KVScaleBits
 from sinkquant.recipe.section import Section
+
+FIRST_N = 4
+"""Tokens that `exact` "first-n" keeps where no number is named."""
 
 
 class KVOverride(Section):
@@ -57,11 +60,18 @@ class KVCache(Section):
     clip: KVClip = "none"
     rounding: KVRounding = "nearest"
     exact: Literal["none", "first-n", "detected", "massive"] = "detected"
-    first_n: int = Field(default=4, ge=1)
+    first_n: int = Field(default=FIRST_N, ge=1)
     max_exact: int = Field(default=16, ge=0)
     prefix: Literal["none", "bos", "found"] = "none"
     length: int = Field(default=4096, ge=1)
     overrides: list[KVOverride] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _first_tokens(self) -> Self:
+        if self.exact != "first-n" and self.first_n != FIRST_N:
+            raise ValueError(f"first_n says how many tokens exact 'first-n' keeps, and exact is {self.exact!r}; set it "
+                             f"to 'first-n', or leave first_n at {FIRST_N}")
+        return self
 
 
 class KVCacheScheme(Section):

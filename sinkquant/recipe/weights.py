@@ -103,6 +103,14 @@ class Prune(Section):
     block_score: BlockScore = "divergence"
     massive: bool = False
 
+    @model_validator(mode="after")
+    def _a_method_for_weights(self) -> Self:
+        for key, usual in (("sparsity", None), ("pattern", "unstructured"), ("ignore", [])):
+            if self.method == "none" and getattr(self, key) != usual:
+                raise ValueError(f"prune.{key} is for weights that prune.method takes out, and that is 'none'; set it "
+                                 f"to 'wanda', say, or leave {key} out")
+        return self
+
     @property
     def asked(self) -> bool:
         """Whether anything is to be taken out at all."""

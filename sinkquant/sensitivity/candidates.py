@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from sinkquant.artifacts import ModelShape, SinkMap
-from sinkquant.errors import RequestError
 from sinkquant.methods import Problem, method_named
 from sinkquant.models import Decoder
 from sinkquant.policy.plan import choices_of
-from sinkquant.policy.solvable import bits_tried, tried_in
+from sinkquant.policy.solvable import bits_tried, groups_tried, tried_in
 from sinkquant.quantize.split import solve_beside
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import WeightFormat, scheme_of
@@ -60,7 +59,6 @@ def units_of(decoder: Decoder, recipe: Recipe, sink_map: SinkMap) -> list[Unit]:
     Raises:
         RequestError: no group size divides the columns of some linear.
     """
-    sizes = list(dict.fromkeys(recipe.sensitivity.group_sizes or [recipe.weights.group_size]))
     methods = tuple(dict.fromkeys([*recipe.sensitivity.methods])) or (recipe.weights.method,)
     shape = decoder.shape("")
     beside, storage = _beside(shape, recipe, sink_map), tried_in(recipe).storage
@@ -77,12 +75,8 @@ def units_of(decoder: Decoder, recipe: Recipe, sink_map: SinkMap) -> list[Unit]:
     found = []
     for members, owner in groups:
         columns = {shape.linears[member].columns for member in members}
-        fitting = [size for size in sizes if size == -1 or not any(one % size for one in columns)]
-        if not fitting:
-            raise RequestError(f"no group size of {sizes} divides the {max(columns)} input columns of {members[0]}; "
-                               "change weights.group_size or sensitivity.group_sizes.")
         candidates = tuple(TrialFormat(bits, size, method, *kept, storage=storage)
-                           for bits in bits_tried(recipe) for size in fitting
+                           for bits in bits_tried(recipe) for size in groups_tried(recipe, columns, members[0])
                            for method in methods
                            for kept in dict.fromkeys([((), ()), beside.get(members[0], ((), ()))]))
         found.append(Unit(members, shape.linears[members[0]].block, candidates, owner))

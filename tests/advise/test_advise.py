@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -12,6 +13,7 @@ from small_runs import SMALL, model_folder
 from tiny_tokenizer import random_text
 
 from sinkquant.artifacts.advice import Advice
+from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, open_model
 
 FAST = [*SMALL, "weights.descent=0", "weights.scale_search=false", "sensitivity.rows=2", "kv_cache={window: 0}",
@@ -84,6 +86,16 @@ def test_fp4_is_advised_about_what_weighs_tokens_and_sets_ranges(text_file, tmp_
         shown.out.split())
     refused = call("advise", folder, "-r", "mxfp4-sink", *options("activations.bits=6"))
     assert (refused.code, "leave it out to be advised" in one_sentence(refused)) == (2, True)
+
+
+def test_no_op_heads_are_left_to_detection(tiny_folder, text_file, monkeypatch):
+    """Nothing is known of heads before."""
+    def found(*_, **__):
+        raise RequestError("detection is reached.")
+
+    monkeypatch.setattr(importlib.import_module("sinkquant.advise.advise"), "detect", found)
+    outcome = call("advise", tiny_folder, "--text", text_file, *options(*FAST, "prune.heads=no-op"))
+    assert "detection is reached" in one_sentence(outcome)
 
 
 def test_wrong_requests_are_refused_before_anything_is_computed(known, tiny_folder, tmp_path):

@@ -61,3 +61,9 @@ def test_a_file_of_sensitivities_is_read_where_nothing_can_be_written(tmp_path: 
     (tmp_path / "costs.json").write_text("{}")
     done = CliRunner().invoke(app, ["sensitivity", "nowhere", "-o", str(tmp_path / "costs.json")])
     assert "'nowhere' is not a model folder" in str(done.exception)
+
+
+@pytest.mark.parametrize("setting", ["kv_cache.bits=5", "activations={format: int8, bits: 10}"])
+def test_a_sweep_of_nothing_that_weights_lose_is_refused_before_compute(setting: str, tiny_folder: Path) -> None:
+    done = CliRunner().invoke(app, ["plan", str(tiny_folder), "-r", "w4-kv2-sink", "--frontier", "--set", setting])
+    assert "--frontier takes what formats of the weights lose" in str(done.exception)

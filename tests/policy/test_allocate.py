@@ -19,7 +19,7 @@ from sinkquant.artifacts.sizes import module_bytes
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
 from sinkquant.policy import make_control, make_plan
-from sinkquant.recipe import Recipe
+from sinkquant.recipe import Budget, Recipe
 
 DECODER = Decoder.of(tiny_model("llama"))
 SHAPE = DECODER.shape("tiny")
@@ -125,6 +125,19 @@ def test_a_ceiling_of_loss_is_met_in_the_fewest_bytes() -> None:
         assert plan.predicted["kl"] - now.terms.total + less.terms.total > 0.01
 
 
+def test_what_refusals_name_is_feasible() -> None:
+    for name, size in (("megabytes", 14_123_440_001), ("megabytes", 1_001_000), ("bits_per_parameter", 123_457)):
+        budget = Budget.model_validate({name: 1})
+        nearest = Budget.model_validate({name: float(budget.in_words(size, SHAPE.values))}).whole(SHAPE.values)
+        assert nearest is not None
+        assert 0 <= nearest - size < 1000
+    fixed = ["budget.loss=1e-9", f"weights.overrides=[{{pattern: {DOWN}, bits: 3}}]"]
+    with pytest.raises(RequestError, match="is not feasible") as refused:
+        solved(*fixed, weight={DOWN: 0.77747})
+    nearest_loss = str(refused.value).partition("loses ")[2].partition(" nats")[0]
+    assert solved(*fixed, f"budget.loss={nearest_loss}", weight={DOWN: 0.77747}).predicted["kl"] > 0
+
+
 def test_what_is_fixed_stays_and_counts() -> None:
     plan = solved("budget.bits=4.5", f"weights.overrides=[{{pattern: {DOWN}, bits: 2}}]", "weights.ignore=['*.0.*']",
                   "protect.modules=['*.2.*o_proj']", "budget.bits=14")
@@ -187,6 +200,8 @@ def test_the_context_of_a_budget_counts_the_cache() -> None:
     (("budget.bits=4", "backend=gptq"), "solved for in the formats of compressed-tensors and gguf, not of gptq"),
     (("budget.bits=10", "budget.engine=vllm", f"weights.overrides=[{{pattern: {DOWN}, bits: 3}}]"),
      "budget.engine vllm does not load .* in 3 bits, groups of 32"),
+    (("budget.bits=8", "budget.engine=vllm", "budget.solver=null", "weights.lm_head=8", "weights.embeddings=8"),
+     "budget.engine vllm does not load model.embed_tokens in 8 bits"),
     (("budget.bits=4", "budget.loss=1"), "name one of bits, bytes, megabytes, bits_per_parameter and loss"),
     (("budget.context=5",), "context is for a budget of bytes"),
     (("budget.loss=1", "budget.solver=even"), "'even' knows bits and bytes"),

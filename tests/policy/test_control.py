@@ -121,6 +121,17 @@ def test_the_control_of_an_edited_plan_is_calibrated_as_the_plan_is() -> None:
     assert control.calibration == edited.calibration.model_copy(update={"sinks": [], "statistics": "all"})
 
 
+def test_the_control_of_an_edited_plan_has_its_transforms() -> None:
+    decoder = Decoder.of(tiny_model("llama"))
+    shape, sink_map = decoder.shape("tiny"), sink_map_of(decoder, {"model.layers.1.mlp.down_proj": 0.6})
+    recipe = Recipe().replace(["weights.group_size=32", "weights.smooth=awq", "protect.channels=scale"])
+    plan = make_plan(shape, sink_map, recipe)
+    assert [one.name for one in plan.transforms] == ["awq", "scale"]
+    assert [one.name for one in make_control(shape, sink_map, recipe, plan).transforms] == ["awq"]
+    edited = accept_edited(plan.model_copy(update={"transforms": []}), shape)
+    assert make_control(shape, sink_map, recipe, edited).transforms == []
+
+
 def test_the_control_of_an_edited_plan_is_of_its_size_and_pruned_like_it() -> None:
     decoder = Decoder.of(tiny_model("llama", tie_word_embeddings=False))
     shape, sink_map, recipe = decoder.shape("tiny"), sink_map_of(decoder), Recipe().replace(["weights.group_size=32"])

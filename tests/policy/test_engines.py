@@ -117,6 +117,14 @@ def test_the_control_need_not_run_in_it() -> None:
     assert make_control(decoder.shape("tiny"), sink_map, recipe, aware).weight_bytes
 
 
+def test_a_budget_that_is_spent_evenly_raises_to_what_the_engine_runs(tiny: PreTrainedModel) -> None:
+    even = ("engine=vllm-cpu", "budget.solver=even", "weights.group_size=64")
+    assert {one.group_size for one in plan_of(tiny, *even, "budget.bits=4.4").modules.values()} == {32, 64}
+    plan = plan_of(tiny, *even, "budget.bits=9")
+    assert {one.bits for one in plan.modules.values()} == {4, 16}
+    assert plan.bits_per_weight > 7
+
+
 def test_a_budget_is_solved_for_the_engine() -> None:
     assert Recipe().replace(["engine=vllm-cpu", "budget.bits=6"]).budget.engine == "vllm-cpu"
     assert Recipe().replace(["engine=vllm-cpu", "budget.bits=6"]).budget.solved

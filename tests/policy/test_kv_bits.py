@@ -15,7 +15,7 @@ from sinkquant.artifacts import KVLoss, Plan
 from sinkquant.artifacts.kv import cache_bytes, dense_bytes
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
-from sinkquant.policy import make_plan
+from sinkquant.policy import check_solvable, make_plan
 from sinkquant.recipe import Recipe
 
 DECODER = Decoder.of(tiny_model("llama"))
@@ -79,6 +79,35 @@ def test_what_cannot_be_met_is_refused_with_what_can() -> None:
         _made("kv_cache.bits=2.1", "kv_cache.scale_bits=16")
     with pytest.raises(RequestError, match="find_sensitivity"):
         make_plan(SHAPE, SINKS, Recipe().replace([*ALONE, "kv_cache.bits=4"]), None)
+
+
+def test_what_a_refusal_names_can_be_had() -> None:
+    for length in range(2200, 4000, 300):
+        with pytest.raises(RequestError, match="cannot be met") as refused:
+            _made("kv_cache.bits=1.1", f"kv_cache.length={length}")
+        nearest = str(refused.value).partition(" takes ")[2].partition(" bits")[0]
+        assert _made(f"kv_cache.bits={nearest}", f"kv_cache.length={length}").kv_cache is not None
+
+
+def test_the_loss_of_a_cache_with_a_budget_of_its_own_is_predicted() -> None:
+    plan = _made("kv_cache.bits=4.2")
+    assert plan.kv_cache is not None
+    assert plan.predicted["kl_kv"] == pytest.approx(sum(loss.loss for loss in COSTS.kv if getattr(
+        plan.kv_cache.layers[loss.layer], f"{loss.kind}_bits")[loss.head] == loss.bits))
+    assert "kl" not in plan.predicted
+
+
+def test_beside_a_budget_of_weights_both_may_name_bits() -> None:
+    beside = ["weights.ignore=[]", "weights.group_size=32", "weights.method=rtn", "budget.bits=5",
+              "budget.solver=sensitivity", "sensitivity.kv_bits=[1,2,3,4,8]"]
+    recipe = Recipe().replace([*ALONE, *beside, "kv_cache.bits=2.6"])
+    check_solvable(recipe)
+    plan = make_plan(SHAPE, SINKS, recipe, sensitivity_of(SHAPE).model_copy(update={"kv": COSTS.kv}))
+    assert plan.kv_cache is not None
+    assert plan.kv_cache.bits_per_value <= 2.6
+    assert plan.bits_per_weight <= 5
+    with pytest.raises(RequestError, match="both choose"):
+        check_solvable(recipe.replace(["budget.bytes=500000", "budget.context=4096"]))
 
 
 def test_a_run_refuses_before_anything_is_computed_and_else_meets_it(tmp_path: Path, text_file: Path) -> None:

@@ -153,12 +153,34 @@ def test_edited_plans_that_generation_cannot_read_are_refused() -> None:
     accept_kv(plan.model_copy(update={"layers": [*plan.layers[:3], layers[2]]}), shape)
 
 
+def test_an_edited_section_says_one_thing() -> None:
+    shape, plan = _shape(WIDE), _made()
+    for change, words in (({"key_bits": 4}, "says key_bits 4, and most heads of its layers have 2"),
+                          ({"exact": "massive"}, "names no channel"), ({"exact": "first-n"}, "first_n is 0")):
+        with pytest.raises(RequestError, match=words):
+            accept_kv(plan.model_copy(update=change), shape)
+    for change in ({"exact": "none", "sinks": [], "max_exact": 0}, {"sinks": []}):
+        kept = accept_kv(plan.model_copy(update=change), shape)
+        assert kept is not None
+        assert kept.expected_exact == 0
+        assert kept.bytes < plan.bytes
+        assert "stay exact" not in kept.reason
+    first = accept_kv(plan.model_copy(update={"exact": "first-n", "first_n": 5}), shape)
+    assert first is not None
+    assert (first.expected_exact, first.reason) == (5, "the first 5 tokens stay exact")
+    for own in (plan, make_kv_control(plan), _made("kv_cache.exact=first-n"), _made(sink_map=_map([])),
+                _made("kv_cache.overrides=[{layers: [0, 1], key_bits: 8}]")):
+        assert accept_kv(own, shape) == own
+
+
 def test_bits_per_layer_and_head() -> None:
     plan = _made("kv_cache.overrides=[{layers: [1], heads: [0, 3], key_bits: 8}, {layers: [0], value_bits: 16}]")
     assert plan.layers[1].key_bits == [8, 2, 2, 8, 2, 2, 2, 2]
     assert plan.layers[1].value_bits == [2] * 8
     assert plan.layers[0].value_bits == [16] * 8
     assert "overrides[1]" in plan.layers[0].reason
+    assert (plan.key_bits, plan.value_bits) == (2, 2)
+    assert "keys in 8 and values in 2 bits" in _made("kv_cache.overrides=[{layers: [0, 1], key_bits: 8}]").in_words()
 
 
 def test_the_group_fits_by_itself() -> None:

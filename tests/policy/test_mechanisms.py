@@ -46,6 +46,18 @@ def test_each_alone_and_its_control_have_the_same_bytes() -> None:
     assert found["exact tokens", "KV cache"].aware.kv_cache.sinks
 
 
+def test_the_number_of_first_tokens_is_the_recipes() -> None:
+    kept = asked("kv_cache={exact: first-n, first_n: 8}")["exact tokens", "KV cache"]
+    assert kept.settings == ["kv_cache.exact=first-n", "kv_cache.first_n=8"]
+    assert kept.aware is not None
+    assert kept.aware.kv_cache.first_n == 8
+
+
+def test_a_recipe_that_prunes_is_advised_about_its_cache_too() -> None:
+    found = asked("prune.method=wanda", "prune.pattern=2:4", "kv_cache={}")
+    assert found["exact tokens", "KV cache"].aware is not None
+
+
 @pytest.mark.parametrize("budget", ["budget.bits=5.3", "budget.bytes=140000"])
 def test_under_a_budget_that_is_spent_evenly_both_plans_keep_it(budget: str) -> None:
     found = asked("weights.bits=3", budget)

@@ -53,6 +53,18 @@ def test_what_rounding_alone_cannot_do_is_refused(folder: Path) -> None:
     pruned = Recipe().replace([*GGUF, "weights.format=int", "weights.overrides=[]", "prune.method=magnitude"])
     with pytest.raises(RequestError, match="rounds weights and does nothing else, and the plan has pruning"):
         tensor_types(make_plan(shape, sink_map, pruned), shape)
+    alone = Recipe().replace([*GGUF, "weights.ignore=['*']", "weights.overrides=[]", "kv_cache={}"])
+    with pytest.raises(RequestError, match="packs no linear"):
+        tensor_types(make_plan(shape, sink_map, alone), shape)
+
+
+def test_a_budget_that_packs_nothing_makes_no_file(folder: Path) -> None:
+    decoder = Decoder.of(open_model(folder))
+    shape, sink_map = decoder.shape("tiny"), sink_map_of(decoder, name="tiny")
+    for asked in ("weights.format=iq4_nl", "weights.format=int"):
+        recipe = Recipe().replace([*GGUF, asked, "weights.overrides=[]", "budget.megabytes=100", "budget.solver=even"])
+        with pytest.raises(RequestError, match="leaves every linear in 16 bits"):
+            make_plan(shape, sink_map, recipe)
 
 
 @pytest.mark.parametrize(("words", "said"), [
