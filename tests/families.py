@@ -51,11 +51,14 @@ TUPLES: dict[str, dict[str, Any]] = {
     "falcon_h1": _LLAMA | {"head_dim": 16, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16,
                            "mamba_d_state": 16, "mamba_n_groups": 1}}
 """Blocks that give a tuple."""
+COPIES: dict[str, dict[str, Any]] = {
+    "jetmoe": _LLAMA | {"kv_channels": 16, "num_experts_per_tok": 2, "num_local_experts": 4}}
+"""Attention reads copies of the heads that are cached."""
 
 
 def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
     """A random model of the family, deterministic by seed, in evaluation mode."""
-    return _random(family, (FAMILIES | TUPLES)[family] | overrides, seed, dtype)
+    return _random(family, (FAMILIES | TUPLES | COPIES)[family] | overrides, seed, dtype)
 
 
 def tiny_mixture(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -71,7 +70,7 @@ def find_bases(walk: Walk, plan: KVCachePlan) -> Bases:
     walk.observers.append(seen)
     for step in walk.steps():
         one = plan.layers[step.index]
-        seen.begin(kept, lambda step=step: step.batch)  # type: ignore[misc]
+        seen.begin(kept, lambda step=step: step.batch, len(one.key_bits))  # type: ignore[misc]
         outputs = step.run()
         if one.packed and any(bits < 16 for bits in one.key_bits + one.value_bits):
             layers[step.index] = _of_moments(seen, plan)
@@ -113,28 +112,38 @@ class _Moments:
     values: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     kept: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     batch: Callable[[], slice] = field(default=lambda: slice(0, 0))
-    squares: list[torch.Tensor] = field(default_factory=list)
+    heads: int = 0
+    chunks: list[tuple[int, torch.Tensor]] = field(default_factory=list)
 
-    def begin(self, kept: torch.Tensor, batch: Callable[[], slice]) -> None:
-        """A new layer. kept: bool [rows, length], tokens that do not count. batch: which rows are at hand."""
+    def begin(self, kept: torch.Tensor, batch: Callable[[], slice], heads: int) -> None:
+        """A new layer. kept: bool [rows, length], tokens that do not count. batch: which rows are at hand. heads: those
+        that a cache holds, of which JetMoE attends to copies, one after the other; 0: all."""
         self.keys = self.weighed = self.alike = self.values = torch.zeros((), dtype=torch.float64)
-        self.kept, self.batch = kept, batch
+        self.kept, self.batch, self.heads = kept, batch, heads
 
     def attention_rows(self, rows: AttentionRows) -> None:
-        """Keep the squares of one batch."""
-        self.squares.append(rows.probabilities.square())
+        """Keep the squares of one batch, of the columns that a query sees: half of the matrix."""
+        reach = int(rows.allowed.any(0).nonzero().max()) + 1
+        self.chunks.append((rows.start, rows.probabilities[..., :reach].square()))
 
     def attention(self, record: AttentionRecord) -> None:
         """Add one batch."""
         counted = ~self.kept[self.batch()].to(record.key.device)[:, None, :, None]
-        groups = record.query.shape[1] // record.key.shape[1]
-        squares, self.squares = torch.cat(self.squares, dim=2) * counted.mT, []
-        weight = _moved(squares, record.value.float().repeat_interleave(groups, dim=1), record.output.float())
+        groups, heads = record.query.shape[1] // record.key.shape[1], self.heads or record.key.shape[1]
+        values, output = record.value.float().repeat_interleave(groups, dim=1), record.output.float()
+        chunks, self.chunks = self.chunks, []
+        weight = torch.cat([_moved(squares * counted.mT[..., :squares.shape[3]], values[:, :, :squares.shape[3]],
+                                   output[:, :, start:start + squares.shape[2]]) for start, squares in chunks], dim=2)
         queries = record.query.float() * counted
-        self.weighed = self.weighed + _moment(_end_to_end(queries * weight.sqrt(), groups))
-        self.alike = self.alike + _moment(_end_to_end(queries, groups))
-        self.keys = self.keys + _moment(_deviations(record.key.float(), counted, self.block))
-        self.values = self.values + _moment(_deviations(record.value.float(), counted, counted.shape[2]))
+        self.weighed = self.weighed + _of_copies(_moment(_end_to_end(queries * weight.sqrt(), groups)), heads)
+        self.alike = self.alike + _of_copies(_moment(_end_to_end(queries, groups)), heads)
+        self.keys = self.keys + _moment(_deviations(record.key[:, :heads].float(), counted, self.block))
+        self.values = self.values + _moment(_deviations(record.value[:, :heads].float(), counted, counted.shape[2]))
+
+
+def _of_copies(moment: torch.Tensor, heads: int) -> torch.Tensor:
+    """The sum over the copies of every head, [heads, D, D]."""
+    return moment.unflatten(0, (-1, heads)).sum(0)
 
 
 def _end_to_end(queries: torch.Tensor, groups: int) -> torch.Tensor:
@@ -152,7 +161,8 @@ def _moved(squares: torch.Tensor, values: torch.Tensor, output: torch.Tensor) ->
     """Sum over tokens t of squares_t |value_t - output|^2, [batch, heads, queries, 1].
 
     Args:
-        squares: of attention, [batch, heads, queries, tokens]. values, output: [batch, heads, tokens, D].
+        squares: of attention, [batch, heads, queries, tokens]. values: [batch, heads, tokens, D].
+        output: [batch, heads, queries, D].
     """
     own = squares @ values.square().sum(-1, keepdim=True) - 2 * (squares @ values * output).sum(-1, keepdim=True)
     return (own + squares.sum(-1, keepdim=True) * output.square().sum(-1, keepdim=True)).clamp(min=0)
@@ -175,7 +185,6 @@ def _moment(states: torch.Tensor) -> torch.Tensor:
 
 def save_bases(bases: Bases, path: str | os.PathLike[str]) -> None:
     """Write them as one safetensors file, float32."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"{index}.{kind}": basis.matrix.contiguous() for index, layer in bases.layers.items()
                for kind, basis in (("keys", layer.keys), ("values", layer.values)) if basis is not None}
     tensors |= {f"{index}.{DESCENT}": layer.descent.moment.contiguous() for index, layer in bases.layers.items()

@@ -257,11 +257,15 @@ class SinkLayer(CacheLayerMixin):
         self.lengths += [size] * blocks
         self._evict()
 
-    def _evict(self) -> None:
-        """Drop the oldest blocks: those that a sliding window has left behind, or that the plan has no room for."""
+    def _evict(self, recorded: bool = False) -> None:
+        """Drop the oldest blocks: those that a sliding window has left behind, or that the plan has no room for.
+
+        Args:
+            recorded: drop what `activate_past_recording` keeps too.
+        """
         size, sliding, surplus = self.plan.group_size, self.format.sliding_window, 0
         if sliding is not None:
-            if not self.record_past:
+            if recorded or not self.record_past:
                 surplus = min(len(self.lengths), passed_blocks(self.get_seq_length() - self.dropped, size, sliding))
         elif self.plan.evict is not None:
             surplus = len(self.lengths) - self.plan.evict // size
@@ -299,7 +303,7 @@ class SinkLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         if tokens_to_remove == 0:
-            self._evict_recorded()
+            self._evict(recorded=True)
             return
         inside = max(0, remaining - self.packed_length)
         self.keys, self.values = self.keys[:, :, :inside].clone(), self.values[:, :, :inside].clone()
@@ -317,7 +321,7 @@ class SinkLayer(CacheLayerMixin):
         self.exact_columns = columns[:, :slots].clone()
         self.exact_keys = self.exact_keys[:, :, :slots].clone()
         self.exact_values = self.exact_values[:, :, :slots].clone()
-        self._evict_recorded()
+        self._evict(recorded=True)
 
     def left_by_crop(self, tokens_to_remove: int) -> int:
         """Columns that `crop` would leave of those that are held. Raises as it does, and changes nothing."""
@@ -335,12 +339,6 @@ class SinkLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         """From now on a sliding window keeps what it has left behind until the next `crop`."""
         self.record_past = True
-
-    def _evict_recorded(self) -> None:
-        if self.record_past:
-            self.record_past = False
-            self._evict()
-            self.record_past = True
 
     def reset(self) -> None:
         """Forget everything; the next update may have another batch size."""

@@ -16,7 +16,8 @@ from sinkquant.errors import RequestError
 
 def save_ordered(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str], facts: Mapping[str, str]) -> None:
     """Write what `safetensors.torch.save_file` writes, with the facts in the order of their names: safetensors keeps
-    them in a hash table whose order changes from one call to the next."""
+    them in a hash table whose order changes from one call to the next. The folder is made where there is none."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     aside = Path(path).with_name(f".{Path(path).name}.partial")  # a half-written one is never taken for the file
     try:
         save_file(dict(tensors), aside, dict(facts))

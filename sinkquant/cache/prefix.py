@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -19,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from sinkquant.cache.ordered import load_ordered, save_ordered
 from sinkquant.errors import RequestError
 from sinkquant.models import AttentionRecord, Walk, vocabulary_of
+from sinkquant.models.blocks import kv_layers
 
 SCHEMA = "sinkquant/kvprefix@1"
 SMALLEST = 2.0 ** -14
@@ -62,7 +62,8 @@ def find_prefix(walk: Walk) -> Prefix:
     Args:
         walk: over one row, the tokens of the prefix; not begun, without observers.
     """
-    model, seen = walk.decoder.model, _States()
+    model = walk.decoder.model
+    seen = _States([layer.heads for layer in kv_layers(model.config)])
     walk.observers.append(seen)
     for step in walk.steps():
         step.run()
@@ -72,15 +73,22 @@ def find_prefix(walk: Walk) -> Prefix:
 
 
 class _States:
-    """Keeps the keys and values of a single row."""
+    """Keeps the keys and values of a single row.
 
-    def __init__(self) -> None:
+    Args:
+        heads: of every layer, those that a cache holds, of which JetMoE attends to copies, one after the other; 0: all.
+    """
+
+    def __init__(self, heads: list[int]) -> None:
+        self.heads = heads
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
 
     def attention(self, record: AttentionRecord) -> None:
         """Keep those of one layer."""
-        self.keys[record.layer], self.values[record.layer] = record.key[0].cpu().clone(), record.value[0].cpu().clone()
+        heads = self.heads[record.layer] or record.key.shape[1]
+        self.keys[record.layer] = record.key[0, :heads].cpu().clone()
+        self.values[record.layer] = record.value[0, :heads].cpu().clone()
 
 
 def fingerprint(model: PreTrainedModel, ids: list[int]) -> str:
@@ -104,7 +112,6 @@ def require_embedding(model: PreTrainedModel) -> None:
 
 def save_prefix(prefix: Prefix, path: str | os.PathLike[str]) -> None:
     """Write a prefix as one safetensors file."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"{index}.{name}": tensor.contiguous() for name, states in (("keys", prefix.keys),
                ("values", prefix.values)) for index, tensor in states.items()}
     save_ordered(tensors, path, {"schema": SCHEMA, "ids": json.dumps(prefix.ids), "model": prefix.model})

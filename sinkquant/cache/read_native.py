@@ -110,7 +110,7 @@ def _compiled() -> NativeReads | str:
             return NativeReads(ctypes.CDLL(str(library)), " ".join([version, *flags]))
         except subprocess.CalledProcessError as error:
             said = (error.stderr or "it said nothing").strip().splitlines()[0]
-        except (OSError, subprocess.TimeoutExpired, IndexError) as error:
+        except (OSError, subprocess.TimeoutExpired, IndexError, RuntimeError) as error:  # the last: there is no home
             said = str(error)
     return f"{compiler} does not compile what reads them faster: {said}"
 

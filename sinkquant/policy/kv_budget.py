@@ -136,10 +136,12 @@ def solved_cache(shape: ModelShape, plan: KVCachePlan, chosen: dict[KVUnit, int]
     layers = list(made.layers)
     for index in sorted({unit.layer for unit in chosen}):
         mine = {unit: bits for unit, bits in chosen.items() if unit.layer == index}
-        lost = sum(loss.loss for unit, bits in mine.items() for loss in unit.losses if loss.bits == bits)
+        losses = [loss for unit, bits in mine.items() for loss in unit.losses if loss.bits == bits]
+        word = "measured" if any(loss.measured is not None for loss in losses) else "predicted"
+        lost = sum(loss.loss for loss in losses)
         one = layers[index]
         keys, values = ("/".join(map(str, bits)) for bits in (one.key_bits, one.value_bits))
-        parts = [f"keys {keys} and values {values} bits by head", f"predicted {lost:+.2g} nats"]
+        parts = [f"keys {keys} and values {values} bits by head", f"{word} {lost:+.2g} nats"]
         idle = sorted({unit.head for unit in mine if unit.losses[0].no_op})
         if idle:
             parts.append(f"read by no-ops alone: head {', '.join(map(str, idle))}")

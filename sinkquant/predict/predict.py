@@ -21,8 +21,8 @@ from sinkquant.recipe import Recipe
 from sinkquant.sensitivity.costs import sensitivity_bytes
 
 CHEAPER = ("evaluate.batch_size=1", "evaluate.skip=true", "calibration.batch_size=1", "detect.batch_size=1",
-           "sensitivity.batch_size=1", "sensitivity.measure_rows=0", "sensitivity.rows=16", "compute.dtype=bfloat16",
-           "weights.method=rtn", "weights.distill=0")
+           "sensitivity.batch_size=1", "sensitivity.measure_rows=0", "sensitivity.rows=16", "sensitivity.kv_length=512",
+           "compute.dtype=bfloat16", "weights.method=rtn", "weights.distill=0")
 """Settings that take less memory, in the order in which they are proposed."""
 SENSITIVITIES = "find sensitivities"
 """The stage that only a budget that is solved for, a file of sensitivities, and advice have."""

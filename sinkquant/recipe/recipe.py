@@ -139,6 +139,11 @@ class Recipe(Section):
         return self.kv_cache is not None and self.kv_cache.bits is not None
 
     @property
+    def tries_weights(self) -> bool:
+        """Whether sensitivities are of weights: a budget of the cache alone, or of inputs, needs nothing of them."""
+        return self.budget.solved or not (self.solves_cache or self.solves_inputs)
+
+    @property
     def kv_tried(self) -> list[int]:
         """The numbers of bits that heads of the KV cache are tried in."""
         return list(self.sensitivity.kv_bits) or ([2, 3, 4, 8] if self.solves_cache else [])

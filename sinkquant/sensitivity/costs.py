@@ -6,6 +6,8 @@ from sinkquant.costs import PIECES, SPILL_SHARE, Sizes, by_input
 from sinkquant.methods import need_hessian
 from sinkquant.models.attention import QUERY_CHUNK
 from sinkquant.models.memory import LARGE
+from sinkquant.quantize.bases import BATCH_ROWS
+from sinkquant.sensitivity.measure import DOUBLES
 
 KEPT_OF_SMALL = 1.2
 """What is resident over what is in use where tensors are too small for the allocator to map each by itself."""
@@ -30,8 +32,13 @@ def sensitivity_bytes(sizes: Sizes) -> float:
         solve = max([solve, *(max(12.0 * linear.columns ** 2, (4.0 + (40 if solved else 0))
                                   * linear.columns ** 2 + 16 * linear.parameters + 12 * batch * linear.rows)
                               for _, linear in free)])
-    peaks = [_walked_back(sizes, tokens, batch, length) + seen + max(solve, _graph(sizes, batch, length))]
-    if settings.end_bits:  # the head, its rounded twin, and both predictions of a row
+    peaks, watched = [], _walked_back(sizes, tokens, batch, length) + seen
+    if sizes.recipe.tries_weights:
+        peaks.append(watched + max(solve, _graph(sizes, batch, length)))
+    if sizes.recipe.solves_inputs:  # an input's gradient and its error, and the weight between them
+        pulled = max(8.0 * (tokens * linear.columns + linear.parameters) for block in sizes.linears for linear in block)
+        peaks.append(watched + max(pulled, _graph(sizes, batch, length)))
+    if settings.end_bits and sizes.recipe.tries_weights:  # the head, its rounded twin, and both predictions of a row
         peaks.append(sizes.vocabulary * sizes.hidden * (2 * sizes.item + sizes.stored) + 24.0 * length
                      * sizes.vocabulary + (len(sizes.linears) + 4) * tokens * sizes.hidden * sizes.item)
     if sizes.recipe.kv_tried:
@@ -41,13 +48,25 @@ def sensitivity_bytes(sizes: Sizes) -> float:
         scores = 4.0 * batch * sizes.heads * (length / 2 + 7 * min(length, QUERY_CHUNK))
         peaks.append(_walked_back(sizes, settings.kv_rows * length, batch, length) + _graph(sizes, batch, length)
                      + scores)
-    if settings.measure_rows:
+        if settings.measure_rows:
+            peaks.append(_measured(sizes, length, 3 * length) + sizes.activations(length, length))
+        cache = sizes.recipe.kv_cache
+        if cache is not None and "covariance" in (cache.rotate, cache.rotate_values):  # squares of half of the matrix
+            length = min(sizes.recipe.calibration.length, longest)
+            peaks.append(sizes.walked(sizes.held, sizes.expert) + sizes.activations(BATCH_ROWS * length, length)
+                         + 2.0 * BATCH_ROWS * sizes.heads * length ** 2)
+    if settings.measure_rows and sizes.recipe.tries_weights:
         length = min(settings.measure_length, longest)
         base, at_once = settings.measure_rows, min(settings.measure_rows, settings.batch_size)
-        logits = 4.0 * sizes.vocabulary * length * (base + 3 * at_once + 8)
-        peaks.append(sizes.total * sizes.item + sizes.tensor * sizes.stored + 3.0 * tokens * sizes.hidden * sizes.item
-                     + logits + solve)
+        peaks.append(_measured(sizes, length, length * (base + 3 * at_once))
+                     + 3.0 * tokens * sizes.hidden * sizes.item + solve)
     return (KEPT_OF_SMALL if small else 1.0) * (max(peaks) + PIECES)
+
+
+def _measured(sizes: Sizes, length: int, logits: int) -> float:
+    """The whole model, logits of so many tokens, and of a row of `length` tokens what is float64 at a time."""
+    return (sizes.total * sizes.item + sizes.tensor * sizes.stored
+            + 4.0 * sizes.vocabulary * (logits + 8 * min(length, DOUBLES)))
 
 
 def _walked_back(sizes: Sizes, tokens: int, batch: int, length: int) -> float:

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import FormatLoss, KVCachePlan, KVLoss, Ranking, Sensitivity, SinkMap, Terms, UnitSensitivity
 from sinkquant.artifacts.kv import packed_tokens
-from sinkquant.cache import prepare
+from sinkquant.cache import make_prefix, needs_bases, prepare
+from sinkquant.cache.bases import ROWS
 from sinkquant.errors import RequestError
 from sinkquant.models import (
     ActivationStore,
@@ -32,13 +33,14 @@ from sinkquant.models.steps import Progress
 from sinkquant.policy.kv_cache import make_kv_plan
 from sinkquant.policy.plan import calibration_of
 from sinkquant.quantize.bases import cache_bases
+from sinkquant.quantize.rows import text_rows
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.recipe import Recipe
 from sinkquant.sensitivity.candidates import Unit, units_of
 from sinkquant.sensitivity.ends import end_candidates
 from sinkquant.sensitivity.estimate import estimate
 from sinkquant.sensitivity.inputs import InputUnit, input_losses, input_units
-from sinkquant.sensitivity.kv import exact_places, kv_losses, measured_kv
+from sinkquant.sensitivity.kv import exact_places, kv_losses, measured_kv, own_prefix
 from sinkquant.sensitivity.measure import measure
 from sinkquant.sinks import SinkSelector
 
@@ -65,20 +67,26 @@ def find_sensitivity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         SinkquantError: hidden states or Hessians are not finite.
     """
     decoder, settings = Decoder.of(model), recipe.sensitivity
-    length = min(settings.length, decoder.max_length)
-    rows = _rows(decoder, tokenizer, recipe, settings.rows, length)
-    # A budget of the cache alone, or of inputs, needs nothing of the linears' weights.
-    of_linears = recipe.budget.solved or not (recipe.solves_cache or recipe.solves_inputs)
-    units = units_of(decoder, recipe, sink_map) if of_linears else []
+    rows = _rows(decoder, tokenizer, recipe, settings.rows, "length")
+    units = units_of(decoder, recipe, sink_map) if recipe.tries_weights else []
     of_inputs = input_units(decoder, recipe, sink_map) if recipe.solves_inputs else []
     kv = _cache_plan(decoder, sink_map, recipe) if recipe.kv_tried else None
-    key = _key(decoder, rows, sink_map, recipe, units, of_inputs)
+    calibration = calibration_of(recipe, sink_map)
+    # All of them now: a text too short is refused before anything is computed.
+    measured_rows = kv_rows = bases_rows = rows[:0]
+    if settings.measure_rows and units:
+        measured_rows = _rows(decoder, tokenizer, recipe, settings.measure_rows, "measure_length")
+    if kv is not None:
+        kv_rows = _rows(decoder, tokenizer, recipe, settings.kv_rows, "kv_length")
+    if needs_bases(kv):
+        bases_rows = text_rows(decoder, calibration, tokenizer, ROWS)
+    key = _key(decoder, [rows, kv_rows, bases_rows], sink_map, recipe, units, of_inputs, kv)
     if cache is not None and Path(cache).is_file():
         kept = Sensitivity.load(cache)
         if kept.key != key:
             raise RequestError(f"{cache} holds the sensitivities of another model, text or recipe; name another file.")
         return kept
-    weights = TokenWeights(rows, calibration_of(recipe, sink_map))
+    weights = TokenWeights(rows, calibration)
     sinks = sink_places(rows, sink_map)
     device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
     def walk() -> Walk:
@@ -87,31 +95,37 @@ def find_sensitivity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     ends = end_candidates(decoder.shape(""), recipe)
     found, of_ends = estimate(walk(), units, sinks, weights, recipe, ends, progress) if units else ([], [])
     rounded = input_losses(walk(), of_inputs, sinks, weights, recipe, progress) if of_inputs else []
-    notes = [f"the calibration text holds {len(rows)} rows of {length} tokens for the sensitivities; {settings.rows} "
-             "were asked for"] if len(rows) < settings.rows else []
+    notes = [f"the calibration text holds {len(some)} rows of {some.shape[1]} tokens for the sensitivities{what}; "
+             f"{asked} were asked for" for some, asked, what in ((rows, settings.rows, ""),
+                                                                 (kv_rows, settings.kv_rows, " of the KV cache"))
+             if 0 < len(some) < asked]
     made = Sensitivity(
-        key=key, model=sink_map.model.name, rows=len(rows), length=length,
+        key=key, model=sink_map.model.name, rows=len(rows), length=rows.shape[1],
         sinks=[token.text or f"position {token.position}" for token in sink_map.placed],
         sink_positions=float(sinks.sum(1).double().mean()), units=found, ends=of_ends, inputs=rounded, notes=notes)
-    if settings.measure_rows and units:
-        made = _measured(made, decoder, tokenizer, sink_map, weights, recipe, progress)
+    if len(measured_rows):
+        made = _measured(made, decoder, measured_rows, sink_map, weights, recipe, progress)
     if kv is not None:
-        made = _with_cache(made, kv, decoder, tokenizer, sink_map, recipe, store, progress)
+        made = _with_cache(made, kv, decoder, tokenizer, kv_rows, sink_map, recipe, store, progress)
     if cache is not None:
         made.save(cache)
     return made
 
 
 def _rows(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, count: int,
-          length: int) -> torch.Tensor:
-    """Rows of the calibration text, int64 [rows, length]."""
+          key: str) -> torch.Tensor:
+    """Rows of the calibration text, int64 [rows, length]. key: that the section `sensitivity` has their length under.
+
+    Raises:
+        RequestError: the text is shorter than one row.
+    """
     text = read_text(recipe.calibration.text, "calibration", tokenizer)
-    return token_rows(tokenizer, text, count, length, recipe.calibration.bos, decoder.vocabulary,
-                      key="sensitivity.length or kv_length")
+    return token_rows(tokenizer, text, count, min(getattr(recipe.sensitivity, key), decoder.max_length),
+                      recipe.calibration.bos, decoder.vocabulary, key=f"sensitivity.{key}")
 
 
-def _key(decoder: Decoder, rows: torch.Tensor, sink_map: SinkMap, recipe: Recipe, units: list[Unit],
-         inputs: Sequence[InputUnit]) -> str:
+def _key(decoder: Decoder, texts: Sequence[torch.Tensor], sink_map: SinkMap, recipe: Recipe, units: list[Unit],
+         inputs: Sequence[InputUnit], kv: KVCachePlan | None) -> str:
     """A hash of all that decides sensitivities: some rows of every weight matrix, the shapes, the text's rows, the
     sinks, and the recipe's part in it."""
     of_cache = set() if recipe.kv_tried else {"kv_bits", "kv_rows", "kv_length", "kv_repeated"}
@@ -119,7 +133,7 @@ def _key(decoder: Decoder, rows: torch.Tensor, sink_map: SinkMap, recipe: Recipe
     cache = recipe.kv_cache if recipe.kv_tried else None
     # With bits of its own, the cache's length decides window and groups.
     free = {"key_bits", "value_bits", "overrides"} | ({"length"} if not recipe.solves_cache else set())
-    kept = None if cache is None else cache.model_dump(mode="json", exclude=free)
+    kept = None if cache is None or kv is None else [cache.model_dump(mode="json", exclude=free), kv.prefix]
     beside = [[unit.modules, one.columns, one.scalars] for unit in units
               for one in unit.candidates if one.columns or one.scalars]
     storages = sorted({one.storage for unit in units for one in unit.candidates})
@@ -130,7 +144,8 @@ def _key(decoder: Decoder, rows: torch.Tensor, sink_map: SinkMap, recipe: Recipe
              recipe.compute.dtype, recipe.seed, [token.model_dump(mode="json") for token in sink_map.placed],
              decoder.shape("").model_dump(mode="json", include={"architecture", "dtype", "linears", "tensors"})]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
-    digest.update(rows.numpy().tobytes())
+    for rows in texts:
+        digest.update(rows.numpy().tobytes())
     fused = dict.fromkeys(part.parameter for part in decoder.experts.values())
     for name in [*(f"{linear}.weight" for linear in decoder.linears), *fused]:
         digest.update(_sample(decoder, name).float().numpy().tobytes())
@@ -147,15 +162,13 @@ def _sample(decoder: Decoder, name: str) -> torch.Tensor:
     return torch.empty(0) if stored is None else stored.pick(ids).to(weight.dtype)
 
 
-def _measured(made: Sensitivity, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap,
-              weights: TokenWeights, recipe: Recipe, progress: Progress | None) -> Sensitivity:
+def _measured(made: Sensitivity, decoder: Decoder, rows: torch.Tensor, sink_map: SinkMap, weights: TokenWeights,
+              recipe: Recipe, progress: Progress | None) -> Sensitivity:
     """The same with every candidate measured on rows of their own, and how the two rank."""
-    settings = recipe.sensitivity
     source = decoder.source
     if source is not None:
         decoder = Decoder.of(load_model(source.folder, trust_remote_code=runs_own_code(decoder.model)))
     units = units_of(decoder, recipe, sink_map)
-    rows = _rows(decoder, tokenizer, recipe, settings.measure_rows, min(settings.measure_length, decoder.max_length))
     terms = measure(decoder, units, rows, sink_places(rows, sink_map), weights, recipe, progress)
     measured = [unit.model_copy(update={"losses": [
         loss.model_copy(update={"measured": found}) for loss, found in zip(unit.losses, ones, strict=True)]})
@@ -167,12 +180,15 @@ def _cache_plan(decoder: Decoder, sink_map: SinkMap, recipe: Recipe) -> KVCacheP
     """The cache whose heads have losses.
 
     Raises:
-        RequestError: the recipe has no KV cache, or rows so short that nothing of it is packed.
+        RequestError: the recipe has no KV cache, or nothing of it is packed, in rows so short or at all.
     """
     plan = make_kv_plan(decoder.shape(""), sink_map, recipe)
     if plan is None:
         raise RequestError("sensitivity.kv_bits asks for losses of a packed KV cache, and the recipe has no section "
                            "kv_cache; add one, or leave kv_bits out.")
+    if not any(layer.packed for layer in plan.layers):
+        raise RequestError(f"the KV cache has no sensitivities: {plan.reason}; lower kv_cache.window, or leave "
+                           "sensitivity.kv_bits out.")
     length = min(recipe.sensitivity.kv_length, decoder.max_length)
     if packed_tokens(length - 1, plan.window, plan.group_size) == 0:
         raise RequestError(f"nothing of a row of {length} tokens is packed with kv_cache.window {plan.window} and "
@@ -181,19 +197,17 @@ def _cache_plan(decoder: Decoder, sink_map: SinkMap, recipe: Recipe) -> KVCacheP
 
 
 def _with_cache(made: Sensitivity, plan: KVCachePlan, decoder: Decoder, tokenizer: PreTrainedTokenizerBase,
-                sink_map: SinkMap, recipe: Recipe, store: ActivationStore | None,
+                rows: torch.Tensor, sink_map: SinkMap, recipe: Recipe, store: ActivationStore | None,
                 progress: Progress | None) -> Sensitivity:
     """The same with the losses of the KV cache's heads."""
     settings = recipe.sensitivity
-    length = min(settings.kv_length, decoder.max_length)
-    rows = _rows(decoder, tokenizer, recipe, settings.kv_rows, length)
+    kept = SinkSelector.of(token for token in sink_map.tokens if plan.exact != "massive" or token.massive)
     device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
     bases = cache_bases(decoder, plan, calibration_of(recipe, sink_map), tokenizer, device, dtype, store)
 
     def lost(rows: torch.Tensor) -> list[KVLoss]:
         walk = Walk(decoder, rows, settings.kv_batch, device, dtype, store=store)
-        return kv_losses(walk, plan, exact_places(rows, plan, sink_places(rows, sink_map)), sink_map, recipe, bases,
-                         progress)
+        return kv_losses(walk, plan, exact_places(rows, plan, kept.mask(rows)), sink_map, recipe, bases, progress)
 
     found, ranked = lost(rows), None
     if settings.kv_repeated:
@@ -201,10 +215,11 @@ def _with_cache(made: Sensitivity, plan: KVCachePlan, decoder: Decoder, tokenize
         found = [loss.model_copy(update={"repeated": other.predicted})
                  for loss, other in zip(found, again, strict=True)]
     if settings.measure_rows:
-        model = prepare(_in_memory(decoder, recipe), bases=bases)
+        model, own = _in_memory(decoder, recipe), own_prefix(plan)
+        prepare(model, make_prefix(model, own) if own else None, bases)
         found = measured_kv(model, plan, rows[:settings.measure_rows], found, progress)
         ranked = spearman([one.predicted for one in found], [float(one.measured or 0) for one in found])
-    return made.model_copy(update={"kv": found, "kv_length": length, "kv_ranking": ranked})
+    return made.model_copy(update={"kv": found, "kv_length": rows.shape[1], "kv_ranking": ranked})
 
 
 def repeated(rows: torch.Tensor, bos: bool) -> torch.Tensor:

@@ -47,7 +47,7 @@ def kv_losses(walk: Walk, plan: KVCachePlan, exact: torch.Tensor, sink_map: Sink
             seen = _HeadErrors(back, plan, layer, exact, recipe.kv_tried,
                                None if bases is None else bases.layers.get(back.step.index))
             back.pull([seen])
-            readers = _readers(sink_map, back.step.index, len(layer.key_bits))
+            readers = _readers(sink_map, back.step.index, len(layer.key_bits), seen.copies)
             found[back.step.index] = [KVLoss(
                 layer=back.step.index, head=head, kind=kind, bits=bits,  # type: ignore[arg-type]
                 predicted=total / 2 / walk.rows.numel(),
@@ -65,7 +65,8 @@ def measured_kv(model: PreTrainedModel, plan: KVCachePlan, rows: torch.Tensor, l
     """The same with the divergence of forward passes through a cache that packs nothing else.
 
     Args:
-        model: in memory; it is made ready for the cache. rows: int64 [rows, length].
+        model: in memory; it is made ready for the cache, and has been given what the plan needs (bases, and the prefix
+            that rows bring along). rows: int64 [rows, length].
     """
     totals = [0.0] * len(losses)
     for done, row in enumerate(rows.split(1)):
@@ -80,18 +81,28 @@ def measured_kv(model: PreTrainedModel, plan: KVCachePlan, rows: torch.Tensor, l
 
 
 def _alone(plan: KVCachePlan, loss: KVLoss) -> KVCachePlan:
-    """The cache with the keys or values of one head packed and nothing else."""
+    """The cache with the keys or values of one head packed and nothing else; nothing is dropped, or shown beyond a window."""
     layers = [layer.model_copy(update={"key_bits": [16] * len(layer.key_bits),
                                        "value_bits": [16] * len(layer.value_bits)}) for layer in plan.layers]
     bits = list(layers[loss.layer].key_bits)
     bits[loss.head] = loss.bits
     layers[loss.layer] = layers[loss.layer].model_copy(update={f"{loss.kind}_bits": bits})
-    return plan.model_copy(update={"layers": layers, "front": [], "prefix": []})
+    return plan.model_copy(update={"layers": layers, "front": [], "prefix": own_prefix(plan), "evict": None,
+                                   "sliding_sinks": False})
+
+
+def own_prefix(plan: KVCachePlan) -> list[int]:
+    """What of the prefix rows bring along."""
+    return plan.prefix[len(plan.front):]
 
 
 @dataclass
 class _HeadErrors:
-    """Sees the attention of one layer and adds up the squared scores of every candidate."""
+    """Sees the attention of one layer and adds up the squared scores of every candidate.
+
+    Attributes:
+        copies: of every KV head, one after the other, that attention reads where the cache holds one (JetMoE).
+    """
 
     back: BackStep
     plan: KVCachePlan
@@ -99,6 +110,7 @@ class _HeadErrors:
     exact: torch.Tensor
     bits: Sequence[int]
     bases: LayerBases | None = None
+    copies: int = 1
     totals: dict[Place, float] = field(default_factory=dict)
     chunks: list[tuple[int, torch.Tensor]] = field(default_factory=list)
 
@@ -112,7 +124,9 @@ class _HeadErrors:
         if not record.output.requires_grad:
             return
         batch = self.back.step.batch
-        states = (record.query.detach(), record.key.detach(), record.value.detach())
+        heads = len(self.layer.key_bits)
+        self.copies = record.key.shape[1] // heads
+        states = (record.query.detach(), record.key[:, :heads].detach(), record.value[:, :heads].detach())
         # Not the record: a hook that holds its own tensor keeps the graph until the garbage collector comes.
         scale, softcap = record.scale, record.softcap
         record.output.register_hook(
@@ -124,19 +138,25 @@ class _HeadErrors:
         """chunks: first query and probabilities [batch, heads, queries, columns]; query and gradient [batch, heads,
         length, D]. What is heads x length x length is never whole here."""
         length, kv_heads = key.shape[2], key.shape[1]
-        groups = query.shape[1] // kv_heads
         packed = self._packed(length).to(key.device)
         if not bool(packed.any()):
             self._count({(head, kind, bits): 0.0 for head in range(kv_heads) for kind in ("key", "value")
                          for bits in self.bits})
             return
+
+        def read(states: torch.Tensor) -> torch.Tensor:
+            """Of KV heads, one for every query head that reads it."""
+            return states.repeat(1, self.copies, 1, 1).repeat_interleave(
+                query.shape[1] // (kv_heads * self.copies), dim=1)
+
         query = scale * query.float()
-        keys, values = (states.float().repeat_interleave(groups, dim=1) for states in (key, value))
+        values = read(value.float())
+        keys = None if softcap is None else read(key.float())
         of_keys, of_values = recodings(self.plan, self.bases)
         group = value_group(self.plan.group_size, self.layer.value_dim)
         for bits in self.bits:
-            wrong = self._error(key, bits, None, of_keys, batch).repeat_interleave(groups, dim=1)
-            wrong_values = self._error(value, bits, group, of_values, batch).repeat_interleave(groups, dim=1)
+            wrong = read(self._error(key, bits, None, of_keys, batch))
+            wrong_values = read(self._error(value, bits, group, of_values, batch))
             for start, probabilities in chunks:
                 stop, reach = start + probabilities.shape[2], probabilities.shape[3]
                 there = packed[start:stop, :reach]
@@ -144,7 +164,7 @@ class _HeadErrors:
                     continue
                 asked, mine = query[:, :, start:stop], gradient[:, :, start:stop]
                 change = asked @ wrong[:, :, :reach].mT
-                if softcap is not None:
+                if keys is not None and softcap is not None:
                     scores = asked @ keys[:, :, :reach].mT
                     change = softcap * (torch.tanh((scores + change) / softcap) - torch.tanh(scores / softcap))
                 # As logits: exp(change) alone overflows.
@@ -177,7 +197,7 @@ class _HeadErrors:
         return error
 
     def _squares(self, error: torch.Tensor, gradient: torch.Tensor, kv_heads: int, kind: str, bits: int) -> None:
-        score = (error * gradient.float()).sum(-1).unflatten(1, (kv_heads, -1)).sum(2)
+        score = (error * gradient.float()).sum(-1).unflatten(1, (self.copies, kv_heads, -1)).sum((1, 3))
         sums = score.double().square().sum((0, 2)).tolist()
         self._count({(head, kind, bits): total for head, total in enumerate(sums)})
 
@@ -186,11 +206,12 @@ class _HeadErrors:
             self.totals[place] = self.totals.get(place, 0.0) + total
 
 
-def _readers(sink_map: SinkMap, layer: int, kv_heads: int) -> list[list[Head]]:
-    """For every KV head what the sink map says of the query heads that read it."""
+def _readers(sink_map: SinkMap, layer: int, kv_heads: int, copies: int) -> list[list[Head]]:
+    """For every KV head what the sink map says of the query heads that read it, or one of its copies."""
     heads = sink_map.heads[layer] if layer < len(sink_map.heads) else []
-    groups = max(1, len(heads) // max(1, kv_heads))
-    return [heads[head * groups:(head + 1) * groups] for head in range(kv_heads)]
+    groups = max(1, len(heads) // max(1, kv_heads * copies))
+    return [[one for copy in range(copies) for one in heads[(copy * kv_heads + head) * groups:][:groups]]
+            for head in range(kv_heads)]
 
 
 def exact_places(rows: torch.Tensor, plan: KVCachePlan, sinks: torch.Tensor) -> torch.Tensor:
@@ -204,9 +225,8 @@ def exact_places(rows: torch.Tensor, plan: KVCachePlan, sinks: torch.Tensor) -> 
         places = sinks.clone()
     elif plan.exact == "first-n":
         places[:, :plan.first_n] = True
-    places &= places.cumsum(1) <= plan.max_exact + len(plan.prefix)
-    own = plan.prefix[len(plan.front):]
+    own = own_prefix(plan)
     if own:
         begins = (rows[:, :len(own)] == torch.tensor(own)).all(1)
         places[:, :len(own)] |= begins[:, None]
-    return places
+    return places & (places.cumsum(1) <= plan.max_exact + len(own))

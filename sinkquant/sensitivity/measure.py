@@ -20,6 +20,9 @@ from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.recipe import Recipe
 from sinkquant.sensitivity.candidates import Unit, errors
 
+DOUBLES = 128
+"""Tokens whose log-probabilities are in float64 at a time."""
+
 
 def measure(decoder: Decoder, units: list[Unit], rows: torch.Tensor, sinks: torch.Tensor, weights: TokenWeights,
             recipe: Recipe, progress: Progress | None = None) -> list[list[Terms]]:
@@ -104,8 +107,11 @@ def _divergence(decoder: Decoder, block: int, inputs: torch.Tensor, rows: torch.
 def divergence(before: torch.Tensor, after: torch.Tensor) -> float:
     """KL(before || after) of log-probabilities [tokens, vocabulary] in nats, summed over the tokens. Both add up to 1:
     so written, no term is below zero, and a small sum stays exact."""
-    change = (after - before).double()
-    return float((before.double().exp() * (change.expm1() - change)).sum())
+    total = 0.0
+    for some, others in zip(before.split(DOUBLES), after.split(DOUBLES), strict=True):
+        change = (others - some).double()
+        total += float((some.double().exp() * (change.expm1() - change)).sum())
+    return total
 
 
 @contextlib.contextmanager

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 import sinkquant as sq
 from sinkquant.artifacts import KVCachePlan
 from sinkquant.cache import Bases, SinkCache, find_bases, install, load_bases, prepare, save_bases
+from sinkquant.cache.bases import _Moments
 from sinkquant.errors import RequestError
 from sinkquant.formats import bases_of
-from sinkquant.models import Decoder, Walk
-from sinkquant.models.attention import AttentionRecord, observed_attention
+from sinkquant.models import Decoder, Walk, attention
+from sinkquant.models.attention import AttentionRecord, AttentionRows, observed_attention
 
 ROWS = torch.randint(8, 128, (6, 90), generator=torch.Generator().manual_seed(0))
 
@@ -31,12 +32,15 @@ def _found(model: PreTrainedModel, plan: KVCachePlan) -> Bases:
     return find_bases(Walk(Decoder.of(model), ROWS, 4), plan)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_oss", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "gemma2", "jetmoe"])
 def test_decoding_computes_what_it_did(family: str) -> None:
     """Two rows, one of them padded; keys and values of 8 bits lose next to nothing, whatever they are rotated by."""
     model = tiny_model(family)
     plan = _plan(model, sliding=True)
-    prepare(model, bases=_found(model, plan))
+    bases = _found(model, plan)
+    assert all(basis.matrix.shape == (2, 16, 16) for layer in bases.layers.values()
+               for basis in (layer.keys, layer.values) if basis is not None)
+    prepare(model, bases=bases)
     ids, mask = ROWS[:2], torch.ones(2, 90, dtype=torch.long)
     mask[1, :20] = 0
     places = (mask.cumsum(1) - 1).clamp(min=0)
@@ -73,6 +77,27 @@ def test_balanced_keys_and_queries_are_those_of_the_text_without_its_sinks() -> 
     with torch.no_grad(), observed_attention(model, [Looks()]):
         model(ROWS, use_cache=False)
     assert torch.allclose(*moments, rtol=0.05, atol=0.02 * float(moments[0].abs().max()))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_a_chunk_of_queries_at_a_time_gives_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what no query of a chunk sees is not kept."""
+    model = tiny_model(family)
+    plan, kept = _plan(model, sliding=True), []
+    whole, see = _found(model, plan), _Moments.attention_rows
+
+    def watched(self: _Moments, rows: AttentionRows) -> None:
+        see(self, rows)
+        kept.append(self.chunks[-1][1].shape[2:])
+
+    monkeypatch.setattr(_Moments, "attention_rows", watched)
+    monkeypatch.setattr(attention, "QUERY_CHUNK", 32)
+    for index, layer in _found(model, plan).layers.items():
+        for mine, its in ((layer.keys, whole.layers[index].keys), (layer.values, whole.layers[index].values)):
+            assert mine is not None
+            assert its is not None
+            torch.testing.assert_close(mine.matrix, its.matrix, rtol=1e-3, atol=1e-4)
+    assert set(kept) == {(32, 32), (32, 64), (26, 90)}
 
 
 def _moment(states: torch.Tensor) -> torch.Tensor:

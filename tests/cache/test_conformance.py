@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, MIXTURES, tiny_mixture, tiny_model
+from families import COPIES, FAMILIES, MIXTURES, tiny_mixture, tiny_model
 from kv_plans import kv_plan
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
@@ -59,20 +59,18 @@ def test_a_cache_of_another_model_or_plan_is_refused(tmp_path: Path) -> None:
     cache = SinkCache(model.config, plan)
     with torch.no_grad():
         model(IDS, past_key_values=cache)
-    save_cache(cache, tmp_path / "cache.safetensors")
+    save_cache(cache, tmp_path / "new" / "cache.safetensors")
     other = tiny_model("llama", num_key_value_heads=4)
     with pytest.raises(RequestError, match="4 KV heads"):
-        load_cache(other.config, tmp_path / "cache.safetensors")
+        load_cache(other.config, tmp_path / "new" / "cache.safetensors")
     with pytest.raises(RequestError, match="another plan"):
-        load_cache(model.config, tmp_path / "cache.safetensors", plan=kv_plan(model, 4))
-    again = load_cache(model.config, tmp_path / "cache.safetensors", plan=plan)
+        load_cache(model.config, tmp_path / "new" / "cache.safetensors", plan=kv_plan(model, 4))
+    again = load_cache(model.config, tmp_path / "new" / "cache.safetensors", plan=plan)
     assert again.get_seq_length() == 70
 
 
 CHANGES_STATES = {
-    "diffllama": FAMILIES["llama"] | {"num_key_value_heads": 4},
-    "jetmoe": FAMILIES["llama"] | {"kv_channels": 16, "num_experts_per_tok": 2, "num_local_experts": 4,
-                                   "num_key_value_heads": 2}}
+    "diffllama": FAMILIES["llama"] | {"num_key_value_heads": 4}} | COPIES
 """Families that do something else with keys or values before they attend: double them, repeat them."""
 
 

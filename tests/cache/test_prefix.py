@@ -77,7 +77,7 @@ def test_rows_that_begin_with_it_hold_it_exactly(family: str, chunk: int, tmp_pa
         assert layer.exact_columns.tolist() == [[0, 1, 2], [40, 41, 42], [0, 1, -1]]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox", "gpt2", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox", "gpt2", "gpt_oss", "jetmoe"])
 def test_a_model_on_disk_gives_the_same_one_block_by_block(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     model.save_pretrained(tmp_path)

@@ -75,6 +75,16 @@ def _some_library(place: Path) -> Path:
     return Path(shutil.copy(Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so", place))
 
 
+def test_without_a_home_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under a number that no user has."""
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert "home directory" in str(native_or_why.__wrapped__())
+
+
 FAILING = """#!/bin/sh
 [ $1 = --version ] && echo 'c++ 1' && exit
 echo no such flag >&2

@@ -64,6 +64,14 @@ def test_heads_that_repeat_what_stood_far_back_get_more_bits() -> None:
     assert plan.bits_per_value <= 2.6
 
 
+def test_a_reason_says_whether_its_loss_was_measured() -> None:
+    costs = COSTS.model_copy(update={"kv": [loss.model_copy(update={"measured": 0.5}) for loss in COSTS.kv]})
+    for some, word in ((COSTS, "predicted"), (costs, "measured")):
+        plan = make_plan(SHAPE, SINKS, Recipe().replace([*ALONE, "kv_cache.bits=4.2"]), some).kv_cache
+        assert plan is not None
+        assert f"{word} +" in plan.layers[0].reason
+
+
 def test_longer_windows_wait_for_room() -> None:
     windows = [_made(f"kv_cache.bits={bits}", f"kv_cache.length={length}").kv_cache.window  # type: ignore[union-attr]
                for bits, length in ((3.4, 4096), (3.4, 16384))]

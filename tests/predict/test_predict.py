@@ -87,6 +87,22 @@ def test_sensitivities_are_a_stage_of_their_own_where_they_are_looked_for(large:
     require_memory(large, tight, ("detect",))
 
 
+def test_those_of_the_cache_alone_are_charged_for_no_weights(large: Decoder) -> None:
+    alone = sq.Recipe().replace(["evaluate.skip=true", "detect.rows=1", "kv_cache.bits=3"])
+
+    def needed(*more: str) -> float:
+        return predict(large, alone.replace(list(more))).peak_bytes[SENSITIVITIES]
+
+    found = needed()
+    for one in ("sensitivity.rows=512", "weights.method=rtn", "sensitivity.end_bits=[8]"):
+        assert needed(one) == found, one
+    assert needed("activations.bits=8", "activations.format=fp8", "sensitivity.rows=512") > found
+    assert needed("kv_cache.rotate=covariance", "calibration.length=8192") > needed("kv_cache.rotate=covariance")
+    assert needed("sensitivity.measure_rows=1") > 4 * 128256 * 3 * 2048
+    with pytest.raises(RequestError, match=r"to find sensitivities, .* --set .*sensitivity.kv_length=512 makes it fit"):
+        require_memory(large, alone.replace([f"compute.memory_limit={found / 1e9 - 0.5}"]), (SENSITIVITIES,))
+
+
 def test_time_is_counted_work_at_the_pace_of_the_machine(large: Decoder) -> None:
     pace = Pace(operation=2e-11, value=1e-9, scored=5e-9, watched=(Rate(1e-2, 1e-4), Rate(2e-2, 2e-4)),
                 plain=5e-5, column=1e-3, column_row=1e-6, rounded=3e-7, kept=1e-8)
