@@ -81,7 +81,7 @@ def measured_kv(model: PreTrainedModel, plan: KVCachePlan, rows: torch.Tensor, l
 
 
 def _alone(plan: KVCachePlan, loss: KVLoss) -> KVCachePlan:
-    """The cache with the keys or values of one head packed and nothing else; nothing is dropped, or shown beyond a window."""
+    """The cache with the keys or values of one head packed; nothing is dropped or shown beyond a window."""
     layers = [layer.model_copy(update={"key_bits": [16] * len(layer.key_bits),
                                        "value_bits": [16] * len(layer.value_bits)}) for layer in plan.layers]
     bits = list(layers[loss.layer].key_bits)

@@ -97,7 +97,8 @@ def test_those_of_the_cache_alone_are_charged_for_no_weights(large: Decoder) -> 
     for one in ("sensitivity.rows=512", "weights.method=rtn", "sensitivity.end_bits=[8]"):
         assert needed(one) == found, one
     assert needed("activations.bits=8", "activations.format=fp8", "sensitivity.rows=512") > found
-    assert needed("kv_cache.rotate=covariance", "calibration.length=8192") > needed("kv_cache.rotate=covariance")
+    short = ("sensitivity.kv_length=64", "kv_cache.rotate=covariance")
+    assert needed(*short, "calibration.length=2048") > needed(*short, "calibration.length=64")
     assert needed("sensitivity.measure_rows=1") > 4 * 128256 * 3 * 2048
     with pytest.raises(RequestError, match=r"to find sensitivities, .* --set .*sensitivity.kv_length=512 makes it fit"):
         require_memory(large, alone.replace([f"compute.memory_limit={found / 1e9 - 0.5}"]), (SENSITIVITIES,))
