@@ -129,19 +129,20 @@ def imatrix(model: ModelArgument,
     from sinkquant.imatrix import imatrix as write
     from sinkquant.imatrix.imatrix import check_imatrix
     from sinkquant.models import ActivationStore, Decoder, load_tokenizer, open_model
+    from sinkquant.policy.headers import FOR_SINKS
     from sinkquant.predict import spill_limit
 
     loaded, tokenizer = open_model(folder, trust_remote_code=trust_remote_code), load_tokenizer(folder,
                                                                                                trust_remote_code)
     check_imatrix(Decoder.of(loaded), output)
     known = SinkMap.load(sink_map) if sink_map else None
-    if known is None and chosen.protect.tokens:
+    if known is None and chosen.statistics in FOR_SINKS:
         known = find_sinks(model, text, chosen, trust_remote_code)
     store = ActivationStore(Path(tempfile.gettempdir()), spill_limit(chosen))
     with shown_progress() as progress:
         found = write(loaded, tokenizer, output, known, chosen, store, progress)
     paragraph(f"The inputs of {len(found)} tensors: {output}. Use it as llama-quantize --imatrix {output}.")
-    if chosen.statistics != "all":
+    if chosen.statistics in FOR_SINKS:
         paragraph("For types below 4 bits make one with --set protect.tokens=false: there the sinks' weight was "
                   "measured to lose.")
 

@@ -28,7 +28,8 @@ class Sizes:
         memory: bytes that the run may take. item, stored: bytes of a value as it computes, and in the checkpoint.
         linears: those of every block. block, weights, total: values of the largest block, of all blocks, of the model.
         held, expert: weights of a block that are in memory while rows walk through it, and of an expert beside them.
-        largest, tensor: values of the largest linear and of the largest tensor of a block. widest: channels.
+        largest, tensor: values of the largest linear that is not left alone, and of the largest tensor of a block.
+        widest: channels.
         scaled: whether channels are scaled. calibrated: whether rows walk while quantizing. asymmetric: whether those
             of the unquantized model walk beside them.
     """
@@ -44,9 +45,11 @@ class Sizes:
         self.held, self.expert = _held_on_a_walk(decoder)
         self.weights = sum(p.numel() for block in decoder.blocks for p in block.parameters())
         self.total = sum(p.numel() for p in decoder.model.parameters())
-        self.largest = max(linear.parameters for block in self.linears for linear in block)
+        self.largest = max((linear.parameters for linear in shape.linears.values() if not linear.fixed), default=0)
         self.tensor = max(p.numel() for block in decoder.blocks for p in block.parameters())
-        self.widest = max(max(linear.columns, linear.rows) for block in self.linears for linear in block)
+        fused = fused_parameters(decoder.model, decoder.block_names)  # as a whole where experts cannot be told apart
+        self.widest = max(max(fused[name].shape[1:] if name in fused else (linear.rows, linear.columns))
+                          for name, linear in shape.linears.items())
         self.hidden, self.vocabulary = decoder.hidden_size, decoder.vocabulary
         self.heads = decoder.facts("").heads
         static = recipe.activations.format != "16-bit" and recipe.activations.ranged

@@ -75,16 +75,15 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
         carry(partial, model, tokenizer)
         rotate(decoder, plan)
         untie(decoder, plan)
-        done, losses, scales, tokens = _state(partial)
+        done, over, losses, scales, tokens = _state(partial)
         if done is None:
             (partial / FILE).unlink(missing_ok=True)  # of a job that was killed while it read the whole back
         writer = open_writer(partial, model, plan)
         scratch = Scratch(partial)
         # The last stage learns from the unquantized model, before any block is read from what was written of it.
-        over = _is_distilled(partial)
         learns = None if over else teacher_targets(_teacher(teacher, decoder, plan), plan, tokenizer, device, dtype,
                                                    store)
-        if done and plan.follows_unquantized and not over:
+        if done and done < len(decoder.blocks) and plan.follows_unquantized:
             # The unquantized weights of the blocks that are done are no longer there to be followed: begin again.
             done, scales = 0, {}
             _remember(partial, done, {}, scales, {})
@@ -136,7 +135,8 @@ def quantize_to(folder: Path, model: PreTrainedModel, plan: Plan, tokenizer: Pre
     return losses
 
 
-def follow(open_source: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase | None) -> None:
+def follow(open_source: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase | None,
+           store: ActivationStore) -> None:
     """What every rank but the first does: share the work of each `quantize_to` of the first one until it is
     dismissed."""
     join()
@@ -150,8 +150,8 @@ def follow(open_source: Callable[[], PreTrainedModel], tokenizer: PreTrainedToke
         if job["done"]:
             _read_from(model, partial, decoder, plan, job["done"])
         if plan.needs_rows:  # rounding is over before it could be shared out
-            for _ in quantized_blocks(decoder, plan, tokenizer, job["device"], job["dtype"], done=job["done"],
-                                      input_scales=job["scales"]):
+            for _ in quantized_blocks(decoder, plan, tokenizer, job["device"], job["dtype"], store=store,
+                                      done=job["done"], input_scales=job["scales"]):
                 pass
         leave()
         join()
@@ -174,21 +174,15 @@ def _teacher(teacher: PreTrainedModel | None, decoder: Decoder, plan: Plan) -> D
     return other
 
 
-def _state(partial: Path) -> tuple[int | None, dict[str, float], dict[str, torch.Tensor], dict[str, list[int]]]:
-    """Blocks that are done, the losses of their modules, the stored scales of their inputs and the tokens of their
-    experts; None where nothing was written yet."""
+def _state(partial: Path) -> tuple[int | None, bool, dict[str, float], dict[str, torch.Tensor], dict[str, list[int]]]:
+    """Blocks that are done, None where nothing was written yet; whether the whole model was tuned after the last one;
+    the losses of their modules, the stored scales of their inputs and the tokens of their experts."""
     if not (partial / STATE).is_file():
-        return None, {}, {}, {}
+        return None, False, {}, {}, {}
     content = json.loads((partial / STATE).read_text(encoding="utf-8"))
     scales = {name: torch.tensor([value], dtype=getattr(torch, dtype))
               for name, (dtype, value) in content["input_scales"].items()}
-    return int(content["done"]), dict(content["losses"]), scales, dict(content["tokens"])
-
-
-def _is_distilled(partial: Path) -> bool:
-    """Whether the whole model was tuned, after its last block."""
-    state = partial / STATE
-    return state.is_file() and bool(json.loads(state.read_text(encoding="utf-8")).get("distilled", False))
+    return int(content["done"]), content["distilled"], dict(content["losses"]), scales, dict(content["tokens"])
 
 
 def _by_block(decoder: Decoder, weights: dict[str, PackedWeight],
@@ -222,8 +216,8 @@ def _read_from(model: PreTrainedModel, partial: Path, decoder: Decoder, plan: Pl
         transposed = {name for name, linear in decoder.linears.items() if isinstance(linear, Conv1D)}
         dense = dense_tensors(stored, {name: form.bits for name, form in forms.items()}, model.dtype, transposed)
     names = {f"{name}.weight" for name in [*forms, *changed] if name not in decoder.experts}
-    fused = {part.parameter for part in decoder.experts.values()}
-    if plan.rescales:  # norms and biases have changed as well
+    fused = {decoder.experts[name].parameter for name in [*forms, *changed] if name in decoder.experts}
+    if plan.rescales:  # norms and biases have changed as well, and experts that stay in 16 bits
         names |= {name for name, _ in model.named_parameters() if name not in fused and name.startswith(
             tuple(f"{block}." for block in decoder.block_names[:done]))}
     for name in sorted(names):

@@ -20,6 +20,7 @@ from sinkquant.models.decoder import require_dense, weight_matrix
 from sinkquant.models.experts import fused_parameters
 from sinkquant.models.hooks import hooked
 from sinkquant.models.steps import Progress
+from sinkquant.policy.headers import FOR_SINKS
 from sinkquant.policy.plan import calibration_of, check_same_model
 from sinkquant.quantize import is_quantized
 from sinkquant.quantize.experts import record
@@ -43,7 +44,8 @@ def imatrix(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: st
 
     Args:
         model: unquantized, in memory or from `open_model`. path: of the file.
-        sink_map: of this model; not needed where the recipe's statistics know no sinks (`protect.tokens=false`).
+        sink_map: of this model; not needed where the recipe's statistics know no sinks (`protect.tokens=false`, or
+            `protect.statistics` "all" or "attention").
         store: where the hidden states of the rows live; RAM by default.
 
     Returns:
@@ -57,7 +59,7 @@ def imatrix(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: st
     recipe, target = recipe or Recipe(), Path(path)
     decoder = Decoder.of(model)
     names = check_imatrix(decoder, target)
-    if sink_map is None and recipe.statistics != "all":
+    if sink_map is None and recipe.statistics in FOR_SINKS:
         raise RequestError("an importance matrix with the sinks' weight needs a sink map; run detect, or set "
                            "protect.tokens=false for one in which every token weighs the same.")
     if sink_map is not None:

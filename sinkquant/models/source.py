@@ -211,7 +211,8 @@ class WeightSource:
         self.edits.pop(name, None)
 
     def untie(self, name: str, parameter: nn.Parameter) -> None:
-        """Give a parameter that is tied to another one a name of its own; it is read from where the other is.
+        """Give a parameter that is tied to another one a name of its own; it is read from where the other is, edited
+        alike.
 
         Args:
             parameter: what the model holds in its place from now on.
@@ -219,6 +220,8 @@ class WeightSource:
         other = self.aliases[name]
         self.tensors[name] = self.tensors[self.keys[other][0]]
         self.keys[name] = [name]
+        if other in self.edits:
+            self.edits[name] = self.edits[other]
         self.names[id(parameter)] = self.aliases[name] = name
 
     def replace_parts(self, name: str, tensors: dict[str, Stored]) -> None:

@@ -98,6 +98,8 @@ def quantized_blocks(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenize
     changed = set(plan.changed)
     todo = {name: decision for name, decision in plan.modules.items() if decision.bits < 16 or name in changed}
     get_ready(decoder, plan, done, input_scales or {})
+    if done >= len(decoder.blocks):
+        return
     if plan.needs_rows:
         blocks = calibrated(decoder, plan, tokenizer, todo, device, dtype, store, done)
     else:

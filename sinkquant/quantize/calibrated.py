@@ -50,7 +50,7 @@ def calibrated(decoder: Decoder, plan: Plan, tokenizer: PreTrainedTokenizerBase 
         silent = silence(decoder, plan, step.index)
         scaled = scale_block(decoder, step, plan, weights, shape)
         made = QuantizedBlock(step.index, step.name, {}, {}, silent=silent, ended=not experts,
-                              fused_scales=fused_scales(decoder, mine),
+                              fused_scales=fused_scales(decoder, mine, shape),
                               input_scales=round_block(step, decoder, plan, decoder.scale_dtype))
         # Fused modules read one input: its Hessian is collected once.
         source = {name: shape.linears[name].fused_with[0] for name in mine}

@@ -28,9 +28,10 @@ def quantize_bytes(sizes: Sizes) -> float:
     settings = sizes.recipe.calibration
     if not sizes.calibrated:
         read = sizes.block if sizes.recipe.prune.zeros else _read_at_once(sizes.decoder)
-        states = _rotation_tokens(sizes.recipe) * sizes.hidden * sizes.item
+        states = _cache_tokens(sizes.recipe) * sizes.hidden * sizes.item
+        batch = BATCH_ROWS if sizes.recipe.kv_cache_scheme is None else settings.batch_size
         walked = 0.0 if not states else sizes.walked(sizes.held, sizes.expert) + 3 * states + sizes.activations(
-            BATCH_ROWS * settings.length, settings.length)
+            batch * settings.length, settings.length)
         return max(read * (sizes.stored + 1) + sizes.largest * (4 + sizes.stored), walked, dense)
     states = settings.rows * settings.length * sizes.hidden * sizes.item
     whole = sizes.scaled or sizes.asymmetric or sizes.recipe.weights.tune > 0
@@ -54,7 +55,7 @@ def quantize_bytes(sizes: Sizes) -> float:
 def quantize_seconds(sizes: Sizes, pace: Pace) -> float:
     """Seconds of one checkpoint: walking, Hessians, solving, packing, writing."""
     seconds = sizes.weights * pace.kept + 2 * pace.reading(sizes)
-    seconds += _rotation_tokens(sizes.recipe) * len(sizes.linears) * pace.plain
+    seconds += _cache_tokens(sizes.recipe) * len(sizes.linears) * pace.plain
     if not sizes.calibrated:
         return seconds + (sizes.weights * pace.rounded if sizes.recipe.methods else 0.0)
     settings, method = sizes.recipe.calibration, method_named(sizes.recipe.weights.method)
@@ -70,9 +71,11 @@ def quantize_seconds(sizes: Sizes, pace: Pace) -> float:
     return seconds + (distill_seconds(sizes, pace) if sizes.recipe.weights.distill else 0.0)
 
 
-def _rotation_tokens(recipe: Recipe) -> int:
-    """Tokens that walk through the unquantized model for the rotations of a KV cache."""
+def _cache_tokens(recipe: Recipe) -> int:
+    """Tokens that walk through the unquantized model for the rotations of a KV cache, or for its scales in FP8."""
     cache = recipe.kv_cache
+    if recipe.kv_cache_scheme is not None:  # beside which nothing is rotated
+        return recipe.calibration.rows * recipe.calibration.length
     rotated = cache is not None and "covariance" in (cache.rotate, cache.rotate_values)
     return ROTATION_ROWS * recipe.calibration.length if rotated else 0
 
@@ -96,7 +99,8 @@ def _read_at_once(decoder: Decoder) -> int:
 
 def distill_bytes(sizes: Sizes) -> float:
     """Bytes at the worst moment."""
-    settings, tuned = sizes.recipe.calibration, sum(x.parameters for block in sizes.linears for x in block)
+    settings, tuned = sizes.recipe.calibration, sum(
+        linear.parameters for block in sizes.linears for linear in block if not (linear.fixed or linear.part_of))
     rows = max(1, min(ROWS, LOGITS_BYTES // (4 * sizes.vocabulary * settings.length)))
     tokens = rows * settings.length
     head = sizes.vocabulary * sizes.hidden * (sizes.stored + sizes.item) if sizes.recipe.weights.lm_head < 16 else 0

@@ -80,7 +80,7 @@ def _solve(step: Step, decoder: Decoder, todo: dict[str, ModuleDecision], expert
         index, weights, index in few, step.walk.device, step.walk.dtype).items()}
     add_up(hessians, dict.fromkeys(hessians, one.module), one.ideal is not None)
     decisions = {name: todo[name] for members in experts.values() for name in members}
-    solved = QuantizedBlock(step.index, step.name, {}, {}, fused_scales=fused_scales(decoder, decisions))
+    solved = QuantizedBlock(step.index, step.name, {}, {}, fused_scales=fused_scales(decoder, decisions, None))
     parts = {name: decoder.experts[name] for name in decisions}
     shared = by_input({name: f"{part.index} {part.role}" for name, part in parts.items()})
     for place, (read, names) in enumerate(shared.items()):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from sinkquant.artifacts import ModuleDecision, Plan
+from sinkquant.artifacts import ModelShape, ModuleDecision, Plan
 from sinkquant.errors import RequestError
 from sinkquant.methods import Problem, method_named, need_hessian
 from sinkquant.models import Decoder
@@ -127,22 +127,22 @@ def square_norm(part: torch.Tensor, metric: torch.Tensor | None) -> float:
     return float(((part if metric is None else part @ metric) * part).sum(dtype=torch.float64))
 
 
-def fused_scales(decoder: Decoder, todo: Mapping[str, ModuleDecision]) -> dict[str, torch.Tensor]:
+def fused_scales(decoder: Decoder, todo: Mapping[str, ModuleDecision],
+                 shape: ModelShape | None) -> dict[str, torch.Tensor]:
     """Module name -> the scale of the whole tensor, float32 [1], in formats that have one.
 
     To be taken before any of the linears is changed. Experts share nothing: engines do not fuse one with another.
 
     Args:
         todo: name -> decision of linears of one block, with all that are fused with them.
+        shape: of the model; None where all of these are experts.
     """
     concerned = [name for name, decision in todo.items() if decision.bits < 16 and scheme_of(decision.form).fused_scale]
-    if not concerned:
-        return {}
-    fused = {name: linear.fused_with for name, linear in decoder.shape("").linears.items()}
     found: dict[str, torch.Tensor] = {}
     for name in concerned:
         if name not in found:
-            members = [name] if name in decoder.experts else fused[name] or [name]
+            members = ([name] if shape is None or name in decoder.experts else
+                       shape.linears[name].fused_with or [name])
             scale = codec_of(todo[name].form).fused_scale([decoder.weight(member) for member in members])
             found |= dict.fromkeys(members, scale)
     return found

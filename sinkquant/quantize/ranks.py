@@ -20,6 +20,10 @@ from sinkquant.models.inputs import InputRanges
 from sinkquant.models.processes import PATIENCE, new_store, this_process
 from sinkquant.quantize.block import QuantizedBlock, with_codes
 from sinkquant.quantize.hessian import Hessian
+from sinkquant.recipe import Recipe
+
+ONE_PROCESS = ("weights.tune, weights.distill, weights.smooth and protect.channels=scale need all rows in one process; "
+               "start without torchrun.")
 
 
 def join() -> None:
@@ -64,8 +68,7 @@ def my_rows(rows: torch.Tensor, plan: Plan) -> torch.Tensor:
     if len(rows) < ranks:
         raise RequestError(f"there are {len(rows)} calibration rows for {ranks} processes; start fewer.")
     if plan.calibration.tune or plan.calibration.distill or plan.rescales:
-        raise RequestError("weights.tune, weights.distill, weights.smooth and protect.channels=scale need all rows in "
-                           "one process; start without torchrun.")
+        raise RequestError(ONE_PROCESS)
     if plan.calibration.statistics != "cap":
         return rows.tensor_split(ranks)[rank]
     batches = rows.split(plan.calibration.batch_size)
@@ -76,10 +79,13 @@ def my_rows(rows: torch.Tensor, plan: Plan) -> torch.Tensor:
     return torch.cat(batches[first:last])
 
 
-def require_one_process(distill: int) -> None:
-    """Raises RequestError where torchrun started several processes and a model is to be tuned end to end."""
-    if distill and this_process()[1] > 1:
-        raise RequestError("weights.distill tunes the whole model in one process; start without torchrun.")
+def require_one_process(recipe: Recipe, edited: Plan | None = None) -> None:
+    """Raises RequestError where torchrun started several processes and the recipe, or a plan to carry out instead,
+    needs all calibration rows in one, before the sinks are looked for."""
+    asked = edited.calibration if edited else recipe.weights
+    rescales = edited.rescales if edited else recipe.weights.smooth != "none" or recipe.protect.channels == "scale"
+    if (asked.tune or asked.distill or rescales) and this_process()[1] > 1:
+        raise RequestError(ONE_PROCESS)
 
 
 def total(counts: torch.Tensor) -> torch.Tensor:

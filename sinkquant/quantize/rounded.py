@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from sinkquant.artifacts import ModuleDecision, Plan
+from sinkquant.artifacts import ModelShape, ModuleDecision, Plan
 from sinkquant.models import Decoder
 from sinkquant.models.alone import StoredPart, in_groups, stored_parts
 from sinkquant.models.experts import fused_parameters
@@ -26,24 +26,27 @@ TOGETHER = 1 << 25
 
 def rounded(decoder: Decoder, plan: Plan, todo: dict[str, ModuleDecision], done: int) -> Iterator[QuantizedBlock]:
     """Quantize block after block from `done` on. todo: name -> decision of every module that is to be changed."""
+    shape = decoder.shape("")
     for index, name in enumerate(decoder.block_names):
         if index >= done:
             mine = inside(name, todo)
             alone = _alone(decoder, mine)
             groups = in_groups({module: decoder.experts[module] for module in alone}, TOGETHER)
             with torch.no_grad():
-                yield _rest(decoder, plan, index, {x: one for x, one in mine.items() if x not in alone}, not groups)
+                rest = {module: one for module, one in mine.items() if module not in alone}
+                yield _rest(decoder, plan, index, rest, shape, not groups)
                 for place, group in enumerate(groups):
                     made = QuantizedBlock(index, name, {}, {}, ended=place == len(groups) - 1)
                     with decoder.present_alone({module: alone[module] for module in group}):
-                        made.fused_scales.update(fused_scales(decoder, {x: mine[x] for x in group}))
+                        made.fused_scales.update(fused_scales(decoder, {x: mine[x] for x in group}, None))
                         for module in group:
                             quantize_modules(decoder, {module: mine[module]}, plan, made, None)
                     yield made
                     del made  # or it would outlive the next one's making
 
 
-def _rest(decoder: Decoder, plan: Plan, index: int, mine: dict[str, ModuleDecision], ended: bool) -> QuantizedBlock:
+def _rest(decoder: Decoder, plan: Plan, index: int, mine: dict[str, ModuleDecision], shape: ModelShape,
+          ended: bool) -> QuantizedBlock:
     """A block without the experts that are not in `mine`."""
     name = decoder.block_names[index]
     owners = {parameter.rpartition(".")[0] for parameter in fused_parameters(decoder.model, (name,))}
@@ -51,7 +54,7 @@ def _rest(decoder: Decoder, plan: Plan, index: int, mine: dict[str, ModuleDecisi
     without = [decoder.model.get_submodule(owner) for owner in sorted(owners - needed)]
     with decoder.present([decoder.blocks[index]], without):
         made = QuantizedBlock(index, name, {}, {}, silent=silence(decoder, plan, index), ended=ended,
-                              fused_scales=fused_scales(decoder, mine))
+                              fused_scales=fused_scales(decoder, mine, shape))
         for module, decision in mine.items():
             quantize_modules(decoder, {module: decision}, plan, made, None)
         keep_dense(decoder, mine, made)

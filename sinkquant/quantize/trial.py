@@ -188,7 +188,7 @@ def _written(folder: Path, decoder: Decoder, plan: Plan) -> dict[str, torch.Tens
             leaves |= end_leaves(decoder, plan, name, shape.ends[name], packed)
         for index, name in enumerate(decoder.block_names):
             mine = {one: decision for one, decision in inside(name, plan.modules).items() if decision.form.packed}
-            made = QuantizedBlock(index, name, {}, {}, fused_scales=fused_scales(decoder, mine))
+            made = QuantizedBlock(index, name, {}, {}, fused_scales=fused_scales(decoder, mine, shape))
             for one, decision in mine.items():
                 quantize_modules(decoder, {one: decision}, plan, made, None)
                 form = decision.form

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -13,7 +14,7 @@ from sinkquant.cache.rotary import require_rotary
 from sinkquant.evaluate import require_rows, require_tasks_possible
 from sinkquant.evaluate.verdict import require_gate
 from sinkquant.formats import dismiss, follow, require_free, versions
-from sinkquant.models import Decoder, load_tokenizer, open_model, pick_device, read_text, resolve
+from sinkquant.models import ActivationStore, Decoder, load_tokenizer, open_model, pick_device, read_text, resolve
 from sinkquant.models.corpus import require_two_texts
 from sinkquant.models.loading import has_tokenizer
 from sinkquant.models.processes import this_process
@@ -22,7 +23,7 @@ from sinkquant.policy import check_recipe, check_same_model, check_solvable, mak
 from sinkquant.policy.headers import plan_ready
 from sinkquant.policy.kv_scheme import make_kv_scheme
 from sinkquant.policy.plan import ends_asked, formats_asked
-from sinkquant.predict import SENSITIVITIES, Prediction, require_memory, with_seconds
+from sinkquant.predict import SENSITIVITIES, Prediction, require_memory, spill_limit, with_seconds
 from sinkquant.quantize.ranks import require_one_process
 from sinkquant.quantize.trial import require_loads
 from sinkquant.recipe import DEFAULT_RECIPE, Recipe
@@ -100,7 +101,7 @@ def run(recipe: Recipe | str | os.PathLike[str] | None = None, model: str | os.P
     shape = less or whole
     if edited is None:
         require_plannable(shape, recipe.changed(prune={"blocks": None}))
-    require_one_process(edited.calibration.distill if edited else recipe.weights.distill)
+    require_one_process(recipe, edited)
     if sink_map is not None:
         check_same_model(whole, sink_map)
     ready, asking = plan_ready(shape, recipe, edited, sink_map) if plan_only and sensitivity is None else (None, [])
@@ -124,7 +125,9 @@ def run(recipe: Recipe | str | os.PathLike[str] | None = None, model: str | os.P
         assert tokenizer is not None
         require_rows(tokenizer, recipe, decoder.max_length, decoder.vocabulary)
     if this_process()[0] > 0:
-        follow(lambda: open_model(folder, trust_remote_code), tokenizer)
+        # On another node the run's own folder need not be there.
+        store = ActivationStore(Path(tempfile.gettempdir()), spill_limit(recipe))
+        follow(lambda: open_model(folder, trust_remote_code), tokenizer, store)
         if tokenizer is not None and not (recipe.evaluate.skip or plan_only):
             begun = WorkFolder(partial_folder(target), "")
             Job(recipe, str(model), folder, tokenizer, begun, trust_remote_code, None, Prediction({}),

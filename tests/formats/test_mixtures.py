@@ -98,6 +98,23 @@ def test_the_same_bytes_from_memory_from_disk_and_after_an_interruption(
         assert "expert_tokens" not in content
 
 
+@pytest.mark.parametrize("more", [[], ["weights.distill=1"]])
+def test_experts_in_16_bits_are_read_back_with_the_scales_of_their_channels(
+        more: list[str], text_file: Path, tmp_path: Path) -> None:
+    source, tokenizer = tmp_path / "source", tiny_tokenizer()
+    tiny_mixture("qwen2_moe", dtype=torch.bfloat16).save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    model = load_model(source)
+    plan = planned(model, text_file, "weights.smooth=awq", "weights.method=rtn", "weights.ignore=['*.experts.*']",
+                   *more)
+    save(quantize(model, plan, tokenizer), tokenizer, tmp_path / "memory")
+    with killed(1):
+        quantize_to(tmp_path / "disk", open_model(source), plan, tokenizer)
+    quantize_to(tmp_path / "disk", open_model(source), plan, tokenizer)
+    one, other = (tmp_path / name / "model.safetensors" for name in ("memory", "disk"))
+    assert one.read_bytes() == other.read_bytes()
+
+
 def test_the_log_says_how_many_tokens_went_where(text_file: Path, tmp_path: Path,
                                                  caplog: pytest.LogCaptureFixture) -> None:
     source, tokenizer = tmp_path / "source", tiny_tokenizer()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import sinkquant as sq
 from sinkquant.errors import SinkquantError
 from sinkquant.formats import quantize_to, writer
 from sinkquant.models import load_model, open_model
+from sinkquant.quantize import quantized_blocks
 from sinkquant.schemes.tensors import checkpoint_files, file_header
 
 QUICK = ["calibration.rows=6", "calibration.length=64", "weights.group_size=32", "detect.rows=8", "detect.long_rows=0"]
@@ -115,10 +117,11 @@ def whole(source: Path, tokenizer: PreTrainedTokenizerFast, recipe: sq.Recipe, s
 
 @pytest.mark.parametrize(("place", "calls", "really"), [
     ("copy_dense", 0, False), ("_write_block", 0, False), ("_write_block", 2, True), ("_remember", 3, False),
-    ("write_packed", 16, True), ("_check_reload", 0, False)])
+    ("write_packed", 16, True), ("write_files", 0, False), ("_check_reload", 0, False)])
 def test_killed_anywhere_and_resumed_to_the_same_bytes(
         source: Path, tokenizer: PreTrainedTokenizerFast, recipe: sq.Recipe, sink_map: sq.SinkMap,
-        whole: dict[str, bytes], place: str, calls: int, really: bool, tmp_path: Path) -> None:
+        whole: dict[str, bytes], place: str, calls: int, really: bool, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
     sq.plan(open_model(source), sink_map, recipe).save(tmp_path / "plan.json")
     plan = sq.Plan.load(tmp_path / "plan.json")
     target = tmp_path / "killed"
@@ -130,6 +133,8 @@ def test_killed_anywhere_and_resumed_to_the_same_bytes(
             quantize_to(target, open_model(source), plan, tokenizer)
     assert not target.exists()
     seen: list[int] = []
+    if place == "write_files":  # with all blocks done no row walks any more
+        monkeypatch.setattr(sys.modules[quantized_blocks.__module__], "calibrated", None)
     quantize_to(target, open_model(source), plan, tokenizer, progress=lambda done, *_: seen.append(done))
     if place == "_write_block":
         assert seen == list(range(calls + 1, 5))  # blocks that were done are not done again
@@ -152,6 +157,7 @@ def test_tuned_end_to_end_and_killed_anywhere(source: Path, tokenizer: PreTraine
         quantize_to(folder, open_model(source), plan, tokenizer, sink_map, chosen,
                     progress=lambda *now, said=said: said.append(now[2]))
         assert said.count("tuning end to end") == again  # what is done is not done again
+        assert "quantizing blocks" not in said
         assert contents(folder) == contents(tmp_path / "memory")
 
 

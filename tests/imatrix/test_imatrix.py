@@ -15,6 +15,7 @@ from sinkmaps import STOP, sink_map_of
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sinkquant.artifacts import SinkMap
+from sinkquant.cli import models
 from sinkquant.errors import RequestError
 from sinkquant.imatrix import imatrix
 from sinkquant.imatrix.file import EXPERTS, tensor_names
@@ -150,6 +151,20 @@ def test_models_that_are_refused(family: str, message: str, tokenizer: PreTraine
     with pytest.raises(RequestError, match=message):
         imatrix(tiny_model(family), tokenizer, tmp_path / "i.gguf", recipe=Recipe())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("policy", ["all", "attention"])
+def test_no_sinks_are_looked_for_where_the_statistics_know_none(
+        policy: str, tiny_folder: Path, text_file: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "find_sinks", None)
+    recipe = recipe_of(text_file, f"protect.statistics={policy}")
+    imatrix(open_model(tiny_folder), tokenizer, tmp_path / "a.gguf", recipe=recipe)
+    done = call("imatrix", tiny_folder, "-o", tmp_path / "b.gguf", *settings(
+        text_file, "calibration.rows=6", "calibration.length=24", "calibration.batch_size=4",
+        "calibration.min_expert_tokens=16", f"protect.statistics={policy}"))
+    assert done.code == 0, done.err
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
 def test_what_is_missing_is_said_before_anything_is_computed(tiny_folder: Path, text_file: Path, tmp_path: Path,

@@ -63,6 +63,8 @@ def test_what_costs_more_is_predicted_to_cost_more(large: Decoder) -> None:
     assert predict(large, least.replace(alone)).peak_bytes["quantize"] == base.peak_bytes["quantize"]
     whole = predict(large, least.replace(["weights.distill=100"]))  # the whole model is in memory, with its gradient
     assert whole.peak_bytes["distill"] > 10 * large.model.num_parameters()
+    scales = predict(large, least.replace(["kv_cache=null", "kv_cache_scheme={}"])).peak_bytes["quantize"]
+    assert scales > 3 * 4 * 2048 * least.calibration.rows * least.calibration.length > base.peak_bytes["quantize"]
     with pytest.raises(RequestError, match=r"to distill, and .* 6.0 GB; --set weights.distill=0 makes it fit"):
         require_memory(large, least.replace(["weights.distill=100", "compute.memory_limit=6"]))
 
@@ -125,6 +127,9 @@ def test_time_is_counted_work_at_the_pace_of_the_machine(large: Decoder) -> None
     trials = sum(rows * 64 * (16 * (1 + 2 / 3 * tried) * 5e-5 + (1 + tried) * scored) + reading
                  for rows, tried in ((2, 18), (8, 9)))
     assert ablated["detect"] - rtn["detect"] == pytest.approx(trials)
+    scales = seconds("weights.method=rtn", "evaluate.skip=true", "kv_cache=null", "kv_cache_scheme={}",
+                     "calibration.rows=8", "calibration.length=64")
+    assert scales["quantize sink_aware"] - rtn["quantize sink_aware"] == pytest.approx(8 * 64 * 16 * 5e-5)
     gptq = seconds("evaluate.skip=true")
     assert gptq["quantize sink_aware"] > 2 * rtn["quantize sink_aware"]
     assert seconds("evaluate.skip=true", "weights.distill=100")["quantize sink_aware"] > gptq["quantize sink_aware"]
@@ -181,6 +186,13 @@ def test_a_token_of_a_mixture_takes_the_experts_that_it_is_sent_to(tmp_path: Pat
                                                   "weights.descent=0"]), True)
     assert found.plain > 0
     assert all(rate.token > 0 and rate.fixed > 0 for rate in found.watched)  # a few tokens ask for all experts
+
+
+def test_experts_that_cannot_be_told_apart_are_no_wider_than_one_of_them() -> None:
+    few, many = (Sizes(Decoder.of(tiny_model("gpt_oss", num_local_experts=count)), sq.Recipe(), 1e12)
+                 for count in (4, 64))
+    assert few.widest == many.widest == 2 * 128  # gate and up
+    assert few.largest == many.largest == 64 * 64  # they stay as they are
 
 
 def test_wide_models_walk_with_fewer_rows_at_a_time(large: Decoder) -> None:

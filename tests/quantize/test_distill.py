@@ -177,6 +177,3 @@ def test_several_processes_are_refused(tiny: PreTrainedModel, text_file: Path, m
     monkeypatch.setattr(ranks, "this_rank", lambda: (0, 2))
     with pytest.raises(RequestError, match=r"weights\.distill.* start without torchrun"):
         ranks.my_rows(torch.zeros(8, 4), planned(tiny, text_file, 5))
-    monkeypatch.setattr(ranks, "this_process", lambda: (1, 2))
-    with pytest.raises(RequestError, match="in one process; start without torchrun"):
-        ranks.require_one_process(5)

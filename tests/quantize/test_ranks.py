@@ -18,8 +18,9 @@ from torch.distributed import TCPStore
 import sinkquant as sq
 from sinkquant.artifacts import Plan
 from sinkquant.errors import RequestError
-from sinkquant.formats import load_dense
-from sinkquant.models import Decoder
+from sinkquant.formats import follow, load_dense, stream
+from sinkquant.models import ActivationStore, Decoder, load_tokenizer, open_model
+from sinkquant.policy import make_plan
 from sinkquant.quantize import ranks
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0",
@@ -127,6 +128,41 @@ def test_two_processes_share_the_experts_of_a_mixture_and_cap_the_same_sinks(
     for name, weight in one.items():
         differs = ((weight - two[name]).abs() > 1e-6 * weight.abs().max()).float().mean()
         assert differs < 0.02, name
+
+
+@pytest.mark.parametrize("asked", ["weights.tune=1", "weights.distill=1", "weights.smooth=awq",
+                                   "protect.channels=scale"])
+def test_what_needs_all_rows_is_refused_before_the_sinks_are_looked_for(
+        asked: str, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, recipe = model_folder(tmp_path / "model"), small_recipe(text_file, asked)
+    decoder = Decoder.of(sq.load(source)[0])
+    plan = make_plan(decoder.shape("tiny"), sink_map_of(decoder, {"model.layers.1.mlp.down_proj": 0.9}), recipe)
+    ranks.require_one_process(recipe)
+    monkeypatch.setattr(ranks, "this_process", lambda: (0, 2))
+    ranks.require_one_process(small_recipe(text_file))
+    with pytest.raises(RequestError, match="need all rows in one process; start without torchrun"):
+        ranks.require_one_process(small_recipe(text_file), plan)
+    with pytest.raises(RequestError, match="need all rows in one process; start without torchrun"):
+        sq.run(recipe, source, tmp_path / "out")
+
+
+def test_a_rank_that_follows_keeps_its_rows_where_it_is_told(
+        tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = model_folder(tmp_path / "model")
+    decoder = Decoder.of(sq.load(source)[0])
+    plan = make_plan(decoder.shape("tiny"), sink_map_of(decoder), small_recipe(text_file, "weights.descent=0"))
+    jobs = iter([{"folder": str(tmp_path / "out"), "plan": plan.to_json(), "done": 0, "device": "cpu",
+                  "dtype": torch.float32, "scales": {}}, None])
+    monkeypatch.setattr(stream, "tell", lambda _: next(jobs))
+    asked: list[tuple[int, ...]] = []
+
+    class Store(ActivationStore):
+        def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            asked.append(shape)
+            return super().empty(shape, dtype)
+
+    follow(lambda: open_model(source), load_tokenizer(source), Store())
+    assert (4, 64, 64) in asked  # all rows, all tokens, hidden_size
 
 
 def test_rows_are_shared_out_and_what_cannot_be_shared_is_refused(

@@ -58,8 +58,9 @@ def compressed(offsets: torch.Tensor) -> torch.Tensor:
 
 def decompressed(steps: torch.Tensor, device: str) -> torch.Tensor:
     """What `compressed` was given, to half a step, float32 [rows, columns]."""
-    offsets = steps.to(device).float() * (NEAR / OFFSET_STEPS)
-    offsets[steps.to(device) == HELD] = float("nan")
+    steps = steps.to(device)
+    offsets = steps.float() * (NEAR / OFFSET_STEPS)
+    offsets[steps == HELD] = float("nan")
     return offsets
 
 

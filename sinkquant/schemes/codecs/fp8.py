@@ -10,7 +10,7 @@ import torch
 from sinkquant.schemes import WeightFormat
 from sinkquant.schemes.codecs.codec import Codec, Leaves, StoredWeight
 from sinkquant.schemes.codecs.integer_scales import group_costs
-from sinkquant.schemes.codecs.packed import PackedWeight
+from sinkquant.schemes.codecs.packed import PackedWeight, smallest
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 SHARES = torch.linspace(0.5, 1.0, 17)
@@ -55,9 +55,8 @@ class FP8Grid:
 
     def storable(self, spread: torch.Tensor, now: torch.Tensor | None = None) -> torch.Tensor:
         """In 16 bits, not zero, and no code times it overflows."""
-        info = torch.finfo(self.scale_dtype)
-        smallest = max(info.tiny * info.eps, torch.finfo(torch.float32).tiny)
-        return spread.clamp(smallest, info.max / LARGEST).to(self.scale_dtype)
+        most = torch.finfo(self.scale_dtype).max / LARGEST
+        return spread.clamp(smallest(self.scale_dtype), most).to(self.scale_dtype)
 
     def scales(self, weight: torch.Tensor, importance: torch.Tensor | None, search: bool) -> torch.Tensor:
         """[rows, 1]: those that reach the largest |weight|, or with `search` those with the least weighted error."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from sinkquant.schemes.codecs.packed import group_scales
+from sinkquant.schemes.codecs.packed import group_scales, smallest
 
 SMALLEST, LARGEST, STEPS = 0.4, 1.1, 15
 """The grid, as shares of the scale that reaches the largest |weight|: at 2 bits the best one clips more than half."""
@@ -81,9 +81,7 @@ def group_costs(weight: torch.Tensor, importance: torch.Tensor | None, size: int
 
 def storable(scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
     """A scale as it is stored: 16 bits, not zero, and no code times it overflows."""
-    info = torch.finfo(dtype)
-    smallest = max(info.tiny * info.eps, torch.finfo(torch.float32).tiny)
-    size = scale.abs().clamp(smallest, info.max / 2 ** (bits - 1))
+    size = scale.abs().clamp(smallest(dtype), torch.finfo(dtype).max / 2 ** (bits - 1))
     return torch.where(scale < 0, -size, size).to(dtype)
 
 

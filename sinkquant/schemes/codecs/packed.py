@@ -67,10 +67,14 @@ def group_scales(weight: torch.Tensor, bits: int, group_size: int, dtype: torch.
     grouped = weight.reshape(rows, -1, columns if group_size == -1 else group_size).float()
     args = QuantizationArgs(num_bits=bits, symmetric=True)
     scales, _ = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args)
+    return scales.clamp(smallest(dtype), torch.finfo(dtype).max / 2 ** (bits - 1)).to(dtype)
+
+
+def smallest(dtype: torch.dtype) -> float:
+    """The smallest scale in a 16-bit `dtype`, a normal number in float32. tiny * eps is the smallest subnormal number:
+    float16 needs them for weights under 0.008."""
     info = torch.finfo(dtype)
-    # tiny * eps is the smallest subnormal number: float16 needs them for weights under 0.008.
-    smallest = max(info.tiny * info.eps, torch.finfo(torch.float32).tiny)
-    return scales.clamp(smallest, info.max / 2 ** (bits - 1)).to(dtype)
+    return max(info.tiny * info.eps, torch.finfo(torch.float32).tiny)
 
 
 def to_codes(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:

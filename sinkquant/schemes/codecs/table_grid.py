@@ -47,10 +47,11 @@ class TableGrid:
         return storable(spread, NUMBER_BITS, torch.float16)
 
     def scales(self, weight: torch.Tensor, importance: torch.Tensor | None, search: bool) -> torch.Tensor:
-        """Of every group, float16 [rows, groups]: those with which the largest |weight| gets the largest number; with
+        """Of every group, float16 [rows, groups]: those with which the largest |weight| gets the largest |number|; with
         `search` those with the least weighted error, as integers have them. weight: float [rows, columns]."""
         grouped = weight.float().unflatten(1, (-1, weight.shape[1] if self.size == -1 else self.size))
-        reach = self.storable(grouped.abs().amax(-1) / max(map(abs, self.numbers)))
+        top = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))[..., 0]
+        reach = self.storable(top / max(self.numbers, key=abs))
         return least_error(weight, importance, reach, self.nearest_, self.storable) if search else reach
 
     def weight(self, codes: torch.Tensor, scale: torch.Tensor) -> PackedWeight:

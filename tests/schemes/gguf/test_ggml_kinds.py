@@ -56,6 +56,14 @@ def test_closer_numbers_around_zero_leave_less() -> None:
     assert searched < 0.9 * error(to_integers(4, 32, torch.float16).quantize(weight, importance).dequantized())
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_weight_of_a_group_is_not_clipped(sign: int) -> None:
+    weight = sign * torch.linspace(-0.3, 1, 32)[None]
+    packed = Nearest(TableGrid(IQ4_NL, 32), False).quantize(weight)
+    assert packed.codes[0, -1] == -127  # the table ends at 113
+    assert float(packed.dequantized()[0, -1]) == pytest.approx(sign, rel=1e-3)
+
+
 def test_gptq_and_descent_keep_to_the_table() -> None:
     weight, generator = weights(), torch.Generator().manual_seed(5)
     inputs = torch.randn(400, COLUMNS, generator=generator) + 0.5 * torch.randn(400, 1, generator=generator)
