@@ -31,7 +31,7 @@ def quantize_bytes(sizes: Sizes) -> float:
         states = _cache_tokens(sizes.recipe) * sizes.hidden * sizes.item
         batch = BATCH_ROWS if sizes.recipe.kv_cache_scheme is None else settings.batch_size
         walked = 0.0 if not states else sizes.walked(sizes.held, sizes.expert) + 3 * states + sizes.activations(
-            batch * settings.length, settings.length)
+            batch * settings.length, settings.length) + _squares(sizes)
         return max(read * (sizes.stored + 1) + sizes.largest * (4 + sizes.stored), walked, dense)
     states = settings.rows * settings.length * sizes.hidden * sizes.item
     whole = sizes.scaled or sizes.asymmetric or sizes.recipe.weights.tune > 0
@@ -49,7 +49,8 @@ def quantize_bytes(sizes: Sizes) -> float:
         solve = max([solve, *(sums + method.cost(_together(linears), sizes.recipe.weights).bytes
                               for linears in inputs for method in methods)])
     return max(sizes.walked(held, expert) + codes + buffers + max(
-        hessians + sizes.activations(settings.batch_size * settings.length, settings.length), solve), dense)
+        hessians + sizes.activations(settings.batch_size * settings.length, settings.length), solve, _squares(sizes)),
+        dense)
 
 
 def quantize_seconds(sizes: Sizes, pace: Pace) -> float:
@@ -73,11 +74,18 @@ def quantize_seconds(sizes: Sizes, pace: Pace) -> float:
 
 def _cache_tokens(recipe: Recipe) -> int:
     """Tokens that walk through the unquantized model for the rotations of a KV cache, or for its scales in FP8."""
-    cache = recipe.kv_cache
     if recipe.kv_cache_scheme is not None:  # beside which nothing is rotated
         return recipe.calibration.rows * recipe.calibration.length
-    rotated = cache is not None and "covariance" in (cache.rotate, cache.rotate_values)
-    return ROTATION_ROWS * recipe.calibration.length if rotated else 0
+    return ROTATION_ROWS * recipe.calibration.length if _rotated(recipe) else 0
+
+
+def _rotated(recipe: Recipe) -> bool:
+    return recipe.kv_cache is not None and "covariance" in (recipe.kv_cache.rotate, recipe.kv_cache.rotate_values)
+
+
+def _squares(sizes: Sizes) -> float:
+    """Bytes of the squares of a batch's attention, of half of the matrix, while a layer's rotations are found."""
+    return 2.0 * BATCH_ROWS * sizes.heads * sizes.recipe.calibration.length ** 2 if _rotated(sizes.recipe) else 0.0
 
 
 def _together(linears: Sequence[LinearShape]) -> LinearShape:
