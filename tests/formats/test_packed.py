@@ -67,7 +67,7 @@ def test_what_is_dense_is_named_and_what_it_takes_is_counted(folder: Path) -> No
     assert found.linear_bfloat16_bytes == 2 * weights
     assert found.linear_bytes == weights * 5 // 8  # 4 bits, and 32 for every 32 weights
     assert found.expanded_bytes == weights // 16 - 16 * len(linears)  # a zero beside every scale; no shape
-    dense = load(folder)[0].to(torch.bfloat16)
+    dense = load(folder)[0]  # in bfloat16, but for rotary frequencies
     assert found.bfloat16_bytes == sum(t.nbytes for t in (*dense.parameters(), *dense.buffers()))
     with pytest.raises(RequestError, match="not packed"):
         sq.packing(dense)
