@@ -108,7 +108,7 @@ class Prune(Section):
         for key, usual in (("sparsity", None), ("pattern", "unstructured"), ("ignore", [])):
             if self.method == "none" and getattr(self, key) != usual:
                 raise ValueError(f"prune.{key} is for weights that prune.method takes out, and that is 'none'; set it "
-                                 f"to 'wanda', say, or leave {key} out")
+                                 f"to 'wanda', say, or leave {key} out (prune={{}} leaves out all of prune)")
         return self
 
     @property
