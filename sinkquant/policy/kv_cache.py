@@ -119,11 +119,13 @@ def accept_kv(plan: KVCachePlan | None, shape: ModelShape) -> KVCachePlan | None
         if layer.packed:
             _check_fit(real, index, plan.group_size, plan)
     usual = with_usual_bits(plan)
+    untouched = _mean_bytes(plan, plan.expected_exact) == plan.bytes  # the layers, which are what is packed
     for key, said, found in (("key_bits", plan.key_bits, usual.key_bits),
                              ("value_bits", plan.value_bits, usual.value_bits)):
-        if said != found:
+        if said != found and untouched:
             raise RequestError(f"the plan's kv_cache says {key} {said}, and most heads of its layers have {found}; "
-                               f"edit {key} of the layers to change the cache, and make the two agree.")
+                               f"edit {key} of the layers to change the cache.")
+    plan = usual
     if plan.exact == "massive" and (plan.massive is None or not plan.massive.channels):
         raise RequestError("the plan's kv_cache keeps massive activations exact and names no channel that carries them "
                            "(massive); plan with kv_cache.exact=massive, or set exact to 'detected' or 'first-n'.")

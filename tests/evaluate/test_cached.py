@@ -21,6 +21,7 @@ from sinkquant.evaluate.harness import SinkLM
 from sinkquant.evaluate.states import last_states
 from sinkquant.models import Decoder
 from sinkquant.models.head import OutputHead
+from sinkquant.policy.headers import nothing_found
 from sinkquant.policy.kv_cache import make_kv_plan
 from sinkquant.recipe import Recipe
 
@@ -40,7 +41,8 @@ class _Request:
 def _kv(model: PreTrainedModel, bits: int) -> KVCachePlan:
     recipe = Recipe().replace(["kv_cache.window=16", f"kv_cache.key_bits={bits}", f"kv_cache.value_bits={bits}",
                                "kv_cache.exact=first-n"])
-    made = make_kv_plan(Decoder.of(model).shape("tiny"), None, recipe)  # type: ignore[arg-type]
+    shape = Decoder.of(model).shape("tiny")
+    made = make_kv_plan(shape, nothing_found(shape), recipe)
     assert made is not None
     return made
 

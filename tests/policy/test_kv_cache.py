@@ -165,6 +165,11 @@ def test_an_edited_section_says_one_thing() -> None:
         assert kept.expected_exact == 0
         assert kept.bytes < plan.bytes
         assert "stay exact" not in kept.reason
+    raised = [layer.model_copy(update={"key_bits": [4] * len(layer.key_bits)}) for layer in plan.layers]
+    edited = accept_kv(plan.model_copy(update={"layers": raised}), shape)  # by whoever edits what is packed
+    assert edited is not None
+    assert (edited.key_bits, edited.value_bits) == (4, 2)
+    assert edited.bytes > plan.bytes
     first = accept_kv(plan.model_copy(update={"exact": "first-n", "first_n": 5}), shape)
     assert first is not None
     assert (first.expected_exact, first.reason) == (5, "the first 5 tokens stay exact")
