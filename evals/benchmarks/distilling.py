@@ -11,14 +11,12 @@ tuning alone.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from measure import Baseline, Line, Lines, held_out_texts, sink_map_of, table
+from measure import Baseline, Line, Lines, held_out_texts, parser_of_recipe, sink_map_of, table
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -181,16 +179,9 @@ class Tuning:
 
 def main() -> None:
     """Measure what is not there yet, and print the table as Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--sink-map", type=Path, help="of this model, made before")
-    parser.add_argument("--recipe", default="w3a16-sink")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more of the recipe")
+    parser = parser_of_recipe(__doc__, "w3a16-sink")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--only", nargs="*", help="candidates, by name")
-    parser.add_argument("--text", nargs="*", default=[], metavar="NAME=FILE", help="held-out texts; default: packaged")
-    parser.add_argument("--held-out", type=int, default=12, help="rows of every text")
-    parser.add_argument("--lines", type=Path, help="keep what was measured here")
     arguments = parser.parse_args()
     folder = resolve(arguments.model)
     tokenizer, base = load_tokenizer(folder), load_model(folder, torch.float32)

@@ -12,13 +12,11 @@ in place of its diagonal). `--beside` changes the recipe instead. Bytes are thos
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 
 import torch
-from measure import Baseline, Line, Lines, carry_out, held_out_texts, sink_map_of, table
+from measure import Baseline, Line, Lines, carry_out, held_out_texts, parser_of_recipe, sink_map_of, table
 from transformers import PreTrainedModel
 
 from sinkquant.artifacts import Plan
@@ -38,16 +36,9 @@ DAMPING = 0.01
 
 def main() -> None:
     """Measure what is not there yet, and print the table as Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--sink-map", type=Path, help="of this model, made before")
-    parser.add_argument("--recipe", default="w4a16-sink")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more of the recipe")
+    parser = parser_of_recipe(__doc__, "w4a16-sink")
     parser.add_argument("--ranks", type=int, nargs="+", default=[5])
     parser.add_argument("--beside", nargs="*", default=[], metavar="KEY=VALUE", help="a recipe of about the same bytes")
-    parser.add_argument("--text", nargs="*", default=[], metavar="NAME=FILE", help="held-out texts; default: packaged")
-    parser.add_argument("--held-out", type=int, default=12, help="rows of every text")
-    parser.add_argument("--lines", type=Path, help="keep what was measured here")
     arguments = parser.parse_args()
     folder = resolve(arguments.model)
     tokenizer, base = load_tokenizer(folder), load_model(folder, torch.float32)

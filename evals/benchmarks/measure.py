@@ -85,6 +85,19 @@ def parser_of_lines(about: str | None, text: str) -> argparse.ArgumentParser:
     return parser
 
 
+def parser_of_recipe(about: str | None, recipe: str) -> argparse.ArgumentParser:
+    """For a benchmark of one recipe on one model and held-out texts. about: its docstring; recipe: the default."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--sink-map", type=Path, help="of this model, made before")
+    parser.add_argument("--recipe", default=recipe)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more of the recipe")
+    parser.add_argument("--text", nargs="*", default=[], metavar="NAME=FILE", help="held-out texts; default: packaged")
+    parser.add_argument("--held-out", type=int, default=12, help="rows of every text")
+    parser.add_argument("--lines", type=Path, help="keep what was measured here")
+    return parser
+
+
 def sink_map_of(arguments: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
                 recipe: Recipe) -> SinkMap:
     """The file that `--sink-map` names, or what detection finds in the model."""

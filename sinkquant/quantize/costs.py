@@ -31,7 +31,7 @@ def quantize_bytes(sizes: Sizes) -> float:
         states = _cache_tokens(sizes.recipe) * sizes.hidden * sizes.item
         batch = BATCH_ROWS if sizes.recipe.kv_cache_scheme is None else settings.batch_size
         walked = 0.0 if not states else sizes.walked(sizes.held, sizes.expert) + 3 * states + sizes.activations(
-            batch * settings.length, settings.length) + _squares(sizes)
+            batch * settings.length, settings.length) + squares_bytes(sizes)
         return max(read * (sizes.stored + 1) + sizes.largest * (4 + sizes.stored), walked, dense)
     states = settings.rows * settings.length * sizes.hidden * sizes.item
     whole = sizes.scaled or sizes.asymmetric or sizes.recipe.weights.tune > 0
@@ -49,8 +49,8 @@ def quantize_bytes(sizes: Sizes) -> float:
         solve = max([solve, *(sums + method.cost(_together(linears), sizes.recipe.weights).bytes
                               for linears in inputs for method in methods)])
     return max(sizes.walked(held, expert) + codes + buffers + max(
-        hessians + sizes.activations(settings.batch_size * settings.length, settings.length), solve, _squares(sizes)),
-        dense)
+        hessians + sizes.activations(settings.batch_size * settings.length, settings.length), solve,
+        squares_bytes(sizes)), dense)
 
 
 def quantize_seconds(sizes: Sizes, pace: Pace) -> float:
@@ -83,9 +83,11 @@ def _rotated(recipe: Recipe) -> bool:
     return recipe.kv_cache is not None and "covariance" in (recipe.kv_cache.rotate, recipe.kv_cache.rotate_values)
 
 
-def _squares(sizes: Sizes) -> float:
-    """Bytes of the squares of a batch's attention, of half of the matrix, while a layer's rotations are found."""
-    return 2.0 * BATCH_ROWS * sizes.heads * sizes.recipe.calibration.length ** 2 if _rotated(sizes.recipe) else 0.0
+def squares_bytes(sizes: Sizes) -> float:
+    """Of the squares of a batch's attention, half of the matrix, while a layer's rotations are found; 0 where none are.
+    """
+    length = min(sizes.recipe.calibration.length, sizes.decoder.max_length)
+    return 2.0 * BATCH_ROWS * sizes.heads * length ** 2 if _rotated(sizes.recipe) else 0.0
 
 
 def _together(linears: Sequence[LinearShape]) -> LinearShape:

@@ -7,6 +7,7 @@ from sinkquant.methods import need_hessian
 from sinkquant.models.attention import QUERY_CHUNK
 from sinkquant.models.memory import LARGE
 from sinkquant.quantize.bases import BATCH_ROWS
+from sinkquant.quantize.costs import squares_bytes
 from sinkquant.sensitivity.measure import DOUBLES
 
 KEPT_OF_SMALL = 1.2
@@ -50,11 +51,10 @@ def sensitivity_bytes(sizes: Sizes) -> float:
                      + scores)
         if settings.measure_rows:
             peaks.append(_measured(sizes, length, 3 * length) + sizes.activations(length, length))
-        cache = sizes.recipe.kv_cache
-        if cache is not None and "covariance" in (cache.rotate, cache.rotate_values):  # squares of half of the matrix
+        if squares := squares_bytes(sizes):
             length = min(sizes.recipe.calibration.length, longest)
             peaks.append(sizes.walked(sizes.held, sizes.expert) + sizes.activations(BATCH_ROWS * length, length)
-                         + 2.0 * BATCH_ROWS * sizes.heads * length ** 2)
+                         + squares)
     if settings.measure_rows and sizes.recipe.tries_weights:
         length = min(settings.measure_length, longest)
         base, at_once = settings.measure_rows, min(settings.measure_rows, settings.batch_size)
