@@ -23,8 +23,8 @@ from sinkquant.evaluate.divergence import compare_side_by_side
 from sinkquant.evaluate.states import last_states
 from sinkquant.evaluate.statistics import paired_difference
 from sinkquant.models import Decoder, load_model, load_tokenizer, read_text, resolve, token_rows
+from sinkquant.policy.calibration import calibration_of
 from sinkquant.policy.kv_cache import make_kv_control, make_kv_plan
-from sinkquant.policy.plan import calibration_of
 from sinkquant.quantize.bases import cache_bases
 from sinkquant.recipe import Recipe
 

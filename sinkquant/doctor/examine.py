@@ -16,8 +16,8 @@ from sinkquant.detect.table import AttentionTable
 from sinkquant.errors import RequestError, first_line
 from sinkquant.models import Decoder, Walk, adds_bos, read_text, starts_with_bos, together, token_rows
 from sinkquant.models.text import leading
+from sinkquant.policy.choices import formats_asked
 from sinkquant.policy.engines import loads_in
-from sinkquant.policy.plan import formats_asked
 from sinkquant.quantize.trial import require_loads
 from sinkquant.recipe import Recipe
 from sinkquant.schemes.gguf import GGUF

@@ -20,8 +20,9 @@ from sinkquant.models.decoder import require_dense, weight_matrix
 from sinkquant.models.experts import fused_parameters
 from sinkquant.models.hooks import hooked
 from sinkquant.models.steps import Progress
+from sinkquant.policy.calibration import calibration_of
+from sinkquant.policy.choices import check_same_model
 from sinkquant.policy.headers import FOR_SINKS
-from sinkquant.policy.plan import calibration_of, check_same_model
 from sinkquant.quantize import is_quantized
 from sinkquant.quantize.experts import record
 from sinkquant.quantize.hessian import Diagonal, Hessian

@@ -15,7 +15,7 @@ from sinkquant.policy.engines import require_engine
 from sinkquant.policy.expected import NOT_PREDICTED, PREDICTED, SOLVED_FOR
 from sinkquant.policy.heads import accept_heads
 from sinkquant.policy.kv_cache import accept_kv
-from sinkquant.policy.plan import INPUT_BITS, NEEDS_PREFIX, SIZE_DIFFERS, _finish
+from sinkquant.policy.plan import INPUT_BITS, NEEDS_PREFIX, SIZE_DIFFERS, finish
 from sinkquant.policy.pruning import keep_pruning
 from sinkquant.policy.rules import Draft, check_group_sizes
 from sinkquant.policy.transforms import check_transforms
@@ -60,7 +60,7 @@ def accept_edited(plan: Plan, shape: ModelShape) -> Plan:
     check_transforms(plan.transforms, shape, plan.kv_cache)
     check_choices(choices, shape)
     recipe = asked_of_edited(plan, Recipe.parse(plan.recipe), shape)
-    counted = _finish(plan.name, choices, shape, recipe, plan.calibration.sinks,
+    counted = finish(plan.name, choices, shape, recipe, plan.calibration.sinks,
                       plan.calibration.statistics, plan.transforms)
     check_counted(plan, counted)
     if plan.kv_scheme != counted.kv_scheme:

@@ -9,11 +9,12 @@ from sinkquant.artifacts import KVCachePlan, ModelShape, Sensitivity, SinkMap
 from sinkquant.artifacts.frontier import Frontier, FrontierPoint
 from sinkquant.artifacts.sizes import checkpoint_bytes, module_bytes
 from sinkquant.policy.allocate import Problem
+from sinkquant.policy.choices import choices_of
 from sinkquant.policy.ends import asked_of_edited, bits_of_ends, sized
 from sinkquant.policy.expected import expect_loss
 from sinkquant.policy.kv_budget import expected_kv_loss, kv_bytes_of
 from sinkquant.policy.kv_cache import make_kv_plan
-from sinkquant.policy.plan import choices_of, make_control, make_plan
+from sinkquant.policy.plan import make_control, make_plan
 from sinkquant.policy.solvable import bits_tried, check_solvable
 from sinkquant.policy.solver import efficient
 from sinkquant.recipe import Recipe

@@ -7,15 +7,17 @@ from sinkquant.artifacts import ModelFacts, ModelShape, Plan, SinkMap, Tokenizat
 from sinkquant.artifacts.distill import require_tunable
 from sinkquant.policy.activations import spares, with_inputs
 from sinkquant.policy.carried import carried
+from sinkquant.policy.choices import choices_of
 from sinkquant.policy.edited import accept_edited
 from sinkquant.policy.engines import require_engine_cache
 from sinkquant.policy.input_bits import require_input_bits
 from sinkquant.policy.kv_cache import make_kv_plan
 from sinkquant.policy.kv_scheme import make_kv_scheme
-from sinkquant.policy.plan import check_budget, choices_of, make_plan
+from sinkquant.policy.plan import make_plan
 from sinkquant.policy.rules import base_choices
 from sinkquant.policy.split import check_split
 from sinkquant.policy.transforms import require_transforms
+from sinkquant.policy.within import check_budget
 from sinkquant.recipe import Budget, KVCache, Recipe
 
 FOR_SINKS = frozenset({"boost", "cap", "exclude"})

@@ -20,9 +20,9 @@ from sinkquant.models.loading import has_tokenizer
 from sinkquant.models.processes import this_process
 from sinkquant.models.source import require_unquantized
 from sinkquant.policy import check_recipe, check_same_model, check_solvable, make_plan, require_plannable
+from sinkquant.policy.choices import ends_asked, formats_asked
 from sinkquant.policy.headers import plan_ready
 from sinkquant.policy.kv_scheme import make_kv_scheme
-from sinkquant.policy.plan import ends_asked, formats_asked
 from sinkquant.predict import SENSITIVITIES, Prediction, require_memory, spill_limit, with_seconds
 from sinkquant.quantize.ranks import require_one_process
 from sinkquant.quantize.trial import require_loads

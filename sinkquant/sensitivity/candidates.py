@@ -11,7 +11,7 @@ import torch
 from sinkquant.artifacts import ModelShape, SinkMap
 from sinkquant.methods import Problem, method_named
 from sinkquant.models import Decoder
-from sinkquant.policy.plan import choices_of
+from sinkquant.policy.choices import choices_of
 from sinkquant.policy.solvable import bits_tried, groups_tried, tried_in
 from sinkquant.quantize.split import solve_beside
 from sinkquant.recipe import Recipe

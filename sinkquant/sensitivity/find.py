@@ -30,8 +30,8 @@ from sinkquant.models import (
 )
 from sinkquant.models.source import runs_own_code
 from sinkquant.models.steps import Progress
+from sinkquant.policy.calibration import calibration_of
 from sinkquant.policy.kv_cache import make_kv_plan
-from sinkquant.policy.plan import calibration_of
 from sinkquant.quantize.bases import cache_bases
 from sinkquant.quantize.rows import text_rows
 from sinkquant.quantize.statistics import TokenWeights

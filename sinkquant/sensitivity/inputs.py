@@ -16,8 +16,8 @@ from sinkquant.models import Decoder, Walk
 from sinkquant.models.backward import steps_back
 from sinkquant.models.inputs import InputSwitch, RoundedInputs, input_args, static_scale
 from sinkquant.models.steps import Progress
+from sinkquant.policy.choices import choices_of
 from sinkquant.policy.input_bits import InputOption, input_options
-from sinkquant.policy.plan import choices_of
 from sinkquant.quantize.statistics import TokenWeights
 from sinkquant.recipe import Recipe
 from sinkquant.schemes import input_format

@@ -21,7 +21,7 @@ from sinkquant.imatrix import imatrix
 from sinkquant.imatrix.file import EXPERTS, tensor_names
 from sinkquant.models import Decoder, open_model, read_text, token_rows
 from sinkquant.policy import make_plan
-from sinkquant.policy.plan import sink_selectors
+from sinkquant.policy.calibration import sink_selectors
 from sinkquant.quantize import quantize
 from sinkquant.recipe import Recipe
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
 from sinkquant.policy import make_plan
-from sinkquant.policy.plan import formats_asked
+from sinkquant.policy.choices import formats_asked
 from sinkquant.quantize import quantize
 from sinkquant.quantize.trial import require_loads
 from sinkquant.recipe import Recipe
