@@ -23,8 +23,9 @@ from sinkquant.artifacts import KVCachePlan, SinkMap
 from sinkquant.cache import Bases, SinkCache, load_bases, needs_bases, prepare, save_bases
 from sinkquant.evaluate.generation import HalfCache
 from sinkquant.models import Decoder
+from sinkquant.policy.calibration import calibration_of
 from sinkquant.policy.kv_cache import accept_kv, make_kv_control, make_kv_plan
-from sinkquant.policy.calibration import calibration_of, make_plan
+from sinkquant.policy.plan import make_plan
 from sinkquant.quantize.bases import cache_bases
 from sinkquant.recipe import Recipe
 from sinkquant.sensitivity import find_sensitivity
