@@ -15,7 +15,7 @@ from sinkquant.artifacts.sizes import checkpoint_bytes, own_format
 from sinkquant.errors import RequestError
 from sinkquant.methods import require_methods
 from sinkquant.policy.activations import EXCLUDED, check_exclusion, simulated_notes, spare_sinks
-from sinkquant.policy.allocate import Allocation, solve
+from sinkquant.policy.allocate import Allocation, check_engine, solve
 from sinkquant.policy.budget import choice_bytes, close_gap, evenly_spread, fill, linear_bytes
 from sinkquant.policy.calibration import calibration, sink_selectors
 from sinkquant.policy.carried import notes, scheme_for
@@ -77,6 +77,8 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
     of_linears = sensitivity if sensitivity is not None and sensitivity.units else None
     choices = explained(choices, shape, sink_map, recipe, of_linears, solved.explained if solved else frozenset())
     choices = spare_sinks(choices, shape, sink_map, recipe)
+    if solved:
+        check_engine(choices, shape, recipe)
     check_group_sizes(choices, shape)
     excluded = check_exclusion(recipe, kv_cache)
     left_out = recipe.kv_cache_scheme is not None and recipe.kv_cache_scheme.sinks == "exclude"

@@ -53,6 +53,8 @@ def refuse(family: str, *assignments: str) -> None:
      "engine vllm does not load model.embed_tokens"),
     ("llama", ("budget.bits=5", "engine=vllm-cuda", "kv_cache={}"), "keeps its KV cache in 16 bits"),
     ("llama", ("engine=vllm-cpu", "activations={format: int8, bits: 10}", *EIGHT), "with inputs in int8 alone"),
+    ("llama", ("budget={bits: 12, engine: vllm-cpu}", "sensitivity.bits=[8]", "activations={format: int8, bits: 12}",
+               *EIGHT), "vllm-cpu runs .* with inputs in int8 alone"),
     ("llama", ("activations={format: int8, bits: 7}", *EIGHT), "take 8 bits at least"),
     ("llama", ("kv_cache={exact: massive}", "weights.rotate=full"), "spreads over all"),
     ("llama", ("weights.ignore=['*.qq_proj']",), "weights.ignore")])
