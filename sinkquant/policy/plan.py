@@ -144,8 +144,8 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
     settings = aware.calibration.model_copy(update={"sinks": [], "statistics": "all", "ranges": "all"})
     plan = plan.model_copy(update={"kv_cache": make_kv_control(aware.kv_cache), "calibration": settings,
                                    "seed": aware.seed})
-    if sensitivity is not None:
-        plan = with_expected_loss(plan, sensitivity)
+    if sensitivity is not None:  # what its cache loses is not known: others were measured with the plan's exact tokens
+        plan = with_expected_loss(plan, sensitivity.model_copy(update={"kv": []}))
     return plan.made_from(sink_map)
 
 
