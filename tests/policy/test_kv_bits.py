@@ -126,10 +126,14 @@ def test_a_run_refuses_before_anything_is_computed_and_else_meets_it(tmp_path: P
         sq.run(recipe.replace(["kv_cache.bits=2.2"]), folder, tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
     sq.run(recipe.replace(["kv_cache.bits=4.5", "kv_cache.window=32"]), folder, tmp_path / "out")
-    plan = Plan.load(tmp_path / "out" / "plan.json").kv_cache
+    whole = Plan.load(tmp_path / "out" / "plan.json")
+    plan = whole.kv_cache
     assert plan is not None
     assert 3.5 < plan.bits_per_value <= 4.5
     assert len({bits for layer in plan.layers for bits in layer.key_bits + layer.value_bits}) > 1
+    sq.run(None, folder, tmp_path / "edited", edited=whole, plan_only=True,
+           sensitivity=tmp_path / "out" / "sensitivity.json")
+    assert Plan.load(tmp_path / "edited" / "plan.json").predicted == whole.predicted
 
 
 def test_the_fewest_bits_that_are_tried_are_what_a_budget_starts_from() -> None:
