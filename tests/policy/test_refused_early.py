@@ -43,6 +43,7 @@ def refuse(family: str, *assignments: str) -> None:
     ("llama", ("budget.bits=2.5",), "take 4.525 bits per weight"), ("llama", ("budget.bytes=1000",), "not feasible"),
     ("llama", ("budget.bits=2.1", "budget.solver=sensitivity"), "candidates .* take 2.525 bits per weight"),
     ("llama", ("budget.bytes=1000", "budget.context=64"), "smallest candidates .* 24,576 of the KV cache"),
+    ("llama", ("budget.bytes=1000", "budget.context=1024", "kv_cache={}"), "of the KV cache; raise .* to more than"),
     ("llama", ("budget.bytes=300000", "budget.context=100000"), "38,400,000 of the KV cache; .* to 38,509,672"),
     ("llama", ("budget.bits=5", "budget.solver=sensitivity", "sensitivity.group_sizes=[48]"), r"group size of \[48\]"),
     ("llama", ("budget.bits=3.5", "engine=vllm-cpu"), "take 4.525 .* another engine, or fewer bits .* vllm-cpu loads"),
