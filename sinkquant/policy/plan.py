@@ -95,9 +95,6 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
     if excluded:
         plan.calibration.ranges = "exclude"
         plan.notes.append(EXCLUDED)
-    if recipe.solves_inputs:
-        bits = average_bits({name: c.activations for name, c in choices.items() if c.quantized}, shape)
-        plan.notes.append(f"{INPUT_BITS} {bits:.2f} bits on average over the weights that they are multiplied with")
     plan = with_silenced_heads(with_pruning(plan, shape, sink_map, recipe), sink_map, recipe)
     plan = plan.model_copy(update={"kv_cache": kv_cache})
     require_engine(recipe.engine, plan, shape)
@@ -199,6 +196,8 @@ def finish(name: str, choices: dict[str, Draft], shape: ModelShape, recipe: Reci
         for module, c in choices.items()}
     if recipe.weights.tune and any(shape.linears[module].part_of for module in formats):
         raise RequestError(TUNE_AND_EXPERTS)
+    of_inputs = average_bits({module: choices[module].activations for module in formats}, shape)
+    said = [f"{INPUT_BITS} {of_inputs:.2f} bits on average over the weights that they are multiplied with"]
     return Plan(
         name=name, bits_per_weight=8 * linear_bytes(shape, choices) / shape.weights,
         bits_per_parameter=8 * total / shape.values, weight_bytes=total, unquantized_bytes=unquantized,
@@ -207,7 +206,8 @@ def finish(name: str, choices: dict[str, Draft], shape: ModelShape, recipe: Reci
         predicted={"weight_bytes": float(total), "size_ratio": total / unquantized},
         loads_in=loads_in(shape, formats | {module: end.form for module, end in ends.items()}, own, kv_scheme),
         ends=ends, kv_scheme=kv_scheme,
-        notes=[*shape.notes, *simulated_notes(choices), *notes(choices.values(), recipe), *end_notes(shape, ends)])
+        notes=[*shape.notes, *simulated_notes(choices), *notes(choices.values(), recipe), *end_notes(shape, ends),
+               *(said if recipe.solves_inputs else [])])
 
 
 def _inputs(choice: Draft) -> dict[str, Any]:
