@@ -97,8 +97,8 @@ def test_the_costliest_inputs_are_finer_and_the_budget_is_kept(model: PreTrained
     accepted = accept_edited(plan, Decoder.of(model).shape("tiny"))
     assert accepted.modules == plan.modules
     assert any(f"inputs have {average:.2f} bits on average" in note for note in accepted.notes)
-    modules = plan.modules | {name: plan.modules[name].model_copy(update={"activations": "fp8",
-                                                                          "activation_scale": "token"}) for name in sizes}
+    modules = {name: one.model_copy(update={"activations": "fp8", "activation_scale": "token"})
+               for name, one in plan.modules.items()}
     edited = accept_edited(plan.model_copy(update={"modules": modules}), Decoder.of(model).shape("tiny"))
     assert [note for note in edited.notes if note.startswith("inputs have")] == [
         "inputs have 8.00 bits on average over the weights that they are multiplied with"]
