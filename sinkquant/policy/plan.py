@@ -74,8 +74,7 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
     elif recipe.budget.limited:
         choices = within_budget(base, choices, shape, sink_map, recipe)
     choices = with_input_bits(choices, shape, recipe, sensitivity)
-    of_linears = sensitivity if sensitivity is not None and sensitivity.units else None
-    choices = explained(choices, shape, sink_map, recipe, of_linears, solved.explained if solved else frozenset())
+    choices = explained(choices, shape, sink_map, recipe, sensitivity, solved.explained if solved else frozenset())
     choices = spare_sinks(choices, shape, sink_map, recipe)
     if solved:
         check_engine(choices, shape, recipe)

@@ -15,7 +15,8 @@ from sinkquant.artifacts import KVLoss, Plan
 from sinkquant.artifacts.kv import cache_bytes, dense_bytes
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
-from sinkquant.policy import check_solvable, make_plan
+from sinkquant.policy import check_solvable, make_plan, require_plannable
+from sinkquant.policy.headers import plan_ready
 from sinkquant.recipe import Recipe
 
 DECODER = Decoder.of(tiny_model("llama"))
@@ -134,6 +135,13 @@ def test_a_run_refuses_before_anything_is_computed_and_else_meets_it(tmp_path: P
     sq.run(None, folder, tmp_path / "edited", edited=whole, plan_only=True,
            sensitivity=tmp_path / "out" / "sensitivity.json")
     assert Plan.load(tmp_path / "edited" / "plan.json").predicted == whole.predicted
+
+
+@pytest.mark.parametrize("what", ["kv_cache.prefix=bos", "kv_cache.exact=massive"])
+def test_what_detection_finds_is_left_to_it(what: str) -> None:
+    recipe = Recipe().replace([*ALONE, "kv_cache.bits=4", what])
+    require_plannable(SHAPE, recipe)
+    assert plan_ready(SHAPE, recipe, None, None) == (None, ["kv_cache.bits"])
 
 
 def test_the_fewest_bits_that_are_tried_are_what_a_budget_starts_from() -> None:
