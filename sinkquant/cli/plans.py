@@ -63,7 +63,7 @@ def plan(model: ModelArgument,
     if types:
         from sinkquant.policy import check_tensor_types
 
-        check_tensor_types(chosen.backend, types)
+        check_tensor_types(chosen, types)
         if frontier or chosen.prune.blocks is not None:
             raise RequestError("--tensor-types is of one plan of the model as it is; leave out --frontier and "
                                "prune.blocks.")
@@ -96,8 +96,8 @@ def plan(model: ModelArgument,
         costs = (find_costs(model, text, sinks, chosen, sensitivity, trust_remote_code)
                  if chosen.needs_sensitivities or sensitivity else None)
         made = make_plan(shape, sinks, chosen, costs)
+    _show(made, output, json, full)  # before types, which the plan may turn out to have none of
     said = _write_types(types, made, shape) if types else ""
-    _show(made, output, json, full)
     if said and not json:
         paragraph(said)
 

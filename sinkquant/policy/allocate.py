@@ -70,7 +70,6 @@ def solve(base: dict[str, Draft], shape: ModelShape, sink_map: SinkMap, recipe: 
                                     reason=sentence(unit, forms[option], sensitivity, base[name].why if
                                                     forms[option].split else reasons.get(name, "")))
     made = free.with_ends(solved.chosen)
-    check_engine(choices, shape, made)
     explained = frozenset(name for unit in free.units for name in unit.modules)
     return Allocation(choices, solved.gap, explained, free.cache(solved.chosen), made)
 
@@ -84,7 +83,8 @@ def check_engine(choices: dict[str, Draft], shape: ModelShape, recipe: Recipe) -
                 if not engine_takes(engine, end.form)]
     for name, form in refused:
         raise RequestError(f"budget.engine {engine} does not load {name} in {form.bits} bits, groups of "
-                           f"{form.group_size}, which the recipe fixes; change that, or the engine.")
+                           f"{form.group_size}, with {form.inputs} inputs, which the recipe fixes; change that, or the "
+                           "engine.")
 
 
 def no_candidate(shape: ModelShape, engine: str) -> RequestError:

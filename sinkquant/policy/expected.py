@@ -86,8 +86,9 @@ def with_expected_loss(plan: Plan, sensitivity: Sensitivity, gap: float | None =
     predicted = {key: value for key, value in plan.predicted.items() if not key.startswith("kl")}
     cache = expected_kv_loss(plan.kv_cache, sensitivity)
     of_cache = {} if cache is None or plan.transforms else {"kl_kv": cache}
-    if not sensitivity.units:  # of the cache or the inputs alone
-        return plan.model_copy(update={"predicted": predicted | of_cache, "losses": []})
+    if not sensitivity.units:
+        alone = [f"{NOT_PREDICTED}: the sensitivities are of the KV cache or of inputs alone"] if plan.formats else []
+        return plan.model_copy(update={"predicted": predicted | of_cache, "losses": [], "notes": [*plan.notes, *alone]})
     found = expect_loss({name: decision.form for name, decision in plan.modules.items()}, sensitivity,
                         {name: decision.method for name, decision in plan.modules.items()})
     notes, recipe = list(plan.notes), Recipe.parse(plan.recipe)

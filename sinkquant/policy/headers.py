@@ -61,12 +61,10 @@ def plan_ready(shape: ModelShape, recipe: Recipe, edited: Plan | None,
     if recipe.prune.blocks is not None:
         return None, ["prune.blocks"]
     if recipe.solves_cache:
-        make_kv_plan(shape, nothing_found(shape), recipe)  # refuses what no setting can meet
         return None, ["kv_cache.bits"]
     if recipe.budget.solved:
         return None, ["budget"]
     if recipe.solves_inputs:
-        choices_of(shape, nothing_found(shape), recipe)  # as above
         return None, ["activations.bits"]
     if sink_map is not None:
         return make_plan(shape, sink_map, recipe), []

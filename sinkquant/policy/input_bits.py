@@ -74,8 +74,8 @@ def with_input_bits(choices: dict[str, Draft], shape: ModelShape, recipe: Recipe
     if foreign:
         raise RequestError(f"the sensitivities are of another model: it has no {foreign[0]}; make them for this one.")
     units = [unit for unit in sensitivity.inputs
-             if all(input_options(choices[name], recipe.engine) for name in unit.modules)]
-    tables = [_options(unit, choices[unit.modules[0]], recipe.engine) for unit in units]
+             if all(input_options(choices[name], recipe.named_engine) for name in unit.modules)]
+    tables = [_options(unit, choices[unit.modules[0]], recipe.named_engine) for unit in units]
     weights = [sum(shape.linears[name].parameters for name in unit.modules) for unit in units]
     found = least_loss([[Option(option.bits * size, loss) for option, loss in table.items()]
                         for table, size in zip(tables, weights, strict=True)], math.floor(allowed * sum(weights)))
@@ -93,13 +93,15 @@ def with_input_bits(choices: dict[str, Draft], shape: ModelShape, recipe: Recipe
 def require_input_bits(choices: dict[str, Draft], recipe: Recipe) -> None:
     """Refuse a budget below what the coarsest formats take, or of which the engine leaves no choice, before anything is
     measured."""
-    options = [found for choice in choices.values() if (found := input_options(choice, recipe.engine))]
-    least = min((option.bits for found in options for option in found), default=0)
+    engine = recipe.named_engine
+    asked = [(choice, found) for choice in choices.values() if (found := input_options(choice, engine))]
+    least = min((option.bits for _, found in asked for option in found), default=0)
     if recipe.activations.bits is not None and least > recipe.activations.bits:
         raise _not_feasible(recipe.activations.bits, least)
-    if options and all(len(found) == 1 for found in options):
-        raise RequestError(f"{recipe.engine} runs these weights with inputs in {options[0][0].name} alone, so that "
-                           "there is nothing to choose; leave activations.bits out, or the engine.")
+    # Weights that the engine does not run as they are may become others by a budget, or are refused for that.
+    if asked and all(len(found) == 1 and engine_takes(engine, choice.form) for choice, found in asked):
+        raise RequestError(f"{engine} runs these weights with inputs in {asked[0][0].activations} alone, so that there "
+                           "is nothing to choose; leave activations.bits out, or the engine.")
 
 
 def _not_feasible(allowed: float, least: int) -> RequestError:

@@ -119,13 +119,11 @@ def accept_kv(plan: KVCachePlan | None, shape: ModelShape) -> KVCachePlan | None
         if layer.packed:
             _check_fit(real, index, plan.group_size, plan)
     usual = with_usual_bits(plan)
-    untouched = _mean_bytes(plan, plan.expected_exact) == plan.bytes  # the layers, which are what is packed
     for key, said, found in (("key_bits", plan.key_bits, usual.key_bits),
                              ("value_bits", plan.value_bits, usual.value_bits)):
-        if said != found and untouched:
-            raise RequestError(f"the plan's kv_cache says {key} {said}, and most heads of its layers have {found}; "
-                               f"edit {key} of the layers to change the cache.")
-    plan = usual
+        if said != found:
+            raise RequestError(f"the plan's kv_cache says {key} {said}, and most heads of its layers have {found}; the "
+                               f"layers are what is packed, so edit those, and set {key} to the bits of most heads.")
     if plan.exact == "massive" and (plan.massive is None or not plan.massive.channels):
         raise RequestError("the plan's kv_cache keeps massive activations exact and names no channel that carries them "
                            "(massive); plan with kv_cache.exact=massive, or set exact to 'detected' or 'first-n'.")
@@ -144,7 +142,9 @@ def accept_kv(plan: KVCachePlan | None, shape: ModelShape) -> KVCachePlan | None
     if plan.exact in ("none", "first-n") or (plan.exact == "detected" and not plan.sinks):
         exact = _expected_exact(plan, [])
         words = _reason(plan, [], exact)
-        reason = words if STAY_EXACT in reason and not reason.startswith(words) else reason
+        # A control says of itself why it keeps none.
+        stays = reason.startswith(words) or (plan.exact == "none" and STAY_EXACT not in reason)
+        reason = reason if stays else words
     return _weighed(plan, exact, reason)
 
 

@@ -15,7 +15,7 @@ from sinkquant.artifacts.sizes import checkpoint_bytes, own_format
 from sinkquant.errors import RequestError
 from sinkquant.methods import require_methods
 from sinkquant.policy.activations import EXCLUDED, check_exclusion, simulated_notes, spare_sinks
-from sinkquant.policy.allocate import Allocation, solve
+from sinkquant.policy.allocate import Allocation, check_engine, solve
 from sinkquant.policy.budget import choice_bytes, close_gap, evenly_spread, fill, linear_bytes
 from sinkquant.policy.calibration import calibration, sink_selectors
 from sinkquant.policy.carried import notes, scheme_for
@@ -74,9 +74,10 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
     elif recipe.budget.limited:
         choices = within_budget(base, choices, shape, sink_map, recipe)
     choices = with_input_bits(choices, shape, recipe, sensitivity)
-    of_linears = sensitivity if sensitivity is not None and sensitivity.units else None
-    choices = explained(choices, shape, sink_map, recipe, of_linears, solved.explained if solved else frozenset())
+    choices = explained(choices, shape, sink_map, recipe, sensitivity, solved.explained if solved else frozenset())
     choices = spare_sinks(choices, shape, sink_map, recipe)
+    if solved:
+        check_engine(choices, shape, recipe)
     check_group_sizes(choices, shape)
     excluded = check_exclusion(recipe, kv_cache)
     left_out = recipe.kv_cache_scheme is not None and recipe.kv_cache_scheme.sinks == "exclude"
@@ -93,9 +94,6 @@ def make_plan(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, sensitivity:
     if excluded:
         plan.calibration.ranges = "exclude"
         plan.notes.append(EXCLUDED)
-    if recipe.solves_inputs:
-        bits = average_bits({name: c.activations for name, c in choices.items() if c.quantized}, shape)
-        plan.notes.append(f"{INPUT_BITS} {bits:.2f} bits on average over the weights that they are multiplied with")
     plan = with_silenced_heads(with_pruning(plan, shape, sink_map, recipe), sink_map, recipe)
     plan = plan.model_copy(update={"kv_cache": kv_cache})
     require_engine(recipe.engine, plan, shape)
@@ -142,8 +140,8 @@ def make_control(shape: ModelShape, sink_map: SinkMap, recipe: Recipe, aware: Pl
     settings = aware.calibration.model_copy(update={"sinks": [], "statistics": "all", "ranges": "all"})
     plan = plan.model_copy(update={"kv_cache": make_kv_control(aware.kv_cache), "calibration": settings,
                                    "seed": aware.seed})
-    if sensitivity is not None:
-        plan = with_expected_loss(plan, sensitivity)
+    if sensitivity is not None:  # what its cache loses is not known: others were measured with the plan's exact tokens
+        plan = with_expected_loss(plan, sensitivity.model_copy(update={"kv": []}))
     return plan.made_from(sink_map)
 
 
@@ -197,6 +195,8 @@ def finish(name: str, choices: dict[str, Draft], shape: ModelShape, recipe: Reci
         for module, c in choices.items()}
     if recipe.weights.tune and any(shape.linears[module].part_of for module in formats):
         raise RequestError(TUNE_AND_EXPERTS)
+    of_inputs = average_bits({module: choices[module].activations for module in formats}, shape)
+    said = [f"{INPUT_BITS} {of_inputs:.2f} bits on average over the weights that they are multiplied with"]
     return Plan(
         name=name, bits_per_weight=8 * linear_bytes(shape, choices) / shape.weights,
         bits_per_parameter=8 * total / shape.values, weight_bytes=total, unquantized_bytes=unquantized,
@@ -205,7 +205,8 @@ def finish(name: str, choices: dict[str, Draft], shape: ModelShape, recipe: Reci
         predicted={"weight_bytes": float(total), "size_ratio": total / unquantized},
         loads_in=loads_in(shape, formats | {module: end.form for module, end in ends.items()}, own, kv_scheme),
         ends=ends, kv_scheme=kv_scheme,
-        notes=[*shape.notes, *simulated_notes(choices), *notes(choices.values(), recipe), *end_notes(shape, ends)])
+        notes=[*shape.notes, *simulated_notes(choices), *notes(choices.values(), recipe), *end_notes(shape, ends),
+               *(said if recipe.solves_inputs else [])])
 
 
 def _inputs(choice: Draft) -> dict[str, Any]:

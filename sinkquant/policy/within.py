@@ -88,8 +88,10 @@ def _room(base: dict[str, Draft], choices: dict[str, Draft], shape: ModelShape, 
         if least > allowed:
             (key,), asked = recipe.budget.limits, recipe.budget.in_words(whole, shape.values)
             cache = f" and {kv_bytes:,} of the KV cache" if kv_bytes else ""
+            # How many tokens a packed cache keeps exact, detection tells.
+            beyond = "more than " if kv_bytes and recipe.kv_cache is not None else ""
             raise RequestError(f"budget.{key} {asked} is not feasible: {takes} a checkpoint of {smallest:,} bytes "
-                               f"without any protection{cache}; raise budget.{key} to "
+                               f"without any protection{cache}; raise budget.{key} to {beyond}"
                                f"{recipe.budget.in_words(smallest + kv_bytes, shape.values)}, or {other}.")
     else:
         bits = recipe.budget.limits["bits"]

@@ -129,6 +129,11 @@ class Recipe(Section):
         return self.budget.solved or self.solves_cache or self.solves_inputs
 
     @property
+    def named_engine(self) -> str:
+        """The engine that is to run the checkpoint: the recipe's, or else its budget's."""
+        return self.engine if self.engine != "any" else self.budget.engine
+
+    @property
     def solves_inputs(self) -> bool:
         """Whether there is a budget of what inputs are rounded to."""
         return self.activations.bits is not None

@@ -176,7 +176,7 @@ class Job:
         recipe = self.recipe.changed(prune={"blocks": None})
         aware = (accept_edited(edited, shape).made_from(sink_map) if edited else
                  make_plan(shape, sink_map, recipe, costs))
-        if edited and costs is not None and costs.units:
+        if edited and costs is not None:
             aware = with_expected_loss(aware, costs)
         aware = with_calibration_notes(aware, decoder, self.tokenizer)
         save_plan(self.with_blocks(aware, sink_map), None, self.work)

@@ -19,7 +19,7 @@ from sinkquant.models.corpus import require_two_texts
 from sinkquant.models.loading import has_tokenizer
 from sinkquant.models.processes import this_process
 from sinkquant.models.source import require_unquantized
-from sinkquant.policy import check_recipe, check_same_model, check_solvable, make_plan, require_plannable
+from sinkquant.policy import accept_edited, check_recipe, check_same_model, check_solvable, make_plan, require_plannable
 from sinkquant.policy.choices import ends_asked, formats_asked
 from sinkquant.policy.headers import plan_ready
 from sinkquant.policy.kv_scheme import make_kv_scheme
@@ -101,6 +101,8 @@ def run(recipe: Recipe | str | os.PathLike[str] | None = None, model: str | os.P
     shape = less or whole
     if edited is None:
         require_plannable(shape, recipe.changed(prune={"blocks": None}))
+    else:
+        accept_edited(edited, shape)
     require_one_process(recipe, edited)
     if sink_map is not None:
         check_same_model(whole, sink_map)
@@ -111,8 +113,7 @@ def run(recipe: Recipe | str | os.PathLike[str] | None = None, model: str | os.P
         asked = edited.formats if edited else formats_asked(shape, recipe)
         ends = edited.ends if edited else ends_asked(shape, recipe)
         kv_scheme = edited.kv_scheme if edited else make_kv_scheme(shape, recipe)
-        form = require_loads(decoder, shape, {name: asked[name] for name in asked if name in shape.linears}, {
-            name: end for name, end in ends.items() if name in shape.ends}, kv_scheme)
+        form = require_loads(decoder, shape, asked, ends, kv_scheme)
         cache = (edited or recipe).kv_cache
         if cache is not None and cache.evict is not None:
             require_rotary(decoder.model)

@@ -40,7 +40,7 @@ def input_units(decoder: Decoder, recipe: Recipe, sink_map: SinkMap) -> list[Inp
     found = []
     for name, linear in shape.linears.items():
         members = tuple(linear.fused_with or [name])
-        options = [option for option in input_options(choices[name], recipe.engine) if option.scale is not None]
+        options = [option for option in input_options(choices[name], recipe.named_engine) if option.scale is not None]
         if members[0] == name and options:
             found.append(InputUnit(Unit(members, linear.block, ()), tuple(options)))
     return found

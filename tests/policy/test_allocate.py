@@ -15,6 +15,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 from sinkquant import quantize, save
 from sinkquant.artifacts import ModelShape, Plan, Terms
+from sinkquant.artifacts.sensitivity import InputLoss, InputSensitivity
 from sinkquant.artifacts.sizes import module_bytes
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
@@ -155,6 +156,21 @@ def test_engines_get_the_formats_that_they_load() -> None:
     assert {d.bits for d in plan.modules.values()} <= {4, 8, 16}
     assert "vllm" in plan.loads_in
     assert {3, 5, 6, 7} & {d.bits for d in solved("budget.bits=6.3", weight={DOWN: 9.0, Q: 0.1}).modules.values()}
+
+
+def test_a_budgets_engine_runs_the_inputs_too() -> None:
+    eight = ("budget.bits=12", "budget.engine=vllm-cpu", "weights.bits=8", "weights.group_size=-1",
+             "sensitivity.bits=[8]", "activations.format=int8")
+    plan = solved(*eight, "activations.scale=tensor", groups=(-1,))
+    assert {d.inputs for d in plan.modules.values() if d.bits == 8} == {("int8", "tensor"), ("int8", "token")}
+    with pytest.raises(RequestError, match=r"vllm-cpu does not load .*down_proj in 8 bits, .* with 16-bit inputs"):
+        solved(*eight, "activations.scale=tensor", "activations.sinks=16-bit", groups=(-1,))
+    costs = sensitivity_of(SHAPE, groups=(-1,))
+    costs = costs.model_copy(update={"inputs": [
+        InputSensitivity(modules=unit.modules, losses=[InputLoss(activations="int8", scale="token", sinks=0, total=1)])
+        for unit in costs.units]})
+    plan = make_plan(SHAPE, SINKS, Recipe().replace(["weights.method=rtn", *eight, "activations.bits=12"]), costs)
+    assert {d.inputs for d in plan.modules.values() if d.bits == 8} == {("int8", "token")}
 
 
 def test_reasons_carry_their_figures() -> None:

@@ -15,7 +15,8 @@ from sinkquant.artifacts import KVLoss, Plan
 from sinkquant.artifacts.kv import cache_bytes, dense_bytes
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
-from sinkquant.policy import check_solvable, make_plan
+from sinkquant.policy import check_solvable, make_plan, require_plannable
+from sinkquant.policy.headers import plan_ready
 from sinkquant.recipe import Recipe
 
 DECODER = Decoder.of(tiny_model("llama"))
@@ -126,10 +127,21 @@ def test_a_run_refuses_before_anything_is_computed_and_else_meets_it(tmp_path: P
         sq.run(recipe.replace(["kv_cache.bits=2.2"]), folder, tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
     sq.run(recipe.replace(["kv_cache.bits=4.5", "kv_cache.window=32"]), folder, tmp_path / "out")
-    plan = Plan.load(tmp_path / "out" / "plan.json").kv_cache
+    whole = Plan.load(tmp_path / "out" / "plan.json")
+    plan = whole.kv_cache
     assert plan is not None
     assert 3.5 < plan.bits_per_value <= 4.5
     assert len({bits for layer in plan.layers for bits in layer.key_bits + layer.value_bits}) > 1
+    sq.run(None, folder, tmp_path / "edited", edited=whole, plan_only=True,
+           sensitivity=tmp_path / "out" / "sensitivity.json")
+    assert Plan.load(tmp_path / "edited" / "plan.json").predicted == whole.predicted
+
+
+@pytest.mark.parametrize("what", ["kv_cache.prefix=bos", "kv_cache.exact=massive"])
+def test_what_detection_finds_is_left_to_it(what: str) -> None:
+    recipe = Recipe().replace([*ALONE, "kv_cache.bits=4", what])
+    require_plannable(SHAPE, recipe)
+    assert plan_ready(SHAPE, recipe, None, None) == (None, ["kv_cache.bits"])
 
 
 def test_the_fewest_bits_that_are_tried_are_what_a_budget_starts_from() -> None:

@@ -11,7 +11,7 @@ from sinkquant.artifacts import KVLoss, Plan, Sensitivity
 from sinkquant.artifacts.kv import cache_bytes
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
-from sinkquant.policy import make_frontier, make_plan
+from sinkquant.policy import make_control, make_frontier, make_plan
 from sinkquant.policy.kv_budget import kv_bytes_of
 from sinkquant.recipe import Recipe
 
@@ -51,6 +51,25 @@ def test_the_cache_gets_bits_where_they_count_and_the_bytes_are_kept(allowed: in
     assert plan.predicted["kl_kv"] == pytest.approx(sum(
         known.get((index, head, kind, bits), 0.0) for index, one in enumerate(cache.layers)
         for kind, every in (("key", one.key_bits), ("value", one.value_bits)) for head, bits in enumerate(every)))
+
+
+def test_the_losses_of_a_cache_are_not_its_controls() -> None:
+    recipe = Recipe().replace(["weights.group_size=32", "weights.method=rtn", "kv_cache={window: 32, group_size: 32}"])
+    plan = make_plan(SHAPE, SINKS, recipe, costs())
+    control = make_control(SHAPE, SINKS, recipe, plan, costs())
+    assert "kl_kv" in plan.predicted
+    assert control.predicted["kl"] > 0
+    assert "kl_kv" not in control.predicted
+    assert any("what the KV cache loses is not in it" in note for note in control.notes)
+
+
+def test_where_the_cache_alone_was_measured_a_plan_of_weights_says_so() -> None:
+    recipe = Recipe().replace(["weights.group_size=32", "weights.method=rtn", "kv_cache={window: 32, group_size: 32}"])
+    alone = costs().model_copy(update={"units": []})
+    plan = make_plan(SHAPE, SINKS, recipe, alone)
+    assert "kl_kv" in plan.predicted
+    assert plan.notes[-1] == "no loss is predicted: the sensitivities are of the KV cache or of inputs alone"
+    assert not make_plan(SHAPE, SINKS, recipe.replace(["weights.ignore=['*']"]), alone).notes
 
 
 def test_what_overrides_fix_stays() -> None:

@@ -155,7 +155,7 @@ def test_edited_plans_that_generation_cannot_read_are_refused() -> None:
 
 def test_an_edited_section_says_one_thing() -> None:
     shape, plan = _shape(WIDE), _made()
-    for change, words in (({"key_bits": 4}, "says key_bits 4, and most heads of its layers have 2"),
+    for change, words in (({"key_bits": 4, "window": 192}, "says key_bits 4, and most heads of its layers have 2"),
                           ({"exact": "massive"}, "names no channel"), ({"exact": "first-n"}, "first_n is 0")):
         with pytest.raises(RequestError, match=words):
             accept_kv(plan.model_copy(update=change), shape)
@@ -166,13 +166,16 @@ def test_an_edited_section_says_one_thing() -> None:
         assert kept.bytes < plan.bytes
         assert "stay exact" not in kept.reason
     raised = [layer.model_copy(update={"key_bits": [4] * len(layer.key_bits)}) for layer in plan.layers]
-    edited = accept_kv(plan.model_copy(update={"layers": raised}), shape)  # by whoever edits what is packed
+    with pytest.raises(RequestError, match="says key_bits 2, and most heads of its layers have 4"):
+        accept_kv(plan.model_copy(update={"layers": raised}), shape)
+    edited = accept_kv(plan.model_copy(update={"layers": raised, "key_bits": 4}), shape)
     assert edited is not None
     assert (edited.key_bits, edited.value_bits) == (4, 2)
     assert edited.bytes > plan.bytes
-    first = accept_kv(plan.model_copy(update={"exact": "first-n", "first_n": 5}), shape)
-    assert first is not None
-    assert (first.expected_exact, first.reason) == (5, "the first 5 tokens stay exact")
+    for before in (plan, _made("kv_cache.exact=none"), _made(sink_map=_map([]))):
+        first = accept_kv(before.model_copy(update={"exact": "first-n", "first_n": 5, "max_exact": 16}), shape)
+        assert first is not None
+        assert (first.expected_exact, first.reason) == (5, "the first 5 tokens stay exact")
     for own in (plan, make_kv_control(plan), _made("kv_cache.exact=first-n"), _made(sink_map=_map([])),
                 _made("kv_cache.overrides=[{layers: [0, 1], key_bits: 8}]")):
         assert accept_kv(own, shape) == own

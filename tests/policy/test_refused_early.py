@@ -43,6 +43,7 @@ def refuse(family: str, *assignments: str) -> None:
     ("llama", ("budget.bits=2.5",), "take 4.525 bits per weight"), ("llama", ("budget.bytes=1000",), "not feasible"),
     ("llama", ("budget.bits=2.1", "budget.solver=sensitivity"), "candidates .* take 2.525 bits per weight"),
     ("llama", ("budget.bytes=1000", "budget.context=64"), "smallest candidates .* 24,576 of the KV cache"),
+    ("llama", ("budget.bytes=1000", "budget.context=1024", "kv_cache={}"), "of the KV cache; raise .* to more than"),
     ("llama", ("budget.bytes=300000", "budget.context=100000"), "38,400,000 of the KV cache; .* to 38,509,672"),
     ("llama", ("budget.bits=5", "budget.solver=sensitivity", "sensitivity.group_sizes=[48]"), r"group size of \[48\]"),
     ("llama", ("budget.bits=3.5", "engine=vllm-cpu"), "take 4.525 .* another engine, or fewer bits .* vllm-cpu loads"),
@@ -53,6 +54,8 @@ def refuse(family: str, *assignments: str) -> None:
      "engine vllm does not load model.embed_tokens"),
     ("llama", ("budget.bits=5", "engine=vllm-cuda", "kv_cache={}"), "keeps its KV cache in 16 bits"),
     ("llama", ("engine=vllm-cpu", "activations={format: int8, bits: 10}", *EIGHT), "with inputs in int8 alone"),
+    ("llama", ("budget={bits: 12, engine: vllm-cpu}", "sensitivity.bits=[8]", "activations={format: int8, bits: 12}",
+               *EIGHT), "vllm-cpu runs .* with inputs in int8 alone"),
     ("llama", ("activations={format: int8, bits: 7}", *EIGHT), "take 8 bits at least"),
     ("llama", ("kv_cache={exact: massive}", "weights.rotate=full"), "spreads over all"),
     ("llama", ("weights.ignore=['*.qq_proj']",), "weights.ignore")])

@@ -69,6 +69,9 @@ def test_a_budget_that_packs_nothing_makes_no_file(folder: Path) -> None:
 
 @pytest.mark.parametrize(("words", "said"), [
     (("-r", "w4a16-sink", "--tensor-types", "types.txt"), "the recipe is for compressed-tensors; use one with"),
+    (("-r", "gguf-q4-sink", "--tensor-types", "types.txt", "--set", "weights.ignore=['*']"), "packs no linear"),
+    (("-r", "gguf-q4-sink", "--tensor-types", "types.txt", "--set", "weights.rotate=full"),
+     "does nothing else, and the recipe has weights.rotate; leave that out"),
     (("-r", "gguf-q4-sink", "--tensor-types", "nowhere/types.txt"), "nowhere/types.txt cannot be written as a file"),
     (("-r", "gguf-q4-sink", "--tensor-types", "types.txt", "--frontier"), "leave out --frontier")])
 def test_the_command_refuses_before_compute(words: tuple[str, ...], said: str, folder: Path, tmp_path: Path,
@@ -80,3 +83,15 @@ def test_the_command_refuses_before_compute(words: tuple[str, ...], said: str, f
     assert done.exit_code != 0
     assert said in str(done.exception)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_without_types_is_kept(folder: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    sinks = sink_map_of(Decoder.of(open_model(folder)), {"model.layers.1.mlp.down_proj": 0.9}, name="tiny")
+    sinks.save(tmp_path / "sinkmap.json")
+    options = {"-r": "gguf-q4-sink", "--set": "protect.channels=scale", "--sink-map": tmp_path / "sinkmap.json",
+               "-o": tmp_path / "plan.json", "--tensor-types": tmp_path / "types.txt"}
+    done = CliRunner().invoke(app, ["plan", str(folder), *(str(word) for pair in options.items() for word in pair)])
+    assert "the plan has scale" in str(done.exception)
+    assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "sinkmap.json"}

@@ -155,7 +155,9 @@ def test_an_edited_plan_is_carried_out(tmp_path, small_folder, text_file, planne
     ("model.layers.9.mlp.down_proj", {}, "did you mean"),
     ("model.layers.1.mlp.down_proj", None, "lacks"),
 ])
-def test_an_edited_plan_that_does_not_fit_is_refused(name, change, message, tmp_path, small_folder, text_file, planned):
+def test_an_edited_plan_that_does_not_fit_is_refused(name, change, message, tmp_path, small_folder, text_file, planned,
+                                                     monkeypatch):
+    monkeypatch.setattr(job, "detect", None)  # refused before
     recipe = small_recipe(text_file)
     content = json.loads(planned.read_text(encoding="utf-8"))
     if change is None:

@@ -94,7 +94,14 @@ def test_the_costliest_inputs_are_finer_and_the_budget_is_kept(model: PreTrained
     control = make_control(Decoder.of(model).shape("tiny"), sink_map, recipe_of(text), plan, found)
     assert {name: one.inputs for name, one in control.modules.items()} == {
         name: one.inputs for name, one in plan.modules.items()}
-    assert accept_edited(plan, Decoder.of(model).shape("tiny")).modules == plan.modules
+    accepted = accept_edited(plan, Decoder.of(model).shape("tiny"))
+    assert accepted.modules == plan.modules
+    assert any(f"inputs have {average:.2f} bits on average" in note for note in accepted.notes)
+    modules = {name: one.model_copy(update={"activations": "fp8", "activation_scale": "token"})
+               for name, one in plan.modules.items()}
+    edited = accept_edited(plan.model_copy(update={"modules": modules}), Decoder.of(model).shape("tiny"))
+    assert [note for note in edited.notes if note.startswith("inputs have")] == [
+        "inputs have 8.00 bits on average over the weights that they are multiplied with"]
     # Plain transformers rounds every linear's inputs as its group says.
     mixed = tiny_model("llama", num_hidden_layers=2, dtype=torch.bfloat16)
     mixed.load_state_dict(model.state_dict())
