@@ -53,8 +53,8 @@ FAMILIES: dict[str, Family] = {
     "Gemma3ForCausalLM": Family("gemma3", "Gemma 3", _GEMMA | _NORMED, norms_plus_one=True),
     "Phi3ForCausalLM": Family("phi3", "Phi-3", _PHI),
 }
-"""transformers' class -> what llama.cpp makes of it. `title` is `general.name`. llama.cpp runs a Mistral as a Llama:
-without its window, where it has one."""
+"""transformers' class -> what llama.cpp makes of it. `title` is `general.name`. llama.cpp runs a Mistral as a Llama,
+and both it and a Phi-3 without their window, where they have one."""
 
 
 def file_name(family: Family, name: str) -> str | None:
