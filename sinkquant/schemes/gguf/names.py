@@ -81,11 +81,6 @@ def model_name(family: Family, name: str) -> str | None:
     return f"model.layers.{found[1]}.{module}.{leaf}" if found and module else None
 
 
-def is_rotated(name: str) -> bool:
-    """Whether the rows of a tensor of a file are those of queries or of keys."""
-    return ".attn_q." in name or ".attn_k." in name
-
-
 def is_gain(name: str) -> bool:
     """Whether a tensor of a file is the gain of a norm."""
     return name.endswith("norm.weight")
