@@ -69,11 +69,11 @@ class ModelShape(Strict):
     unquantized checkpoint: name -> (dtype, shape), tied weights once. `kv_layers` has one entry per layer.
     `not_rotated`: scope of a rotation ("values", "full") -> why it is not possible; `untied`: what a full rotation
     adds to `tensors`. `not_loaded_from`: backends whose checkpoints transformers loads into other experts than the
-    model's own, which have tensors of other names (Llama 4). `carried`: tensors of its folder that the model does not
-    compute with and a checkpoint takes along; `ends`: the token embedding and the output head by module name, where
-    they are an embedding and a linear; `attentions`: module name of every attention that has a place for scales of its
-    keys and values -> its KV heads; `folder`: where its files lie, null for a model made in memory; `notes`:
-    what a plan has to say about its files.
+    model's own, which have tensors of other names (Llama 4), and "vllm" where that has other names than transformers
+    (GPT-NeoX). `carried`: tensors of its folder that the model does not compute with and a checkpoint takes along;
+    `ends`: the token embedding and the output head by module name, where they are an embedding and a linear;
+    `attentions`: module name of every attention that has a place for scales of its keys and values -> its KV heads;
+    `folder`: where its files lie, null for a model made in memory; `notes`: what a plan has to say about its files.
     """
 
     name: str

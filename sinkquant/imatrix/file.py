@@ -14,18 +14,17 @@ from sinkquant.models import Decoder
 from sinkquant.models.decoder import ROUTER
 from sinkquant.schemes.gguf.layout import FileTensor, write_tensors
 
-ATTENTION = {
+TENSORS = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "self_attn.qkv_proj": "attn_qkv", "attn.c_attn": "attn_qkv",
     "attn.c_proj": "attn_output", "attention.query_key_value": "attn_qkv", "attention.dense": "attn_output",
     "self_attn.q_a_proj": "attn_q_a", "self_attn.q_b_proj": "attn_q_b", "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
-    "self_attn.kv_b_proj": "attn_kv_b"}
-MLP = {
+    "self_attn.kv_b_proj": "attn_kv_b",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "mlp.gate_up_proj": "ffn_up",
-    "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down", "mlp.dense_h_to_4h": "ffn_up", "mlp.dense_4h_to_h": "ffn_down"}
-SHARED = {f"mlp.{owner}.{part}_proj": f"ffn_{part}_shexp"
-          for owner in ("shared_expert", "shared_experts") for part in ("gate", "up", "down")}
-TENSORS = ATTENTION | MLP | SHARED
+    "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down", "mlp.dense_h_to_4h": "ffn_up", "mlp.dense_4h_to_h": "ffn_down",
+    **{f"mlp.{owner}.{part}_proj": f"ffn_{part}_shexp"
+       for owner in ("shared_expert", "shared_experts") for part in ("gate", "up", "down")}}
+"""A linear of a block -> its tensor. Files of DeepSeek made since 2025 have two tensors for attn_kv_b."""
 EXPERTS = {"up": ("ffn_gate_exps", "ffn_up_exps"), "down": ("ffn_down_exps",)}
 """What an expert's projections read -> the tensors, of all experts of a layer, that read it."""
 

@@ -201,7 +201,7 @@ class Decoder:
         return ModelShape(name=name, architecture=type(self.model).__name__, blocks=len(self.blocks),
                           dtype=self.dtype_name, linears=linears, tensors=tensors,
                           kv_layers=kv_layers(self.model.config), not_rotated=cannot,
-                          untied=self._untied(structure), not_loaded_from=not_loaded_from(self.model),
+                          untied=self._untied(structure), not_loaded_from=not_loaded_from(self.model, self.block_names),
                           carried=carried, ends=self._ends(tensors),
                           attentions=self._attentions(), folder=None if folder is None else str(folder),
                           notes=[*source_notes(folder), *unused.notes()])

@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
+    apply_renamings,
     rename_source_key,
 )
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
@@ -99,11 +100,20 @@ def expert_linears(model: PreTrainedModel, blocks: tuple[str, ...] = ()) -> dict
     return found
 
 
-def not_loaded_from(model: PreTrainedModel) -> list[str]:
-    """The quantization formats for which transformers loads a checkpoint into other experts than the model has."""
+def not_loaded_from(model: PreTrainedModel, blocks: tuple[str, ...]) -> list[str]:
+    """The quantization formats for which transformers loads a checkpoint into other experts than the model has; and
+    "vllm" where the hub, and vLLM with it, has other names for tensors of the text model than transformers. How the
+    text model itself is called does not count: vLLM knows both."""
+    mapping = get_model_conversion_mapping(model, add_legacy=False)
+    renamings = [entry.reverse_transform() for entry in mapping[::-1] if isinstance(entry, WeightRenaming)]
+    text = blocks[0].rpartition(".")[0].rpartition(".")[0]
+    head = model.get_output_embeddings()
+    names = {name: name.removeprefix(f"{text}.") for name in model.state_dict() if name.startswith(f"{text}.")}
+    names |= {f"{name}.": f"{name}." for name, module in model.named_modules() if module is head}
+    renamed = any(not apply_renamings(name, renamings).endswith(tail) for name, tail in names.items())
     found = [MODULES_TO_PATCH_FOR_QUANTIZATION[type(module).__name__]["quantization_methods"]
              for module in model.modules() if type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION]
-    return sorted({str(method.value) for methods in found for method in methods})
+    return sorted({str(method.value) for methods in found for method in methods} | ({"vllm"} if renamed else set()))
 
 
 def by_expert(parts: Mapping[str, ExpertLinear]) -> dict[tuple[str, int], list[str]]:

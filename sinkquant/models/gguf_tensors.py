@@ -13,7 +13,7 @@ from sinkquant.models.gguf_index import FILE, read_index
 from sinkquant.models.stored import StoredTensor
 from sinkquant.schemes.gguf.layout import KINDS
 from sinkquant.schemes.gguf.metadata import family_of, read_json
-from sinkquant.schemes.gguf.names import Family, is_gain, is_rotated, model_name
+from sinkquant.schemes.gguf.names import Family, is_gain, model_name
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -84,7 +84,7 @@ def row_order(config: Mapping[str, Any], family: Family, name: str, rows: int) -
     Args:
         config: config.json of the model.
     """
-    if not (family.interleaved and is_rotated(name)):
+    if not (family.interleaved and (".attn_q." in name or ".attn_k." in name)):
         return None
     heads = int(config["num_attention_heads"])
     if ".attn_k." in name:

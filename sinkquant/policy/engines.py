@@ -12,7 +12,7 @@ from sinkquant.artifacts.sizes import own_format
 from sinkquant.errors import RequestError
 from sinkquant.policy.rules import Draft
 from sinkquant.schemes import INTEGERS, Scheme, WeightFormat, scheme_of
-from sinkquant.schemes.loads import EXPERTS_BY_NAME, reads_kv_scales
+from sinkquant.schemes.loads import EXPERTS_BY_NAME, VLLM, reads_kv_scales
 from sinkquant.schemes.registry import SCHEMES
 
 OWN = "sinkquant"
@@ -36,15 +36,17 @@ def loads_in(shape: ModelShape, formats: Mapping[str, WeightFormat], own: bool,
     found = [engine for engine in named if all(_takes(engine, form) for form in formats.values())]
     superfluous = {row.engine for scheme in schemes for row in scheme.loads if row.instead_of in found}
     found = [engine for engine in found if engine not in superfluous]
-    if not _experts_by_name(shape, formats):
+    if not _experts_load(shape, formats):
         found = [engine for engine in found if engine not in EXPERTS_BY_NAME]
+    found = [engine for engine in found if not _named_otherwise(engine, shape)]
     return [engine for engine in found if kv_scheme is None or reads_kv_scales(engine)]
 
 
 def engine_loads(engine: str, form: WeightFormat, linear: LinearShape) -> bool:
     """Whether a budget for `engine` ("any" or one of the table) may use a packed format. What is split or stored
     transposed takes sinkquant's own format."""
-    return engine in (ANY, OWN) or (not (form.split or linear.transposed) and engine_takes(engine, form))
+    return engine in (ANY, OWN) or (not (form.split or linear.transposed) and engine_takes(engine, form)
+                                    and (linear.part_of is None or engine not in VLLM or _expert_runs(form)))
 
 
 def engine_takes(engine: str, form: WeightFormat) -> bool:
@@ -76,8 +78,16 @@ def require_engine_cache(engine: str, kv_cache: KVCachePlan | None, kv_scheme: K
         raise RequestError(f"{engine} reads no kv_cache_scheme; set it to null, {OTHERWISE}.")
 
 
+def require_engine_names(engine: str, shape: ModelShape) -> None:
+    """Refuse a model whose checkpoints an engine does not load in whatever format."""
+    if _named_otherwise(engine, shape):
+        raise RequestError(f"{engine} knows tensors of {shape.architecture} by other names than transformers, whose "
+                           f"names checkpoints have; use another engine, {OTHERWISE}.")
+
+
 def require_engine(engine: str, plan: Plan, shape: ModelShape) -> None:
     """Refuse a plan that the engine that a recipe names does not run."""
+    require_engine_names(engine, shape)
     require_engine_cache(engine, plan.kv_cache, plan.kv_scheme)
     if engine == ANY:
         return
@@ -92,9 +102,10 @@ def require_engine(engine: str, plan: Plan, shape: ModelShape) -> None:
         if not _takes(engine, form):
             raise RequestError(f"{engine} does not run {_in_words(form)} ({name}); {_what_it_runs(engine, form)}, "
                                f"{OTHERWISE}.")
-    if engine in EXPERTS_BY_NAME and not _experts_by_name(shape, formats):
+    if engine in EXPERTS_BY_NAME and not _experts_load(shape, formats):
         raise RequestError(f"{engine} loads packed experts only where all of them are packed, under names that end in "
-                           f"_proj, and this plan's are not; use another model or plan, {OTHERWISE}.")
+                           f"_proj, integers in 4 or 8 bits, and this plan's are not; use another model or "
+                           f"plan, {OTHERWISE}.")
 
 
 def _in_words(form: WeightFormat) -> str:
@@ -118,7 +129,17 @@ def _takes(engine: str, form: WeightFormat) -> bool:
     return any(engine in row.names and row.takes(form) for row in scheme_of(form).loads)
 
 
-def _experts_by_name(shape: ModelShape, formats: Mapping[str, WeightFormat]) -> bool:
-    """Whether every expert, if there is any, is packed in a tensor of its own whose name ends in _proj."""
-    return all(name in formats and name.endswith("_proj")
+def _experts_load(shape: ModelShape, formats: Mapping[str, WeightFormat]) -> bool:
+    """Whether every expert, if there is any, is packed in a tensor of its own whose name ends in _proj, in a format
+    that vLLM has for experts."""
+    return all(name in formats and name.endswith("_proj") and _expert_runs(formats[name])
                for name, linear in shape.linears.items() if linear.part_of)
+
+
+def _expert_runs(form: WeightFormat) -> bool:
+    """Whether vLLM, which runs experts by other kernels than linears, has this one for them."""
+    return scheme_of(form) is not INTEGERS or form.bits in (4, 8)
+
+
+def _named_otherwise(engine: str, shape: ModelShape) -> bool:
+    return engine in VLLM and "vllm" in shape.not_loaded_from

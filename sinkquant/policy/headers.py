@@ -9,7 +9,7 @@ from sinkquant.policy.activations import spares, with_inputs
 from sinkquant.policy.carried import carried
 from sinkquant.policy.choices import choices_of
 from sinkquant.policy.edited import accept_edited
-from sinkquant.policy.engines import require_engine_cache
+from sinkquant.policy.engines import require_engine_cache, require_engine_names
 from sinkquant.policy.input_bits import require_input_bits
 from sinkquant.policy.kv_cache import make_kv_plan
 from sinkquant.policy.kv_scheme import make_kv_scheme
@@ -73,6 +73,8 @@ def plan_ready(shape: ModelShape, recipe: Recipe, edited: Plan | None,
 
 def require_plannable(shape: ModelShape, recipe: Recipe) -> None:
     """Refuse what no sink map could make possible, before anything is detected."""
+    for engine in (recipe.engine, recipe.budget.engine):
+        require_engine_names(engine, shape)
     require_transforms(shape, recipe)
     require_distill(shape, recipe)
     changes = ["prune.heads=none"]  # detection says which

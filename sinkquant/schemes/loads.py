@@ -8,9 +8,11 @@ from typing import Literal
 
 from sinkquant.schemes.weight_format import WeightFormat
 
-EXPERTS_BY_NAME = frozenset({"vllm", "vllm-cuda", "vllm-cpu"})
-"""Engines that load packed experts only where all of them are packed, one tensor each, under names that end in _proj:
-as most families call them."""
+VLLM = frozenset({"vllm", "vllm-cuda", "vllm-cpu"})
+"""Its names. It loads packed experts only where all of them are packed, one tensor each, under names that end in _proj,
+as most families call them; of integers those of 4 or 8 bits."""
+EXPERTS_BY_NAME = VLLM | {"gptqmodel"}
+"""Engines that look for experts under the names of the hub, one tensor each."""
 
 
 @dataclass(frozen=True)

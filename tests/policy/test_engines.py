@@ -16,7 +16,9 @@ from sinkquant.errors import RequestError
 from sinkquant.formats import load, quantize_to
 from sinkquant.models import Decoder, open_model
 from sinkquant.policy import accept_edited, make_control, make_plan, require_plannable
+from sinkquant.policy.engines import engine_loads
 from sinkquant.recipe import Recipe
+from sinkquant.schemes import WeightFormat
 
 
 def plan_of(model: PreTrainedModel, *settings: str) -> Plan:
@@ -95,9 +97,35 @@ def test_elsewhere_all_bits_of_the_byte_are_used(tiny: PreTrainedModel) -> None:
 
 
 def test_experts_go_by_the_names_that_vllm_asks_for() -> None:
-    assert plan_of(tiny_mixture("qwen3_moe"), "engine=vllm-cuda").loads_in
+    mixture = tiny_mixture("qwen3_moe")
+    assert "vllm" in plan_of(mixture, "engine=vllm-cuda").loads_in
     with pytest.raises(RequestError, match="under names that end in _proj"):
-        plan_of(tiny_mixture("mixtral"), "engine=vllm-cuda")
+        plan_of(mixture, "engine=vllm-cuda", "weights.ignore=['*.experts.*']")
+    assert plan_of(mixture, "backend=gptq").loads_in == ["sinkquant"]  # its experts stay in 16 bits, stacked
+
+
+def test_vllm_has_experts_of_4_and_8_bits() -> None:
+    mixture = tiny_mixture("qwen3_moe")
+    assert plan_of(mixture, "weights.bits=3").loads_in == ["transformers"]
+    with pytest.raises(RequestError, match="integers in 4 or 8 bits, and this plan's are not"):
+        plan_of(mixture, "engine=vllm-cuda", "weights.bits=3")
+
+
+def test_a_budget_for_an_engine_takes_those_formats_alone() -> None:
+    shape = Decoder.of(tiny_mixture("qwen3_moe")).shape("tiny")
+    expert, linear = (shape.linears[f"model.layers.0.{name}"]
+                      for name in ("mlp.experts.0.up_proj", "self_attn.q_proj"))
+    assert [bits for bits in range(2, 9) if engine_loads("vllm-cuda", WeightFormat(bits, 32), expert)] == [4, 8]
+    assert all(engine_loads("vllm-cuda", WeightFormat(bits, 32), linear) for bits in range(2, 9))
+    assert engine_loads("transformers", WeightFormat(3, 32), expert)
+
+
+@pytest.mark.parametrize("model", [tiny_model("gpt_neox"), tiny_mixture("mixtral")])
+def test_tensors_that_vllm_has_other_names_for_load_elsewhere(model: PreTrainedModel) -> None:
+    assert plan_of(model).loads_in == ["transformers"]
+    for engine in ("engine=vllm-cuda", "budget.engine=vllm-cpu"):
+        with pytest.raises(RequestError, match=rf"knows tensors of {type(model).__name__} by other names than trans"):
+            require_plannable(Decoder.of(model).shape("tiny"), Recipe().replace([engine, "budget.bits=5"]))
 
 
 def test_an_edited_plan_is_held_to_its_engine(tiny: PreTrainedModel) -> None:

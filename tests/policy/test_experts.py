@@ -127,7 +127,7 @@ def test_llama_4_is_refused_where_transformers_loads_it_into_other_experts() -> 
     with pytest.raises(RequestError, match="cannot be packed in the format of compressed-tensors"):
         require_loadable(decoder.shape("tiny"), changed.formats, own=False)
     require_loadable(decoder.shape("tiny"), changed.formats, own=True)
-    assert not Decoder.of(tiny_mixture("mixtral")).shape("x").not_loaded_from
+    assert not Decoder.of(tiny_mixture("qwen3_moe")).shape("x").not_loaded_from
 
 
 def test_pruning_experts_asks_for_detection(decoder: Decoder, shape: ModelShape) -> None:

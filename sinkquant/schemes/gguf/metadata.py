@@ -22,6 +22,8 @@ BLOCKS_OF_27B = {"gemma2": 46, "gemma3": 62}
 """Depths for which llama.cpp scales attention by the width of the stream over the heads."""
 WINDOW_EVERY = {"gemma2": 2, "gemma3": 6}
 """Every so many layers the last one sees the whole row; llama.cpp takes that from the architecture."""
+ENDS_OF_TEXT = {"llama": (1, 2), "gemma2": (2, 1), "gemma3": (2, 1), "phi3": (1, 32000)}
+"""First and last token that transformers takes, and writes, where config.json has no key for them."""
 
 YARN = {"beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None, "truncate": True}
 """What llama.cpp takes for granted of this scaling of the rotary embedding."""
@@ -43,7 +45,8 @@ def model_metadata(folder: Path, architecture: str, kind: str = "Q4_0") -> Metad
     except KeyError as error:
         raise RequestError(f"{folder / 'config.json'} does not say {error.args[0]}, and a GGUF file has to; add "
                            "it.") from error
-    tokenizer = tokenizer_metadata(folder, int(config["vocab_size"]))
+    rows = int(config["vocab_size"])
+    tokenizer = _special_ids(family, config, rows) | tokenizer_metadata(folder, rows)
     # llama.cpp looks for this token in the vocabulary of every model whose name says Phi-3, and ends without it.
     named = family.architecture != "phi3" or "<|endoftext|>" in tokenizer["tokenizer.ggml.tokens"][1]
     general: dict[str, tuple[str, Any]] = {
@@ -53,13 +56,22 @@ def model_metadata(folder: Path, architecture: str, kind: str = "Q4_0") -> Metad
     return general | shape | tokenizer
 
 
+def _special_ids(family: Family, config: dict[str, Any], rows: int) -> dict[str, tuple[str, Any]]:
+    """The ids of first and last tokens in config.json, for a tokenizer that does not name them."""
+    usual = zip(("bos", "eos"), ENDS_OF_TEXT.get(family.architecture, (None, None)), strict=True)
+    ids = {kind: config.get(f"{kind}_token_id", one) for kind, one in usual}
+    return {f"tokenizer.ggml.{kind}_token_id": ("u32", one) for kind, one in ids.items()
+            if isinstance(one, int) and 0 <= one < rows}
+
+
 def metadata_size(folder: str, architecture: str) -> int:
     """Bytes of the metadata.
 
     Raises:
         RequestError: as `model_metadata`.
     """
-    stamps = tuple(path.stat().st_mtime_ns for path in sorted(Path(folder).glob("*.json*")))
+    stamps = tuple(path.stat().st_mtime_ns for path in sorted(
+        [*Path(folder).glob("*.json*"), *Path(folder).glob("*.jinja")]))
     return _size(folder, architecture, stamps)
 
 
@@ -188,6 +200,8 @@ def _shape(family: Family, config: dict[str, Any], folder: Path) -> dict[str, tu
     if family.architecture == "phi3":
         found["rope.scaling.original_context_length"] = (
             "u32", config.get("original_max_position_embeddings") or config["max_position_embeddings"])
+        if config.get("sliding_window"):  # llama.cpp warns that it leaves it out
+            found["attention.sliding_window"] = ("u32", config["sliding_window"])
     return found
 
 
@@ -217,5 +231,8 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     given = given.get("full_attention", given)
     kind = given.get("rope_type") or given.get("type") or "default"
+    if kind == "yarn" and given.get("factor") is None:
+        longest = config["max_position_embeddings"]
+        given = given | {"factor": longest / (given.get("original_max_position_embeddings") or longest)}
     return {"rope_theta": config.get("rope_theta", 10000.0), "partial_rotary_factor": config.get(
         "partial_rotary_factor")} | given | {"rope_type": kind}

@@ -53,8 +53,8 @@ FAMILIES: dict[str, Family] = {
     "Gemma3ForCausalLM": Family("gemma3", "Gemma 3", _GEMMA | _NORMED, norms_plus_one=True),
     "Phi3ForCausalLM": Family("phi3", "Phi-3", _PHI),
 }
-"""transformers' class -> what llama.cpp makes of it. `title` is `general.name`. llama.cpp runs a Mistral as a Llama:
-without its window, where it has one."""
+"""transformers' class -> what llama.cpp makes of it. `title` is `general.name`. llama.cpp runs a Mistral as a Llama,
+and both it and a Phi-3 without their window, where they have one."""
 
 
 def file_name(family: Family, name: str) -> str | None:
@@ -79,11 +79,6 @@ def model_name(family: Family, name: str) -> str | None:
     found = _FILE_BLOCK.fullmatch(stem)
     module = {short: module for module, short in family.blocks.items()}.get(found[2]) if found else None
     return f"model.layers.{found[1]}.{module}.{leaf}" if found and module else None
-
-
-def is_rotated(name: str) -> bool:
-    """Whether the rows of a tensor of a file are those of queries or of keys."""
-    return ".attn_q." in name or ".attn_k." in name
 
 
 def is_gain(name: str) -> bool:

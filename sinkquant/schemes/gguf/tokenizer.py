@@ -41,11 +41,11 @@ def tokenizer_metadata(folder: Path, rows: int) -> dict[str, tuple[str, Any]]:
     if model.get("type") != "BPE":
         raise RequestError(f"the tokenizer of {folder} is a {model.get('type')}, and GGUF files are written with BPE "
                            "alone; use another backend.")
-    _require_plain(content.get("normalizer") or {}, bool(model.get("byte_fallback")), folder)
+    _require_plain(content, bool(model.get("byte_fallback")), folder)
     ids: dict[str, int] = dict(model["vocab"])
     added = {int(one["id"]): one for one in content.get("added_tokens") or []}
     ids |= {one["content"]: number for number, one in added.items()}
-    needed = {*model["vocab"], *(_text(settings.get(f"{kind}_token")) for kind in ("bos", "eos")), _front(content)}
+    needed = {*model["vocab"], *(_text(settings.get(f"{kind}_token")) for kind in ("bos", "eos")), *_around(content)}
     # What else is added behind the last row cannot be looked up: the image token of Gemma 3, say, in its text models.
     ids = {text: number for text, number in ids.items() if number < rows or text in needed}
     if max(ids.values()) >= rows:
@@ -78,19 +78,41 @@ def _as_written(tokens: list[str], types: list[int]) -> list[str]:
     return [token.replace("\u2581", " ") if kind == USER else token for token, kind in zip(tokens, types, strict=True)]
 
 
-def _require_plain(given: dict[str, Any], marks: bool, folder: Path) -> None:
+def _steps(content: dict[str, Any], part: str, several: str) -> list[dict[str, Any]]:
+    """What a part of tokenizer.json does, one after the other; sequences may hold sequences.
+
+    Args:
+        several: the key of a sequence's steps.
+    """
+    given = content.get(part) or {}
+    if several in given:
+        return [step for one in given[several] for step in _steps({part: one}, part, several)]
+    return [given] if given else []
+
+
+def _require_plain(content: dict[str, Any], marks: bool, folder: Path) -> None:
     """Refuse a tokenizer that changes text before it splits it in ways that llama.cpp does not know. Unicode's NFC, as
     Qwen has it, is let through: llama.cpp leaves it out, and nearly all text is in that form.
 
     Args:
-        given: the normalizer of tokenizer.json. marks: whether llama.cpp writes SentencePiece's mark for spaces.
+        marks: whether llama.cpp writes SentencePiece's mark for spaces; then it splits text nowhere else.
     """
-    for step in given.get("normalizers", [given] if given else []):
-        kind, mark = step.get("type"), "\u2581"
+    mark = "\u2581"
+    for step in _steps(content, "normalizer", "normalizers"):
+        kind = step.get("type")
         known = [{"type": "Prepend", "prepend": mark}, {"type": "Replace", "pattern": {"String": " "}, "content": mark}]
         if kind != "NFC" and not (marks and step in known):
             raise RequestError(f"the tokenizer of {folder} changes text by {kind} before it splits it, which a GGUF "
                                "file cannot say; use another backend.")
+    spaces = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    for step in _steps(content, "pre_tokenizer", "pretokenizers") if marks else ():
+        if step != spaces and (step.get("type"), step.get("replacement")) != ("Metaspace", mark):
+            raise _unnamed_split(folder, "at spaces alone")
+
+
+def _unnamed_split(folder: Path, known: str) -> RequestError:
+    return RequestError(f"the tokenizer of {folder} splits text in a way that has no name in GGUF files here (known: "
+                        f"{known}); use another backend.")
 
 
 def split_of(content: dict[str, Any], ignore_merges: bool, folder: Path) -> str:
@@ -102,8 +124,7 @@ def split_of(content: dict[str, Any], ignore_merges: bool, folder: Path) -> str:
     Raises:
         RequestError: it has no name for it that is known here.
     """
-    given = content.get("pre_tokenizer") or {}
-    steps = given.get("pretokenizers", [given])
+    steps = _steps(content, "pre_tokenizer", "pretokenizers")
     kinds = [step.get("type") for step in steps]
     name = ""
     if kinds and kinds[-1] == "ByteLevel" and not steps[-1].get("add_prefix_space"):
@@ -115,8 +136,7 @@ def split_of(content: dict[str, Any], ignore_merges: bool, folder: Path) -> str:
         elif kinds == ["Split", "ByteLevel"] and not own:
             name = SPLITS.get((steps[0].get("pattern") or {}).get("Regex", ""), "")
     if not name or ignore_merges != (name in IGNORE_MERGES):
-        raise RequestError(f"the tokenizer of {folder} splits text in a way that has no name in GGUF files here "
-                           f"(known: gpt-2, smollm, {', '.join(SPLITS.values())}); use another backend.")
+        raise _unnamed_split(folder, f"gpt-2, smollm, {', '.join(SPLITS.values())}")
     return name
 
 
@@ -137,23 +157,28 @@ def _specials(folder: Path, content: dict[str, Any], settings: dict[str, Any],
         text = _text(settings.get(key))
         if text is not None and text in ids:
             found[f"tokenizer.ggml.{name}_token_id"] = ("u32", ids[text])
-    front = _front(content)
+    front, back = _around(content)
     if front is not None and front in ids and "tokenizer.ggml.bos_token_id" not in found:
         found["tokenizer.ggml.bos_token_id"] = ("u32", ids[front])
+    last = ids.get(back or "")
+    if last is not None and found.get("tokenizer.ggml.eos_token_id") != ("u32", last):
+        # llama.cpp puts this one behind every row; what ends a turn gets a key of its own, as its converter has it.
+        if "tokenizer.ggml.eos_token_id" in found:
+            found["tokenizer.ggml.eot_token_id"] = found["tokenizer.ggml.eos_token_id"]
+        found["tokenizer.ggml.eos_token_id"] = ("u32", last)
     found["tokenizer.ggml.add_bos_token"] = ("bool", front is not None)
-    found["tokenizer.ggml.add_eos_token"] = ("bool", False)
+    found["tokenizer.ggml.add_eos_token"] = ("bool", last is not None)
     template = _template(folder, settings)
     return found | ({"tokenizer.chat_template": ("str", template)} if template else {})
 
 
-def _front(content: dict[str, Any]) -> str | None:
-    """The special token that every row begins with, or None."""
-    given = content.get("post_processor") or {}
-    for step in given.get("processors", [given]):
+def _around(content: dict[str, Any]) -> tuple[str | None, str | None]:
+    """The special token that every row begins with, and the one that it ends with, or None."""
+    for step in _steps(content, "post_processor", "processors"):
         if step.get("type") == "TemplateProcessing" and step.get("single"):
-            first = step["single"][0].get("SpecialToken")
-            return None if first is None else str(first["id"])
-    return None
+            first, last = (step["single"][place].get("SpecialToken") for place in (0, -1))
+            return None if first is None else str(first["id"]), None if last is None else str(last["id"])
+    return None, None
 
 
 def _template(folder: Path, settings: dict[str, Any]) -> str:
@@ -176,9 +201,9 @@ def _type(text: str, added: dict[str, Any] | None, unknown: str | None, bytes_to
 
 def _adds_space(content: dict[str, Any]) -> bool:
     """Whether text gets a space in front, as SentencePiece does unless it is told not to."""
-    normalizer, split = content.get("normalizer") or {}, content.get("pre_tokenizer") or {}
-    prepends = any(step.get("type") == "Prepend" for step in normalizer.get("normalizers", [normalizer]))
-    return prepends or (split.get("type") == "Metaspace" and split.get("prepend_scheme") in ("first", "always"))
+    return any(step.get("type") == "Prepend" for step in _steps(content, "normalizer", "normalizers")) or any(
+        step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never"
+        for step in _steps(content, "pre_tokenizer", "pretokenizers"))
 
 
 def _text(token: Any) -> str | None:

@@ -29,7 +29,7 @@ from sinkquant.policy import make_control, make_plan
 from sinkquant.quantize import quantize
 from sinkquant.recipe import Recipe
 from sinkquant.run.candidates import bits_on_disk, loader, weight_bytes
-from sinkquant.schemes.gguf.metadata import model_metadata
+from sinkquant.schemes.gguf.metadata import ENDS_OF_TEXT, model_metadata
 from sinkquant.schemes.gguf.names import FAMILIES, file_name, model_name
 
 SIZES: dict[str, dict[str, Any]] = {"gemma3_text": {"layer_types": ["sliding_attention"] * 3}}
@@ -236,6 +236,49 @@ def test_what_llama_cpp_runs_alike_is_written(family: str, settings: dict[str, A
     (place / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "layer_types"}
                                                   | settings))
     assert plan_of(place, text_file).loads_in[0] == "llama.cpp"
+
+
+def test_what_the_tokenizer_does_not_name_is_config_json_s(text_file: Path, tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "model", "llama")
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": None, "eos_token": None}))
+    for given, ids in (({}, (1, 2)), ({"eos_token_id": None}, (1, None)), ({"eos_token_id": [2, 1]}, (1, None)),
+                       ({"eos_token_id": BPE_VOCABULARY}, (1, None)), ({"eos_token_id": 7, "bos_token_id": 5}, (1, 7)),
+                       (None, (1, 2))):  # rows begin with the first
+        config = json.loads((source / "config.json").read_text())
+        if given is None:
+            del config["eos_token_id"]
+        (source / "config.json").write_text(json.dumps(config | (given or {})))
+        found = model_metadata(source, "LlamaForCausalLM")
+        assert tuple(found.get(f"tokenizer.ggml.{kind}_token_id", ("", None))[1] for kind in ("bos", "eos")) == ids
+    plan = plan_of(source, text_file, "weights.method=rtn")
+    quantize_to(tmp_path / "out", open_model(source), plan, load_tokenizer(source))
+    assert (tmp_path / "out" / "model.gguf").stat().st_size == plan.weight_bytes
+
+
+def test_usual_ends_of_text_are_transformers_own() -> None:
+    made = {FAMILIES[f"{name}ForCausalLM"].architecture: AutoConfig.for_model(kind) for name, kind in (
+        ("Llama", "llama"), ("Mistral", "mistral"), ("Qwen2", "qwen2"), ("Qwen3", "qwen3"), ("Gemma2", "gemma2"),
+        ("Gemma3", "gemma3_text"), ("Phi3", "phi3"))}
+    assert {name: (one.bos_token_id, one.eos_token_id) for name, one in made.items()
+            if one.bos_token_id is not None} == ENDS_OF_TEXT
+
+
+def test_a_template_that_was_changed_is_counted_anew(text_file: Path, tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "model", "llama")
+    before = plan_of(source, text_file).weight_bytes
+    with (source / "chat_template.jinja").open("a") as file:
+        file.write("x" * 4096)
+    assert plan_of(source, text_file).weight_bytes == before + 4096
+
+
+def test_yarn_and_a_window_as_transformers_has_them(tmp_path: Path) -> None:
+    rope = {"rope_type": "yarn", "factor": None, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    source = folder_of(tmp_path / "model", "phi3", sliding_window=32)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    found = model_metadata(source, "Phi3ForCausalLM")
+    assert (found["phi3.rope.scaling.factor"], found["phi3.attention.sliding_window"]) == (("f32", 4.0), ("u32", 32))
 
 
 def test_refused_without_the_folder_that_a_file_takes_its_tokenizer_from(text_file: Path, tmp_path: Path) -> None:

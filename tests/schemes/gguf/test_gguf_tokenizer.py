@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_bpe import BPE_VOCABULARY, byte_fallback, byte_level
 from tiny_tokenizer import tiny_tokenizer
-from tokenizers import AddedToken, normalizers
+from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 
 from sinkquant.errors import RequestError
 from sinkquant.schemes.gguf.tokenizer import SPLITS, tokenizer_metadata
@@ -80,6 +80,39 @@ def test_what_changes_text_before_it_is_split(normalizer: normalizers.Normalizer
         made.backend_tokenizer.normalizer = normalizer
         with nullcontext() if fits else pytest.raises(RequestError, match=r"changes text by .* before it splits it"):
             metadata(tmp_path / str(fits), made, 400)
+
+
+@pytest.mark.parametrize(("steps", "space"), [
+    ([], False), ([pre_tokenizers.Split(" ", "merged_with_previous")], False),
+    ([pre_tokenizers.Metaspace(prepend_scheme="never")], False), ([pre_tokenizers.Metaspace()], True),
+    ([pre_tokenizers.Metaspace(prepend_scheme="first", split=False)], True),
+    ([pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="first")])], True),
+    ([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Metaspace(prepend_scheme="first")], None),
+    ([pre_tokenizers.Metaspace(replacement="_")], None), ([pre_tokenizers.Split(" ", "isolated")], None)])
+def test_sentencepiece_splits_at_spaces_alone(steps: list[pre_tokenizers.PreTokenizer], space: bool | None,
+                                              tmp_path: Path) -> None:
+    tokenizer = byte_fallback()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    if space is None:
+        with pytest.raises(RequestError, match="splits text in a way that has no name in GGUF files here"):
+            metadata(tmp_path, tokenizer, 400)
+    else:
+        assert metadata(tmp_path, tokenizer, 400)["add_space_prefix"] is space
+
+
+@pytest.mark.parametrize(("single", "eos", "found"), [
+    ("<s> $A", "</s>", (False, 2, None)), ("<s> $A </s>", "</s>", (True, 2, None)), ("$A <unk>", "</s>", (True, 0, 2)),
+    ("$A <unk>", None, (True, 0, None)), ("$A", None, (False, None, None))])
+def test_what_every_row_ends_with(single: str, eos: str | None, found: tuple[bool, int | None, int | None],
+                                  tmp_path: Path) -> None:
+    """Qwen3-Embedding's rows end in another token than its turns."""
+    tokenizer = byte_level()
+    tokenizer.eos_token = eos
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[("<unk>", 0), ("<s>", 1), ("</s>", 2)])
+    made = metadata(tmp_path, tokenizer)
+    assert (made["add_eos_token"], made.get("eos_token_id"), made.get("eot_token_id")) == found
 
 
 def test_added_runs_of_spaces_are_spaces_and_what_has_no_row_is_left_out(tmp_path: Path) -> None:
