@@ -200,8 +200,8 @@ def _layers(shape: ModelShape, settings: KVCache, group_size: int) -> list[KVLay
                     "; sees exact tokens beyond its sliding window"
                     if settings.sliding_sinks and layer.sliding_window is not None else "")))
     if not any(layer.key_bits for layer in layers):
-        raise RequestError(f"kv_cache: no layer of {shape.architecture} caches plain keys and values (latent, chunked and "
-                           "recurrent caches are not packed); set kv_cache=null.")
+        raise RequestError(f"kv_cache: no layer of {shape.architecture} caches plain keys and values (latent, chunked "
+                           "and recurrent caches are not packed); set kv_cache=null.")
     for place, override in enumerate(settings.overrides):
         for index in override.layers:
             if not 0 <= index < len(layers) or not layers[index].packed:
