@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from sinkquant.errors import RequestError
-from sinkquant.models.folder import INDEX, SINGLE, read_settings, weight_files
+from sinkquant.models.folder import INDEX, SINGLE, quantization_of, read_settings, weight_files
 from sinkquant.models.gguf import SOURCE_FOLDER
 from sinkquant.models.headers import read_header
 from sinkquant.models.kept import kept, require_room
@@ -59,7 +59,7 @@ def dequantized(folder: Path) -> Path:
 def _write(folder: Path, target: Path, dtype: torch.dtype, settings: Mapping[str, Any]) -> dict[str, int]:
     """Every shard becomes one of dense weights. Returns how many tensors of each kind there were."""
     stored = stored_tensors(folder)
-    block = settings["quantization_config"].get("weight_block_size")
+    block = quantization_of(settings).get("weight_block_size")
     spent = {name for name in stored if name.endswith(OF_INPUTS)}
     scales: dict[str, str] = {}
     for name, tensor in stored.items():
@@ -94,6 +94,8 @@ def _write(folder: Path, target: Path, dtype: torch.dtype, settings: Mapping[str
         index = {"metadata": {}, "weight_map": dict(sorted(placed.items()))}
         (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     given = dict(settings) | {"dtype": str(dtype).removeprefix("torch.")}
+    if isinstance(given.get("text_config"), dict):
+        given["text_config"] = {key: one for key, one in given["text_config"].items() if key != "quantization_config"}
     for key in ("quantization_config", "transformers_weights"):
         given.pop(key, None)
     copy_files(folder, target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,14 @@ def _has_weights(folder: Path) -> bool:
 
 def _method(folder: Path) -> str | None:
     """How config.json says that the weights are quantized."""
-    settings = read_settings(folder).get("quantization_config")
+    settings = quantization_of(read_settings(folder))
     return str(settings.get("quant_method")) if isinstance(settings, dict) else None
+
+
+def quantization_of(settings: Mapping[str, Any]) -> Any:
+    """`quantization_config` of a config.json: the model's own or, as transformers reads it, that of its text part."""
+    text = settings.get("text_config")
+    return settings.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
 
 
 def require_baseline(folder: Path) -> None:
@@ -101,14 +108,21 @@ def check_folder(folder: Path) -> None:
     """Refuse a folder that transformers could not load completely.
 
     Raises:
-        RequestError: no config.json, no safetensors, or a shard that is missing or shorter than its header says.
+        RequestError: no config.json, no safetensors, or a shard that is missing or shorter than its header says; or its
+            weights are quantized in a way that config.json does not say where it is looked for.
     """
-    read_settings(folder)
+    settings, method = read_settings(folder), _method(folder)
+    if method not in (None, *DEQUANTIZED) and not settings.get("quantization_config"):
+        raise RequestError(f"{folder} is quantized ({method}, which its text_config says); start from the unquantized "
+                           "model.")
     if is_gguf_checkpoint(folder):
         read_index(folder / FILE)
         return
     for shard in weight_files(folder):
-        read_header(shard)
+        codes = next((name for name, entry in read_header(shard).items() if entry.dtype.startswith("float8")), None)
+        if method is None and codes is not None:
+            raise RequestError(f"{shard} holds {codes} in FP8, and config.json has no quantization_config that says "
+                               "how it is scaled; start from the unquantized model.")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

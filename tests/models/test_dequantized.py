@@ -66,6 +66,27 @@ def test_fp8_is_read_as_what_it_stands_for(strategy: str, tmp_path: Path) -> Non
     assert any("FP8" in note for note in Decoder.of(open_model(place)).shape("x").notes)
 
 
+def test_fp8_is_read_with_what_says_how_or_refused(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model", dtype=torch.bfloat16)
+    expected = in_fp8(folder, "block")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = config.pop("quantization_config")
+
+    def inside(**changes: object) -> Path:
+        (folder / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+        return resolve(str(folder))
+
+    place = inside(text_config={"quantization_config": settings})
+    found = load_file(place / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert json.loads((place / "config.json").read_text(encoding="utf-8"))["text_config"] == {}
+    for changes in ({}, {"quantization_config": None}):
+        with pytest.raises(RequestError, match=r"_proj\.weight in FP8, and config\.json has no quantization_config"):
+            inside(**changes)
+    with pytest.raises(RequestError, match=r"is quantized \(compressed-tensors, which its text_config says\)"):
+        inside(text_config={"quantization_config": {"quant_method": "compressed-tensors"}})
+
+
 def test_a_run_from_fp8_says_so_and_carries_no_trace_of_it(tmp_path: Path, text_file: Path) -> None:
     folder = model_folder(tmp_path / "model", dtype=torch.bfloat16)
     in_fp8(folder, "block")
