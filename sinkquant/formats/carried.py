@@ -7,6 +7,7 @@ written as they are now.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from sinkquant.errors import RequestError
 from sinkquant.models.folder import read_settings
+from sinkquant.models.head import keep_head
 from sinkquant.models.loading import TOKENIZER_FILES, has_tokenizer, load_tokenizer, loading_errors
 from sinkquant.models.source import folder_of, runs_own_code, source_of
 
@@ -64,7 +66,11 @@ def write_config(folder: Path, model: PreTrainedModel, source: PreTrainedModel |
     Args:
         source: the model whose folder that is; None for `model` itself.
     """
-    config = json.loads(model.config.to_json_string())
+    settings = copy.deepcopy(model.config)
+    keep_head(model, settings)  # engines tie what it says is tied, whatever lies in the file
+    config = json.loads(settings.to_json_string())
+    if config.get("quantization_config") is None:  # nothing is said by null, and not every library takes it
+        config.pop("quantization_config", None)
     config |= {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
     config.pop("transformers_weights", None)  # the source's file, which has another name
     origin = folder_of(source or model)
