@@ -169,7 +169,8 @@ def _named(folder: Path) -> str | None:
     named = read_settings(folder).get("transformers_weights") if path.is_file() else None
     if named is None:
         return None
-    inside = isinstance(named, str) and (folder / named).resolve().is_relative_to(folder.resolve())
+    # By its name, as transformers has it: the files of a hub snapshot are links out of it.
+    inside = isinstance(named, str) and Path(os.path.abspath(folder / named)).is_relative_to(os.path.abspath(folder))
     if not inside or not named.endswith((".safetensors", ".safetensors.index.json")) or not (folder / named).is_file():
         raise RequestError(f"{path} names {named!r} as the weights, which is no safetensors file of this folder.")
     return str(named)
