@@ -106,11 +106,16 @@ def _write(folder: Path, target: Path, dtype: torch.dtype, settings: Mapping[str
 def from_fp8(name: str, codes: torch.Tensor, scale: torch.Tensor, block: list[int] | None,
              dtype: torch.dtype) -> torch.Tensor:
     """codes: float8 [..., rows, columns]. scale: of blocks [..., rows / b, columns / b] rounded up, of channels
-    [rows] or [rows, 1], or of the whole tensor, one value.
+    [rows] or [rows, 1], or of the whole tensor, one value; those of stacked experts one after the other.
 
     Raises:
         RequestError: the scale fits none of these.
     """
+    if codes.dim() == 3 and (scale.numel() == 1 or len(scale) == len(codes)):
+        dense = torch.empty(codes.shape, dtype=dtype)
+        for index, expert in enumerate(codes):  # one of them is in float32 at a time
+            dense[index] = from_fp8(name, expert, scale if scale.numel() == 1 else scale[index], block, dtype)
+        return dense
     scale, values = scale.float(), codes.float()
     if scale.numel() == 1:
         return (values * scale.reshape(())).to(dtype)
