@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from sinkquant.errors import RequestError
-from sinkquant.models.folder import INDEX, SINGLE, quantization_of, read_settings, weight_files
+from sinkquant.models.folder import INDEX, SINGLE, name_of, quantization_of, read_settings, weight_files
 from sinkquant.models.gguf import SOURCE_FOLDER
 from sinkquant.models.headers import read_header
 from sinkquant.models.kept import kept, require_room
@@ -50,7 +50,7 @@ def dequantized(folder: Path) -> Path:
                  for one in stored_tensors(folder).values()]
         require_room(sum(sizes) * dtype.itemsize, aside, f"dequantizing {folder}")
         kinds = _write(folder, aside, dtype, settings)
-        return {"file": folder.resolve().name, "types": kinds, "dtype": str(dtype).removeprefix("torch.")}
+        return {"file": name_of(folder), "types": kinds, "dtype": str(dtype).removeprefix("torch.")}
 
     return kept("dequantized", model_key(folder), SOURCE_FOLDER, weight_files(folder)[0].stat().st_mtime_ns, make,
                 f"keep what {folder} is dequantized to")
@@ -164,4 +164,4 @@ def model_key(folder: Path) -> str:
     """A name for what is made of a folder, which changes with its files."""
     files = [folder / "config.json", *weight_files(folder)]
     given = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    return f"{folder.resolve().name}-{hashlib.sha256(json.dumps(given).encode()).hexdigest()[:16]}"
+    return f"{name_of(folder)}-{hashlib.sha256(json.dumps(given).encode()).hexdigest()[:16]}"

@@ -27,6 +27,9 @@ DEQUANTIZED = ("fp8", "mxfp4")
 NOT_READ = ["*.bin", "*.pth", "*.gguf", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.ot", "*.tflite", "original/*",
             "consolidated*"]
 """Other libraries' copies of a hub model's weights, which are not downloaded."""
+DERIVED = ("quantization_config", "torch_dtype", "dtype", "transformers_version", "architectures", "_name_or_path",
+           "transformers_weights")
+"""Keys of config.json that are a checkpoint's own."""
 RUN_MODEL = "model"
 """The checkpoint's folder inside a run's folder."""
 
@@ -39,9 +42,18 @@ def inside_run(name: str | os.PathLike[str]) -> str:
     return str(one.parent) if one.is_file() and not (path / "config.json").is_file() else name.rstrip("/") or name
 
 
-def resolve(model: str) -> Path:
+def name_of(folder: Path) -> str:
+    """What a folder is called: of a snapshot in the hub's cache, whose own name is a commit, the repository."""
+    folder = folder.resolve()
+    return folder.parents[1].name.rpartition("--")[2] if folder.parent.name == "snapshots" else folder.name
+
+
+def resolve(model: str, revision: str | None = None) -> Path:
     """The local folder of a model: "demo", a folder, a GGUF file or a folder with one, or a hub id (the hub's offline
     cache is respected). What was published in FP8 or MXFP4 is dequantized first, and an adapter merged.
+
+    Args:
+        revision: of a hub model; None for its main one.
 
     Raises:
         RequestError: there is no such folder or hub model, or the folder is not a complete safetensors checkpoint.
@@ -54,26 +66,40 @@ def resolve(model: str) -> Path:
     elif Path(model).is_file() and model.endswith(SUFFIX):
         ours = Path(model).name == FILE and is_gguf_checkpoint(Path(model).parent)
         folder = Path(model).parent if ours else unpacked(Path(model))
-    elif Path(model).exists() or not HUB_ID.fullmatch(model) or model.startswith("."):
+    elif not on_hub(model):
         raise RequestError(f"{model!r} is not a model folder, a GGUF file, a hub id (owner/name) or 'demo'.")
     else:
-        try:
-            folder = Path(snapshot_download(model, ignore_patterns=NOT_READ))
-            if (folder / OURS).is_file():  # its weights may be in a GGUF file
-                snapshot_download(model, revision=folder.name, allow_patterns=FILE)
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise RequestError(f"{model!r} is no local folder, and the hub did not give it: "
-                               f"{first_line(error)}.") from error
+        folder = downloaded(model, revision, ignore_patterns=NOT_READ)
+        if (folder / OURS).is_file():  # its weights may be in a GGUF file
+            downloaded(model, folder.name, allow_patterns=FILE)
     if (folder / ADAPTER).is_file():
-        from sinkquant.models.adapters import base_named, merged  # brings torch along
+        from sinkquant.models.adapters import base_of, merged  # brings torch along
 
-        return merged(folder, folder if _has_weights(folder) else resolve(base_named(folder)))
+        return merged(folder, folder if _has_weights(folder) else base_of(folder))
     check_folder(folder)
-    if _method(folder) in DEQUANTIZED:
+    if method_of(folder) in DEQUANTIZED:
         from sinkquant.models.dequantized import dequantized  # brings torch along
 
         return dequantized(folder)
     return folder
+
+
+def on_hub(model: str) -> bool:
+    """Whether a name is that of a hub model, and of nothing here."""
+    return HUB_ID.fullmatch(model) is not None and not model.startswith(".") and not Path(model).exists()
+
+
+def downloaded(model: str, revision: str | None, **patterns: str | list[str]) -> Path:
+    """The snapshot of a hub model, with the files that the patterns of `snapshot_download` leave.
+
+    Raises:
+        RequestError: the hub did not give it.
+    """
+    try:
+        return Path(snapshot_download(model, revision=revision, **patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise RequestError(f"{model!r} is no local folder, and the hub did not give it: "
+                           f"{first_line(error)}.") from error
 
 
 def _has_weights(folder: Path) -> bool:
@@ -82,7 +108,7 @@ def _has_weights(folder: Path) -> bool:
     return bool(others) and (folder / "config.json").is_file()
 
 
-def _method(folder: Path) -> str | None:
+def method_of(folder: Path) -> str | None:
     """How config.json says that the weights are quantized."""
     settings = quantization_of(read_settings(folder))
     return str(settings.get("quant_method")) if isinstance(settings, dict) else None
@@ -100,7 +126,7 @@ def require_baseline(folder: Path) -> None:
     Raises:
         RequestError: config.json says so.
     """
-    if (method := _method(folder)) is not None:
+    if (method := method_of(folder)) is not None:
         raise RequestError(f"{folder} is quantized ({method}), and a baseline is the unquantized model; name that one.")
 
 
@@ -111,7 +137,7 @@ def check_folder(folder: Path) -> None:
         RequestError: no config.json, no safetensors, or a shard that is missing or shorter than its header says; or its
             weights are quantized in a way that config.json does not say where it is looked for.
     """
-    settings, method = read_settings(folder), _method(folder)
+    settings, method = read_settings(folder), method_of(folder)
     if method not in (None, *DEQUANTIZED) and not settings.get("quantization_config"):
         raise RequestError(f"{folder} is quantized ({method}, which its text_config says); start from the unquantized "
                            "model.")
@@ -161,6 +187,20 @@ def weight_files(folder: Path) -> list[Path]:
             raise RequestError(f"{folder} lacks the shard {missing[0]}; copy the model folder again.")
         return [folder / name for name in names]
     raise RequestError(f"{folder} has no safetensors weights{_instead(folder)}.")
+
+
+def with_lost_keys(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that transformers wrote, with the keys of the config.json that it read which it does not know."""
+    merged = dict(config)
+    for key, value in given.items():
+        kept = merged.get(key)
+        if key in DERIVED:
+            continue
+        if key not in merged:
+            merged[key] = value
+        elif isinstance(kept, dict) and isinstance(value, dict) and key.endswith("_config"):
+            merged[key] = with_lost_keys(kept, value)
+    return merged
 
 
 def _named(folder: Path) -> str | None:
