@@ -69,7 +69,7 @@ def base_of(folder: Path) -> Path:
         name = str(beside)
     revision = str(revision) if revision else None
     if on_hub(name):
-        place = downloaded(name, revision, allow_patterns="config.json")
+        place = downloaded(name, revision, "config.json")
         if (place / "config.json").is_file() and method_of(place) not in (None, *DEQUANTIZED):
             raise _quantized(folder, name)
     return resolve(name, revision)

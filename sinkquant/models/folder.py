@@ -69,9 +69,9 @@ def resolve(model: str, revision: str | None = None) -> Path:
     elif not on_hub(model):
         raise RequestError(f"{model!r} is not a model folder, a GGUF file, a hub id (owner/name) or 'demo'.")
     else:
-        folder = downloaded(model, revision, ignore_patterns=NOT_READ)
+        folder = downloaded(model, revision)
         if (folder / OURS).is_file():  # its weights may be in a GGUF file
-            downloaded(model, folder.name, allow_patterns=FILE)
+            downloaded(model, folder.name, FILE)
     if (folder / ADAPTER).is_file():
         from sinkquant.models.adapters import base_of, merged  # brings torch along
 
@@ -89,14 +89,18 @@ def on_hub(model: str) -> bool:
     return HUB_ID.fullmatch(model) is not None and not model.startswith(".") and not Path(model).exists()
 
 
-def downloaded(model: str, revision: str | None, **patterns: str | list[str]) -> Path:
-    """The snapshot of a hub model, with the files that the patterns of `snapshot_download` leave.
+def downloaded(model: str, revision: str | None, only: str | None = None) -> Path:
+    """The snapshot of a hub model, with all files that are read there.
+
+    Args:
+        only: the one file that is asked for.
 
     Raises:
         RequestError: the hub did not give it.
     """
     try:
-        return Path(snapshot_download(model, revision=revision, **patterns))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=only,
+                                      ignore_patterns=NOT_READ if only is None else None))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise RequestError(f"{model!r} is no local folder, and the hub did not give it: "
                            f"{first_line(error)}.") from error
