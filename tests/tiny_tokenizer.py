@@ -26,6 +26,14 @@ def tiny_tokenizer(add_bos: Literal["none", "once", "twice"] = "once", has_bos: 
         tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>", pad_token="<pad>", **special)
 
 
+def with_mask_in_front() -> PreTrainedTokenizerFast:
+    """One that puts `<pad></s>` in front of a text, as GLM-4's does with `[gMASK]<sop>`."""
+    tokenizer = tiny_tokenizer("none")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<pad> </s> $A", special_tokens=[("<pad>", 0), ("</s>", 2)])
+    return tokenizer
+
+
 def random_text(words: int = 12_000, seed: int = 0, delimiters: bool = True) -> str:
     """Words drawn evenly, a full stop after every eighth or so."""
     generator = random.Random(seed)

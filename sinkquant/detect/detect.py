@@ -17,6 +17,7 @@ from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, check_finite, read_text, require_dense, token_rows, tokenization_facts
 from sinkquant.models.gguf import source_notes
 from sinkquant.models.source import folder_of
+from sinkquant.models.text import left_out
 from sinkquant.recipe import Detection, Recipe
 
 REPEATED_ROWS = 20
@@ -54,6 +55,8 @@ def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
                                 "detect.length")
     long_rows = surveyor.long_rows(tokenizer, content)
     notes = source_notes(folder_of(model))
+    if unsaid := left_out(tokenizer):
+        notes.append(unsaid)
     ids, counts = rows[:, 1:].unique(return_counts=True)
     if float(counts.max()) / rows[:, 1:].numel() > REPEATS_ONE_TOKEN:
         # Gu et al.'s negative control repeats the token from the first position on; a <bos> would be its sink.

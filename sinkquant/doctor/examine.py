@@ -15,7 +15,7 @@ from sinkquant.cache.read_native import native_or_why
 from sinkquant.detect.table import AttentionTable
 from sinkquant.errors import RequestError, first_line
 from sinkquant.models import Decoder, Walk, adds_bos, read_text, starts_with_bos, together, token_rows
-from sinkquant.models.text import leading
+from sinkquant.models.text import leading, left_out
 from sinkquant.policy.choices import formats_asked
 from sinkquant.policy.engines import loads_in
 from sinkquant.quantize.trial import require_loads
@@ -123,6 +123,8 @@ def _tokenization(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, au
     found["serving (plain text)"] = f"<bos> in front: {added}"
     if added == "twice":
         audit.warnings.append("the tokenizer puts two <bos> in front of plain text; serving will see both.")
+    if unsaid := left_out(tokenizer):
+        audit.warnings.append(f"{unsaid}.")
     if tokenizer.chat_template is None:
         found["chat template"] = "there is none"
         return

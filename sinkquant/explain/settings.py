@@ -17,14 +17,14 @@ from sinkquant.cache import Bases, Prefix, prepare
 from sinkquant.explain.diagnose import Measuring, percent
 from sinkquant.explain.probe import Probe
 from sinkquant.models import adds_bos, encode
+from sinkquant.models.folder import DERIVED
 from sinkquant.models.head import keep_head
 from sinkquant.models.hooks import hooked
 from sinkquant.models.inputs import share_rounding
 
-OWN = ("quantization_config", "torch_dtype", "dtype", "transformers_version", "architectures", "_name_or_path",
-       "use_cache", "initializer_range", "tie_word_embeddings", "pretraining_tp", "_attn_implementation", "return_dict",
-       "output_attentions", "output_hidden_states", "chunk_size_feed_forward", "problem_type", "id2label", "label2id",
-       "max_position_embeddings", "is_encoder_decoder", "model_type")
+OWN = (*DERIVED, "use_cache", "initializer_range", "tie_word_embeddings", "pretraining_tp", "_attn_implementation",
+       "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward", "problem_type",
+       "id2label", "label2id", "max_position_embeddings", "is_encoder_decoder", "model_type")
 """Values of a configuration that a checkpoint may have of its own, or that no prediction depends on."""
 TIMES = {"none": 0, "once": 1, "twice": 2}
 WORDS = ("no <bos>", "one <bos>", "two <bos>")

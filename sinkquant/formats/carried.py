@@ -7,6 +7,7 @@ written as they are now.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import tempfile
@@ -16,7 +17,8 @@ from pathlib import Path
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.errors import RequestError
-from sinkquant.models.folder import read_settings
+from sinkquant.models.folder import read_settings, with_lost_keys
+from sinkquant.models.head import keep_head
 from sinkquant.models.loading import TOKENIZER_FILES, has_tokenizer, load_tokenizer, loading_errors
 from sinkquant.models.source import folder_of, runs_own_code, source_of
 
@@ -31,9 +33,6 @@ IN_FOLDERS = (".py", ".json", ".jinja", ".txt", ".model")
 OF_TOKENIZERS = (*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                  "merges.txt", "chat_template.jinja", "chat_template.json")
 TEMPLATES = "additional_chat_templates"
-DERIVED = ("quantization_config", "torch_dtype", "dtype", "transformers_version", "architectures", "_name_or_path",
-           "transformers_weights")
-"""Keys of config.json that are the checkpoint's own."""
 
 
 def carry(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -64,29 +63,20 @@ def write_config(folder: Path, model: PreTrainedModel, source: PreTrainedModel |
     Args:
         source: the model whose folder that is; None for `model` itself.
     """
-    config = json.loads(model.config.to_json_string())
+    settings = copy.deepcopy(model.config)
+    keep_head(model, settings)  # engines tie what it says is tied, whatever lies in the file
+    config = json.loads(settings.to_json_string())
+    if config.get("quantization_config") is None:  # nothing is said by null, and not every library takes it
+        config.pop("quantization_config", None)
     config |= {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
     config.pop("transformers_weights", None)  # the source's file, which has another name
     origin = folder_of(source or model)
     if origin is not None:
         given = read_settings(origin)
         if given.get("model_type") == config.get("model_type"):
-            config = _with_lost_keys(config, given)
+            config = with_lost_keys(config, given)
     text = json.dumps(dict(sorted(config.items())), indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
-
-
-def _with_lost_keys(config: dict[str, object], given: dict[str, object]) -> dict[str, object]:
-    merged = dict(config)
-    for key, value in given.items():
-        kept = merged.get(key)
-        if key in DERIVED:
-            continue
-        if key not in merged:
-            merged[key] = value
-        elif isinstance(kept, dict) and isinstance(value, dict) and key.endswith("_config"):
-            merged[key] = _with_lost_keys(kept, value)
-    return merged
 
 
 def _carried(source: Path, target: Path) -> Iterator[Path]:

@@ -14,14 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.artifacts import Plan, SinkMap
 from sinkquant.cache import Bases, Prefix, install, load_bases, load_prefix
 from sinkquant.errors import RequestError, first_line
-from sinkquant.formats.opened import InputRounding, check_readable, plain, read_json, require_complete
+from sinkquant.formats.opened import InputRounding, check_readable, plain, read_json
 from sinkquant.formats.own import METHOD, made_dense
 from sinkquant.formats.packed import load_packed
 from sinkquant.formats.placed import DeviceMap, Placement
 from sinkquant.formats.simulated import simulate
 from sinkquant.models import cast_experts, check_finite, load_model, load_tokenizer, open_model, pick_device, resolve
 from sinkquant.models.inputs import let_through, round_inputs
-from sinkquant.models.loading import class_for, loading_errors
+from sinkquant.models.loading import class_for, loading_errors, require_complete
 from sinkquant.models.progress import no_progress_bars
 from sinkquant.quantize import UNPACKED
 from sinkquant.schemes.codecs.reading import dense_of, is_library, open_checkpoint, rounds_inputs

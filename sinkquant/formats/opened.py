@@ -88,10 +88,3 @@ def plain(module: torch.nn.Linear | torch.nn.Embedding, name: str, inputs: Input
         module._buffers.pop(leftover, None)
     for attribute in ("quantization_scheme", "quantization_status", "forward"):
         module.__dict__.pop(attribute, None)
-
-
-def require_complete(path: Path, info: dict[str, Any]) -> None:
-    """Raises RequestError if `from_pretrained` reports tensors that a folder lacks."""
-    if info.get("missing_keys"):
-        raise RequestError(f"{path} lacks the tensor {sorted(info['missing_keys'])[0]}; "
-                           "its weights do not belong to its config.json.")

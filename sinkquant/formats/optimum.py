@@ -8,8 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sinkquant.errors import RequestError
-from sinkquant.formats.opened import require_complete
-from sinkquant.models.loading import class_for, loading_errors
+from sinkquant.models.loading import class_for, loading_errors, require_complete
 from sinkquant.models.progress import no_progress_bars
 from sinkquant.quantize import UNPACKED
 from sinkquant.schemes.packages import installed

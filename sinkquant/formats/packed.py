@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 
 from sinkquant.errors import RequestError
-from sinkquant.formats.opened import InputRounding, check_readable, plain, read_json, require_complete
+from sinkquant.formats.opened import InputRounding, check_readable, plain, read_json
 from sinkquant.formats.optimum import load_by_optimum
 from sinkquant.formats.own import SinkquantQuantizer
 from sinkquant.formats.split import split_config
@@ -34,7 +34,7 @@ from sinkquant.inference import (
 from sinkquant.models import cast_experts, check_finite
 from sinkquant.models.experts import expert_linears, fused_parameters
 from sinkquant.models.inputs import round_inputs
-from sinkquant.models.loading import auto_class, loading_errors
+from sinkquant.models.loading import auto_class, loading_errors, require_complete
 from sinkquant.models.memory import give_back, map_large
 from sinkquant.models.progress import no_progress_bars
 from sinkquant.quantize import UNPACKED, PackedWeight

@@ -14,10 +14,9 @@ import torch
 
 from sinkquant.artifacts.base import write_atomically
 from sinkquant.errors import SinkquantError
+from sinkquant.models.folder import INDEX, SINGLE
 from sinkquant.models.shards import StoredTensor
 from sinkquant.schemes.tensors import Tensor, checkpoint_files, file_header, tensor_bytes, total_bytes
-
-INDEX = "model.safetensors.index.json"
 
 
 class CheckpointWriter:
@@ -31,7 +30,7 @@ class CheckpointWriter:
         self.tensors = tensors
         self.places: dict[str, tuple[Path, int]] = {}
         files = checkpoint_files(tensors)
-        names = ["model.safetensors"] if len(files) == 1 else [
+        names = [SINGLE] if len(files) == 1 else [
             f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
         self.paths = [folder / name for name in names]
         for path, file in zip(self.paths, files, strict=True):

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from sinkquant.errors import RequestError
-from sinkquant.models.folder import INDEX, SINGLE, read_settings, weight_files
+from sinkquant.models.folder import INDEX, SINGLE, name_of, quantization_of, read_settings, weight_files
 from sinkquant.models.gguf import SOURCE_FOLDER
 from sinkquant.models.headers import read_header
 from sinkquant.models.kept import kept, require_room
@@ -50,7 +50,7 @@ def dequantized(folder: Path) -> Path:
                  for one in stored_tensors(folder).values()]
         require_room(sum(sizes) * dtype.itemsize, aside, f"dequantizing {folder}")
         kinds = _write(folder, aside, dtype, settings)
-        return {"file": folder.resolve().name, "types": kinds, "dtype": str(dtype).removeprefix("torch.")}
+        return {"file": name_of(folder), "types": kinds, "dtype": str(dtype).removeprefix("torch.")}
 
     return kept("dequantized", model_key(folder), SOURCE_FOLDER, weight_files(folder)[0].stat().st_mtime_ns, make,
                 f"keep what {folder} is dequantized to")
@@ -59,7 +59,7 @@ def dequantized(folder: Path) -> Path:
 def _write(folder: Path, target: Path, dtype: torch.dtype, settings: Mapping[str, Any]) -> dict[str, int]:
     """Every shard becomes one of dense weights. Returns how many tensors of each kind there were."""
     stored = stored_tensors(folder)
-    block = settings["quantization_config"].get("weight_block_size")
+    block = quantization_of(settings).get("weight_block_size")
     spent = {name for name in stored if name.endswith(OF_INPUTS)}
     scales: dict[str, str] = {}
     for name, tensor in stored.items():
@@ -94,6 +94,8 @@ def _write(folder: Path, target: Path, dtype: torch.dtype, settings: Mapping[str
         index = {"metadata": {}, "weight_map": dict(sorted(placed.items()))}
         (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     given = dict(settings) | {"dtype": str(dtype).removeprefix("torch.")}
+    if isinstance(given.get("text_config"), dict):
+        given["text_config"] = {key: one for key, one in given["text_config"].items() if key != "quantization_config"}
     for key in ("quantization_config", "transformers_weights"):
         given.pop(key, None)
     copy_files(folder, target)
@@ -104,11 +106,16 @@ def _write(folder: Path, target: Path, dtype: torch.dtype, settings: Mapping[str
 def from_fp8(name: str, codes: torch.Tensor, scale: torch.Tensor, block: list[int] | None,
              dtype: torch.dtype) -> torch.Tensor:
     """codes: float8 [..., rows, columns]. scale: of blocks [..., rows / b, columns / b] rounded up, of channels
-    [rows] or [rows, 1], or of the whole tensor, one value.
+    [rows] or [rows, 1], or of the whole tensor, one value; those of stacked experts one after the other.
 
     Raises:
         RequestError: the scale fits none of these.
     """
+    if codes.dim() == 3 and (scale.numel() == 1 or len(scale) == len(codes)):
+        dense = torch.empty(codes.shape, dtype=dtype)
+        for index, expert in enumerate(codes):  # one of them is in float32 at a time
+            dense[index] = from_fp8(name, expert, scale if scale.numel() == 1 else scale[index], block, dtype)
+        return dense
     scale, values = scale.float(), codes.float()
     if scale.numel() == 1:
         return (values * scale.reshape(())).to(dtype)
@@ -157,4 +164,4 @@ def model_key(folder: Path) -> str:
     """A name for what is made of a folder, which changes with its files."""
     files = [folder / "config.json", *weight_files(folder)]
     given = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    return f"{folder.resolve().name}-{hashlib.sha256(json.dumps(given).encode()).hexdigest()[:16]}"
+    return f"{name_of(folder)}-{hashlib.sha256(json.dumps(given).encode()).hexdigest()[:16]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ DEQUANTIZED = ("fp8", "mxfp4")
 NOT_READ = ["*.bin", "*.pth", "*.gguf", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.ot", "*.tflite", "original/*",
             "consolidated*"]
 """Other libraries' copies of a hub model's weights, which are not downloaded."""
+DERIVED = ("quantization_config", "torch_dtype", "dtype", "transformers_version", "architectures", "_name_or_path",
+           "transformers_weights")
+"""Keys of config.json that are a checkpoint's own."""
 RUN_MODEL = "model"
 """The checkpoint's folder inside a run's folder."""
 
@@ -38,9 +42,18 @@ def inside_run(name: str | os.PathLike[str]) -> str:
     return str(one.parent) if one.is_file() and not (path / "config.json").is_file() else name.rstrip("/") or name
 
 
-def resolve(model: str) -> Path:
+def name_of(folder: Path) -> str:
+    """What a folder is called: of a snapshot in the hub's cache, whose own name is a commit, the repository."""
+    folder = folder.resolve()
+    return folder.parents[1].name.rpartition("--")[2] if folder.parent.name == "snapshots" else folder.name
+
+
+def resolve(model: str, revision: str | None = None) -> Path:
     """The local folder of a model: "demo", a folder, a GGUF file or a folder with one, or a hub id (the hub's offline
     cache is respected). What was published in FP8 or MXFP4 is dequantized first, and an adapter merged.
+
+    Args:
+        revision: of a hub model; None for its main one.
 
     Raises:
         RequestError: there is no such folder or hub model, or the folder is not a complete safetensors checkpoint.
@@ -53,26 +66,44 @@ def resolve(model: str) -> Path:
     elif Path(model).is_file() and model.endswith(SUFFIX):
         ours = Path(model).name == FILE and is_gguf_checkpoint(Path(model).parent)
         folder = Path(model).parent if ours else unpacked(Path(model))
-    elif Path(model).exists() or not HUB_ID.fullmatch(model) or model.startswith("."):
+    elif not on_hub(model):
         raise RequestError(f"{model!r} is not a model folder, a GGUF file, a hub id (owner/name) or 'demo'.")
     else:
-        try:
-            folder = Path(snapshot_download(model, ignore_patterns=NOT_READ))
-            if (folder / OURS).is_file():  # its weights may be in a GGUF file
-                snapshot_download(model, revision=folder.name, allow_patterns=FILE)
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise RequestError(f"{model!r} is no local folder, and the hub did not give it: "
-                               f"{first_line(error)}.") from error
+        folder = downloaded(model, revision)
+        if (folder / OURS).is_file():  # its weights may be in a GGUF file
+            downloaded(model, folder.name, FILE)
     if (folder / ADAPTER).is_file():
-        from sinkquant.models.adapters import base_named, merged  # brings torch along
+        from sinkquant.models.adapters import base_of, merged  # brings torch along
 
-        return merged(folder, folder if _has_weights(folder) else resolve(base_named(folder)))
+        return merged(folder, folder if _has_weights(folder) else base_of(folder))
     check_folder(folder)
-    if _method(folder) in DEQUANTIZED:
+    if method_of(folder) in DEQUANTIZED:
         from sinkquant.models.dequantized import dequantized  # brings torch along
 
         return dequantized(folder)
     return folder
+
+
+def on_hub(model: str) -> bool:
+    """Whether a name is that of a hub model, and of nothing here."""
+    return HUB_ID.fullmatch(model) is not None and not model.startswith(".") and not Path(model).exists()
+
+
+def downloaded(model: str, revision: str | None, only: str | None = None) -> Path:
+    """The snapshot of a hub model, with all files that are read there.
+
+    Args:
+        only: the one file that is asked for.
+
+    Raises:
+        RequestError: the hub did not give it.
+    """
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=only,
+                                      ignore_patterns=NOT_READ if only is None else None))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise RequestError(f"{model!r} is no local folder, and the hub did not give it: "
+                           f"{first_line(error)}.") from error
 
 
 def _has_weights(folder: Path) -> bool:
@@ -81,10 +112,16 @@ def _has_weights(folder: Path) -> bool:
     return bool(others) and (folder / "config.json").is_file()
 
 
-def _method(folder: Path) -> str | None:
+def method_of(folder: Path) -> str | None:
     """How config.json says that the weights are quantized."""
-    settings = read_settings(folder).get("quantization_config")
+    settings = quantization_of(read_settings(folder))
     return str(settings.get("quant_method")) if isinstance(settings, dict) else None
+
+
+def quantization_of(settings: Mapping[str, Any]) -> Any:
+    """`quantization_config` of a config.json: the model's own or, as transformers reads it, that of its text part."""
+    text = settings.get("text_config")
+    return settings.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
 
 
 def require_baseline(folder: Path) -> None:
@@ -93,7 +130,7 @@ def require_baseline(folder: Path) -> None:
     Raises:
         RequestError: config.json says so.
     """
-    if (method := _method(folder)) is not None:
+    if (method := method_of(folder)) is not None:
         raise RequestError(f"{folder} is quantized ({method}), and a baseline is the unquantized model; name that one.")
 
 
@@ -101,14 +138,21 @@ def check_folder(folder: Path) -> None:
     """Refuse a folder that transformers could not load completely.
 
     Raises:
-        RequestError: no config.json, no safetensors, or a shard that is missing or shorter than its header says.
+        RequestError: no config.json, no safetensors, or a shard that is missing or shorter than its header says; or its
+            weights are quantized in a way that config.json does not say where it is looked for.
     """
-    read_settings(folder)
+    settings, method = read_settings(folder), method_of(folder)
+    if method not in (None, *DEQUANTIZED) and not settings.get("quantization_config"):
+        raise RequestError(f"{folder} is quantized ({method}, which its text_config says); start from the unquantized "
+                           "model.")
     if is_gguf_checkpoint(folder):
         read_index(folder / FILE)
         return
     for shard in weight_files(folder):
-        read_header(shard)
+        codes = next((name for name, entry in read_header(shard).items() if entry.dtype.startswith("float8")), None)
+        if method is None and codes is not None:
+            raise RequestError(f"{shard} holds {codes} in FP8, and config.json has no quantization_config that says "
+                               "how it is scaled; start from the unquantized model.")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -149,13 +193,28 @@ def weight_files(folder: Path) -> list[Path]:
     raise RequestError(f"{folder} has no safetensors weights{_instead(folder)}.")
 
 
+def with_lost_keys(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that transformers wrote, with the keys of the config.json that it read which it does not know."""
+    merged = dict(config)
+    for key, value in given.items():
+        kept = merged.get(key)
+        if key in DERIVED:
+            continue
+        if key not in merged:
+            merged[key] = value
+        elif isinstance(kept, dict) and isinstance(value, dict) and key.endswith("_config"):
+            merged[key] = with_lost_keys(kept, value)
+    return merged
+
+
 def _named(folder: Path) -> str | None:
     """The weight file that config.json names itself (`transformers_weights`)."""
     path = folder / "config.json"
     named = read_settings(folder).get("transformers_weights") if path.is_file() else None
     if named is None:
         return None
-    inside = isinstance(named, str) and (folder / named).resolve().is_relative_to(folder.resolve())
+    # By its name, as transformers has it: the files of a hub snapshot are links out of it.
+    inside = isinstance(named, str) and Path(os.path.abspath(folder / named)).is_relative_to(os.path.abspath(folder))
     if not inside or not named.endswith((".safetensors", ".safetensors.index.json")) or not (folder / named).is_file():
         raise RequestError(f"{path} names {named!r} as the weights, which is no safetensors file of this folder.")
     return str(named)

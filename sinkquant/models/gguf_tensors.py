@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
+from sinkquant.models.gguf import PLAIN
 from sinkquant.models.gguf_index import FILE, read_index
 from sinkquant.models.stored import StoredTensor
 from sinkquant.schemes.gguf.layout import KINDS
 from sinkquant.schemes.gguf.metadata import family_of, read_json
 from sinkquant.schemes.gguf.names import Family, is_gain, model_name
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {name: getattr(torch, kind) for name, kind in PLAIN.items()}
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,8 @@ def keep_head(model: PreTrainedModel, config: PreTrainedConfig) -> None:
 def untie(config: PreTrainedConfig) -> None:
     """Say in a configuration that head and token embedding are two parameters."""
     for one in {id(one): one for one in (config, config.get_text_config(decoder=True))}.values():
-        one.tie_word_embeddings = False
+        if getattr(one, "tie_word_embeddings", False):
+            one.tie_word_embeddings = False
 
 
 def runs_of_positions(vocabulary: int, positions: int) -> list[slice]:

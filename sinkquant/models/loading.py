@@ -74,11 +74,16 @@ def load_model(folder: Path, dtype: torch.dtype | str = "auto", device: str = "c
         model, info = auto_class(config).from_pretrained(
             folder, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code,
             **(placement or {}))
+    require_complete(folder, info)
+    check_finite(model)
+    return (model if placement else model.to(device)).eval()
+
+
+def require_complete(folder: Path, info: Mapping[str, Any]) -> None:
+    """Refuse a folder of which `from_pretrained` reports that it lacks tensors."""
     if info.get("missing_keys"):
         raise RequestError(f"{folder} lacks the tensor {sorted(info['missing_keys'])[0]}; "
                            "the checkpoint does not belong to its config.json.")
-    check_finite(model)
-    return (model if placement else model.to(device)).eval()
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:

@@ -67,8 +67,10 @@ def open_model(folder: Path, trust_remote_code: bool = False, dtype: torch.dtype
     """
     config = read_config(folder, trust_remote_code)
     stored = stored_tensors(folder)
+    in_order = sorted(stored.items(), key=lambda one: (one[1].path, one[0]))  # the first decides, as in transformers
     dtype = dtype or getattr(config, "dtype", None) or next(
-        (tensor.dtype for tensor in stored.values() if tensor.dtype.is_floating_point), torch.float32)
+        (tensor.dtype for _, tensor in in_order if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1),
+        torch.float32)
     with loading_errors(folder), uncollected(), init_empty_weights(include_buffers=False), no_init_weights():
         model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()

@@ -28,6 +28,18 @@ def leading(ids: Sequence[int], bos: int | None) -> int:
     return next((place for place, token in enumerate(ids) if bos is None or token != bos), len(ids))
 
 
+def left_out(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What the tokenizer puts in front of a plain text beside `<bos>`, such as GLM-4's `[gMASK]<sop>`, which rows do
+    not begin with, as a sentence; None where there is nothing."""
+    ids, text = list(tokenizer("a")["input_ids"]), encode(tokenizer, "a")
+    before = next((ids[:start] for start in range(len(ids)) if ids[start:start + len(text)] == text), [])
+    others = [token for token in before if token != tokenizer.bos_token_id]
+    if not others:
+        return None
+    return (f"the tokenizer puts {tokenizer.decode(others)} in front of a text, as serving does; rows of detection, "
+            "calibration and evaluation begin without it")
+
+
 def is_delimiter(text: str) -> bool:
     """Whether a token holds no letter and no digit, nor a part of one, which decodes to the replacement character."""
     return not any(character.isalnum() or character == "\ufffd" for character in text)

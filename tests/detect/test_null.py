@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from detect_helpers import small_recipe, write_text
 from families import FAMILIES, tiny_model
-from tiny_tokenizer import tiny_tokenizer
+from tiny_tokenizer import tiny_tokenizer, with_mask_in_front
 
 from sinkquant.artifacts import SinkMap
 from sinkquant.detect import detect
@@ -44,6 +44,12 @@ def test_a_random_gpt_oss_without_learned_sinks(tmp_path: Path) -> None:
 def test_a_random_model_on_the_packaged_prose() -> None:
     tokenizer = load_tokenizer(demo_model())
     check_null(detect(tiny_model("llama", 3, vocab_size=len(tokenizer)), tokenizer, None, small_recipe()))
+
+
+def test_what_the_tokenizer_puts_in_front_of_rows_beside_bos_is_noted(tmp_path: Path) -> None:
+    found = detect(tiny_model("llama"), with_mask_in_front(), write_text(tmp_path), small_recipe())
+    assert found.notes[0].startswith("the tokenizer puts <pad> </s> in front of a text")
+    assert not found.tokenization.rows_start_with_bos
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])

@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 from families import tiny_model
 from planter import Plant, plant
-from tiny_tokenizer import tiny_tokenizer
+from tiny_tokenizer import tiny_tokenizer, with_mask_in_front
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sinkquant.doctor import Audit, examine
@@ -48,6 +48,12 @@ def test_bos_in_every_path(tiny: PreTrainedModel, text_file: Path, added: Litera
     assert found.tokenization["evaluation"] == f"<bos> in front of every window: {rows}"
     assert found.tokenization["serving (plain text)"] == f"<bos> in front: {added}"
     assert any("two <bos> in front of plain text" in warning for warning in found.warnings) == (added == "twice")
+
+
+def test_other_tokens_that_a_tokenizer_puts_in_front_are_named(tiny: PreTrainedModel, text_file: Path) -> None:
+    (warning,) = examine(tiny, with_mask_in_front(), str(text_file)).warnings
+    assert warning.startswith("the tokenizer puts <pad> </s> in front of a text, as serving does; rows of detection")
+    assert warning.endswith("begin without it.")
 
 
 @pytest.mark.parametrize(("added", "template", "direct", "again"), [

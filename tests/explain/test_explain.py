@@ -21,7 +21,7 @@ from sinkquant.errors import RequestError
 from sinkquant.explain.parts import different_parts, first_block, put_back
 from sinkquant.explain.probe import Probe
 from sinkquant.explain.remedies import appended, remedy
-from sinkquant.explain.settings import finite_cause
+from sinkquant.explain.settings import changes, finite_cause
 from sinkquant.explain.stream import from_block, recorded
 from sinkquant.explain.verify import verified
 from sinkquant.models import load_model, read_text, token_rows
@@ -153,6 +153,12 @@ def test_a_value_of_the_configuration_is_named(tiny_folder, text_file, tmp_path)
     assert {one.where for one in found.causes} == {"config.json: rms_norm_eps", "config.json: rope_parameters"}
     assert found.causes[0].where == "config.json: rms_norm_eps"
     assert found.causes[0].removes > 0.5 > found.causes[1].removes
+
+
+def test_what_a_folder_calls_its_weights_is_no_value_of_the_model() -> None:
+    named = tiny_model("llama").config
+    named.transformers_weights = "mine.safetensors"
+    assert changes(named, tiny_model("llama").config) == []
 
 
 def test_numbers_of_heads_are_put_right_together(tiny_folder, text_file, tmp_path):

@@ -98,6 +98,18 @@ def test_the_name_that_the_source_gives_its_weights_is_not(source: Path, tmp_pat
     load(out)
 
 
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_head_of_its_own_is_said_to_be_one_and_null_is_no_quantization(
+        source: Path, tmp_path: Path, in_memory: bool) -> None:
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True, "quantization_config": None}))
+    model = load_model(source) if in_memory else None
+    out = quantized_to(source, tmp_path / "out", model, ["weights.ignore=['*']", "kv_cache.key_bits=4"])
+    written = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert written["tie_word_embeddings"] is False
+    assert "quantization_config" not in written
+
+
 def test_an_output_inside_the_source_is_not_taken_along(source: Path) -> None:
     inside = source / "runs" / "one"
     inside.mkdir()

@@ -8,16 +8,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+import huggingface_hub.constants
 import pytest
 import torch
 from gguf_files import write_gguf
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from small_runs import fingerprint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.models import adapters, open_model, resolve
 from sinkquant.models.decoder import Decoder
+from sinkquant.models.shards import stored_tensors
+from sinkquant.models.unused import unused_of
 
 if TYPE_CHECKING:  # it takes seconds to import, which only who runs these tests has to spend
     import peft
@@ -114,6 +118,42 @@ def test_an_adapter_beside_its_base_is_merged_into_what_lies_there(base: Path, t
     assert not (folder / "adapter_config.json").exists()
 
 
+def test_what_transformers_does_not_compute_with_stays_beside_what_is_merged(base: Path, tmp_path: Path) -> None:
+    expected = adapter(base, tmp_path / "lora")
+    tensors = load_file(base / "model.safetensors")
+    save_file(tensors | {"mtp.proj.weight": torch.ones(3, 5)}, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    folder = resolve(str(tmp_path / "lora"))
+    assert is_merged(folder, expected)
+    assert list(unused_of(open_model(folder)).carried) == ["mtp.proj.weight"]
+    assert torch.equal(stored_tensors(folder)["mtp.proj.weight"][...], torch.ones(3, 5))
+    assert json.loads((folder / "config.json").read_text())["num_nextn_predict_layers"] == 1
+
+
+def test_a_base_on_the_hub_is_of_the_revision_that_the_adapter_names_and_refused_by_its_configuration(
+        base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    expected, repository = adapter(base, tmp_path / "lora"), tmp_path / "hub/models--owner--tiny"
+    settings = json.loads((tmp_path / "lora/adapter_config.json").read_text())
+    (tmp_path / "lora/adapter_config.json").write_text(
+        json.dumps(settings | {"base_model_name_or_path": "owner/tiny", "revision": "v2"}))
+    config = json.loads((base / "config.json").read_text())
+    for name, commit in (("main", "0" * 40), ("v2", "1" * 40)):
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / name).write_text(commit)
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "snapshots" / commit / "config.json").write_text(
+            json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}}))
+    with pytest.raises(RequestError, match="is an adapter of owner/tiny, whose weights are quantized; name the unquan"):
+        resolve(str(tmp_path / "lora"))  # the hub has its weights as well
+    shutil.copytree(base, repository / "snapshots" / ("1" * 40), dirs_exist_ok=True)
+    folder = resolve(str(tmp_path / "lora"))
+    assert is_merged(folder, expected)
+    assert Decoder.of(open_model(folder)).shape("").notes == ["the adapter lora is merged into the weights of tiny"]
+
+
 def test_what_cannot_be_merged_is_refused_in_a_sentence(base: Path, tmp_path: Path,
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     import peft
@@ -136,6 +176,11 @@ def test_what_cannot_be_merged_is_refused_in_a_sentence(base: Path, tmp_path: Pa
     adapter(base, tmp_path / "prompt", peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
     with pytest.raises(RequestError, match="of the kind PROMPT_TUNING, which is no change of weights"):
         resolve(str(tmp_path / "prompt"))
+    shutil.copy(base / "config.json", tmp_path / "lora")
+    shard = tmp_path / "lora/model.safetensors"
+    shard.write_bytes((base / "model.safetensors").read_bytes()[:-8])
+    refused(r"model\.safetensors is truncated")
+    shard.unlink()
     (tmp_path / "lora/adapter_model.safetensors").unlink()
-    refused("has adapter_config.json, but no adapter_model.safetensors")
+    refused("has adapter_config.json, but no adapter_model.safetensors", base_model_name_or_path="no/such-model")
     assert not [path for path in (tmp_path / "assets").rglob("*.safetensors") if "lora" in str(path)]

@@ -16,7 +16,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 import sinkquant as sq
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, open_model, resolve
-from sinkquant.models.dequantized import from_mxfp4
+from sinkquant.models.dequantized import from_fp8, from_mxfp4
 
 BLOCK = 48
 """Divides neither 64 nor 128: the last block of a row is smaller."""
@@ -66,6 +66,27 @@ def test_fp8_is_read_as_what_it_stands_for(strategy: str, tmp_path: Path) -> Non
     assert any("FP8" in note for note in Decoder.of(open_model(place)).shape("x").notes)
 
 
+def test_fp8_is_read_with_what_says_how_or_refused(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model", dtype=torch.bfloat16)
+    expected = in_fp8(folder, "block")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = config.pop("quantization_config")
+
+    def inside(**changes: object) -> Path:
+        (folder / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+        return resolve(str(folder))
+
+    place = inside(text_config={"quantization_config": settings})
+    found = load_file(place / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert json.loads((place / "config.json").read_text(encoding="utf-8"))["text_config"] == {}
+    for changes in ({}, {"quantization_config": None}):
+        with pytest.raises(RequestError, match=r"_proj\.weight in FP8, and config\.json has no quantization_config"):
+            inside(**changes)
+    with pytest.raises(RequestError, match=r"is quantized \(compressed-tensors, which its text_config says\)"):
+        inside(text_config={"quantization_config": {"quant_method": "compressed-tensors"}})
+
+
 def test_a_run_from_fp8_says_so_and_carries_no_trace_of_it(tmp_path: Path, text_file: Path) -> None:
     folder = model_folder(tmp_path / "model", dtype=torch.bfloat16)
     in_fp8(folder, "block")
@@ -89,6 +110,18 @@ def test_a_scale_that_is_missing_or_does_not_fit_is_named(change, message: str, 
     with pytest.raises(RequestError, match=message):
         resolve(str(folder))
     assert list(assets.iterdir()) == []
+
+
+def test_stacked_experts_in_fp8_are_what_each_of_them_is() -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randn(3, 5, 8, generator=generator).to(torch.float8_e4m3fn)
+    for size, block in (((3, 2, 2), [4, 4]), ((3, 5), None), ((3, 5, 1), None), ((3, 1, 1), None), ((), None)):
+        scale = torch.rand(size, generator=generator)
+        found = from_fp8("experts", codes, scale, block, torch.bfloat16)
+        alone = [from_fp8("x", one, scale[i] if size else scale, block, torch.bfloat16) for i, one in enumerate(codes)]
+        assert torch.equal(found, torch.stack(alone))
+    with pytest.raises(RequestError, match=r"the scale of experts is \[2, 2, 2\], which fits no block"):
+        from_fp8("experts", codes, torch.ones(2, 2, 2), [4, 4], torch.bfloat16)
 
 
 def test_mxfp4_experts_are_those_that_transformers_computes_with(tmp_path: Path) -> None:

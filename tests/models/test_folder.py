@@ -66,6 +66,10 @@ def test_a_hub_snapshot_of_links_is_read(folder: Path, tiny: PreTrainedModel, tm
         path.rename(tmp_path / "blobs" / path.name)
         path.symlink_to(Path("..") / "blobs" / path.name)
     assert torch.equal(what_is_read(folder), tiny.get_parameter(NAME))
+    (folder / "model.safetensors").rename(folder / "mine.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "mine.safetensors"}))
+    assert torch.equal(what_is_read(folder), tiny.get_parameter(NAME))
 
 
 @pytest.mark.parametrize(("name", "said"), [

@@ -96,7 +96,7 @@ def test_a_hub_id_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) ->
 def test_copies_of_other_libraries_are_not_downloaded(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {}
     monkeypatch.setattr("sinkquant.models.folder.snapshot_download",
-                        lambda _, ignore_patterns: asked.update(ignored=ignore_patterns) or str(tiny_folder))
+                        lambda _, ignore_patterns, **__: asked.update(ignored=ignore_patterns) or str(tiny_folder))
     resolve("owner/name")
     files = ["model.safetensors", "tokenizer.model", "onnx/model.onnx", "onnx/model.onnx_data", "tf_model.h5",
              "flax_model.msgpack", "rust_model.ot", "consolidated.safetensors", "consolidated-00001.pth"]
@@ -113,7 +113,7 @@ def test_the_gguf_file_of_a_checkpoint_of_ours_is(tiny_folder: Path, tmp_path: P
                         lambda _, **given: asked.append(given) or str(folder))
     with pytest.raises(RequestError, match="no GGUF file of sinkquant's"):  # it was looked at
         resolve("owner/name")
-    assert asked[1] == {"revision": "commit", "allow_patterns": "model.gguf"}
+    assert asked[1] == {"revision": "commit", "allow_patterns": "model.gguf", "ignore_patterns": None}
 
 
 @pytest.mark.parametrize("name", ["tiktoken.model", "qwen.tiktoken"])

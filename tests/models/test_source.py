@@ -106,6 +106,16 @@ def test_a_head_that_the_checkpoint_holds_beside_a_tied_embedding(tmp_path: Path
             assert torch.equal(model.lm_head.weight, head)
 
 
+def test_a_dtype_that_the_configuration_does_not_name_is_the_one_of_transformers(tmp_path: Path) -> None:
+    folder = on_disk(tiny_model("llama", dtype=torch.bfloat16), tmp_path)
+    tensors = load_file(folder / "model.safetensors")  # wide tensors lie first in the file
+    save_file({name: one.float() if "norm" in name else one for name, one in tensors.items()},
+              folder / "model.safetensors", {"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({key: one for key, one in settings.items() if key != "dtype"}))
+    assert open_model(folder).dtype == load_model(folder).dtype == torch.bfloat16
+
+
 def test_broken_checkpoints_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "broken"))
     tensors = load_file(folder / "model.safetensors")
