@@ -106,6 +106,18 @@ def test_a_head_that_the_checkpoint_holds_beside_a_tied_embedding(tmp_path: Path
             assert torch.equal(model.lm_head.weight, head)
 
 
+def test_a_tied_embedding_is_read_from_the_head_that_the_checkpoint_holds_alone(tmp_path: Path) -> None:
+    """What safetensors' save_model keeps of the two."""
+    folder = on_disk(tiny_model("llama", tie_word_embeddings=True), tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    embedding = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors | {"lm_head.weight": embedding}, folder / "model.safetensors", {"format": "pt"})
+    decoder = Decoder.of(open_model(folder))
+    assert decoder.model.lm_head.weight is decoder.model.model.embed_tokens.weight
+    with decoder.present([decoder.model.model.embed_tokens]):
+        assert torch.equal(decoder.model.model.embed_tokens.weight, embedding)
+
+
 def test_broken_checkpoints_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "broken"))
     tensors = load_file(folder / "model.safetensors")
