@@ -284,6 +284,8 @@ def test_the_command_on_a_gguf_file(tiny_folder, text_file, tmp_path):
     found = json.loads(call(*arguments, "--json").out)
     assert found["schema"] == "sinkquant/explanation@1"
     assert found["modules"]
+    found = explained(tiny_folder, path, text_file)
+    assert "tiny.gguf, where they were quantized before (Q4_0)" in found.notes[0]
 
 
 def test_another_model_is_refused(tiny_folder, text_file, tmp_path):
