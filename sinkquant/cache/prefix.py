@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from sinkquant.cache.ordered import load_ordered, save_ordered
 from sinkquant.errors import RequestError
 from sinkquant.models import AttentionRecord, Walk, vocabulary_of
-from sinkquant.models.blocks import kv_layers
+from sinkquant.models.blocks import kv_layers, layer_config
 
 SCHEMA = "sinkquant/kvprefix@1"
 SMALLEST = 2.0 ** -14
@@ -94,8 +94,8 @@ class _States:
 def fingerprint(model: PreTrainedModel, ids: list[int]) -> str:
     """A hash of the architecture and of the embeddings of these tokens, which quantization leaves alone."""
     config = model.config.get_text_config(decoder=True)
-    facts = [type(model).__name__, config.num_hidden_layers, config.hidden_size, config.num_attention_heads,
-             getattr(config, "rope_parameters", None)]
+    facts = [type(model).__name__, config.num_hidden_layers, config.hidden_size,
+             layer_config(config, 0).num_attention_heads, getattr(config, "rope_parameters", None)]
     rows = model.get_input_embeddings().weight[torch.tensor(ids)].detach().to("cpu", torch.bfloat16)
     rows[rows.abs() < SMALLEST] = 0
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())  # config.json is written sorted

@@ -55,6 +55,8 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A run's folder or a ch
         return
     if not printed(made, json, output):
         show_report(made)
+        for note in made.notes:
+            paragraph(f"Note: {note}.")
     if made.verdict.gate == "failed":
         raise typer.Exit(3)
 

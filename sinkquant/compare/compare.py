@@ -34,6 +34,7 @@ from sinkquant.models import load_model, load_tokenizer, max_length, pick_device
 from sinkquant.models.blocks import same_heads
 from sinkquant.models.corpus import in_words
 from sinkquant.models.folder import require_baseline
+from sinkquant.models.gguf import source_notes
 from sinkquant.models.loading import read_config
 from sinkquant.models.steps import Progress, Steps
 from sinkquant.recipe import Recipe
@@ -99,7 +100,8 @@ def compare(checkpoints: Sequence[str], baseline: str, *, text: str | list[str] 
         "rows": len(rows), "length": rows.shape[1],
         "tokens": rows.numel(), "dtype": recipe.compute.dtype, "seed": recipe.seed}
     return Comparison(model=baseline, rows=[front, *with_front(found), *floor], pairs=pairs,
-                      warnings=[*unknown, *warnings(found, floor, pairs)], facts=facts, versions=versions())
+                      warnings=[*source_notes(base.folder), *unknown, *warnings(found, floor, pairs)], facts=facts,
+                      versions=versions())
 
 
 class _Measured:

@@ -15,7 +15,7 @@ from sinkquant.artifacts.explanation import Cause
 from sinkquant.explain.parts import Part, first_block, put_back
 from sinkquant.explain.patterns import Evidence, findings
 from sinkquant.explain.remedies import remedy
-from sinkquant.models import as_stored
+from sinkquant.models import Decoder, as_stored
 from sinkquant.models.smaller import HeadCounts
 from sinkquant.recipe import Recipe
 
@@ -61,7 +61,8 @@ def cause_in(parts: list[Part], shares: Mapping[str, torch.Tensor], whole: tuple
             if removes > 0 and removes >= MOST * whole[1]:
                 return Cause(kind=finding.kind, where=name, kl_after=after, removes=removes,
                              sentence=f"In {name}, {finding.what}: {finding.done} removes {percent(removes)} of the "
-                                      "loss.", **remedy(finding.kind, name, measuring.recipe))
+                                      "loss.", **remedy(finding.kind, name, measuring.recipe,
+                                                        Decoder.of(model).experts))
     return _whole(name, parts, whole, model, measuring.recipe)
 
 

@@ -38,6 +38,7 @@ from sinkquant.models.blocks import same_heads
 from sinkquant.models.corpus import in_words
 from sinkquant.models.decoder import max_length
 from sinkquant.models.folder import require_baseline
+from sinkquant.models.gguf import source_notes
 from sinkquant.models.inputs import inputs_left_alone, switch_of
 from sinkquant.models.loading import has_tokenizer, read_config
 from sinkquant.models.steps import Progress, Steps
@@ -81,7 +82,7 @@ def explain(checkpoint: str, baseline: str, *, text: str | list[str] | None = No
     recipe = (recipe or Recipe()).changed(evaluate={} if text is None else {"text": text})
     (opened,), (base,) = open_checkpoints([checkpoint]), open_checkpoints([baseline])
     require_baseline(base.folder)
-    notes: list[str] = []
+    notes = source_notes(base.folder)
     asked = _recipe_of(opened, recipe, verify, notes)
     tokenizer = load_tokenizer(base.folder, trust_remote_code)
     mine = tokenizer

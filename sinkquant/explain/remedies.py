@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import yaml
@@ -11,6 +12,7 @@ import yaml
 from sinkquant.artifacts.kv import KV_BITS
 from sinkquant.errors import RequestError
 from sinkquant.policy.carried import scheme_for
+from sinkquant.policy.engines import ANY
 from sinkquant.policy.rules import matches
 from sinkquant.policy.split import check_split
 from sinkquant.recipe import KVCache, Recipe
@@ -30,14 +32,15 @@ ADVICE = {
 Changes = list[tuple[str, bool]]
 
 
-def remedy(kind: str, where: str, recipe: Recipe) -> dict[str, Any]:
+def remedy(kind: str, where: str, recipe: Recipe, experts: Iterable[str] = ()) -> dict[str, Any]:
     """`recipe` and `advice` of a cause: the assignments that change anything, lists with what the recipe has in them.
 
     Args:
-        where: module name, or a pattern of them. recipe: what the checkpoint was made with.
+        where: module name, or a pattern of them. recipe: what the checkpoint was made with. experts: names of the
+            model's packed experts.
     """
     where = re.sub(r"\.experts\.\w+$", ".experts.*", where)  # in a plan every expert has linears of its own
-    changed = [one for one, changes in _changes(where, recipe).get(kind, []) if changes]
+    changed = [one for one, changes in _changes(where, recipe, experts).get(kind, []) if changes]
     return {"recipe": appended(changed, recipe), "advice": ADVICE[kind]}
 
 
@@ -55,7 +58,7 @@ def appended(assignments: list[str], recipe: Recipe) -> list[str]:
     return found
 
 
-def _changes(where: str, recipe: Recipe) -> dict[str, Changes]:
+def _changes(where: str, recipe: Recipe, experts: Iterable[str]) -> dict[str, Changes]:
     """Kind -> assignments, each with whether it changes the recipe."""
     weights, protect, inputs, cache = recipe.weights, recipe.protect, recipe.activations, recipe.kv_cache or KVCache()
     bits = _bits(where, recipe)
@@ -67,7 +70,7 @@ def _changes(where: str, recipe: Recipe) -> dict[str, Changes]:
     split: Changes = [("protect.channels=split", protect.channels != "split"),
                       (f"protect.modules=[{where!r}]", not any(matches(one, where) for one in protect.modules))]
     module: Changes = [(f"weights.overrides=[{{pattern: {where!r}, bits: {more}}}]", bits < 16)]
-    split = split if _splits(recipe) else module
+    split = split if _splits(recipe, experts) else module
     packed = [("bits", cache.bits)] if cache.bits else [("key_bits", cache.key_bits), ("value_bits", cache.value_bits)]
     return {
         "super weight": split, "sink columns": split, "columns": [(f"weights.ignore=[{where!r}]", bits < 16)],
@@ -81,8 +84,11 @@ def _changes(where: str, recipe: Recipe) -> dict[str, Changes]:
     }
 
 
-def _splits(recipe: Recipe) -> bool:
-    """Whether the recipe takes `protect.channels: split`."""
+def _splits(recipe: Recipe, experts: Iterable[str]) -> bool:
+    """Whether the recipe takes `protect.channels: split`, and sinkquant's own format all else that it asks for."""
+    if (min(recipe.weights.lm_head, recipe.weights.embeddings) < 16 or recipe.kv_cache_scheme is not None
+            or recipe.engine != ANY or any(_bits(one, recipe) < 16 for one in experts)):
+        return False
     try:
         check_split(recipe.changed(protect={"channels": "split"}))
     except RequestError:

@@ -56,7 +56,7 @@ def load(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto", devi
     path = resolve(str(folder)).resolve()  # the model remembers it, wherever the process goes
     tokenizer = load_tokenizer(path, trust_remote_code)
     device = pick_device(device)
-    if placement is not None and not packed and "quantization_config" not in read_json(path / "config.json"):
+    if placement is not None and not packed and read_json(path / "config.json").get("quantization_config") is None:
         model = load_model(path, dtype, trust_remote_code=trust_remote_code, placement=placement.arguments())
         placement = None
     else:
@@ -96,7 +96,7 @@ def load_dense(path: Path, dtype: torch.dtype | str = "auto", device: str = "cpu
     config = read_json(path / "config.json")
     if is_library(path):
         return _load_backend(path, dtype, device, trust_remote_code)
-    if "quantization_config" not in config:
+    if config.get("quantization_config") is None:
         return load_model(path, dtype, device, trust_remote_code)
     check_readable(path, config["quantization_config"])
     method = config["quantization_config"]["quant_method"]

@@ -63,10 +63,8 @@ def layer_config(config: PreTrainedConfig, index: int) -> PreTrainedConfig:
 
 def heads_by_layer(config: PreTrainedConfig) -> list[tuple[int, int]]:
     """Query heads and key-value heads of every layer of a decoder; zeros where its configuration names none."""
-    layers = [layer_config(config, index) for index in range(config.num_hidden_layers)]
-    queries = [int(getattr(layer, "num_attention_heads", None) or 0) for layer in layers]
-    return [(heads, int(getattr(layer, "num_key_value_heads", None) or heads))
-            for heads, layer in zip(queries, layers, strict=True)]
+    return [(heads := int(getattr(layer, "num_attention_heads", None) or 0),
+             int(getattr(layer, "num_key_value_heads", None) or heads)) for layer in config.per_layer_config]
 
 
 def same_heads(one: PreTrainedConfig, other: PreTrainedConfig, kept: Sequence[int] | None = None) -> bool:

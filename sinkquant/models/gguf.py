@@ -42,7 +42,7 @@ def gguf_in(folder: Path) -> Path | None:
 
 def gguf_at(place: str) -> Path | None:
     """The GGUF file that a name means: itself one, or the folder of one; None where it is something else."""
-    if place.endswith(SUFFIX):
+    if place.endswith(SUFFIX) and Path(place).is_file():
         return Path(place)
     return gguf_in(Path(place)) if Path(place).is_dir() else None
 

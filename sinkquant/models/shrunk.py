@@ -3,7 +3,6 @@ layers."""
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -39,7 +38,7 @@ def shrunk(config: PreTrainedConfig, layers: Sequence[int], unit: int) -> PreTra
     Raises:
         Exception: whatever its class says of numbers that it does not take.
     """
-    settings = copy.deepcopy(config.to_dict())
+    settings = config.to_dict()
     text = config.get_text_config(decoder=True)
     inside = next((key for key, value in vars(config).items() if value is text), "")
     small = _smaller(settings, layers, unit, inside)

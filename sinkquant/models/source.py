@@ -152,6 +152,9 @@ class WeightSource:
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.aliases = {name: self.names[id(parameter)]
                         for name, parameter in model.named_parameters(remove_duplicate=False)}
+        for name, own in self.aliases.items():
+            if own not in self.keys and name in self.keys:  # safetensors' save_model keeps the first name of a tensor
+                self.tensors[own], self.keys[own] = self.tensors[self.keys[name][0]], [own]
         self.config = dataclasses.replace(self.config, device_map={"": "cpu"})
         self._fill({name for name, _ in model.named_buffers()} & set(self.keys))  # small, and they stay
 

@@ -12,6 +12,8 @@ from sinkquant.formats import read_checkpoint, versions
 from sinkquant.models import load_model, load_tokenizer, pick_device, resolve
 from sinkquant.models.blocks import same_heads
 from sinkquant.models.folder import require_baseline
+from sinkquant.models.gguf import source_notes
+from sinkquant.models.gguf_index import FILE, is_gguf_checkpoint
 from sinkquant.models.loading import read_config
 from sinkquant.models.steps import Progress
 from sinkquant.policy.expected import with_expected_loss
@@ -48,9 +50,11 @@ def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
     whole = SinkMap.load(folder / WHOLE_MAP) if (folder / WHOLE_MAP).is_file() else None
     maps: dict[str, SinkMap] = {}
     candidates, original, plans, kept = [], whole, [], None
+    notes: list[str] = []
     if baseline is not None:
         source = resolve(baseline)
         require_baseline(source)
+        notes = source_notes(source)
         candidates.append(Candidate(BASELINE, baseline, lambda: load_model(source, dtype, device, trust_remote_code),
                                     *stored_size(baseline, source, trust_remote_code)))
     for name, path in places.items():
@@ -82,7 +86,7 @@ def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
     report = evaluate(candidates, tokenizer, recipe, model=baseline or str(folder),
                       fidelity=fidelity(maps) if maps else None, compare=compare, progress=progress)
     verdict = report.verdict.model_copy(update={"details": [*report.verdict.details, *left_out]})
-    return report.model_copy(update={"versions": versions(), "verdict": verdict,
+    return report.model_copy(update={"versions": versions(), "verdict": verdict, "notes": [*notes, *report.notes],
                                      "forecasts": forecasts_of_plans(report.rows, plans)})
 
 
@@ -90,6 +94,7 @@ def recorded_recipe(folder: Path) -> Recipe:
     """The recipe that a checkpoint, or the checkpoint of a run's folder, was made with; the default where none is
     recorded."""
     inside = next((folder / one for one in (MODEL, CONTROL) if (folder / one / "config.json").is_file()), None)
-    place = inside or resolve(str(folder))
+    # A GGUF file of another maker has none, and is not unpacked to find that out.
+    place = inside or (folder.parent if folder.name == FILE and is_gguf_checkpoint(folder.parent) else folder)
     content = read_checkpoint(place)
     return Recipe.parse(content["recipe"], f"the recipe in {place / 'sinkquant.json'}") if content else Recipe()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import tiny_model
 from kv_plans import kv_plan
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache, PreTrainedModel
 
 from sinkquant.cache import (
     SinkCache,
@@ -213,6 +213,19 @@ def test_a_model_is_known_again_after_its_configuration_was_written(family: str,
     assert fingerprint(again, IDS) == before
     again.config.rope_parameters = {**rope, "rope_theta": 7.0}
     assert fingerprint(again, IDS) != before
+
+
+def test_a_model_whose_layers_differ_in_heads_is_known_by_its_first() -> None:
+    """Step 3.7's sliding layers have query heads of their own, and transformers then has no number for the whole."""
+    text = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_sliding_attention_heads": 8,
+            "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 48,
+            "mlp_layer_types": ["dense"] * 2}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}
+    config = AutoConfig.for_model("step3p7", text_config=text, vision_config=vision)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    assert make_prefix(model, [1]).model == fingerprint(model, [1])
 
 
 def test_a_model_is_known_again_in_float16() -> None:

@@ -174,8 +174,16 @@ def test_eval_of_a_gguf_file_counts_its_own_bytes(made, places, tiny_folder, tex
     recipe = sq.Recipe().replace([*SMALL, "evaluate.tasks=[sink_perplexity]", "evaluate.limit=2",
                                    f"evaluate.text={text_file}"])
     unquantized, row = evaluate_folder(places[-2], recipe, str(tiny_folder)).rows
-    assert evaluate_folder(tiny_folder, recipe, str(places[-2])).rows[0].weight_bytes == row.weight_bytes
+    beside = evaluate_folder(tiny_folder, recipe, str(places[-2]))
+    assert beside.rows[0].weight_bytes == row.weight_bytes
+    assert any("tiny.gguf, where they were quantized before (Q8_0)" in note for note in beside.notes)
     assert unquantized.weight_bytes == weight_bytes(tiny_folder)
     compared = next(one for one in made.rows if one.name == "tiny.gguf")
     assert row.weight_bytes == compared.bytes
     assert row.bits_per_weight == pytest.approx(compared.bits_per_weight, rel=0.01)
+
+
+def test_a_baseline_that_was_quantized_before_is_said_to_be(places, text_file):
+    recipe = sq.Recipe.for_comparison().replace(SMALL)
+    found = sq.compare([str(places[-1])], str(places[-2]), text=str(text_file), recipe=recipe, sinks=False)
+    assert "tiny.gguf, where they were quantized before (Q8_0)" in found.warnings[0]

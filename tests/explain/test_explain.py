@@ -87,6 +87,8 @@ def test_the_recipe_s_own_lists_stay_in_a_change() -> None:
     ("module", ["backend=gptq"], ["weights.overrides=[{pattern: 'a.up_proj', bits: 16}]"]),
     ("super weight", ["backend=gptq"], ["weights.overrides=[{pattern: 'a.up_proj', bits: 16}]"]),
     ("super weight", [], ["protect.channels=split", "protect.modules=['a.up_proj']"]),
+    *[("super weight", [one], ["weights.overrides=[{pattern: 'a.up_proj', bits: 8}]"]) for one in (
+        "weights.lm_head=8", "weights.embeddings=8", "kv_cache_scheme={}", "engine=vllm-cuda")],
     ("sink columns", ["activations.format=int8"], ["weights.overrides=[{pattern: 'a.up_proj', bits: 8}]"]),
     ("module", ["weights.format=nvfp4"], ["weights.overrides=[{pattern: 'a.up_proj', bits: 16}]"]),
     ("module", ["protect.modules=['re:up']", "protect.bits=16"], []), ("columns", ["weights.ignore=['*.up_proj']"], []),
@@ -105,6 +107,13 @@ def test_a_change_is_one_of_the_recipe_at_hand(kind: str, settings: list[str], e
     recipe = Recipe().replace(settings)
     assert remedy(kind, "a.up_proj", recipe)["recipe"] == expected
     assert not expected or recipe.replace(expected) != recipe
+
+
+def test_columns_stand_beside_the_codes_where_experts_are_in_16_bits() -> None:
+    recipe, experts = Recipe(), ["a.experts.0.up_proj"]
+    assert remedy("super weight", "a.o_proj", recipe, experts)["recipe"][0].startswith("weights.overrides=")
+    recipe = recipe.replace(["weights.ignore=['*.experts.*']"])
+    assert remedy("super weight", "a.o_proj", recipe, experts)["recipe"][0] == "protect.channels=split"
 
 
 def test_the_change_of_a_mixture_is_carried_out(text_file, tmp_path):
@@ -281,6 +290,8 @@ def test_the_command_on_a_gguf_file(tiny_folder, text_file, tmp_path):
     found = json.loads(call(*arguments, "--json").out)
     assert found["schema"] == "sinkquant/explanation@1"
     assert found["modules"]
+    found = explained(tiny_folder, path, text_file)
+    assert "tiny.gguf, where they were quantized before (Q4_0)" in found.notes[0]
 
 
 def test_another_model_is_refused(tiny_folder, text_file, tmp_path):

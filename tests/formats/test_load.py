@@ -149,6 +149,16 @@ def test_settings_that_make_no_sense_are_refused(copy: Path) -> None:
         load(copy)
 
 
+def test_a_configuration_that_says_null_is_of_an_unquantized_model(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "plain"))
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": None}))
+    expected = load(tiny_folder)[0].state_dict()
+    for given in ({}, {"device_map": {"": "cpu"}}):
+        found = load(folder, **given)[0].state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
 def test_a_missing_tensor_is_refused(copy: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight_scale"]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GgufConfig
 from sinkquant import detect, load
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, load_model, load_tokenizer, open_model, resolve
-from sinkquant.models.gguf import SOURCE
+from sinkquant.models.gguf import SOURCE, gguf_at
 from sinkquant.recipe import Recipe
 
 
@@ -57,6 +57,13 @@ def test_a_folder_with_one_is_read_and_unpacked_once(tmp_path: Path, assets: Pat
     write_gguf(tmp_path / "models" / "other.gguf", model=model)
     with pytest.raises(RequestError, match=r"holds 2 GGUF files; name one of them, such as .*other\.gguf"):
         resolve(str(tmp_path / "models"))
+
+
+def test_a_folder_whose_name_ends_as_a_file_s_is_a_folder(tmp_path: Path, tiny_folder: Path) -> None:
+    (tmp_path / "model.gguf").symlink_to(tiny_folder)
+    assert gguf_at(str(tmp_path / "model.gguf")) is None
+    (tmp_path / "file.gguf").touch()
+    assert gguf_at(str(tmp_path / "file.gguf")) == tmp_path / "file.gguf"
 
 
 def test_safetensors_go_before_a_gguf_beside_them(tmp_path: Path, tiny_folder: Path) -> None:

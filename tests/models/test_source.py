@@ -116,6 +116,18 @@ def test_a_dtype_that_the_configuration_does_not_name_is_the_one_of_transformers
     assert open_model(folder).dtype == load_model(folder).dtype == torch.bfloat16
 
 
+def test_a_tied_embedding_is_read_from_the_head_that_the_checkpoint_holds_alone(tmp_path: Path) -> None:
+    """What safetensors' save_model keeps of the two."""
+    folder = on_disk(tiny_model("llama", tie_word_embeddings=True), tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    embedding = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors | {"lm_head.weight": embedding}, folder / "model.safetensors", {"format": "pt"})
+    decoder = Decoder.of(open_model(folder))
+    assert decoder.model.lm_head.weight is decoder.model.model.embed_tokens.weight
+    with decoder.present([decoder.model.model.embed_tokens]):
+        assert torch.equal(decoder.model.model.embed_tokens.weight, embedding)
+
+
 def test_broken_checkpoints_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "broken"))
     tensors = load_file(folder / "model.safetensors")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from families import tiny_model
+from kv_plans import kv_plan
 
 from sinkquant import Plan, Report, SinkMap
 from sinkquant.report import write
@@ -29,6 +31,19 @@ def test_a_checkpoint_gets_a_card(tmp_path: Path, report: Report, sink_map: Sink
     assert "| control | 1,000 |" in body
     assert "| sink-aware | 1,000 |" in body
     assert "- a note of the run" in body
+
+
+def test_a_card_counts_a_gguf_file_s_own_bytes_and_says_what_loads_the_weights_alone(
+        tmp_path: Path, report: Report, sink_map: SinkMap, plan: Plan) -> None:
+    (tmp_path / "model").mkdir()
+    rows = [row.model_copy(update={"weight_bytes": 3000}) if row.name == "unquantized" else row for row in report.rows]
+    packed = plan.model_copy(update={"kv_cache": kv_plan(tiny_model("llama"))})
+    write(tmp_path, report.model_copy(update={"rows": rows}), sink_map, packed)
+    body = head_and_body(tmp_path)[1]
+    assert "those of the unquantized model take 3,000." in body
+    assert "\nWith a KV cache in 16 bits its weights load in transformers." in body
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "bytes predicted; with a KV cache in 16 bits its weights load in transformers.\n" in markdown
 
 
 def test_a_local_folder_is_no_base_model(tmp_path: Path, report: Report, sink_map: SinkMap, plan: Plan) -> None:

@@ -9,7 +9,7 @@ from backend_cases import BACKEND_CASES
 from gguf_files import write_gguf
 from small_runs import model_folder, small_recipe
 
-from sinkquant import Plan, run
+from sinkquant import Plan, Recipe, run
 from sinkquant.models.gguf import contents
 from sinkquant.run.measure import evaluate_folder, recorded_recipe
 
@@ -40,3 +40,10 @@ def test_a_run_from_a_gguf_file_counts_its_bytes_and_its_own_file_knows_the_reci
     assert report is not None
     assert report.row("unquantized").weight_bytes == contents(tmp_path / "tiny.gguf")[0]
     assert recorded_recipe(tmp_path / "out" / "model" / "model.gguf") == recipe
+
+
+def test_a_recipe_is_looked_for_without_unpacking_another_maker_s_file(tmp_path: Path,
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sinkquant.models.folder.unpacked", None)
+    write_gguf(tmp_path / "tiny.gguf")
+    assert recorded_recipe(tmp_path / "tiny.gguf") == recorded_recipe(tmp_path) == Recipe()
