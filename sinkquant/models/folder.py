@@ -87,6 +87,16 @@ def _method(folder: Path) -> str | None:
     return str(settings.get("quant_method")) if isinstance(settings, dict) else None
 
 
+def published(model: str) -> Path | None:
+    """The folder in FP8 or MXFP4 that the name of a resolved model means, as it was published; None where it means
+    anything else."""
+    folder = Path(model)
+    if not folder.exists() and HUB_ID.fullmatch(model):
+        folder = Path(snapshot_download(model, local_files_only=True))
+    whole = (folder / "config.json").is_file() and not (folder / ADAPTER).is_file()
+    return folder if whole and _method(folder) in DEQUANTIZED else None
+
+
 def require_baseline(folder: Path) -> None:
     """Refuse a resolved folder whose weights are quantized: nothing is lost beside those.
 
