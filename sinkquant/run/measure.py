@@ -82,8 +82,8 @@ def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
     report = evaluate(candidates, tokenizer, recipe, model=baseline or str(folder),
                       fidelity=fidelity(maps) if maps else None, compare=compare, progress=progress)
     verdict = report.verdict.model_copy(update={"details": [*report.verdict.details, *left_out]})
-    notes = [f"{name}: {note}" for name, place in named.items() for note in reading_notes(place)]
-    return report.model_copy(update={"versions": versions(), "verdict": verdict, "notes": [*notes, *report.notes],
+    said = [f"{name}: {note}" for name, place in named.items() for note in reading_notes(place)]
+    return report.model_copy(update={"versions": versions(), "verdict": verdict, "notes": [*said, *report.notes],
                                      "forecasts": forecasts_of_plans(report.rows, plans)})
 
 
