@@ -62,5 +62,6 @@ def _roles(roles: Sequence[Sequence[HeadRole]], shown: int | None) -> Iterator[s
 
 def _residual(sinks: Sequence[ResidualSink], shown: int | None) -> str:
     named = some([f"{one.channel} ({one.ratio:.1f} x the median)" for one in sinks], shown)
-    return (f"{len(sinks)} residual sinks, channels in which most tokens are large: {named}; no other channel passes "
+    what = "residual sink, a channel" if len(sinks) == 1 else "residual sinks, channels"
+    return (f"{len(sinks)} {what} in which most tokens are large: {named}; no other channel passes "
             f"{sinks[0].null:.1f} x")

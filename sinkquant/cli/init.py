@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -41,7 +42,8 @@ def init(output: Annotated[Path, typer.Argument(help="The recipe file to write; 
     Recipe.parse(yaml.safe_load(content), "the answers")
     write_atomically(output, content)
     paragraph(f"Recipe: {output}")
-    paragraph(f"Next: quantize-model plan {model} -r {output}, then quantize-model run {output} --model {model}")
+    named, written = shlex.quote(model), shlex.quote(str(output))
+    paragraph(f"Next: quantize-model plan {named} -r {written}, then quantize-model run {written} --model {named}")
 
 
 def recipe_text(name: str, engine: str, size: str) -> str:

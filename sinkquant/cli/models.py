@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +24,7 @@ from sinkquant.cli.parts import (
     TextOption,
     TrustOption,
     find_sinks,
+    for_text,
     not_unicode,
     printed,
     shown_progress,
@@ -41,7 +43,8 @@ def detect(model: ModelArgument, text: TextOption = None, assignments: SetOption
            output: Annotated[Path | None, to_file("Write the sink map here.")] = None,
            trust_remote_code: TrustOption = False) -> None:
     """Find sink tokens, heads, channels and super weights."""
-    sink_map = find_sinks(inside_run(model), text, Recipe().replace(assignments or []), trust_remote_code)
+    sink_map = find_sinks(inside_run(model), text, Recipe().replace(assignments or []), trust_remote_code,
+                          quantized=True)
     if not printed(sink_map, json, output):
         show_sink_map(sink_map, full)
 
@@ -125,7 +128,7 @@ def imatrix(model: ModelArgument,
             sink_map: SinkMapOption = None, trust_remote_code: TrustOption = False) -> None:
     """Write an importance matrix with the sinks' weight, for llama.cpp's llama-quantize --imatrix."""
     chosen, folder = Recipe.load(recipe).replace(assignments or []), resolve(model)
-    chosen = chosen.changed(calibration={"text": text}) if text else chosen
+    chosen = for_text(chosen, text)
     from sinkquant.imatrix import imatrix as write
     from sinkquant.imatrix.imatrix import check_imatrix
     from sinkquant.models import ActivationStore, Decoder, load_tokenizer, open_model
@@ -141,7 +144,8 @@ def imatrix(model: ModelArgument,
     store = ActivationStore(Path(tempfile.gettempdir()), spill_limit(chosen))
     with shown_progress() as progress:
         found = write(loaded, tokenizer, output, known, chosen, store, progress)
-    paragraph(f"The inputs of {len(found)} tensors: {output}. Use it as llama-quantize --imatrix {output}.")
+    paragraph(f"The inputs of {len(found)} tensors: {output}. Use it as llama-quantize --imatrix "
+              f"{shlex.quote(str(output))}.")
     if chosen.statistics in FOR_SINKS:
         paragraph("For types below 4 bits make one with --set protect.tokens=false: there the sinks' weight was "
                   "measured to lose.")
@@ -151,9 +155,10 @@ def doctor(model: ModelArgument, text: TextOption = None, trust_remote_code: Tru
     """Audit the tokenization, and say what of a model is supported. A run's folder stands for its checkpoint."""
     folder = resolve(inside_run(model))
     from sinkquant.doctor import examine
-    from sinkquant.models import load_tokenizer, open_model
+    from sinkquant.models import load_tokenizer
+    from sinkquant.run.candidates import open_any
 
-    audit = examine(open_model(folder, trust_remote_code=trust_remote_code),
+    audit = examine(open_any(folder, trust_remote_code),
                     load_tokenizer(folder, trust_remote_code), text)
     for title, facts in (("Tokenization", audit.tokenization), ("Support", audit.support)):
         shown = Table(title=title, show_header=False, title_justify="left")

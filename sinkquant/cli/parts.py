@@ -77,6 +77,16 @@ def for_engine(recipe: Recipe, engine: str | None) -> Recipe:
     return recipe.changed(engine=engine) if engine else recipe
 
 
+def one_text(text: list[str]) -> str | list[str]:
+    """The texts of --text as a recipe names them: one alone is no list."""
+    return text[0] if len(text) == 1 else text
+
+
+def for_text(recipe: Recipe, text: list[str] | None) -> Recipe:
+    """The recipe with the calibration text of --text, where that is given."""
+    return recipe.changed(calibration={"text": one_text(text)}) if text else recipe
+
+
 def not_unicode() -> bool:
     """Whether what is printed has to be ASCII to be read back."""
     return (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
@@ -91,8 +101,9 @@ def printed(found: Artifact, json: bool, output: Path | None = None) -> bool:
     return json
 
 
-def find_sinks(model: str, text: str | list[str] | None, recipe: Recipe, trust_remote_code: bool) -> SinkMap:
-    """The sink map of a model, with bars."""
+def find_sinks(model: str, text: str | list[str] | None, recipe: Recipe, trust_remote_code: bool,
+               quantized: bool = False) -> SinkMap:
+    """The sink map of a model, with bars; also of one that is quantized, in any format that is read here."""
     folder = resolve(model)
     from sinkquant.detect import detect as find
     from sinkquant.detect.kept_shape import with_shape
@@ -101,11 +112,16 @@ def find_sinks(model: str, text: str | list[str] | None, recipe: Recipe, trust_r
     tokenizer = load_tokenizer(folder, trust_remote_code)
     read_text(text or recipe.calibration.text, "calibration", tokenizer)
     with shown_progress() as progress:
-        loaded = open_model(folder, trust_remote_code=trust_remote_code)
+        if quantized:
+            from sinkquant.run.candidates import open_any
+
+            loaded = open_any(folder, trust_remote_code)
+        else:
+            loaded = open_model(folder, trust_remote_code)
         return with_shape(find(loaded, tokenizer, text, recipe, model, progress), loaded)
 
 
-def find_costs(model: str, text: str | list[str] | None, sink_map: SinkMap, recipe: Recipe, cache: Path | None,
+def find_costs(model: str, text: list[str] | None, sink_map: SinkMap, recipe: Recipe, cache: Path | None,
                trust_remote_code: bool) -> Sensitivity:
     """The sensitivities of a model, from a file or made now."""
     from sinkquant.models import ActivationStore, Decoder, load_tokenizer, open_model
@@ -113,7 +129,7 @@ def find_costs(model: str, text: str | list[str] | None, sink_map: SinkMap, reci
     from sinkquant.sensitivity import find_sensitivity
 
     folder = resolve(model)
-    asked = recipe.changed(calibration={"text": text}) if text else recipe
+    asked = for_text(recipe, text)
     loaded = open_model(folder, trust_remote_code)
     if cache is None or not cache.is_file():
         require_memory(Decoder.of(loaded), asked, (SENSITIVITIES,), True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +25,7 @@ from sinkquant.cli.parts import (
     find_costs,
     find_sinks,
     for_engine,
+    for_text,
     kept_or_writable,
     printed,
     shown_progress,
@@ -59,7 +61,7 @@ def plan(model: ModelArgument,
         from sinkquant.models.corpus import text_digest
 
         text_digest(text, "calibration")  # refuses what cannot be read
-        chosen = chosen.changed(calibration={"text": text})
+        chosen = for_text(chosen, text)
     if types:
         from sinkquant.policy import check_tensor_types
 
@@ -79,6 +81,10 @@ def plan(model: ModelArgument,
     if frontier and not chosen.budget.solved and (chosen.solves_cache or chosen.solves_inputs):
         raise RequestError("--frontier takes what formats of the weights lose, and kv_cache.bits or activations.bits "
                            "alone asks for nothing of that; leave it out, or name a budget that is solved for.")
+    if frontier and output is not None and output.suffix:
+        from sinkquant.report.kinds import require_kind
+
+        require_kind(output, (".html", ".json"))
     if frontier or chosen.budget.solved:
         check_solvable(chosen)
     known = SinkMap.load(sink_map) if sink_map else None
@@ -121,8 +127,8 @@ def _write_types(path: Path, made: Plan, shape: ModelShape) -> str:
 
     found = tensor_types(made, shape)
     path.write_text(found.text(), encoding="utf-8")
-    return (f"llama-quantize --tensor-type-file {path} IN.gguf OUT.gguf {found.most} writes {found.bytes:,} bytes of "
-            "tensors and IN.gguf's header.")
+    return (f"llama-quantize --tensor-type-file {shlex.quote(str(path))} IN.gguf OUT.gguf {found.most} writes "
+            f"{found.bytes:,} bytes of tensors and IN.gguf's header.")
 
 
 def _of_shorter(recipe: Recipe, model: str, sink_map: Path | None, sensitivity: Path | None,
@@ -202,7 +208,7 @@ def advise(model: ModelArgument,
            trust_remote_code: TrustOption = False) -> None:
     """What each kind of protection is worth on a model at a recipe's formats: predicted, and measured if asked."""
     chosen = for_engine(Recipe.load(recipe).replace(assignments or []), engine)
-    chosen = chosen.changed(calibration={"text": text}) if text else chosen
+    chosen = for_text(chosen, text)
     resolve(model)
     known = SinkMap.load(sink_map) if sink_map else None
     from sinkquant.advise import advise as look

@@ -17,6 +17,7 @@ from sinkquant.cli.parts import (
     TaskFolderOption,
     TextOption,
     TrustOption,
+    one_text,
     printed,
     shown_progress,
     task_names,
@@ -35,7 +36,8 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A run's folder or a ch
              output: Annotated[Path | None, to_file("Write the report here.")] = None,
              trust_remote_code: TrustOption = False) -> None:
     """Measure a checkpoint with lm-eval, beside its baseline and its control: all documents, all rows."""
-    asked: dict[str, Any] = {"limit": None, "sample": None, "precision": None} | ({"text": text} if text else {})
+    asked: dict[str, Any] = {"limit": None, "sample": None, "precision": None}
+    asked |= {"text": one_text(text)} if text else {}
     asked |= {"task_folder": str(task_folder)} if task_folder else {}
     asked |= {"tasks": task_names(tasks)} if tasks else {}
     if not folder.is_dir() and folder.suffix != ".gguf":
@@ -44,10 +46,22 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A run's folder or a ch
         from sinkquant.report.kinds import require_kind
 
         require_kind(output, (".json",))
+    from sinkquant.evaluate.task_files import wanted_tasks
+    from sinkquant.models.corpus import text_digest
     from sinkquant.models.processes import this_process
     from sinkquant.run.measure import evaluate_folder, recorded_recipe
 
-    recipe = recorded_recipe(folder).changed(evaluate=asked).replace(assignments or [])
+    recorded = recorded_recipe(folder)
+    recipe = recorded.changed(evaluate=asked).replace(assignments or [])
+    try:
+        text_digest(recipe.evaluate.text, "evaluation")
+        if recipe.evaluate.task_folder is not None:
+            wanted_tasks(recipe.evaluate)
+    except RequestError as error:
+        if all(getattr(recipe.evaluate, key) == getattr(recorded.evaluate, key) for key in ("text", "task_folder")):
+            error.add_note("the run's recipe names it as it was called where the run was started; give --text or "
+                           "--task-folder.")
+        raise
     costs = Sensitivity.load(sensitivity) if sensitivity else None
     with shown_progress() as progress:
         made = evaluate_folder(folder, recipe, baseline, progress, costs, trust_remote_code)
@@ -67,8 +81,15 @@ def report(folders: Annotated[list[Path], typer.Argument(help="One run's folder,
            ) -> None:
     """Write a run's report again, or a page that compares several runs."""
     from sinkquant.report import comparison, page, write
+    from sinkquant.report.kinds import require_kind
 
     output = output and Path(os.path.expanduser(output))
+    if output is not None and output.suffix and not (len(folders) == 1 and output.is_dir()):
+        require_kind(output, (".html",))
+    bare = next((one for one in folders if (one / "plan.json").is_file() and not (one / "report.json").is_file()), None)
+    if bare is not None:
+        raise RequestError(f"the run in {bare} was not evaluated; quantize-model eval measures it, and writes what is "
+                           f"reported with -o {bare / 'report.json'}.")
     reports = [(str(folder), Report.load(folder / "report.json")) for folder in folders]
     if len(folders) == 1:
         folder = folders[0]

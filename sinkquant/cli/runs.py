@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +46,7 @@ def run(recipe: Annotated[str | None, typer.Argument(help="A recipe file or the 
     resolve(model)
     from sinkquant.models.processes import this_process
     from sinkquant.run import run as run_pipeline
+    from sinkquant.run.folder import MODEL
 
     with shown_progress() as progress:
         report = run_pipeline(chosen, model, output, edited=edited, sink_map=known, sensitivity=sensitivity,
@@ -55,6 +57,9 @@ def run(recipe: Annotated[str | None, typer.Argument(help="A recipe file or the 
     if report is None:
         show_plan(Plan.load(output / "plan.json"), full)
         paragraph(f"Plan: {output / 'plan.json'}")
+        if not plan_only:
+            paragraph(f"Checkpoint, not evaluated: {output / MODEL}")
+            paragraph(f"To evaluate it: {shlex.join(['quantize-model', 'eval', str(output), '--baseline', model])}")
         return
     show_report(report)
     paragraph(f"Report: {output / 'report.html'}")

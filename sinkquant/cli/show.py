@@ -34,7 +34,7 @@ def show_frontier(found: Frontier, output: Path | None, json: bool) -> None:
     from sinkquant.cli.tables.measured import frontier_table  # matplotlib
     from sinkquant.report.frontier import page
 
-    whole = output if output is None or output.suffix not in (".html", ".json") else output.with_suffix("")
+    whole = output and output.with_suffix("")
     if whole:
         found.save(whole.with_name(f"{whole.name}.json"))
         write_atomically(whole.with_name(f"{whole.name}.html"), page(found))

@@ -14,7 +14,7 @@ from sinkquant.artifacts import KVCachePlan, SinkMap
 from sinkquant.errors import RequestError
 from sinkquant.formats import read_checkpoint
 from sinkquant.models import resolve
-from sinkquant.models.folder import RUN_MODEL, inside_run, read_settings
+from sinkquant.models.folder import RUN_MODEL, inside_run, published, read_settings
 from sinkquant.models.gguf import contents, gguf_at
 from sinkquant.run.candidates import loader, weight_bytes
 
@@ -76,8 +76,9 @@ def _opened(named: str, place: str, name: str) -> Checkpoint:
     if packed is not None:
         size, _, form = contents(packed)
     else:
-        settings = read_settings(folder).get("quantization_config") or {}
-        size, form = weight_bytes(folder), str(settings.get("quant_method") or "unquantized")
+        origin = published(place) or folder
+        settings = read_settings(origin).get("quantization_config") or {}
+        size, form = weight_bytes(origin), str(settings.get("quant_method") or "unquantized")
     content = read_checkpoint(folder)
     if content is None:
         return Checkpoint(name, named, folder, size, form)

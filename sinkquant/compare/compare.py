@@ -38,6 +38,7 @@ from sinkquant.models.gguf import source_notes
 from sinkquant.models.loading import read_config
 from sinkquant.models.steps import Progress, Steps
 from sinkquant.recipe import Recipe
+from sinkquant.run.candidates import reading_notes
 
 
 def compare(checkpoints: Sequence[str], baseline: str, *, text: str | list[str] | None = None,
@@ -95,12 +96,13 @@ def compare(checkpoints: Sequence[str], baseline: str, *, text: str | list[str] 
     steps.end()
     pairs = neighbours(measured.kl)
     front = _baseline_row(measured, base, scores)
+    said = [f"{one.name}: {note}" for one in opened for note in reading_notes(one.named)]
     facts: dict[str, str | int | float | bool | None] = {
         "text": in_words(recipe.evaluate.text) or "packaged evaluation text",
         "rows": len(rows), "length": rows.shape[1],
         "tokens": rows.numel(), "dtype": recipe.compute.dtype, "seed": recipe.seed}
     return Comparison(model=baseline, rows=[front, *with_front(found), *floor], pairs=pairs,
-                      warnings=[*source_notes(base.folder), *unknown, *warnings(found, floor, pairs)], facts=facts,
+                      warnings=[*source_notes(base.folder), *said, *unknown, *warnings(found, floor, pairs)], facts=facts,
                       versions=versions())
 
 

@@ -100,10 +100,11 @@ class Detector(ABC):
 
 
 def text_of(token_id: int | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A token in letters; as the tokenizer writes it where it decodes to none by itself."""
+    """A token in letters; as the tokenizer writes it where it decodes to none by itself, or is a byte of one."""
     if token_id is None:
         return None
-    return str(tokenizer.decode([token_id]) or tokenizer.convert_ids_to_tokens(token_id))
+    text = str(tokenizer.decode([token_id]))
+    return text if text and "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token_id))
 
 
 @dataclass(frozen=True, eq=False)

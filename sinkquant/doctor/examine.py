@@ -18,6 +18,7 @@ from sinkquant.models import Decoder, Walk, adds_bos, read_text, starts_with_bos
 from sinkquant.models.text import leading, left_out
 from sinkquant.policy.choices import formats_asked
 from sinkquant.policy.engines import loads_in
+from sinkquant.quantize import is_quantized
 from sinkquant.quantize.trial import require_loads
 from sinkquant.recipe import Recipe
 from sinkquant.schemes.gguf import GGUF
@@ -25,6 +26,7 @@ from sinkquant.schemes.table import instructions_asked, out_of_reach
 
 SAMPLE = "The attention sink."
 MESSAGES = [{"role": "user", "content": SAMPLE}]
+ALREADY = "no: it is quantized already"
 LOSS_MATTERS = 0.05
 ROWS, LENGTH = 4, 64
 """Of the text that is run with `<bos>` in front and without: the same tokens, so that few rows tell."""
@@ -45,8 +47,9 @@ class Audit:
         if self.support["detection"] == "no":
             return "For this model: nothing can be done with it as it is; the warnings say why."
         quantized = self.support["quantization"]
-        done = ("its sinks can be found, but nothing of it can be quantized" if quantized == "no" else
-                f"its sinks can be found, and {quantized} quantized")
+        done = "its sinks can be found, " + (
+            "but nothing of it can be quantized" if quantized == "no" else
+            "but it is quantized already" if quantized == ALREADY else f"and {quantized} quantized")
         if not self.warnings:
             return f"For this model: {done}; nothing to complain about."
         return f"For this model: {done}; see to the warnings first ({len(self.warnings)})."
@@ -150,8 +153,11 @@ def _ids(encoded: Any) -> list[int]:
 
 def _support(decoder: Decoder, audit: Audit) -> None:
     shape = decoder.shape("")
-    free = [linear for linear in shape.linears.values() if not linear.fixed]
     audit.support["detection"] = f"yes: {len(decoder.blocks)} blocks of {shape.architecture}"
+    if is_quantized(decoder.model):
+        audit.support["quantization"] = ALREADY
+        return
+    free = [linear for linear in shape.linears.values() if not linear.fixed]
     audit.support["quantization"] = (f"{len(free)} of {len(shape.linears)} weight matrices of the blocks"
                                      if free else "no")
     for reason in sorted({linear.fixed for linear in shape.linears.values() if linear.fixed}):

@@ -38,6 +38,8 @@ SENTENCE = re.compile(rf"[^{MARKS}]+[{MARKS}]+[\"'”’»)\]]*")
 CLOSERS = 16
 """Characters after the last mark that may close its sentence."""
 WORD = re.compile(r"\S+")
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
+"""Letters of scripts that put spaces between clauses: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,11 @@ class Sentence:
 
 
 def has_words(documents: list[str]) -> bool:
-    """Whether spaces stand between words: fewer than 40 characters to one, on average."""
-    return sum(len(document.split()) for document in documents) * 40 > sum(map(len, documents))
+    """Whether spaces stand between words: fewer than 40 characters to one, on average, and most of a script that has
+    them there."""
+    words = [word for document in documents for word in document.split()]
+    unspaced = sum(UNSPACED.search(word) is not None for word in words)
+    return len(words) * 40 > sum(map(len, documents)) and 2 * unspaced < len(words)
 
 
 def perplexity_items(documents: list[str]) -> list[dict[str, Any]]:

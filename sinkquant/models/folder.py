@@ -124,6 +124,16 @@ def quantization_of(settings: Mapping[str, Any]) -> Any:
     return settings.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
 
 
+def published(model: str) -> Path | None:
+    """The folder in FP8 or MXFP4 that the name of a resolved model means, as it was published; None where it means
+    anything else."""
+    folder = Path(model)
+    if on_hub(model):
+        folder = Path(snapshot_download(model, local_files_only=True))
+    whole = (folder / "config.json").is_file() and not (folder / ADAPTER).is_file()
+    return folder if whole and method_of(folder) in DEQUANTIZED else None
+
+
 def require_baseline(folder: Path) -> None:
     """Refuse a resolved folder whose weights are quantized: nothing is lost beside those.
 

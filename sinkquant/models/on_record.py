@@ -42,8 +42,8 @@ def shape_on_record(sink_map: SinkMap | None, folder: Path, name: str) -> ModelS
 
 def files_of(folder: Path) -> str | None:
     """A hash of all that a model's shape is made from: configuration, headers of the weights, versions. None for a
-    folder whose shape depends on more: code of its own, a GGUF file."""
-    if "auto_map" in read_settings(folder) or is_gguf_checkpoint(folder):
+    folder whose shape depends on more: code of its own, a GGUF file, or weights that are quantized."""
+    if {"auto_map", "quantization_config"} & read_settings(folder).keys() or is_gguf_checkpoint(folder):
         return None
     digest = hashlib.sha256(" ".join(importlib.metadata.version(package) for package in READ_BY).encode())
     for path in (folder / name for name in ("config.json", SOURCE, SOURCE_FOLDER)):

@@ -28,9 +28,10 @@ from sinkquant.formats import (
     read_checkpoint,
     rounds_inputs,
 )
-from sinkquant.models.folder import weight_files
+from sinkquant.models.folder import ADAPTER, published, read_settings, weight_files
 from sinkquant.models.gguf import contents, gguf_at
 from sinkquant.models.gguf_index import is_gguf_checkpoint
+from sinkquant.models.headers import read_header
 from sinkquant.models.processes import this_process
 from sinkquant.models.steps import Progress
 from sinkquant.quantize.bases import prepare_cache
@@ -64,17 +65,37 @@ def bits_on_disk(folder: Path, trust_remote_code: bool = False) -> float:
 
 
 def stored_size(named: str, folder: Path, trust_remote_code: bool = False) -> tuple[int, float]:
-    """Bytes of a model's weights and bits per value: of a GGUF file its own, not those of the folder that it was
-    unpacked to.
+    """Bytes of a model's weights and bits per value: of a GGUF file, or a folder in FP8 or MXFP4, its own, not those of
+    the folder that it was made dense in.
 
     Args:
         named: as the user names it. folder: what is loaded.
     """
+    if (origin := published(named)) is not None:
+        size = weight_bytes(origin)
+        return size, 8 * size / sum(math.prod(one.shape) for path in weight_files(folder)
+                                    for one in read_header(path).values())
     packed = None if is_gguf_checkpoint(folder) else gguf_at(named)
     if packed is None:
         return weight_bytes(folder), bits_on_disk(folder, trust_remote_code)
     size, values, _ = contents(packed)
     return size, 8 * size / values
+
+
+def reading_notes(named: str) -> list[str]:
+    """What is to be said of a checkpoint that is made dense before it is loaded, or merged.
+
+    Args:
+        named: as the user names it.
+    """
+    if (Path(named) / ADAPTER).is_file():
+        return ["an adapter, merged into its base model before it is measured: bytes and bits are those of the merged "
+                "model"]
+    if (origin := published(named)) is None:
+        return []
+    form = str(read_settings(origin)["quantization_config"]["quant_method"])
+    return [f"measured with the dense weights that its {form} stands for" + (
+        "; its inputs, which an engine rounds to FP8 too, are not rounded" if form == "fp8" else "")]
 
 
 def loader(path: Path, dtype: torch.dtype | str, device: str,
@@ -121,12 +142,16 @@ def sinks_after(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, recipe: Re
                 progress: Progress | None = None, trust_remote_code: bool = False) -> SinkMap:
     """The sinks of a quantized checkpoint on the rows that the unquantized model was detected on, without ablations."""
     fast = recipe.changed(detect={"super_weights": False}, prune={"heads": "none", "blocks": None})
-    if is_library(checkpoint):
-        model = (load_dense(checkpoint, trust_remote_code=trust_remote_code) if rounds_inputs(checkpoint) else
-                 open_checkpoint(checkpoint, trust_remote_code))
-    else:
-        model = open_quantized(checkpoint, trust_remote_code)
-    return detect(model, tokenizer, recipe=fast, name=name, progress=progress)
+    return detect(open_any(checkpoint, trust_remote_code), tokenizer, recipe=fast, name=name, progress=progress)
+
+
+def open_any(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a folder in any format that is read here, to be looked at: inputs are rounded where it rounds them,
+    and weights are read when they are needed where its format allows it."""
+    if not is_library(folder):
+        return open_quantized(folder, trust_remote_code)
+    return (load_dense(folder, trust_remote_code=trust_remote_code) if rounds_inputs(folder) else
+            open_checkpoint(folder, trust_remote_code))
 
 
 def fidelity(maps: dict[str, SinkMap]) -> Fidelity:

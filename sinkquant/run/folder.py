@@ -117,8 +117,8 @@ def _begin(work: WorkFolder, resume: bool) -> None:
     if resume and manifest.is_file():
         found = json.loads(manifest.read_text(encoding="utf-8"))
         if found.get("key") != work.key:
-            raise RequestError(f"{work.path} was made with another recipe, model, text or version of the packages; "
-                               "remove it or run without --resume.")
+            raise RequestError(f"{work.path} was made with another recipe, model, text, --plan-only or version of the "
+                               "packages; remove it or run without --resume.")
         work.seconds = found["seconds"]
         left_over = list(work.path.glob(".*"))  # what a killed process was writing
     else:

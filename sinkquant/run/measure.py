@@ -18,7 +18,7 @@ from sinkquant.models.loading import read_config
 from sinkquant.models.steps import Progress
 from sinkquant.policy.expected import with_expected_loss
 from sinkquant.recipe import Recipe
-from sinkquant.run.candidates import comparison, fidelity, loader, sinks_after, stored_size, weight_bytes
+from sinkquant.run.candidates import comparison, fidelity, loader, reading_notes, sinks_after, stored_size, weight_bytes
 from sinkquant.run.folder import CONTROL, MODEL
 from sinkquant.run.shorter import WHOLE_MAP
 
@@ -36,7 +36,7 @@ def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
     Raises:
         RequestError: the folder holds no checkpoint, or the baseline is quantized.
     """
-    places = {"sink_aware": folder / MODEL, "control": folder / CONTROL}
+    places = {"sink_aware": folder / MODEL} | ({"control": folder / CONTROL} if recipe.evaluate.control else {})
     places = {name: path for name, path in places.items() if (path / "config.json").is_file()}
     named = {name: str(path) for name, path in places.items()}
     if not places:
@@ -86,7 +86,9 @@ def evaluate_folder(folder: Path, recipe: Recipe, baseline: str | None = None,
     report = evaluate(candidates, tokenizer, recipe, model=baseline or str(folder),
                       fidelity=fidelity(maps) if maps else None, compare=compare, progress=progress)
     verdict = report.verdict.model_copy(update={"details": [*report.verdict.details, *left_out]})
-    return report.model_copy(update={"versions": versions(), "verdict": verdict, "notes": [*notes, *report.notes],
+    said = [f"{name}: {note}" for name, place in named.items() for note in reading_notes(place)]
+    return report.model_copy(update={"versions": versions(), "verdict": verdict,
+                                     "notes": [*notes, *said, *report.notes],
                                      "forecasts": forecasts_of_plans(report.rows, plans)})
 
 

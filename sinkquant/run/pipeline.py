@@ -139,6 +139,7 @@ def run(recipe: Recipe | str | os.PathLike[str] | None = None, model: str | os.P
     predicted = require_memory(decoder, recipe, None if not plan_only else () if ready else ("detect", SENSITIVITIES),
                                costs_due)
     key = run_key(recipe, folder, edited, sink_map, DEFAULT_BACKEND if plan_only else backend)
+    key += "-plan-only" if plan_only else ""  # it would end with half a checkpoint where a whole run was stopped
     with work_folder(target, key, resume) as work:
         LOG.info("recipe %s, model %s, %s", recipe.name, folder, versions())
         LOG.info("predicted: %.2f GB of memory above what is loaded (%s)", predicted.peak / 1e9, ", ".join(

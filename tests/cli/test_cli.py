@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import quantized
 from commands import Outcome, call, one_sentence, settings
 from forked import Program, command_line, start
 from safetensors.torch import load_file, save_file
 from small_runs import fingerprint, model_folder
+from tiny_tokenizer import tiny_tokenizer
 
-from sinkquant import Plan, Report, SinkMap, __version__
+from sinkquant import Plan, Report, SinkMap, __version__, save
 from sinkquant.cli.parts import task_names
 from sinkquant.run import job
 
@@ -104,7 +106,8 @@ def test_a_runs_folder_stands_for_its_checkpoint(tmp_path, small_folder, text_fi
         text_file, "weights.method=rtn", "evaluate.skip=true")).code == 0
     outcome = call("doctor", tmp_path / "run", "--text", text_file)
     assert (outcome.code, outcome.err) == (0, "")
-    assert "quantized" in outcome.out
+    assert "no: it is quantized already" in outcome.out
+    assert "group sizes" not in outcome.out
     assert call("detect", tmp_path / "run", "--text", text_file, "--set", "detect.rows=4", "--set",
                 "detect.long_rows=0", "--set", "detect.super_weights=false").code == 0
 
@@ -318,7 +321,7 @@ def test_a_plan_names_the_text_that_it_was_asked_for(tmp_path, small_folder, tex
     asked = ("plan", small_folder, "-r", "w4a16-sink", "-o", tmp_path / "plan.json", *settings(
         text_file, "protect.tokens=false", "weights.method=rtn"))
     assert call(*asked, "--text", text_file).code == 0
-    assert Plan.load(tmp_path / "plan.json").calibration.text == [str(text_file)]
+    assert Plan.load(tmp_path / "plan.json").calibration.text == str(text_file)
     missing = call(*asked, "--text", tmp_path / "nowhere.txt")
     assert missing.code == 2
     assert "nowhere.txt" in one_sentence(missing)
@@ -347,3 +350,46 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, smal
 def test_names_by_commas():
     assert task_names("a, b,,c ,") == ["a", "b", "c"]
     assert task_names(None) == task_names(" ,") == []
+
+
+def test_checkpoints_of_other_libraries_are_looked_at(tmp_path, text_file):
+    model, _, sink_map = quantized(text_file, more=("backend=gptq",))
+    save(model, tiny_tokenizer(), tmp_path / "gptq", sink_map)
+    outcome = call("doctor", tmp_path / "gptq", "--text", text_file)
+    assert outcome.code == 0, outcome.err
+    assert "no: it is quantized already" in outcome.out
+    found = call("detect", tmp_path / "gptq", "--text", text_file, "--set", "detect.rows=4", "--set",
+                 "detect.long_rows=0", "--set", "detect.super_weights=false")
+    assert found.code == 0, found.err
+
+
+def test_plan_only_does_not_resume_a_whole_run(tmp_path, small_folder, text_file, monkeypatch):
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "quantize_to", stopped)
+    asked = ("run", "--model", small_folder, "--output", tmp_path / "out", "--resume", *settings(text_file))
+    assert call(*asked).code == 1
+    assert "--plan-only" in one_sentence(call(*asked, "--plan-only"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_is_not_evaluated_says_so_and_how_to(tmp_path, small_folder, text_file, monkeypatch):
+    output = tmp_path / "my out"
+    text = Path(shutil.copy(text_file, tmp_path / "text.txt"))
+    monkeypatch.chdir(tmp_path)
+    done = call("run", "--model", small_folder, "--output", output, *settings(
+        Path(text.name), "weights.method=rtn", "kv_cache=null", "evaluate.skip=true"))
+    said = " ".join(done.out.split())
+    assert f"Checkpoint, not evaluated: {output / 'model'}" in said
+    assert f"quantize-model eval '{output}' --baseline {small_folder}" in said
+    assert "was not evaluated" in one_sentence(call("report", output))
+    monkeypatch.chdir(tmp_path.parent)
+    assert "give --text" in one_sentence(call("eval", output))
+
+
+def test_files_of_kinds_that_are_not_written_are_refused(tmp_path, small_folder):
+    for arguments in (("report", tmp_path, "-o", tmp_path / "report.md"),
+                      ("report", tmp_path, tmp_path, "-o", tmp_path / "report.md"),
+                      ("plan", small_folder, "--frontier", "-r", "w4a16-sink", "-o", tmp_path / "front.md")):
+        assert "end it in .html" in one_sentence(call(*arguments))

@@ -45,6 +45,12 @@ def test_any_name_of_a_file_is_a_name_of_a_recipe(tmp_path: Path, tiny_folder: P
     assert Recipe.load(tmp_path / f"{name}.yaml").name == name
 
 
+def test_the_commands_that_come_next_are_quoted(tmp_path: Path, tiny_folder: Path) -> None:
+    done = call("init", str(tmp_path / "my own.yaml"), "--model", str(tiny_folder), "--engine", "transformers",
+                "--size", "4")
+    assert f"-r '{tmp_path / 'my own.yaml'}'" in " ".join(done.out.split())
+
+
 def test_a_file_that_is_there_stays(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("name: kept\n", encoding="utf-8")
     outcome = call("init", str(tmp_path / "mine.yaml"))

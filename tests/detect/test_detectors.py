@@ -24,3 +24,10 @@ def test_a_token_that_decodes_to_nothing_by_itself_has_a_text_all_the_same() -> 
     words.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Strip(" ", 1, 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
     assert [text_of(token, tokenizer) for token in (1, 2, None)] == ["\u2581", "a", None]
+
+
+def test_bytes_that_are_no_letter_by_themselves_are_told_apart() -> None:
+    words = Tokenizer(models.BPE({"<0xE5>": 0, "<0xA4>": 1}, [], byte_fallback=True))
+    words.decoder = decoders.ByteFallback()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    assert [text_of(token, tokenizer) for token in (0, 1)] == ["<0xE5>", "<0xA4>"]

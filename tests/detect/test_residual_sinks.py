@@ -11,6 +11,7 @@ from planter import CONSTANT, Plant, plant
 from tiny_tokenizer import tiny_tokenizer
 from transformers import PreTrainedModel
 
+from sinkquant.artifacts.findings import further
 from sinkquant.detect import detect
 
 CHANNEL, TIMES = 33, 12.0
@@ -31,6 +32,7 @@ def test_a_channel_that_is_large_for_every_token_is_one_and_no_sink(tmp_path: Pa
     (sink,) = found.residual_sinks
     assert sink.largest_ratio == pytest.approx(TIMES, rel=0.1)
     assert sink.null < 5 < sink.ratio
+    assert any(line.startswith("1 residual sink, a channel") for line in further(found, None))
     assert found.channels == []
     assert found.tokens == []
     assert found.emergence is None

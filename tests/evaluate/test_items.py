@@ -102,8 +102,9 @@ def test_texts_in_other_letters_and_without_sentences_work() -> None:
     assert cloze_items(bare, random.Random(0))
 
 
-def test_a_text_without_spaces_has_byte_perplexity_and_nothing_else(tmp_path: Path) -> None:
-    text = ["天地玄黄宇宙洪荒日月盈昃辰宿列张。" * 800]
+@pytest.mark.parametrize("clause", ["天地玄黄宇宙洪荒日月盈昃辰宿列张。", "天地玄黄宇宙洪荒， 日月盈昃辰宿列张。 "])
+def test_a_text_without_spaces_has_byte_perplexity_and_nothing_else(clause: str, tmp_path: Path) -> None:
+    text = [clause * 800]
     build_tasks(text, tmp_path, tasks=["sink_perplexity"])
     task = yaml.safe_load((tmp_path / "sink_perplexity.yaml").read_text(encoding="utf-8"))
     assert [metric["metric"] for metric in task["metric_list"]] == ["byte_perplexity", "bits_per_byte"]

@@ -115,3 +115,10 @@ def test_a_checkpoint_of_others_is_held_to_the_gate_too() -> None:
     assert gate_failures(rows, {}, None, Gate(max_divergence=0.1)) == []
     assert len(gate_failures(rows, {}, None, Gate(max_divergence=0.001))) == 1
     assert gate_failures(rows, {"quantized": {"mine": {"acc": 0.99}}}, None, Gate(min_recovery=0.9)) == []
+
+
+def test_the_gate_is_of_the_only_row_that_there_is() -> None:
+    rows = [row("unquantized", None), row("control", 0.01)]
+    assert gate_failures(rows, {}, None, Gate(max_divergence=0.1)) == []
+    several = gate_failures([*rows, row("mine", 0.01)], {}, None, Gate(max_divergence=0.1))
+    assert several == ["the gate is of the sink-aware row, which is not here"]

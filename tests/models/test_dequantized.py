@@ -17,6 +17,7 @@ import sinkquant as sq
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, open_model, resolve
 from sinkquant.models.dequantized import from_fp8, from_mxfp4
+from sinkquant.run.measure import evaluate_folder
 
 BLOCK = 48
 """Divides neither 64 nor 128: the last block of a row is smaller."""
@@ -144,3 +145,19 @@ def test_mxfp4_experts_are_those_that_transformers_computes_with(tmp_path: Path)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert not any(name.endswith(("_blocks", "_scales")) for name in found)
     assert math.prod(found["lm_head.weight"].shape) == 128 * 64
+
+
+def test_a_checkpoint_in_fp8_is_measured_with_its_own_bytes_and_that_is_said(tmp_path: Path, text_file: Path) -> None:
+    base = model_folder(tmp_path / "base", dtype=torch.bfloat16)
+    folder = model_folder(tmp_path / "fp8", dtype=torch.bfloat16)
+    in_fp8(folder, "block")
+    size = (folder / "model.safetensors").stat().st_size
+    recipe = small_recipe(text_file, "evaluate.fidelity=false")
+    compared = sq.compare([str(folder)], str(base), text=str(text_file), recipe=recipe, sinks=False)
+    assert (compared.rows[1].bytes, compared.rows[1].format) == (size, "fp8")
+    said = "measured with the dense weights that its fp8 stands for; its inputs, which an engine rounds to FP8 too"
+    assert any(said in warning for warning in compared.warnings)
+    report = evaluate_folder(folder, recipe, str(base))
+    assert report.rows[1].weight_bytes == size
+    assert 8 < report.rows[1].bits_per_weight < report.rows[0].bits_per_weight
+    assert any(said in note for note in report.notes)

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import call, settings
+from checkpoints import quantized
+from commands import call, one_sentence, settings
 from families import MIXTURES, tiny_mixture, tiny_model
 from safetensors.torch import load_file, save_file
 from sinkmaps import sink_map_of
 from small_runs import model_folder
+from tiny_tokenizer import tiny_tokenizer
 
+import sinkquant as sq
 from sinkquant.artifacts import SinkMap
 from sinkquant.detect.kept_shape import with_shape
 from sinkquant.models import Decoder, open_model
@@ -73,6 +76,14 @@ def test_none_is_kept_where_files_do_not_tell_it(tmp_path: Path) -> None:
     content = json.loads((own / "config.json").read_text(encoding="utf-8"))
     (own / "config.json").write_text(json.dumps(content | {"auto_map": {}}), encoding="utf-8")
     assert kept_of(own).shape is None
+
+
+def test_a_quantized_model_is_not_planned_from_its_sink_map(text_file: Path, tmp_path: Path) -> None:
+    model, _, sink_map = quantized(text_file)
+    sq.save(model, tiny_tokenizer(), tmp_path / "w4", sink_map)
+    assert call("detect", tmp_path / "w4", "-o", tmp_path / "map.json", *settings(text_file)).code == 0
+    done = call("plan", tmp_path / "w4", "--sink-map", tmp_path / "map.json", "--set", "weights.group_size=32")
+    assert "quantized already" in one_sentence(done)
 
 
 def test_a_plan_from_it_is_the_same_and_imports_nothing_heavy(text_file: Path, tmp_path: Path) -> None:

@@ -187,6 +187,10 @@ def test_evaluating_a_folder_again(tmp_path, small_folder, text_file):
     assert alone.rows[0].tasks["sink_perplexity"] == made.row("control").tasks["sink_perplexity"]
     assert alone.verdict.answer == "not measured"
 
+    without = evaluate_folder(tmp_path / "out", recipe.replace(["gate.max_sink_rate_change=null",
+                                                                "evaluate.control=false"]))
+    assert [row.name for row in without.rows] == ["sink_aware"]
+
     foreign = shutil.copytree(tmp_path / "out" / "model", tmp_path / "foreign")
     (foreign / "sinkquant.json").unlink()
     assert recorded_recipe(foreign).name == "custom"
