@@ -102,8 +102,8 @@ def compare(checkpoints: Sequence[str], baseline: str, *, text: str | list[str] 
         "rows": len(rows), "length": rows.shape[1],
         "tokens": rows.numel(), "dtype": recipe.compute.dtype, "seed": recipe.seed}
     return Comparison(model=baseline, rows=[front, *with_front(found), *floor], pairs=pairs,
-                      warnings=[*source_notes(base.folder), *said, *unknown, *warnings(found, floor, pairs)], facts=facts,
-                      versions=versions())
+                      warnings=[*source_notes(base.folder), *said, *unknown, *warnings(found, floor, pairs)],
+                      facts=facts, versions=versions())
 
 
 class _Measured:
