@@ -54,8 +54,7 @@ def learning(model: nn.Module, parameters: Iterable[torch.Tensor] = ()) -> Itera
     """Let these parameters of a model, and no others, take gradients while the context is open; afterwards each
     has those of before."""
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    for parameter, _, _ in before:
-        parameter.grad = None
+    model.zero_grad()
     model.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
