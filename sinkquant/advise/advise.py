@@ -28,6 +28,7 @@ from sinkquant.models import (
     vocabulary_of,
 )
 from sinkquant.models.corpus import in_words
+from sinkquant.models.numerics import own_numerics
 from sinkquant.models.steps import Progress
 from sinkquant.policy import check_recipe, check_same_model
 from sinkquant.policy.ends import better_spent
@@ -46,6 +47,7 @@ SPARE = 16
 """Positions that are left for a prefix in front of rows."""
 
 
+@own_numerics()
 def advise(model: str | os.PathLike[str], recipe: Recipe | None = None, sink_map: SinkMap | None = None, *,
            measure: bool = False, only: Sequence[str] = (), trust_remote_code: bool = False,
            progress: Progress | None = None) -> Advice:

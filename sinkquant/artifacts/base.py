@@ -61,6 +61,20 @@ class Artifact(Strict):
             raise RequestError(f"{where} is not a valid {schema}: {place}: {first['msg']}.") from error
 
 
+def real_place(folder: str | os.PathLike[str]) -> Path:
+    """The absolute path behind `.`, `..`, `~` and symbolic links."""
+    return Path(os.path.expanduser(folder)).resolve()
+
+
+def require_writable(folder: Path) -> None:
+    """Raises RequestError if nothing can be written into a folder, which need not be there yet."""
+    place = real_place(folder)
+    nearest = next(one for one in (place, *place.parents) if os.path.exists(one))  # pathlib's fails for want of rights
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        why = "is not yours to write into" if nearest.is_dir() else "is no folder"
+        raise RequestError(f"nothing can be written into {folder}: {nearest} {why}; name another place.")
+
+
 def write_atomically(path: Path, text: str) -> Path:
     """Write `text` to a temporary file beside `path`, or beside what a link there leads to, and rename it. A device or
     a pipe is written to as it is.

@@ -18,7 +18,8 @@ from sinkquant.artifacts.blocks import BlockCost, BlockPlan, DroppedBlock
 from sinkquant.artifacts.sizes import checkpoint_bytes
 from sinkquant.blocks.measure import BlockTrials, Loss, Progress
 from sinkquant.errors import RequestError
-from sinkquant.models import Decoder, pick_device, read_text, token_rows
+from sinkquant.models import Decoder, pick_device, read_text, require_dense, token_rows
+from sinkquant.models.numerics import own_numerics
 from sinkquant.models.shorter import require_blocks_apart, shorter_model
 from sinkquant.models.unused import require_nothing_carried
 from sinkquant.policy.blocks import blocks_to_drop, massive_blocks, require_enough
@@ -50,6 +51,7 @@ def require_droppable(decoder: Decoder, recipe: Recipe) -> int:
     return count
 
 
+@own_numerics()
 def choose_blocks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap, recipe: Recipe,
                   progress: Progress | None = None) -> BlockPlan:
     """Choose the blocks that `prune.blocks` of a recipe drops; the model is not changed.
@@ -62,6 +64,7 @@ def choose_blocks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, si
             cannot be built without them.
     """
     decoder = Decoder.of(model)
+    require_dense(model)
     count, settings = require_droppable(decoder, recipe), recipe.prune
     if not count:
         raise RequestError("the recipe drops no blocks; set prune.blocks to a number or a share.")

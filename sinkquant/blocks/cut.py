@@ -12,12 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sinkquant.errors import RequestError
 from sinkquant.formats.output import require_free
 from sinkquant.formats.reshaped import write_reshaped
-from sinkquant.models import Decoder, pieces
+from sinkquant.models import Decoder, pieces, require_dense
+from sinkquant.models.numerics import own_numerics
 from sinkquant.models.shorter import NUMBER, old_name, shorter_config, shorter_model
 from sinkquant.models.unused import require_nothing_carried
 from sinkquant.quantize import is_quantized
 
 
+@own_numerics()
 def cut_blocks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kept: Sequence[int],
                folder: str | os.PathLike[str]) -> None:
     """Write a model with some of its blocks only, tensor by tensor; the model itself is not changed.
@@ -31,10 +33,12 @@ def cut_blocks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kept:
     """
     require_free(Path(folder))
     decoder = _whole(model, kept)
+    require_dense(model)
     write_reshaped(Path(folder), model, shorter_model(model, kept), tokenizer,
                    lambda name: pieces(decoder, old_name(decoder, name, kept)))
 
 
+@own_numerics()
 def drop_blocks(model: PreTrainedModel, kept: Sequence[int]) -> None:
     """Take the other blocks out of a model in memory, and out of its configuration.
 

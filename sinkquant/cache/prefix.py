@@ -19,6 +19,7 @@ from sinkquant.cache.ordered import load_ordered, save_ordered
 from sinkquant.errors import RequestError
 from sinkquant.models import AttentionRecord, Walk, vocabulary_of
 from sinkquant.models.blocks import kv_layers, layer_config
+from sinkquant.models.hooks import evaluating
 
 SCHEMA = "sinkquant/kvprefix@1"
 SMALLEST = 2.0 ** -14
@@ -49,7 +50,7 @@ def make_prefix(model: PreTrainedModel, ids: list[int]) -> Prefix:
     if not ids or not all(0 <= token < vocabulary for token in ids):
         raise RequestError(f"a prefix needs token ids from 0 to {vocabulary - 1}, and at least one of them.")
     cache = DynamicCache()  # without a configuration it keeps all of it, of sliding layers too
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():
         model(torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True)
     layers = {index: layer for index, layer in enumerate(cache.layers) if layer.is_initialized}
     return Prefix(tuple(ids), {index: layer.keys[0].clone() for index, layer in layers.items()},

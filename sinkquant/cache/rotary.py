@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder
+from sinkquant.models.hooks import evaluating
 from sinkquant.models.shrunk import shrunk
 
 WIDTH = 64
@@ -111,6 +112,6 @@ def _all_rotate(model: PreTrainedModel, rotary: Rotary) -> bool:
         model.base_model(token, position_ids=torch.full_like(token, position), past_key_values=cache, use_cache=True)
         return [keys.float() for layer in cache.layers if (keys := getattr(layer, "keys", None)) is not None]
 
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():
         pairs = list(zip(keys_at(3), keys_at(10), strict=True))
     return all((rotary.move(one, seven) - other).abs().max() <= 0.02 * other.abs().max() for one, other in pairs)

@@ -15,8 +15,8 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from sinkquant.artifacts import Artifact, Sensitivity, SinkMap
+from sinkquant.artifacts.base import require_writable
 from sinkquant.cli.paper import err, out
-from sinkquant.formats.output import require_writable
 from sinkquant.models import resolve
 from sinkquant.recipe import Recipe
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,15 @@ from sinkquant.models.corpus import in_words
 from sinkquant.models.folder import require_baseline
 from sinkquant.models.gguf import source_notes
 from sinkquant.models.loading import read_config
+from sinkquant.models.numerics import own_numerics
 from sinkquant.models.steps import Progress, Steps
 from sinkquant.recipe import Recipe
 from sinkquant.run.candidates import reading_notes
 
 
-def compare(checkpoints: Sequence[str], baseline: str, *, text: str | list[str] | None = None,
-            tasks: Sequence[str] = (),
+@own_numerics()
+def compare(checkpoints: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], baseline: str | os.PathLike[str], *,
+            text: str | os.PathLike[str] | list[str] | None = None, tasks: Sequence[str] = (),
             recipe: Recipe | None = None, sink_map: SinkMap | None = None, sinks: bool = True,
             trust_remote_code: bool = False, progress: Progress | None = None) -> Comparison:
     """Measure any number of checkpoints on the same rows of text, beside one unquantized model.
@@ -50,7 +53,7 @@ def compare(checkpoints: Sequence[str], baseline: str, *, text: str | list[str] 
     Divergence is KL(baseline || checkpoint) of the next token in nats; intervals are Student's over rows, 95 %.
 
     Args:
-        checkpoints: run folders, checkpoints of any format that `sinkquant.load` reads, or GGUF files.
+        checkpoints: one or more run folders, checkpoints of any format that `sinkquant.load` reads, or GGUF files.
         baseline: the unquantized model.
         text: a file of evaluation text; None: the recipe's, or the packaged one.
         tasks: lm-eval tasks to score all models on; none named: the recipe's.
@@ -63,11 +66,14 @@ def compare(checkpoints: Sequence[str], baseline: str, *, text: str | list[str] 
             is quantized.
         SinkquantError: a model predicts something that is not finite.
     """
-    if not checkpoints:
+    several = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else checkpoints
+    named, baseline = [os.fspath(one) for one in several], os.fspath(baseline)
+    if not named:
         raise RequestError("there is nothing to compare; name one checkpoint or more.")
     asked: dict[str, Any] = {"tasks": list(tasks)} if tasks else {}
-    recipe = (recipe or Recipe.for_comparison()).changed(evaluate=asked | ({} if text is None else {"text": text}))
-    opened, (base,) = open_checkpoints(checkpoints), open_checkpoints([baseline])
+    recipe = (recipe or Recipe.for_comparison()).changed(evaluate=asked | (
+        {} if text is None else {"text": text if isinstance(text, list) else os.fspath(text)}))
+    opened, (base,) = open_checkpoints(named), open_checkpoints([baseline])
     require_baseline(base.folder)
     tokenizer = load_tokenizer(base.folder, trust_remote_code)
     if recipe.evaluate.tasks or recipe.evaluate.task_folder is not None:

@@ -16,6 +16,7 @@ from sinkquant.detect.survey import Surveyor
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, check_finite, read_text, require_dense, token_rows, tokenization_facts
 from sinkquant.models.gguf import source_notes
+from sinkquant.models.numerics import own_numerics
 from sinkquant.models.source import folder_of
 from sinkquant.models.text import left_out
 from sinkquant.recipe import Detection, Recipe
@@ -24,6 +25,7 @@ REPEATED_ROWS = 20
 REPEATS_ONE_TOKEN = 0.95
 
 
+@own_numerics()
 def detect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | list[str] | None = None,
            recipe: Recipe | None = None, name: str | None = None, progress: Progress | None = None) -> SinkMap:
     """Find the sink tokens, heads, massive channels and super weights of a model.

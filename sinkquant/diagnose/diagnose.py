@@ -28,6 +28,8 @@ from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.models import Decoder, check_finite, pick_device, read_text, require_dense, starts_with_bos, token_rows
 from sinkquant.models.corpus import in_words
 from sinkquant.models.gguf import source_notes
+from sinkquant.models.hooks import evaluating
+from sinkquant.models.numerics import own_numerics
 from sinkquant.models.source import folder_of
 from sinkquant.models.steps import Progress, Steps
 from sinkquant.recipe import Recipe
@@ -45,6 +47,7 @@ PARTS = 8
 """Of the work, which are counted."""
 
 
+@own_numerics()
 def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | list[str] | None = None,
              recipe: Recipe | None = None, name: str | None = None, sink_map: SinkMap | None = None,
              attacks: bool = True, original: PreTrainedModel | None = None, against: PreTrainedModel | None = None,
@@ -72,6 +75,8 @@ def diagnose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
     check_finite(model)
     if against is not None:
         require_quantized(decoder, Decoder.of(against), kept)
+        require_dense(against)
+        check_finite(against)
     content = read_text(text or recipe.evaluate.text, "evaluation", tokenizer)
     job = _Inputs(decoder, tokenizer, content, recipe)
     rows = job.rows(ROWS, min(LENGTH, decoder.max_length))
@@ -226,7 +231,8 @@ def _cache_defences(job: _Inputs, bos: int | None, sink_map: SinkMap, original: 
         return []
     try:
         text = job.rows(FEW_ROWS, min(CACHED_LENGTH, job.decoder.max_length) - REPEATS, "never")
-        return cache_defences(job.decoder.model, text, bos, sink_map, original, notes)
+        with evaluating(job.decoder.model):
+            return cache_defences(job.decoder.model, text, bos, sink_map, original, notes)
     except SinkquantError as error:
         notes.append(f"a packed KV cache was not measured: {error}")
         return []

@@ -23,6 +23,8 @@ PAIRS = (*DECIDED, ("sink_aware", BASELINE), ("control", BASELINE), ("quantized"
 class Candidate:
     """A model to be measured: loaded when its turn comes, and once for all candidates that name the same `load`.
 
+    `load`: makes the model anew. Its parameters that equal the first candidate's share their memory from then on, so
+    that a model which is trained or changed afterwards is to be given as a copy.
     `kv`: the KV cache that it is read through, null for an unquantized one; `activations`: what inputs are rounded to.
     `tasks_too`: whether tasks are run, or the divergence alone. `tasks`, `divergences` (nats per token, one per row)
     `by_position` (the same over bins of positions, per row) and `continued` (over a continuation through the cache) are

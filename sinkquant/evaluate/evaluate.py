@@ -25,6 +25,7 @@ from sinkquant.evaluate.tasks import ready_tasks
 from sinkquant.evaluate.verdict import judge
 from sinkquant.models import encode, max_length, read_text, starts_with_bos, vocabulary_of
 from sinkquant.models.corpus import in_words
+from sinkquant.models.numerics import own_numerics
 from sinkquant.models.steps import Progress, Steps
 from sinkquant.recipe import Recipe
 
@@ -34,6 +35,7 @@ FILL = 0.85
 """Share of a context that items are made for: passages differ in how many tokens a character takes."""
 
 
+@own_numerics()
 def evaluate(candidates: list[Candidate], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, *, model: str,
              fidelity: Fidelity | None = None, compare: Compare | None = None,
              progress: Progress | None = None) -> Report:

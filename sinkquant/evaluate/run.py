@@ -214,7 +214,8 @@ def _undisturbed(quiet: bool) -> Iterator[None]:
         lm_eval.api.task.tqdm = functools.partial(bar, disable=True)
         datasets.disable_progress_bars()
     try:
-        with torch.random.fork_rng():
+        # Without devices all GPUs are asked for their states, used or not.
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
             yield
     finally:
         random.setstate(states[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from typing import Any
 
@@ -41,6 +42,7 @@ from sinkquant.models.folder import require_baseline
 from sinkquant.models.gguf import source_notes
 from sinkquant.models.inputs import inputs_left_alone, switch_of
 from sinkquant.models.loading import has_tokenizer, read_config
+from sinkquant.models.numerics import own_numerics
 from sinkquant.models.steps import Progress, Steps
 from sinkquant.recipe import Recipe
 from sinkquant.schemes.codecs.reading import dense_of
@@ -57,8 +59,9 @@ HEAD_MOVED = 0.02
 """Change of a head's mean attention on the sinks that is worth naming."""
 
 
-def explain(checkpoint: str, baseline: str, *, text: str | list[str] | None = None, rows: int = ROWS,
-            length: int = LENGTH,
+@own_numerics()
+def explain(checkpoint: str | os.PathLike[str], baseline: str | os.PathLike[str], *,
+            text: str | os.PathLike[str] | list[str] | None = None, rows: int = ROWS, length: int = LENGTH,
             recipe: Recipe | None = None, sink_map: SinkMap | None = None, sinks: bool = True, verify: bool = False,
             trust_remote_code: bool = False, progress: Progress | None = None) -> Explanation:
     """Where the loss of a checkpoint comes from.
@@ -79,7 +82,9 @@ def explain(checkpoint: str, baseline: str, *, text: str | list[str] | None = No
         RequestError: the checkpoint is not that model quantized, or is not read here.
     """
     began = time.monotonic()
-    recipe = (recipe or Recipe()).changed(evaluate={} if text is None else {"text": text})
+    checkpoint, baseline = os.fspath(checkpoint), os.fspath(baseline)
+    recipe = (recipe or Recipe()).changed(
+        evaluate={} if text is None else {"text": text if isinstance(text, list) else os.fspath(text)})
     (opened,), (base,) = open_checkpoints([checkpoint]), open_checkpoints([baseline])
     require_baseline(base.folder)
     notes = source_notes(base.folder)

@@ -31,7 +31,7 @@ def verified(cause: Cause, recipe: Recipe, fresh: Callable[[], PreTrainedModel],
     model = fresh()
     try:
         plan = make_plan(Decoder.of(model).shape(""), sink_map, recipe.replace(cause.recipe))
-        quantize(model, plan, tokenizer)
+        quantize(model, plan, tokenizer, str(model.device), recipe.compute.dtype)
         cast_model(model, str(model.device), probe.original.dtype)  # as the checkpoint was loaded
         cache = plan.kv_cache
         if cache is not None:

@@ -21,7 +21,8 @@ from sinkquant.formats.placed import DeviceMap, Placement
 from sinkquant.formats.simulated import simulate
 from sinkquant.models import cast_experts, check_finite, load_model, load_tokenizer, open_model, pick_device, resolve
 from sinkquant.models.inputs import let_through, round_inputs
-from sinkquant.models.loading import class_for, loading_errors, require_complete
+from sinkquant.models.loading import class_for, dtype_named, loading_errors, require_complete
+from sinkquant.models.numerics import own_numerics
 from sinkquant.models.progress import no_progress_bars
 from sinkquant.quantize import UNPACKED
 from sinkquant.schemes.codecs.reading import dense_of, is_library, open_checkpoint, rounds_inputs
@@ -31,6 +32,7 @@ KV_BASES = "kv_bases/bases.safetensors"
 """In folders of their own: some engines load every safetensors file beside config.json as weights."""
 
 
+@own_numerics()
 def load(folder: str | os.PathLike[str], dtype: torch.dtype | str = "auto", device: str = "cpu", *,
          packed: bool = False, head_bits: int = 16, device_map: DeviceMap | None = None,
          max_memory: Mapping[int | str, int | str] | None = None,
@@ -151,24 +153,12 @@ def _load_backend(path: Path, dtype: torch.dtype | str, device: str, trust_remot
                 trust_remote_code=trust_remote_code)
         require_complete(path, info)
     else:
-        model = dense_of(open_checkpoint(path, trust_remote_code, _dtype_named(dtype))).to(device)
+        model = dense_of(open_checkpoint(path, trust_remote_code, dtype_named(dtype))).to(device)
         if getattr(model.config, "quantization_config", None) is not None:
             del model.config.quantization_config
     check_finite(model)
     setattr(model, UNPACKED, True)
     return model.eval()
-
-
-def _dtype_named(dtype: torch.dtype | str) -> torch.dtype | None:
-    """A dtype, or None where it is the checkpoint's own.
-
-    Raises:
-        RequestError: torch has none of that name.
-    """
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype != "auto" and not isinstance(found, torch.dtype):
-        raise RequestError(f"{dtype!r} is no dtype; give auto, float32, float16 or bfloat16.")
-    return found
 
 
 def open_quantized(path: Path, trust_remote_code: bool = False) -> PreTrainedModel:

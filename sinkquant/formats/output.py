@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
+from sinkquant.artifacts.base import real_place, require_writable
 from sinkquant.errors import RequestError
 
 UNDONE = "run.partial"
 """The folder of an unfinished run inside an output folder that was there before it."""
-
-
-def real_place(folder: str | os.PathLike[str]) -> Path:
-    """The absolute path behind `.`, `..`, `~` and symbolic links."""
-    return Path(os.path.expanduser(folder)).resolve()
 
 
 def require_free(folder: Path) -> None:
@@ -24,15 +19,6 @@ def require_free(folder: Path) -> None:
     if place.is_file() or (place.is_dir() and any(path.name != UNDONE for path in place.iterdir())):
         raise RequestError(f"the output folder {folder} exists and is not empty; name another or remove it.")
     require_writable(folder)
-
-
-def require_writable(folder: Path) -> None:
-    """Raises RequestError if nothing can be written into a folder, which need not be there yet."""
-    place = real_place(folder)
-    nearest = next(one for one in (place, *place.parents) if os.path.exists(one))  # pathlib's fails for want of rights
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        why = "is not yours to write into" if nearest.is_dir() else "is no folder"
-        raise RequestError(f"nothing can be written into {folder}: {nearest} {why}; name another place.")
 
 
 def beside(place: Path, name: str, inside: str) -> Path:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import EndShape, Plan, SinkMap
+from sinkquant.artifacts.base import real_place
 from sinkquant.artifacts.ends import end_tensors, with_ends
 from sinkquant.artifacts.kv_scheme import kv_scale_tensors, with_kv_scales
 from sinkquant.artifacts.sizes import GUARD, checkpoint_tensors, own_format, packed_tensors
@@ -25,12 +26,13 @@ from sinkquant.cache import save_bases, save_prefix
 from sinkquant.errors import SinkquantError
 from sinkquant.formats.carried import carry, write_config
 from sinkquant.formats.load import KV_BASES, KV_PREFIX, load_dense
-from sinkquant.formats.output import beside, put_in_place, real_place, require_free
+from sinkquant.formats.output import beside, put_in_place, require_free
 from sinkquant.formats.own import own_config
 from sinkquant.formats.simulated import save_simulated
 from sinkquant.formats.writer import CheckpointWriter
 from sinkquant.models import Decoder, pieces
 from sinkquant.models.hooks import evaluating
+from sinkquant.models.numerics import own_numerics
 from sinkquant.models.source import runs_own_code
 from sinkquant.models.unused import unused_of
 from sinkquant.quantize import state_of
@@ -48,6 +50,7 @@ SHAPE = ".weight_shape"
 PACKAGES = ("sinkquant", "torch", "transformers", "compressed-tensors", "safetensors")
 
 
+@own_numerics()
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike[str],
          sink_map: SinkMap | None = None, recipe: Recipe | None = None) -> Path:
     """Write a model that `quantize` has worked on, with its tokenizer and `sinkquant.json`.
@@ -59,7 +62,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
         SinkquantError: the disk is full, or the checkpoint does not give the model's logits.
     """
     state = state_of(model)
-    target = Path(folder)
+    target = real_place(folder)
     require_free(target)
     with written_aside(target) as temporary:
         carry(temporary, model, tokenizer)

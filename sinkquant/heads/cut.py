@@ -14,7 +14,8 @@ from sinkquant.artifacts import SinkMap
 from sinkquant.errors import RequestError
 from sinkquant.formats.output import require_free
 from sinkquant.formats.reshaped import write_reshaped
-from sinkquant.models import Decoder, head_columns, pieces
+from sinkquant.models import Decoder, head_columns, pieces, require_dense
+from sinkquant.models.numerics import own_numerics
 from sinkquant.models.smaller import HeadCounts, smaller_model, smaller_tensor
 from sinkquant.models.unused import require_nothing_carried
 from sinkquant.quantize import is_quantized
@@ -23,6 +24,7 @@ from sinkquant.recipe import Recipe
 INSTEAD = "prune.heads=no-op in a recipe silences heads wherever they are."
 
 
+@own_numerics()
 def cut_heads(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap,
               folder: str | os.PathLike[str], recipe: Recipe | None = None) -> list[list[int]]:
     """Write the model without the heads that do nothing, tensor by tensor; the model itself is not changed.
@@ -62,6 +64,7 @@ def require_cuttable(model: PreTrainedModel) -> None:
     """Refuse a model that no heads are cut off, whatever is found of them; no weight is read."""
     if is_quantized(model):
         raise RequestError("this model is quantized; cut heads off the unquantized one.")
+    require_dense(model)
     require_nothing_carried(model, "smaller heads")
     decoder, architecture = Decoder.of(model), type(model).__name__
     if decoder.quiet:

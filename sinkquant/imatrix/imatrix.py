@@ -19,6 +19,7 @@ from sinkquant.models import ActivationStore, Decoder, Step, Walk, pick_device
 from sinkquant.models.decoder import require_dense, weight_matrix
 from sinkquant.models.experts import fused_parameters
 from sinkquant.models.hooks import hooked
+from sinkquant.models.numerics import own_numerics
 from sinkquant.models.steps import Progress
 from sinkquant.policy.calibration import calibration_of
 from sinkquant.policy.choices import check_same_model
@@ -33,6 +34,7 @@ from sinkquant.recipe import Recipe
 PACKAGED = "packaged prose"
 
 
+@own_numerics()
 def imatrix(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | os.PathLike[str],
             sink_map: SinkMap | None = None, recipe: Recipe | None = None, store: ActivationStore | None = None,
             progress: Progress | None = None) -> dict[str, Importance]:

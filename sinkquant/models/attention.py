@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from sinkquant.errors import RequestError
@@ -99,16 +99,28 @@ def observed_attention(model: PreTrainedModel, observers: Sequence[AttentionObse
         return _attend(observers, module, query, key, value, attention_mask, **kwargs), None
 
     name = f"sinkquant_{id(observers)}_{id(model)}"
-    before = model.config.get_text_config(decoder=True)._attn_implementation
+    before = [(config, config._attn_implementation) for config in _configs(model)]
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, sdpa_mask)
     try:
         model.set_attn_implementation(name)
         yield
     finally:
-        model.set_attn_implementation(before)
         AttentionInterface._global_mapping.pop(name)
         AttentionMaskInterface._global_mapping.pop(name)
+        for config, own in before:  # one by one: towers beside the text part have others, or take no other
+            config._attn_implementation_internal = own
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The configurations of a model and of all its parts, each once."""
+    found: dict[int, PreTrainedConfig] = {}
+    todo = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    while todo:
+        config = todo.pop()
+        found[id(config)] = config
+        todo += [part for key in config.sub_configs if (part := getattr(config, key, None)) is not None]
+    return list(found.values())
 
 
 def keys_picked(module: nn.Module) -> int | None:

@@ -68,8 +68,10 @@ class Decoder:
         """Find the blocks of a model.
 
         Raises:
-            RequestError: the architecture is not a decoder whose attention can be observed.
+            RequestError: the architecture is not a decoder whose attention can be observed, or the model is wrapped by
+                torch.compile or PEFT.
         """
+        _require_plain(model)
         require_attention_interface(model)
         config = model.config.get_text_config(decoder=True)
         name, blocks = blocks_of(model)
@@ -257,6 +259,16 @@ class Decoder:
         return dict(sorted(shapes.items(), key=lambda item: item[1].block))
 
 
+def _require_plain(model: PreTrainedModel) -> None:
+    """Refuse modules that another library has wrapped, whose names and weights no checkpoint has."""
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod"):
+            raise RequestError(f"{name or 'the model'} is compiled; hand over the model that torch.compile was given.")
+        if hasattr(module, "base_layer"):
+            raise RequestError(f"{name} carries an adapter; merge it first (PEFT's merge_and_unload), or name the "
+                               "adapter's folder to a command.")
+
+
 def _declared(tensor: torch.Tensor | StoredTensor) -> tuple[str, list[int]]:
     return str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
 
@@ -273,8 +285,8 @@ def vocabulary_of(model: PreTrainedModel) -> int:
 
 
 def require_dense(model: PreTrainedModel) -> None:
-    """Raises RequestError if a linear keeps its weights packed, or a parameter is FP8 or offloaded, which cannot be
-    observed."""
+    """Raises RequestError if a linear keeps its weights packed, or a parameter is FP8, offloaded, or made in inference
+    mode, which cannot be observed."""
     for name, module in model.named_modules():
         if getattr(type(module), "keeps_packed", False):
             raise RequestError(f"{name} keeps its weights packed; load the checkpoint without packed=True.")
@@ -282,6 +294,9 @@ def require_dense(model: PreTrainedModel) -> None:
         if parameter.is_meta and source_of(model) is None:
             raise RequestError(f"the weight {name} is not in memory (offloaded, or on the meta device); load the model "
                                "whole, or name its folder to a command.")
+        if parameter.is_inference():
+            raise RequestError("the model was loaded under torch.inference_mode(), where weights come that cannot be "
+                               "cast; load it outside, or by sinkquant.load.")
         if parameter.is_floating_point() and parameter.itemsize == 1:
             raise RequestError(f"the weight {name} is in {str(parameter.dtype).removeprefix('torch.')}; give the "
                                "model's folder, from which it is dequantized.")

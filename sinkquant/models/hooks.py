@@ -40,26 +40,29 @@ def computing(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Itera
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Without dropout while the context is open."""
-    was_training = model.training
+    before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, training in before:
+            module.training = training
 
 
 @contextlib.contextmanager
 def learning(model: nn.Module, parameters: Iterable[torch.Tensor] = ()) -> Iterator[None]:
-    """Let these parameters of a model, and no others, take gradients while the context is open; none are left."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    """Let these parameters of a model, and no others, take gradients while the context is open; afterwards each
+    has those of before."""
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    model.zero_grad()
     model.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
         yield
     finally:
-        for parameter, wanted in before:
-            parameter.grad = None
+        for parameter, wanted, gradient in before:
+            parameter.grad = gradient
             parameter.requires_grad_(wanted)
 
 

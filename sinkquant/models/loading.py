@@ -160,6 +160,18 @@ def cast_model(model: PreTrainedModel, device: str, dtype: torch.dtype) -> PreTr
     return model
 
 
+def dtype_named(dtype: torch.dtype | str) -> torch.dtype | None:
+    """A dtype, or None where it is the model's own.
+
+    Raises:
+        RequestError: torch has none of that name.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not isinstance(found, torch.dtype):
+        raise RequestError(f"{dtype!r} is no dtype; give auto, float32, float16 or bfloat16.")
+    return found
+
+
 def pick_device(device: str) -> str:
     """ "auto" -> "cuda" where there is one, else "cpu".
 

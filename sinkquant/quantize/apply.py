@@ -12,6 +12,8 @@ from sinkquant.cache import make_prefix
 from sinkquant.cache.bases import needs_bases
 from sinkquant.errors import RequestError
 from sinkquant.models import ActivationStore, Decoder, check_finite, pick_device
+from sinkquant.models.loading import dtype_named
+from sinkquant.models.numerics import own_numerics
 from sinkquant.models.steps import Progress
 from sinkquant.quantize.bases import NO_TOKENIZER_FOR_BASES, cache_bases
 from sinkquant.quantize.block import QuantizedBlock, with_codes
@@ -22,35 +24,44 @@ from sinkquant.quantize.ends import quantize_ends
 from sinkquant.quantize.inputs import get_ready
 from sinkquant.quantize.kv_scheme import kv_scales, round_cache
 from sinkquant.quantize.rounded import rounded
-from sinkquant.quantize.rows import NO_TOKENIZER
-from sinkquant.quantize.state import ATTRIBUTE, QuantizedState
+from sinkquant.quantize.rows import NO_TOKENIZER, text_rows
+from sinkquant.quantize.state import ATTRIBUTE, UNPACKED, QuantizedState
 from sinkquant.quantize.transforms import rotate
 from sinkquant.schemes.codecs import install_modules
 
 
+@own_numerics()
 def quantize(model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerBase | None = None,
-             device: str = "auto", dtype: str = "float32", progress: Progress | None = None) -> PreTrainedModel:
+             device: str = "auto", dtype: torch.dtype | str = "float32",
+             progress: Progress | None = None) -> PreTrainedModel:
     """Carry out a plan: the weights of `model` become, in place, what the saved checkpoint will give.
 
     A plan without GPTQ needs neither text nor tokenizer, unless it rotates the KV cache by covariance. With it, the
     calibration rows walk through the model once: the Hessians of a block are taken with all earlier blocks quantized.
-    If this fails in the middle, blocks that were done stay quantized; load the model again.
+    If this fails in the middle, what was done stays, and the model is refused from then on; load it again.
+
+    Args:
+        device, dtype: where Hessians and GPTQ are computed, and in which precision rows walk ("auto": the model's).
 
     Returns:
         the model, which now carries what `save` needs.
 
     Raises:
-        RequestError: the plan does not fit this model, or it is quantized already.
+        RequestError: the plan does not fit this model, it is quantized already, or there is too little text.
         SinkquantError: a Hessian cannot be inverted.
     """
     decoder = Decoder.of(model)
     check(decoder, plan)
     check_finite(model)
-    place, kind = pick_device(device), getattr(torch, dtype)
+    place, kind = pick_device(device), dtype_named(dtype) or model.dtype
+    of_cache = plan.kv_cache is not None and needs_bases(plan.kv_cache)
     if tokenizer is None and (plan.needs_rows or plan.kv_scheme is not None):
         raise RequestError(NO_TOKENIZER)
-    if tokenizer is None and plan.kv_cache is not None and needs_bases(plan.kv_cache):
+    if tokenizer is None and of_cache:
         raise RequestError(NO_TOKENIZER_FOR_BASES)
+    if tokenizer is not None and (plan.needs_rows or plan.kv_scheme is not None or of_cache):
+        text_rows(decoder, plan.calibration, tokenizer)  # too little text is refused while nothing is changed
+    setattr(model, UNPACKED, True)
     rotate(decoder, plan)
     state = QuantizedState(plan)
     if plan.kv_cache is not None and plan.kv_cache.prefix:  # whose ids `check` knows

@@ -30,7 +30,7 @@ def check(decoder: Decoder, plan: Plan) -> None:
             library does not load in these formats.
     """
     if is_quantized(decoder.model):
-        raise RequestError("this model is quantized already; start from the unquantized one.")
+        raise RequestError("this model is quantized already, if only in part; start from the unquantized one.")
     require_dense(decoder.model)
     require_packages(plan.backend)
     if plan.needs_rows and this_rank()[1] > 1 and any(scheme_of(form).rounds_itself for form in plan.formats.values()):

@@ -74,7 +74,8 @@ def distilled(decoder: Decoder, plan: Plan, teacher: TeacherTargets, starts: Map
         if progress:
             progress(done, iterations, "tuning end to end")
 
-    with evaluating(model), decoder.present([model]), compute_in([model], device, dtype):
+    # Gradients of the caller's, in the dtype that weights are stored in, are put back once they are in it again.
+    with evaluating(model), decoder.present([model]), learning(model), compute_in([model], device, dtype):
         tuned = {name: start.on(device) for name, start in starts.items()}
         if teacher.head is not None:  # once, in what the model computes in
             teacher = replace(teacher, head=teacher.head.to(model.get_output_embeddings().weight.data))

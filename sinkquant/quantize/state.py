@@ -14,7 +14,7 @@ from sinkquant.schemes.codecs import PackedWeight, StoredWeight
 
 ATTRIBUTE = "sinkquant_state"
 UNPACKED = "sinkquant_unpacked"
-"""Marks a model whose dense weights came out of a quantized checkpoint."""
+"""Marks a model whose dense weights came out of a quantized checkpoint, or which `quantize` has begun to change."""
 
 
 @dataclass

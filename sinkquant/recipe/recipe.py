@@ -27,7 +27,7 @@ DEFAULT_RECIPE = "w4-kv2-sink"
 
 
 class Recipe(Section):
-    """The whole request. `Recipe()` is the default recipe; `Recipe.load` reads a file or a packaged name.
+    """The whole request. `Recipe()` has the default of every key; `Recipe.load` reads a file or a packaged name.
 
     `backend`: whose files the checkpoint is made of. What a backend cannot hold is refused before anything is computed.
     `engine`: what is to run the checkpoint (docs/guides/engines.md). A plan that it does not run is refused, with what

@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sinkquant.artifacts import Plan, SinkMap
-from sinkquant.artifacts.base import write_atomically
+from sinkquant.artifacts.base import real_place, write_atomically
 from sinkquant.errors import RequestError
 from sinkquant.formats import versions
-from sinkquant.formats.output import UNDONE, beside, put_in_place, real_place, require_free
+from sinkquant.formats.output import UNDONE, beside, put_in_place, require_free
 from sinkquant.models.corpus import text_digest
 from sinkquant.models.folder import RUN_MODEL
 from sinkquant.recipe import Recipe

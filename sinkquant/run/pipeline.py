@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from sinkquant.artifacts import Plan, Report, Sensitivity, SinkMap
+from sinkquant.artifacts.base import require_writable
 from sinkquant.cache.rotary import require_rotary
 from sinkquant.evaluate import require_rows, require_tasks_possible
 from sinkquant.evaluate.verdict import require_gate
@@ -17,6 +18,7 @@ from sinkquant.formats import dismiss, follow, require_free, versions
 from sinkquant.models import ActivationStore, Decoder, load_tokenizer, open_model, pick_device, read_text, resolve
 from sinkquant.models.corpus import require_two_texts
 from sinkquant.models.loading import has_tokenizer
+from sinkquant.models.numerics import own_numerics
 from sinkquant.models.processes import this_process
 from sinkquant.models.source import require_unquantized
 from sinkquant.policy import accept_edited, check_recipe, check_same_model, check_solvable, make_plan, require_plannable
@@ -52,6 +54,7 @@ def plan(model: PreTrainedModel, sink_map: SinkMap, recipe: Recipe | None = None
                      sensitivity)
 
 
+@own_numerics()
 def run(recipe: Recipe | str | os.PathLike[str] | None = None, model: str | os.PathLike[str] = "demo",
         output: str | os.PathLike[str] = "out", *, edited: Plan | None = None, sink_map: SinkMap | None = None,
         sensitivity: str | os.PathLike[str] | None = None, plan_only: bool = False, resume: bool = False,
@@ -82,6 +85,9 @@ def run(recipe: Recipe | str | os.PathLike[str] | None = None, model: str | os.P
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe or DEFAULT_RECIPE)
     target = Path(output)
     require_free(target)
+    sensitivity = None if sensitivity is None else Path(os.path.expanduser(sensitivity))
+    if sensitivity is not None and not sensitivity.exists():
+        require_writable(sensitivity.parent)
     if edited is None:
         check_recipe(recipe)
         if recipe.budget.solved:
@@ -134,7 +140,7 @@ def run(recipe: Recipe | str | os.PathLike[str] | None = None, model: str | os.P
             Job(recipe, str(model), folder, tokenizer, begun, trust_remote_code, None, Prediction({}),
                  None).evaluate_along()
         return None
-    costs_due = not (sensitivity is not None and Path(sensitivity).is_file()) and (
+    costs_due = not (sensitivity is not None and sensitivity.is_file()) and (
         sensitivity is not None or (recipe.needs_sensitivities and edited is None))
     predicted = require_memory(decoder, recipe, None if not plan_only else () if ready else ("detect", SENSITIVITIES),
                                costs_due)

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sinkquant.artifacts import FormatLoss, KVCachePlan, KVLoss, Ranking, Sensitivity, SinkMap, Terms, UnitSensitivity
+from sinkquant.artifacts.base import require_writable
 from sinkquant.artifacts.kv import packed_tokens
 from sinkquant.cache import make_prefix, needs_bases, prepare
 from sinkquant.cache.bases import ROWS
@@ -22,12 +23,15 @@ from sinkquant.models import (
     ActivationStore,
     Decoder,
     Walk,
+    cast_model,
     load_model,
     pick_device,
     read_text,
+    require_dense,
     starts_with_bos,
     token_rows,
 )
+from sinkquant.models.numerics import own_numerics
 from sinkquant.models.source import runs_own_code
 from sinkquant.models.steps import Progress
 from sinkquant.policy.calibration import calibration_of
@@ -52,6 +56,7 @@ SAMPLED = 8
 """Rows of a weight matrix that tell it from another one."""
 
 
+@own_numerics()
 def find_sensitivity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sink_map: SinkMap, recipe: Recipe,
                      cache: str | os.PathLike[str] | None = None, store: ActivationStore | None = None,
                      progress: Progress | None = None) -> Sensitivity:
@@ -63,10 +68,12 @@ def find_sensitivity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         store: where hidden states live; RAM by default.
 
     Raises:
-        RequestError: the calibration text is too short, or `cache` holds those of another model, text or recipe.
+        RequestError: the calibration text is too short, `cache` holds those of another model, text or recipe, or it
+            cannot be written.
         SinkquantError: hidden states or Hessians are not finite.
     """
     decoder, settings = Decoder.of(model), recipe.sensitivity
+    require_dense(model)
     rows = _rows(decoder, tokenizer, recipe, settings.rows, "length")
     units = units_of(decoder, recipe, sink_map) if recipe.tries_weights else []
     of_inputs = input_units(decoder, recipe, sink_map) if recipe.solves_inputs else []
@@ -81,11 +88,14 @@ def find_sensitivity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     if needs_bases(kv):
         bases_rows = text_rows(decoder, calibration, tokenizer, ROWS)
     key = _key(decoder, [rows, kv_rows, bases_rows], sink_map, recipe, units, of_inputs, kv)
-    if cache is not None and Path(cache).is_file():
+    cache = None if cache is None else Path(os.path.expanduser(cache))
+    if cache is not None and cache.is_file():
         kept = Sensitivity.load(cache)
         if kept.key != key:
             raise RequestError(f"{cache} holds the sensitivities of another model, text or recipe; name another file.")
         return kept
+    if cache is not None and not cache.exists():  # devices and pipes are written to as they are
+        require_writable(cache.parent)
     weights = TokenWeights(rows, calibration)
     sinks = sink_places(rows, sink_map)
     device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
@@ -232,7 +242,7 @@ def _in_memory(decoder: Decoder, recipe: Recipe) -> PreTrainedModel:
     """A copy of the model, with all its weights, in the compute dtype and on the compute device."""
     device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
     if decoder.source is None:
-        return copy.deepcopy(decoder.model).to(device, dtype)
+        return cast_model(copy.deepcopy(decoder.model), device, dtype).eval()
     return load_model(decoder.source.folder, dtype, device, runs_own_code(decoder.model))
 
 

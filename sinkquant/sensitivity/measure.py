@@ -11,7 +11,7 @@ from torch import nn
 
 from sinkquant.artifacts import Terms
 from sinkquant.models import Decoder, Step, Walk, pick_device
-from sinkquant.models.hooks import compute_in, hooked
+from sinkquant.models.hooks import compute_in, evaluating, hooked
 from sinkquant.models.steps import Progress
 from sinkquant.models.walk import stubbed
 from sinkquant.quantize.experts import record
@@ -39,7 +39,7 @@ def measure(decoder: Decoder, units: list[Unit], rows: torch.Tensor, sinks: torc
     device, dtype = pick_device(recipe.compute.device), getattr(torch, recipe.compute.dtype)
     found: dict[int, list[Terms]] = {}
     total, done = sum(len(unit.candidates) for unit in units), 0
-    with compute_in([decoder.model], device, dtype):
+    with evaluating(decoder.model), compute_in([decoder.model], device, dtype):
         with torch.no_grad():
             base = [torch.log_softmax(decoder.model(batch.to(device), use_cache=False).logits.float(), -1)
                     for batch in rows.split(size)]

@@ -265,6 +265,11 @@ def test_what_cannot_be_cut_is_refused(tmp_path: Path, recipe: Recipe) -> None:
     for kept in ([], [1, 0], [0, 0], [1, 3]):
         with pytest.raises(RequestError, match="some of 0 to 2, ascending"):
             cut_blocks(model, tiny_tokenizer(), kept, tmp_path / "short")
+    nowhere = tiny_model("llama").to("meta")
+    with pytest.raises(RequestError, match="not in memory"):
+        cut_blocks(nowhere, tiny_tokenizer(), KEPT, tmp_path / "short")
+    with pytest.raises(RequestError, match="not in memory"):
+        choose_blocks(nowhere, tiny_tokenizer(), sink_map_of(Decoder.of(model)), recipe)
     with pytest.raises(RequestError, match="weights stay on disk"):
         drop_blocks(open_model(model_folder(tmp_path / "source")), KEPT)
     with pytest.raises(RequestError, match="drops no blocks"):

@@ -77,6 +77,20 @@ def test_rows_that_begin_with_it_hold_it_exactly(family: str, chunk: int, tmp_pa
         assert layer.exact_columns.tolist() == [[0, 1, 2], [40, 41, 42], [0, 1, -1]]
 
 
+def test_a_model_in_training_gives_the_same_prefix() -> None:
+    """Dropout makes noise of keys, and with gradient checkpointing no layer is given a cache."""
+    model = tiny_model("llama", attention_dropout=0.5)
+    expected = make_prefix(model, IDS)
+    model.gradient_checkpointing = True
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = True
+    found = make_prefix(model.train(), IDS)
+    assert model.training
+    assert found.keys.keys() == expected.keys.keys()
+    assert all(torch.equal(found.keys[layer], expected.keys[layer]) for layer in expected.keys)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox", "gpt2", "gpt_oss", "jetmoe"])
 def test_a_model_on_disk_gives_the_same_one_block_by_block(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)

@@ -48,7 +48,7 @@ def places(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, text_fil
 @pytest.fixture(scope="module")
 def made(places: list[Path], tiny_folder: Path, text_file: Path) -> sq.Comparison:
     recipe = sq.Recipe().replace(SMALL)
-    return sq.compare([str(place) for place in places], str(tiny_folder), text=str(text_file), recipe=recipe)
+    return sq.compare(places, tiny_folder, text=text_file, recipe=recipe)
 
 
 def test_every_figure_is_what_plain_transformers_gives(made, places, tiny_folder, text_file):
@@ -86,6 +86,12 @@ def test_the_table_is_sorted_and_says_what_cannot_be_told(made, places):
     floor = by_name["unquantized in bfloat16"]
     assert 0 < floor.kl.value < by_name["w4"].kl.value
     assert by_name["unquantized, rows one by one"].kl.value < floor.kl.value
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_one_checkpoint_need_not_be_a_list(kind, tmp_path):
+    with pytest.raises(RequestError, match=f"{tmp_path / 'w4'}"):  # not its first letter
+        sq.compare(kind(tmp_path / "w4"), "demo")
 
 
 def test_the_front_is_of_size_and_divergence_together():

@@ -18,6 +18,7 @@ from tiny_tokenizer import tiny_tokenizer
 from sinkquant.artifacts import Diagnosis
 from sinkquant.cli.tables.diagnosis import scale_table, tables
 from sinkquant.diagnose import diagnose
+from sinkquant.diagnose.diagnose import _cache_defences, _Inputs
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, Walk
 from sinkquant.recipe import Recipe
@@ -73,6 +74,17 @@ def test_a_version_with_fewer_blocks_is_compared_where_it_has_them_and_refused_a
     monkeypatch.setattr(Walk, "steps", lambda _: pytest.fail("began"))
     with pytest.raises(RequestError, match="differ in width, depth, heads or vocabulary"):
         diagnose(model, tiny_tokenizer(), recipe=recipe, against=shorter)
+    with pytest.raises(RequestError, match="not in memory"):
+        diagnose(model, tiny_tokenizer(), recipe=recipe, against=copy.deepcopy(model).to("meta"))
+
+
+def test_the_2_bit_cache_of_a_model_in_training_is_read_without_dropout(text_file: Path) -> None:
+    model = tiny_model("llama", max_position_embeddings=128, attention_dropout=0.5)
+    job = _Inputs(Decoder.of(model), tiny_tokenizer(), text_file.read_text(), RECIPE)
+    expected = _cache_defences(job, 1, sink_map_of(job.decoder), model, [])
+    assert len(expected) == 6
+    assert _cache_defences(job, 1, sink_map_of(job.decoder), model.train(), []) == expected
+    assert model.training
 
 
 def test_it_can_be_shown(planted: Diagnosis) -> None:

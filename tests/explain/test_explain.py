@@ -32,7 +32,7 @@ SMALL = ["detect.rows=8", "detect.long_rows=1"]
 
 
 def explained(folder: Path, baseline: Path, text: Path, **more: object) -> sq.Explanation:
-    return sq.explain(str(folder), str(baseline), text=str(text), rows=2, length=32, **{"sinks": False, **more})
+    return sq.explain(folder, baseline, text=text, rows=2, length=32, **{"sinks": False, **more})
 
 
 def written(model: PreTrainedModel, folder: Path) -> Path:

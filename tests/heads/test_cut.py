@@ -140,6 +140,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
             (asleep(tiny_model("llama", num_hidden_layers=2), {0: 1}), "of another model")):
         with pytest.raises(RequestError, match=message):
             cut_heads(model, tokenizer, sink_map, tmp_path / "small")
+    with pytest.raises(RequestError, match="not in memory"):
+        cut_heads(tiny_model("llama").to("meta"), tokenizer, asleep(model, GONE), tmp_path / "small")
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "mine").write_text("keep")
     with pytest.raises(RequestError, match="exists and is not empty"):

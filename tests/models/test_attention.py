@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from families import FAMILIES, VOCABULARY, tiny_model
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from sinkquant.errors import RequestError
 from sinkquant.models import AttentionRecord, observed_attention
 
+SMALL = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+         "num_attention_heads": 4, "num_key_value_heads": 2}
 LENGTH = 150
 """More than one chunk of queries, and more than the sliding windows of the families."""
 
@@ -100,6 +103,20 @@ def test_the_model_is_as_before_afterwards_also_after_an_error() -> None:
     with pytest.raises(IndexError), observed_attention(model, [Recorder()]):
         model(torch.full((1, 4), VOCABULARY))
     assert model.config._attn_implementation == before
+
+
+def test_every_part_gets_its_own_attention_back() -> None:
+    """Towers for images have other attention than the text part."""
+    config = AutoConfig.for_model("paligemma", text_config=SMALL | {"model_type": "gemma2"}, projection_dim=64,
+                                  vision_config=SMALL | {"model_type": "siglip_vision_model", "image_size": 28,
+                                                         "patch_size": 14})
+    model = AutoModelForImageTextToText.from_config(config)
+    parts = (model.config, model.config.text_config, model.config.vision_config)
+    for part, own in zip(parts, ("sdpa", "eager", "sdpa"), strict=True):
+        part._attn_implementation_internal = own
+    with observed_attention(model):
+        assert len({part._attn_implementation for part in parts}) == 1
+    assert [part._attn_implementation for part in parts] == ["sdpa", "eager", "sdpa"]
 
 
 def test_without_observers_the_logits_are_the_same() -> None:

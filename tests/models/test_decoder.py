@@ -71,6 +71,18 @@ def test_models_without_observable_attention_are_refused_by_name() -> None:
         Decoder.of(AutoModelForCausalLM.from_config(bloom))
 
 
+def test_what_another_library_has_wrapped_is_refused() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(RequestError, match="the model is compiled"):
+        Decoder.of(torch.compile(model, backend="eager"))
+    attention = model.model.layers[1].self_attn
+    adapted = torch.nn.Module()  # as PEFT's layers are
+    adapted.base_layer, adapted.lora_A = attention.q_proj, torch.nn.ModuleDict({"default": torch.nn.Linear(64, 8)})
+    attention.q_proj = adapted
+    with pytest.raises(RequestError, match=r"layers\.1\.self_attn\.q_proj carries an adapter"):
+        Decoder.of(model)
+
+
 def test_layers_that_share_weights_are_refused_by_name() -> None:
     model = tiny_model("llama")
     model.model.layers[2].mlp = model.model.layers[0].mlp

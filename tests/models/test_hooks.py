@@ -8,7 +8,7 @@ from families import tiny_model
 from torch import nn
 
 from sinkquant.models import Decoder, Walk
-from sinkquant.models.hooks import compute_in, computing
+from sinkquant.models.hooks import compute_in, computing, evaluating, learning
 
 
 def test_another_librarys_forward_is_put_back() -> None:
@@ -40,3 +40,18 @@ def test_angles_of_rotary_embeddings_are_not_rounded(dtype: torch.dtype) -> None
         assert model.model.norm.weight.dtype == dtype
         model(torch.arange(16)[None])
     assert model.model.norm.weight.dtype == torch.float32
+
+
+def test_modules_and_gradients_are_the_callers_again() -> None:
+    """A frozen layer in evaluation mode inside a model in training, and gradients that are being gathered."""
+    model = tiny_model("llama").train()
+    model.model.layers[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    weight = model.model.norm.weight
+    weight.grad = torch.ones_like(weight)
+    with evaluating(model), learning(model, [weight]):
+        assert weight.grad is None
+        assert not any(module.training for module in model.modules())
+        model(torch.arange(16)[None]).logits.sum().backward()
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert torch.equal(weight.grad, torch.ones_like(weight))

@@ -173,6 +173,45 @@ def test_what_is_refused_leaves_the_model_as_it_was(model: PreTrainedModel, smal
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("assignments", [
+    ["weights.rotate=full"], ["weights.lm_head=8", "weights.embeddings=8"],
+    ["weights.method=rtn", "weights.rotate=full", "kv_cache={rotate: covariance, exact: none}"]])
+def test_too_little_text_leaves_the_model_as_it_was(model: PreTrainedModel, small: list[str], assignments: list[str],
+                                                    tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("w9 w10 w11")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plan = planned(model, [*small, *assignments])
+    short = plan.model_copy(update={"calibration": plan.calibration.model_copy(update={
+        "text": str(tmp_path / "t.txt")})})
+    with pytest.raises(RequestError, match="shorter than one row"):
+        quantize(model, short, tiny_tokenizer())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    quantize(model, plan, tiny_tokenizer())
+
+
+def test_a_model_that_was_left_half_done_is_refused(model: PreTrainedModel) -> None:
+    plan = planned(model, ["weights.method=rtn", "weights.group_size=32"])
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, plan, progress=stop)
+    with pytest.raises(RequestError, match="quantized already, if only in part"):
+        quantize(model, plan)
+    with pytest.raises(RequestError, match="was not quantized"):
+        state_of(model)
+
+
+def test_a_dtype_is_taken_by_name_or_as_it_is(model: PreTrainedModel, small: list[str]) -> None:
+    plan, again = planned(model, small), tiny_model("llama")
+    with pytest.raises(RequestError, match="'float31' is no dtype"):
+        quantize(model, plan, tiny_tokenizer(), dtype="float31")
+    quantize(model, plan, tiny_tokenizer(), dtype=torch.float64)
+    quantize(again, plan, tiny_tokenizer(), dtype="float64")
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), again.parameters(), strict=True))
+
+
 def test_a_model_that_is_not_in_memory_is_refused(model: PreTrainedModel, small: list[str]) -> None:
     plan = planned(model, [*small, "weights.method=rtn"])
     with pytest.raises(RequestError, match="is not in memory"):

@@ -48,6 +48,7 @@ def test_tuning_brings_the_blocks_nearer_to_the_unquantized_ones(family: str, me
 
 def test_the_model_holds_what_its_packed_weights_give(text_file: Path) -> None:
     model = tuned(text_file, "llama", 10, dtype=torch.bfloat16)
+    assert all(parameter.grad is None for parameter in model.parameters())
     for name, packed in state_of(model).weights.items():
         assert packed.codes.min() >= -2
         assert packed.codes.max() <= 1

@@ -292,7 +292,10 @@ def test_a_run_resumed_with_other_sensitivities_is_refused(tmp_path, small_folde
         raise KeyboardInterrupt
 
     monkeypatch.setattr(job, "quantize_to", interrupted)
-    costs = tmp_path / "costs.json"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    costs = "~/costs.json"
+    with pytest.raises(RequestError, match="nothing can be written into"):
+        run(recipe, small_folder, tmp_path / "out", sensitivity=text_file / "costs.json")
     for _ in range(2):  # the file that the first attempt writes is what the second one finds
         with pytest.raises(KeyboardInterrupt):
             run(recipe, small_folder, tmp_path / "out", sensitivity=costs, resume=True)

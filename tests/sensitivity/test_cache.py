@@ -74,3 +74,30 @@ def test_a_text_too_short_is_refused_and_fewer_rows_are_noted(tiny: PreTrainedMo
     text.write_text("a")
     with pytest.raises(RequestError, match="shorter than one row"):
         found(tiny, text, tmp_path / "y.json")
+
+
+def test_what_cannot_be_measured_or_written_is_refused_at_once(tiny: PreTrainedModel, short: Path, tmp_path: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sinkquant.sensitivity.find.estimate", lambda *_: pytest.fail("began"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RequestError, match="nothing can be written into"):
+        found(tiny, short, tmp_path / "file" / "x.json")
+    with pytest.raises(RequestError, match="not in memory"):
+        found(tiny_model("llama").to("meta"), short, tmp_path / "x.json")
+
+
+def test_a_file_in_the_home_folder_is_found_again(tiny: PreTrainedModel, short: Path, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    first = found(tiny, short, Path("~/x.json"))
+    assert (tmp_path / "x.json").is_file()
+    monkeypatch.setattr("sinkquant.sensitivity.find.estimate", lambda *_: pytest.fail("estimated again"))
+    assert found(tiny, short, Path("~/x.json")) == first
+
+
+def test_a_model_in_training_has_the_same_measured_losses(short: Path, tmp_path: Path) -> None:
+    """GPT-2 drops out a tenth of its activations by default."""
+    model = tiny_model("gpt2", resid_pdrop=0.5)
+    measured = found(model, short, tmp_path / "one.json", "sensitivity.measure_rows=1")
+    assert found(model.train(), short, tmp_path / "two.json", "sensitivity.measure_rows=1") == measured
+    assert model.training

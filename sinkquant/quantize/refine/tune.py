@@ -59,10 +59,10 @@ class BlockOutput:
 
     def gradients(self, chosen: torch.Tensor) -> dict[str, torch.Tensor]:
         leaves = {name: dense.detach().requires_grad_() for name, dense in self.dense.items()}
-        with torch.enable_grad():
-            self._mean(chosen, leaves).backward()
-        return {name: as_stored(self.linears[name], leaf.grad) for name, leaf in leaves.items()
-                if leaf.grad is not None}
+        with torch.enable_grad():  # of nothing else: norms and biases of the caller's would keep theirs
+            found = torch.autograd.grad(self._mean(chosen, leaves), list(leaves.values()), allow_unused=True)
+        return {name: as_stored(self.linears[name], gradient) for name, gradient in zip(leaves, found, strict=True)
+                if gradient is not None}
 
     def loss(self) -> float:
         with torch.no_grad():

@@ -13,7 +13,7 @@ from sinkquant.schemes.codecs.integer_scales import group_costs
 from sinkquant.schemes.codecs.packed import PackedWeight, smallest
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
-SHARES = torch.linspace(0.5, 1.0, 17)
+SHARES = torch.linspace(0.5, 1.0, 17, dtype=torch.float32)
 """Scales that are tried, as shares of the one that reaches the largest weight: half of it is the same grid again, but
 for its ends."""
 
