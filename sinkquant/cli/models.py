@@ -155,8 +155,8 @@ def doctor(model: ModelArgument, text: TextOption = None, trust_remote_code: Tru
     """Audit the tokenization, and say what of a model is supported. A run's folder stands for its checkpoint."""
     folder = resolve(inside_run(model))
     from sinkquant.doctor import examine
+    from sinkquant.formats import open_any
     from sinkquant.models import load_tokenizer
-    from sinkquant.run.candidates import open_any
 
     audit = examine(open_any(folder, trust_remote_code),
                     load_tokenizer(folder, trust_remote_code), text)

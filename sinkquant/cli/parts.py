@@ -113,7 +113,7 @@ def find_sinks(model: str, text: str | list[str] | None, recipe: Recipe, trust_r
     read_text(text or recipe.calibration.text, "calibration", tokenizer)
     with shown_progress() as progress:
         if quantized:
-            from sinkquant.run.candidates import open_any
+            from sinkquant.formats import open_any
 
             loaded = open_any(folder, trust_remote_code)
         else:

@@ -189,3 +189,12 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | None:
     if content.get("sink_map"):
         content["sink_map"] = SinkMap.parse(content["sink_map"], str(path))
     return content
+
+
+def open_any(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a folder in any format that is read here, to be looked at: inputs are rounded where it rounds them,
+    and weights are read when they are needed where its format allows it."""
+    if not is_library(folder):
+        return open_quantized(folder, trust_remote_code)
+    return (load_dense(folder, trust_remote_code=trust_remote_code) if rounds_inputs(folder) else
+            open_checkpoint(folder, trust_remote_code))

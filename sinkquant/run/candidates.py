@@ -22,11 +22,10 @@ from sinkquant.formats import (
     bases_of,
     is_library,
     load_dense,
+    open_any,
     open_checkpoint,
-    open_quantized,
     prefix_of,
     read_checkpoint,
-    rounds_inputs,
 )
 from sinkquant.models.folder import ADAPTER, published, read_settings, weight_files
 from sinkquant.models.gguf import contents, gguf_at
@@ -143,15 +142,6 @@ def sinks_after(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, recipe: Re
     """The sinks of a quantized checkpoint on the rows that the unquantized model was detected on, without ablations."""
     fast = recipe.changed(detect={"super_weights": False}, prune={"heads": "none", "blocks": None})
     return detect(open_any(checkpoint, trust_remote_code), tokenizer, recipe=fast, name=name, progress=progress)
-
-
-def open_any(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a folder in any format that is read here, to be looked at: inputs are rounded where it rounds them,
-    and weights are read when they are needed where its format allows it."""
-    if not is_library(folder):
-        return open_quantized(folder, trust_remote_code)
-    return (load_dense(folder, trust_remote_code=trust_remote_code) if rounds_inputs(folder) else
-            open_checkpoint(folder, trust_remote_code))
 
 
 def fidelity(maps: dict[str, SinkMap]) -> Fidelity:
