@@ -6,11 +6,11 @@ import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from sinkquant.artifacts import ModelShape
+from sinkquant.artifacts import LinearShape, ModelShape
 from sinkquant.artifacts.sizes import module_bytes
 from sinkquant.methods import UNTOUCHED
 from sinkquant.policy.carried import more_precise
-from sinkquant.policy.engines import ANY, engine_takes
+from sinkquant.policy.engines import ANY, engine_loads
 from sinkquant.policy.rules import Draft
 from sinkquant.policy.sharing import moves_together
 from sinkquant.schemes import scheme_of
@@ -39,17 +39,17 @@ def fill(choices: dict[str, Draft], shape: ModelShape, spare: int, order: Sequen
         why: ends the reason of every raised module.
         engine: raise to nothing that it does not run.
     """
-    def run(raised: Draft | None) -> Draft | None:
-        return raised if raised is not None and engine_takes(engine, raised.form) else None
+    def run(raised: Draft | None, linear: LinearShape) -> Draft | None:
+        return raised if raised is not None and engine_loads(engine, raised.form, linear) else None
 
-    def more_bits(choice: Draft, columns: int) -> Draft | None:
-        return run(more_precise(choice, columns))
+    def more_bits(choice: Draft, linear: LinearShape) -> Draft | None:
+        return run(more_precise(choice, linear.columns), linear)
 
-    def smaller_groups(choice: Draft, columns: int) -> Draft | None:
-        return run(_half_the_group(choice, columns))
+    def smaller_groups(choice: Draft, linear: LinearShape) -> Draft | None:
+        return run(_half_the_group(choice, linear.columns), linear)
 
-    def left_alone(choice: Draft, columns: int) -> Draft | None:
-        return _left_alone(choice) if more_bits(choice, columns) is None else None
+    def left_alone(choice: Draft, linear: LinearShape) -> Draft | None:
+        return _left_alone(choice) if more_bits(choice, linear) is None else None
 
     chosen = dict(choices)
     for raise_format in (more_bits, smaller_groups, left_alone):
@@ -131,14 +131,14 @@ def _reason(choice: Draft, why: str) -> str:
 
 
 def _raise_together(name: str, choices: dict[str, Draft], shape: ModelShape,
-                    raise_format: Callable[[Draft, int], Draft | None]) -> dict[str, Draft]:
+                    raise_format: Callable[[Draft, LinearShape], Draft | None]) -> dict[str, Draft]:
     """The raised formats of a module and those fused with it; empty where one of them cannot be raised, or where
     another member of the group speaks for it."""
     members = moves_together(name, choices, shape)
     raised: dict[str, Draft] = {}
     for member in members:
         choice = choices[member]
-        higher = None if choice.pinned or not choice.quantized else raise_format(choice, shape.linears[member].columns)
+        higher = None if choice.pinned or not choice.quantized else raise_format(choice, shape.linears[member])
         if higher is None:
             return {}
         raised[member] = higher

@@ -109,6 +109,9 @@ def test_vllm_has_experts_of_4_and_8_bits() -> None:
     assert plan_of(mixture, "weights.bits=3").loads_in == ["transformers"]
     with pytest.raises(RequestError, match="integers in 4 or 8 bits, and this plan's are not"):
         plan_of(mixture, "engine=vllm-cuda", "weights.bits=3")
+    spent = plan_of(mixture, "engine=vllm-cuda", "budget.bits=6.5", "budget.solver=even")
+    assert spent.bits_per_weight > 5
+    assert {one.bits for name, one in spent.modules.items() if ".experts." in name} == {4}
 
 
 def test_a_budget_for_an_engine_takes_those_formats_alone() -> None:
