@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from sinkquant.artifacts import KVCachePlan, SinkMap
 from sinkquant.models import Decoder, head_columns, load_model, load_tokenizer, read_text, resolve, token_rows
 from sinkquant.policy import make_plan
-from sinkquant.policy.kv_cache import accept_kv, make_kv_plan
+from sinkquant.policy.kv_cache import accept_kv, make_kv_plan, with_usual_bits
 from sinkquant.quantize import quantize
 from sinkquant.recipe import Recipe
 
@@ -66,7 +66,7 @@ def with_bits(plan: KVCachePlan, low: int, high: int, raised: Sequence[Place]) -
     for layer, one in enumerate(plan.layers):
         bits = [high if (layer, head) in raised else low for head in range(len(one.key_bits))]
         layers.append(one.model_copy(update={"key_bits": bits, "value_bits": bits}))
-    return plan.model_copy(update={"layers": layers})
+    return with_usual_bits(plan.model_copy(update={"layers": layers}))
 
 
 def raise_heads(model: PreTrainedModel, better: dict[str, torch.Tensor], raised: Sequence[Place],

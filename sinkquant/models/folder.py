@@ -22,7 +22,8 @@ from sinkquant.schemes.json_object import read_object
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
-DEQUANTIZED = ("fp8", "mxfp4")
+FP8 = "fp8"
+DEQUANTIZED = (FP8, "mxfp4")
 """Ways that models are published in alone: their weights are made dense."""
 NOT_READ = ["*.bin", "*.pth", "*.gguf", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.ot", "*.tflite", "original/*",
             "consolidated*"]
@@ -159,7 +160,7 @@ def check_folder(folder: Path) -> None:
         read_index(folder / FILE)
         return
     for shard in weight_files(folder):
-        codes = next((name for name, entry in read_header(shard).items() if entry.dtype.startswith("float8")), None)
+        codes = next((name for name, entry in read_header(shard).items() if entry.dtype.startswith("float8_")), None)
         if method is None and codes is not None:
             raise RequestError(f"{shard} holds {codes} in FP8, and config.json has no quantization_config that says "
                                "how it is scaled; start from the unquantized model.")

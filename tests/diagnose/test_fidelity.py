@@ -14,7 +14,7 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sinkquant.artifacts import SinkFidelity, SinkToken
-from sinkquant.artifacts.report import Fidelity
+from sinkquant.artifacts.report import Fidelity, Row
 from sinkquant.diagnose import sink_fidelity
 from sinkquant.diagnose.fidelity import SinkComparison, position_divergence
 from sinkquant.diagnose.fidelity_checks import bernoulli_divergence, massive_entries, overlap_and_ratio
@@ -158,14 +158,16 @@ def test_massive_entries_are_the_planted_channel(original: PreTrainedModel) -> N
     (Gate(max_head_divergence=0.01), "gate.max_head_divergence"),
     (Gate(min_massive_overlap=0.5), "gate.min_massive_overlap")])
 def test_the_gate_reads_the_comparison(pairs: dict[str, SinkFidelity], gate: Gate, words: str) -> None:
+    rows = [Row(name="sink_aware", path="out", weight_bytes=1, bits_per_weight=4.0, tasks={})]
+
     def failures(name: str) -> list[str]:
-        return gate_failures([], {}, Fidelity(sink_rate={}, massive_peak={}, massive_ratio={},
+        return gate_failures(rows, {}, Fidelity(sink_rate={}, massive_peak={}, massive_ratio={},
                                               comparisons={"sink_aware": pairs[name]}), gate)
 
     assert failures("kept") == []
     (failure,) = failures("broken")
     assert words in failure
-    (missing,) = gate_failures([], {}, None, gate)
+    (missing,) = gate_failures(rows, {}, None, gate)
     assert "was not measured" in missing
 
 
