@@ -162,7 +162,7 @@ def test_the_gate_reads_the_comparison(pairs: dict[str, SinkFidelity], gate: Gat
 
     def failures(name: str) -> list[str]:
         return gate_failures(rows, {}, Fidelity(sink_rate={}, massive_peak={}, massive_ratio={},
-                                              comparisons={"sink_aware": pairs[name]}), gate)
+                                               comparisons={"sink_aware": pairs[name]}), gate)
 
     assert failures("kept") == []
     (failure,) = failures("broken")
