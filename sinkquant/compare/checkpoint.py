@@ -14,7 +14,7 @@ from sinkquant.artifacts import KVCachePlan, SinkMap
 from sinkquant.errors import RequestError
 from sinkquant.formats import read_checkpoint
 from sinkquant.models import resolve
-from sinkquant.models.folder import RUN_MODEL, inside_run, published, read_settings
+from sinkquant.models.folder import RUN_MODEL, inside_run, method_of, published
 from sinkquant.models.gguf import contents, gguf_at
 from sinkquant.run.candidates import loader, weight_bytes
 
@@ -77,8 +77,7 @@ def _opened(named: str, place: str, name: str) -> Checkpoint:
         size, _, form = contents(packed)
     else:
         origin = published(place) or folder
-        settings = read_settings(origin).get("quantization_config") or {}
-        size, form = weight_bytes(origin), str(settings.get("quant_method") or "unquantized")
+        size, form = weight_bytes(origin), method_of(origin) or "unquantized"
     content = read_checkpoint(folder)
     if content is None:
         return Checkpoint(name, named, folder, size, form)

@@ -27,7 +27,7 @@ from sinkquant.formats import (
     prefix_of,
     read_checkpoint,
 )
-from sinkquant.models.folder import ADAPTER, FP8, published, read_settings, weight_files
+from sinkquant.models.folder import ADAPTER, FP8, method_of, published, weight_files
 from sinkquant.models.gguf import contents, gguf_at
 from sinkquant.models.gguf_index import is_gguf_checkpoint
 from sinkquant.models.headers import read_header
@@ -92,7 +92,7 @@ def reading_notes(named: str) -> list[str]:
                 "model"]
     if (origin := published(named)) is None:
         return []
-    form = str(read_settings(origin)["quantization_config"]["quant_method"])
+    form = method_of(origin)
     return [f"measured with the dense weights that its {form} stands for" + (
         "; its inputs, which an engine rounds to FP8 too, are not rounded" if form == FP8 else "")]
 

@@ -17,6 +17,7 @@ import sinkquant as sq
 from sinkquant.errors import RequestError
 from sinkquant.models import Decoder, open_model, resolve
 from sinkquant.models.dequantized import from_fp8, from_mxfp4
+from sinkquant.run.candidates import reading_notes
 from sinkquant.run.measure import evaluate_folder
 
 BLOCK = 48
@@ -81,6 +82,7 @@ def test_fp8_is_read_with_what_says_how_or_refused(tmp_path: Path) -> None:
     found = load_file(place / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert json.loads((place / "config.json").read_text(encoding="utf-8"))["text_config"] == {}
+    assert any("its fp8 stands for" in note for note in reading_notes(str(folder)))
     for changes in ({}, {"quantization_config": None}):
         with pytest.raises(RequestError, match=r"_proj\.weight in FP8, and config\.json has no quantization_config"):
             inside(**changes)
