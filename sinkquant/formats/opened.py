@@ -12,7 +12,7 @@ from compressed_tensors.quantization import QuantizationArgs
 
 from sinkquant.artifacts.kv_scheme import KVScheme
 from sinkquant.errors import RequestError
-from sinkquant.models.source import require_no_transforms
+from sinkquant.models.groups import require_no_transforms
 from sinkquant.schemes.inputs import in_blocks
 from sinkquant.schemes.json_object import read_object
 from sinkquant.schemes.scheme import COMPRESSED

@@ -26,7 +26,6 @@ from sinkquant.models.dequantized import copy_files, model_key
 from sinkquant.models.folder import (
     ADAPTER,
     DEQUANTIZED,
-    INDEX,
     SINGLE,
     check_folder,
     downloaded,
@@ -38,6 +37,7 @@ from sinkquant.models.folder import (
     resolve,
     weight_files,
     with_lost_keys,
+    write_index,
 )
 from sinkquant.models.gguf import SOURCE, SOURCE_FOLDER, made_of
 from sinkquant.models.headers import read_header
@@ -175,8 +175,7 @@ def _add_unused(folder: Path, unused: dict[str, torch.Tensor]) -> None:
     if (folder / SINGLE).is_file():  # which would be read alone
         (folder / SINGLE).rename(folder / "merged.safetensors")
     save_file(unused, folder / "unused.safetensors", metadata={"format": "pt"})
-    placed = {name: path.name for path in sorted(folder.glob("*.safetensors")) for name in read_header(path)}
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": placed}, indent=2) + "\n", encoding="utf-8")
+    write_index(folder, {name: path.name for path in folder.glob("*.safetensors") for name in read_header(path)})
 
 
 @contextlib.contextmanager

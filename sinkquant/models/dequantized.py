@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from sinkquant.errors import RequestError
-from sinkquant.models.folder import INDEX, SINGLE, name_of, quantization_of, read_settings, weight_files
+from sinkquant.models.folder import INDEX, SINGLE, name_of, quantization_of, read_settings, weight_files, write_index
 from sinkquant.models.gguf import SOURCE_FOLDER
 from sinkquant.models.headers import read_header
 from sinkquant.models.kept import kept, require_room
@@ -91,8 +91,7 @@ def _write(folder: Path, target: Path, dtype: torch.dtype, settings: Mapping[str
         save_file(dense, target / (SINGLE if len(shards) == 1 else path.name), metadata={"format": "pt"})
         placed |= dict.fromkeys(dense, path.name)
     if len(shards) > 1:
-        index = {"metadata": {}, "weight_map": dict(sorted(placed.items()))}
-        (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_index(target, placed)
     given = dict(settings) | {"dtype": str(dtype).removeprefix("torch.")}
     if isinstance(given.get("text_config"), dict):
         given["text_config"] = {key: one for key, one in given["text_config"].items() if key != "quantization_config"}

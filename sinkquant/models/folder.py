@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -107,6 +108,15 @@ def downloaded(model: str, revision: str | None, only: str | None = None) -> Pat
                            f"{first_line(error)}.") from error
 
 
+def cached(model: str, revision: str | None = None) -> Path | None:
+    """The snapshot of a hub model that is on this machine; None where there is none, or the name is of no hub model."""
+    if not on_hub(model):
+        return None
+    with contextlib.suppress(HFValidationError, LocalEntryNotFoundError, OSError):
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+    return None
+
+
 def _has_weights(folder: Path) -> bool:
     """Whether an adapter's folder holds a whole model as well."""
     others = [path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_")]
@@ -128,9 +138,7 @@ def quantization_of(settings: Mapping[str, Any]) -> Any:
 def published(model: str) -> Path | None:
     """The folder in FP8 or MXFP4 that the name of a resolved model means, as it was published; None where it means
     anything else."""
-    folder = Path(model)
-    if on_hub(model):
-        folder = Path(snapshot_download(model, local_files_only=True))
+    folder = cached(model) or Path(model)
     whole = (folder / "config.json").is_file() and not (folder / ADAPTER).is_file()
     return folder if whole and method_of(folder) in DEQUANTIZED else None
 
@@ -202,6 +210,12 @@ def weight_files(folder: Path) -> list[Path]:
             raise RequestError(f"{folder} lacks the shard {missing[0]}; copy the model folder again.")
         return [folder / name for name in names]
     raise RequestError(f"{folder} has no safetensors weights{_instead(folder)}.")
+
+
+def write_index(folder: Path, placed: Mapping[str, str]) -> None:
+    """Write which file of a folder holds which tensor. placed: tensor -> file."""
+    index = {"metadata": {}, "weight_map": dict(sorted(placed.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def with_lost_keys(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

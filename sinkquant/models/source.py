@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from compressed_tensors.quantization import QuantizationArgs
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -35,19 +32,15 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from sinkquant.errors import RequestError, SinkquantError
 from sinkquant.lazy import uncollected
 from sinkquant.models.edits import Edit, EditedTensor
-from sinkquant.models.folder import HUB_ID
+from sinkquant.models.folder import cached
+from sinkquant.models.groups import groups_of, input_scales
 from sinkquant.models.inputs import round_inputs
 from sinkquant.models.loading import all_finite, auto_class, loading_errors, read_config
 from sinkquant.models.progress import no_transformers_bars
 from sinkquant.models.shards import ScaledTensor, Stored, StoredTensor, dense_tensors, stored_tensors
 from sinkquant.models.stored import runs_of_rows
-from sinkquant.schemes.scheme import COMPRESSED
 
 ATTRIBUTE = "sinkquant_source"
-FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized",
-           "mxfp8-quantized", "mixed-precision")
-FOLDED = ("weight_input", "weight_output")
-"""Places of compressed-tensors' transforms that are in the weights already."""
 Unpack = Callable[[Mapping[str, StoredTensor], PreTrainedModel, torch.dtype], dict[str, Stored]]
 
 
@@ -80,7 +73,7 @@ def open_model(folder: Path, trust_remote_code: bool = False, dtype: torch.dtype
     if unpack is not None:
         tensors = unpack(stored, model, dtype)
     elif quantization is not None:
-        groups = _groups(folder, quantization, stored)
+        groups = groups_of(folder, quantization, stored)
         bits = {name: int(group["weights"]["num_bits"]) for name, group in groups.items()}
         transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
         tensors = dense_tensors(stored, bits, dtype, transposed)
@@ -89,7 +82,7 @@ def open_model(folder: Path, trust_remote_code: bool = False, dtype: torch.dtype
     args = {name: QuantizationArgs(**group["input_activations"]) for name, group in groups.items()
             if group.get("input_activations")}
     round_inputs(model, _linears(source, args), args,
-                 {name: stored[key][...] for name in args for key in _input_scales(name) if key in stored})
+                 {name: stored[key][...] for name in args for key in input_scales(name) if key in stored})
     return model.eval()
 
 
@@ -109,10 +102,8 @@ def folder_of(model: PreTrainedModel) -> Path | None:
     if not name:
         return None
     folder = Path(name)
-    if not folder.is_dir() and HUB_ID.fullmatch(name):
-        with contextlib.suppress(HFValidationError, LocalEntryNotFoundError, OSError):
-            folder = Path(snapshot_download(name, revision=getattr(model.config, "_commit_hash", None),
-                                            local_files_only=True))
+    if not folder.is_dir():
+        folder = cached(name, getattr(model.config, "_commit_hash", None)) or folder
     return folder if (folder / "config.json").is_file() else None
 
 
@@ -331,56 +322,6 @@ def require_finite(name: str, weight: torch.Tensor) -> None:
         raise RequestError(f"the weight {name} holds NaN or Inf; the checkpoint is broken, get it again.")
 
 
-def _groups(folder: Path, quantization: Any, stored: dict[str, StoredTensor]) -> dict[str, dict[str, Any]]:
-    """Module name -> configuration group of every linear that is quantized in one of compressed-tensors' symmetric
-    formats that sinkquant writes, or in sinkquant's own, which adds to them."""
-    settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    settings = settings.get("quantization_config", settings)
-    known = settings.get("quant_method") in COMPRESSED
-    if not known or settings.get("format") not in FORMATS:
-        raise RequestError(f"{folder} is quantized as {settings.get('quant_method')!r}; start from the unquantized "
-                           "model.")
-    require_no_transforms(folder, settings)
-    targets = {target: group for group in settings["config_groups"].values() for target in group["targets"]}
-    patterns = sorted(target for target in targets if target.startswith("re:"))
-    found = {}
-    for name in stored:
-        module, _, leaf = name.rpartition(".")
-        if leaf == "weight_scale":
-            # In the order of compressed-tensors, where several name it.
-            naming = [module, *(one for one in patterns if re.match(one.removeprefix("re:"), module)), "Linear"]
-            group = next((targets[one] for one in naming if one in targets), None)
-            others = {f"{module}.weight_zero_point", f"{module}.weight_g_idx"}  # the second of actorder: group
-            if group is None or others & stored.keys() or not _read_here(module, group, stored):
-                raise RequestError(f"{folder} packs {module} in a way that sinkquant does not read; start from the "
-                                   "unquantized model.")
-            found[module] = group
-    return found
-
-
-def require_no_transforms(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint with transforms that are left to be done while it runs.
-
-    Args:
-        settings: compressed-tensors' `quantization_config`.
-    """
-    for name, group in ((settings.get("transform_config") or {}).get("config_groups") or {}).items():
-        online = [one["location"] for one in group.get("apply") or [] if one["location"] not in FOLDED]
-        if online:
-            raise RequestError(f"{folder} transforms what its linears compute with while it runs ({online[0]!r}, its "
-                               f"{name}), which transformers leaves out without a word; load it with vLLM.")
-
-
-def _read_here(module: str, group: dict[str, Any], stored: dict[str, StoredTensor]) -> bool:
-    inputs = group.get("input_activations")
-    if group["weights"].get("strategy") not in ("group", "channel", "tensor_group") or group.get("output_activations"):
-        return False
-    static = inputs is not None and inputs.get("dynamic") is not True
-    return inputs is None or (inputs.get("symmetric", True) and inputs.get("strategy") in (
-        "token", "tensor", "group", "tensor_group") and (not static or any(
-            key in stored for key in _input_scales(module))))
-
-
 def _linears(source: WeightSource, names: Iterable[str]) -> dict[str, nn.Module]:
     """Name on disk -> module of linears whose inputs are rounded.
 
@@ -395,8 +336,3 @@ def _linears(source: WeightSource, names: Iterable[str]) -> dict[str, nn.Module]
         raise RequestError(f"{source.folder} rounds the inputs of {stacked}, which is no module of its own in "
                            "transformers; start from the unquantized model.")
     return {name: modules[place] for name, place in inside.items()}
-
-
-def _input_scales(module: str) -> tuple[str, str]:
-    """The names of a stored scale of inputs: of all, or over those of groups."""
-    return f"{module}.input_scale", f"{module}.input_global_scale"
